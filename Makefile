@@ -1,0 +1,44 @@
+# Every target sets itself up: a machine with Python >= 3.10 and make is enough.
+#   make quickstart    install, train CoOp on the embedded default, print where the report lies
+#   make test          install, run the default test suite
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10 python,\
+    $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(p))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test test-slow lint format install clean
+.DEFAULT_GOAL := test
+
+quickstart: $(INSTALLED)
+	$(BIN)/python tools/train.py --cfg quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+# The stamp is written last, so an installation that was interrupted is done again.
+$(INSTALLED): pyproject.toml setup.py requirements-ci.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || $(PYTHON) -m virtualenv $(VENV) || { rm -rf $(VENV); \
+	    echo "$(PYTHON) cannot create a virtual environment. On Debian or Ubuntu: apt install python3-venv;" \
+	    "elsewhere: $(PYTHON) -m pip install --user virtualenv; or name another Python: make PYTHON=..." >&2; exit 2; }
+	$(BIN)/python -m pip install -c requirements-ci.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
