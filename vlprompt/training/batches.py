@@ -1,0 +1,88 @@
+"""What a trainer iterates over: which samples make up each global batch, and how a part of one is fetched.
+
+Both are pure functions of (seed, epoch), so any position of a run can be reached without replaying it, and one process
+with a batch of 64 sees the same samples as two processes with 32 each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vlprompt.seeding import numpy_rng
+
+__all__ = ["Batch", "Batches", "TensorBatches", "epoch_plan", "prefetch"]
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """A source of training batches with random access."""
+
+    def plan(self, epoch: int) -> Sequence[np.ndarray]:
+        """Return the sample indices of every global batch of an epoch."""
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """Return a batch of some samples; must not depend on what was fetched before."""
+
+
+def epoch_plan(samples: int, batch_size: int, seed: int, epoch: int, drop_last: bool = True) -> list[np.ndarray]:
+    """Cut one seeded permutation of ``range(samples)`` into global batches.
+
+    Args:
+        samples: Number of training samples.
+        batch_size: Samples per global batch.
+        seed: The run's seed.
+        epoch: Each epoch has its own order.
+        drop_last: Drop an incomplete last batch if there is at least one full one.
+    """
+    order = numpy_rng(seed, "epoch order", epoch).permutation(samples)
+    full = samples // batch_size
+    end = full * batch_size if drop_last and full else samples
+    return [order[i : min(i + batch_size, end)] for i in range(0, end, batch_size)]
+
+
+class TensorBatches:
+    """Batches cut from tensors that are already in memory, for example cached image features.
+
+    Args:
+        tensors: Name to a list of V views, each a tensor whose first axis is the sample; epoch e uses view e mod V.
+        batch_size: Samples per global batch.
+        seed: The run's seed.
+        drop_last: See :func:`epoch_plan`.
+    """
+
+    def __init__(
+        self, tensors: dict[str, list[torch.Tensor]], batch_size: int, seed: int, drop_last: bool = True
+    ) -> None:
+        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
+        self.samples = len(next(iter(tensors.values()))[0])
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """See :meth:`Batches.plan`."""
+        return epoch_plan(self.samples, self.batch_size, self.seed, epoch, self.drop_last)
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`Batches.fetch`; adds the sample numbers as ``"index"``."""
+        index = torch.as_tensor(indices)
+        batch: Batch = {name: views[epoch % len(views)][index] for name, views in self.tensors.items()}
+        return {**batch, "index": index}
+
+
+def prefetch(batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2) -> Any:
+    """Yield ``batches.fetch(part, epoch)`` for every part, reading ``ahead`` of them in a thread while others train."""
+    if isinstance(batches, TensorBatches) or ahead == 0:  # nothing to wait for
+        yield from (batches.fetch(part, epoch) for part in parts)
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        waiting: list[Future[Batch]] = []
+        for part in parts:
+            waiting.append(pool.submit(batches.fetch, part, epoch))
+            if len(waiting) > ahead:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
