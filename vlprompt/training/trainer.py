@@ -120,7 +120,7 @@ class Trainer:
         epoch, started = self.progress.epoch, time.monotonic()
         plan = self.batches.plan(epoch)
         self.module.train(True)
-        parts = [part for batch in plan[self.progress.step :] for part in self._my_parts(batch)]
+        parts = [part for batch in plan[self.progress.step :] for part, _ in self._my_parts(batch)]
         fetched = prefetch(self.batches, parts, epoch)
         lr = 0.0
         for step in range(self.progress.step, len(plan)):
@@ -158,10 +158,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for part in self._my_parts(samples):
+        for _, share in self._my_parts(samples):
             batch = _to_device(next(fetched), self.accelerator.device)
-            # Weighted by samples: unequal parts would otherwise change the mean that one process would compute.
-            share = len(part) / len(samples)
             with self._autocast():
                 losses = {name: value * share for name, value in self.module.loss(batch).items()}
             total = torch.stack(list(losses.values())).sum()
@@ -171,18 +169,23 @@ class Trainer:
         self._reduce(totals)
         values = {name: float(value) for name, value in totals.items()}
         self._check_finite(values, epoch, step)
-        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         if self.options.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.options.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
 
-    def _my_parts(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Cut a global batch into ``accumulation`` parts per process and return this process's, without empty ones."""
+    def _my_parts(self, samples: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """Cut a global batch into ``accumulation`` parts per process and return this process's with their shares.
+
+        Shares are by samples: unequal parts would otherwise change the mean that one process would compute. A process
+        that gets no sample of a small batch still takes part, with a share of zero, since all must meet to add up.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = np.array_split(samples, world * self.options.accumulation)
-        return [p for p in parts[rank::world] if len(p)]
+        parts = np.array_split(samples, world * self.options.accumulation)[rank::world]
+        return [(p, len(p) / len(samples)) for p in parts if len(p)] or [(samples[:1], 0.0)]
 
     def _reduce(self, totals: dict[str, Tensor]) -> None:
         """Sum gradients and losses over processes; the parts' weights already add up to one."""

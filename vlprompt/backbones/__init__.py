@@ -1,0 +1,42 @@
+"""CLIP-family towers behind one interface; prompt insertion lives here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.registry import Registry
+
+__all__ = ["BACKBONES", "Backbone", "VisualPrompts", "create_backbone", "list_backbones"]
+
+BACKBONES: Registry[Any] = Registry("backbone", "vlprompt.backbones")
+"""Embedded and plug-in backbones; open_clip's architectures are looked up when none of these matches."""
+
+
+def create_backbone(name: str, pretrained: str | None = None, **options: Any) -> Backbone:
+    """Build a frozen dual encoder.
+
+    Args:
+        name: An embedded backbone (``"tiny"``) or any open_clip architecture (``"ViT-B-16"``, ``"RN50"``, ...).
+        pretrained: For open_clip: a weights tag (``"openai"``), the path of a weights file (safetensors, or a torch
+            state dict), or None for seeded random weights. For ``tiny``: None for its own weights, ``"random"``.
+        **options: For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``tokenizer``,
+            ``cache_dir``, ``seed`` of random weights.
+
+    Raises:
+        UnknownNameError: For an unknown name or tag, with the nearest valid ones.
+        BackboneError: If weights can't be fetched or don't fit; says what to do and what works offline.
+    """
+    if name in BACKBONES:
+        return BACKBONES.get(name).target(pretrained, **options)
+    from vlprompt.backbones.openclip import build_open_clip
+
+    return build_open_clip(name, pretrained, **options)
+
+
+def list_backbones() -> list[str]:
+    """Return the sorted names :func:`create_backbone` knows."""
+    import open_clip
+
+    return sorted({*BACKBONES.names(), *open_clip.list_models()})

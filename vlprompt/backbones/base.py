@@ -1,0 +1,110 @@
+"""A frozen CLIP-family model behind one interface: two towers, a scale, a preprocessing and a fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vlprompt.backbones.text import TextTower
+from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.backbones.vision import VisionTower, VisualPrompts
+
+__all__ = ["Backbone"]
+
+
+class Backbone(nn.Module):
+    """A frozen dual encoder.
+
+    Args:
+        model: An open_clip model with ``visual`` and a text side.
+        preprocess: PIL image -> (3, H, W) tensor.
+        tokenizer: See :class:`TextTower`.
+        fingerprint: Facts that identify it: architecture, tag, weights hash, activation, preprocessing.
+        missing_tokenizer: Why ``tokenizer`` is None.
+
+    Attributes:
+        text: The text tower, through which learned context enters.
+        vision: The image tower, through which visual prompts enter.
+        dim: d, dimension of the joint space.
+        image_size: (H, W) of the input in pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenizer: TextTokenizer | None,
+        fingerprint: dict[str, Any],
+        missing_tokenizer: str = "",
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.preprocess = preprocess
+        self.fingerprint = fingerprint
+        self.text = TextTower(model, tokenizer, missing_tokenizer)
+        self.vision = VisionTower(self.model.visual)
+        self.image_size: tuple[int, int] = _pair(self.model.visual.image_size)
+        self.dim = int(fingerprint["dim"])
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: a frozen tower's dropout and batch statistics must not move."""
+        return super().train(False)
+
+    @property
+    def name(self) -> str:
+        """Architecture and weights tag, for example ``"ViT-B-16/openai"``."""
+        return "/".join(str(self.fingerprint[k]) for k in ("architecture", "pretrained") if self.fingerprint.get(k))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor tau on cosine similarities (100 for OpenAI's CLIP)."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """SigLIP's additive bias; 0 elsewhere. It shifts all classes alike, so a softmax never sees it."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias)
+
+    def encode_image(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+        """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
+        return F.normalize(self.image_embeddings(images, prompts), dim=-1)
+
+    def image_embeddings(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+        """Return :meth:`encode_image` before normalisation; without prompts, without a graph."""
+        images = images.to(self.device)
+        if prompts is None:
+            with torch.no_grad():
+                return self.vision.encode(images)
+        return self.vision.encode(images, prompts)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return (N, d) unit-length float32 features of plain strings, without a graph.
+
+        Raises:
+            BackboneError: If the tokenizer could not be fetched.
+        """
+        return F.normalize(self.text.encode_strings([texts] if isinstance(texts, str) else texts), dim=-1)
+
+    def class_weights(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.
+
+        Each template's feature is normalised, then averaged, then normalised again (Radford et al. 2021, section 3.1.4).
+        """
+        texts = [t.format(c) for c in classnames for t in templates]
+        features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
+        return F.normalize(features.mean(1), dim=-1)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))

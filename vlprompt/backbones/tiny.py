@@ -1,0 +1,45 @@
+"""`tiny`: a CLIP of a few million parameters, pretrained on drawn scenes, with its weights in the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from vlprompt.backbones import BACKBONES
+from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.backbones.tokenizer import wrap_tokenizer
+from vlprompt.errors import UnknownNameError
+
+__all__ = ["build_tiny"]
+
+
+@BACKBONES.register("tiny", summary="64 px ViT + causal text tower pretrained on drawn scenes; embedded, offline")
+def build_tiny(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
+    """Build the embedded backbone.
+
+    Args:
+        pretrained: None for the weights in the package, ``"random"`` for seeded random ones.
+        seed: Of the random weights.
+
+    Raises:
+        UnknownNameError: If ``pretrained`` is something else.
+    """
+    if pretrained not in (None, "scenes", "random"):
+        raise UnknownNameError("weights tag of tiny", pretrained, ["scenes", "random"])
+    config: dict[str, Any] = json.loads((Path(__file__).parent / "tiny.json").read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(**config)
+    tag = pretrained or "scenes"
+    if tag == "scenes":
+        from vlprompt.backbones.tiny_weights import load_state
+
+        load_state(model)
+    preprocess = {"size": config["vision_cfg"]["image_size"]}
+    tokenizer = wrap_tokenizer(open_clip.get_tokenizer("ViT-B-16"))
+    return wrap_open_clip(model, preprocess, tokenizer, {"architecture": "tiny", "pretrained": tag})

@@ -1,0 +1,160 @@
+"""The image tower: how visual prompts enter it, and which parts need no graph.
+
+Two conventions for inserting prompts (they give different results, so a learner names one):
+``after_cls``: between class token and patches, after the pre-norm, without positions (VPT, Jia et al. 2022, section 3;
+MVLPT). ``append``: after the patches, before the pre-norm (MaPLe, Khattak et al. 2023; PromptSRC). In both, deep prompts
+replace the prompt tokens' states before each further block; below depth L the last ones' outputs flow on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.errors import BackboneError, VLPromptError
+
+__all__ = ["Insertion", "VisionTower", "VisualPrompts"]
+
+Insertion = Literal["after_cls", "append"]
+
+
+@dataclass(frozen=True)
+class VisualPrompts:
+    """Prompt tokens for an image tower.
+
+    Attributes:
+        tokens: (J, M, W) or, one set per image, (B, J, M, W): row 0 enters before the first block, row i replaces the
+            prompt tokens before block i.
+        insertion: See the module's text.
+    """
+
+    tokens: Tensor
+    insertion: Insertion = "after_cls"
+
+
+class VisionTower:
+    """The image side of an open_clip model (a view: the parameters stay where they are).
+
+    Args:
+        visual: ``open_clip``'s VisionTransformer, ModifiedResNet or TimmModel.
+
+    Attributes:
+        kind: ``"vit"``, ``"timm_vit"`` or ``"conv"``.
+        width: W, width of its tokens; 0 for convolutional towers.
+        layers: Number of blocks; 0 for convolutional towers.
+        refusal: Why visual prompts can't enter this tower, or None if they can.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.visual: Any = visual
+        self.kind, self.refusal = _kind(visual)
+        self.blocks: Any = {
+            "vit": lambda: visual.transformer.resblocks,  # type: ignore[union-attr]
+            "timm_vit": lambda: visual.trunk.blocks,  # type: ignore[union-attr]
+        }.get(self.kind, list)()
+        self.layers = len(self.blocks)
+        self.width = _width(visual, self.kind)
+
+    def require_prompts(self) -> None:
+        """Raise BackboneError with the reason if visual prompts can't enter this tower."""
+        if self.refusal is not None:
+            raise BackboneError(f"visual prompts can't be learned on this backbone: {self.refusal}")
+
+    def encode(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+        """Return (B, d) image features, not normalised, float32.
+
+        Args:
+            images: (B, 3, H, W) preprocessed pixels.
+            prompts: Prompt tokens, or None for the tower as it is.
+
+        Raises:
+            BackboneError: If the tower has no token sequence.
+            VLPromptError: If the prompts' width, depth or batch don't fit.
+        """
+        if prompts is None:
+            return _first(self.visual(images)).float()
+        tokens = self._check(prompts, len(images))
+        with torch.no_grad():  # nothing below the first prompt learns
+            x = self._embed(images, before_norm=prompts.insertion == "append")
+        places = self._places(x.shape[1], tokens.shape[2], prompts.insertion)
+        x = _put(x, tokens[:, 0], places)
+        if prompts.insertion == "append":
+            x = self._norm_before(x)
+        for i, block in enumerate(self.blocks):
+            if 1 <= i < tokens.shape[1]:
+                x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
+            x = block(x)
+        x = torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1)
+        return self._finish(x).float()
+
+    def _check(self, prompts: VisualPrompts, batch: int) -> Tensor:
+        self.require_prompts()
+        tokens = prompts.tokens[None] if prompts.tokens.dim() == 3 else prompts.tokens
+        if tokens.shape[-1] != self.width:
+            raise VLPromptError(f"visual prompts have width {tokens.shape[-1]}, the image tower has {self.width}.")
+        if tokens.shape[1] > self.layers:
+            raise VLPromptError(f"visual prompts for {tokens.shape[1]} layers, the image tower has {self.layers}.")
+        if len(tokens) not in (1, batch):
+            raise VLPromptError(f"visual prompts for {len(tokens)} images, the batch has {batch}.")
+        return tokens.expand(batch, -1, -1, -1)
+
+    def _places(self, length: int, count: int, insertion: Insertion) -> slice:
+        if insertion == "append":
+            return slice(length, length + count)
+        special = 1 if self.kind == "vit" else int(getattr(self.visual.trunk, "num_prefix_tokens", 1))
+        return slice(special, special + count)
+
+    def _embed(self, images: Tensor, before_norm: bool) -> Tensor:
+        """Patches, class token and positions: (B, 1 + N, W), before or after the pre-norm."""
+        visual = self.visual
+        if self.kind == "timm_vit":
+            x = visual.trunk._pos_embed(visual.trunk.patch_embed(images))
+            return x if before_norm else visual.trunk.norm_pre(x)
+        x = visual.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = x + visual.positional_embedding.to(x.dtype)
+        return x if before_norm else visual.ln_pre(x)
+
+    def _norm_before(self, x: Tensor) -> Tensor:
+        return self.visual.ln_pre(x) if self.kind == "vit" else self.visual.trunk.norm_pre(x)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Pooling and projection of (B, 1 + N, W), prompts already removed."""
+        visual = self.visual
+        if self.kind == "timm_vit":
+            return visual.head(visual.trunk.forward_head(visual.trunk.norm(x)))
+        pooled = _first(visual._pool(x))
+        return pooled if visual.proj is None else pooled @ visual.proj
+
+
+def _put(x: Tensor, tokens: Tensor, places: slice) -> Tensor:
+    return torch.cat([x[:, : places.start], tokens.to(x.dtype), x[:, places.start :]], dim=1)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _kind(visual: Any) -> tuple[str, str | None]:
+    name = type(visual).__name__
+    if name == "VisionTransformer":
+        if not getattr(visual.transformer, "batch_first", True):
+            return "conv", "its blocks run in a token-first layout that this open_clip version no longer uses"
+        return "vit", None
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None and all(hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")):
+        return "timm_vit", None
+    what = type(trunk).__name__ if trunk is not None else name
+    return "conv", (
+        f"its image tower ({what}) is not a sequence of tokens. Use a ViT backbone (for example ViT-B-16 or tiny), or a "
+        "learner that leaves the image tower alone (coop, linear_probe)."
+    )
+
+
+def _width(visual: Any, kind: str) -> int:
+    if kind == "vit":
+        return int(visual.class_embedding.shape[0])
+    return int(visual.trunk.embed_dim) if kind == "timm_vit" else 0
