@@ -141,7 +141,7 @@ def base_to_new(
 
     Args:
         class_counts: Number of classes C of every data set.
-        run_cell: Trains on ``cell.base``; returns fractions, at least ``"base/accuracy"``, ``"new/accuracy"``.
+        run_cell: Trains on ``cell.base``; returns at least ``"base/accuracy"`` and ``"new/accuracy"``.
         shots: Training samples per base class.
         seeds: One run per seed.
 
