@@ -1,1 +1,30 @@
-"""Data sets: the catalogue, few-shot sampling, folders of one's own, drawn scenes, transforms, feature cache."""
+"""Data sets: the catalogue, few-shot sampling, folders of one's own, scenes, transforms, feature cache."""
+
+from vlprompt.data.base import ImageDataset, Reader, Sample
+from vlprompt.data.cache import FeatureCache
+from vlprompt.data.cards import Card, cards_dir, load_card
+from vlprompt.data.catalog import default_root, list_datasets, load_dataset
+from vlprompt.data.fewshot import base_new, few_shot
+from vlprompt.data.images import FileReader, VerificationReport, read_image, verify
+from vlprompt.data.transforms import AUGMENTATIONS, Augmentation
+
+__all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
+    "Card",
+    "FeatureCache",
+    "FileReader",
+    "ImageDataset",
+    "Reader",
+    "Sample",
+    "VerificationReport",
+    "base_new",
+    "cards_dir",
+    "default_root",
+    "few_shot",
+    "list_datasets",
+    "load_card",
+    "load_dataset",
+    "read_image",
+    "verify",
+]

@@ -1,4 +1,4 @@
-"""What every data set looks like: samples, class names, templates and a reader that turns a source into a picture."""
+"""What every data set looks like: samples, class names, templates and a reader of pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Reader(Protocol):
         """Return the picture as RGB. Raises DataError with the source's name if it can't be decoded."""
 
     def key(self, source: Any) -> str:
-        """Return a string that changes exactly when the picture's bytes change (feature caches rely on it)."""
+        """Return a string that changes exactly when the picture's bytes change; feature caches rely on it."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,21 @@ class ImageDataset:
         """The label of every sample, in order, without reading a picture."""
         return [s.label for s in self.samples]
 
-    def subset(self, indices: Iterable[int], **info: Any) -> ImageDataset:
+    def subset(self, indices: Iterable[int], /, **info: Any) -> ImageDataset:
         """Return the same data set restricted to some samples, in the order given."""
         chosen = tuple(self.samples[i] for i in indices)
         return replace(self, samples=chosen, info={**self.info, **info})
 
-    def keep_classes(self, classes: Sequence[int], **info: Any) -> ImageDataset:
+    def keep_classes(self, classes: Sequence[int], /, **info: Any) -> ImageDataset:
         """Return only the samples of some classes, relabelled 0..len(classes)-1 in the order given.
 
         Raises:
             DataError: If a class index does not exist.
         """
         if bad := [c for c in classes if not 0 <= c < len(self.classnames)]:
-            raise DataError(f"{self.name}: no class with index {bad[0]}; it has {len(self.classnames)} classes.")
+            raise DataError(
+                f"{self.name}: no class with index {bad[0]}; it has {len(self.classnames)} classes."
+            )
         new_label = {old: new for new, old in enumerate(classes)}
         samples = tuple(Sample(s.source, new_label[s.label]) for s in self.samples if s.label in new_label)
         names = tuple(self.classnames[c] for c in classes)
@@ -90,7 +92,10 @@ class ImageDataset:
 
     def fingerprint(self) -> dict[str, str]:
         """Return short hashes of the class names and templates, recorded with every result."""
-        return {"classnames_hash": hash_strings(self.classnames), "templates_hash": hash_strings(self.templates)}
+        return {
+            "classnames_hash": hash_strings(self.classnames),
+            "templates_hash": hash_strings(self.templates),
+        }
 
 
 def hash_strings(strings: Iterable[str]) -> str:

@@ -1,0 +1,178 @@
+"""Cards: one YAML file per data set, in ``datasets/`` of the checkout and in the wheel.
+
+A card says everything that is known of a data set but how to read its kind of storage, which is a source's
+matter (``vlprompt/data/sources``). More folders of cards can be named in the environment variable
+``VLPROMPT_CARDS``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vlprompt.errors import ConfigError, DataError, UnknownNameError, nearest
+
+__all__ = ["Card", "SourceSpec", "SplitSpec", "card_names", "cards_dir", "load_card", "validation_problems"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(_Strict):
+    """Which source reads the data set, and what that source needs to know (it checks ``options`` itself)."""
+
+    kind: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class SplitSpec(_Strict):
+    """The published split file, where it lies, the sizes of its parts, and what is done without it."""
+
+    file: str | None = None
+    url: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
+    otherwise: str = ""
+
+
+class Card(_Strict):
+    """One data set; ``name`` is the file's stem."""
+
+    name: str
+    title: str
+    task: Literal["classification"]
+    classnames: tuple[str, ...] = Field(min_length=2)
+    templates: tuple[str, ...] = Field(min_length=1)
+    source: SourceSpec
+    splits: SplitSpec = SplitSpec()
+    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
+    paper: str
+    licence: str
+    homepage: str = ""
+    urls: tuple[str, ...] = ()
+    download_mb: int | None = Field(default=None, gt=0)
+    traps: tuple[str, ...] = ()
+    by_hand: str = ""
+
+    @field_validator("templates")
+    @classmethod
+    def _one_slot(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        check_templates(templates)
+        return templates
+
+    @field_validator("classnames")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        check_classnames(names, "the card")
+        return names
+
+
+def cards_dir() -> Path:
+    """Return the folder of the shipped cards: inside the installed package, or the checkout's ``datasets/``.
+
+    Raises:
+        DataError: If neither exists.
+    """
+    package = Path(__file__).resolve().parent.parent
+    checkout = package.parent
+    if (package / "cards").is_dir():
+        return package / "cards"
+    if (checkout / "pyproject.toml").is_file() and (checkout / "datasets").is_dir():
+        return (
+            checkout / "datasets"
+        )  # only beside a pyproject.toml: site-packages may hold a stranger's "datasets"
+    raise DataError(
+        f"no data set cards: neither {package / 'cards'} nor {checkout / 'datasets'} exists. Reinstall."
+    )
+
+
+def card_names() -> list[str]:
+    """Return the sorted names of all cards, shipped and one's own."""
+    return sorted(_card_files())
+
+
+def load_card(name: str) -> Card:
+    """Read and check one card.
+
+    Raises:
+        UnknownNameError: With the nearest names.
+        ConfigError: With all mistakes of the file at once.
+    """
+    files = _card_files()
+    if name not in files:
+        raise UnknownNameError("data set card", name, files)
+    path = files[name]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(path)) from None
+    if not isinstance(content, dict):
+        raise ConfigError(["a card is a mapping of keys to values"], str(path))
+    try:
+        return Card.model_validate({**content, "name": name})
+    except ValidationError as error:
+        raise ConfigError(validation_problems(error, Card), str(path)) from None
+
+
+def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one sentence per mistake that pydantic found, with the nearest key for an unknown one."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
+            close = nearest(key, model.model_fields)
+            problems.append(f"unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        else:
+            got = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got[:120]}")
+    return problems
+
+
+def clean_classname(name: str) -> str:
+    """Return a class name as a text tower should read it: underscores are spaces, single spaces, no ends."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def check_classnames(names: Sequence[str], where: str, origins: Sequence[str] | None = None) -> None:
+    """Refuse empty class names, and names that are equal but for case, underscores and spaces.
+
+    Args:
+        names: One per class.
+        where: What they belong to, for the message.
+        origins: What each name was made from (a folder, a line), for the message.
+
+    Raises:
+        DataError: Names the classes and what to do.
+    """
+    origins = list(names) if origins is None else list(origins)
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        cleaned = clean_classname(name).casefold()
+        if not cleaned:
+            raise DataError(
+                f"{where}: the class from {origins[index]!r} (number {index}) has an empty name. Give it one."
+            )
+        if cleaned in seen:
+            first = seen[cleaned]
+            raise DataError(
+                f"{where}: two classes are called {clean_classname(name)!r}: {origins[first]!r} and "
+                f"{origins[index]!r}. Rename one, for example with classnames={...}."
+            )
+        seen[cleaned] = index
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates without exactly one ``{}``. Raises DataError."""
+    if bad := [t for t in templates if t.count("{}") != 1 or t.replace("{}", "").count("{")]:
+        raise DataError(f"a template has exactly one {{}} for the class name; got {bad[0]!r}.")
+
+
+def _card_files() -> dict[str, Path]:
+    own = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
+    return {path.stem: path for folder in (cards_dir(), *own) for path in sorted(folder.glob("*.yaml"))}

@@ -1,0 +1,264 @@
+"""Pictures from files: robust decoding, content keys, and the pass that finds unreadable ones early.
+
+Decoding happens in threads and processes far from the user; a damaged file must surface as one sentence that
+names it. :func:`verify` decodes every picture of a split once, up front, so that which pictures are used is
+decided before any worker starts and is the same in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlprompt.data.base import ImageDataset
+from vlprompt.errors import DataError
+
+__all__ = ["EXTENSIONS", "BadImage", "FileReader", "VerificationReport", "drop_bad", "read_image", "verify"]
+
+EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = (
+    89_478_485  # Pillow's own warning level: 256 MiB of RGB; a header that claims more is taken for an attack
+)
+BadImagePolicy = Literal["skip", "error"]
+
+_Stat = tuple[str, int, int]  # path, bytes, modification time in ns: what in-memory results are keyed by
+_digests: dict[_Stat, str] = {}
+_verdicts: dict[_Stat, str] = {}
+
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture file to 8-bit RGB, upright.
+
+    EXIF orientation is applied, the first frame of an animation is taken, transparency is laid on white,
+    16-bit and float greys are scaled to 8 bits, CMYK and palettes are converted.
+
+    Args:
+        path: The file.
+        max_pixels: Largest declared width x height; checked before any pixel is decoded.
+
+    Raises:
+        DataError: If the file is missing, truncated, too large or no picture; names the file and the reason.
+    """
+    return _decode(Path(path), max_pixels, quick=False)
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads pictures below one folder; a source is a path relative to it, with ``/``.
+
+    Attributes:
+        root: The folder.
+        max_pixels: See :func:`read_image`.
+    """
+
+    root: Path
+    max_pixels: int = MAX_PIXELS
+
+    def path(self, source: str) -> Path:
+        """Return where a source lies."""
+        return self.root / source
+
+    def read(self, source: str) -> Image.Image:
+        """Return the picture as RGB (see :func:`read_image`)."""
+        return read_image(self.path(source), self.max_pixels)
+
+    def key(self, source: str) -> str:
+        """Return ``file:`` and the sha256 of the bytes; remembered until size or time of change differ."""
+        path = self.path(source)
+        try:
+            stat = _stat(path)
+            if stat not in _digests:
+                _digests[stat] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"can't read the picture {path}: {error.strerror or error}.") from None
+        return _digests[stat]
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """One unreadable picture: its index in the split, its name and why it can't be used."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What :func:`verify` found.
+
+    Attributes:
+        checked: How many pictures were decoded.
+        bad: The unreadable ones, by index.
+    """
+
+    checked: int
+    bad: tuple[BadImage, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.bad:
+            return f"{self.checked} pictures checked, all readable"
+        shown = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
+        more = f"; and {len(self.bad) - 10} more" if len(self.bad) > 10 else ""
+        return f"{len(self.bad)} of {self.checked} pictures can't be read: {shown}{more}"
+
+
+def verify(
+    dataset: ImageDataset, indices: Iterable[int] | None = None, workers: int | None = None
+) -> VerificationReport:
+    """Decode pictures once and report the unreadable ones, without keeping any.
+
+    Data sets that draw their pictures (any reader but :class:`FileReader`) have nothing to verify. Results
+    are remembered in memory by path, size and time of change. JPEG files are decoded at an eighth of their
+    size, which still walks every byte of them.
+
+    Args:
+        dataset: What to check.
+        indices: Which samples; all of them if None.
+        workers: Threads; the machine's cores (at most 8) if None.
+    """
+    reader = dataset.reader
+    chosen = list(range(len(dataset)) if indices is None else indices)
+    if not isinstance(reader, FileReader):
+        return VerificationReport(len(chosen))
+
+    def check(index: int) -> BadImage | None:
+        source = dataset.samples[index].source
+        reason = _verdict(reader.path(source), reader.max_pixels)
+        return BadImage(index, str(source), reason) if reason else None
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        found = [bad for bad in pool.map(check, chosen) if bad is not None]
+    return VerificationReport(len(chosen), tuple(sorted(found, key=lambda b: b.index)))
+
+
+def drop_bad(
+    dataset: ImageDataset, policy: BadImagePolicy, max_share: float, report: VerificationReport | None = None
+) -> ImageDataset:
+    """Return the data set without its unreadable pictures, named in a warning and ``info["skipped"]``.
+
+    Args:
+        dataset: What to clean.
+        policy: ``"skip"`` leaves bad pictures out; ``"error"`` refuses the data set.
+        max_share: Largest share of bad pictures, in [0, 1], that may be skipped.
+        report: What :func:`verify` said, if it was called already.
+
+    Raises:
+        DataError: Under ``"error"``, or if more than ``max_share`` can't be read; names the files.
+    """
+    report = verify(dataset) if report is None else report
+    if not report.bad:
+        return dataset
+    refuse_if_fatal(dataset.name, dataset.split, report, policy, max_share, len(dataset))
+    bad = {b.index for b in report.bad}
+    names = [*dataset.info.get("skipped", []), *(b.name for b in report.bad)]
+    kept = [i for i in range(len(dataset)) if i not in bad]
+    info = {"skipped": names}
+    if "indices" in dataset.info:
+        info["indices"] = [dataset.info["indices"][i] for i in kept]
+    return dataset.subset(kept, **info)
+
+
+def refuse_if_fatal(
+    name: str, split: str, report: VerificationReport, policy: BadImagePolicy, max_share: float, total: int
+) -> None:
+    """Raise if bad pictures are fatal, warn if they are skipped (see :func:`drop_bad`)."""
+    if not report.bad:
+        return
+    if policy == "error":
+        raise DataError(f"{name} ({split}): {report}. Mend or remove them, or pass on_bad_image='skip'.")
+    if len(report.bad) > max_share * total:
+        raise DataError(
+            f"{name} ({split}): {report}. That is {len(report.bad) / max(total, 1):.1%} of {total}, more "
+            f"than the {max_share:.1%} that may be skipped (max_bad_share)."
+        )
+    warnings.warn(f"{name} ({split}): {report}. They are skipped.", stacklevel=4)
+
+
+def _verdict(path: Path, max_pixels: int) -> str:
+    """Return why a file can't be decoded, empty if it can."""
+    try:
+        stat = _stat(path)
+    except OSError as error:
+        return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    if stat not in _verdicts:
+        try:
+            _decode(path, max_pixels, quick=True)
+            _verdicts[stat] = ""
+        except _UndecodableError as error:
+            _verdicts[stat] = error.reason
+    return _verdicts[stat]
+
+
+class _UndecodableError(DataError):
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"can't read the picture {path}: {reason}.")
+
+
+def _decode(path: Path, max_pixels: int, *, quick: bool) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _UndecodableError(
+                    path, f"its header claims {width} x {height} pixels, more than {max_pixels:,}"
+                )
+            if quick:
+                image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+                image.load()
+                return image
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except _UndecodableError:
+        raise
+    except (
+        Exception
+    ) as error:  # decoders throw OSError, SyntaxError, struct.error, zlib.error, ... at damaged bytes
+        raise _UndecodableError(path, _reason(path, error)) from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is no picture in a known format"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_bytes(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Scale (H, W) greys of more than 8 bits to bytes; Pillow's own conversion would clip them at 255."""
+    if grey.dtype.kind == "f":
+        grey = np.nan_to_num(grey) * (255.0 if np.nanmax(grey) <= 1.0 else 1.0)
+        return np.clip(np.round(grey), 0, 255).astype(np.uint8)
+    if grey.dtype.itemsize > 2 and grey.max() <= 255:
+        return np.clip(grey, 0, 255).astype(np.uint8)
+    return (np.clip(grey, 0, 65535) // 257).astype(np.uint8)
+
+
+def _stat(path: Path) -> _Stat:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns

@@ -1,0 +1,183 @@
+"""folder:PATH: anybody's pictures in class folders.
+
+Either ``PATH/<train|val|test>/<class>/...`` (``valid`` and ``validation`` mean ``val``; a missing ``val`` is
+a fifth of each class of ``train``) or ``PATH/<class>/...``, which is cut 60/20/20 per class, at least one
+picture each, by a hash of the pictures' paths. Class names are folder names with spaces for underscores; a
+file ``PATH/classnames.txt`` with lines ``folder = class name`` (or ``folder class name``) changes them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.cards import clean_classname
+from vlprompt.data.images import EXTENSIONS, FileReader
+from vlprompt.data.listing import list_folders, list_pictures
+from vlprompt.data.sources import Request, sources
+from vlprompt.data.splits import cut, normal_split
+from vlprompt.errors import DataError, UnknownNameError
+
+__all__ = ["DEFAULT_TEMPLATES", "build"]
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+_VAL_OF_TRAIN = {"val": 0.2, "train": 0.8}
+_LAYOUTS = ("auto", "splits", "classes")
+_Groups = dict[str, list[str]]  # class folder -> pictures
+
+
+@sources.register("folder", summary="class folders of one's own: folder:PATH", grammar="folder:PATH")
+def build(
+    request: Request,
+    *,
+    layout: Literal["auto", "splits", "classes"] = "auto",
+    extensions: Sequence[str] = EXTENSIONS,
+    empty_class: Literal["error", "skip"] = "error",
+    split_seed: int = 0,
+) -> ImageDataset:
+    """Build one split of a folder.
+
+    Args:
+        request: ``argument`` is the folder.
+        layout: Whether PATH holds splits or classes; found out if ``"auto"``.
+        extensions: Endings that count as pictures.
+        empty_class: What to do about a class folder without pictures.
+        split_seed: Another cut of the same folder, where the folder holds no splits.
+
+    Raises:
+        DataError: Says which folder or file is wrong, and what is expected.
+    """
+    if layout not in _LAYOUTS:
+        raise UnknownNameError("layout of a folder", str(layout), _LAYOUTS)
+    if empty_class not in ("error", "skip"):
+        raise UnknownNameError("empty_class policy", str(empty_class), ("error", "skip"))
+    root = Path(request.argument).expanduser()
+    if not request.argument or not root.is_dir():
+        raise DataError(
+            f"{request.name}: there is no folder {str(root)!r}. Write folder:PATH, with class folders in it."
+        )
+    endings = tuple(e.lower() if e.startswith(".") else f".{e.lower()}" for e in extensions)
+    given = _split_folders(root, layout)
+    if given:
+        groups, how = _from_splits(request, root, given, endings, empty_class, split_seed)
+    else:
+        folders = list_folders(root, root)
+        groups, how = _cut_classes(
+            request, root, _listing(root, root, folders, endings, empty_class), split_seed
+        )
+    origins, parts = groups
+    names = _classnames(root, origins)
+    info = {"source": "folder", "split_source": how, "origins": origins}
+    info["fewshot_key"] = f"folder:{root.resolve().name}"  # the same draw wherever the folder lies
+    return ImageDataset(request.name, request.split, parts, names, DEFAULT_TEMPLATES, FileReader(root), info)
+
+
+def _split_folders(root: Path, layout: str) -> dict[str, Path]:
+    """Return the folder of each split, empty if the folder holds classes."""
+    if layout == "classes":
+        return {}
+    found: dict[str, Path] = {}
+    others = []
+    for folder in list_folders(root, root):
+        split = normal_split(folder.name)
+        if split is None:
+            others.append(folder.name)
+        elif split in found:
+            raise DataError(
+                f"{root}: both {found[split].name!r} and {folder.name!r} mean the split {split!r}. Keep one."
+            )
+        else:
+            found[split] = folder
+    holds_classes = "train" in found and bool(list_folders(found["train"], root))
+    if layout == "auto" and not (holds_classes and (len(found) > 1 or not others)):
+        return {}
+    if "train" not in found:
+        raise DataError(
+            f"{root}: layout='splits' needs a folder 'train'; found {sorted(found) + others or 'none'}."
+        )
+    if others:
+        warnings.warn(f"{root}: {', '.join(others)} beside {', '.join(found)}: ignored.", stacklevel=5)
+    return found
+
+
+def _listing(
+    base: Path, root: Path, folders: list[Path], endings: Sequence[str], empty_class: str
+) -> _Groups:
+    """Return the pictures of every class folder; refuses or drops empty ones."""
+    groups = {f.relative_to(base).as_posix(): list_pictures(f, root, endings) for f in folders}
+    if not any(groups.values()):
+        loose = len(list_pictures(base, root, endings))
+        hint = f"{loose} pictures lie directly in it; put them into one folder per class. " if loose else ""
+        raise DataError(
+            f"{base}: no pictures in class folders ({len(folders)} folders). {hint}"
+            f"Expected {base.name}/<class>/<picture>, endings {' '.join(endings)}."
+        )
+    if empty := [name for name, pictures in groups.items() if not pictures]:
+        shown = ", ".join(repr(e) for e in empty[:10])
+        if empty_class == "error":
+            raise DataError(
+                f"{base}: no pictures in the class folder{'s' * (len(empty) > 1)} {shown} (endings "
+                f"{' '.join(endings)}). Fill or remove it, or pass empty_class='skip'."
+            )
+        warnings.warn(f"{base}: class folders without pictures are left out: {shown}.", stacklevel=5)
+    return {name: pictures for name, pictures in groups.items() if pictures}
+
+
+def _cut_classes(
+    request: Request, root: Path, listing: _Groups, seed: int
+) -> tuple[tuple[list[str], tuple[Sample, ...]], str]:
+    origins = list(listing)
+    groups = {label: listing[name] for label, name in enumerate(origins)}
+    parts = cut(groups, _SHARES, "folder", origins, seed)
+    return (origins, parts[request.split]), f"cut 60/20/20 per class by path, seed {seed}"
+
+
+def _from_splits(
+    request: Request, root: Path, given: dict[str, Path], endings: Sequence[str], empty_class: str, seed: int
+) -> tuple[tuple[list[str], tuple[Sample, ...]], str]:
+    train = _listing(given["train"], root, list_folders(given["train"], root), endings, empty_class)
+    origins = list(train)
+    groups = {label: train[name] for label, name in enumerate(origins)}
+    if "val" not in given and request.split in ("train", "val"):
+        parts = cut(groups, _VAL_OF_TRAIN, "folder", origins, seed)
+        return (
+            origins,
+            parts[request.split],
+        ), f"folders {sorted(given)}; val is 20 % of train per class, seed {seed}"
+    if request.split not in given:
+        raise DataError(
+            f"{request.name}: there is no folder for the split {request.split!r}; found {sorted(given)}."
+        )
+    if request.split != "train":
+        base = given[request.split]
+        found = _listing(base, root, list_folders(base, root), endings, empty_class)
+        if strange := sorted(set(found) - set(origins)):
+            raise DataError(f"{base}: class folder {strange[0]!r} has no pictures in {given['train']}.")
+        groups = {label: found.get(name, []) for label, name in enumerate(origins)}
+    samples = tuple(Sample(picture, label) for label in groups for picture in groups[label])
+    return (origins, samples), f"folders {sorted(given)}"
+
+
+def _classnames(root: Path, origins: list[str]) -> tuple[str, ...]:
+    """Return class names: those of ``classnames.txt`` where it has them, else cleaned folder names."""
+    names = {origin: clean_classname(origin) for origin in origins}
+    path = root / "classnames.txt"
+    if not path.is_file():
+        return tuple(names.values())
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        fits = [
+            o for o in origins if line.startswith(o) and line[len(o) : len(o) + 1] in ("", " ", "\t", "=")
+        ]
+        if not fits:
+            raise DataError(
+                f"{path}, line {number}: no class folder begins {line!r}; folders: {', '.join(origins[:20])}."
+            )
+        folder = max(fits, key=len)
+        names[folder] = clean_classname(line[len(folder) :].strip().removeprefix("="))
+    return tuple(names.values())

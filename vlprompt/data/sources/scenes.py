@@ -1,0 +1,30 @@
+"""scenes/<task>[@style]: pictures drawn on the fly (see ``vlprompt.data.scenes``)."""
+
+from __future__ import annotations
+
+from vlprompt.data import scenes as drawn
+from vlprompt.data.base import ImageDataset
+from vlprompt.data.sources import Request, sources
+from vlprompt.errors import DataError, UnknownNameError
+
+__all__ = ["build"]
+
+
+@sources.register("scenes", summary="pictures drawn from a seed; offline", grammar="scenes/TASK[@STYLE]")
+def build(request: Request, *, style: str | None = None, size: int = 64) -> ImageDataset:
+    """Build one split of a task.
+
+    Args:
+        request: ``argument`` is ``task`` or ``task@style``.
+        style: Render style, if the name doesn't say it.
+        size: Height and width in pixels.
+    """
+    task, _, named = request.argument.partition("@")
+    if named and style and named != style:
+        raise DataError(f"{request.name}: the name says style {named!r}, the option says {style!r}.")
+    look = named or style or "plain"
+    if task not in drawn.list_tasks():
+        raise UnknownNameError("scenes task", task, drawn.list_tasks())
+    if look not in drawn.list_styles():
+        raise UnknownNameError("scenes style", look, drawn.list_styles())
+    return drawn.build(task, request.split, style=look, size=size)
