@@ -161,6 +161,8 @@ def _explain(name: str, pretrained: str | None, error: Exception) -> BackboneErr
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
+    if "weights_only" in str(error):  # torch's own text advises to run the pickled code
+        return "it holds more than plain tensors"
     return (text[0] if text else type(error).__name__)[:300].rstrip(".")
 
 

@@ -145,6 +145,11 @@ def _kind(visual: Any) -> tuple[str, str | None]:
             return "conv", "its blocks run in a token-first layout that this open_clip version no longer uses"
         return "vit", None
     trunk = getattr(visual, "trunk", None)
+    if getattr(trunk, "rope", None) is not None:
+        return "conv", (
+            f"its image tower ({type(trunk).__name__}) gives its tokens rotary positions by their place, which inserted "
+            "tokens would shift. Use a learner that leaves the image tower alone (coop, linear_probe)."
+        )
     if trunk is not None and all(hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")):
         return "timm_vit", None
     what = type(trunk).__name__ if trunk is not None else name

@@ -1,0 +1,88 @@
+"""Scores of a learner on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.errors import DataError
+from vlprompt.evaluation.metrics import DEFAULT_METRICS, compute
+from vlprompt.learners import Learner
+
+__all__ = ["evaluate", "predict_logits"]
+
+
+def evaluate(
+    learner: Learner,
+    data: ImageDataset,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    batch_size: int = 100,
+    cache: FeatureCache | None = None,
+) -> dict[str, float]:
+    """Return metrics of a learner on a labelled data set, fractions in [0, 1] except ``nll`` (nats).
+
+    Args:
+        learner: See :func:`vlprompt.create_learner`.
+        data: Its class names must be the learner's, in the same order.
+        metrics: Names, see :data:`vlprompt.evaluation.metrics.METRICS`.
+        batch_size: Images per pass.
+        cache: Where image features are kept, if the learner leaves the image tower alone.
+
+    Raises:
+        DataError: If the class names differ.
+    """
+    logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
+    return compute(logits, labels, metrics)
+
+
+@torch.no_grad()
+def predict_logits(
+    learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (n, C) logits and (n,) labels on the CPU, in the data set's order; arguments as :func:`evaluate`."""
+    _check_classes(learner, data)
+    was_training = learner.training
+    learner.eval()
+    try:
+        if learner.static_images:
+            embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
+            parts = [learner.logits(part.to(learner.backbone.device)) for part in embeddings.split(4096)]
+        else:
+            parts = [learner(batch.to(learner.backbone.device)) for batch in _image_batches(learner, data, batch_size)]
+    finally:
+        learner.train(was_training)
+    return torch.cat([p.float().cpu() for p in parts]), torch.tensor(data.labels)
+
+
+def image_embeddings(
+    learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+) -> Tensor:
+    """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
+    backbone = learner.backbone
+    return (cache or FeatureCache()).features(
+        data,
+        backbone.image_embeddings,
+        backbone.preprocess,
+        fingerprint=backbone.fingerprint["id"],
+        batch_size=batch_size,
+    )
+
+
+def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(data), size):
+        images = [learner.backbone.preprocess(data[i][0]) for i in range(start, min(start + size, len(data)))]
+        yield torch.stack(images)
+
+
+def _check_classes(learner: Learner, data: ImageDataset) -> None:
+    own, given = learner.classnames, tuple(" ".join(n.replace("_", " ").split()) for n in data.classnames)
+    if own != given:
+        wrong = next((f"{a!r} and {b!r}" for a, b in zip(own, given, strict=False) if a != b), "one list is longer")
+        raise DataError(
+            f"{data.name} has {len(given)} classes, the learner {len(own)}, and they differ (first: {wrong}). "
+            "Use learner.with_classes(data.classnames)."
+        )

@@ -1,0 +1,50 @@
+"""Prompt learners: one file per method, discovered, never listed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlprompt.backbones import Backbone
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.registry import Registry
+from vlprompt.signature import check_options
+
+__all__ = ["LEARNERS", "Learner", "create_learner", "list_learners"]
+
+LEARNERS: Registry[type[Learner]] = Registry("learner", "vlprompt.learners")
+"""Every learner by name, with its paper and what it needs."""
+
+
+def create_learner(
+    name: str,
+    backbone: Backbone,
+    classnames: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    **options: Any,
+) -> Learner:
+    """Build a learner on a backbone.
+
+    Args:
+        name: See :func:`list_learners`.
+        backbone: See :func:`vlprompt.create_backbone`.
+        classnames: C distinct names.
+        templates: Hand-written sentences with one ``{}``, for what a method takes from zero-shot classification.
+        **options: The method's own, see its class.
+
+    Raises:
+        UnknownNameError: For an unknown learner.
+        ConfigError: For options the method doesn't have or values it doesn't take, all at once.
+        BackboneError: If the method can't work on this backbone; says why.
+        DataError: For class names that are empty, repeated or too long.
+    """
+    entry = LEARNERS.get(name)
+    checked = check_options(entry.target, options, source=f"learner {name!r}")
+    learner = entry.target(backbone, classnames, templates, **checked)
+    learner.method = name
+    return learner
+
+
+def list_learners() -> list[str]:
+    """Return the sorted names of all learners."""
+    return LEARNERS.names()

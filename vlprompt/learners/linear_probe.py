@@ -1,0 +1,114 @@
+"""Linear probe: logistic regression on frozen image embeddings.
+
+Paper: Radford et al., arXiv 2103.00020, appendix A.3 (the protocol: L-BFGS, the L2 strength searched on validation).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.errors import DataError
+from vlprompt.learners import LEARNERS
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+
+__all__ = ["LinearProbe"]
+
+
+@LEARNERS.register("linear_probe", summary="logistic regression on image embeddings", paper="2103.00020")
+class LinearProbe(Learner):
+    """A linear classifier on un-normalised embeddings, solved in closed loop by L-BFGS instead of stepped.
+
+    The inverse strength C is the best of 1e-6 .. 1e6 in steps of 100 on validation, then refined by bisection in
+    log10; without validation data C = 1 is taken (never chosen on what is reported).
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: See :class:`Learner`; not used.
+        max_iter: L-BFGS iterations.
+        bisections: Refinement steps around the best coarse value.
+    """
+
+    class_bound = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        max_iter: Annotated[int, Field(ge=1)] = 1000,
+        bisections: Annotated[int, Field(ge=0, le=16)] = 8,
+    ) -> None:
+        super().__init__(backbone, classnames, templates)
+        self.max_iter, self.bisections = max_iter, bisections
+        self.weight = nn.Parameter(torch.zeros(len(self.classnames), backbone.dim))
+        self.bias = nn.Parameter(torch.zeros(len(self.classnames)))
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, C) logits of (B, d) embeddings."""
+        return embeddings @ self.weight.T + self.bias
+
+    def solve(
+        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+    ) -> dict[str, Any]:
+        """Fit on (n, d) embeddings and (n,) labels.
+
+        Returns:
+            The chosen C and its validation accuracy.
+
+        Raises:
+            DataError: If the training samples show fewer than two classes.
+        """
+        features, labels = (t.cpu().numpy() for t in train)
+        if len(np.unique(labels)) < 2:
+            raise DataError("linear_probe needs training samples of at least two classes.")
+        strength, score = 0.0, None
+        if val is not None and len(val[1]):
+            strength, score = self._search(features, labels, val[0].cpu().numpy(), val[1].cpu().numpy())
+        self._keep(self._regress(features, labels, strength))
+        return {"C": 10.0**strength, "val_accuracy": score}
+
+    def _search(self, x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> tuple[float, float]:
+        scores: dict[float, float] = {}
+
+        def score(strength: float) -> float:
+            if strength not in scores:
+                scores[strength] = float(self._regress(x, y, strength).score(val_x, val_y))
+            return scores[strength]
+
+        best = max(range(-6, 7, 2), key=lambda s: (score(float(s)), -abs(s)))
+        low, high = best - 2.0, best + 2.0
+        for _ in range(self.bisections):
+            middle = (low + high) / 2
+            left, right = (low + middle) / 2, (middle + high) / 2
+            low, high = (low, middle) if score(left) >= score(right) else (middle, high)
+        chosen = max(scores, key=lambda s: (scores[s], -abs(s)))
+        return chosen, scores[chosen]
+
+    def _regress(self, x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the published protocol
+            return LogisticRegression(C=10.0**strength, max_iter=self.max_iter).fit(x, y)
+
+    def _keep(self, model: LogisticRegression) -> None:
+        """Copy the solution; a class without samples keeps a bias that never wins."""
+        weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
+        seen = torch.from_numpy(model.classes_).long()
+        if len(seen) == 2:  # scikit-learn keeps one row for two classes
+            weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+        with torch.no_grad():
+            self.weight.zero_()
+            self.bias.fill_(-1e4)
+            self.weight[seen], self.bias[seen] = weight.to(self.weight.device), bias.to(self.bias.device)
+        self._cached_weights = None

@@ -1,0 +1,232 @@
+"""Training a learner on a data set: the public ``vlprompt.fit``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import ValidationError
+from torch import Tensor
+
+from vlprompt.data import Augmentation, FeatureCache, ImageDataset
+from vlprompt.data.base import hash_strings
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.evaluation.evaluate import evaluate, image_embeddings
+from vlprompt.learners import Learner
+from vlprompt.signature import describe_problems
+from vlprompt.training.batches import Batch, Batches, TensorBatches, epoch_plan
+from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.options import TrainOptions
+from vlprompt.training.trainer import Trainer
+
+__all__ = ["ImageBatches", "RunResult", "fit"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training run left behind.
+
+    Attributes:
+        metrics: Validation metrics of the kept weights (``val/...``), and ``seconds``.
+        history: One record per epoch.
+        path: The run's folder, None if nothing was written.
+        learner: The trained learner.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]] = field(repr=False)
+    path: Path | None
+    learner: Learner = field(repr=False)
+
+
+class ImageBatches:
+    """Batches of decoded, augmented pixels, for learners that touch the image tower.
+
+    Args:
+        data: Training samples.
+        preprocess: The backbone's.
+        augmentation: What makes a view of a picture.
+        options: ``batch_size``, ``seed`` and ``drop_last`` are read.
+        views: Number of fixed views per picture; 0 draws a new one every epoch.
+    """
+
+    def __init__(
+        self, data: ImageDataset, preprocess: Any, augmentation: Augmentation, options: TrainOptions, views: int
+    ) -> None:
+        self.data, self.preprocess, self.augmentation = data, preprocess, augmentation
+        self.options, self.views = options, views
+        self.labels = torch.tensor(data.labels)
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`."""
+        return epoch_plan(
+            len(self.data), self.options.batch_size, self.options.seed, epoch, self.options.drop_last
+        )
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`."""
+        view = epoch % self.views if self.views else epoch
+        images = [self._view(int(i), view) for i in indices]
+        index = torch.as_tensor(indices)
+        return {"image": torch.stack(images), "label": self.labels[index], "index": index}
+
+    def _view(self, index: int, view: int) -> Tensor:
+        image, _ = self.data[index]
+        return self.augmentation.augment(image, self.preprocess, self.options.seed, self.data.key(index), view)
+
+
+def fit(
+    learner: Learner,
+    train: ImageDataset,
+    val: ImageDataset | None = None,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    augmentation: str = "none",
+    views: int = 1,
+    cache_dir: str | Path | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a learner; its parameters are changed in place.
+
+    If the learner leaves the image tower alone, image embeddings are computed once per view and training runs on them.
+
+    Args:
+        learner: See :func:`vlprompt.create_learner`.
+        train: Training samples; class names must be the learner's.
+        val: Validation samples, for curves and ``select="best"``. Never give test data here.
+        folder: Where checkpoints and TensorBoard events go; None writes nothing.
+        resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
+        augmentation: ``"none"``, ``"flip"`` or ``"crop_flip"``.
+        views: Fixed augmented views per picture that the epochs take in turn (their embeddings are cached); 0 draws
+            new ones every epoch, which rules caching out.
+        cache_dir: Where embeddings are kept between runs; None keeps them in memory.
+        callbacks: Replaces the default ones (progress, TensorBoard).
+        **options: See :class:`TrainOptions`.
+
+    Raises:
+        ConfigError: For wrong options, all at once.
+        DataError: If there are no samples, or the classes differ.
+        NonFiniteError: If the loss or a gradient is NaN or infinite.
+        CheckpointError: If the checkpoint to resume is damaged or another run's.
+    """
+    checked = parse_options(options)
+    _check_samples(learner, train)
+    started = time.monotonic()
+    accelerator = Accelerator()
+    learner.to(accelerator.device)
+    folder = None if folder is None else Path(folder)
+    cache = FeatureCache(cache_dir)
+    source = _Source(learner, train, Augmentation(augmentation), views, checked, cache)
+    if hasattr(learner, "solve"):
+        found = learner.solve(*source.solver_data(val), seed=checked.seed)
+        history = [{"epoch": 0, **{k: v for k, v in found.items() if v is not None}}]
+    elif not any(p.requires_grad for p in learner.parameters()) or checked.epochs == 0:
+        history = []
+    else:
+        trainer = Trainer(
+            learner,
+            source.batches(),
+            checked,
+            folder,
+            validate=None if val is None else (lambda: evaluate(learner, val, cache=cache)),
+            callbacks=default_callbacks(learner.method, folder) if callbacks is None else callbacks,
+            identity=_identity(learner, train, augmentation, views),
+            accelerator=accelerator,
+        )
+        history = trainer.run(resume).history
+    learner.eval()
+    metrics = {"seconds": time.monotonic() - started}
+    if val is not None:
+        metrics |= {f"val/{k}": v for k, v in evaluate(learner, val, cache=cache).items()}
+    return RunResult(metrics, history, folder, learner)
+
+
+def parse_options(options: Mapping[str, Any]) -> TrainOptions:
+    """Validate training options.
+
+    Raises:
+        ConfigError: With every mistake and the nearest valid key.
+    """
+    try:
+        return TrainOptions(**options)
+    except ValidationError as error:
+        raise ConfigError(describe_problems(error, TrainOptions), "training options") from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Turns a data set into what a learner trains on: cached embeddings where exact, pixels otherwise."""
+
+    learner: Learner
+    data: ImageDataset
+    augmentation: Augmentation
+    views: int
+    options: TrainOptions
+    cache: FeatureCache
+
+    def batches(self) -> Batches:
+        if not self.learner.static_images or (self.views == 0 and self.augmentation.is_random):
+            preprocess = self.learner.backbone.preprocess
+            return ImageBatches(self.data, preprocess, self.augmentation, self.options, self.views)
+        labels = torch.tensor(self.data.labels)
+        embeddings = self._embeddings()
+        tensors = {"embedding": embeddings, "label": [labels] * len(embeddings)}
+        return TensorBatches(tensors, self.options.batch_size, self.options.seed, self.options.drop_last)
+
+    def solver_data(self, val: ImageDataset | None) -> tuple[Any, Any]:
+        """Return (embeddings, labels) of train, all views stacked, and of val."""
+        views = self._embeddings()
+        labels = torch.tensor(self.data.labels).repeat(len(views))
+        if val is None:
+            return (torch.cat(views), labels), None
+        return (torch.cat(views), labels), (
+            image_embeddings(self.learner, val, cache=self.cache),
+            torch.tensor(val.labels),
+        )
+
+    def _embeddings(self) -> list[Tensor]:
+        backbone = self.learner.backbone
+        count = max(1, self.views) if self.augmentation.is_random else 1
+        return [
+            self.cache.features(
+                self.data,
+                backbone.image_embeddings,
+                backbone.preprocess,
+                fingerprint=backbone.fingerprint["id"],
+                augmentation=self.augmentation,
+                seed=self.options.seed,
+                view=view,
+            )
+            for view in range(count)
+        ]
+
+
+def _check_samples(learner: Learner, train: ImageDataset) -> None:
+    if not len(train):
+        raise DataError(f"{train.name}: there are no training samples.")
+    if len(train.classnames) != len(learner.classnames):
+        raise DataError(
+            f"{train.name} has {len(train.classnames)} classes, the learner {len(learner.classnames)}. "
+            "Build it with classnames=train.classnames."
+        )
+
+
+def _identity(learner: Learner, train: ImageDataset, augmentation: str, views: int) -> dict[str, Any]:
+    """Facts that a run and its continuation must share."""
+    return {
+        "learner": learner.method,
+        "learner_options": {k: str(v) for k, v in learner.options.items()},
+        "backbone": learner.backbone.fingerprint["id"],
+        "data": train.name,
+        "samples": hash_strings(f"{train.key(i)}={label}" for i, label in enumerate(train.labels)),
+        "classnames": hash_strings(learner.classnames),
+        "augmentation": [augmentation, views],
+    }
