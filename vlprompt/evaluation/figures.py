@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,7 +20,7 @@ __all__ = ["confusion", "learning_curves", "per_class", "reliability", "shots_cu
 
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#64748b")
 INK = "#0a0b0c"  # stands for the page's text colour, put in when the SVG is written
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -194,7 +194,7 @@ def shots_curve(curves: Mapping[str, Sequence[tuple[int, float, float | None]]])
         return _svg(figure, "Accuracy against shots")
 
 
-def _finish(axis: Axes, title: str, xlabel: str, grid: str = "both") -> None:
+def _finish(axis: Axes, title: str, xlabel: str, grid: Literal["both", "x", "y"] = "both") -> None:
     axis.grid(True, axis=grid)
     axis.set_axisbelow(True)
     axis.set_title(title)
