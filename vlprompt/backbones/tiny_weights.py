@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from open_clip.model import CLIP
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlprompt.errors import BackboneError
 from vlprompt.files import read_tensors
@@ -41,7 +41,7 @@ def build_model() -> CLIP:
     return CLIP(**model_config())
 
 
-def pack_state(model: nn.Module, seen_ids: Sequence[int]) -> dict[str, Tensor]:
+def pack_state(model: CLIP, seen_ids: Sequence[int]) -> dict[str, Tensor]:
     """Return a model's tensors as they are shipped.
 
     Args:
@@ -59,7 +59,7 @@ def pack_state(model: nn.Module, seen_ids: Sequence[int]) -> dict[str, Tensor]:
     return {**state, _ROWS: table[ids.long()].clone(), _IDS: ids}
 
 
-def load_state(model: nn.Module, path: Path | None = None) -> None:
+def load_state(model: CLIP, path: Path | None = None) -> None:
     """Put the shipped weights into a model of :func:`model_config`, in place.
 
     Args:
@@ -90,10 +90,10 @@ def seen_token_ids() -> tuple[int, ...]:
     return tuple(read_tensors(WEIGHTS)[0][_IDS].tolist())
 
 
-def _unpack_table(packed: Mapping[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+def _unpack_table(packed: Mapping[str, Tensor], model: CLIP, path: Path) -> dict[str, Tensor]:
     if _ROWS not in packed or _IDS not in packed:
         raise BackboneError(f"{path} holds no packed token embeddings; it was not written by pack_state.")
-    vocabulary, width = model.token_embedding.weight.shape  # type: ignore[union-attr, operator]
+    vocabulary, width = model.token_embedding.weight.shape
     rows, ids = packed[_ROWS].float(), packed[_IDS].long()
     if rows.shape[1] != width or int(ids.max()) >= vocabulary:
         raise BackboneError(

@@ -1,15 +1,14 @@
 """Contrastive pretraining of the embedded ``tiny`` CLIP on captioned scenes.
 
-CLIP's objective (Radford et al., ICML 2021, section 2.3) with one correction: every caption that is true of a picture
-counts as a positive, shared equally, as in UniCL (Yang et al., CVPR 2022, eq. 3). With captions as short as "a red
-object" a batch is full of pairs that are true by accident, and calling them false would punish what must be learned.
+CLIP's objective (Radford et al., ICML 2021, section 2.3) with one correction: every caption that is true of
+a picture counts as a positive, shared equally, as in UniCL (Yang et al., CVPR 2022, eq. 3). With captions
+as short as "a red object" a batch is full of pairs that are true by accident, and calling them false would
+punish what must be learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlprompt.backbones.tiny_weights import build_model, pack_state
+from vlprompt.data.scenes.corpus import Corpus, encode, read_corpus
 from vlprompt.data.scenes.pairs import CaptionPairs
-from vlprompt.data.scenes.render import render
-from vlprompt.data.scenes.tasks import GENERATOR, build
+from vlprompt.data.scenes.tasks import build
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_json, write_tensors
 from vlprompt.seeding import derive_seed, numpy_rng
@@ -35,7 +34,7 @@ from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["CaptionBatches", "ContrastiveModule", "ZeroShot", "read_corpus"]
+__all__ = ["CaptionBatches", "ContrastiveModule", "PretrainOptions", "ZeroShot", "pretrain"]
 
 #: Data sets that a run is watched on.
 WATCHED = (
@@ -93,7 +92,7 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     """
     pairs = CaptionPairs(options.pictures, options.seed)
     corpus = read_corpus(pairs, options.captions, folder / "scenes.u8", workers)
-    module = ContrastiveModule(corpus["seen_ids"], options.seed)
+    module = ContrastiveModule(corpus.seen_ids, options.seed)
     batches = CaptionBatches(corpus, options.train.batch_size, options.train.seed, options.shift)
     identity = options.model_dump(mode="json", exclude={"train"})
     ship = _Ship(module, folder)
@@ -103,7 +102,7 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
 
 
 class _Ship(Callback):
-    """Writes the packed weights and the history after every epoch, so that a look at either needs no end of the run."""
+    """Writes the packed weights and the history after every epoch."""
 
     def __init__(self, module: ContrastiveModule, folder: Path) -> None:
         self.module, self.folder, self.path = module, folder, folder / "tiny.safetensors"
@@ -120,12 +119,15 @@ class _Ship(Callback):
 
 
 class ContrastiveModule(nn.Module):
-    """Trains the tiny CLIP on the tokens that occur; the rest of the vocabulary has no rows and costs nothing.
+    """Trains the tiny CLIP on the tokens that occur; the rest of the vocabulary costs nothing.
 
     Args:
         seen_ids: CLIP token ids that occur in the captions, sorted; batches hold indices into them.
         seed: Seeds the initialisation.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, seen_ids: list[int], seed: int) -> None:
         super().__init__()
@@ -142,8 +144,8 @@ class ContrastiveModule(nn.Module):
         """Return the two directions of the contrastive loss.
 
         Args:
-            batch: ``image`` (B, 3, H, W) uint8, ``text`` (B, T) indices of seen tokens, ``last`` (B,) position of the
-                end-of-text token, ``positive`` (B, B) bool: is caption j true of picture i?
+            batch: ``image`` (B, 3, H, W) uint8, ``text`` (B, T) indices of seen tokens, ``last`` (B,) place
+                of the end-of-text token, ``positive`` (B, B) bool: caption j is true of picture i.
         """
         # For 64 patches the plain attention is faster on a CPU than the fused one, and as exact.
         with sdpa_kernel(SDPBackend.MATH):
@@ -191,36 +193,30 @@ class CaptionBatches:
     """Batches of pictures and captions; epoch e reads caption e modulo the number of captions per picture.
 
     Args:
-        corpus: What :func:`read_corpus` returned.
+        corpus: The captioned scenes.
         batch_size: Pairs per global batch.
         seed: The run's seed.
         shift: Pictures are moved by up to so many pixels each way.
     """
 
-    def __init__(self, corpus: dict[str, Any], batch_size: int, seed: int, shift: int = 2) -> None:
+    def __init__(self, corpus: Corpus, batch_size: int, seed: int, shift: int = 2) -> None:
         self.corpus, self.batch_size, self.seed, self.shift = corpus, batch_size, seed, shift
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
-        return epoch_plan(len(self.corpus["images"]), self.batch_size, self.seed, epoch)
+        return epoch_plan(len(self.corpus.images), self.batch_size, self.seed, epoch)
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""
-        draw = epoch % self.corpus["tokens"].shape[1]
-        tokens = self.corpus["tokens"][indices, draw].astype(np.int64)
-        last = self.corpus["last"][indices, draw].astype(np.int64)
-        truth = self.corpus["truth"][indices].astype(np.float32)
-        stated = self.corpus["stated"][indices, draw]
-        positive = np.ones((len(indices), len(indices)), bool)
-        for place in range(stated.shape[1]):  # a caption is true where every fact it states is true
-            column = stated[:, place]
-            positive &= (truth[:, column] > 0) | (column < 0)[None]
-        images = self._shifted(np.stack([self.corpus["images"][i] for i in indices]), epoch, int(indices[0]))
+        draw = epoch % self.corpus.tokens.shape[1]
+        last = self.corpus.last[indices, draw].astype(np.int64)
+        tokens = self.corpus.tokens[indices, draw, : last.max() + 1].astype(np.int64)
+        images = self._shifted(np.stack([self.corpus.images[i] for i in indices]), epoch, int(indices[0]))
         return {
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
-            "text": torch.from_numpy(tokens[:, : last.max() + 1]),
+            "text": torch.from_numpy(tokens),
             "last": torch.from_numpy(last),
-            "positive": torch.from_numpy(positive),
+            "positive": torch.from_numpy(self.corpus.positives(indices, draw)),
         }
 
     def _shifted(self, images: NDArray[np.uint8], epoch: int, first: int) -> NDArray[np.uint8]:
@@ -228,83 +224,6 @@ class CaptionBatches:
         wide = np.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
         offsets = numpy_rng(self.seed, "shift", epoch, first).integers(0, 2 * reach + 1, (len(images), 2))
         return np.stack([w[y : y + side, x : x + side] for w, (y, x) in zip(wide, offsets, strict=True)])
-
-
-def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 1) -> dict[str, Any]:
-    """Render pictures and tokenise captions once, before training.
-
-    Args:
-        pairs: The captioned scenes.
-        captions: Captions per picture.
-        cache: File the pixels are kept in (memory-mapped); reused if it is complete.
-        workers: Processes.
-
-    Returns:
-        ``images`` (N, H, W, 3) uint8, ``tokens`` (N, captions, T) indices into ``seen_ids``, ``last`` (N, captions),
-        ``truth`` (N, facts) bool, ``stated`` (N, captions, at most) fact numbers or -1, ``seen_ids``.
-    """
-    images = _render_all(pairs, cache, workers)
-    texts: list[list[str]] = []
-    known: dict[str, int] = {}
-    truths, stated = [], []
-    for index in range(len(pairs)):
-        drawn = pairs.captions(index, captions)
-        texts.append([c.text for c in drawn])
-        truths.append([known.setdefault(f, len(known)) for f in sorted(pairs.facts(index))])
-        stated.append([[known.setdefault(f, len(known)) for f in sorted(c.facts)] for c in drawn])
-    truth = np.zeros((len(pairs), len(known)), bool)
-    for row, numbers in zip(truth, truths, strict=True):
-        row[numbers] = True
-    most = max(len(f) for row in stated for f in row)
-    padded = np.array([[f + [-1] * (most - len(f)) for f in row] for row in stated], np.int32)
-    return {"images": images, "truth": truth, "stated": padded, **_tokenise(texts)}
-
-
-def _tokenise(texts: list[list[str]]) -> dict[str, Any]:
-    """Tokenise with CLIP's BPE and renumber the tokens that occur 0, 1, 2, ..."""
-    ids = {text: _encode(text) for row in texts for text in row}
-    seen = sorted({i for row in ids.values() for i in row})
-    place = {token: number for number, token in enumerate(seen)}
-    longest = max(len(row) for row in ids.values())
-    tokens = np.zeros((len(texts), len(texts[0]), longest), np.uint16)
-    last = np.zeros(tokens.shape[:2], np.uint8)
-    for i, row in enumerate(texts):
-        for j, text in enumerate(row):
-            tokens[i, j, : len(ids[text])] = [place[t] for t in ids[text]]
-            last[i, j] = len(ids[text]) - 1
-    return {"tokens": tokens, "last": last, "seen_ids": seen}
-
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer()
-
-
-def _encode(text: str) -> list[int]:
-    tokenizer = _tokenizer()
-    return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
-
-
-def _render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
-    shape = (len(pairs), pairs.size, pairs.size, 3)
-    cache = cache.with_name(f"{cache.stem}-{derive_seed(pairs.seed, GENERATOR, pairs, shape):x}.u8")
-    if not (cache.is_file() and cache.stat().st_size == int(np.prod(shape))):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(".part")
-        pixels = np.memmap(part, np.uint8, "w+", shape=shape)
-        chunks = [range(i, min(i + 512, len(pairs))) for i in range(0, len(pairs), 512)]
-        with ProcessPoolExecutor(workers) as pool:
-            for chunk, rendered in zip(
-                chunks, pool.map(_render_chunk, [pairs] * len(chunks), chunks), strict=True
-            ):
-                pixels[chunk.start : chunk.stop] = rendered
-        pixels.flush()
-        part.replace(cache)
-    return np.memmap(cache, np.uint8, "r", shape=shape)
-
-
-def _render_chunk(pairs: CaptionPairs, chunk: range) -> NDArray[np.uint8]:
-    return np.stack([render(pairs.spec(i), pairs.size).image for i in chunk])
 
 
 class ZeroShot:
@@ -325,7 +244,7 @@ class ZeroShot:
             data = build(task, "val", style)
             chosen = range(min(pictures, len(data)))
             images = np.stack([np.asarray(data[i][0]) for i in chosen])
-            rows = [_encode(t.format(c)) for t in data.templates for c in data.classnames]
+            rows = [encode(t.format(c)) for t in data.templates for c in data.classnames]
             known = [[place[token] for token in row] for row in rows]
             self.sets[data.name] = (torch.from_numpy(images).permute(0, 3, 1, 2), data, known)
 
