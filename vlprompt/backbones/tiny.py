@@ -41,5 +41,5 @@ def build_tiny(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
 
         load_state(model)
     preprocess = {"size": config["vision_cfg"]["image_size"]}
-    tokenizer = wrap_tokenizer(open_clip.get_tokenizer("ViT-B-16"))
+    tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     return wrap_open_clip(model, preprocess, tokenizer, {"architecture": "tiny", "pretrained": tag})

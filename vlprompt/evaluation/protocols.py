@@ -46,11 +46,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that raised: what it said to people, and the stack for developers."""
+    """A cell that raised: what it said to people, the stack for developers, and the exception itself."""
 
     cell: Cell
     message: str
     stack: str
+    error: Exception
 
 
 RunCell = Callable[[Cell], Mapping[str, float]]
@@ -175,7 +176,7 @@ def _run(protocol: str, plan: Iterable[Cell], run_cell: RunCell) -> ProtocolResu
         except Exception as error:  # hours of finished cells must survive whatever one of them does
             message = str(error) or type(error).__name__
             log.error("%s: %s failed: %s", protocol, cell.name, message)
-            result.failures.append(Failure(cell, message, traceback.format_exc()))
+            result.failures.append(Failure(cell, message, traceback.format_exc(), error))
     result.metrics["runs"] = float(len(result.cells) + len(result.failures))
     result.metrics["runs_failed"] = float(len(result.failures))
     return result

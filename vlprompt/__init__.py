@@ -1,0 +1,68 @@
+"""vlprompt: adapt CLIP-family vision-language models by learning prompts.
+
+Everything listed in ``__all__`` is the public contract. Importing the package is cheap; what a name needs is imported
+when the name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlprompt.artefacts import load, save
+    from vlprompt.backbones import create_backbone, list_backbones
+    from vlprompt.config import load_config
+    from vlprompt.data import list_datasets, load_dataset
+    from vlprompt.errors import VLPromptError
+    from vlprompt.evaluation.evaluate import evaluate
+    from vlprompt.inference import predict
+    from vlprompt.learners import create_learner, list_learners
+    from vlprompt.training.fit import RunResult, fit
+    from vlprompt.training.run import run
+
+_HOME = {
+    "RunResult": "vlprompt.training.fit",
+    "VLPromptError": "vlprompt.errors",
+    "create_backbone": "vlprompt.backbones",
+    "create_learner": "vlprompt.learners",
+    "evaluate": "vlprompt.evaluation.evaluate",
+    "fit": "vlprompt.training.fit",
+    "list_backbones": "vlprompt.backbones",
+    "list_datasets": "vlprompt.data",
+    "list_learners": "vlprompt.learners",
+    "load": "vlprompt.artefacts",
+    "load_config": "vlprompt.config",
+    "load_dataset": "vlprompt.data",
+    "predict": "vlprompt.inference",
+    "run": "vlprompt.training.run",
+    "save": "vlprompt.artefacts",
+}
+
+__all__ = [
+    "RunResult",
+    "VLPromptError",
+    "create_backbone",
+    "create_learner",
+    "evaluate",
+    "fit",
+    "list_backbones",
+    "list_datasets",
+    "list_learners",
+    "load",
+    "load_config",
+    "load_dataset",
+    "predict",
+    "run",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

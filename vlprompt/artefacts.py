@@ -1,0 +1,137 @@
+"""Saving and loading what was learned: two small files that say everything needed to use it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as tensors_to_bytes
+
+from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.errors import CheckpointError
+from vlprompt.files import read_tensors, write_json, write_tensors
+from vlprompt.learners import Learner, create_learner
+from vlprompt.signature import describe_problems
+
+__all__ = ["load", "package_version", "save"]
+
+_FORMAT = 1
+
+
+class _Card(BaseModel):
+    """What ``prompt.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    method: str
+    options: dict[str, Any]
+    classnames: list[str]
+    templates: list[str]
+    backbone: dict[str, Any]
+    version: str
+    metrics: dict[str, float]
+    tensors: str
+
+
+def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+    """Write a learner as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
+
+    Args:
+        learner: What was trained.
+        path: Folder, made if missing.
+        metrics: Figures to keep with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If it can't be written; an older artefact in the folder stays usable.
+    """
+    folder = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
+    digest = _digest(state)
+    card = _Card(
+        format=_FORMAT,
+        method=learner.method,
+        options=learner.options,
+        classnames=list(learner.classnames),
+        templates=list(learner.templates),
+        backbone=learner.backbone.fingerprint,
+        version=package_version(),
+        metrics=dict(metrics or {}),
+        tensors=digest,
+    ).model_dump()
+    # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
+    write_tensors(folder / "prompt.safetensors", state, {"card": card})
+    write_json(folder / "prompt.json", card)
+    return folder
+
+
+def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
+    """Read what :func:`save` wrote. No code in the files can run.
+
+    Args:
+        path: The folder.
+        backbone: The backbone it was trained on; None builds it from the name in the file.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or hostile, or the backbone is another one; names the difference.
+        BackboneError: If the backbone's weights can't be fetched.
+    """
+    folder = Path(path)
+    tensors, metadata = read_tensors(folder / "prompt.safetensors")
+    card = _parse(folder, metadata.get("card"))
+    if _digest(tensors) != card.tensors:
+        raise CheckpointError(f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged.")
+    if backbone is None:
+        backbone = create_backbone(str(card.backbone.get("architecture")), card.backbone.get("pretrained"))
+    _check_backbone(folder, card.backbone, backbone.fingerprint)
+    learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
+    learner.load_trainable_state(tensors)
+    return learner.eval()
+
+
+def package_version() -> str:
+    """Return the installed version of vlprompt, ``"unknown"`` in a bare source tree."""
+    try:
+        return version("vlprompt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _parse(folder: Path, inner: Any) -> _Card:
+    """Read ``prompt.json``, or the copy inside the tensors' file if the JSON is missing or older."""
+    try:
+        outer = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        outer = inner
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'prompt.json'} is not readable JSON: {error}.") from error
+    if isinstance(outer, dict) and isinstance(inner, dict) and outer.get("tensors") != inner.get("tensors"):
+        outer = inner  # a save was killed between its two files
+    try:
+        card = _Card.model_validate(outer)
+    except ValidationError as error:
+        problems = " ".join(describe_problems(error, _Card))
+        raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
+    if card.format > _FORMAT:
+        raise CheckpointError(f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}.")
+    return card
+
+
+def _check_backbone(folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    # The place weights were read from may differ; what they are may not.
+    differs = [k for k in sorted({*saved, *given} - {"id", "pretrained"}) if saved.get(k) != given.get(k)]
+    if differs:
+        lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {given.get(k)!r}" for k in differs)
+        raise CheckpointError(f"{folder} was trained on another backbone than the one given:\n{lines}")
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(tensors_to_bytes(dict(sorted(state.items())))).hexdigest()

@@ -1,0 +1,227 @@
+"""Configurations: YAML with ``_base_`` composition and dotted overrides, validated as a whole before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
+from vlprompt.learners import LEARNERS
+from vlprompt.signature import check_options, describe_problems
+from vlprompt.training.options import TrainOptions
+
+__all__ = ["DataOptions", "ProtocolOptions", "RunConfig", "config_path", "configs_dir", "load_config", "read_yaml"]
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneOptions(BaseModel):
+    """The ``backbone:`` section: arguments of :func:`vlprompt.create_backbone`."""
+
+    model_config = _STRICT
+
+    name: str = "tiny"
+    pretrained: str | None = None
+    quick_gelu: bool | None = None
+    cache_dir: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return only what was set, since embedded backbones take fewer options."""
+        return self.model_dump(exclude_defaults=True)
+
+
+class DataOptions(BaseModel):
+    """The ``data:`` section: what to train and test on."""
+
+    model_config = _STRICT
+
+    name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
+    also_test: dict[str, str] = Field(default_factory=dict, description="label to a name with the same classes")
+    root: str | None = Field(None, description="where data sets lie")
+    validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
+    sampling: Literal["private", "coop_compat"] = "private"
+    on_bad_image: Literal["skip", "error"] = "skip"
+    strict_shots: bool = False
+    augmentation: Literal["none", "flip", "crop_flip"] = "none"
+    views: int = Field(1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching")
+    cache_dir: str | None = Field(None, description="where image embeddings are kept between runs")
+    classnames: list[str] | dict[str, str] | None = Field(None, description="replace class names, all or by old name")
+    templates: list[str] | None = Field(None, description="replace the hand-written templates")
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets as a list."""
+        return [self.name] if isinstance(self.name, str) else list(self.name)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what :func:`vlprompt.load_dataset` takes for every split."""
+        keys = ("root", "sampling", "on_bad_image", "strict_shots", "classnames", "templates")
+        return {k: getattr(self, k) for k in keys}
+
+
+class ProtocolOptions(BaseModel):
+    """The ``protocol:`` section: which runs make up the result."""
+
+    model_config = _STRICT
+
+    name: Literal["coop-fewshot", "base-to-new"] = "coop-fewshot"
+    shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
+
+
+class RunConfig(BaseModel):
+    """A whole run; what ``tools/train.py --cfg`` reads."""
+
+    model_config = _STRICT
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
+    output: str = "runs"
+    backbone: BackboneOptions = Field(default_factory=BackboneOptions)
+    learner: dict[str, Any] = Field(default_factory=lambda: {"name": "coop"}, description="name and the method's options")
+    data: DataOptions = Field(default_factory=DataOptions)
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
+
+    @property
+    def learner_name(self) -> str:
+        """The learner's registry name."""
+        return str(self.learner["name"])
+
+    @property
+    def learner_options(self) -> dict[str, Any]:
+        """The learner's own options."""
+        return {k: v for k, v in self.learner.items() if k != "name"}
+
+
+def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, compose, override and validate a configuration.
+
+    Args:
+        cfg: A path, or the name of a file in the configs folder.
+        overrides: ``dotted.key=value`` strings; values are YAML (``train.lr=0.01``, ``protocol.seeds=[1,2,3]``).
+
+    Raises:
+        ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
+        UnknownNameError: If there is no such file.
+    """
+    raw = read_yaml(cfg, overrides)
+    problems: list[str] = []
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += describe_problems(error, RunConfig)
+    problems += _learner_problems(raw.get("learner", {}))
+    problems += _name_problems(raw)
+    if problems or config is None:
+        raise ConfigError(problems, str(cfg))
+    return config
+
+
+def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a configuration as plain data: bases merged, overrides applied, nothing validated yet.
+
+    Raises:
+        ConfigError: If a file is not YAML, bases form a circle, or an override has no ``=``.
+        UnknownNameError: If a file does not exist.
+    """
+    try:
+        merged = _compose(config_path(cfg), ())
+        if wrong := [o for o in overrides if "=" not in o]:
+            raise ConfigError([f"{o!r}: an override looks like dotted.key=value." for o in wrong], "command line")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([str(error).strip()], str(cfg)) from error
+    assert isinstance(plain, dict)  # noqa: S101 - _compose refuses anything but a mapping
+    return {str(k): v for k, v in plain.items()}
+
+
+def configs_dir() -> Path:
+    """Return the folder of shipped configurations: the repository's, or the installed package's copy."""
+    package = Path(__file__).parent
+    beside = package.parent / "configs"
+    return beside if beside.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "configs"
+
+
+def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
+    """Return the file a ``--cfg`` or ``_base_`` value means: a path, or a name in the configs folder.
+
+    Raises:
+        UnknownNameError: If there is none.
+    """
+    names = [str(cfg), f"{cfg}.yaml"]
+    folders = [Path(), *([beside] if beside else []), configs_dir()]
+    for place in (folder / name for folder in folders for name in names):
+        if place.is_file():
+            return place
+    known = [p.name for p in configs_dir().glob("*.yaml")]
+    raise UnknownNameError("configuration", str(cfg), known, "Or give the path of a YAML file.")
+
+
+def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
+    path = path.resolve()
+    if path in above:
+        circle = " -> ".join(p.name for p in [*above, path])
+        raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(["the top of the file must be keys and values."], path.name)
+    bases = loaded.pop("_base_", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _compose(config_path(base, path.parent), (*above, path)))
+    result = OmegaConf.merge(merged, loaded)
+    if isinstance(result, DictConfig) and _renames_learner(merged, loaded):
+        result.learner = loaded.learner  # another method's options do not apply
+    assert isinstance(result, DictConfig)  # noqa: S101 - merging two mappings gives a mapping
+    return result
+
+
+def _renames_learner(base: Any, own: Any) -> bool:
+    before, after = (OmegaConf.select(c, "learner.name") for c in (base, own))
+    return after is not None and before is not None and before != after
+
+
+def _learner_problems(section: Any) -> list[str]:
+    if not isinstance(section, dict):
+        return []
+    if "name" not in section:
+        return ["learner.name: required, but missing."] if section else []
+    try:
+        target = LEARNERS.get(str(section["name"])).target
+        check_options(target, {k: v for k, v in section.items() if k != "name"}, "learner")
+    except UnknownNameError as error:
+        return [f"learner.name: {error}"]
+    except ConfigError as error:
+        return [f"learner.{problem}" for problem in error.problems]
+    return []
+
+
+def _name_problems(raw: dict[str, Any]) -> list[str]:
+    """Check names of backbones and data sets, without building any."""
+    from vlprompt.backbones import list_backbones
+    from vlprompt.data.catalog import check_name
+
+    problems = []
+    section = raw.get("backbone") or {}
+    backbone = section.get("name", "tiny") if isinstance(section, dict) else None
+    if isinstance(backbone, str) and backbone not in (known := list_backbones()):
+        problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, known)}")
+    section = raw.get("data") or {}
+    names = section.get("name", []) if isinstance(section, dict) else []
+    also = section.get("also_test", {}) if isinstance(section, dict) else {}
+    listed = [names] if isinstance(names, str) else names if isinstance(names, list) else []
+    listed = [*listed, *(also.values() if isinstance(also, dict) else [])]
+    for name in listed:
+        try:
+            check_name(str(name))
+        except VLPromptError as error:
+            problems.append(f"data.name: {error}")
+    return problems

@@ -1,0 +1,267 @@
+"""Running a configuration: every cell of its protocol, then the figures, the artefacts and the report.
+
+A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the resolved configuration, so ``--resume`` finds
+what the same command left behind: finished cells are kept, an unfinished one continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+
+from vlprompt.artefacts import package_version, save
+from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.config import RunConfig
+from vlprompt.data import FeatureCache, ImageDataset, load_dataset
+from vlprompt.evaluation.evaluate import evaluate, predict_logits
+from vlprompt.evaluation.protocols import Cell, ProtocolResult, base_to_new, coop_fewshot
+from vlprompt.evaluation.report import RunRecord, write_report
+from vlprompt.files import write_atomic, write_json
+from vlprompt.learners import Learner, create_learner
+from vlprompt.training.fit import RunResult, fit
+
+__all__ = ["Outcome", "run"]
+
+log = logging.getLogger("vlprompt.run")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run produced.
+
+    Attributes:
+        folder: The run's folder.
+        metrics: The content of ``metrics.json``.
+        headline: Key of the number to print first.
+        exit_code: 0, or 1 if a cell failed.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    headline: str
+    exit_code: int
+
+
+def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
+    """Carry a configuration out.
+
+    Args:
+        config: See :func:`vlprompt.config.load_config`.
+        resume: Keep finished cells and continue an unfinished one; otherwise the folder is emptied first.
+        command: Shown in the report.
+
+    Raises:
+        VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
+    """
+    folder = _open_folder(config, resume)
+    backbone = create_backbone(config.backbone.name, **_without(config.backbone.arguments(), "name"))
+    log.info("backbone %s (%s), run folder %s", backbone.name, backbone.fingerprint["id"], folder)
+    session = _Session(config, backbone, folder, resume)
+    result = session.run_protocol()
+    if result.failures and not result.cells and len(result.failures) == 1:
+        raise result.failures[0].error
+    metrics = _metrics(config, backbone, result, session)
+    if PartialState().is_main_process:
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "cells.json", result.record())
+        write_report(folder / "report.html", session.report(result, metrics, command))
+    return Outcome(folder, metrics, result.headline, result.exit_code)
+
+
+class _Session:
+    """The cells of one run, sharing a backbone and the features of the test sets."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone, folder: Path, resume: bool) -> None:
+        self.config, self.backbone, self.folder, self.resume = config, backbone, folder, resume
+        # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on which other
+        # draws were encoded before, and a resumed run must not differ from an uninterrupted one.
+        self.test_cache = FeatureCache(config.data.cache_dir)
+        self.facts: dict[str, Any] = {}
+        self.shown: tuple[Learner, ImageDataset, RunResult] | None = None
+
+    def run_protocol(self) -> ProtocolResult:
+        """Run every cell of the configured protocol."""
+        protocol, names = self.config.protocol, self.config.data.names
+        if protocol.name == "base-to-new":
+            counts = {name: len(self._load(name, "test").classnames) for name in names}
+            return base_to_new(counts, self.run_cell, max(protocol.shots), protocol.seeds)
+        return coop_fewshot(names, self.run_cell, protocol.shots, protocol.seeds)
+
+    def run_cell(self, cell: Cell) -> Mapping[str, float]:
+        """Train and score one cell, or return what a finished one left behind."""
+        folder = self.folder if self._single else self.folder / "cells" / cell.name
+        done = folder / "cell.json"
+        if done.is_file():
+            return json.loads(done.read_text())
+        train, val = (self._part(cell, split) for split in ("train", "val"))
+        learner = self._learner(train, cell.seed)
+        log.info("%s: %s on %d samples of %d classes", cell.name, learner.method, len(train), len(train.classnames))
+        result = fit(
+            learner,
+            train,
+            val if self.config.data.validate_on == "val" else None,
+            folder=folder,
+            resume=self.resume,
+            augmentation=self.config.data.augmentation,
+            views=self.config.data.views,
+            cache_dir=self.config.data.cache_dir,
+            **{**self.config.train.model_dump(), "seed": cell.seed},
+        )
+        numbers = self._score(cell, learner, result)
+        if PartialState().is_main_process:
+            _write_history(folder / "history.jsonl", result.history)
+            save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
+            write_json(done, numbers)
+        return numbers
+
+    def _score(self, cell: Cell, learner: Learner, result: RunResult) -> dict[str, float]:
+        """Test metrics of the learner and of zero-shot, by part ("", "base/", "new/", "<also_test>/")."""
+        numbers: dict[str, float] = {f"train/{k}": v for k, v in result.metrics.items()}
+        for prefix, test in self._tests(cell).items():
+            fitting = learner if test.classnames == learner.classnames else learner.with_classes(test.classnames)
+            zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
+            scores = evaluate(fitting, test, cache=self.test_cache)
+            baseline = evaluate(zero, test, cache=self.test_cache)
+            numbers |= {f"{prefix}{k}": v for k, v in scores.items()}
+            numbers |= {f"{prefix}zero_shot_accuracy": baseline["accuracy"]}
+            self.facts |= {f"{test.name}/{k}": v for k, v in test.fingerprint().items()}
+            if prefix in ("", "base/"):
+                self.shown = (fitting, test, result)
+        return numbers
+
+    def _tests(self, cell: Cell) -> dict[str, ImageDataset]:
+        if cell.base is not None and cell.new is not None:
+            test = self._load(cell.dataset, "test")
+            return {"base/": test.keep_classes(cell.base), "new/": test.keep_classes(cell.new)}
+        also = {f"{label}/": self._load(name, "test") for label, name in self.config.data.also_test.items()}
+        return {"": self._load(cell.dataset, "test"), **also}
+
+    def _part(self, cell: Cell, split: str) -> ImageDataset:
+        data = self._load(cell.dataset, split, shots=cell.shots, seed=cell.seed)
+        return data if cell.base is None else data.keep_classes(cell.base)
+
+    def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
+        return load_dataset(name, split, **draw, **self.config.data.arguments())
+
+    def _learner(self, train: ImageDataset, seed: int) -> Learner:
+        options = dict(self.config.learner_options)
+        if "seed" not in options and _takes_seed(self.config.learner_name):
+            options["seed"] = seed
+        return create_learner(
+            self.config.learner_name, self.backbone, train.classnames, train.templates, **options
+        )
+
+    @property
+    def _single(self) -> bool:
+        protocol = self.config.protocol
+        shots = 1 if protocol.name == "base-to-new" else len(protocol.shots)
+        return len(self.config.data.names) * shots * len(protocol.seeds) == 1
+
+    def report(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
+        """Gather what the page shows; pictures come from the last cell that was trained in this session."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        base = "base/" if "base/accuracy" in numbers else ""
+        headline = {"zero-shot": numbers.get(f"{base}zero_shot_accuracy"), "learned": numbers.get(f"{base}accuracy")}
+        record = RunRecord(
+            title=f"{self.config.learner_name} on {', '.join(self.config.data.names)}",
+            headline={k: v for k, v in headline.items() if v is not None},
+            summary=f"{self.backbone.name}, {result.protocol}, {_describe(self.config)}.",
+            metrics=numbers,
+            curves=_curves(self.config, numbers),
+            failures=[f"{f.cell.name}: {f.message}" for f in result.failures],
+            config=_yaml(self.config),
+            command=command,
+            environment={**_environment(), "backbone": self.backbone.fingerprint["id"]},
+        )
+        if self.shown is not None:
+            learner, test, trained = self.shown
+            logits, labels = predict_logits(learner, test, cache=self.test_cache)
+            record.history = trained.history
+            record.classnames, record.labels = list(test.classnames), np.asarray(labels)
+            record.probs, record.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
+        return record
+
+
+def _open_folder(config: RunConfig, resume: bool) -> Path:
+    digest = hashlib.sha256(_yaml(config).encode()).hexdigest()[:8]
+    folder = Path(config.output) / config.name / digest
+    state = PartialState()
+    if state.is_main_process:
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        text = f"# vlprompt {package_version()}\n{_yaml(config)}"
+        write_atomic(folder / "config.yaml", lambda temporary: temporary.write_text(text) and None)
+    state.wait_for_everyone()
+    return folder
+
+
+def _metrics(config: RunConfig, backbone: Backbone, result: ProtocolResult, session: _Session) -> dict[str, Any]:
+    """The flat content of metrics.json: figures first, then what they were measured under."""
+    return {
+        **result.metrics,
+        "protocol": result.protocol,
+        "learner": config.learner_name,
+        "data": config.data.name,
+        "shots": config.protocol.shots,
+        "seeds": config.protocol.seeds,
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        **session.facts,
+        **_environment(),
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _curves(config: RunConfig, numbers: Mapping[str, float]) -> dict[str, list[tuple[int, float, float | None]]]:
+    shots = config.protocol.shots
+    if config.protocol.name != "coop-fewshot" or len(shots) < 2:
+        return {}
+    return {
+        label: [
+            (k, numbers[f"shots{k}/{key}"], numbers.get(f"shots{k}/{key}_ci95"))
+            for k in shots
+            if f"shots{k}/{key}" in numbers
+        ]
+        for label, key in ((config.learner_name, "accuracy"), ("zero-shot", "zero_shot_accuracy"))
+    }
+
+
+def _describe(config: RunConfig) -> str:
+    shots = "/".join(map(str, config.protocol.shots))
+    seeds = len(config.protocol.seeds)
+    return f"{shots} shots per class, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def _takes_seed(learner: str) -> bool:
+    from vlprompt.learners import LEARNERS
+    from vlprompt.signature import options_model
+
+    return "seed" in options_model(LEARNERS.get(learner).target).model_fields
+
+
+def _yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in history)
+    write_atomic(path, lambda temporary: temporary.write_text(text) and None)
+
+
+def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in mapping.items() if k != key}
