@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlprompt.data.scenes.attributes import held_out_pairs, list_styles
 from vlprompt.data.scenes.captions import Caption, caption, facts
-from vlprompt.data.scenes.pairs import caption_pairs, masks
+from vlprompt.data.scenes.pairs import caption_pairs, masks, throughput
 from vlprompt.data.scenes.render import Rendered, render
 from vlprompt.data.scenes.sheet import contact_sheet
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, draw_object, draw_scene
@@ -28,4 +28,5 @@ __all__ = [
     "list_tasks",
     "masks",
     "render",
+    "throughput",
 ]

@@ -163,7 +163,7 @@ class _Writer:
             sentence, bare = self.pick(wording.GLYPH_SENTENCES), word.split(" ", 1)[1]
             return Caption(sentence.format(word, bare=bare), frozenset(self.stated))
         sentence = self.pick(wording.SENTENCES[name]).format(word, a=article(word))
-        return Caption(_VOWEL.sub("an ", sentence), frozenset(self.stated))
+        return self.correct(sentence)
 
     def several(self) -> Caption:
         """A sentence about a number of like objects."""
@@ -225,7 +225,11 @@ class _Writer:
     def finish(self, text: str) -> Caption:
         """Put the phrase into a sentence."""
         prefix = self.pick(wording.HELD_OUT_PREFIXES if self.held_out else wording.PREFIXES)
-        return Caption(prefix.format(text), frozenset(self.stated))
+        return self.correct(prefix.format(text))
+
+    def correct(self, sentence: str) -> Caption:
+        """Return the caption, its articles put right."""
+        return Caption(_VOWEL.sub("an ", sentence), frozenset(self.stated))
 
     def pick(self, options: Sequence[T]) -> T:
         """Draw one of several."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,3 +203,20 @@ def _place(rng: Rng) -> str | None:
 _PLACES = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
+
+
+def throughput(seconds: float = 1.0, size: int = 64) -> float:
+    """Draw and caption scenes for a while on this core.
+
+    Args:
+        seconds: How long, at least.
+        size: Side in pixels.
+
+    Returns:
+        Pictures per second.
+    """
+    pairs, done, started = CaptionPairs(1_000_000, 0, False, size), 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or done == 0:
+        _ = pairs[done]
+        done += 1
+    return done / passed
