@@ -162,7 +162,8 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
 def is_fraction(key: str) -> bool:
     """Tell whether a flat metrics key, for example ``"shots4/accuracy_std"``, holds a fraction in [0, 1]."""
     stem = key.rsplit("/", 1)[-1].removesuffix("_std").removesuffix("_ci95").removesuffix("_gain")
-    return stem in {*METRICS, "harmonic_mean"} - {"nll"}
+    fractions = {*METRICS, "harmonic_mean"} - {"nll"}
+    return any(stem == name or stem.endswith(f"_{name}") for name in fractions)
 
 
 def _average_precision(scores: Tensor, truth: Tensor) -> float:

@@ -46,12 +46,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that raised: what it said to people, the stack for developers, and the exception itself."""
+    """A cell that raised, and what it raised."""
 
     cell: Cell
-    message: str
-    stack: str
     error: Exception
+
+    @property
+    def message(self) -> str:
+        """What to tell people."""
+        return str(self.error) or type(self.error).__name__
+
+    @property
+    def stack(self) -> str:
+        """The stack, for developers."""
+        return "".join(traceback.format_exception(self.error))
 
 
 RunCell = Callable[[Cell], Mapping[str, float]]
@@ -174,9 +182,8 @@ def _run(protocol: str, plan: Iterable[Cell], run_cell: RunCell) -> ProtocolResu
         try:
             result.cells[cell] = {key: float(value) for key, value in run_cell(cell).items()}
         except Exception as error:  # hours of finished cells must survive whatever one of them does
-            message = str(error) or type(error).__name__
-            log.error("%s: %s failed: %s", protocol, cell.name, message)
-            result.failures.append(Failure(cell, message, traceback.format_exc(), error))
+            result.failures.append(Failure(cell, error))
+            log.error("%s: %s failed: %s", protocol, cell.name, result.failures[-1].message)
     result.metrics["runs"] = float(len(result.cells) + len(result.failures))
     result.metrics["runs_failed"] = float(len(result.failures))
     return result
