@@ -17,7 +17,7 @@ from vlprompt.data.sources import Build, Request, sources
 from vlprompt.data.splits import check_split
 from vlprompt.errors import DataError, UnknownNameError, nearest
 
-__all__ = ["default_root", "list_datasets", "load_dataset"]
+__all__ = ["check_name", "default_root", "list_datasets", "load_dataset"]
 
 _GRAMMAR = "One's own pictures: folder:PATH or csv:PATH."
 Names = Sequence[str] | Mapping[str, str]
@@ -129,7 +129,7 @@ def _resolve(name: str, split: str, root: Path) -> tuple[Build, Request]:
             raise UnknownNameError("data set", name, list_datasets(), _GRAMMAR)
         return sources.get("scenes").target, Request(name, task, split, root)
     kind, colon, argument = name.partition(":")
-    if colon and kind in sources and "grammar" in sources.get(kind).extra:
+    if colon and kind in sources and sources.get(kind).extra.get("grammar", "").startswith(f"{kind}:"):
         return sources.get(kind).target, Request(name, argument, split, root)
     if name not in card_names():
         raise UnknownNameError("data set", name, list_datasets(), _GRAMMAR)
@@ -200,3 +200,13 @@ def _check_options(build: Build, name: str, options: Mapping[str, Any]) -> None:
     if problems:
         allowed = ", ".join(known) or "none"
         raise DataError(f"{name}: {' '.join(problems)} Options of this data set: {allowed}.")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no card, generated task or grammar knows, without reading any data.
+
+    Raises:
+        UnknownNameError: With the nearest names.
+        DataError: If it is not a name at all.
+    """
+    _resolve(name, "train", default_root())

@@ -83,11 +83,10 @@ def _data() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 def _draw(pixels: np.ndarray[Any, Any], size: int, look: str) -> Image.Image:
     """Enlarge (8, 8) ink to RGB: bicubic, then contrast, which turns slopes into the edges of strokes."""
-    ink = Image.fromarray((pixels / _INK).astype(np.float32))
-    margin = size // 10
-    inner = np.asarray(ink.resize((size - 2 * margin, size - 2 * margin), Image.Resampling.BICUBIC))
-    field = np.zeros((size, size), np.float32)
-    field[margin : size - margin, margin : size - margin] = inner
-    stroke = np.clip((field - 0.45) * 2.5 + 0.5, 0, 1)
+    ink = np.pad(pixels / _INK, 1).astype(
+        np.float32
+    )  # strokes touch the border: a blank ring rounds their ends
+    field = np.asarray(Image.fromarray(ink).resize((size, size), Image.Resampling.BICUBIC))
+    stroke = np.clip((field - 0.5) * 2.5 + 0.5, 0, 1)
     grey = 1 - stroke if look == "dark_on_light" else stroke
     return Image.fromarray(np.round(grey * 235 + 10).astype(np.uint8)).convert("RGB")

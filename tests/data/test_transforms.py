@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from vlprompt.data import AUGMENTATIONS, Augmentation
+from vlprompt.data.transforms import _crop_box
+from vlprompt.errors import DataError, UnknownNameError
+
+PREPROCESS = v2.Compose(
+    [v2.Resize(32), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+)
+
+
+def photo(width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_none_is_the_backbones_preprocessing() -> None:
+    views = [Augmentation().augment(photo(), PREPROCESS, seed=s, key="k", view=s) for s in range(3)]
+    assert all(torch.equal(v, PREPROCESS(photo())) for v in views)
+    assert Augmentation().describe(1, 5) == Augmentation().describe(2, 6)
+
+
+@pytest.mark.parametrize("name", ["flip", "crop_flip"])
+def test_a_view_depends_on_seed_key_and_number_alone(name: str) -> None:
+    augmentation = Augmentation(name)
+    keys = [f"key {i}" for i in range(8)]
+    first = {k: augmentation.augment(photo(), PREPROCESS, 1, k, 0) for k in keys}
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    for key in reversed(keys):
+        assert torch.equal(augmentation.augment(photo(), PREPROCESS, 1, key, 0), first[key])
+    for seed, view in ((2, 0), (1, 1)):
+        other = [augmentation.augment(photo(), PREPROCESS, seed, k, view) for k in keys]
+        assert any(not torch.equal(o, f) for o, f in zip(other, first.values(), strict=True))
+    assert len({augmentation.describe(s, v) for s in (1, 2) for v in (0, 1)}) == 4
+
+
+def test_flip_flips_about_half() -> None:
+    plain, flipped = PREPROCESS(photo()), PREPROCESS(photo()).flip(-1)
+    count = 0
+    for view in range(200):
+        found = Augmentation("flip").augment(photo(), PREPROCESS, 1, "k", view)
+        count += torch.equal(found, flipped)
+        assert torch.equal(found, flipped) or torch.equal(found, plain)
+    assert 70 <= count <= 130
+
+
+@pytest.mark.parametrize("size", [(60, 40), (1, 1), (500, 3), (3, 500)])
+def test_crops_have_the_backbones_size(size: tuple[int, int]) -> None:
+    view = Augmentation("crop_flip").augment(photo(*size), PREPROCESS, 1, "k", 0)
+    assert view.shape == (3, 32, 32)
+
+
+def test_crop_keeps_within_scale_ratio_and_picture() -> None:
+    rng = np.random.default_rng(0)
+    boxes = [_crop_box(300, 400, (0.2, 0.6), rng.random) for _ in range(500)]
+    for top, left, height, width in boxes:
+        assert top >= 0 <= left
+        assert top + height <= 300
+        assert left + width <= 400
+        assert 0.19 < height * width / 120_000 < 0.61
+        assert 0.74 < width / height < 1.35
+    areas = [h * w / 120_000 for _, _, h, w in boxes]
+    assert 0.35 < float(np.mean(areas)) < 0.45
+
+
+def test_full_scale_of_a_square_is_the_whole_picture() -> None:
+    square = photo(32, 32)
+    found = Augmentation("crop_flip", scale=(1.0, 1.0)).augment(square, PREPROCESS, 1, "k", 0)
+    assert any(torch.equal(found, p) for p in (PREPROCESS(square), PREPROCESS(square).flip(-1)))
+
+
+def test_bad_augmentations() -> None:
+    with pytest.raises(UnknownNameError, match="'crop_flip'"):
+        Augmentation("crop_flop")
+    with pytest.raises(DataError, match="0 < low <= high <= 1"):
+        Augmentation("crop_flip", scale=(0.5, 0.1))
+    assert [Augmentation(n).name for n in AUGMENTATIONS] == list(AUGMENTATIONS)
