@@ -27,6 +27,7 @@ __all__ = ["FeatureCache"]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 ProgressCallback = Callable[[int, int], None]
 _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill loses at most this many rows
+_KEYS_PER_JOB = 256
 _PLAIN = Augmentation()
 
 
@@ -93,7 +94,7 @@ class FeatureCache:
             ThreadPoolExecutor(max(1, workers)) as pool,
             _reporter(progress, f"{dataset.name} features") as report,
         ):
-            image_keys = list(pool.map(dataset.key, range(len(dataset))))
+            image_keys = _image_keys(pool, dataset)
             view_text = augmentation.describe(seed, view)
             keys = [_row_key(k, view_text) for k in image_keys]
 
@@ -123,6 +124,15 @@ class FeatureCache:
         store = self._stores[fingerprint, dtype]
         store.refresh()
         return store
+
+
+def _image_keys(pool: ThreadPoolExecutor, dataset: ImageDataset) -> list[str]:
+    """Return every picture's content key; files are hashed in threads, many per job."""
+    starts = range(0, len(dataset), _KEYS_PER_JOB)
+    runs = pool.map(
+        lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
+    )
+    return [key for run in runs for key in run]
 
 
 def _row_key(image_key: str, view: str) -> bytes:
