@@ -1,35 +1,31 @@
-"""Pretrain the embedded `tiny` CLIP: python tools/pretrain.py --cfg pretrain_tiny.yaml [--resume]."""
+"""Pretrain the embedded CLIP: ``python tools/pretrain.py --cfg pretrain_tiny.yaml [key=value ...]``."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.errors import VLPromptError
-from vlprompt.training.pretrain import PretrainOptions, pretrain
+from vlprompt.cli import command
 
 
-def main() -> int:
-    """Run the command line; 0 on success, 2 on a user's error."""
-    parser = argparse.ArgumentParser(description="Pretrain the embedded tiny CLIP on captioned scenes.")
-    parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one in configs/")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
-    parser.add_argument("--output", type=Path, default=None, help="default: runs/<name>")
+def main(arguments: Sequence[str]) -> None:
+    """Run the pretraining and print where the packed weights lie."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cfg", required=True, help="a name in configs/ or a path")
+    parser.add_argument("overrides", nargs="*", help="dotted.key=value")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--output", type=Path, help="folder of the run; default: runs/<name>")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
-    arguments = parser.parse_args()
-    path = Path(arguments.cfg)
-    if not path.is_file():
-        path = Path(__file__).parent.parent / "configs" / arguments.cfg
-    try:
-        options = PretrainOptions.read(path)
-        folder = arguments.output or Path("runs") / options.name
-        print(pretrain(options, folder, resume=arguments.resume, workers=arguments.workers))
-    except VLPromptError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_intermixed_args(list(arguments))
+
+    from vlprompt.training.pretrain import PretrainOptions, pretrain
+
+    options = PretrainOptions.read(args.cfg, args.overrides)
+    folder = args.output or Path("runs") / options.name
+    path = pretrain(options, folder, resume=args.resume, workers=args.workers)
+    print(f"{path}: to ship these weights, copy the file to vlprompt/backbones/weights/tiny.safetensors")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -16,19 +16,20 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlprompt.backbones.tiny_weights import build_model, pack_state
+from vlprompt.config import read_yaml
 from vlprompt.data.scenes.corpus import Corpus, encode, read_corpus
 from vlprompt.data.scenes.pairs import CaptionPairs
 from vlprompt.data.scenes.tasks import build
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_json, write_tensors
 from vlprompt.seeding import derive_seed, numpy_rng
+from vlprompt.signature import describe_problems
 from vlprompt.training.batches import Batch, epoch_plan
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
@@ -59,23 +60,22 @@ class PretrainOptions(BaseModel):
         8, ge=1, description="captions per picture; epoch e reads caption e modulo this number"
     )
     shift: int = Field(2, ge=0, description="pictures are moved by up to so many pixels each way")
+    watch: int = Field(200, ge=1, description="pictures per data set whose zero-shot accuracy is watched")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     train: TrainOptions = TrainOptions()
 
     @classmethod
-    def read(cls, path: Path) -> PretrainOptions:
-        """Read a YAML file.
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> PretrainOptions:
+        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
 
         Raises:
-            ConfigError: If the file is missing or something in it is wrong; all mistakes at once.
+            ConfigError: With every mistake at once.
+            UnknownNameError: If there is no such file.
         """
         try:
-            return cls.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+            return cls.model_validate(read_yaml(cfg, overrides))
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ConfigError(problems, str(path)) from error
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError([str(error)], str(path)) from error
+            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
 
 
 def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, workers: int = 1) -> Path:
@@ -96,7 +96,7 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     batches = CaptionBatches(corpus, options.train.batch_size, options.train.seed, options.shift)
     identity = options.model_dump(mode="json", exclude={"train"})
     ship = _Ship(module, folder)
-    validate = ZeroShot(module, WATCHED)
+    validate = ZeroShot(module, WATCHED, options.watch)
     Trainer(module, batches, options.train, folder, validate, [ship], identity).run(resume)
     return ship.path
 
@@ -245,7 +245,9 @@ class ZeroShot:
             chosen = range(min(pictures, len(data)))
             images = np.stack([np.asarray(data[i][0]) for i in chosen])
             rows = [encode(t.format(c)) for t in data.templates for c in data.classnames]
-            known = [[place[token] for token in row] for row in rows]
+            known = [
+                [place[token] for token in row if token in place] for row in rows
+            ]  # unread words say nothing
             self.sets[data.name] = (torch.from_numpy(images).permute(0, 3, 1, 2), data, known)
 
     @torch.no_grad()
