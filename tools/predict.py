@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(list(arguments))
 
     import vlprompt
-    from vlprompt.files import write_atomic
+    from vlprompt.files import write_text
 
     learner = vlprompt.load(args.prompt)
     if args.classes:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = [row for table in tables for row in table]
     table = type(tables[0])(rows)
     if args.csv:
-        write_atomic(args.csv, lambda temporary: temporary.write_text(table.to_csv()) and None)
+        write_text(args.csv, table.to_csv())
     else:
         print(table)
     failed = sum(bool(row["error"]) for row in rows)

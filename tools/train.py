@@ -13,8 +13,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run a configuration and print where its figures lie."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one in configs/")
-    parser.add_argument("--resume", action="store_true", help="keep finished cells, continue the unfinished one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=0.01")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished cells, continue the unfinished one"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=0.01"
+    )
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt import load_config, run  # after parsing, so that --help is instant

@@ -1,7 +1,7 @@
 """vlprompt: adapt CLIP-family vision-language models by learning prompts.
 
-Everything listed in ``__all__`` is the public contract. Importing the package is cheap; what a name needs is imported
-when the name is first used.
+Everything listed in ``__all__`` is the public contract. Importing the package is cheap; what a name needs is
+imported when the name is first used.
 """
 
 from __future__ import annotations

@@ -81,14 +81,17 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
         backbone: The backbone it was trained on; None builds it from the name in the file.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or hostile, or the backbone is another one; names the difference.
+        CheckpointError: If a file is missing, damaged or hostile, or the backbone is another one; names the
+            difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
     folder = Path(path)
     tensors, metadata = read_tensors(folder / "prompt.safetensors")
     card = _parse(folder, metadata.get("card"))
     if _digest(tensors) != card.tensors:
-        raise CheckpointError(f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged.")
+        raise CheckpointError(
+            f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged."
+        )
     if backbone is None:
         backbone = create_backbone(str(card.backbone.get("architecture")), card.backbone.get("pretrained"))
     _check_backbone(folder, card.backbone, backbone.fingerprint)
@@ -121,7 +124,9 @@ def _parse(folder: Path, inner: Any) -> _Card:
         problems = " ".join(describe_problems(error, _Card))
         raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
     if card.format > _FORMAT:
-        raise CheckpointError(f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}.")
+        raise CheckpointError(
+            f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}."
+        )
     return card
 
 

@@ -14,7 +14,8 @@ __all__ = ["command"]
 def command(body: Callable[[Sequence[str]], int | None]) -> None:
     """Run a tool's ``main(arguments)`` and leave the process with its exit status.
 
-    A user's mistake (any :class:`VLPromptError`) is printed to standard error and exits with 2; Ctrl-C exits with 130.
+    A user's mistake (any :class:`VLPromptError`) is printed to standard error and exits with 2; Ctrl-C exits
+    with 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "urllib3", "open_clip"):

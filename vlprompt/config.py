@@ -16,7 +16,15 @@ from vlprompt.learners import LEARNERS
 from vlprompt.signature import check_options, describe_problems
 from vlprompt.training.options import TrainOptions
 
-__all__ = ["DataOptions", "ProtocolOptions", "RunConfig", "config_path", "configs_dir", "load_config", "read_yaml"]
+__all__ = [
+    "DataOptions",
+    "ProtocolOptions",
+    "RunConfig",
+    "config_path",
+    "configs_dir",
+    "load_config",
+    "read_yaml",
+]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,16 +50,22 @@ class DataOptions(BaseModel):
     model_config = _STRICT
 
     name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
-    also_test: dict[str, str] = Field(default_factory=dict, description="label to a name with the same classes")
+    also_test: dict[str, str] = Field(
+        default_factory=dict, description="label to a name with the same classes"
+    )
     root: str | None = Field(None, description="where data sets lie")
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
     sampling: Literal["private", "coop_compat"] = "private"
     on_bad_image: Literal["skip", "error"] = "skip"
     strict_shots: bool = False
     augmentation: Literal["none", "flip", "crop_flip"] = "none"
-    views: int = Field(1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching")
+    views: int = Field(
+        1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching"
+    )
     cache_dir: str | None = Field(None, description="where image embeddings are kept between runs")
-    classnames: list[str] | dict[str, str] | None = Field(None, description="replace class names, all or by old name")
+    classnames: list[str] | dict[str, str] | None = Field(
+        None, description="replace class names, all or by old name"
+    )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
 
     @property
@@ -83,7 +97,9 @@ class RunConfig(BaseModel):
     name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
-    learner: dict[str, Any] = Field(default_factory=lambda: {"name": "coop"}, description="name and the method's options")
+    learner: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "coop"}, description="name and the method's options"
+    )
     data: DataOptions = Field(default_factory=DataOptions)
     train: TrainOptions = Field(default_factory=TrainOptions)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
@@ -104,7 +120,8 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         cfg: A path, or the name of a file in the configs folder.
-        overrides: ``dotted.key=value`` strings; values are YAML (``train.lr=0.01``, ``protocol.seeds=[1,2,3]``).
+        overrides: ``dotted.key=value`` strings; values are YAML (``train.lr=0.01``,
+            ``protocol.seeds=[1,2,3]``).
 
     Raises:
         ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
@@ -134,12 +151,14 @@ def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         merged = _compose(config_path(cfg), ())
         if wrong := [o for o in overrides if "=" not in o]:
-            raise ConfigError([f"{o!r}: an override looks like dotted.key=value." for o in wrong], "command line")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+            raise ConfigError(
+                [f"{o!r}: an override looks like dotted.key=value." for o in wrong], "command line"
+            )
+        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([str(error).strip()], str(cfg)) from error
-    assert isinstance(plain, dict)  # noqa: S101 - _compose refuses anything but a mapping
+    assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
 
 
@@ -147,7 +166,9 @@ def configs_dir() -> Path:
     """Return the folder of shipped configurations: the repository's, or the installed package's copy."""
     package = Path(__file__).parent
     beside = package.parent / "configs"
-    return beside if beside.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "configs"
+    return (
+        beside if beside.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "configs"
+    )
 
 
 def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
@@ -176,17 +197,19 @@ def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
     bases = loaded.pop("_base_", [])
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = OmegaConf.merge(merged, _compose(config_path(base, path.parent), (*above, path)))
-    result = OmegaConf.merge(merged, loaded)
-    if isinstance(result, DictConfig) and _renames_learner(merged, loaded):
-        result.learner = loaded.learner  # another method's options do not apply
-    assert isinstance(result, DictConfig)  # noqa: S101 - merging two mappings gives a mapping
-    return result
+        merged = _merge(merged, _compose(config_path(base, path.parent), (*above, path)))
+    return _merge(merged, loaded)
 
 
-def _renames_learner(base: Any, own: Any) -> bool:
-    before, after = (OmegaConf.select(c, "learner.name") for c in (base, own))
-    return after is not None and before is not None and before != after
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """Merge two levels; where the upper one names another learner, the lower one's options don't apply to it."""
+    before, after = (OmegaConf.select(c, "learner.name") for c in (below, above))
+    merged = OmegaConf.merge(below, above)
+    if not isinstance(merged, DictConfig):
+        raise ConfigError(["the top of the file must be keys and values."], "configuration")
+    if before is not None and after is not None and before != after:
+        merged.learner = above.learner
+    return merged
 
 
 def _learner_problems(section: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,40 +15,45 @@ from safetensors.torch import save as tensors_to_bytes
 
 from vlprompt.errors import CheckpointError
 
-__all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors"]
+__all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors", "write_text"]
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then rename it over ``path``.
 
     Raises:
-        CheckpointError: If the disk is full or the place can't be written; what stood at ``path`` is untouched.
+        CheckpointError: If the disk is full or the place can't be written; what stood at ``path`` is
+            untouched.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
         temporary.replace(path)
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}. The old file is kept.") from error
+        raise CheckpointError(
+            f"could not write {path}: {error.strerror or error}. The old file is kept."
+        ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write tensors and JSON-able metadata into one safetensors file, atomically."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     packed = {key: json.dumps(value) for key, value in (metadata or {}).items()}
@@ -68,7 +73,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). It may be truncated.") from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}). It may be truncated."
+        ) from error
     return tensors, metadata
 
 

@@ -24,8 +24,8 @@ class PredictionTable:
     """Predictions, one row per picture, in the order given.
 
     Attributes:
-        rows: Dicts with ``image``, ``labels`` (best first), ``probs`` (same order, fractions) and ``error``, which is
-            empty unless the picture could not be read.
+        rows: Dicts with ``image``, ``labels`` (best first), ``probs`` (same order, fractions) and ``error``,
+            which is empty unless the picture could not be read.
     """
 
     rows: list[dict[str, Any]]
@@ -99,7 +99,9 @@ def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Pa
 
 
 @torch.no_grad()
-def _predict_batch(learner: Learner, sources: Sequence[Path | Image.Image], topk: int) -> list[dict[str, Any]]:
+def _predict_batch(
+    learner: Learner, sources: Sequence[Path | Image.Image], topk: int
+) -> list[dict[str, Any]]:
     pixels: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
     for i, source in enumerate(sources):
@@ -126,4 +128,6 @@ def _predict_batch(learner: Learner, sources: Sequence[Path | Image.Image], topk
 
 
 def _named(row: dict[str, Any]) -> str:
-    return ", ".join(f"{label} {100 * prob:.1f} %" for label, prob in zip(row["labels"], row["probs"], strict=True))
+    return ", ".join(
+        f"{label} {100 * prob:.1f} %" for label, prob in zip(row["labels"], row["probs"], strict=True)
+    )

@@ -1,7 +1,8 @@
 """One registry for every kind of thing that is looked up by name.
 
 Entries register themselves with a decorator when their module is imported. Modules inside the package are
-found by walking it, third-party ones by the entry-point group ``vlprompt.<kind>s``; nothing is listed by hand.
+found by walking it, third-party ones by the entry-point group ``vlprompt.<kind>s``; nothing is listed by
+hand.
 """
 
 from __future__ import annotations

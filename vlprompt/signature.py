@@ -1,4 +1,4 @@
-"""Options of a constructor, checked against its own signature: one place says what a method takes, and it is the code."""
+"""Options of a constructor, checked against its own signature: the code is the one place that says what it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def options_model(target: Callable[..., Any]) -> type[BaseModel]:
     function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
-        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        name: (
+            hints.get(name, Any),
+            ... if parameter.default is inspect.Parameter.empty else parameter.default,
+        )
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }

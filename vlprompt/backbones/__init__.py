@@ -18,9 +18,11 @@ def create_backbone(name: str, pretrained: str | None = None, **options: Any) ->
     """Build a frozen dual encoder.
 
     Args:
-        name: An embedded backbone (``"tiny"``) or any open_clip architecture (``"ViT-B-16"``, ``"RN50"``, ...).
-        pretrained: For open_clip: a weights tag (``"openai"``), the path of a weights file (safetensors, or a torch
-            state dict), or None for seeded random weights. For ``tiny``: None for its own weights, ``"random"``.
+        name: An embedded backbone (``"tiny"``) or any open_clip architecture (``"ViT-B-16"``, ``"RN50"``,
+            ...).
+        pretrained: For open_clip: a weights tag (``"openai"``), the path of a weights file (safetensors, or a
+            torch state dict), or None for seeded random weights. For ``tiny``: None for its own weights,
+            ``"random"``.
         **options: For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``tokenizer``,
             ``cache_dir``, ``seed`` of random weights.
 

@@ -34,6 +34,8 @@ class Backbone(nn.Module):
         image_size: (H, W) of the input in pixels.
     """
 
+    model: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -43,12 +45,13 @@ class Backbone(nn.Module):
         missing_tokenizer: str = "",
     ) -> None:
         super().__init__()
-        self.model: Any = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False).eval()
+        visual: Any = self.model.visual
         self.preprocess = preprocess
         self.fingerprint = fingerprint
-        self.text = TextTower(model, tokenizer, missing_tokenizer)
-        self.vision = VisionTower(self.model.visual)
-        self.image_size: tuple[int, int] = _pair(self.model.visual.image_size)
+        self.text = TextTower(self.model, tokenizer, missing_tokenizer)
+        self.vision = VisionTower(visual)
+        self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
 
     def train(self, mode: bool = True) -> Backbone:
@@ -58,7 +61,9 @@ class Backbone(nn.Module):
     @property
     def name(self) -> str:
         """Architecture and weights tag, for example ``"ViT-B-16/openai"``."""
-        return "/".join(str(self.fingerprint[k]) for k in ("architecture", "pretrained") if self.fingerprint.get(k))
+        return "/".join(
+            str(self.fingerprint[k]) for k in ("architecture", "pretrained") if self.fingerprint.get(k)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +104,8 @@ class Backbone(nn.Module):
     def class_weights(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.
 
-        Each template's feature is normalised, then averaged, then normalised again (Radford et al. 2021, section 3.1.4).
+        Each template's feature is normalised, then averaged, then normalised again (Radford et al. 2021,
+        section 3.1.4).
         """
         texts = [t.format(c) for c in classnames for t in templates]
         features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))

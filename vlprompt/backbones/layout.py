@@ -1,8 +1,8 @@
 """Where every token of every class's sentence comes from, arranged so that nothing is computed twice.
 
-A sentence is a list of sources: a token id (>= 0) or a learned context slot ``slot(k)`` (< 0). From the sentences of
-all classes a layout finds the longest common beginning, which a causal tower needs to run only once, and packs what
-is left of each sentence into tiles without padding.
+A sentence is a list of sources: a token id (>= 0) or a learned context slot ``slot(k)`` (< 0). From the
+sentences of all classes a layout finds the longest common beginning, which a causal tower needs to run only
+once, and packs what is left of each sentence into tiles without padding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from vlprompt.errors import VLPromptError
 
 __all__ = ["PromptLayout", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
 
-_TILE = 64  # tokens per tile: long enough for efficient attention, short enough that a tile's mask stays cheap
+_TILE = (
+    64  # tokens per tile: long enough for efficient attention, short enough that a tile's mask stays cheap
+)
 
 
 def slot(number: int) -> int:
@@ -63,9 +65,11 @@ class Tiles:
     Attributes:
         sources: (R, S) sources; unused places hold token 0.
         positions: (R, S) place of each token in its sentence.
-        mask: (R, 1, S, P + S) True where a token may look: all of the shared prefix, and its own sentence so far.
+        mask: (R, 1, S, P + S) True where a token may look: all of the shared prefix, and its own sentence so
+            far.
         ends: (C,) flat index into the R * S tokens of each sentence's last token, in class order.
-        end_rows: (R, E) tile-local index of each sentence end, repeated to the longest row; for the last block.
+        end_rows: (R, E) tile-local index of each sentence end, repeated to the longest row; for the last
+            block.
         end_slots: (C,) flat index into the R * E end rows, in class order.
     """
 

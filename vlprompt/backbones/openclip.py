@@ -95,7 +95,9 @@ def wrap_open_clip(
         "dim": _joint_dim(model, projection),
     }
     fingerprint["id"] = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-    return Backbone(model, image_transform_v2(config, is_train=False), tokenizer, fingerprint, missing_tokenizer)
+    return Backbone(
+        model, image_transform_v2(config, is_train=False), tokenizer, fingerprint, missing_tokenizer
+    )
 
 
 def _joint_dim(model: Any, projection: Any) -> int:
@@ -113,7 +115,7 @@ def _joint_dim(model: Any, projection: Any) -> int:
 
 
 def _weights_arguments(name: str, pretrained: str | None) -> dict[str, Any]:
-    """Return create_model's arguments for a tag, a path or no weights, with the activation the weights were made for."""
+    """Return create_model's arguments for a tag, a path or no weights, with the weights' own activation."""
     if pretrained is None:
         return {"pretrained": None, "pretrained_text": False}
     if Path(pretrained).is_file():
@@ -126,7 +128,12 @@ def _weights_arguments(name: str, pretrained: str | None) -> dict[str, Any]:
     built_with_quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     arguments: dict[str, Any] = {"pretrained": pretrained}
     if trained_with_quick != built_with_quick:
-        log.info("%s/%s was trained with %s: using it.", name, pretrained, "QuickGELU" if trained_with_quick else "GELU")
+        log.info(
+            "%s/%s was trained with %s: using it.",
+            name,
+            pretrained,
+            "QuickGELU" if trained_with_quick else "GELU",
+        )
         arguments["quick_gelu"] = trained_with_quick
     return arguments
 

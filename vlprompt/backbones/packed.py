@@ -1,10 +1,10 @@
 """Text features of many classes from a causal tower without computing anything twice.
 
-Three facts make this exact, not approximate. In a causal tower a token never sees a later one, so (1) the beginning
-that all sentences share has the same states in every sentence and is run once; (2) padding after the end token is never
-looked at, so each sentence's own tokens are packed without any; (3) in the last block only the end token's row is read,
-so only that row's query, output and MLP are computed. Linear layers see one packed matrix, attention sees tiles of
-tokens with a mask that keeps sentences apart.
+Three facts make this exact, not approximate. In a causal tower a token never sees a later one, so (1) the
+beginning that all sentences share has the same states in every sentence and is run once; (2) padding after
+the end token is never looked at, so each sentence's own tokens are packed without any; (3) in the last block
+only the end token's row is read, so only that row's query, output and MLP are computed. Linear layers see one
+packed matrix, attention sees tiles of tokens with a mask that keeps sentences apart.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ def is_packable_block(block: nn.Module) -> bool:
     )
 
 
-def encode_packed(tower: TextTower, layout: PromptLayout, context: Tensor | None, deep: Tensor | None) -> Tensor:
+def encode_packed(
+    tower: TextTower, layout: PromptLayout, context: Tensor | None, deep: Tensor | None
+) -> Tensor:
     """Compute (G, C, d) features; arguments as in :meth:`TextTower.encode`, with a group axis.
 
-    When the activations of all classes would exceed ``tower.memory``, tiles (and groups) are processed in chunks
-    whose activations are recomputed in the backward pass.
+    When the activations of all classes would exceed ``tower.memory``, tiles (and groups) are processed in
+    chunks whose activations are recomputed in the backward pass.
     """
     tiles = layout.tiles
     prefix = tower.assemble(layout.prefix, torch.arange(layout.shared), context)
@@ -54,7 +56,9 @@ def encode_packed(tower: TextTower, layout: PromptLayout, context: Tensor | None
 
     def run(group: slice, rows: slice) -> Tensor:
         arguments = (tower, own, tiles, past, deep, group, rows)
-        return checkpoint(_run_tiles, *arguments, use_reentrant=False) if keep_graph else _run_tiles(*arguments)
+        return (
+            checkpoint(_run_tiles, *arguments, use_reentrant=False) if keep_graph else _run_tiles(*arguments)
+        )
 
     ends = torch.cat([torch.cat([run(g, r) for r in row_slices], dim=1) for g in group_slices])
     return tower.project(ends[:, tiles.end_slots.to(ends.device)])
@@ -91,7 +95,13 @@ def _run_prefix(tower: TextTower, x: Tensor, sources: Tensor, deep: Tensor | Non
 
 
 def _run_tiles(
-    tower: TextTower, own: Tensor, tiles: Tiles, past: list[KeyValue], deep: Tensor | None, group: slice, rows: slice
+    tower: TextTower,
+    own: Tensor,
+    tiles: Tiles,
+    past: list[KeyValue],
+    deep: Tensor | None,
+    group: slice,
+    rows: slice,
 ) -> Tensor:
     """Run some tiles for some groups; return (g, r * E, Dt) states of the sentence ends, before the final norm."""
     size = tiles.sources.shape[1]
@@ -108,9 +118,11 @@ def _run_tiles(
     return _last_block(tower.blocks[-1], x, tiles.end_rows[rows].to(x.device), past[-1], group, mask)
 
 
-def _last_block(block: Any, x: Tensor, end_rows: Tensor, past: KeyValue, group: slice, mask: Tensor) -> Tensor:
+def _last_block(
+    block: Any, x: Tensor, end_rows: Tensor, past: KeyValue, group: slice, mask: Tensor
+) -> Tensor:
     """Run the last block for the sentence ends only."""
-    count, most = end_rows.shape
+    count = len(end_rows)
     size = mask.shape[2]
     flat = (end_rows + size * torch.arange(count, device=x.device)[:, None]).flatten()
     normed = block.ln_1(x)
@@ -128,7 +140,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, past: KeyValue, group: sl
     """Attention of packed tokens over [shared beginning | own tile].
 
     Args:
-        query: (g, H, r * Q, dh) with Q queries per tile; key, value: (g, H, r * S, dh).
+        query: (g, H, r * Q, dh) with Q queries per tile.
+        key: (g, H, r * S, dh).
+        value: (g, H, r * S, dh).
         past: This block's (G, H, P, dh) keys and values of the shared beginning.
         group: Which of the G groups.
         mask: (r, 1, Q, P + S), True where a query may look.

@@ -1,8 +1,8 @@
 """The text tower: how prompts become text features, and when the fast path applies.
 
-:meth:`TextTower.encode` gives what a full pass over every padded sentence would give. On a causal tower it gets there
-by :mod:`vlprompt.backbones.packed`; :meth:`TextTower.encode_plain` is the obvious pass, used for towers where sharing
-would be wrong and as the reference in tests and benchmarks.
+:meth:`TextTower.encode` gives what a full pass over every padded sentence would give. On a causal tower it
+gets there by :mod:`vlprompt.backbones.packed`; :meth:`TextTower.encode_plain` is the obvious pass, used for
+towers where sharing would be wrong and as the reference in tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class TextTower:
         memory: Bytes of activations above which classes are processed in checkpointed chunks.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TextTokenizer | None, missing_tokenizer: str = "") -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, tokenizer: TextTokenizer | None, missing_tokenizer: str = ""
+    ) -> None:
+        self.model: Any = model
         self.tokenizer, self._missing = tokenizer, missing_tokenizer
         self.memory = 3 << 30
-        inner = getattr(model, "text", model)  # CustomTextCLIP keeps the tower in .text, CLIP spreads it over itself
+        # CustomTextCLIP keeps the tower in .text, CLIP spreads it over itself
+        inner: Any = getattr(model, "text", model)
         self.refusal = _refusal(inner)
         self.context_length = int(getattr(model, "context_length", 77))
         if self.refusal is not None:
@@ -51,7 +54,7 @@ class TextTower:
             return
         self.embedding: nn.Embedding = inner.token_embedding
         self.positions: nn.Parameter = inner.positional_embedding
-        self.blocks: nn.ModuleList = inner.transformer.resblocks
+        self.blocks: Any = inner.transformer.resblocks
         self.batch_first: bool = getattr(inner.transformer, "batch_first", True)
         self.norm, self.projection = inner.ln_final, inner.text_projection
         self.causal_mask: Tensor | None = inner.attn_mask
@@ -60,7 +63,9 @@ class TextTower:
         self.causal = self.causal_mask is not None
         # Pooling at the last place of a padded row makes the padding part of the sentence.
         self.packable = (
-            self.causal and self.pooling in ("argmax", "eos") and all(is_packable_block(b) for b in self.blocks)
+            self.causal
+            and self.pooling in ("argmax", "eos")
+            and all(is_packable_block(b) for b in self.blocks)
         )
 
     def layout(self, sentences: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> PromptLayout:
@@ -111,14 +116,17 @@ class TextTower:
                 [self.encode(self.layout(sentences[i : i + batch])) for i in range(0, len(sentences), batch)]
             )
 
-    def encode(self, layout: PromptLayout, context: Tensor | None = None, deep: Tensor | None = None) -> Tensor:
+    def encode(
+        self, layout: PromptLayout, context: Tensor | None = None, deep: Tensor | None = None
+    ) -> Tensor:
         """Return text features of every class, not normalised.
 
         Args:
             layout: The sentences, from :meth:`layout`.
-            context: (K, Dt), or (G, K, Dt) for G independent sets (one per image or sample); K >= layout.slots.
-            deep: (J, K, Dt) or (G, J, K, Dt): before block i = 1..J the states at the places of slot k are replaced
-                by ``deep[i - 1, k]`` (MaPLe, Khattak et al. 2023, section 3.2).
+            context: (K, Dt), or (G, K, Dt) for G independent sets (one per image or sample); K >=
+                layout.slots.
+            deep: (J, K, Dt) or (G, J, K, Dt): before block i = 1..J the states at the places of slot k are
+                replaced by ``deep[i - 1, k]`` (MaPLe, Khattak et al. 2023, section 3.2).
 
         Returns:
             (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
@@ -138,7 +146,7 @@ class TextTower:
         deep: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """Compute :meth:`encode` by a full pass over every sentence padded to ``length`` (default: as short as exact)."""
+        """Compute :meth:`encode` by a full pass over every sentence, padded to ``length`` (default: what is exact)."""
         context, deep, grouped = self._check(layout, context, deep)
         features = _encode_plain(self, layout, context, deep, length)
         return features if grouped else features[0]
@@ -216,7 +224,11 @@ def _encode_plain(
         if deep is not None and 1 <= i <= deep.shape[1]:
             flat = insert_rows(x.reshape(groups, classes * length, -1), sources.flatten(), deep[:, i - 1])
             x = flat.reshape(groups * classes, length, -1)
-        x = block(x, attn_mask=mask) if tower.batch_first else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+        x = (
+            block(x, attn_mask=mask)
+            if tower.batch_first
+            else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+        )
     if tower.pooling == "last":
         x = x[:, -1]
     elif tower.pooling == "first":

@@ -18,7 +18,9 @@ from vlprompt.errors import UnknownNameError
 __all__ = ["build_tiny"]
 
 
-@BACKBONES.register("tiny", summary="64 px ViT + causal text tower pretrained on drawn scenes; embedded, offline")
+@BACKBONES.register(
+    "tiny", summary="64 px ViT + causal text tower pretrained on drawn scenes; embedded, offline"
+)
 def build_tiny(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
     """Build the embedded backbone.
 

@@ -1,9 +1,10 @@
 """The image tower: how visual prompts enter it, and which parts need no graph.
 
 Two conventions for inserting prompts (they give different results, so a learner names one):
-``after_cls``: between class token and patches, after the pre-norm, without positions (VPT, Jia et al. 2022, section 3;
-MVLPT). ``append``: after the patches, before the pre-norm (MaPLe, Khattak et al. 2023; PromptSRC). In both, deep prompts
-replace the prompt tokens' states before each further block; below depth L the last ones' outputs flow on.
+``after_cls``: between class token and patches, after the pre-norm, without positions (VPT, Jia et al. 2022,
+section 3; MVLPT). ``append``: after the patches, before the pre-norm (MaPLe, Khattak et al. 2023; PromptSRC).
+In both, deep prompts replace the prompt tokens' states before each further block; below depth L the last
+ones' outputs flow on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class VisualPrompts:
     """Prompt tokens for an image tower.
 
     Attributes:
-        tokens: (J, M, W) or, one set per image, (B, J, M, W): row 0 enters before the first block, row i replaces the
-            prompt tokens before block i.
+        tokens: (J, M, W) or, one set per image, (B, J, M, W): row 0 enters before the first block, row i
+            replaces the prompt tokens before block i.
         insertion: See the module's text.
     """
 
@@ -51,10 +52,7 @@ class VisionTower:
     def __init__(self, visual: nn.Module) -> None:
         self.visual: Any = visual
         self.kind, self.refusal = _kind(visual)
-        self.blocks: Any = {
-            "vit": lambda: visual.transformer.resblocks,  # type: ignore[union-attr]
-            "timm_vit": lambda: visual.trunk.blocks,  # type: ignore[union-attr]
-        }.get(self.kind, list)()
+        self.blocks: Any = _blocks(self.visual, self.kind)
         self.layers = len(self.blocks)
         self.width = _width(visual, self.kind)
 
@@ -94,9 +92,13 @@ class VisionTower:
         self.require_prompts()
         tokens = prompts.tokens[None] if prompts.tokens.dim() == 3 else prompts.tokens
         if tokens.shape[-1] != self.width:
-            raise VLPromptError(f"visual prompts have width {tokens.shape[-1]}, the image tower has {self.width}.")
+            raise VLPromptError(
+                f"visual prompts have width {tokens.shape[-1]}, the image tower has {self.width}."
+            )
         if tokens.shape[1] > self.layers:
-            raise VLPromptError(f"visual prompts for {tokens.shape[1]} layers, the image tower has {self.layers}.")
+            raise VLPromptError(
+                f"visual prompts for {tokens.shape[1]} layers, the image tower has {self.layers}."
+            )
         if len(tokens) not in (1, batch):
             raise VLPromptError(f"visual prompts for {len(tokens)} images, the batch has {batch}.")
         return tokens.expand(batch, -1, -1, -1)
@@ -147,16 +149,24 @@ def _kind(visual: Any) -> tuple[str, str | None]:
     trunk = getattr(visual, "trunk", None)
     if getattr(trunk, "rope", None) is not None:
         return "conv", (
-            f"its image tower ({type(trunk).__name__}) gives its tokens rotary positions by their place, which inserted "
-            "tokens would shift. Use a learner that leaves the image tower alone (coop, linear_probe)."
+            f"its image tower ({type(trunk).__name__}) gives its tokens rotary positions by their place, which "
+            "inserted tokens would shift. Use a learner that leaves the image tower alone (coop, linear_probe)."
         )
-    if trunk is not None and all(hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")):
+    if trunk is not None and all(
+        hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")
+    ):
         return "timm_vit", None
     what = type(trunk).__name__ if trunk is not None else name
     return "conv", (
-        f"its image tower ({what}) is not a sequence of tokens. Use a ViT backbone (for example ViT-B-16 or tiny), or a "
-        "learner that leaves the image tower alone (coop, linear_probe)."
+        f"its image tower ({what}) is not a sequence of tokens. Use a ViT backbone (for example ViT-B-16 or tiny), or "
+        "a learner that leaves the image tower alone (coop, linear_probe)."
     )
+
+
+def _blocks(visual: Any, kind: str) -> Any:
+    if kind == "vit":
+        return visual.transformer.resblocks
+    return visual.trunk.blocks if kind == "timm_vit" else ()
 
 
 def _width(visual: Any, kind: str) -> int:

@@ -55,8 +55,8 @@ def bench_epoch(
     """
     tower = create_backbone(backbone)
     data = load_dataset("scenes/shape", shots=shots).keep_classes(range(classes))
-    options = {"epochs": epochs, "batch_size": batch, "drop_last": False}
-    learner = create_learner("coop", tower, data.classnames, context_length=context)
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": batch, "drop_last": False}
+    learner: Any = create_learner("coop", tower, data.classnames, context_length=context)
 
     clock = _EpochClock()
     started = time.perf_counter()

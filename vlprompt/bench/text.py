@@ -126,7 +126,7 @@ def imagenet_names(count: int) -> list[str]:
         DataError: If there are not that many.
     """
     import open_clip
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
     if count > len(names):

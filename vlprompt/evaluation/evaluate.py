@@ -52,7 +52,10 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(learner.backbone.device)) for part in embeddings.split(4096)]
         else:
-            parts = [learner(batch.to(learner.backbone.device)) for batch in _image_batches(learner, data, batch_size)]
+            parts = [
+                learner(batch.to(learner.backbone.device))
+                for batch in _image_batches(learner, data, batch_size)
+            ]
     finally:
         learner.train(was_training)
     return torch.cat([p.float().cpu() for p in parts]), torch.tensor(data.labels)
@@ -81,7 +84,9 @@ def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[
 def _check_classes(learner: Learner, data: ImageDataset) -> None:
     own, given = learner.classnames, tuple(" ".join(n.replace("_", " ").split()) for n in data.classnames)
     if own != given:
-        wrong = next((f"{a!r} and {b!r}" for a, b in zip(own, given, strict=False) if a != b), "one list is longer")
+        wrong = next(
+            (f"{a!r} and {b!r}" for a, b in zip(own, given, strict=False) if a != b), "one list is longer"
+        )
         raise DataError(
             f"{data.name} has {len(given)} classes, the learner {len(own)}, and they differ (first: {wrong}). "
             "Use learner.with_classes(data.classnames)."

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlprompt.errors import DataError
 from vlprompt.evaluation.metrics import is_fraction
-from vlprompt.files import write_atomic
+from vlprompt.files import write_text
 
 __all__ = ["RunRecord", "write_report"]
 
@@ -75,7 +75,7 @@ def write_report(path: Path | str, record: RunRecord) -> Path:
         CheckpointError: If the file can't be written; an older report stays as it was.
     """
     page = render(record)
-    write_atomic(Path(path), lambda temporary: _write_text(temporary, page))
+    write_text(Path(path), page)
     return Path(path)
 
 
@@ -211,7 +211,3 @@ def _data_uri(image: Image.Image) -> tuple[str, bool]:
     out = io.BytesIO()
     small.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode(), max(small.size) <= 32
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

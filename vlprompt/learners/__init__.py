@@ -29,7 +29,8 @@ def create_learner(
         name: See :func:`list_learners`.
         backbone: See :func:`vlprompt.create_backbone`.
         classnames: C distinct names.
-        templates: Hand-written sentences with one ``{}``, for what a method takes from zero-shot classification.
+        templates: Hand-written sentences with one ``{}``, for what a method takes from zero-shot
+            classification.
         **options: The method's own, see its class.
 
     Raises:

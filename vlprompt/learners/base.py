@@ -20,8 +20,9 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 class Learner(nn.Module):
     """Base of all methods: a classifier tau * cosine(image feature, class weight) with something to learn in it.
 
-    A method overrides :meth:`class_weights` (what the text side says), or :meth:`embed_images` (prompted images), or
-    :meth:`logits` (a head of its own); everything else follows. Keyword-only constructor arguments are its options.
+    A method overrides :meth:`class_weights` (what the text side says), or :meth:`embed_images` (prompted
+    images), or :meth:`logits` (a head of its own); everything else follows. Keyword-only constructor
+    arguments are its options.
 
     Args:
         backbone: Frozen towers; never trained, never copied.
@@ -117,7 +118,9 @@ class Learner(nn.Module):
             if n in state and state[n].shape != p.shape
         ]
         if problems:
-            raise CheckpointError(f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}.")
+            raise CheckpointError(
+                f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -145,7 +148,9 @@ def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
     """
     names = tuple(" ".join(str(n).replace("_", " ").split()) for n in classnames)
     if len(names) < 2:
-        raise DataError(f"a classifier needs at least two classes, got {len(names)}: {', '.join(names) or 'none'}.")
+        raise DataError(
+            f"a classifier needs at least two classes, got {len(names)}: {', '.join(names) or 'none'}."
+        )
     if empty := [i for i, n in enumerate(names) if not n]:
         raise DataError(f"class number {empty[0]} has an empty name ({classnames[empty[0]]!r}).")
     seen: dict[str, int] = {}

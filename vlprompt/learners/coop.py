@@ -1,7 +1,8 @@
 """CoOp: learn the words around the class name.
 
 Paper: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134, section 3.2.
-The same mechanism is MVLPT's text family (Shen et al., arXiv 2211.11720), which puts the class name in the middle.
+The same mechanism is MVLPT's text family (Shen et al., arXiv 2211.11720), which puts the class name in the
+middle.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ __all__ = ["CoOp", "Position", "context_layout", "initial_context"]
 Position = Literal["end", "middle", "front"]
 
 
-@LEARNERS.register("coop", summary="learned context words around the class name", paper="2109.01134", needs=("text",))
+@LEARNERS.register(
+    "coop", summary="learned context words around the class name", paper="2109.01134", needs=("text",)
+)
 class CoOp(Learner):
     """Sentences [start | context and class name | . end] with M learned context vectors.
 
@@ -36,9 +39,11 @@ class CoOp(Learner):
         classnames: See :class:`Learner`.
         templates: See :class:`Learner`; not used.
         context_length: M, number of context vectors (the paper's n_ctx); ignored with ``init``.
-        position: Where the class name stands: after the context (end), between its halves (middle), before it (front).
+        position: Where the class name stands: after the context (end), between its halves (middle), before it
+            (front).
         class_specific: One context per class (the paper's CSC) instead of one for all.
-        init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0, 0.02^2).
+        init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0,
+            0.02^2).
         seed: Of the random initialisation.
 
     Raises:
@@ -93,7 +98,11 @@ def initial_context(tower: TextTower, length: int, init: str = "", seed: int = 1
 
 
 def context_layout(
-    tower: TextTower, classnames: Sequence[str], count: int, position: Position = "end", class_specific: bool = False
+    tower: TextTower,
+    classnames: Sequence[str],
+    count: int,
+    position: Position = "end",
+    class_specific: bool = False,
 ) -> PromptLayout:
     """Return the sentences of all classes with ``count`` context slots each.
 

@@ -1,6 +1,7 @@
 """Linear probe: logistic regression on frozen image embeddings.
 
-Paper: Radford et al., arXiv 2103.00020, appendix A.3 (the protocol: L-BFGS, the L2 strength searched on validation).
+Paper: Radford et al., arXiv 2103.00020, appendix A.3 (the protocol: L-BFGS, the L2 strength searched on
+    validation).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = ["LinearProbe"]
 class LinearProbe(Learner):
     """A linear classifier on un-normalised embeddings, solved in closed loop by L-BFGS instead of stepped.
 
-    The inverse strength C is the best of 1e-6 .. 1e6 in steps of 100 on validation, then refined by bisection in
-    log10; without validation data C = 1 is taken (never chosen on what is reported).
+    The inverse strength C is the best of 1e-6 .. 1e6 in steps of 100 on validation, then refined by bisection
+    in log10; without validation data C = 1 is taken (never chosen on what is reported).
 
     Args:
         backbone: See :class:`Learner`.
@@ -79,7 +80,9 @@ class LinearProbe(Learner):
         self._keep(self._regress(features, labels, strength))
         return {"C": 10.0**strength, "val_accuracy": score}
 
-    def _search(self, x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> tuple[float, float]:
+    def _search(
+        self, x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray
+    ) -> tuple[float, float]:
         scores: dict[float, float] = {}
 
         def score(strength: float) -> float:

@@ -1,6 +1,7 @@
 """Zero-shot classification with an ensemble of hand-written templates: the baseline of every comparison.
 
-Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, 3.1.4.
+Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv
+    2103.00020, 3.1.4.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 __all__ = ["ZeroShot"]
 
 
-@LEARNERS.register("zero_shot", summary="hand-written templates, averaged; nothing is learned", paper="2103.00020")
+@LEARNERS.register(
+    "zero_shot", summary="hand-written templates, averaged; nothing is learned", paper="2103.00020"
+)
 class ZeroShot(Learner):
     """Class weights are the normalised mean of the normalised features of all templates.
 
@@ -30,7 +33,9 @@ class ZeroShot(Learner):
         self, backbone: Backbone, classnames: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        self.register_buffer("weights", backbone.class_weights(self.classnames, self.templates), persistent=False)
+        self.register_buffer(
+            "weights", backbone.class_weights(self.classnames, self.templates), persistent=False
+        )
 
     def class_weights(self) -> Tensor:
         """See :meth:`Learner.class_weights`."""

@@ -1,7 +1,7 @@
 """What a trainer iterates over: which samples make up each global batch, and how a part of one is fetched.
 
-Both are pure functions of (seed, epoch), so any position of a run can be reached without replaying it, and one process
-with a batch of 64 sees the same samples as two processes with 32 each.
+Both are pure functions of (seed, epoch), so any position of a run can be reached without replaying it, and
+one process with a batch of 64 sees the same samples as two processes with 32 each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Batches(Protocol):
         """Return a batch of some samples; must not depend on what was fetched before."""
 
 
-def epoch_plan(samples: int, batch_size: int, seed: int, epoch: int, drop_last: bool = True) -> list[np.ndarray]:
+def epoch_plan(
+    samples: int, batch_size: int, seed: int, epoch: int, drop_last: bool = True
+) -> list[np.ndarray]:
     """Cut one seeded permutation of ``range(samples)`` into global batches.
 
     Args:
@@ -50,7 +52,8 @@ class TensorBatches:
     """Batches cut from tensors that are already in memory, for example cached image features.
 
     Args:
-        tensors: Name to a list of V views, each a tensor whose first axis is the sample; epoch e uses view e mod V.
+        tensors: Name to a list of V views, each a tensor whose first axis is the sample; epoch e uses view e
+            mod V.
         batch_size: Samples per global batch.
         seed: The run's seed.
         drop_last: See :func:`epoch_plan`.

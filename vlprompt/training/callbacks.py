@@ -45,7 +45,9 @@ class ProgressBar(Callback):
         if not self.console.is_terminal:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True
+        )
         self._task = self._bar.add_task(
             self.title, total=trainer.options.epochs, completed=trainer.progress.epoch, note=""
         )

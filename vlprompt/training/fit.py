@@ -57,7 +57,12 @@ class ImageBatches:
     """
 
     def __init__(
-        self, data: ImageDataset, preprocess: Any, augmentation: Augmentation, options: TrainOptions, views: int
+        self,
+        data: ImageDataset,
+        preprocess: Any,
+        augmentation: Augmentation,
+        options: TrainOptions,
+        views: int,
     ) -> None:
         self.data, self.preprocess, self.augmentation = data, preprocess, augmentation
         self.options, self.views = options, views
@@ -78,7 +83,9 @@ class ImageBatches:
 
     def _view(self, index: int, view: int) -> Tensor:
         image, _ = self.data[index]
-        return self.augmentation.augment(image, self.preprocess, self.options.seed, self.data.key(index), view)
+        return self.augmentation.augment(
+            image, self.preprocess, self.options.seed, self.data.key(index), view
+        )
 
 
 def fit(
@@ -96,7 +103,8 @@ def fit(
 ) -> RunResult:
     """Train a learner; its parameters are changed in place.
 
-    If the learner leaves the image tower alone, image embeddings are computed once per view and training runs on them.
+    If the learner leaves the image tower alone, image embeddings are computed once per view and training runs
+    on them.
 
     Args:
         learner: See :func:`vlprompt.create_learner`.
@@ -105,8 +113,8 @@ def fit(
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: ``"none"``, ``"flip"`` or ``"crop_flip"``.
-        views: Fixed augmented views per picture that the epochs take in turn (their embeddings are cached); 0 draws
-            new ones every epoch, which rules caching out.
+        views: Fixed augmented views per picture that the epochs take in turn (their embeddings are cached); 0
+            draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are kept between runs; None keeps them in memory.
         callbacks: Replaces the default ones (progress, TensorBoard).
         **options: See :class:`TrainOptions`.
@@ -125,8 +133,9 @@ def fit(
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
     source = _Source(learner, train, Augmentation(augmentation), views, checked, cache)
-    if hasattr(learner, "solve"):
-        found = learner.solve(*source.solver_data(val), seed=checked.seed)
+    solve = getattr(learner, "solve", None)
+    if solve is not None:
+        found = solve(*source.solver_data(val), seed=checked.seed)
         history = [{"epoch": 0, **{k: v for k, v in found.items() if v is not None}}]
     elif not any(p.requires_grad for p in learner.parameters()) or checked.epochs == 0:
         history = []

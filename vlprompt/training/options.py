@@ -12,13 +12,16 @@ __all__ = ["TrainOptions"]
 class TrainOptions(BaseModel):
     """Options of :class:`vlprompt.training.trainer.Trainer`, CoOp's recipe by default.
 
-    Defaults are CoOp's (Zhou et al., IJCV 2022): SGD, lr 0.002, batch 32, per-epoch cosine after one warm-up epoch.
+    Defaults are CoOp's (Zhou et al., IJCV 2022): SGD, lr 0.002, batch 32, per-epoch cosine after one warm-up
+    epoch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(50, ge=0, description="passes over the training samples; 0 evaluates only")
-    batch_size: int = Field(32, ge=1, description="global batch: samples per optimiser step over all processes")
+    batch_size: int = Field(
+        32, ge=1, description="global batch: samples per optimiser step over all processes"
+    )
     lr: float = Field(0.002, gt=0, description="base learning rate per step")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
@@ -28,13 +31,21 @@ class TrainOptions(BaseModel):
     schedule: Literal["coop", "cosine", "constant"] = Field(
         "coop", description="coop: cosine per epoch that never reaches 0; cosine: per step to 0; constant"
     )
-    warmup_epochs: float = Field(1.0, ge=0, description="coop: whole epochs at warmup_lr; others: linear from 0")
+    warmup_epochs: float = Field(
+        1.0, ge=0, description="coop: whole epochs at warmup_lr; others: linear from 0"
+    )
     warmup_lr: float = Field(1e-5, gt=0, description="coop only: constant rate of the warm-up epochs")
-    accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step; the result does not change")
+    accumulation: int = Field(
+        1, ge=1, description="micro-batches per optimiser step; the result does not change"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; prompts stay float32")
     grad_clip: float | None = Field(None, gt=0, description="largest allowed norm of all gradients together")
-    drop_last: bool = Field(True, description="drop an incomplete last batch if there is at least one full one")
-    select: Literal["last", "best"] = Field("last", description="best: highest validation score, ties keep the earlier")
+    drop_last: bool = Field(
+        True, description="drop an incomplete last batch if there is at least one full one"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="best: highest validation score, ties keep the earlier"
+    )
     select_metric: str = "accuracy"
     eval_every: int = Field(1, ge=1, description="epochs between validations")
     checkpoint_seconds: float = Field(60.0, ge=0, description="time between checkpoints inside an epoch")

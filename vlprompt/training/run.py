@@ -1,7 +1,8 @@
 """Running a configuration: every cell of its protocol, then the figures, the artefacts and the report.
 
-A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the resolved configuration, so ``--resume`` finds
-what the same command left behind: finished cells are kept, an unfinished one continues from its checkpoint.
+A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the resolved configuration, so
+``--resume`` finds what the same command left behind: finished cells are kept, an unfinished one continues
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.evaluation.evaluate import evaluate, predict_logits
 from vlprompt.evaluation.protocols import Cell, ProtocolResult, base_to_new, coop_fewshot
 from vlprompt.evaluation.report import RunRecord, write_report
-from vlprompt.files import write_atomic, write_json
+from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
 from vlprompt.training.fit import RunResult, fit
 
@@ -85,8 +86,8 @@ class _Session:
 
     def __init__(self, config: RunConfig, backbone: Backbone, folder: Path, resume: bool) -> None:
         self.config, self.backbone, self.folder, self.resume = config, backbone, folder, resume
-        # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on which other
-        # draws were encoded before, and a resumed run must not differ from an uninterrupted one.
+        # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on
+        # which other draws were encoded before, and a resumed run must not differ from an uninterrupted one.
         self.test_cache = FeatureCache(config.data.cache_dir)
         self.facts: dict[str, Any] = {}
         self.shown: tuple[Learner, ImageDataset, RunResult] | None = None
@@ -107,7 +108,9 @@ class _Session:
             return json.loads(done.read_text())
         train, val = (self._part(cell, split) for split in ("train", "val"))
         learner = self._learner(train, cell.seed)
-        log.info("%s: %s on %d samples of %d classes", cell.name, learner.method, len(train), len(train.classnames))
+        log.info(
+            "%s: %s on %d samples of %d classes", cell.name, learner.method, len(train), len(train.classnames)
+        )
         result = fit(
             learner,
             train,
@@ -130,7 +133,9 @@ class _Session:
         """Test metrics of the learner and of zero-shot, by part ("", "base/", "new/", "<also_test>/")."""
         numbers: dict[str, float] = {f"train/{k}": v for k, v in result.metrics.items()}
         for prefix, test in self._tests(cell).items():
-            fitting = learner if test.classnames == learner.classnames else learner.with_classes(test.classnames)
+            fitting = (
+                learner if test.classnames == learner.classnames else learner.with_classes(test.classnames)
+            )
             zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
             scores = evaluate(fitting, test, cache=self.test_cache)
             baseline = evaluate(zero, test, cache=self.test_cache)
@@ -171,9 +176,14 @@ class _Session:
 
     def report(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
         """Gather what the page shows; pictures come from the last cell that was trained in this session."""
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = {
+            k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
         base = "base/" if "base/accuracy" in numbers else ""
-        headline = {"zero-shot": numbers.get(f"{base}zero_shot_accuracy"), "learned": numbers.get(f"{base}accuracy")}
+        headline = {
+            "zero-shot": numbers.get(f"{base}zero_shot_accuracy"),
+            "learned": numbers.get(f"{base}accuracy"),
+        }
         record = RunRecord(
             title=f"{self.config.learner_name} on {', '.join(self.config.data.names)}",
             headline={k: v for k, v in headline.items() if v is not None},
@@ -202,12 +212,14 @@ def _open_folder(config: RunConfig, resume: bool) -> Path:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         text = f"# vlprompt {package_version()}\n{_yaml(config)}"
-        write_atomic(folder / "config.yaml", lambda temporary: temporary.write_text(text) and None)
+        write_text(folder / "config.yaml", text)
     state.wait_for_everyone()
     return folder
 
 
-def _metrics(config: RunConfig, backbone: Backbone, result: ProtocolResult, session: _Session) -> dict[str, Any]:
+def _metrics(
+    config: RunConfig, backbone: Backbone, result: ProtocolResult, session: _Session
+) -> dict[str, Any]:
     """The flat content of metrics.json: figures first, then what they were measured under."""
     return {
         **result.metrics,
@@ -227,7 +239,9 @@ def _environment() -> dict[str, str]:
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _curves(config: RunConfig, numbers: Mapping[str, float]) -> dict[str, list[tuple[int, float, float | None]]]:
+def _curves(
+    config: RunConfig, numbers: Mapping[str, float]
+) -> dict[str, list[tuple[int, float, float | None]]]:
     shots = config.protocol.shots
     if config.protocol.name != "coop-fewshot" or len(shots) < 2:
         return {}
@@ -259,8 +273,7 @@ def _yaml(config: RunConfig) -> str:
 
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(record) + "\n" for record in history)
-    write_atomic(path, lambda temporary: temporary.write_text(text) and None)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in history))
 
 
 def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:

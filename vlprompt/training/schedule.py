@@ -13,8 +13,8 @@ def learning_rate(options: TrainOptions, epoch: int, step: int, steps_per_epoch:
     """Return the learning rate of one optimiser step.
 
     ``coop`` is the schedule of Zhou et al.'s public code: epoch 0 runs at ``warmup_lr``, epoch e at
-    ``lr/2 (1 + cos(pi (e - 1) / E))``. Its cosine counts from the end of the warm-up over all E epochs, so the last
-    epoch stands at angle pi (E - 2) / E and the rate never reaches zero.
+    ``lr/2 (1 + cos(pi (e - 1) / E))``. Its cosine counts from the end of the warm-up over all E epochs, so
+    the last epoch stands at angle pi (E - 2) / E and the rate never reaches zero.
 
     Args:
         options: ``lr``, ``schedule``, ``epochs`` and the warm-up settings are read.

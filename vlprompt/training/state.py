@@ -81,10 +81,12 @@ def load_checkpoint(
     """Read the checkpoint of ``folder`` and put the optimiser's state back.
 
     Returns:
-        Progress, learnable tensors, the best ones (or None) and the scaler's state; None if there is no checkpoint.
+        Progress, learnable tensors, the best ones (or None) and the scaler's state; None if there is no
+        checkpoint.
 
     Raises:
-        CheckpointError: If it is damaged, or belongs to a run with another identity (each difference is named).
+        CheckpointError: If it is damaged, or belongs to a run with another identity (each difference is
+            named).
     """
     path = folder / _FILE
     if not path.exists():

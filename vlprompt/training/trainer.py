@@ -1,7 +1,7 @@
 """The one training loop: everything that learns here, learns through it.
 
-A learner says what its losses are; when parameters are updated, on which samples, in which precision, over how many
-processes, and how a run survives a kill is decided here and nowhere else.
+A learner says what its losses are; when parameters are updated, on which samples, in which precision, over
+how many processes, and how a run survives a kill is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Trainer:
         batches: Where its batches come from.
         options: See :class:`TrainOptions`.
         folder: Where ``checkpoint/`` is kept; None keeps nothing.
-        validate: Called every ``options.eval_every`` epochs; returns metrics on validation data, never on test data.
+        validate: Called every ``options.eval_every`` epochs; returns metrics on validation data, never on
+            test data.
         callbacks: See :class:`Callback`.
         identity: Facts that a resumed run must share (data, backbone, learner), beside the options.
         accelerator: Processes and device; a default one if None.
@@ -87,7 +88,9 @@ class Trainer:
         self.identity = {"options": options.model_dump(mode="json"), **(identity or {})}
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise VLPromptError(f"{type(module).__name__} has no learnable parameter: there is nothing to train.")
+            raise VLPromptError(
+                f"{type(module).__name__} has no learnable parameter: there is nothing to train."
+            )
         self.optimizer = _build_optimizer(list(self.parameters.values()), options)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=options.precision == "fp16")
         self.progress = Progress()
@@ -151,7 +154,9 @@ class Trainer:
         if last or time.monotonic() - self._saved_at > self.options.checkpoint_seconds:
             self._save()
 
-    def _step(self, fetched: Iterator[Batch], samples: np.ndarray, epoch: int, step: int, lr: float) -> dict[str, float]:
+    def _step(
+        self, fetched: Iterator[Batch], samples: np.ndarray, epoch: int, step: int, lr: float
+    ) -> dict[str, float]:
         # Seeded by position, so that dropout after a resume is what it would have been without the kill.
         torch.manual_seed(derive_seed(self.options.seed, "step", epoch, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
@@ -180,8 +185,9 @@ class Trainer:
     def _my_parts(self, samples: np.ndarray) -> list[tuple[np.ndarray, float]]:
         """Cut a global batch into ``accumulation`` parts per process and return this process's with their shares.
 
-        Shares are by samples: unequal parts would otherwise change the mean that one process would compute. A process
-        that gets no sample of a small batch still takes part, with a share of zero, since all must meet to add up.
+        Shares are by samples: unequal parts would otherwise change the mean that one process would compute. A
+        process that gets no sample of a small batch still takes part, with a share of zero, since all must
+        meet to add up.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = np.array_split(samples, world * self.options.accumulation)[rank::world]
@@ -210,7 +216,9 @@ class Trainer:
         norms = torch.stack(torch._foreach_norm(list(gradients.values()))) if gradients else torch.zeros(1)
         if not bool(torch.isfinite(norms).all()):
             name = list(gradients)[int((~torch.isfinite(norms)).nonzero()[0])]
-            raise NonFiniteError(f"the gradient of {name!r} is not finite {where}. The last checkpoint is kept.")
+            raise NonFiniteError(
+                f"the gradient of {name!r} is not finite {where}. The last checkpoint is kept."
+            )
 
     def _keep_best(self, record: Mapping[str, Any]) -> None:
         if self.options.select != "best":
@@ -218,7 +226,9 @@ class Trainer:
         key = f"val/{self.options.select_metric}"
         if key not in record:
             known = sorted(k.removeprefix("val/") for k in record if k.startswith("val/"))
-            raise VLPromptError(f"select_metric {self.options.select_metric!r} is not validated; known: {known}.")
+            raise VLPromptError(
+                f"select_metric {self.options.select_metric!r} is not validated; known: {known}."
+            )
         if self.progress.best is None or record[key] > self.progress.best:
             self.progress.best, self.progress.best_epoch = float(record[key]), self.progress.epoch
             self.best_state = {n: t.detach().clone() for n, t in self.module.trainable_state().items()}
@@ -232,7 +242,9 @@ class Trainer:
             )
 
     def _restore(self) -> None:
-        loaded = load_checkpoint(self.folder, self.optimizer, self.identity) if self.folder is not None else None
+        loaded = (
+            load_checkpoint(self.folder, self.optimizer, self.identity) if self.folder is not None else None
+        )
         if loaded is None:
             return
         self.progress, weights, self.best_state, scaler = loaded

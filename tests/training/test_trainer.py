@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.toys import ToyModule, toy_batches
+from vlprompt.errors import CheckpointError, NonFiniteError, VLPromptError
+from vlprompt.training.batches import epoch_plan, prefetch
+from vlprompt.training.callbacks import Callback
+from vlprompt.training.options import TrainOptions
+from vlprompt.training.schedule import learning_rate
+from vlprompt.training.trainer import Trainer
+
+
+def _train(folder: Path | None = None, resume: bool = False, dropout: float = 0.0, **options: Any) -> Trainer:
+    checked = TrainOptions(**{"epochs": 6, "batch_size": 8, "lr": 0.1, **options})
+    trainer = Trainer(ToyModule(dropout), toy_batches(checked), checked, folder, callbacks=[])
+    trainer.run(resume)
+    return trainer
+
+
+def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in trainer.module.trainable_state().items()}
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+class _StopAt(Callback):
+    """Raises after some optimiser steps, as a kill would."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise InterruptedError
+
+
+def test_matches_a_loop_written_out_by_hand() -> None:
+    options = TrainOptions(epochs=3, batch_size=8, lr=0.1)
+    trainer = Trainer(ToyModule(), batches := toy_batches(options), options)
+    history = trainer.run().history
+
+    module = ToyModule()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(3):
+        total = 0.0
+        for step, indices in enumerate(batches.plan(epoch)):
+            optimizer.param_groups[0]["lr"] = learning_rate(options, epoch, step, len(batches.plan(epoch)))
+            loss = sum(module.loss(batches.fetch(indices, epoch)).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() / len(batches.plan(epoch))
+        assert history[epoch]["loss"] == pytest.approx(total, rel=1e-5)
+    assert _same(_state(trainer), module.trainable_state())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_loss_falls(optimizer: str) -> None:
+    history = _train(epochs=30, optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.03).progress.history
+    assert history[-1]["fit"] < 0.6 * history[0]["fit"]
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 8])
+def test_accumulation_does_not_change_the_result(accumulation: int) -> None:
+    plain, split = _state(_train(drop_last=False)), _state(_train(drop_last=False, accumulation=accumulation))
+    for name in plain:
+        torch.testing.assert_close(plain[name], split[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("steps", [3, 6, 17])
+def test_resume_is_bit_identical_wherever_it_was_stopped(tmp_path: Path, optimizer: str, steps: int) -> None:
+    options = TrainOptions(epochs=6, batch_size=8, lr=0.05, optimizer=optimizer, checkpoint_seconds=0)
+    whole = Trainer(ToyModule(0.3), toy_batches(options), options)
+    history = whole.run().history
+
+    stopped = Trainer(ToyModule(0.3), toy_batches(options), options, tmp_path, callbacks=[_StopAt(steps)])
+    with pytest.raises(InterruptedError):
+        stopped.run()
+    resumed = Trainer(ToyModule(0.3, seed=9), toy_batches(options), options, tmp_path)
+    assert resumed.run(resume=True).history == history
+    assert _same(_state(resumed), _state(whole))
+
+
+def test_resume_refuses_other_settings_and_names_them(tmp_path: Path) -> None:
+    _train(tmp_path, lr=0.1)
+    with pytest.raises(CheckpointError, match=r"options: checkpoint .*0\.1.* now .*0\.2"):
+        _train(tmp_path, resume=True, lr=0.2)
+
+
+def test_damaged_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    _train(tmp_path)
+    file = tmp_path / "checkpoint" / "trainer.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"trainer\.safetensors.*truncated"):
+        _train(tmp_path, resume=True)
+
+
+def test_dropout_depends_on_the_seed_only() -> None:
+    assert _same(_state(_train(dropout=0.3)), _state(_train(dropout=0.3)))
+    assert not _same(_state(_train(dropout=0.3)), _state(_train(dropout=0.3, seed=2)))
+
+
+def test_nan_loss_names_loss_and_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    options = TrainOptions(epochs=2, batch_size=8, checkpoint_seconds=0)
+    batches = toy_batches(options)
+    batches.tensors["x"][0][batches.plan(1)[2][0]] = float("nan")
+    batches.plan(0)  # the poisoned sample is drawn in both epochs; find where it comes first
+    first = next(i for i, part in enumerate(batches.plan(0)) if batches.plan(1)[2][0] in part)
+    with pytest.raises(NonFiniteError, match=f"loss 'fit' is nan at epoch 0, step {first}"):
+        Trainer(ToyModule(), batches, options, tmp_path).run()
+
+
+def test_infinite_gradient_names_the_parameter() -> None:
+    class Cliff(ToyModule):
+        def loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"root": (self.second * 0).abs().sum().sqrt()}  # value 0, slope infinite
+
+    options = TrainOptions(epochs=1)
+    with pytest.raises(NonFiniteError, match=r"gradient of 'second' is not finite at epoch 0, step 0"):
+        Trainer(Cliff(), toy_batches(options), options).run()
+
+
+def test_best_selection_keeps_the_earlier_of_ties() -> None:
+    options = TrainOptions(epochs=4, batch_size=8, select="best", lr=0.1)
+    scores = iter([0.2, 0.7, 0.7, 0.1])
+    kept: list[dict[str, torch.Tensor]] = []
+    trainer = Trainer(ToyModule(), toy_batches(options), options, validate=lambda: {"accuracy": next(scores)})
+
+    class Keep(Callback):
+        def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            kept.append(_state(trainer))
+
+    trainer.callbacks = [Keep()]
+    progress = trainer.run()
+    assert (progress.best, progress.best_epoch) == (0.7, 1)
+    assert _same(_state(trainer), kept[1])
+    assert not _same(kept[1], kept[3])
+
+
+def test_unknown_selection_metric_lists_the_known_ones() -> None:
+    options = TrainOptions(epochs=1, select="best", select_metric="f1")
+    with pytest.raises(VLPromptError, match=r"'f1' is not validated; known: \['accuracy'\]"):
+        Trainer(ToyModule(), toy_batches(options), options, validate=lambda: {"accuracy": 0.5}).run()
+
+
+def test_bf16_keeps_parameters_in_float32() -> None:
+    trainer = _train(precision="bf16", epochs=20)
+    assert {t.dtype for t in _state(trainer).values()} == {torch.float32}
+    assert trainer.progress.history[-1]["fit"] < trainer.progress.history[0]["fit"]
+
+
+def test_gradient_clipping_bounds_the_step() -> None:
+    options = TrainOptions(epochs=1, batch_size=50, lr=1.0, schedule="constant", warmup_epochs=0,
+                           momentum=0.0, weight_decay=0.0, grad_clip=1e-3)  # fmt: skip
+    trainer = Trainer(ToyModule(), toy_batches(options), options)
+    before = torch.cat([t.flatten() for t in _state(trainer).values()])
+    trainer.run()
+    after = torch.cat([t.flatten() for t in _state(trainer).values()])
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_nothing_to_learn_is_an_error() -> None:
+    options = TrainOptions()
+    with pytest.raises(VLPromptError, match="no learnable parameter"):
+        Trainer(ToyModule().requires_grad_(False), toy_batches(options), options)
+
+
+def test_epoch_plan_covers_every_sample_once_and_depends_on_seed_and_epoch() -> None:
+    plan = epoch_plan(53, 8, seed=1, epoch=0, drop_last=False)
+    assert sorted(np.concatenate(plan).tolist()) == list(range(53))
+    assert len(epoch_plan(53, 8, 1, 0)) == 6  # the incomplete batch is dropped
+    assert len(epoch_plan(5, 8, 1, 0)) == 1  # but never the only one
+    assert np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 1, 0, False)))
+    assert not np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 1, 1, False)))
+    assert not np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 2, 0, False)))
+
+
+def test_prefetch_keeps_the_order_and_raises_what_a_fetch_raises() -> None:
+    class Source:
+        def plan(self, epoch: int) -> list[np.ndarray]:
+            return []
+
+        def fetch(self, indices: np.ndarray, epoch: int) -> dict[str, Any]:
+            if indices[0] == 4:
+                raise OSError("gone")
+            return {"i": int(indices[0])}
+
+    parts = [np.array([i]) for i in range(4)]
+    assert [b["i"] for b in prefetch(Source(), parts, 0)] == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="gone"):
+        list(prefetch(Source(), [*parts, np.array([4])], 0))
