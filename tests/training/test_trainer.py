@@ -199,3 +199,65 @@ def test_prefetch_keeps_the_order_and_raises_what_a_fetch_raises() -> None:
     assert [b["i"] for b in prefetch(Source(), parts, 0)] == [0, 1, 2, 3]
     with pytest.raises(OSError, match="gone"):
         list(prefetch(Source(), [*parts, np.array([4])], 0))
+
+
+class _Summing(ToyModule):
+    """Combines the gradients of its losses by adding them, which is what one backward pass does."""
+
+    def combine_gradients(self, gradients: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
+        assert set(gradients) == {"fit", "size"}
+        return [a + b for a, b in zip(*gradients.values(), strict=True)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_separate_gradients_added_up_equal_one_backward_pass(accumulation: int) -> None:
+    options = TrainOptions(epochs=4, batch_size=8, lr=0.1, accumulation=accumulation)
+    module = _Summing()
+    Trainer(module, toy_batches(options), options).run()
+    plain = _state(_train(epochs=4, accumulation=accumulation))
+    for name, value in module.trainable_state().items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
+
+
+class _Averaging(ToyModule):
+    """Ends with the mean of its weights over epochs."""
+
+    def __init__(self, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__(dropout, seed)
+        self.sums = {n: torch.zeros_like(p) for n, p in self.named_parameters()}
+
+    def after_epoch(self, epoch: int, epochs: int) -> None:
+        for name, parameter in self.named_parameters():
+            self.sums[name] += parameter.detach() / epochs
+
+    def after_training(self) -> None:
+        self.load_trainable_state(self.sums)
+
+    def running_state(self) -> dict[str, torch.Tensor]:
+        return self.sums
+
+    def load_running_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = dict(state)
+
+
+def test_averages_over_epochs_survive_a_stop(tmp_path: Path) -> None:
+    options = TrainOptions(epochs=5, batch_size=8, lr=0.1, checkpoint_seconds=0)
+    whole = Trainer(_Averaging(0.2), toy_batches(options), options)
+    whole.run()
+    stopped = Trainer(_Averaging(0.2), toy_batches(options), options, tmp_path, callbacks=[_StopAt(15)])
+    with pytest.raises(InterruptedError):
+        stopped.run()
+    resumed = Trainer(_Averaging(0.2), toy_batches(options), options, tmp_path)
+    resumed.run(resume=True)
+    assert _same(_state(resumed), _state(whole))
+    assert not _same(_state(whole), _state(_train(epochs=5, dropout=0.2)))
+
+
+@pytest.mark.parametrize("module", [ToyModule, _Summing])
+def test_float16_scales_and_unscales(module: type[ToyModule]) -> None:
+    options = TrainOptions(epochs=4, batch_size=8, lr=0.1, precision="fp16")
+    half = module()
+    Trainer(half, toy_batches(options), options).run()
+    whole = _state(_train(epochs=4))
+    for name, value in half.trainable_state().items():
+        torch.testing.assert_close(value, whole[name], rtol=2e-2, atol=2e-3)

@@ -58,7 +58,7 @@ class TextTower:
         self.batch_first: bool = getattr(inner.transformer, "batch_first", True)
         self.norm, self.projection = inner.ln_final, inner.text_projection
         self.causal_mask: Tensor | None = inner.attn_mask
-        self.pooling: str = getattr(inner, "pool_type", None) or getattr(inner, "text_pool_type", "argmax")
+        self.pooling = str(getattr(inner, "pool_type", None) or getattr(inner, "text_pool_type", "argmax"))
         self.width, self.layers = self.embedding.embedding_dim, len(self.blocks)
         self.causal = self.causal_mask is not None
         # Pooling at the last place of a padded row makes the padding part of the sentence.

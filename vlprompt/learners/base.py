@@ -126,6 +126,13 @@ class Learner(nn.Module):
                 parameter.copy_(state[name])
         self._cached_weights = None
 
+    # Optional hooks of the trainer; a method defines those it needs:
+    #   combine_gradients(gradients: dict[loss name, list of (parameter-shaped) tensors]) -> list of tensors:
+    #       makes the update's gradient out of each loss's own, in the order of the learnable parameters.
+    #   after_epoch(epoch, epochs) and after_training(): keep and put back averages over epochs.
+    #   running_state() and load_running_state(state): tensors these need to survive a kill.
+    #   solve(train, val, seed): replaces stepping altogether (see LinearProbe).
+
     def train(self, mode: bool = True) -> Learner:
         """Switch the learner's own modules; the backbone stays in evaluation mode."""
         self._cached_weights = None

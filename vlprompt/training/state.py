@@ -43,8 +43,7 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    weights: Mapping[str, torch.Tensor],
-    best: Mapping[str, torch.Tensor] | None,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     scaler: Mapping[str, Any] | None = None,
@@ -54,8 +53,8 @@ def save_checkpoint(
     Args:
         folder: The run's ``checkpoint`` folder.
         progress: Position and history.
-        weights: The learnable tensors.
-        best: The learnable tensors of the best epoch so far, if selection is on.
+        states: Tensors by kind: ``weights`` (learnable), ``best`` (the same at the best epoch), ``running`` (what a
+            module keeps over epochs, for example an average).
         optimizer: Its state is flattened to tensors; no pickle is written.
         identity: What must not change between sessions (options, data, backbone).
         scaler: State of the loss scaler under float16.
@@ -63,8 +62,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: If it can't be written; the old checkpoint is kept.
     """
-    tensors = {f"weights.{name}": t for name, t in weights.items()}
-    tensors |= {f"best.{name}": t for name, t in (best or {}).items()}
+    tensors = {f"{kind}.{name}": t for kind, state in states.items() for name, t in state.items()}
     optimizer_tensors, optimizer_values = _flatten_optimizer(optimizer)
     metadata = {
         "progress": asdict(progress),
@@ -77,7 +75,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
-) -> tuple[Progress, dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]] | None:
+) -> tuple[Progress, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
     """Read the checkpoint of ``folder`` and put the optimiser's state back.
 
     Returns:
@@ -99,8 +97,8 @@ def load_checkpoint(
         _restore_optimizer(optimizer, tensors, metadata["optimizer"])
     except KeyError as error:
         raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {error}.") from error
-    weights, best = _with_prefix(tensors, "weights."), _with_prefix(tensors, "best.")
-    return progress, weights, best or None, metadata["scaler"]
+    states = {kind: _with_prefix(tensors, f"{kind}.") for kind in ("weights", "best", "running")}
+    return progress, states, metadata["scaler"]
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -48,6 +48,10 @@ class Trainable(Protocol):
     def train(self, mode: bool = True) -> Any:
         """As :meth:`torch.nn.Module.train`."""
 
+    # A module may also define any of these (see Learner, which documents them):
+    #   combine_gradients(gradients), after_epoch(epoch, epochs), after_training(),
+    #   running_state(), load_running_state(state)
+
 
 class Trainer:
     """Trains a module on batches.
@@ -115,6 +119,7 @@ class Trainer:
                 self._run_epoch()
         finally:
             self._notify("on_end")
+        self._hook("after_training")
         if self.best_state is not None:
             self.module.load_trainable_state(self.best_state)
         return self.progress
@@ -143,6 +148,7 @@ class Trainer:
         samples = sums.pop("samples", 0.0) or 1.0
         record: dict[str, Any] = {"epoch": done.epoch, "lr": lr, **{k: v / samples for k, v in sums.items()}}
         last = done.epoch + 1 == self.options.epochs
+        self._hook("after_epoch", done.epoch, self.options.epochs)
         if self.validate is not None and (last or (done.epoch + 1) % self.options.eval_every == 0):
             self.module.train(False)
             with torch.no_grad():
@@ -163,15 +169,18 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
+        separate: dict[str, list[Tensor]] = {}
         for _, share in self._my_parts(samples):
             batch = _to_device(next(fetched), self.accelerator.device)
             with self._autocast():
                 losses = {name: value * share for name, value in self.module.loss(batch).items()}
             total = torch.stack(list(losses.values())).sum()
-            self.scaler.scale(total).backward()
+            self._backward(losses, total, separate)
             for name, value in {**losses, "loss": total}.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-        self._reduce(totals)
+        self._reduce(totals, separate)
+        if separate:
+            self._combine(separate)
         values = {name: float(value) for name, value in totals.items()}
         self._check_finite(values, epoch, step)
         if self.scaler.is_enabled():
@@ -193,11 +202,43 @@ class Trainer:
         parts = np.array_split(samples, world * self.options.accumulation)[rank::world]
         return [(p, len(p) / len(samples)) for p in parts if len(p)] or [(samples[:1], 0.0)]
 
-    def _reduce(self, totals: dict[str, Tensor]) -> None:
+    def _backward(self, losses: dict[str, Tensor], total: Tensor, separate: dict[str, list[Tensor]]) -> None:
+        """Add this part's gradients to the parameters, or to one list per loss if the module combines them itself."""
+        if not hasattr(self.module, "combine_gradients"):
+            self.scaler.scale(total).backward()
+            return
+        parameters = list(self.parameters.values())
+        for left, (name, value) in zip(range(len(losses))[::-1], losses.items(), strict=True):
+            # A loss that nothing learnable enters (a weight of zero, a frozen term) has no graph at all.
+            found: Sequence[Tensor | None] = [None] * len(parameters)
+            if value.requires_grad:
+                scaled = self.scaler.scale(value)
+                found = torch.autograd.grad(scaled, parameters, retain_graph=left > 0, allow_unused=True)
+            gradients = [
+                torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
+            ]
+            held = separate.get(name)
+            separate[name] = (
+                gradients if held is None else [a + b for a, b in zip(held, gradients, strict=True)]
+            )
+
+    def _combine(self, separate: dict[str, list[Tensor]]) -> None:
+        """Let the module make one gradient of several; whole-batch gradients, whatever the parts and processes."""
+        scale = (
+            self.scaler.get_scale()
+        )  # 1 unless float16: the module sees true gradients, the scaler scaled ones
+        true = {name: [g / scale for g in gradients] for name, gradients in separate.items()}
+        combined = self.module.combine_gradients(true)  # type: ignore[attr-defined]
+        for parameter, gradient in zip(self.parameters.values(), combined, strict=True):
+            parameter.grad = gradient * scale
+
+    def _reduce(self, totals: dict[str, Tensor], separate: dict[str, list[Tensor]]) -> None:
         """Sum gradients and losses over processes; the parts' weights already add up to one."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.parameters.values():
+        for name in sorted(separate):
+            separate[name] = [self.accelerator.reduce(g, reduction="sum") for g in separate[name]]
+        for parameter in self.parameters.values() if not separate else ():
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
         for name in sorted(totals):
@@ -236,10 +277,13 @@ class Trainer:
     def _save(self) -> None:
         self._saved_at = time.monotonic()
         if self.folder is not None and self.accelerator.is_main_process:
-            weights, scaler = self.module.trainable_state(), self.scaler.state_dict()
-            save_checkpoint(
-                self.folder, self.progress, weights, self.best_state, self.optimizer, self.identity, scaler
-            )
+            states = {
+                "weights": self.module.trainable_state(),
+                "best": self.best_state or {},
+                "running": self._hook("running_state") or {},
+            }
+            scaler = self.scaler.state_dict()
+            save_checkpoint(self.folder, self.progress, states, self.optimizer, self.identity, scaler)
 
     def _restore(self) -> None:
         loaded = (
@@ -247,8 +291,10 @@ class Trainer:
         )
         if loaded is None:
             return
-        self.progress, weights, self.best_state, scaler = loaded
-        self.module.load_trainable_state(weights)
+        self.progress, states, scaler = loaded
+        self.module.load_trainable_state(states["weights"])
+        self.best_state = states["best"] or None
+        self._hook("load_running_state", states["running"])
         if scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -260,6 +306,11 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _DTYPES.get(self.options.precision)
         return torch.autocast(self.accelerator.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def _hook(self, name: str, *arguments: Any) -> Any:
+        """Call an optional method of the module."""
+        method = getattr(self.module, name, None)
+        return None if method is None else method(*arguments)
 
     def _notify(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
