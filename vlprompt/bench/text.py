@@ -14,7 +14,7 @@ from vlprompt.backbones.text import TextTower
 from vlprompt.bench import BENCHMARKS
 from vlprompt.bench.measure import matrix_gflops, measure
 from vlprompt.errors import DataError
-from vlprompt.learners.coop import Position, context_layout, initial_context
+from vlprompt.learners._context import Position, context_layout, initial_context
 
 __all__ = ["bench_text", "imagenet_names"]
 

@@ -1,0 +1,63 @@
+"""Learned context in sentences: where it starts from and where it stands. Shared by every text-prompt learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlprompt.backbones.layout import PromptLayout, slot
+from vlprompt.backbones.text import TextTower
+from vlprompt.errors import DataError
+from vlprompt.seeding import torch_rng
+
+__all__ = ["Position", "context_layout", "initial_context"]
+
+Position = Literal["end", "middle", "front"]
+
+
+def initial_context(tower: TextTower, length: int, init: str = "", seed: int = 1) -> Tensor:
+    """Return (M, Dt) float32 start values of learned context.
+
+    Args:
+        tower: The text tower the context enters.
+        length: M, if there is no phrase.
+        init: A phrase whose token embeddings are taken; M becomes its number of tokens (not of words).
+        seed: Of N(0, 0.02^2).
+
+    Raises:
+        DataError: If the phrase has no token.
+    """
+    tower.require_prompts()
+    if not init:
+        return 0.02 * torch.randn(length, tower.width, generator=torch_rng(seed, "context"))
+    ids = tower.require_tokenizer().encode(init.replace("_", " "))
+    if not ids:
+        raise DataError(f"init={init!r} has no token to start the context from.")
+    return tower.embed_tokens(ids).float().cpu().clone()
+
+
+def context_layout(
+    tower: TextTower,
+    classnames: Sequence[str],
+    count: int,
+    position: Position = "end",
+    class_specific: bool = False,
+) -> PromptLayout:
+    """Return the sentences of all classes with ``count`` context slots each.
+
+    The full stop and the class name are tokenised together, as in a written sentence. In the middle the first
+    ``count // 2`` vectors stand before the name.
+    """
+    before = {"end": count, "middle": count // 2, "front": 0}[position]
+    sentences = []
+    for c, name in enumerate(classnames):
+        slots = [slot(k + (c * count if class_specific else 0)) for k in range(count)]
+        if before == count:
+            pieces: list[str | int] = [*slots, f"{name}."]
+        else:
+            pieces = [*slots[:before], name, *slots[before:], "."]
+        sentences.append(tower.sentence(*pieces))
+    return tower.layout(sentences, classnames)
