@@ -1,0 +1,70 @@
+"""Shared fixtures: small random CLIPs that build in milliseconds and read words with CLIP's own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import Tensor
+
+from vlprompt.backbones import Backbone
+from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
+
+SIZE = 32  # pixels
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TextTokenizer:
+    """CLIP's byte pairs, from the files that open_clip ships."""
+    return wrap_tokenizer(open_clip.SimpleTokenizer())
+
+
+@pytest.fixture(scope="session")
+def make_backbone(tokenizer: TextTokenizer) -> Callable[..., Backbone]:
+    """Builder of small random backbones: 3 layers of width 64 on both sides, 32 px, joint dimension 48."""
+
+    def make(
+        text: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        *,
+        custom: bool = False,
+        seed: int = 0,
+        **model: Any,
+    ) -> Backbone:
+        tower = {"layers": 3, "width": 64, "heads": 2, **(text or {})}
+        visual = {"image_size": SIZE, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, **(vision or {})}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            built = (CustomTextCLIP if custom else CLIP)(48, visual, tower, **model)
+            _spread(built)
+        facts = {"architecture": "small", "pretrained": None}
+        return wrap_open_clip(built, {"size": SIZE}, tokenizer, facts)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone(make_backbone: Callable[..., Backbone]) -> Backbone:
+    """One small backbone for all tests. Nothing may change it."""
+    return make_backbone()
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """(6, 3, 32, 32) noise."""
+    return torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def _spread(model: torch.nn.Module) -> None:
+    """Make words count: with the usual initial values the features of all sentences nearly coincide."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "token_embedding" in name or name.endswith("positional_embedding"):
+                parameter.mul_(10)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.05)
