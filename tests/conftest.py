@@ -37,7 +37,14 @@ def make_backbone(tokenizer: TextTokenizer) -> Callable[..., Backbone]:
         **model: Any,
     ) -> Backbone:
         tower = {"layers": 3, "width": 64, "heads": 2, **(text or {})}
-        visual = {"image_size": SIZE, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, **(vision or {})}
+        visual = {
+            "image_size": SIZE,
+            "layers": 3,
+            "width": 64,
+            "head_width": 32,
+            "patch_size": 8,
+            **(vision or {}),
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             built = (CustomTextCLIP if custom else CLIP)(48, visual, tower, **model)
@@ -66,5 +73,5 @@ def _spread(model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if "token_embedding" in name or name.endswith("positional_embedding"):
                 parameter.mul_(10)
-            elif name.endswith("bias"):
+            elif name.endswith(".bias"):
                 parameter.normal_(std=0.05)

@@ -13,7 +13,7 @@ from vlprompt.backbones import Backbone, packed
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.text import TextTower
 from vlprompt.errors import VLPromptError
-from vlprompt.learners.coop import context_layout
+from vlprompt.learners._context import context_layout
 
 NAMES = ("dog", "red circle", "red circle small", "hummingbird", "boeing 737-800", "annual crop land")
 PLACES = [(p, s) for p in ("end", "middle", "front") for s in (False, True)]
@@ -111,7 +111,12 @@ def test_random_class_lists(backbone: Backbone, seed: int) -> None:
 
 def test_sentences_up_to_the_limit(backbone: Backbone) -> None:
     tower = backbone.text
-    names = ["a " * 57 + "b", "dog", "a " * 57 + "c", "a " * 30]  # 58 words, full stop, 16 slots, start and end
+    names = [
+        "a " * 57 + "b",
+        "dog",
+        "a " * 57 + "c",
+        "a " * 30,
+    ]  # 58 words, full stop, 16 slots, start and end
     layout = context_layout(tower, names, 16)
     assert layout.lengths[0] == tower.context_length
     context = noise(7, 16, tower.width)
@@ -165,7 +170,13 @@ def test_chunks_keep_less_for_the_backward_pass(backbone: Backbone, monkeypatch:
 @pytest.mark.parametrize("quick", [False, True])
 def test_strings_equal_open_clip(make_backbone: Callable[..., Backbone], quick: bool) -> None:
     backbone = make_backbone(quick_gelu=quick)
-    texts = ["", "a photo of a dog.", "x " * 100, "Ünïcödé, emoji \N{DOG FACE} & <tags>", "A  PHOTO\tof a dog."]
+    texts = [
+        "",
+        "a photo of a dog.",
+        "x " * 100,
+        "Ünïcödé, emoji \N{DOG FACE} & <tags>",
+        "A  PHOTO\tof a dog.",
+    ]
     rows = backbone.text.tokenizer.rows(texts, 77)
     with torch.no_grad():
         expected = backbone.model.encode_text(rows)
