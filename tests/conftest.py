@@ -68,10 +68,12 @@ def images() -> Tensor:
 
 
 def _spread(model: torch.nn.Module) -> None:
-    """Make words count: with the usual initial values the features of all sentences nearly coincide."""
+    """Make words and blocks count: initial values let sentences nearly coincide and scaled layers do nothing."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "token_embedding" in name or name.endswith("positional_embedding"):
                 parameter.mul_(10)
+            elif name.endswith(".gamma"):
+                parameter.fill_(0.5)
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.05)
