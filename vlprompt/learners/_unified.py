@@ -1,0 +1,141 @@
+"""Pieces of learners that prompt both towers: sentences that start from a phrase, and the mixer of UPT."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.backbones.layout import PromptLayout, slot
+from vlprompt.backbones.text import TextTower
+from vlprompt.errors import DataError
+from vlprompt.learners._context import initial_context
+from vlprompt.seeding import derive_seed, torch_rng
+
+__all__ = ["Mixing", "PromptMixer", "initial_deep_context", "phrase_context", "seeded_modules"]
+
+Mixing = Literal["transformer", "mlp", "identity"]
+
+
+@contextlib.contextmanager
+def seeded_modules(seed: int, *purpose: object) -> Iterator[None]:
+    """Give the modules that are built inside PyTorch's default initial values, drawn from a seed and a purpose."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, *purpose))
+        yield
+
+
+def phrase_context(
+    tower: TextTower, classnames: Sequence[str], length: int, init: str = "", seed: int = 1
+) -> tuple[Tensor, PromptLayout]:
+    """Return learned context in front of the class name, and the sentences it stands in.
+
+    With a phrase, its first ``length`` tokens are learned and the rest stays as written: "a photo of a" with
+    two gives [v1 v2 of a <name>.] (MaPLe, Khattak et al. 2023, section 4.1; PromptSRC).
+
+    Args:
+        tower: The text tower.
+        classnames: C names.
+        length: M, number of learned tokens.
+        init: The phrase; empty: ``length`` vectors from N(0, 0.02^2) and nothing else before the name.
+        seed: Of the random start.
+
+    Returns:
+        (M, Dt) float32 start values, and the layout.
+
+    Raises:
+        BackboneError: If learned context can't enter this tower.
+        DataError: If the phrase has fewer than ``length`` tokens.
+        VLPromptError: If a class name is too long beside the context; names it.
+    """
+    start = initial_context(tower, length, init, seed)
+    rest: list[int] = []
+    if init:
+        if len(start) < length:
+            raise DataError(
+                f"init={init!r} has {len(start)} tokens, fewer than context_length={length}. Give a longer phrase, "
+                "fewer tokens, or init='' for a random start."
+            )
+        start, rest = start[:length], tower.require_tokenizer().encode(init.replace("_", " "))[length:]
+    slots = [slot(k) for k in range(length)]
+    sentences = [tower.sentence(*slots, *rest, f"{name}.") for name in classnames]
+    return start, tower.layout(sentences, classnames)
+
+
+def initial_deep_context(tower: TextTower, depth: int, length: int, seed: int = 1) -> Tensor:
+    """Return (J - 1, M, Dt) start values, N(0, 0.02^2), of what replaces the context before blocks 1 .. J - 1."""
+    generator = torch_rng(seed, "deep context")
+    return 0.02 * torch.randn(depth - 1, length, tower.width, generator=generator)
+
+
+class PromptMixer(nn.Module):
+    """The joint transform of text and visual prompts (UPT: Zang et al. 2022, arXiv 2210.07225, section 3.2).
+
+    Both are brought to one width, laid side by side (text first), mixed, split and brought back. Form and sizes
+    follow MVLPT (Shen et al., arXiv 2211.11720), UPT's only public implementation.
+
+    Args:
+        text_width: Dt.
+        visual_width: W.
+        width: The common width; a side that has it already needs no projection.
+        kind: ``"transformer"``: one pre-norm block with one head; ``"mlp"``: GELU only, so prompts don't see
+            each other; ``"identity"``: no parameters, prompts pass unchanged.
+        residual: Add the prompts as they came in, so that a phrase they started from survives the random
+            projections; off in MVLPT.
+        seed: Of the initial values.
+    """
+
+    def __init__(
+        self,
+        text_width: int,
+        visual_width: int,
+        *,
+        width: int = 128,
+        kind: Mixing = "transformer",
+        residual: bool = False,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.kind, self.residual = kind, residual
+        if kind == "identity":
+            return
+        with seeded_modules(seed, "prompt mixer"):
+            self.text_in, self.text_out = _there_and_back(text_width, width)
+            self.visual_in, self.visual_out = _there_and_back(visual_width, width)
+            self.block: nn.Module = nn.GELU()
+            if kind == "transformer":
+                self.block = nn.TransformerEncoderLayer(
+                    width,
+                    1,
+                    4 * width,
+                    dropout=0.0,
+                    activation=_quick_gelu,
+                    batch_first=True,
+                    norm_first=True,
+                )
+
+    def forward(self, text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix (K, Dt) text prompts and (J, M, W) visual prompts; return both in the shapes they came in."""
+        if self.kind == "identity":
+            return text, visual
+        flat = visual.flatten(0, 1)
+        mixed = self.block(torch.cat([self.text_in(text), self.visual_in(flat)])[None])[0]
+        new_text = self.text_out(mixed[: len(text)])
+        new_visual = self.visual_out(mixed[len(text) :]).view_as(visual)
+        if self.residual:
+            return text + new_text, visual + new_visual
+        return new_text, new_visual
+
+
+def _there_and_back(outer: int, inner: int) -> tuple[nn.Module, nn.Module]:
+    if outer == inner:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(outer, inner), nn.Linear(inner, outer)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return F.silu(1.702 * x) / 1.702

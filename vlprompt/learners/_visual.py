@@ -1,0 +1,113 @@
+"""Learned visual prompts: where they start from, how deep they go, and the learners that put them into images."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.backbones.vision import Insertion, VisionTower, VisualPrompts
+from vlprompt.errors import BackboneError
+from vlprompt.learners.base import Learner
+from vlprompt.seeding import torch_rng
+
+__all__ = ["PromptedImages", "initial_visual_prompts", "possible_depth"]
+
+log = logging.getLogger("vlprompt.learners")
+
+T = TypeVar("T")
+
+
+def possible_depth(asked: int | None, *layers: int) -> int:
+    """Return how many layers can be prompted: ``asked`` (None: all), but no more than the shallowest tower has."""
+    most = min(layers)
+    if asked is not None and asked > most:
+        log.info("prompts for %d layers were asked for, this backbone has %d: using %d.", asked, most, most)
+    return most if asked is None else min(asked, most)
+
+
+def initial_visual_prompts(
+    tower: VisionTower, depth: int, length: int, insertion: Insertion = "after_cls", seed: int = 1
+) -> Tensor:
+    """Return (J, M, W) float32 start values of visual prompts.
+
+    ``after_cls`` starts as VPT does (Jia et al. 2022, section 4.1): uniform in +-sqrt(6 / (fan-in of the patch
+    embedding + W)); ``append`` as MaPLe and PromptSRC do: N(0, 0.02^2). Row i is the same whatever the depth.
+
+    Args:
+        tower: The image tower they enter.
+        depth: J, number of prompted layers; 1 is shallow.
+        length: M, prompt tokens per layer.
+        insertion: Their place, see :class:`VisualPrompts`.
+        seed: Of the draw.
+
+    Raises:
+        BackboneError: If visual prompts can't enter this tower.
+    """
+    tower.require_prompts()
+    generator = torch_rng(seed, "visual prompts")
+    shape = (depth, length, tower.width)
+    if insertion == "append":
+        return 0.02 * torch.randn(shape, generator=generator)
+    bound = math.sqrt(6 / (_patch_fan_in(tower) + tower.width))
+    return bound * (2 * torch.rand(shape, generator=generator) - 1)
+
+
+def _patch_fan_in(tower: VisionTower) -> int:
+    """Return how many numbers a patch has (3 * height * width in pixels)."""
+    first = tower.visual.conv1 if tower.kind == "vit" else tower.visual.trunk.patch_embed
+    weight = next((p for p in first.parameters() if p.dim() > 1), None)
+    if weight is None:
+        raise BackboneError("this image tower's patch embedding has no weight to scale visual prompts by.")
+    return weight[0].numel()
+
+
+class PromptedImages(Learner):
+    """Base of learners whose prompts enter the image tower.
+
+    A method defines :meth:`visual_prompts`. What depends on parameters alone is computed once per step while
+    training and once per evaluation otherwise.
+
+    Attributes:
+        visual_dropout: Share of prompt values that are dropped in training, drawn per image and layer.
+    """
+
+    static_images: ClassVar[bool] = False
+    visual_dropout: float = 0.0
+
+    def visual_prompts(self) -> VisualPrompts:
+        """Return the (J, M, W) prompts of the image tower."""
+        raise NotImplementedError
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """See :meth:`Learner.embed_images`."""
+        prompts = self._once("visual", self.visual_prompts)
+        if self.training and self.visual_dropout > 0:
+            tokens = prompts.tokens.expand(len(images), -1, -1, -1)
+            prompts = VisualPrompts(F.dropout(tokens, self.visual_dropout), prompts.insertion)
+        return self.backbone.image_embeddings(images, prompts)
+
+    def train(self, mode: bool = True) -> PromptedImages:
+        """See :meth:`Learner.train`."""
+        self._constants = {}
+        super().train(mode)
+        return self
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Learner.load_trainable_state`."""
+        super().load_trainable_state(state)
+        self._constants = {}
+
+    def _once(self, name: str, compute: Callable[[], T]) -> T:
+        """Compute something; in evaluation without gradients only the first time."""
+        if self.training or torch.is_grad_enabled():
+            return compute()
+        constants: dict[str, T] = self.__dict__.setdefault("_constants", {})
+        if name not in constants:
+            constants[name] = compute()
+        return constants[name]
