@@ -10,13 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import PromptLayout, slot
 from vlprompt.backbones.text import TextTower
+from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.errors import DataError
 from vlprompt.learners._context import initial_context
+from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.seeding import derive_seed, torch_rng
 
-__all__ = ["Mixing", "PromptMixer", "initial_deep_context", "phrase_context", "seeded_modules"]
+__all__ = [
+    "DualPrompts",
+    "Mixing",
+    "PromptMixer",
+    "initial_deep_context",
+    "phrase_context",
+    "seeded_modules",
+]
 
 Mixing = Literal["transformer", "mlp", "identity"]
 
@@ -139,3 +149,54 @@ def _there_and_back(outer: int, inner: int) -> tuple[nn.Module, nn.Module]:
 
 def _quick_gelu(x: Tensor) -> Tensor:
     return F.silu(1.702 * x) / 1.702
+
+
+class DualPrompts(PromptedImages):
+    """Base of learners with prompts of their own in each tower: deep, independent, visual ones appended.
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: See :class:`Learner`.
+        context_length: M of the text tower.
+        visual_length: M of the image tower.
+        text_depth: Prompted layers of the text tower, at most all it has.
+        visual_depth: Prompted layers of the image tower, at most all it has.
+        init: See :func:`phrase_context`.
+        seed: Of all random starts.
+    """
+
+    deep_context: nn.Parameter | None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str],
+        *,
+        context_length: int,
+        visual_length: int,
+        text_depth: int,
+        visual_depth: int,
+        init: str,
+        seed: int,
+    ) -> None:
+        super().__init__(backbone, classnames, templates)
+        text, vision = backbone.text, backbone.vision
+        text.require_prompts()
+        vision.require_prompts()
+        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
+        depth = possible_depth(text_depth, text.layers)
+        self.context = nn.Parameter(start)  # (M, Dt)
+        deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
+        self.register_parameter("deep_context", deep if depth > 1 else None)
+        depth = possible_depth(visual_depth, vision.layers)
+        self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, "append", seed))
+
+    def visual_prompts(self) -> VisualPrompts:
+        """See :meth:`PromptedImages.visual_prompts`."""
+        return VisualPrompts(self.visual, "append")
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`."""
+        return F.normalize(self.backbone.text.encode(self.layout, self.context, self.deep_context), dim=-1)

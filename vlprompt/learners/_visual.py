@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,7 @@ class PromptedImages(Learner):
 
     static_images: ClassVar[bool] = False
     visual_dropout: float = 0.0
+    _constants: dict[str, Any]
 
     def visual_prompts(self) -> VisualPrompts:
         """Return the (J, M, W) prompts of the image tower."""
@@ -107,7 +108,7 @@ class PromptedImages(Learner):
         """Compute something; in evaluation without gradients only the first time."""
         if self.training or torch.is_grad_enabled():
             return compute()
-        constants: dict[str, T] = self.__dict__.setdefault("_constants", {})
+        constants: dict[str, Any] = self.__dict__.setdefault("_constants", {})
         if name not in constants:
             constants[name] = compute()
         return constants[name]

@@ -1,0 +1,88 @@
+"""MaPLe: deep text prompts, and visual prompts that are linear images of them.
+
+Paper: Khattak et al., "MaPLe: Multi-modal Prompt Learning", CVPR 2023, arXiv 2210.03117, section 3.2. Unlike the
+authors' code, widths come from the backbone and everything learned is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.learners import LEARNERS
+from vlprompt.learners._unified import initial_deep_context, phrase_context, seeded_modules
+from vlprompt.learners._visual import PromptedImages, possible_depth
+from vlprompt.learners.base import DEFAULT_TEMPLATES
+
+__all__ = ["MaPLe"]
+
+
+@LEARNERS.register(
+    "maple",
+    summary="deep text prompts, projected layer by layer into visual ones",
+    paper="2210.03117",
+    needs=("text", "vision"),
+)
+class MaPLe(PromptedImages):
+    """M learned tokens in each of the first J text layers; a Linear per layer makes the image tower's from them.
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: See :class:`Learner`; not used.
+        context_length: M, learned tokens per layer; with ``init`` the first M tokens of the phrase.
+        depth: J, prompted layers of both towers, at most all the shallower one has (9 for base-to-new, 3 across
+            data sets).
+        init: The phrase before the class name; its tokens after the first M stay as written. Empty: random.
+        seed: Of all random starts.
+
+    Raises:
+        BackboneError: If prompts can't enter one of the backbone's towers.
+        DataError: If the phrase has fewer than M tokens.
+        VLPromptError: If a class name is too long for the tower beside the context; names it.
+    """
+
+    deep_context: nn.Parameter | None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        context_length: Annotated[int, Field(ge=1, le=64)] = 2,
+        depth: Annotated[int, Field(ge=1)] = 9,
+        init: str = "a photo of a",
+        seed: int = 1,
+    ) -> None:
+        super().__init__(backbone, classnames, templates)
+        text, vision = backbone.text, backbone.vision
+        text.require_prompts()
+        vision.require_prompts()
+        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
+        depth = possible_depth(depth, text.layers, vision.layers)
+        self.context = nn.Parameter(start)  # (M, Dt)
+        deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
+        self.register_parameter("deep_context", deep if depth > 1 else None)
+        self.projections = nn.ModuleList()
+        for layer in range(depth):
+            # All but the first start from one draw, as in the authors' code.
+            with seeded_modules(seed, "projection", min(layer, 1)):
+                self.projections.append(nn.Linear(text.width, vision.width))
+
+    def visual_prompts(self) -> VisualPrompts:
+        """See :meth:`PromptedImages.visual_prompts`."""
+        deep = [] if self.deep_context is None else list(self.deep_context)
+        tokens = [project(p) for project, p in zip(self.projections, [self.context, *deep], strict=True)]
+        return VisualPrompts(torch.stack(tokens), "append")
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`."""
+        return F.normalize(self.backbone.text.encode(self.layout, self.context, self.deep_context), dim=-1)
