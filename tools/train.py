@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 
 from vlprompt.cli import command
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     print(f"report: {outcome.folder / 'report.html'}")
     score = "no result" if value is None else f"{outcome.headline} {100 * value:.1f} %"
     print(f"{outcome.folder / 'metrics.json'}: {score}")
-    return outcome.exit_code
+    for failure in outcome.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if outcome.failures else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from vlprompt.signature import describe_problems
 from vlprompt.training.batches import Batch, Batches, TensorBatches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions
+from vlprompt.training.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["ImageBatches", "RunResult", "fit"]
@@ -128,8 +128,8 @@ def fit(
     checked = parse_options(options)
     _check_samples(learner, train)
     started = time.monotonic()
-    accelerator = Accelerator()
-    learner.to(accelerator.device)
+    processes = accelerator()
+    learner.to(processes.device)
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
     source = _Source(learner, train, Augmentation(augmentation), views, checked, cache)
@@ -148,7 +148,7 @@ def fit(
             validate=None if val is None else (lambda: evaluate(learner, val, cache=cache)),
             callbacks=default_callbacks(learner.method, folder) if callbacks is None else callbacks,
             identity=_identity(learner, train, augmentation, views),
-            accelerator=accelerator,
+            accelerator=processes,
         )
         history = trainer.run(resume).history
     learner.eval()

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import PartialState
 
 from vlprompt.artefacts import package_version, save
 from vlprompt.backbones import Backbone, create_backbone
@@ -32,6 +31,7 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.processes import process_state
 
 __all__ = ["Outcome", "run"]
 
@@ -46,13 +46,13 @@ class Outcome:
         folder: The run's folder.
         metrics: The content of ``metrics.json``.
         headline: Key of the number to print first.
-        exit_code: 0, or 1 if a cell failed.
+        failures: One sentence per cell that failed.
     """
 
     folder: Path
     metrics: dict[str, Any]
     headline: str
-    exit_code: int
+    failures: list[str]
 
 
 def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
@@ -74,11 +74,11 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     if result.failures and not result.cells and len(result.failures) == 1:
         raise result.failures[0].error
     metrics = _metrics(config, backbone, result, session)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "cells.json", result.record())
         write_report(folder / "report.html", session.report(result, metrics, command))
-    return Outcome(folder, metrics, result.headline, result.exit_code)
+    return Outcome(folder, metrics, result.headline, _failures(result))
 
 
 class _Session:
@@ -123,7 +123,7 @@ class _Session:
             **{**self.config.train.model_dump(), "seed": cell.seed},
         )
         numbers = self._score(cell, learner, result)
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             _write_history(folder / "history.jsonl", result.history)
             save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
             write_json(done, numbers)
@@ -190,7 +190,7 @@ class _Session:
             summary=f"{self.backbone.name}, {result.protocol}, {_describe(self.config)}.",
             metrics=numbers,
             curves=_curves(self.config, numbers),
-            failures=[f"{f.cell.name}: {f.message}" for f in result.failures],
+            failures=_failures(result),
             config=_yaml(self.config),
             command=command,
             environment={**_environment(), "backbone": self.backbone.fingerprint["id"]},
@@ -207,7 +207,7 @@ class _Session:
 def _open_folder(config: RunConfig, resume: bool) -> Path:
     digest = hashlib.sha256(_yaml(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
@@ -233,6 +233,10 @@ def _metrics(
         **session.facts,
         **_environment(),
     }
+
+
+def _failures(result: ProtocolResult) -> list[str]:
+    return [f"{failure.cell.name}: {failure.message}" for failure in result.failures]
 
 
 def _environment() -> dict[str, str]:

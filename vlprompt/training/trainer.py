@@ -22,6 +22,7 @@ from vlprompt.seeding import derive_seed
 from vlprompt.training.batches import Batch, Batches, prefetch
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
+from vlprompt.training.processes import accelerator as default_accelerator
 from vlprompt.training.schedule import learning_rate
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 
@@ -87,7 +88,7 @@ class Trainer:
     ) -> None:
         self.module, self.batches, self.options, self.validate = module, batches, options, validate
         self.folder = Path(folder) / "checkpoint" if folder is not None else None
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or default_accelerator()
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
         self.identity = {"options": options.model_dump(mode="json"), **(identity or {})}
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
