@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import VisionTower, VisualPrompts
@@ -85,13 +86,18 @@ class Backbone(nn.Module):
         """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
-    def image_embeddings(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
-        """Return :meth:`encode_image` before normalisation; without prompts, without a graph."""
+    def image_embeddings(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> Tensor:
+        """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph."""
         images = images.to(self.device)
-        if prompts is None:
+        if prompts is None and adapters is None:
             with torch.no_grad():
                 return self.vision.encode(images)
-        return self.vision.encode(images, prompts)
+        return self.vision.encode(images, prompts, adapters)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Return (N, d) unit-length float32 features of plain strings, without a graph.

@@ -9,6 +9,7 @@ packed matrix, attention sees tiles of tokens with a mask that keeps sentences a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,13 @@ from vlprompt.backbones.layout import PromptLayout, Tiles, insert_rows
 if TYPE_CHECKING:
     from vlprompt.backbones.text import TextTower
 
-__all__ = ["encode_packed", "is_packable_block"]
+__all__ = ["Adapter", "encode_packed", "is_packable_block", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
+# A function of a block's normed input (..., W) whose (..., 3 W) result is added to the projected queries, keys
+# and values. It says what an update of the weight would (LoRA), and what none can: dropout before the update.
+Adapter = Callable[[Tensor], Tensor]
+Adapters = Sequence[Adapter | None]
 
 
 def is_packable_block(block: nn.Module) -> bool:
@@ -39,7 +44,11 @@ def is_packable_block(block: nn.Module) -> bool:
 
 
 def encode_packed(
-    tower: TextTower, layout: PromptLayout, context: Tensor | None, deep: Tensor | None
+    tower: TextTower,
+    layout: PromptLayout,
+    context: Tensor | None,
+    deep: Tensor | None,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """Compute (G, C, d) features; arguments as in :meth:`TextTower.encode`, with a group axis.
 
@@ -47,15 +56,16 @@ def encode_packed(
     chunks whose activations are recomputed in the backward pass.
     """
     tiles = layout.tiles
+    adapters = adapters or [None] * tower.layers
     prefix = tower.assemble(layout.prefix, torch.arange(layout.shared), context)
-    past = _run_prefix(tower, prefix, layout.prefix, deep)
+    past = _run_prefix(tower, prefix, layout.prefix, deep, adapters)
     own = tower.assemble(tiles.sources.flatten(), tiles.positions.flatten(), context)
     groups = max(len(own), len(prefix), 1 if deep is None else len(deep))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
 
     def run(group: slice, rows: slice) -> Tensor:
-        arguments = (tower, own, tiles, past, deep, group, rows)
+        arguments = (tower, own, tiles, past, deep, adapters, group, rows)
         return (
             checkpoint(_run_tiles, *arguments, use_reentrant=False) if keep_graph else _run_tiles(*arguments)
         )
@@ -77,17 +87,26 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
-def _run_prefix(tower: TextTower, x: Tensor, sources: Tensor, deep: Tensor | None) -> list[KeyValue]:
+def run_block(block: Any, x: Tensor, adapter: Adapter, mask: Tensor | None = None) -> Tensor:
+    """Run a whole packable block with an adapter on (B, R, W); ``mask`` (R, R) is added to attention's logits."""
+    query, key, value = _heads(block, block.ln_1(x), adapter)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return _finish(block, x, attended.transpose(1, 2).flatten(2))
+
+
+def _run_prefix(
+    tower: TextTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
+) -> list[KeyValue]:
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh)."""
     past: list[KeyValue] = []
     for i, block in enumerate(tower.blocks):
         x = _insert(x, sources, deep, i)
         normed = block.ln_1(x)
         if i == tower.layers - 1:  # nobody reads its output, only its keys and values
-            _, key, value = _heads(block, normed, query=False)
+            _, key, value = _heads(block, normed, adapters[i], query=False)
             past.append((key, value))
             break
-        query, key, value = _heads(block, normed)
+        query, key, value = _heads(block, normed, adapters[i])
         past.append((key, value))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True) if x.shape[1] else query
         x = _finish(block, x, attended.transpose(1, 2).flatten(2))
@@ -100,6 +119,7 @@ def _run_tiles(
     tiles: Tiles,
     past: list[KeyValue],
     deep: Tensor | None,
+    adapters: Adapters,
     group: slice,
     rows: slice,
 ) -> Tensor:
@@ -112,25 +132,34 @@ def _run_tiles(
     deep = None if deep is None else _pick(deep, group)
     for i, block in enumerate(tower.blocks[:-1]):
         x = _insert(x, sources, deep, i)
-        query, key, value = _heads(block, block.ln_1(x))
+        query, key, value = _heads(block, block.ln_1(x), adapters[i])
         x = _finish(block, x, _attend(query, key, value, past[i], group, mask))
     x = _insert(x, sources, deep, tower.layers - 1)
-    return _last_block(tower.blocks[-1], x, tiles.end_rows[rows].to(x.device), past[-1], group, mask)
+    end_rows = tiles.end_rows[rows].to(x.device)
+    return _last_block(tower.blocks[-1], x, end_rows, past[-1], adapters[-1], group, mask)
 
 
 def _last_block(
-    block: Any, x: Tensor, end_rows: Tensor, past: KeyValue, group: slice, mask: Tensor
+    block: Any,
+    x: Tensor,
+    end_rows: Tensor,
+    past: KeyValue,
+    adapter: Adapter | None,
+    group: slice,
+    mask: Tensor,
 ) -> Tensor:
     """Run the last block for the sentence ends only."""
     count = len(end_rows)
     size = mask.shape[2]
     flat = (end_rows + size * torch.arange(count, device=x.device)[:, None]).flatten()
     normed = block.ln_1(x)
-    _, key, value = _heads(block, normed, query=False)
-    ends = x[:, flat]
+    _, key, value = _heads(block, normed, adapter, query=False)
+    ends, normed_ends = x[:, flat], normed[:, flat]
     weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
     width = x.shape[-1]
-    query = F.linear(normed[:, flat], weight[:width], None if bias is None else bias[:width])
+    query = F.linear(normed_ends, weight[:width], None if bias is None else bias[:width])
+    if adapter is not None:
+        query = query + adapter(normed_ends)[..., :width]
     query = _split(query, block.attn.num_heads)
     mask = mask.gather(2, end_rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
     return _finish(block, ends, _attend(query, key, value, past, group, mask))
@@ -173,13 +202,18 @@ def _with_past(own: Tensor, shared: Tensor, tiles: int, groups: int) -> Tensor:
     return torch.cat([shared, own], dim=3)
 
 
-def _heads(block: Any, normed: Tensor, query: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(
+    block: Any, normed: Tensor, adapter: Adapter | None, query: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Project (G, R, W) to q, k, v of (G, H, R, dh); without queries the first of the three is k again."""
     weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
     width = normed.shape[-1]
     if not query:
         weight, bias = weight[width:], None if bias is None else bias[width:]
-    parts = [_split(t, block.attn.num_heads) for t in F.linear(normed, weight, bias).split(width, dim=-1)]
+    projected = F.linear(normed, weight, bias)
+    if adapter is not None:
+        projected = projected + adapter(normed)[..., -projected.shape[-1] :]
+    parts = [_split(t, block.attn.num_heads) for t in projected.split(width, dim=-1)]
     return parts[0], parts[-2], parts[-1]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.layout import PromptLayout, insert_rows
-from vlprompt.backbones.packed import encode_packed, is_packable_block
+from vlprompt.backbones.packed import Adapter, encode_packed, is_packable_block, run_block
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.errors import BackboneError, VLPromptError
 
@@ -89,6 +89,15 @@ class TextTower:
         if self.refusal is not None:
             raise BackboneError(f"text prompts can't be learned on this backbone: {self.refusal}")
 
+    def require_adapters(self) -> None:
+        """Raise BackboneError with the reason if adapters can't enter this tower's blocks."""
+        self.require_prompts()
+        if odd := next((type(b).__name__ for b in self.blocks if not is_packable_block(b)), None):
+            raise BackboneError(
+                f"attention can't be adapted on this backbone: its text tower's blocks ({odd}) have no packed "
+                "projection of queries, keys and values. Leave the text tower alone."
+            )
+
     def require_tokenizer(self) -> TextTokenizer:
         """Return the tokenizer, or raise BackboneError saying why there is none and what to do."""
         if self.tokenizer is None:
@@ -117,7 +126,11 @@ class TextTower:
             )
 
     def encode(
-        self, layout: PromptLayout, context: Tensor | None = None, deep: Tensor | None = None
+        self,
+        layout: PromptLayout,
+        context: Tensor | None = None,
+        deep: Tensor | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return text features of every class, not normalised.
 
@@ -127,6 +140,8 @@ class TextTower:
                 layout.slots.
             deep: (J, K, Dt) or (G, J, K, Dt): before block i = 1..J the states at the places of slot k are
                 replaced by ``deep[i - 1, k]`` (MaPLe, Khattak et al. 2023, section 3.2).
+            adapters: One per block, or None where there is none: functions of a block's normed input whose
+                result is added to its queries, keys and values (see :meth:`require_adapters`).
 
         Returns:
             (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
@@ -135,8 +150,10 @@ class TextTower:
             VLPromptError: If context or deep prompts don't fit the layout or the tower.
         """
         context, deep, grouped = self._check(layout, context, deep)
-        run = encode_packed if self.packable else _encode_plain
-        features = run(self, layout, context, deep)
+        if self.packable:
+            features = encode_packed(self, layout, context, deep, adapters)
+        else:
+            features = _encode_plain(self, layout, context, deep, adapters=adapters)
         return features if grouped else features[0]
 
     def encode_plain(
@@ -145,10 +162,11 @@ class TextTower:
         context: Tensor | None = None,
         deep: Tensor | None = None,
         length: int | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Compute :meth:`encode` by a full pass over every sentence, padded to ``length`` (default: what is exact)."""
         context, deep, grouped = self._check(layout, context, deep)
-        features = _encode_plain(self, layout, context, deep, length)
+        features = _encode_plain(self, layout, context, deep, length, adapters)
         return features if grouped else features[0]
 
     def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
@@ -209,6 +227,7 @@ def _encode_plain(
     context: Tensor | None,
     deep: Tensor | None,
     length: int | None = None,
+    adapters: Sequence[Adapter | None] | None = None,
 ) -> Tensor:
     """(G, C, d) by running every padded sentence through every block."""
     exact_when_cut = tower.causal and tower.pooling in ("argmax", "eos")
@@ -224,11 +243,12 @@ def _encode_plain(
         if deep is not None and 1 <= i <= deep.shape[1]:
             flat = insert_rows(x.reshape(groups, classes * length, -1), sources.flatten(), deep[:, i - 1])
             x = flat.reshape(groups * classes, length, -1)
-        x = (
-            block(x, attn_mask=mask)
-            if tower.batch_first
-            else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
-        )
+        if adapters is not None and (adapter := adapters[i]) is not None:
+            x = run_block(block, x, adapter, mask)
+        elif tower.batch_first:
+            x = block(x, attn_mask=mask)
+        else:
+            x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
     if tower.pooling == "last":
         x = x[:, -1]
     elif tower.pooling == "first":

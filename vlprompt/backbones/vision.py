@@ -9,12 +9,14 @@ ones' outputs flow on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vlprompt.backbones.packed import Adapter, is_packable_block, run_block
 from vlprompt.errors import BackboneError, VLPromptError
 
 __all__ = ["Insertion", "VisionTower", "VisualPrompts"]
@@ -61,19 +63,39 @@ class VisionTower:
         if self.refusal is not None:
             raise BackboneError(f"visual prompts can't be learned on this backbone: {self.refusal}")
 
-    def encode(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+    def require_adapters(self) -> None:
+        """Raise BackboneError with the reason if adapters can't enter this tower's blocks."""
+        fits = _has_packed_qkv if self.kind == "timm_vit" else is_packable_block
+        odd = next((b for b in self.blocks if not fits(b)), None if self.layers else self.visual)
+        if odd is not None:
+            raise BackboneError(
+                f"attention can't be adapted on this backbone: its image tower ({type(odd).__name__}) has no packed "
+                "projection of queries, keys and values in every block. Leave the image tower alone."
+            )
+
+    def encode(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> Tensor:
         """Return (B, d) image features, not normalised, float32.
 
         Args:
             images: (B, 3, H, W) preprocessed pixels.
             prompts: Prompt tokens, or None for the tower as it is.
+            adapters: One per block, or None where there is none: functions of a block's normed input whose
+                result is added to its queries, keys and values (see :meth:`require_adapters`).
 
         Raises:
             BackboneError: If the tower has no token sequence.
             VLPromptError: If the prompts' width, depth or batch don't fit.
         """
         if prompts is None:
-            return _first(self.visual(images)).float()
+            if adapters is None:
+                return _first(self.visual(images)).float()
+            # No tokens: the same tower, block by block.
+            prompts = VisualPrompts(images.new_empty(1, 0, self.width))
         tokens = self._check(prompts, len(images))
         with torch.no_grad():  # nothing below the first prompt learns
             x = self._embed(images, before_norm=prompts.insertion == "append")
@@ -84,7 +106,7 @@ class VisionTower:
         for i, block in enumerate(self.blocks):
             if 1 <= i < tokens.shape[1]:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
-            x = block(x)
+            x = self._run(block, x, adapters[i] if adapters is not None else None)
         x = torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1)
         return self._finish(x).float()
 
@@ -102,6 +124,17 @@ class VisionTower:
         if len(tokens) not in (1, batch):
             raise VLPromptError(f"visual prompts for {len(tokens)} images, the batch has {batch}.")
         return tokens.expand(batch, -1, -1, -1)
+
+    def _run(self, block: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
+        if adapter is None:
+            return block(x)
+        if self.kind == "vit":
+            return run_block(block, x, adapter)
+        handle = block.attn.qkv.register_forward_hook(lambda _, inputs, output: output + adapter(inputs[0]))
+        try:
+            return block(x)
+        finally:
+            handle.remove()
 
     def _places(self, length: int, count: int, insertion: Insertion) -> slice:
         if insertion == "append":
@@ -134,6 +167,12 @@ class VisionTower:
 
 def _put(x: Tensor, tokens: Tensor, places: slice) -> Tensor:
     return torch.cat([x[:, : places.start], tokens.to(x.dtype), x[:, places.start :]], dim=1)
+
+
+def _has_packed_qkv(block: Any) -> bool:
+    """Tell whether a timm block's attention calls a linear layer for queries, keys and values together."""
+    attention = getattr(block, "attn", None)
+    return type(attention).__name__ == "Attention" and isinstance(getattr(attention, "qkv", None), nn.Linear)
 
 
 def _first(output: Any) -> Tensor:
