@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class PromptedImages(Learner):
         visual_dropout: Share of prompt values that are dropped in training, drawn per image and layer.
     """
 
-    static_images: ClassVar[bool] = False
+    static_images: bool = False
     visual_dropout: float = 0.0
     _constants: dict[str, Any]
 

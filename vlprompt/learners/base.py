@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class Learner(nn.Module):
         options: The options it was built with.
     """
 
-    static_images: ClassVar[bool] = True
+    static_images: bool = True
     class_bound: bool = False
     method: str = ""
 
@@ -132,6 +132,11 @@ class Learner(nn.Module):
     #   after_epoch(epoch, epochs) and after_training(): keep and put back averages over epochs.
     #   running_state() and load_running_state(state): tensors these need to survive a kill.
     #   solve(train, val, seed): replaces stepping altogether (see LinearProbe).
+    # Optional hooks of fit, for learners of frozen image embeddings:
+    #   prepare(views (V, N, d), labels (N,)): before training; may replace parameters (their shape can be N).
+    #   calibrate(embeddings (n, d), labels (n,)) -> dict of numbers: after training, if there are validation
+    #       data; chooses what gradients don't. The numbers go into the run's metrics as ``chosen/...``.
+    #   TipAdapter shows both. They may keep more in trainable_state() than parameters that take gradients.
 
     def train(self, mode: bool = True) -> Learner:
         """Switch the learner's own modules; the backbone stays in evaluation mode."""

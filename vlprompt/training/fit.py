@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class RunResult:
     """What a training run left behind.
 
     Attributes:
-        metrics: Validation metrics of the kept weights (``val/...``), and ``seconds``.
+        metrics: Validation metrics of the kept weights (``val/...``), what the learner chose on validation data
+            (``chosen/...``), and ``seconds``.
         history: One record per epoch.
         path: The run's folder, None if nothing was written.
         learner: The trained learner.
@@ -133,6 +134,7 @@ def fit(
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
     source = _Source(learner, train, Augmentation(augmentation), views, checked, cache)
+    _call(learner, "prepare", source.training_data)
     solve = getattr(learner, "solve", None)
     if solve is not None:
         found = solve(*source.solver_data(val), seed=checked.seed)
@@ -152,7 +154,9 @@ def fit(
         )
         history = trainer.run(resume).history
     learner.eval()
+    chosen = {} if val is None else _call(learner, "calibrate", lambda: source.validation_data(val))
     metrics = {"seconds": time.monotonic() - started}
+    metrics |= {f"chosen/{k}": float(v) for k, v in (chosen or {}).items()}
     if val is not None:
         metrics |= {f"val/{k}": v for k, v in evaluate(learner, val, cache=cache).items()}
     return RunResult(metrics, history, folder, learner)
@@ -192,14 +196,17 @@ class _Source:
 
     def solver_data(self, val: ImageDataset | None) -> tuple[Any, Any]:
         """Return (embeddings, labels) of train, all views stacked, and of val."""
-        views = self._embeddings()
-        labels = torch.tensor(self.data.labels).repeat(len(views))
-        if val is None:
-            return (torch.cat(views), labels), None
-        return (torch.cat(views), labels), (
-            image_embeddings(self.learner, val, cache=self.cache),
-            torch.tensor(val.labels),
-        )
+        views, labels = self.training_data()
+        train = views.flatten(0, 1), labels.repeat(len(views))
+        return train, None if val is None else self.validation_data(val)
+
+    def training_data(self) -> tuple[Tensor, Tensor]:
+        """Return (V, n, d) embeddings of every view of the training samples, and their (n,) labels."""
+        return torch.stack(self._embeddings()), torch.tensor(self.data.labels)
+
+    def validation_data(self, val: ImageDataset) -> tuple[Tensor, Tensor]:
+        """Return (n, d) embeddings and (n,) labels."""
+        return image_embeddings(self.learner, val, cache=self.cache), torch.tensor(val.labels)
 
     def _embeddings(self) -> list[Tensor]:
         backbone = self.learner.backbone
@@ -216,6 +223,12 @@ class _Source:
             )
             for view in range(count)
         ]
+
+
+def _call(learner: Learner, hook: str, data: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+    """Call an optional method of the learner; what it needs is only computed if it exists."""
+    method = getattr(learner, hook, None)
+    return None if method is None else method(*data())
 
 
 def _check_samples(learner: Learner, train: ImageDataset) -> None:

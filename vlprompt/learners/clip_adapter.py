@@ -1,0 +1,70 @@
+"""CLIP-Adapter: a small network on top of the image embedding, mixed with the embedding itself.
+
+Paper: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", IJCV 2024, arXiv
+    2110.04544, section 3.2; the visual adapter alone, as in the published code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.learners import LEARNERS
+from vlprompt.learners._unified import seeded_modules
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+
+__all__ = ["ClipAdapter"]
+
+
+@LEARNERS.register(
+    "clip_adapter", summary="a two-layer network mixed into the image embedding", paper="2110.04544"
+)
+class ClipAdapter(Learner):
+    """Image features are r A(x) + (1 - r) x, where x is the embedding before normalisation.
+
+    A is linear, ReLU, linear, ReLU without biases: d -> d / reduction -> d. Neither tower learns, so the text
+    tower runs once and the image tower once per view.
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: Sentences whose features make the class weights (one in the paper).
+        ratio: r, the share of A(x).
+        reduction: How many times narrower A's hidden layer is than the joint space.
+        seed: Of the random start.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        ratio: Annotated[float, Field(ge=0, le=1)] = 0.2,
+        reduction: Annotated[int, Field(ge=1)] = 4,
+        seed: int = 1,
+    ) -> None:
+        super().__init__(backbone, classnames, templates)
+        self.ratio = ratio
+        hidden = max(1, backbone.dim // reduction)
+        with seeded_modules(seed, "clip adapter"):
+            self.adapter = nn.Sequential(
+                nn.Linear(backbone.dim, hidden, bias=False),
+                nn.ReLU(),
+                nn.Linear(hidden, backbone.dim, bias=False),
+                nn.ReLU(),
+            )
+        weights = backbone.class_weights(self.classnames, self.templates)
+        self.register_buffer("zero_shot", weights, persistent=False)
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`; constant."""
+        return self.get_buffer("zero_shot")
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, C) logits of (B, d) image embeddings."""
+        return super().logits(self.ratio * self.adapter(embeddings) + (1 - self.ratio) * embeddings)

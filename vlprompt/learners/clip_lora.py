@@ -1,0 +1,195 @@
+"""CLIP-LoRA: low-rank updates of the attention of both towers.
+
+Paper: Zanella and Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR workshops 2024,
+    arXiv 2405.18541, section 3; LoRA: Hu et al., arXiv 2106.09685.
+
+The published code scales the update by alpha / sqrt(rank), the papers write alpha / rank: ``scaling`` chooses.
+Its path without dropout takes the update off the weight before the backward pass reads it, so gradients of all
+but the last blocks are those of other weights; here they are exact with and without dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.backbones.layout import PromptLayout
+from vlprompt.learners import LEARNERS
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.seeding import torch_rng
+
+__all__ = ["ClipLora", "LowRank"]
+
+Matrix = Literal["q", "k", "v"]
+Layers = Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top1", "top2", "top3"]
+# First and last block as fractions of the depth: thirds and halves, as the published code has for 12 blocks.
+_PARTS = {
+    "all": (0.0, 1.0),
+    "bottom": (0.0, 1 / 3),
+    "mid": (1 / 3, 2 / 3),
+    "up": (2 / 3, 1.0),
+    "half-bottom": (0.0, 0.5),
+    "half-up": (0.5, 1.0),
+}
+
+
+class LowRank(nn.Module):
+    """The update of one block's queries, keys and values: (..., W) -> (..., 3 W), an adapter of the towers.
+
+    Each of the chosen matrices M gets s B_M A_M dropout(x), with a mask of its own in training.
+
+    Args:
+        width: W.
+        matrices: Which of q, k and v.
+        rank: Of the update.
+        scale: s.
+        dropout: Share of the input's values that are dropped in training.
+        generator: Draws A (Kaiming uniform, as linear layers start); B starts at zero.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        matrices: Sequence[Matrix],
+        rank: int,
+        scale: float,
+        dropout: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.matrices, self.scale, self.dropout = tuple(matrices), scale, dropout
+        bound = width**-0.5
+        start = {m: torch.empty(rank, width).uniform_(-bound, bound, generator=generator) for m in matrices}
+        self.down = nn.ParameterDict(start)  # A: (r, W)
+        self.up = nn.ParameterDict({m: torch.zeros(width, rank) for m in matrices})  # B: (W, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the projected (..., 3 W) queries, keys and values."""
+        return torch.cat([self._part(m, x) for m in "qkv"], dim=-1)
+
+    def _part(self, matrix: str, x: Tensor) -> Tensor:
+        if matrix not in self.matrices:
+            return torch.zeros_like(x)
+        inner = F.linear(F.dropout(x, self.dropout, self.training), self.down[matrix])
+        return F.linear(self.scale * inner, self.up[matrix])
+
+    @torch.no_grad()
+    def weight_update(self) -> Tensor:
+        """Return the (3 W, W) change of the packed projection's weight that does the same, dropout aside."""
+        width = next(iter(self.up.values())).shape[0]
+        zero = torch.zeros(width, width, device=next(self.parameters()).device)
+        return torch.cat(
+            [self.scale * self.up[m] @ self.down[m] if m in self.matrices else zero for m in "qkv"]
+        )
+
+
+@LEARNERS.register(
+    "clip_lora",
+    summary="low-rank updates of attention in both towers",
+    paper="2405.18541",
+    needs=("attention",),
+)
+class ClipLora(Learner):
+    """Queries, keys and values of every block get a low-rank update; the frozen towers themselves stay untouched.
+
+    The update starts at zero, so the learner starts as zero-shot classification. While dropout acts, the text
+    tower shares nothing between sentences: each draws its own masks, as if it were run by itself.
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: The first makes the sentences, as in the published code (all, if the text tower is left alone).
+        encoder: Which towers are updated.
+        matrices: Which projections are updated.
+        layers: Which blocks: thirds from below (bottom, mid, up), halves, the last ones, or all.
+        rank: Of the updates.
+        alpha: Numerator of the scale.
+        scaling: ``sqrt_rank``: alpha / sqrt(rank) (the published code and figures); ``rank``: alpha / rank.
+        dropout: Share of the update's input values that are dropped in training.
+        seed: Of the random start.
+
+    Raises:
+        BackboneError: If the attention of a tower that is to be updated has no packed projection.
+        VLPromptError: If a sentence is too long for the text tower; names its class.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        encoder: Literal["both", "text", "vision"] = "both",
+        matrices: Annotated[tuple[Matrix, ...], Field(min_length=1, max_length=3)] = ("q", "k", "v"),
+        layers: Layers = "all",
+        rank: Annotated[int, Field(ge=1)] = 2,
+        alpha: Annotated[float, Field(gt=0)] = 1.0,
+        scaling: Literal["sqrt_rank", "rank"] = "sqrt_rank",
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25,
+        seed: int = 1,
+    ) -> None:
+        super().__init__(backbone, classnames, templates)
+        scale = alpha / (math.sqrt(rank) if scaling == "sqrt_rank" else rank)
+
+        def updates(tower: str, width: int, depth: int) -> nn.ModuleDict:
+            generator = torch_rng(seed, "lora", tower)
+            blocks = _chosen(layers, depth)
+            return nn.ModuleDict(
+                {str(i): LowRank(width, matrices, rank, scale, dropout, generator) for i in blocks}
+            )
+
+        self.text, self.vision = nn.ModuleDict(), nn.ModuleDict()
+        if encoder != "vision":
+            backbone.text.require_adapters()
+            self.text = updates("text", backbone.text.width, backbone.text.layers)
+            self.layout = self._lay_out()
+            self.noisy_layout = self._lay_out(share_prefix=False) if dropout else self.layout
+        if encoder != "text":
+            backbone.vision.require_adapters()
+            self.vision = updates("vision", backbone.vision.width, backbone.vision.layers)
+        self.static_images = encoder == "text"
+        if encoder == "vision":
+            weights = backbone.class_weights(self.classnames, self.templates)
+            self.register_buffer("zero_shot", weights, persistent=False)
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`."""
+        if not self.text:
+            return self.get_buffer("zero_shot")
+        layout = self.noisy_layout if self.training else self.layout
+        adapters = _by_block(self.text, self.backbone.text.layers)
+        return F.normalize(self.backbone.text.encode(layout, adapters=adapters), dim=-1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """See :meth:`Learner.embed_images`."""
+        if not self.vision:
+            return super().embed_images(images)
+        adapters = _by_block(self.vision, self.backbone.vision.layers)
+        return self.backbone.image_embeddings(images, adapters=adapters)
+
+    def _lay_out(self, share_prefix: bool = True) -> PromptLayout:
+        tower = self.backbone.text
+        sentences = [tower.sentence(self.templates[0].format(name)) for name in self.classnames]
+        share_prefix = share_prefix and tower.causal
+        return PromptLayout(sentences, tower.context_length, self.classnames, share_prefix=share_prefix)
+
+
+def _by_block(updates: nn.ModuleDict, depth: int) -> list[nn.Module | None]:
+    adapters: list[nn.Module | None] = [None] * depth
+    for index, update in updates.items():
+        adapters[int(index)] = update
+    return adapters
+
+
+def _chosen(layers: Layers, depth: int) -> range:
+    if layers.startswith("top"):
+        return range(max(0, depth - int(layers[3:])), depth)
+    first, last = _PARTS[layers]
+    return range(round(first * depth), round(last * depth))
