@@ -28,7 +28,7 @@ __all__ = [
     "seeded_modules",
 ]
 
-Mixing = Literal["transformer", "mlp", "identity"]
+Mixing = Literal["transformer", "tokenwise", "mlp", "identity"]
 
 
 @contextlib.contextmanager
@@ -86,14 +86,15 @@ class PromptMixer(nn.Module):
     """The joint transform of text and visual prompts (UPT: Zang et al. 2022, arXiv 2210.07225, section 3.2).
 
     Both are brought to one width, laid side by side (text first), mixed, split and brought back. Form and sizes
-    follow MVLPT (Shen et al., arXiv 2211.11720), UPT's only public implementation.
+    follow MVLPT (Shen et al., arXiv 2211.11720), UPT's only public implementation, except for its swapped axes.
 
     Args:
         text_width: Dt.
         visual_width: W.
         width: The common width; a side that has it already needs no projection.
-        kind: ``"transformer"``: one pre-norm block with one head; ``"mlp"``: GELU only, so prompts don't see
-            each other; ``"identity"``: no parameters, prompts pass unchanged.
+        kind: ``"transformer"``: one pre-norm block with one head; ``"tokenwise"``: the same block, but each prompt
+            attends to itself alone, which is what MVLPT's code computes (it swaps the axes of tokens and batch);
+            ``"mlp"``: only GELU between the projections; ``"identity"``: nothing, prompts pass unchanged.
         residual: Add the prompts as they came in, so that a phrase they started from survives the random
             projections; off in MVLPT.
         seed: Of the initial values.
@@ -117,7 +118,7 @@ class PromptMixer(nn.Module):
             self.text_in, self.text_out = _there_and_back(text_width, width)
             self.visual_in, self.visual_out = _there_and_back(visual_width, width)
             self.block: nn.Module = nn.GELU()
-            if kind == "transformer":
+            if kind in ("transformer", "tokenwise"):
                 self.block = nn.TransformerEncoderLayer(
                     width,
                     1,
@@ -133,7 +134,9 @@ class PromptMixer(nn.Module):
         if self.kind == "identity":
             return text, visual
         flat = visual.flatten(0, 1)
-        mixed = self.block(torch.cat([self.text_in(text), self.visual_in(flat)])[None])[0]
+        batch_axis = 1 if self.kind == "tokenwise" else 0
+        together = torch.cat([self.text_in(text), self.visual_in(flat)])
+        mixed = self.block(together.unsqueeze(batch_axis)).squeeze(batch_axis)
         new_text = self.text_out(mixed[: len(text)])
         new_visual = self.visual_out(mixed[len(text) :]).view_as(visual)
         if self.residual:
