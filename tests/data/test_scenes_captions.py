@@ -112,3 +112,15 @@ def test_corpus_keeps_tokens_facts_and_pixels(tmp_path) -> None:
     assert positive.sum() == sum(
         pairs.captions(j, 2)[1].facts <= pairs.facts(i) for i in range(40) for j in range(40)
     )
+
+
+def test_a_curriculum_starts_with_one_large_object_and_short_captions() -> None:
+    pairs = scenes.caption_pairs(60, seed=4, easy=40)
+    for index in range(40):
+        (item,) = pairs.spec(index).objects
+        assert item.radius > 0.3
+        for said in pairs.captions(index, 3):
+            assert {f"shape={item.shape}", "count=1"} <= said.facts <= pairs.facts(index)
+    assert [pairs.spec(i) for i in range(40, 60)] == [
+        scenes.caption_pairs(60, seed=4).spec(i) for i in range(40, 60)
+    ]

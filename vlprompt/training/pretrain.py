@@ -55,7 +55,9 @@ class PretrainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pretrain_tiny"
-    pictures: int = Field(73728, ge=2, description="captioned scenes that are drawn once")
+    pictures: int = Field(65536, ge=2, description="captioned scenes that are drawn once")
+    easy: int = Field(0, ge=0, description="so many of them are easy (one large object, short captions)")
+    easy_epochs: int = Field(0, ge=0, description="first epochs, on the easy pictures alone")
     captions: int = Field(
         8, ge=1, description="captions per picture; epoch e reads caption e modulo this number"
     )
@@ -90,10 +92,11 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     Returns:
         Path of the packed weights.
     """
-    pairs = CaptionPairs(options.pictures, options.seed)
+    pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy)
     corpus = read_corpus(pairs, options.captions, folder / "scenes.u8", workers)
     module = ContrastiveModule(corpus.seen_ids, options.seed)
-    batches = CaptionBatches(corpus, options.train.batch_size, options.train.seed, options.shift)
+    curriculum = (options.easy, options.easy_epochs)
+    batches = CaptionBatches(corpus, options.train.batch_size, options.train.seed, options.shift, curriculum)
     identity = options.model_dump(mode="json", exclude={"train"})
     ship = _Ship(module, folder)
     validate = ZeroShot(module, WATCHED, options.watch)
@@ -197,14 +200,26 @@ class CaptionBatches:
         batch_size: Pairs per global batch.
         seed: The run's seed.
         shift: Pictures are moved by up to so many pixels each way.
+        curriculum: How many first pictures are easy, and how many first epochs read only them (repeating them, so
+            that every epoch has as many steps).
     """
 
-    def __init__(self, corpus: Corpus, batch_size: int, seed: int, shift: int = 2) -> None:
+    def __init__(
+        self, corpus: Corpus, batch_size: int, seed: int, shift: int = 2, curriculum: tuple[int, int] = (0, 0)
+    ) -> None:
         self.corpus, self.batch_size, self.seed, self.shift = corpus, batch_size, seed, shift
+        self.easy, self.easy_epochs = curriculum
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
-        return epoch_plan(len(self.corpus.images), self.batch_size, self.seed, epoch)
+        pictures = len(self.corpus.images)
+        if epoch >= self.easy_epochs or not self.easy:
+            return epoch_plan(pictures, self.batch_size, self.seed, epoch)
+        passes = [
+            epoch_plan(self.easy, self.batch_size, derive_seed(self.seed, "easy", turn), epoch)
+            for turn in range(-(-pictures // self.easy))
+        ]
+        return [batch for turn in passes for batch in turn][: max(1, pictures // self.batch_size)]
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""

@@ -85,18 +85,23 @@ def phrase(item: SceneObject, attributes: Sequence[str] = ("pattern", "colour"))
     return " ".join([*said, wording.words("shape", item.shape)[0]])
 
 
-def caption(spec: SceneSpec, rng: np.random.Generator, *, held_out: bool = False) -> Caption:
+def caption(
+    spec: SceneSpec, rng: np.random.Generator, *, held_out: bool = False, simple: bool = False
+) -> Caption:
     """Draw one sentence about a scene.
 
     Args:
         spec: The scene.
         rng: Source of randomness.
         held_out: Prefer words and sentences that pretraining never reads.
+        simple: Of a single object, name its shape and perhaps its colour only.
 
     Returns:
         The sentence and its facts, all of them true of the scene.
     """
     writer = _Writer(spec, rng, held_out)
+    if len(spec.objects) == 1 and simple:
+        return writer.simple()
     if len(spec.objects) == 1:
         return writer.attribute() if rng.random() < 0.45 else writer.single()
     shapes = {o.shape for o in spec.objects}
@@ -111,6 +116,15 @@ class _Writer:
     def __init__(self, spec: SceneSpec, rng: np.random.Generator, held_out: bool) -> None:
         self.spec, self.rng, self.held_out = spec, rng, held_out
         self.stated: set[str] = set()
+
+    def simple(self) -> Caption:
+        """The shape of the only object, half of the time with its colour."""
+        item = self.spec.objects[0]
+        self.stated.add("count=1")
+        noun = self.say("shape", item.shape)
+        if self.rng.random() < 0.5:
+            return self.finish(article(noun))
+        return self.finish(f"a {self.say('colour', item.colour)} {noun}")
 
     def single(self) -> Caption:
         """A sentence about one object with several of its attributes."""

@@ -39,12 +39,15 @@ class CaptionPairs:
         seed: Seeds scenes and captions.
         holdout: Leave out what pretraining must never see; otherwise anything may occur.
         size: Side in pixels.
+        easy: So many first items show one large object in the middle of a calm ground, with captions that name
+            its shape and perhaps its colour; a curriculum starts with them.
     """
 
     count: int
     seed: int = 0
     holdout: bool = True
     size: int = 64
+    easy: int = 0
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.size < 16:
@@ -60,6 +63,10 @@ class CaptionPairs:
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = numpy_rng(self.seed, "scenes", "pairs", self.holdout, index)
+        if index < self.easy:
+            pattern = ("solid", "gradient", "split", "outlined")[int(rng.integers(4))]
+            item = draw_object(rng, seen_only=self.holdout, size="large", position="center", pattern=pattern)
+            return draw_scene(rng, [item], background=("plain", "gradient")[int(rng.integers(2))])
         kept = [s for s in STYLES[1:] if not (self.holdout and s in HELD_OUT_STYLES)]
         style = "plain" if rng.random() < 0.5 else kept[int(rng.integers(len(kept)))]
         kind = rng.random()
@@ -75,7 +82,10 @@ class CaptionPairs:
         """Return captions of an item; without ``holdout``, every second one uses held-out wordings."""
         spec = self.spec(index)
         rng = numpy_rng(self.seed, "scenes", "caption", self.holdout, index)
-        return [caption(spec, rng, held_out=not self.holdout and draw % 2 == 1) for draw in range(count)]
+        return [
+            caption(spec, rng, held_out=not self.holdout and draw % 2 == 1, simple=index < self.easy)
+            for draw in range(count)
+        ]
 
     def facts(self, index: int) -> frozenset[str]:
         """Return all that captions could truly say of an item."""
@@ -144,9 +154,11 @@ class MaskedScenes:
         return PhraseMask(Image.fromarray(drawn.image), said, drawn.masks[0], drawn.boxes[0])
 
 
-def caption_pairs(count: int, seed: int = 0, *, holdout: bool = True, size: int = 64) -> CaptionPairs:
+def caption_pairs(
+    count: int, seed: int = 0, *, holdout: bool = True, size: int = 64, easy: int = 0
+) -> CaptionPairs:
     """Return pictures with captions (see :class:`CaptionPairs`)."""
-    return CaptionPairs(count, seed, holdout, size)
+    return CaptionPairs(count, seed, holdout, size, easy)
 
 
 def masks(
