@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -94,7 +95,9 @@ def wrap_open_clip(
         },
         "dim": _joint_dim(model, projection),
     }
-    fingerprint["id"] = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    # The place weights were read from is no part of what they are: a moved file keeps caches and artefacts valid.
+    facts_of_content = {key: value for key, value in fingerprint.items() if key != "pretrained"}
+    fingerprint["id"] = hashlib.sha256(json.dumps(facts_of_content, sort_keys=True).encode()).hexdigest()[:12]
     return Backbone(
         model, image_transform_v2(config, is_train=False), tokenizer, fingerprint, missing_tokenizer
     )
@@ -118,10 +121,12 @@ def _weights_arguments(name: str, pretrained: str | None) -> dict[str, Any]:
     """Return create_model's arguments for a tag, a path or no weights, with the weights' own activation."""
     if pretrained is None:
         return {"pretrained": None, "pretrained_text": False}
-    if Path(pretrained).is_file():
-        return {"pretrained": str(pretrained), "weights_only": True}
     tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags and Path(pretrained).is_file():
+        return {"pretrained": str(pretrained), "weights_only": True}
     if pretrained not in tags:
+        if Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            raise BackboneError(f"no weights file at {pretrained} (asked for by {name}).")
         hint = "Or give the path of a local weights file (safetensors, or a torch state dict)."
         raise UnknownNameError(f"weights tag of {name}", pretrained, tags, hint)
     trained_with_quick = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
@@ -157,10 +162,12 @@ def _explain(name: str, pretrained: str | None, error: Exception) -> BackboneErr
             f"{pretrained} can't be loaded into {name}: {reason}. The file must be a safetensors file or a torch state "
             "dict (no pickled code) of this architecture."
         )
-    place = (open_clip.get_pretrained_cfg(name, pretrained) or {}) if pretrained else {}
+    if pretrained is None:
+        return BackboneError(f"{name} can't be built: {reason}. {_OFFLINE}")
+    place = open_clip.get_pretrained_cfg(name, pretrained) or {}
     source = place.get("hf_hub") or place.get("url") or "the Hugging Face Hub"
     return BackboneError(
-        f"the weights of {name}{'/' + pretrained if pretrained else ''} could not be fetched: {reason}. "
+        f"the weights of {name}/{pretrained} could not be fetched: {reason}. "
         f"They come from {source}. Fetch them where there is a network and pass pretrained=PATH, or set HF_HOME to a "
         f"cache that holds them. {_OFFLINE}"
     )
@@ -170,7 +177,7 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     if "weights_only" in str(error):  # torch's own text advises to run the pickled code
         return "it holds more than plain tensors"
-    return (text[0] if text else type(error).__name__)[:300].rstrip(".")
+    return shorten(text[0] if text else type(error).__name__, 300, placeholder=" ...").rstrip(".")
 
 
 def _hash_weights(model: nn.Module) -> str:
