@@ -95,8 +95,11 @@ def test_without_a_shift_it_is_coop(backbone: Backbone, embeddings: Tensor) -> N
     torch.testing.assert_close(learner.logits(embeddings), coop.logits(embeddings), rtol=1e-5, atol=1e-5)
 
 
-def test_evaluation_in_pieces_changes_nothing(learner: Learner) -> None:
-    many = torch.randn(150, learner.backbone.dim, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("causal", [True, False])
+def test_evaluation_in_pieces_changes_nothing(causal: bool, make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone(text={"no_causal_mask": not causal}, custom=True)
+    learner = create_learner("cocoop", backbone, [f"{a} {b}" for a in "abcd" for b in "efgh"])
+    many = torch.randn(70, backbone.dim, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         pieces = learner.eval().logits(many)
     torch.testing.assert_close(pieces, learner.logits(many).detach(), rtol=1e-5, atol=1e-5)

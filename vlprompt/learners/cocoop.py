@@ -26,6 +26,7 @@ __all__ = ["CoCoOp"]
 
 # Bounds of one pass without gradient: what is kept per image (keys and values of its context) and per sentence.
 _IMAGES, _SENTENCES = 64, 1 << 15
+_FULL_SENTENCES = 1 << 9  # where the tower can't share an image's context among classes
 
 
 @LEARNERS.register(
@@ -97,7 +98,8 @@ class CoCoOp(Learner):
         """Return (B, C) logits of (B, d) image embeddings; without gradient a few images at a time."""
         if torch.is_grad_enabled():  # the text tower bounds what its graph keeps
             return self._logits(embeddings)
-        images = max(1, min(_IMAGES, _SENTENCES // len(self.classnames)))
+        sentences = _SENTENCES if self.backbone.text.packable else _FULL_SENTENCES
+        images = max(1, min(_IMAGES, sentences // len(self.classnames)))
         return torch.cat([self._logits(part) for part in embeddings.split(images)])
 
     def _logits(self, embeddings: Tensor) -> Tensor:
