@@ -43,7 +43,7 @@ def create_learner(
     checked = check_options(entry.target, options, source=f"learner {name!r}")
     learner = entry.target(backbone, classnames, templates, **checked)
     learner.method = name
-    return learner
+    return learner.to(backbone.device)
 
 
 def list_learners() -> list[str]:

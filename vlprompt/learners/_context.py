@@ -18,25 +18,26 @@ __all__ = ["Position", "context_layout", "initial_context"]
 Position = Literal["end", "middle", "front"]
 
 
-def initial_context(tower: TextTower, length: int, init: str = "", seed: int = 1) -> Tensor:
-    """Return (M, Dt) float32 start values of learned context.
+def initial_context(tower: TextTower, length: int, init: str = "", seed: int = 1, copies: int = 1) -> Tensor:
+    """Return (copies * M, Dt) float32 start values of learned context.
 
     Args:
         tower: The text tower the context enters.
         length: M, if there is no phrase.
         init: A phrase whose token embeddings are taken; M becomes its number of tokens (not of words).
         seed: Of N(0, 0.02^2).
+        copies: Independent contexts, one after the other; a phrase starts all of them alike.
 
     Raises:
         DataError: If the phrase has no token.
     """
     tower.require_prompts()
     if not init:
-        return 0.02 * torch.randn(length, tower.width, generator=torch_rng(seed, "context"))
+        return 0.02 * torch.randn(copies * length, tower.width, generator=torch_rng(seed, "context"))
     ids = tower.require_tokenizer().encode(init.replace("_", " "))
     if not ids:
         raise DataError(f"init={init!r} has no token to start the context from.")
-    return tower.embed_tokens(ids).float().cpu().clone()
+    return tower.embed_tokens(ids).float().cpu().repeat(copies, 1)
 
 
 def context_layout(

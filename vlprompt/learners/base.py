@@ -88,7 +88,7 @@ class Learner(nn.Module):
         Raises:
             DataError: If what was learned belongs to the old class list.
         """
-        if self.class_bound and tuple(classnames) != self.classnames:
+        if self.class_bound and check_classnames(classnames) != self.classnames:
             raise DataError(
                 f"{self.method or type(self).__name__} learned one set of parameters per class, so it can't name other "
                 f"classes than its own {len(self.classnames)}. Use a learner with shared context (coop with "
@@ -96,7 +96,7 @@ class Learner(nn.Module):
             )
         other = type(self)(self.backbone, classnames, templates or self.templates, **self.options)
         other.method = self.method
-        other.load_trainable_state(self.trainable_state())
+        other.to(self.backbone.device).load_trainable_state(self.trainable_state())
         return other.train(self.training)
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -59,11 +59,12 @@ class CoOp(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.class_bound = class_specific
-        start = initial_context(backbone.text, context_length, init, seed)  # (M, Dt)
-        count = len(start)
         copies = len(self.classnames) if class_specific else 1
-        self.context = nn.Parameter(start.repeat(copies, 1))  # (M, Dt) or (C * M, Dt)
-        self.layout = context_layout(backbone.text, self.classnames, count, position, class_specific)
+        start = initial_context(backbone.text, context_length, init, seed, copies)
+        self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
+        self.layout = context_layout(
+            backbone.text, self.classnames, len(start) // copies, position, class_specific
+        )
 
     def class_weights(self) -> Tensor:
         """See :meth:`Learner.class_weights`."""

@@ -78,10 +78,10 @@ class UPT(PromptedImages):
         text, vision = backbone.text, backbone.vision
         vision.require_prompts()
         self.class_bound, self.insertion, self.visual_dropout = class_specific, insertion, dropout
-        start = initial_context(text, context_length, init, seed)  # (M, Dt)
         copies = len(self.classnames) if class_specific else 1
-        self.context = nn.Parameter(start.repeat(copies, 1))  # (M, Dt) or (C * M, Dt)
-        self.layout = context_layout(text, self.classnames, len(start), position, class_specific)
+        start = initial_context(text, context_length, init, seed, copies)
+        self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
+        self.layout = context_layout(text, self.classnames, len(start) // copies, position, class_specific)
         depth = possible_depth(visual_depth, vision.layers)
         self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, insertion, seed))
         self.mixer = PromptMixer(
