@@ -25,7 +25,7 @@ from vlprompt.training.options import TrainOptions
 from vlprompt.training.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["ImageBatches", "RunResult", "fit"]
+__all__ = ["ImageBatches", "RunResult", "TrainingSource", "fit", "parse_options", "run_identity"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def fit(
     learner.to(processes.device)
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
-    source = _Source(learner, train, Augmentation(augmentation), views, checked, cache)
+    source = TrainingSource(learner, train, Augmentation(augmentation), views, checked, cache)
     _call(learner, "prepare", source.training_data)
     solve = getattr(learner, "solve", None)
     if solve is not None:
@@ -149,7 +149,7 @@ def fit(
             folder,
             validate=None if val is None else (lambda: evaluate(learner, val, cache=cache)),
             callbacks=default_callbacks(learner.method, folder) if callbacks is None else callbacks,
-            identity=_identity(learner, train, augmentation, views),
+            identity=run_identity(learner, train, augmentation, views),
             accelerator=processes,
         )
         history = trainer.run(resume).history
@@ -175,7 +175,7 @@ def parse_options(options: Mapping[str, Any]) -> TrainOptions:
 
 
 @dataclass(frozen=True)
-class _Source:
+class TrainingSource:
     """Turns a data set into what a learner trains on: cached embeddings where exact, pixels otherwise."""
 
     learner: Learner
@@ -186,6 +186,7 @@ class _Source:
     cache: FeatureCache
 
     def batches(self) -> Batches:
+        """Return what the trainer iterates over."""
         if not self.learner.static_images or (self.views == 0 and self.augmentation.is_random):
             preprocess = self.learner.backbone.preprocess
             return ImageBatches(self.data, preprocess, self.augmentation, self.options, self.views)
@@ -241,7 +242,7 @@ def _check_samples(learner: Learner, train: ImageDataset) -> None:
         )
 
 
-def _identity(learner: Learner, train: ImageDataset, augmentation: str, views: int) -> dict[str, Any]:
+def run_identity(learner: Learner, train: ImageDataset, augmentation: str, views: int) -> dict[str, Any]:
     """Facts that a run and its continuation must share."""
     return {
         "learner": learner.method,
