@@ -1,9 +1,10 @@
-"""Set finished runs side by side: ``python tools/report.py runs/fewshot_tiny/* --only shots --format markdown``."""
+"""Set finished runs side by side, a line per data set: ``python tools/report.py runs/fewshot_tiny/*``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,26 @@ from typing import Any
 from vlprompt.cli import command
 from vlprompt.errors import CheckpointError
 
+_KEY = re.compile(r"^(?:(?P<data>.+)/)?shots(?P<shots>\d+)/(?P<zero>zero_shot_)?accuracy$")
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Print one line per run and one for zero-shot, one column per accuracy in their metrics.json."""
+    """Print accuracies in percent with 95 % intervals; columns are zero-shot, then each run's learner by shots."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or metrics.json files")
-    parser.add_argument("--only", default="", help="keep columns whose name holds this text")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders of coop-fewshot, or metrics.json files")
     parser.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex"))
     args = parser.parse_args(list(arguments))
 
     from vlprompt.evaluation import tables
 
-    found = [_read(run) for run in args.runs]
-    rows = [tables.Row("zero-shot", _values(found[0], "zero_shot_accuracy", args.only))]
-    rows += [tables.Row(metrics["learner"], _values(metrics, "accuracy", args.only)) for metrics in found]
-    print(getattr(tables, f"to_{args.format}")(rows))
+    lines: dict[str, dict[str, Any]] = {}
+    for run in args.runs:
+        _add(lines, _read(run))
+    rows = [tables.Row(name, values) for name, values in lines.items()]
+    columns = list(dict.fromkeys(c for values in lines.values() for c in values))
+    columns.sort(key=lambda c: c != "zero-shot")  # stable: only moves zero-shot to the front
+    options = {"best": False} if args.format == "markdown" else {}
+    print(getattr(tables, f"to_{args.format}")(rows, columns, **options), end="")
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -36,17 +42,17 @@ def _read(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not a finished run's metrics.json: {error}.") from error
 
 
-def _values(metrics: dict[str, Any], stem: str, only: str) -> dict[str, Any]:
-    """Return column name to value: ``digits/shots16/accuracy`` becomes the column ``digits/shots16``."""
+def _add(lines: dict[str, dict[str, Any]], metrics: dict[str, Any]) -> None:
     from vlprompt.evaluation.statistics import Summary
 
-    keys = [k for k in metrics if k.split("/")[-1] == stem and not k.startswith(("val/", "train/"))]
-    columns = {k: k.removesuffix(stem).rstrip("/") or "mean" for k in keys}
-    return {
-        column: Summary(metrics[k], None, metrics.get(f"{k}_ci95"), len(metrics["seeds"]))
-        for k, column in columns.items()
-        if only in column
-    }
+    single = metrics["data"] if isinstance(metrics["data"], str) else "mean"
+    for key, value in metrics.items():
+        if found := _KEY.match(key):
+            column = "zero-shot" if found["zero"] else f"{metrics['learner']} {found['shots']}"
+            # Zero-shot doesn't depend on the draw of shots: one number, without an interval.
+            ci95 = None if found["zero"] else metrics.get(f"{key}_ci95")
+            summary = Summary(value, None, ci95, len(metrics["seeds"]))
+            lines.setdefault(found["data"] or single, {})[column] = summary
 
 
 if __name__ == "__main__":
