@@ -107,7 +107,7 @@ class PromptLayout:
         self.context_length = context_length
         for i, sentence in enumerate(self.sentences):
             if len(sentence) > context_length:
-                name = repr(names[i]) if names else f"number {i}"
+                name = _shortened(names[i]) if names else f"number {i}"
                 raise VLPromptError(
                     f"the prompt of class {name} has {len(sentence)} tokens, the text tower reads {context_length}. "
                     "Shorten the class name or the context."
@@ -142,6 +142,11 @@ class PromptLayout:
         """The sentences without the shared prefix, packed."""
         own = [s[self.shared :] for s in self.sentences]
         return _pack(own, self.shared)
+
+
+def _shortened(name: str) -> str:
+    """Quote a name; one that is too long for a tower is too long for a message."""
+    return repr(name if len(name) <= 60 else f"{name[:28]} ... {name[-28:]}")
 
 
 def _common_prefix(sentences: Sequence[tuple[int, ...]]) -> int:
