@@ -1,0 +1,269 @@
+"""What holds for every learner, whoever wrote it: one battery over the registry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlprompt.backbones import Backbone
+from vlprompt.errors import CheckpointError, ConfigError, DataError, VLPromptError
+from vlprompt.learners import LEARNERS, Learner, create_learner
+
+ALL = LEARNERS.names()
+NAMES = ("dog", "red circle", "hummingbird", "boeing 737-800")
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+Build = Callable[..., Learner]
+
+
+@pytest.fixture
+def build(backbone: Backbone, images: Tensor) -> Build:
+    """Builder of learners that are ready: what starts from training images has seen the six."""
+
+    def make(name: str, **options: Any) -> Learner:
+        learner = create_learner(name, backbone, NAMES, **options)
+        if hasattr(learner, "prepare"):
+            learner.prepare(backbone.image_embeddings(images)[None], LABELS)
+        return learner
+
+    return make
+
+
+@pytest.fixture
+def batch(images: Tensor) -> dict[str, Tensor]:
+    return {"image": images, "label": LABELS, "index": torch.arange(len(LABELS))}
+
+
+def learnable(learner: Learner) -> dict[str, Tensor]:
+    return {name: p for name, p in learner.named_parameters() if p.requires_grad}
+
+
+def disturb(learner: Learner, scale: float = 0.05) -> Learner:
+    """Move everything learned away from its start, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in learnable(learner).values():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return learner.eval()
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("entry", list(LEARNERS), ids=lambda entry: entry.name)
+def test_says_what_it_is(entry: Any) -> None:
+    assert 10 <= len(entry.summary) <= 80
+    assert entry.paper
+    assert entry.target.__doc__
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_do_not_depend_on_order_or_company(name: str, build: Build, images: Tensor) -> None:
+    learner = disturb(build(name))
+    with torch.no_grad():
+        logits = learner(images)
+        assert logits.shape == (6, 4)
+        assert logits.dtype == torch.float32
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        torch.testing.assert_close(learner(images[order]), logits[order], rtol=0, atol=1e-4)
+        torch.testing.assert_close(learner(images[2:3]), logits[2:3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(learner(images).detach(), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cached_embeddings_give_the_same_logits(name: str, build: Build, batch: dict[str, Tensor]) -> None:
+    learner = disturb(build(name))
+    embeddings = learner.embed_images(batch["image"])
+    torch.testing.assert_close(learner.logits(embeddings), learner(batch["image"]), rtol=0, atol=1e-5)
+    assert not (learner.static_images and embeddings.requires_grad)
+    if learner.static_images:
+        assert torch.equal(embeddings, learner.backbone.image_embeddings(batch["image"]))
+        cached = {"embedding": embeddings, "label": LABELS}
+        assert torch.equal(learner.batch_logits(cached), learner.batch_logits(batch))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradient_stays_inside_the_learner(name: str, build: Build, batch: dict[str, Tensor]) -> None:
+    learner = build(name).train()
+    before = state_of(learner.backbone)
+    losses = learner.loss(batch)
+    assert all(loss.dim() == 0 and bool(loss.isfinite()) for loss in losses.values())
+    own = learnable(learner)
+    if own:
+        optimizer = torch.optim.SGD(own.values(), lr=1e-3)
+        sum(losses.values()).backward()
+        optimizer.step()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in own.values())
+        assert any(float(p.grad.abs().max()) > 0 for p in own.values())
+        assert all(p.dtype == torch.float32 for p in own.values())
+    assert all(p.grad is None and not p.requires_grad for p in learner.backbone.parameters())
+    assert not any(m.training for m in learner.backbone.modules())
+    after = learner.backbone.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
+    name: str, build: Build, batch: dict[str, Tensor]
+) -> None:
+    learner = build(name).eval()  # dropout would make two losses differ by themselves
+    own = learnable(learner)
+    if not own:
+        pytest.skip("nothing is learned by gradient")
+    if hasattr(learner, "combine_gradients"):
+        measure = lambda: learner.loss(batch)["cross_entropy"]  # noqa: E731 - the update follows no one loss
+        direction = learner.combine_gradients(
+            {
+                key: list(torch.autograd.grad(loss, list(own.values()), retain_graph=True))
+                for key, loss in learner.loss(batch).items()
+            }
+        )
+    else:
+        measure = lambda: sum(learner.loss(batch).values())  # noqa: E731
+        direction = torch.autograd.grad(measure(), list(own.values()))
+    before = measure()
+    slope = sum(
+        float((g * d).sum())
+        for g, d in zip(torch.autograd.grad(before, list(own.values())), direction, strict=True)
+    )
+    expected = 0.003 * float(before.detach())
+    with torch.no_grad():
+        for parameter, step in zip(own.values(), direction, strict=True):
+            parameter -= step * expected / slope
+    learner.eval()
+    fall = float((before - measure()).detach())
+    assert 0.5 * expected < fall < 1.5 * expected
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if hasattr(LEARNERS.get(n).target, "solve")])
+def test_a_solver_fits_what_it_saw(name: str, build: Build, images: Tensor) -> None:
+    learner = build(name)
+    generator = torch.Generator().manual_seed(0)
+    labels = LABELS.repeat(5)
+    views = images.repeat(5, 1, 1, 1) + 0.1 * torch.randn(30, *images.shape[1:], generator=generator)
+    embeddings = learner.embed_images(views)
+    learner.solve((embeddings[:24], labels[:24]), (embeddings[24:], labels[24:]))
+    with torch.no_grad():
+        assert float((learner.eval()(views).argmax(-1) == labels).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_put_into_a_new_learner_gives_the_same_logits(name: str, build: Build, images: Tensor) -> None:
+    learner = disturb(build(name))
+    state = {key: tensor.clone() for key, tensor in learner.trainable_state().items()}
+    assert set(learnable(learner)) <= set(state)
+    assert not [key for key in state if key.startswith("backbone")]
+    with torch.no_grad():
+        expected = learner(images)
+        other = build(name).eval()
+        other(images)  # class weights may be cached from here on
+        other.load_trainable_state(state)
+        assert torch.equal(other(images), expected)
+    assert all(torch.equal(other.trainable_state()[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_states_that_do_not_fit_are_refused_by_name(name: str, build: Build) -> None:
+    learner = build(name)
+    state = dict(learner.trainable_state())
+    with pytest.raises(CheckpointError, match=f"fit {name}: .*foreign is unknown"):
+        learner.load_trainable_state({**state, "foreign": torch.zeros(1)})
+    for key, tensor in state.items():
+        others = {k: t for k, t in state.items() if k != key}
+        with pytest.raises(CheckpointError, match=f"{key} is missing"):
+            learner.load_trainable_state(others)
+        with pytest.raises(CheckpointError, match=rf"{key} has shape .*expected"):
+            learner.load_trainable_state({**others, key: torch.zeros(*tensor.shape, 2)})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_other_classes(name: str, build: Build, images: Tensor) -> None:
+    learner = disturb(build(name))
+    with torch.no_grad():
+        same = learner.with_classes([n.replace(" ", "_") for n in NAMES])
+        assert torch.equal(same(images), learner(images))
+        new = ("tulip", "blue square", *NAMES[:1])
+        if learner.class_bound:
+            with pytest.raises(DataError, match=f"{name} learned one set of parameters per class"):
+                learner.with_classes(new)
+            return
+        other = learner.with_classes(new)
+        assert (other.classnames, other.method, other.options) == (new, name, learner.options)
+        logits = other(images)
+        assert logits.shape == (6, 3)
+        torch.testing.assert_close(logits[:, 2], learner(images)[:, 0], rtol=0, atol=1e-4)
+        assert all(torch.equal(other.trainable_state()[k], t) for k, t in learner.trainable_state().items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_mixed_precision_is_finite(name: str, build: Build, batch: dict[str, Tensor]) -> None:
+    learner = build(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = learner.loss(batch)
+    own = learnable(learner)
+    if own:
+        sum(losses.values()).backward()
+    assert all(bool(loss.isfinite()) for loss in losses.values())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in own.values())
+    assert all(bool(p.grad.isfinite().all()) for p in own.values())
+    learner.eval()
+    with torch.no_grad():
+        exact = learner(batch["image"])
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = learner.eval()(batch["image"])
+    torch.testing.assert_close(rough.float(), exact, rtol=0.05, atol=1.0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_options_build_the_same_learner(name: str, build: Build, images: Tensor) -> None:
+    first, second = build(name), build(name)
+    assert first.trainable_state().keys() == second.trainable_state().keys()
+    assert all(torch.equal(t, second.trainable_state()[k]) for k, t in first.trainable_state().items())
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    build(name)
+    assert torch.equal(torch.rand(1), expected), "building draws from the global generator"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], "at least two classes, got 0"),
+        (["dog"], "at least two classes, got 1: dog"),
+        (["dog", " "], "class number 1 has an empty name"),
+        (["red_circle", "dog", "red  circle"], r"numbers 0 and 2 are both 'red circle'.*'red_circle'"),
+    ],
+)
+def test_class_lists_that_name_nothing(name: str, names: list[str], reason: str, backbone: Backbone) -> None:
+    with pytest.raises(DataError, match=reason):
+        create_learner(name, backbone, names)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_class_name_longer_than_the_tower_reads(name: str, backbone: Backbone, images: Tensor) -> None:
+    names = ["dog", "very " * 80 + "long"]
+    try:
+        learner = create_learner(name, backbone, names)
+    except VLPromptError as error:
+        refusal = str(error)
+    else:  # hand-written sentences are cut, as CLIP does it; learned ones never are
+        assert "text" not in LEARNERS.get(name).needs
+        assert learner.eval()(images).shape == (6, 2)
+        return
+    assert re.search(r"class 'very very .* long' has \d+ tokens, the text tower reads 77", refusal)
+    assert len(refusal) < 250
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options_it_does_not_have(name: str, backbone: Backbone) -> None:
+    wrong: Mapping[str, Any] = {"contxt_length": 4, "no_such_thing": True}
+    with pytest.raises(ConfigError, match=rf"learner '{name}': 2 problems") as caught:
+        create_learner(name, backbone, NAMES, **wrong)
+    assert all(f"{key}: unknown key" in str(caught.value) for key in wrong)
