@@ -5,16 +5,15 @@ Largest differences when the file was made: 1.4e-5 in the logits, 8e-6 in the gr
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.golden.weights import clip_state, filled
 from vlprompt import create_backbone, create_learner
 from vlprompt.backbones import Backbone
 
@@ -22,31 +21,21 @@ HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "coop_vit_b16.json").read_text(encoding="utf-8"))
 
 
-def load_weights_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_weights", HERE / "weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WEIGHTS = load_weights_module()
-
-
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     built = create_backbone("ViT-B-16", quick_gelu=True)
     shapes = {name: tensor.shape for name, tensor in built.model.state_dict().items()}
-    built.model.load_state_dict(WEIGHTS.clip_state(shapes))
+    built.model.load_state_dict(clip_state(shapes))
     return built
 
 
 @pytest.fixture(scope="module")
 def embeddings(backbone: Backbone) -> torch.Tensor:
-    return backbone.image_embeddings(WEIGHTS.filled("images", (3, 3, 224, 224), 1.0))
+    return backbone.image_embeddings(filled("images", (3, 3, 224, 224), 1.0))
 
 
 def test_the_weights_are_the_ones_of_the_recipe() -> None:
-    values = WEIGHTS.filled("images", (4,), 1.0).tolist()
+    values = filled("images", (4,), 1.0).tolist()
     assert values == pytest.approx(GOLDEN["first_image_values"], abs=1e-7)
 
 
@@ -57,7 +46,7 @@ def test_logits_and_context_gradient(case: str, backbone: Backbone, embeddings: 
     assert list(learner.context.shape) == golden["gradient_shape"]
     if not golden["options"]["init"]:
         with torch.no_grad():
-            learner.context.copy_(WEIGHTS.filled(f"context/{case}", learner.context.shape, 0.02))
+            learner.context.copy_(filled(f"context/{case}", learner.context.shape, 0.02))
 
     logits = learner.logits(embeddings)
     loss = F.cross_entropy(logits, torch.tensor(GOLDEN["labels"]))
