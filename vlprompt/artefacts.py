@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
 
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.errors import CheckpointError
@@ -18,13 +19,13 @@ from vlprompt.files import read_tensors, write_json, write_tensors
 from vlprompt.learners import Learner, create_learner
 from vlprompt.signature import describe_problems
 
-__all__ = ["load", "package_version", "save"]
+__all__ = ["PromptCard", "check_backbone", "load", "package_version", "read", "save"]
 
 _FORMAT = 1
 
 
-class _Card(BaseModel):
-    """What ``prompt.json`` holds."""
+class PromptCard(BaseModel):
+    """What ``prompt.json`` holds: all that is needed to use the tensors again, and their checksum."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,7 +57,7 @@ def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None
     folder = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
     digest = _digest(state)
-    card = _Card(
+    card = PromptCard(
         format=_FORMAT,
         method=learner.method,
         options=learner.options,
@@ -85,6 +86,21 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
             difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
+    card, tensors = read(path)
+    if backbone is None:
+        backbone = create_backbone(str(card.backbone.get("architecture")), card.backbone.get("pretrained"))
+    check_backbone(path, card, backbone)
+    learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
+    learner.load_trainable_state(tensors)
+    return learner.eval()
+
+
+def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:
+    """Return what :func:`save` wrote, without building anything from it.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or hostile.
+    """
     folder = Path(path)
     tensors, metadata = read_tensors(folder / "prompt.safetensors")
     card = _parse(folder, metadata.get("card"))
@@ -92,12 +108,7 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
         raise CheckpointError(
             f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged."
         )
-    if backbone is None:
-        backbone = create_backbone(str(card.backbone.get("architecture")), card.backbone.get("pretrained"))
-    _check_backbone(folder, card.backbone, backbone.fingerprint)
-    learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
-    learner.load_trainable_state(tensors)
-    return learner.eval()
+    return card, tensors
 
 
 def package_version() -> str:
@@ -108,7 +119,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def _parse(folder: Path, inner: Any) -> _Card:
+def _parse(folder: Path, inner: Any) -> PromptCard:
     """Read ``prompt.json``, or the copy inside the tensors' file if the JSON is missing or older."""
     try:
         outer = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
@@ -119,9 +130,9 @@ def _parse(folder: Path, inner: Any) -> _Card:
     if isinstance(outer, dict) and isinstance(inner, dict) and outer.get("tensors") != inner.get("tensors"):
         outer = inner  # a save was killed between its two files
     try:
-        card = _Card.model_validate(outer)
+        card = PromptCard.model_validate(outer)
     except ValidationError as error:
-        problems = " ".join(describe_problems(error, _Card))
+        problems = " ".join(describe_problems(error, PromptCard))
         raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
     if card.format > _FORMAT:
         raise CheckpointError(
@@ -130,12 +141,18 @@ def _parse(folder: Path, inner: Any) -> _Card:
     return card
 
 
-def _check_backbone(folder: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> None:
+    """Refuse prompts of another backbone.
+
+    Raises:
+        CheckpointError: Names every difference of the two fingerprints.
+    """
+    saved, given = card.backbone, backbone.fingerprint
     # The place weights were read from may differ; what they are may not.
     differs = [k for k in sorted({*saved, *given} - {"id", "pretrained"}) if saved.get(k) != given.get(k)]
     if differs:
         lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {given.get(k)!r}" for k in differs)
-        raise CheckpointError(f"{folder} was trained on another backbone than the one given:\n{lines}")
+        raise CheckpointError(f"{path} was trained on another backbone than the one given:\n{lines}")
 
 
 def _digest(state: Mapping[str, Any]) -> str:
