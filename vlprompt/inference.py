@@ -67,20 +67,22 @@ def predict(
     Args:
         learner: See :func:`vlprompt.load`.
         images: A folder (searched recursively), one file, or a list of files or PIL images.
-        topk: Names per picture, at most C.
+        topk: Names per picture, at least 1; more than C gives C.
         batch_size: Pictures per pass.
 
     Returns:
         A table; a picture that can't be read has its reason in ``error`` and stops nothing.
 
     Raises:
-        DataError: If there is no picture.
+        DataError: If there is no picture, or ``topk`` is below 1.
     """
+    if topk < 1:
+        raise DataError(f"topk must be at least 1, got {topk}.")
     sources = _sources(images)
     learner.eval()
     rows: list[dict[str, Any]] = []
     for start in range(0, len(sources), batch_size):
-        rows += _predict_batch(learner, sources[start : start + batch_size], topk)
+        rows += _predict_batch(learner, sources[start : start + batch_size], topk, start)
     return PredictionTable(rows)
 
 
@@ -100,14 +102,13 @@ def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Pa
 
 @torch.no_grad()
 def _predict_batch(
-    learner: Learner, sources: Sequence[Path | Image.Image], topk: int
+    learner: Learner, sources: Sequence[Path | Image.Image], topk: int, first: int
 ) -> list[dict[str, Any]]:
     pixels: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
     for i, source in enumerate(sources):
         try:
-            image = source.convert("RGB") if isinstance(source, Image.Image) else read_image(source)
-            pixels[i] = learner.backbone.preprocess(image)
+            pixels[i] = learner.backbone.preprocess(_open(source))
         except DataError as error:
             errors[i] = str(error)
     best: dict[int, tuple[list[str], list[float]]] = {}
@@ -118,13 +119,22 @@ def _predict_batch(
             best[i] = ([learner.classnames[k] for k in c], p)
     return [
         {
-            "image": f"image {i}" if isinstance(source, Image.Image) else str(source),
+            "image": f"image {first + i}" if isinstance(source, Image.Image) else str(source),
             "labels": best[i][0] if i in best else [],
             "probs": best[i][1] if i in best else [],
             "error": errors.get(i, ""),
         }
         for i, source in enumerate(sources)
     ]
+
+
+def _open(source: Path | Image.Image) -> Image.Image:
+    if not isinstance(source, Image.Image):
+        return read_image(source)
+    try:
+        return source.convert("RGB")
+    except OSError as error:  # pillow decodes late: a picture that was opened may still turn out truncated
+        raise DataError(f"can't read the picture: {error}.") from None
 
 
 def _named(row: dict[str, Any]) -> str:

@@ -117,6 +117,7 @@ class Learner(nn.Module):
             for n, p in own.items()
             if n in state and state[n].shape != p.shape
         ]
+        problems += [f"{n} is not finite" for n in own if n in state and not bool(state[n].isfinite().all())]
         if problems:
             raise CheckpointError(
                 f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
