@@ -179,6 +179,9 @@ def test_states_that_do_not_fit_are_refused_by_name(name: str, build: Build) -> 
             learner.load_trainable_state(others)
         with pytest.raises(CheckpointError, match=rf"{key} has shape .*expected"):
             learner.load_trainable_state({**others, key: torch.zeros(*tensor.shape, 2)})
+        if tensor.is_floating_point():
+            with pytest.raises(CheckpointError, match=f"{key} is not finite"):
+                learner.load_trainable_state({**others, key: torch.full_like(tensor, torch.nan)})
 
 
 @pytest.mark.parametrize("name", ALL)
