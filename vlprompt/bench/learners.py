@@ -14,7 +14,6 @@ Both take the same step: the parameters' change is compared.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -166,7 +165,6 @@ class _KeepUpdate(Callback):
 
 def _measure(work: Callable[[], None], repeats: int) -> tuple[Measured, float | None]:
     """Return seconds and peak, and how much of the peak (GiB) was not resident before."""
-    gc.collect()
     with suppress(
         OSError, AttributeError
     ):  # glibc keeps what was freed; hand it back, or it hides the next peak
