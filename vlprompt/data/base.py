@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from vlprompt.errors import DataError
@@ -26,10 +27,15 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its class: ``source`` means something to the reader only."""
+    """One picture and its class, or its classes: ``source`` means something to the reader only."""
 
     source: Any
-    label: int
+    label: int | tuple[int, ...]
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """All classes the picture shows; one, but in multi-label data sets."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class ImageDataset:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         sample = self.samples[index]
-        return self.reader.read(sample.source), sample.label
+        return self.reader.read(sample.source), sample.classes[0]
 
     def key(self, index: int) -> str:
         """Return the content key of one picture (see :meth:`Reader.key`)."""
@@ -67,8 +73,27 @@ class ImageDataset:
 
     @property
     def labels(self) -> list[int]:
-        """The label of every sample, in order, without reading a picture."""
-        return [s.label for s in self.samples]
+        """The label of every sample, in order, without reading a picture; the first one if it has several."""
+        return [s.classes[0] for s in self.samples]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture can have several labels."""
+        return any(isinstance(s.label, tuple) for s in self.samples)
+
+    def multi_hot(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return ones where a picture shows a class and zeros elsewhere, (n, C)."""
+        truth = np.zeros((len(self), len(self.classnames)), dtype=np.int64)
+        for row, sample in zip(truth, self.samples, strict=True):
+            row[list(sample.classes)] = 1
+        return truth
+
+    def one_label_each(self) -> ImageDataset:
+        """Return one sample per picture and label, which is how losses over single labels learn from several."""
+        if not self.multi_label:
+            return self
+        samples = tuple(Sample(s.source, label) for s in self.samples for label in s.classes)
+        return replace(self, samples=samples, info={**self.info, "one_label_each": True})
 
     def subset(self, indices: Iterable[int], /, **info: Any) -> ImageDataset:
         """Return the same data set restricted to some samples, in the order given."""
@@ -86,7 +111,13 @@ class ImageDataset:
                 f"{self.name}: no class with index {bad[0]}; it has {len(self.classnames)} classes."
             )
         new_label = {old: new for new, old in enumerate(classes)}
-        samples = tuple(Sample(s.source, new_label[s.label]) for s in self.samples if s.label in new_label)
+
+        def relabel(sample: Sample) -> Sample | None:
+            kept = tuple(new_label[c] for c in sample.classes if c in new_label)
+            label = kept if isinstance(sample.label, tuple) else kept[0] if kept else None
+            return Sample(sample.source, label) if kept and label is not None else None
+
+        samples = tuple(s for s in map(relabel, self.samples) if s is not None)
         names = tuple(self.classnames[c] for c in classes)
         return replace(self, samples=samples, classnames=names, info={**self.info, **info})
 

@@ -10,14 +10,28 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlprompt.errors import ConfigError, DataError, UnknownNameError, nearest
 
-__all__ = ["Card", "SourceSpec", "SplitSpec", "card_names", "cards_dir", "load_card", "validation_problems"]
+__all__ = [
+    "ArchiveSpec",
+    "Card",
+    "SourceSpec",
+    "SplitSpec",
+    "card_names",
+    "cards_dir",
+    "check_classnames",
+    "check_templates",
+    "clean_classname",
+    "load_card",
+    "validation_problems",
+]
+
+Checksum = Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git:[0-9a-f]{40})$")]
 
 
 class _Strict(BaseModel):
@@ -25,39 +39,98 @@ class _Strict(BaseModel):
 
 
 class SourceSpec(_Strict):
-    """Which source reads the data set, and what that source needs to know (it checks ``options`` itself)."""
+    """Which source reads the data set, and what that source needs to know (it checks ``options`` itself).
+
+    ``otherwise`` is another way in which the same pictures may lie on disk, tried if this one isn't there.
+    """
 
     kind: str
     options: dict[str, Any] = Field(default_factory=dict)
+    otherwise: SourceSpec | None = None
+
+
+class ArchiveSpec(_Strict):
+    """One file of a download.
+
+    Attributes:
+        urls: Where it is served, best place first.
+        checksum: ``sha256:`` or ``md5:`` of its bytes, or ``git:`` and the id of the file as a git object.
+        mb: Size in megabytes (10^6 bytes), rounded up.
+        into: Folder below the root that it is unpacked into.
+        unpack: False for a file that is used as it is.
+        inner: Archives inside it that are unpacked too, beside themselves; paths relative to ``into``.
+    """
+
+    urls: tuple[Annotated[str, Field(pattern="^https?://")], ...] = Field(min_length=1)
+    checksum: Checksum | None
+    mb: int = Field(gt=0)
+    into: str = ""
+    unpack: bool = True
+    inner: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Name of the file on disk."""
+        return self.urls[0].rpartition("/")[2]
 
 
 class SplitSpec(_Strict):
-    """The published split file, where it lies, the sizes of its parts, and what is done without it."""
+    """The published split file, where it lies, the sizes of the parts, and what is done without it.
+
+    Attributes:
+        file: Its name.
+        url: Page where people get it.
+        mirror: Address where the program gets it.
+        checksum: As of :class:`ArchiveSpec`.
+        sizes: Pictures in each part.
+        otherwise: How the parts are made where there is no published split, or its file is missing.
+    """
 
     file: str | None = None
     url: str | None = None
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    mirror: str | None = Field(default=None, pattern="^https?://")
+    checksum: Checksum | None = None
     sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
     otherwise: str = ""
 
 
 class Card(_Strict):
-    """One data set; ``name`` is the file's stem."""
+    """One data set; ``name`` is the file's stem.
+
+    Attributes:
+        name: Catalogue name.
+        title: What people call it.
+        task: With several labels per picture or one.
+        classnames: By label; a card of the ImageNet family names ``synsets`` instead.
+        synsets: A list of :mod:`vlprompt.data.imagenet` that holds the class names.
+        templates: Sentences with one ``{}``.
+        source: How its files are read.
+        splits: Published split and sizes.
+        metric: Its own measure, reported as the score; a key of the metrics.
+        paper: Where it was published.
+        licence: As the authors state it.
+        homepage: The authors' page.
+        archives: What is fetched, from where; empty if nobody serves it without a form.
+        traps: What people got wrong before.
+        verified: Which facts of this card were compared with what.
+        by_hand: What to put where, if the program can't fetch it.
+    """
 
     name: str
     title: str
-    task: Literal["classification"]
+    task: Literal["classification", "multi-label classification"]
     classnames: tuple[str, ...] = Field(min_length=2)
+    synsets: str | None = None
     templates: tuple[str, ...] = Field(min_length=1)
     source: SourceSpec
     splits: SplitSpec = SplitSpec()
-    metric: Literal["accuracy", "mean_per_class"] = "accuracy"
+    metric: Literal["accuracy", "mean_per_class", "roc_auc", "map_11_point"] = "accuracy"
     paper: str
     licence: str
     homepage: str = ""
-    urls: tuple[str, ...] = ()
-    download_mb: int | None = Field(default=None, gt=0)
+    archives: tuple[ArchiveSpec, ...] = ()
     traps: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()
     by_hand: str = ""
 
     @field_validator("templates")
@@ -71,6 +144,16 @@ class Card(_Strict):
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         check_classnames(names, "the card")
         return names
+
+    @property
+    def download_mb(self) -> int:
+        """Megabytes that the program would fetch; 0 if it can't fetch anything."""
+        return sum(archive.mb for archive in self.archives)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture can have several labels."""
+        return self.task == "multi-label classification"
 
 
 def cards_dir() -> Path:
@@ -114,6 +197,10 @@ def load_card(name: str) -> Card:
         raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(path)) from None
     if not isinstance(content, dict):
         raise ConfigError(["a card is a mapping of keys to values"], str(path))
+    if content.get("synsets") and "classnames" not in content:
+        from vlprompt.data.imagenet import synset_names  # only now: it takes open_clip's import
+
+        content["classnames"] = synset_names(str(content["synsets"]))
     try:
         return Card.model_validate({**content, "name": name})
     except ValidationError as error:

@@ -6,21 +6,31 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.cards import card_names, check_classnames, check_templates, clean_classname, load_card
+from vlprompt.data.cards import (
+    SourceSpec,
+    card_names,
+    check_classnames,
+    check_templates,
+    clean_classname,
+    load_card,
+)
+from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
 from vlprompt.data.images import drop_bad
-from vlprompt.data.sources import Build, Request, sources
+from vlprompt.data.sources import AbsentError, Build, Request, sources
 from vlprompt.data.splits import check_split
 from vlprompt.errors import DataError, UnknownNameError, nearest
 
-__all__ = ["check_name", "default_root", "list_datasets", "load_dataset"]
+__all__ = ["check_name", "default_root", "list_datasets", "load_dataset", "open_split"]
 
 _GRAMMAR = "One's own pictures: folder:PATH or csv:PATH."
 Names = Sequence[str] | Mapping[str, str]
+Sampling = Literal["private", "coop_compat", "elevater"]
 
 
 def default_root() -> Path:
@@ -40,9 +50,10 @@ def load_dataset(
     seed: int = 1,
     classes: Literal["all", "base", "new"] = "all",
     root: str | os.PathLike[str] | None = None,
-    sampling: Literal["private", "coop_compat"] = "private",
+    sampling: Sampling = "private",
     on_bad_image: Literal["skip", "error"] = "skip",
     *,
+    download: bool = False,
     strict_shots: bool = False,
     max_bad_share: float = 0.05,
     classnames: Names | None = None,
@@ -53,21 +64,24 @@ def load_dataset(
 
     Args:
         name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH`` or ``csv:PATH``.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        split: ``"train"``, ``"val"`` or ``"test"``. The train part of a multi-label data set has one sample per
+            picture and label; its other parts keep all labels together.
         shots: Pictures per class, None for all; ``val`` gives at most 4 per class, as the protocol has it.
         seed: Seed of the draw of shots.
         classes: ``"base"`` is the first half of the classes, ``"new"`` the rest, drawn before they are
             filtered.
         root: Folder of downloaded data sets; :func:`default_root` if None.
-        sampling: ``"coop_compat"`` draws the very pictures of the reference code.
+        sampling: ``"coop_compat"`` draws the very pictures of the reference code; ``"elevater"`` draws from the
+            train list as the ELEVATER benchmark does, and takes val from what it drew.
         on_bad_image: ``"skip"`` names unreadable pictures in a warning and leaves them out, ``"error"``
             refuses.
+        download: Fetch a data set that isn't there, if its card says from where (see ``tools/prepare.py``).
         strict_shots: Refuse classes with fewer pictures than ``shots``.
         max_bad_share: Share of unreadable pictures in [0, 1] above which ``"skip"`` refuses too.
         classnames: Other class names, all in order, or a mapping of some old names (or folder names) to new
             ones.
         templates: Other templates, each with one ``{}``.
-        options: What the data set's source takes, for example ``download=True`` or ``size=64``.
+        options: What the data set's source takes, for example ``size=64``.
 
     Returns:
         The data set; ``info`` records where it came from, how it was split, and which pictures were drawn or
@@ -80,20 +94,22 @@ def load_dataset(
     split = check_split(name, split)
     _check_choices(name, on_bad_image, classes, sampling, max_bad_share)
     place = default_root() if root is None else Path(root).expanduser()
-    build, request = _resolve(name, split, place)
-    whole = _whole(build, request, options, classnames, templates)
+    requests = _resolve(name, split, place)
+    load = partial(_whole, download=download, options=options, classnames=classnames, templates=templates)
+    policy = {"on_bad_image": on_bad_image, "max_bad_share": max_bad_share}
     if shots is None:
-        chosen = drop_bad(whole, on_bad_image, max_bad_share)
+        chosen = drop_bad(load(requests), on_bad_image, max_bad_share)
+    elif sampling == "elevater" and split != "test":
+        chosen = elevater_draw(load(_with_split(requests, "train")), split, shots, seed, **policy)
     else:
-        train = None
-        if (
-            sampling == "coop_compat" and split == "val"
-        ):  # the reference draws for train first, from one stream
-            train = _whole(build, replace(request, split="train"), options, classnames, templates)
+        # The reference draws for train first, from one stream.
+        with_train = sampling == "coop_compat" and split == "val"
+        train = load(_with_split(requests, "train")) if with_train else None
+        drawing = "private" if sampling == "elevater" else sampling
         chosen = few_shot(
-            whole, shots, seed, sampling=sampling, train=train, strict_shots=strict_shots,
-            on_bad_image=on_bad_image, max_bad_share=max_bad_share,
-        )  # fmt: skip
+            load(requests), shots, seed, sampling=drawing, train=train, strict_shots=strict_shots, **policy
+        )
+    chosen = chosen.one_label_each() if split == "train" else chosen
     chosen = base_new(chosen, classes)
     if not len(chosen):
         raise DataError(f"{name}: the split {split!r} has no readable picture of these classes.")
@@ -104,7 +120,7 @@ def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str, ma
     choices = (
         ("on_bad_image", on_bad_image, ("skip", "error")),
         ("classes", classes, ("all", "base", "new")),
-        ("sampling", sampling, ("private", "coop_compat")),
+        ("sampling", sampling, ("private", "coop_compat", "elevater")),
     )
     for key, value, known in choices:
         if value not in known:
@@ -119,34 +135,77 @@ def _scene_names() -> list[str]:
     return [f"scenes/{task}" for task in scenes.list_tasks()]
 
 
-def _resolve(name: str, split: str, root: Path) -> tuple[Build, Request]:
-    """Return what reads a data set, by the grammar of names."""
+def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None) -> ImageDataset:
+    """Return a whole split as it lies on disk: nothing is fetched, and no picture is decoded.
+
+    Raises:
+        AbsentError: If it isn't there.
+        DataError: If it is incomplete.
+    """
+    place = default_root() if root is None else Path(root).expanduser()
+    requests = _resolve(name, check_split(name, split), place)
+    return _whole(requests, download=False, options={}, classnames=None, templates=None)
+
+
+def _resolve(name: str, split: str, root: Path) -> list[tuple[Build, Request]]:
+    """Return the ways to read a data set, best first, by the grammar of names."""
     if not isinstance(name, str) or not name:
         raise DataError(f"a data set is named by a string, for example 'scenes/shape'; got {name!r}.")
     if name.startswith("scenes/"):
         task = name.removeprefix("scenes/")
         if f"scenes/{task.partition('@')[0]}" not in _scene_names():
             raise UnknownNameError("data set", name, list_datasets(), _GRAMMAR)
-        return sources.get("scenes").target, Request(name, task, split, root)
+        return [(sources.get("scenes").target, Request(name, task, split, root))]
     kind, colon, argument = name.partition(":")
     if colon and kind in sources and sources.get(kind).extra.get("grammar", "").startswith(f"{kind}:"):
-        return sources.get(kind).target, Request(name, argument, split, root)
+        return [(sources.get(kind).target, Request(name, argument, split, root))]
     if name not in card_names():
         raise UnknownNameError("data set", name, list_datasets(), _GRAMMAR)
     card = load_card(name)
-    return sources.get(card.source.kind).target, Request(name, "", split, root, card)
+    ways: list[tuple[Build, Request]] = []
+    source: SourceSpec | None = card.source
+    while source is not None:
+        ways.append((sources.get(source.kind).target, Request(name, "", split, root, card, source)))
+        source = source.otherwise
+    return ways
+
+
+def _with_split(ways: list[tuple[Build, Request]], split: str) -> list[tuple[Build, Request]]:
+    return [(build, replace(request, split=split)) for build, request in ways]
+
+
+def _build(ways: list[tuple[Build, Request]], options: Mapping[str, Any], download: bool) -> ImageDataset:
+    """Build a split in the first way that finds its files; fetch them and try again if that is wanted.
+
+    Raises:
+        AbsentError: If no way finds them: where they were looked for, and how to get them.
+    """
+    missing = []
+    for build, request in ways:
+        try:
+            return build(request, **{k: v for k, v in options.items() if k in _options_of(build)})
+        except AbsentError as error:
+            missing.append(str(error))
+    request = ways[0][1]
+    from vlprompt.data.prepare import advice, fetch  # only now: it needs the network, other data sets don't
+
+    if not download:
+        raise AbsentError(f"{' '.join(missing)} {advice(request.need_card, request.root)}")
+    fetch(request.need_card, request.root)
+    return _build(ways, options, download=False)
 
 
 def _whole(
-    build: Build,
-    request: Request,
+    ways: list[tuple[Build, Request]],
+    *,
+    download: bool,
     options: Mapping[str, Any],
     classnames: Names | None,
     templates: Sequence[str] | None,
 ) -> ImageDataset:
     """Build a whole split with its final names and templates, and check what every data set must be."""
-    _check_options(build, request.name, options)
-    dataset = build(request, **options)
+    _check_options(ways, options)
+    dataset, request = _build(ways, options, download), ways[0][1]
     origins = dataset.info.get("origins", dataset.classnames)
     names = _renamed(dataset, origins, classnames)
     check_classnames(names, request.name, origins)
@@ -185,10 +244,13 @@ def _renamed(dataset: ImageDataset, origins: Sequence[str], new: Names | None) -
     return tuple(clean_classname(str(n)) for n in new)
 
 
-def _check_options(build: Build, name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that the source doesn't have, all at once, each with the nearest one."""
-    parameters = inspect.signature(build).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+def _options_of(build: Build) -> list[str]:
+    return [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check_options(ways: list[tuple[Build, Request]], options: Mapping[str, Any]) -> None:
+    """Refuse options that no way to read the data set has, all at once, each with the nearest one."""
+    known = list(dict.fromkeys(option for build, _ in ways for option in _options_of(build)))
     general = [
         p.name for p in inspect.signature(load_dataset).parameters.values() if p.kind is not p.VAR_KEYWORD
     ]
@@ -199,7 +261,7 @@ def _check_options(build: Build, name: str, options: Mapping[str, Any]) -> None:
             problems.append(f"unknown option {option!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
     if problems:
         allowed = ", ".join(known) or "none"
-        raise DataError(f"{name}: {' '.join(problems)} Options of this data set: {allowed}.")
+        raise DataError(f"{ways[0][1].name}: {' '.join(problems)} Options of this data set: {allowed}.")
 
 
 def check_name(name: str) -> None:

@@ -8,6 +8,7 @@ decided before any worker starts and is the same in every process.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterable
@@ -22,7 +23,17 @@ from PIL import Image, ImageOps
 from vlprompt.data.base import ImageDataset
 from vlprompt.errors import DataError
 
-__all__ = ["EXTENSIONS", "BadImage", "FileReader", "VerificationReport", "drop_bad", "read_image", "verify"]
+__all__ = [
+    "EXTENSIONS",
+    "BadImage",
+    "FileReader",
+    "UndecodableError",
+    "VerificationReport",
+    "decode",
+    "drop_bad",
+    "read_image",
+    "verify",
+]
 
 EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = (
@@ -48,7 +59,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         DataError: If the file is missing, truncated, too large or no picture; names the file and the reason.
     """
-    return _decode(Path(path), max_pixels, quick=False)
+    return _decode(Path(path), Path(path), max_pixels, quick=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,10 @@ class FileReader:
     def read(self, source: str) -> Image.Image:
         """Return the picture as RGB (see :func:`read_image`)."""
         return read_image(self.path(source), self.max_pixels)
+
+    def check(self, source: str) -> str:
+        """Return why a picture can't be decoded, empty if it can; remembered like :meth:`key`."""
+        return _verdict(self.path(source), self.max_pixels)
 
     def key(self, source: str) -> str:
         """Return ``file:`` and the sha256 of the bytes; remembered until size or time of change differ."""
@@ -117,7 +132,7 @@ def verify(
 ) -> VerificationReport:
     """Decode pictures once and report the unreadable ones, without keeping any.
 
-    Data sets that draw their pictures (any reader but :class:`FileReader`) have nothing to verify. Results
+    Data sets that draw their pictures (their readers have no ``check``) have nothing to verify. Results
     are remembered in memory by path, size and time of change. JPEG files are decoded at an eighth of their
     size, which still walks every byte of them.
 
@@ -126,14 +141,14 @@ def verify(
         indices: Which samples; all of them if None.
         workers: Threads; the machine's cores (at most 8) if None.
     """
-    reader = dataset.reader
+    inspect = getattr(dataset.reader, "check", None)
     chosen = list(range(len(dataset)) if indices is None else indices)
-    if not isinstance(reader, FileReader):
+    if inspect is None:
         return VerificationReport(len(chosen))
 
     def check(index: int) -> BadImage | None:
         source = dataset.samples[index].source
-        reason = _verdict(reader.path(source), reader.max_pixels)
+        reason = inspect(source)
         return BadImage(index, str(source), reason) if reason else None
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
@@ -184,6 +199,15 @@ def refuse_if_fatal(
     warnings.warn(f"{name} ({split}): {report}. They are skipped.", stacklevel=4)
 
 
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False) -> Image.Image:
+    """Decode a picture's bytes as :func:`read_image` does; ``quick`` only walks them.
+
+    Raises:
+        UndecodableError: If they are no picture; names ``name`` and the reason.
+    """
+    return _decode(io.BytesIO(data), Path(name), max_pixels, quick=quick)
+
+
 def _verdict(path: Path, max_pixels: int) -> str:
     """Return why a file can't be decoded, empty if it can."""
     try:
@@ -192,25 +216,27 @@ def _verdict(path: Path, max_pixels: int) -> str:
         return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
     if stat not in _verdicts:
         try:
-            _decode(path, max_pixels, quick=True)
+            _decode(path, path, max_pixels, quick=True)
             _verdicts[stat] = ""
-        except _UndecodableError as error:
+        except UndecodableError as error:
             _verdicts[stat] = error.reason
     return _verdicts[stat]
 
 
-class _UndecodableError(DataError):
+class UndecodableError(DataError):
+    """A picture that can't be decoded; ``reason`` says why, without its name."""
+
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = reason
         super().__init__(f"can't read the picture {path}: {reason}.")
 
 
-def _decode(path: Path, max_pixels: int, *, quick: bool) -> Image.Image:
+def _decode(opened: Path | io.BytesIO, path: Path, max_pixels: int, *, quick: bool) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(opened) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise _UndecodableError(
+                raise UndecodableError(
                     path, f"its header claims {width} x {height} pixels, more than {max_pixels:,}"
                 )
             if quick:
@@ -219,12 +245,12 @@ def _decode(path: Path, max_pixels: int, *, quick: bool) -> Image.Image:
                 return image
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except _UndecodableError:
+    except UndecodableError:
         raise
     except (
         Exception
     ) as error:  # decoders throw OSError, SyntaxError, struct.error, zlib.error, ... at damaged bytes
-        raise _UndecodableError(path, _reason(path, error)) from None
+        raise UndecodableError(path, _reason(path, error)) from None
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.cards import Card
+from vlprompt.data.cards import Card, SourceSpec
 from vlprompt.errors import DataError
 from vlprompt.registry import Registry
 
-__all__ = ["Build", "Request", "sources"]
+__all__ = ["AbsentError", "Build", "Request", "sources"]
 
 Build = Callable[..., ImageDataset]
 sources: Registry[Build] = Registry("source", "vlprompt.data.sources")
+
+
+class AbsentError(DataError):
+    """The files of a data set are not where they are expected; the message says where that is."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Request:
         split: ``"train"``, ``"val"`` or ``"test"``.
         root: Where downloaded data sets lie.
         card: The card, for data sets that have one.
+        source: The one of the card's sources that is asked; its first if None.
     """
 
     name: str
@@ -38,6 +44,12 @@ class Request:
     split: str
     root: Path
     card: Card | None = None
+    source: SourceSpec | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The card's options for the source that is asked."""
+        return (self.source or self.need_card.source).options
 
     @property
     def need_card(self) -> Card:

@@ -1,24 +1,34 @@
-"""split-json: pictures in a folder and a published split file in the few-shot protocol's format."""
+"""What the sources of cards share: finding folders, reading published splits, saying what is missing."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.cards import Card, validation_problems
+from vlprompt.data.base import ImageDataset, Reader, Sample
+from vlprompt.data.cards import validation_problems
 from vlprompt.data.images import FileReader
-from vlprompt.data.sources import Request, sources
+from vlprompt.data.sources import AbsentError, Request
 from vlprompt.data.splits import SPLITS, read_split
 from vlprompt.errors import ConfigError, DataError
 
-__all__ = ["Layout", "build", "dataset_from", "find_folder", "not_found", "parse_options", "published_split"]
+__all__ = [
+    "Layout",
+    "Parts",
+    "absent",
+    "check_present",
+    "dataset_from",
+    "find_folder",
+    "parse_options",
+    "published_split",
+]
 
-OFFLINE = "digits, scenes/shape and the other scenes need no download"
+Parts = dict[str, tuple[Sample, ...]]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Layout(BaseModel):
@@ -26,7 +36,7 @@ class Layout(BaseModel):
 
     Attributes:
         folders: Folders below the root that may hold the data set, in order of preference.
-        images: The image folder below it, which split files are relative to.
+        images: The image folder below it, which split files and lists are relative to.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,43 +44,35 @@ class Layout(BaseModel):
     images: str = ""
 
 
-@sources.register("split-json", summary="a published split file and its pictures, placed by hand")
-def build(request: Request) -> ImageDataset:
-    """Build one split of a card's data set.
-
-    Raises:
-        DataError: If the pictures or the split file are not there; says what to put where.
-    """
-    card = request.need_card
-    layout = parse_options(card, Layout)
-    folder = find_folder(request.root, layout)
-    if folder is None:
-        raise not_found(request, layout, "")
-    split = published_split(request, layout, folder)
-    if split is None:
-        raise DataError(
-            f"{card.name}: {folder / str(card.splits.file)} is missing. Get it from {card.splits.url}."
-        )
-    parts, names, how = split
-    return dataset_from(request, folder / layout.images, parts[request.split], names, how)
-
-
-def parse_options(card: Card, model: type[Any]) -> Any:
+def parse_options(request: Request, model: type[Model]) -> Model:
     """Return the card's source options as ``model``. Raises ConfigError with all mistakes."""
     try:
-        return model.model_validate(card.source.options)
+        return model.model_validate(request.options)
     except ValidationError as error:
-        raise ConfigError(validation_problems(error, model), f"card {card.name}: source.options") from None
+        where = f"card {request.need_card.name}: source.options"
+        raise ConfigError(validation_problems(error, model), where) from None
 
 
-def find_folder(root: Path, layout: Layout) -> Path | None:
-    """Return the first folder that holds the image folder."""
-    return next((root / f for f in layout.folders if (root / f / layout.images).is_dir()), None)
+def find_folder(request: Request, layout: Layout) -> Path:
+    """Return the first folder that holds the image folder.
+
+    Raises:
+        AbsentError: If there is none.
+    """
+    for folder in layout.folders:
+        if (request.root / folder / layout.images).is_dir():
+            return request.root / folder
+    raise absent(request, [str(Path(f) / layout.images) for f in layout.folders])
+
+
+def absent(request: Request, looked: list[str]) -> AbsentError:
+    """Return the error of a source that found nothing at some places below the root."""
+    return AbsentError(f"{request.name} is not in {request.root}: looked for {' or '.join(looked)}.")
 
 
 def published_split(
     request: Request, layout: Layout, folder: Path
-) -> tuple[dict[str, tuple[Sample, ...]], tuple[str, ...], str] | None:
+) -> tuple[Parts, tuple[str, ...], str] | None:
     """Return parts, class names and a description of the published split, None if its file isn't there.
 
     The file is looked for in ``folder``, then in the other folders of the layout.
@@ -79,11 +81,13 @@ def published_split(
         DataError: If the file is not of this data set, or pictures that it lists are missing.
     """
     card, images = request.need_card, folder / layout.images
-    places = [f / str(card.splits.file) for f in (folder, *(request.root / f for f in layout.folders))]
-    path = next((p for p in places if p.is_file()), None)
-    if card.splits.file is None or path is None:
+    if card.splits.file is None:
         return None
-    found = read_split(path, card.splits.sha256)
+    places = [f / card.splits.file for f in (folder, *(request.root / f for f in layout.folders))]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        return None
+    found = read_split(path, card.splits.checksum)
     if len(found.classnames) != len(card.classnames):
         raise DataError(
             f"{path} has {len(found.classnames)} classes, {card.name} has {len(card.classnames)}."
@@ -100,7 +104,7 @@ def published_split(
 
 def check_present(name: str, listed_by: str, images: Path, parts: Mapping[str, tuple[Sample, ...]]) -> None:
     """Refuse a split whose pictures are not all there; names the first ones. Raises DataError."""
-    listed = [str(s.source) for split in SPLITS for s in parts[split]]
+    listed = [str(s.source) for split in SPLITS for s in parts.get(split, ())]
     missing = [source for source in listed if not (images / source).is_file()]
     if missing:
         raise DataError(
@@ -110,20 +114,27 @@ def check_present(name: str, listed_by: str, images: Path, parts: Mapping[str, t
 
 
 def dataset_from(
-    request: Request, images: Path, samples: tuple[Sample, ...], names: tuple[str, ...], how: str
+    request: Request, parts: Parts, names: tuple[str, ...], how: str, reader: Reader | Path
 ) -> ImageDataset:
-    """Return a card's data set over pictures in a folder."""
-    card = request.need_card
-    info = {"source": card.source.kind, "split_source": how}
-    return ImageDataset(request.name, request.split, samples, names, card.templates, FileReader(images), info)
+    """Return a card's data set over samples in parts.
 
+    Args:
+        request: What is asked for.
+        parts: Samples of each split that exists.
+        names: Class names.
+        how: Where the parts come from, for the record.
+        reader: Reader of their sources, or the folder that they are files in.
 
-def not_found(request: Request, layout: Layout, how: str) -> DataError:
-    """Return the error for a data set that isn't there: what to do, by program, by hand and instead."""
+    Raises:
+        DataError: If the split doesn't exist.
+    """
     card = request.need_card
-    looked = " or ".join(str(Path(f) / layout.images) for f in layout.folders)
-    return DataError(
-        f"{card.name} ({card.title}) is not in {request.root}: looked for {looked}. {how}"
-        f"By hand: {card.by_hand.strip()} (ROOT is {request.root}, or what root=... or VLPROMPT_DATA say). "
-        f"Without it: {OFFLINE}."
-    )
+    if request.split not in parts:
+        known = ", ".join(parts)
+        raise DataError(
+            f"{card.name} has no split {request.split!r}, only {known}. Few-shot draws make their own validation "
+            "part with sampling='elevater'; otherwise train with validate_on: none."
+        )
+    info = {"source": (request.source or card.source).kind, "split_source": how}
+    read = FileReader(reader) if isinstance(reader, Path) else reader
+    return ImageDataset(request.name, request.split, parts[request.split], names, card.templates, read, info)

@@ -1,0 +1,122 @@
+"""The ELEVATER benchmark's few-shot draw: k pictures per class of the train list, a fifth of them held out.
+
+Paper: Li et al., ELEVATER, 2204.08790, section 4. Reference: microsoft/vision-datasets 0.2.x
+``DatasetManifest.sample_few_shot_subset`` for the draw, sIncerass/MVLPT ``trainers/vision_benchmark/evaluation/feature.py``
+for the hold-out; both are followed picture by picture, given the list in the benchmark's own order. The official val
+part is not used. At one shot there is nothing to hold out: the same picture trains and validates.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Sequence
+
+from vlprompt.data.base import ImageDataset
+from vlprompt.data.images import BadImagePolicy, VerificationReport, refuse_if_fatal, verify
+from vlprompt.errors import DataError
+
+__all__ = ["VAL_SHARE", "elevater_draw", "elevater_indices"]
+
+VAL_SHARE = 0.2
+Labels = Sequence[tuple[int, ...]]
+
+
+def elevater_draw(
+    train: ImageDataset,
+    part: str,
+    shots: int,
+    seed: int = 1,
+    *,
+    on_bad_image: BadImagePolicy = "error",
+    max_bad_share: float = 0.05,
+) -> ImageDataset:
+    """Draw the train or val part of a few-shot run from the whole train list.
+
+    Unreadable pictures are passed over, so that the classes keep their shots.
+
+    Args:
+        train: The official train list.
+        part: ``"train"`` or ``"val"``.
+        shots: Pictures per class, train and val together.
+        seed: Seed of the one shuffle.
+        on_bad_image: See :func:`vlprompt.data.images.drop_bad`.
+        max_bad_share: Share of the whole list, in [0, 1].
+
+    Returns:
+        The part; ``info["indices"]`` holds the positions in the whole list.
+
+    Raises:
+        DataError: For impossible ``shots``, or unreadable pictures, as configured.
+    """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise DataError(f"{train.name}: shots must be a whole number of at least 1, or None; got {shots!r}.")
+    labels = [s.classes for s in train.samples]
+    broken: dict[int, str] = {}
+    while True:
+        chosen = elevater_indices(labels, len(train.classnames), shots, seed, skip=broken)
+        found = verify(train, sorted({i for indices in chosen for i in indices})).bad
+        broken |= {b.index: b.name for b in found}
+        if not found:
+            break
+        refuse_if_fatal(
+            train.name, train.split, VerificationReport(len(train), found), on_bad_image, max_bad_share, len(train)
+        )
+    indices = chosen[part == "val"]
+    info = {"shots": shots, "seed": seed, "sampling": "elevater", "indices": indices}
+    return train.subset(indices, **info, **({"skipped": list(broken.values())} if broken else {}))
+
+
+def elevater_indices(
+    labels: Labels, classes: int, shots: int, seed: int, skip: Collection[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Return the positions of the train and of the val pictures.
+
+    Args:
+        labels: The labels of every picture of the train list, (n,) tuples.
+        classes: Number of classes C.
+        shots: Pictures per class, k; a multi-label draw meets it only roughly, as the benchmark does.
+        seed: Seed of the one shuffle.
+        skip: Positions that may not be drawn.
+    """
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    counts = [0] * classes
+    drawn = []
+    for index in order:
+        held = [counts[c] for c in labels[index]]
+        if index in skip or not held or min(held) >= shots:
+            continue
+        if min(held) <= shots / 2 or max(held) <= 1.5 * shots:
+            drawn.append(index)
+            for c in labels[index]:
+                counts[c] += 1
+        if min(counts) >= shots:
+            break
+    if shots == 1:
+        return drawn, drawn
+    single = all(len(shown) <= 1 for shown in labels)
+    val = set(_hold_out(drawn, labels) if single else _hold_out_multi(drawn, labels, classes))
+    return [i for i in drawn if i not in val], [i for i in drawn if i in val]
+
+
+def _hold_out(drawn: list[int], labels: Labels) -> list[int]:
+    """Return the first fifth of each class, rounded up."""
+    groups: dict[int, list[int]] = {}
+    for index in drawn:
+        groups.setdefault(labels[index][0], []).append(index)
+    return [i for group in groups.values() for i in group[: math.ceil(len(group) * VAL_SHARE)]]
+
+
+def _hold_out_multi(drawn: list[int], labels: Labels, classes: int) -> list[int]:
+    """Return pictures, taken for the first class that still lacks some, until each has its fifth, rounded up."""
+    left = [math.ceil(sum(c in labels[i] for i in drawn) * VAL_SHARE) for c in range(classes)]
+    free, val = list(drawn), []
+    for c in range(classes):
+        while left[c] > 0:
+            index = next(i for i in free if c in labels[i])
+            free.remove(index)
+            val.append(index)
+            for shown in labels[index]:
+                left[shown] -= 1
+    return val

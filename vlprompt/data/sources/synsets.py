@@ -1,0 +1,108 @@
+"""synsets: ImageNet and its variants, class folders named by WordNet ids (or, in V2, by label).
+
+Differs from the reference code: its validation list is the test list, so choosing by it peeks at the test set; here
+val is cut from train, and the variants, which are for testing only, have no other split.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.imagenet import synset_ids
+from vlprompt.data.images import EXTENSIONS
+from vlprompt.data.sources import Request, sources
+from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
+from vlprompt.data.splits import cut
+from vlprompt.errors import DataError
+
+__all__ = ["build"]
+
+
+class _Options(Layout):
+    """Source options of a card.
+
+    Attributes:
+        parts: Folder of each part below ``images``, ``""`` for that folder itself.
+        numbered: Whether class folders are labels (``0`` ... ``999``) instead of WordNet ids.
+        shares: Shares of the train folder that become val and train.
+    """
+
+    parts: dict[Literal["train", "test"], str]
+    numbered: bool = False
+    shares: dict[Literal["val", "train"], float] = Field(default_factory=dict)
+
+
+@sources.register("synsets", summary="ImageNet and its variants: folders named by WordNet ids")
+def build(request: Request) -> ImageDataset:
+    """Build one split of a card's data set.
+
+    Raises:
+        AbsentError: If it isn't there.
+        DataError: If class folders are missing or empty.
+    """
+    card, options = request.need_card, parse_options(request, _Options)
+    known: list[str] = [*options.parts, *(["val"] if options.shares else [])]
+    if request.split not in known:
+        raise DataError(f"{card.name} is for testing only: it has no split {request.split!r}, only {', '.join(known)}.")
+    part = options.parts["test" if request.split == "test" else "train"]
+    root = _folder(request, options, part)
+    ids = synset_ids(str(card.synsets))
+    folders = [str(label) for label in range(len(ids))] if options.numbered else list(ids)
+    groups = _listing(card.name, root, tuple(folders), os.stat(root).st_mtime_ns)
+    whole = tuple(Sample(p, label) for label, pictures in enumerate(groups) for p in pictures)
+    parts: Parts = {request.split: whole}
+    how = f"class folders of {part or options.images}"
+    if options.shares and request.split != "test":
+        parts = _cut(card.name, card.classnames, tuple(options.shares.items()), groups)
+        how = f"{how}; {card.splits.otherwise}"
+    return dataset_from(request, parts, card.classnames, how, root)
+
+
+def _folder(request: Request, options: _Options, part: str) -> Path:
+    places = [Path(f) / options.images / part for f in options.folders]
+    for place in places:
+        if (request.root / place).is_dir():
+            return request.root / place
+    raise absent(request, [p.as_posix() for p in places])
+
+
+@lru_cache(maxsize=8)
+def _listing(name: str, root: Path, folders: tuple[str, ...], changed: int) -> tuple[tuple[str, ...], ...]:
+    """Return the pictures of every class, sorted, as paths relative to ``root``.
+
+    ImageNet has 1.3 million of them, so they are listed once per process and without a look at each.
+
+    Raises:
+        DataError: If class folders are missing or empty; names the first ones.
+    """
+    found = []
+    for folder in folders:
+        try:
+            with os.scandir(root / folder) as entries:
+                names = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
+        except FileNotFoundError:
+            names = []
+        found.append(tuple(f"{folder}/{n}" for n in names if not n.startswith(".")))
+    if bad := [f for f, pictures in zip(folders, found, strict=True) if not pictures]:
+        raise DataError(
+            f"{name}: {len(bad)} of the {len(folders)} class folders in {root} are missing or empty, for example "
+            f"{', '.join(bad[:5])}."
+        )
+    return tuple(found)
+
+
+@lru_cache(maxsize=2)
+def _cut(
+    name: str,
+    classnames: Sequence[str],
+    shares: tuple[tuple[str, float], ...],
+    groups: tuple[tuple[str, ...], ...],
+) -> Parts:
+    return cut(dict(enumerate(groups)), dict(shares), name, classnames)

@@ -1,0 +1,87 @@
+"""Pictures inside zip archives, read where they are; a source is ``archive.zip@path/inside.jpg``."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, decode
+from vlprompt.errors import DataError
+
+__all__ = ["ZipReader"]
+
+
+@dataclass(frozen=True)
+class ZipReader:
+    """Reads pictures from archives in one folder, and those that lie there unpacked.
+
+    Attributes:
+        root: The folder.
+        max_pixels: See :func:`vlprompt.data.images.read_image`.
+    """
+
+    root: Path
+    max_pixels: int = MAX_PIXELS
+
+    def read(self, source: str) -> Image.Image:
+        """Return the picture as RGB."""
+        archive, _, member = source.partition("@")
+        if not member:
+            return self._files.read(source)
+        return decode(self._bytes(archive, member), source, self.max_pixels)
+
+    def check(self, source: str) -> str:
+        """Return why a picture can't be decoded, empty if it can."""
+        archive, _, member = source.partition("@")
+        if not member:
+            return self._files.check(source)
+        try:
+            decode(self._bytes(archive, member), source, self.max_pixels, quick=True)
+        except UndecodableError as error:
+            return error.reason
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def key(self, source: str) -> str:
+        """Return ``file:`` and the sha256 of the picture's bytes, as if it lay unpacked."""
+        archive, _, member = source.partition("@")
+        if not member:
+            return self._files.key(source)
+        return "file:" + hashlib.sha256(self._bytes(archive, member)).hexdigest()
+
+    def members(self, archive: str) -> frozenset[str]:
+        """Return the names inside an archive. Raises DataError if it can't be read."""
+        return frozenset(self._open(archive).NameToInfo)
+
+    @property
+    def _files(self) -> FileReader:
+        return FileReader(self.root, self.max_pixels)
+
+    def _bytes(self, archive: str, member: str) -> bytes:
+        try:
+            return self._open(archive).read(member)
+        except KeyError:
+            raise DataError(f"{self.root / archive} holds no {member!r}.") from None
+        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise DataError(f"can't read {member!r} of {self.root / archive}: {error}.") from None
+
+    def _open(self, archive: str) -> zipfile.ZipFile:
+        path = self.root / archive
+        try:
+            stat = path.stat()
+            return _open(str(path), stat.st_size, stat.st_mtime_ns)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"can't read the archive {path}: {error}.") from None
+
+
+@lru_cache(maxsize=16)
+def _open(path: str, size: int, changed: int) -> zipfile.ZipFile:
+    """Open an archive once per process; a ZipFile locks its file for threads."""
+    return zipfile.ZipFile(path)
