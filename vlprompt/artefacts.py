@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.backbones import BACKBONES, Backbone, create_backbone
 from vlprompt.errors import CheckpointError
 from vlprompt.files import read_tensors, write_json, write_tensors
 from vlprompt.learners import Learner, create_learner
@@ -22,6 +22,12 @@ from vlprompt.signature import describe_problems
 __all__ = ["PromptCard", "check_backbone", "load", "package_version", "read", "save"]
 
 _FORMAT = 1
+_ARGUMENTS = {
+    "name",
+    "backbone",
+    "classnames",
+    "templates",
+}  # of create_learner, beside a method's own options
 
 
 class PromptCard(BaseModel):
@@ -88,7 +94,7 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
     """
     card, tensors = read(path)
     if backbone is None:
-        backbone = create_backbone(str(card.backbone.get("architecture")), card.backbone.get("pretrained"))
+        backbone = _rebuild(path, card.backbone)
     check_backbone(path, card, backbone)
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
@@ -124,21 +130,40 @@ def _parse(folder: Path, inner: Any) -> PromptCard:
     try:
         outer = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if inner is None:
+            raise CheckpointError(f"no such file: {folder / 'prompt.json'}.") from None
         outer = inner
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'prompt.json'} is not readable JSON: {error}.") from error
     if isinstance(outer, dict) and isinstance(inner, dict) and outer.get("tensors") != inner.get("tensors"):
         outer = inner  # a save was killed between its two files
     try:
         card = PromptCard.model_validate(outer)
     except ValidationError as error:
-        problems = " ".join(describe_problems(error, PromptCard))
+        problems = " ".join(describe_problems(error, PromptCard)[:5])
         raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
     if card.format > _FORMAT:
         raise CheckpointError(
             f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}."
         )
+    if clash := sorted(_ARGUMENTS & card.options.keys()):
+        raise CheckpointError(
+            f"{folder / 'prompt.json'} is not a prompt card of ours: {clash[0]!r} is no option."
+        )
     return card
+
+
+def _rebuild(path: str | Path, saved: Mapping[str, Any]) -> Backbone:
+    name, tag, activation = (saved.get(key) for key in ("architecture", "pretrained", "activation"))
+    if not isinstance(name, str) or not isinstance(tag, str | None):
+        raise CheckpointError(
+            f"{path} names no backbone that can be built (architecture {name!r}, pretrained {tag!r}). Pass backbone=..."
+        )
+    if name in BACKBONES or activation not in ("gelu", "quickgelu"):
+        return create_backbone(name, tag)
+    return create_backbone(
+        name, tag, quick_gelu=activation == "quickgelu"
+    )  # a file doesn't tell its activation
 
 
 def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from vlprompt.errors import ConfigError, nearest
 
 __all__ = ["check_options", "describe_problems", "options_model"]
+
+_SHORT = reprlib.Repr()  # what was given may be a whole hostile file
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 def options_model(target: Callable[..., Any]) -> type[BaseModel]:
@@ -59,7 +63,7 @@ def _describe(problem: Any, model: type[BaseModel], prefix: str) -> str:
     if problem["type"] == "missing":
         return f"{key}: required, but missing."
     message = problem["msg"]
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}."
+    return f"{key}: {message[0].lower()}{message[1:]}, got {_SHORT.repr(problem['input'])}."
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.errors import CheckpointError, DataError
 
-__all__ = ["DEFAULT_TEMPLATES", "Learner", "check_classnames"]
+__all__ = ["DEFAULT_TEMPLATES", "Learner", "check_classnames", "check_templates"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -55,7 +55,7 @@ class Learner(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.classnames = check_classnames(classnames)
-        self.templates = tuple(templates)
+        self.templates = check_templates(templates)
         self._cached_weights: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -175,3 +175,18 @@ def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
             )
         seen[name] = i
     return names
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Return the templates as a tuple.
+
+    Raises:
+        DataError: If there is none, or one has not exactly one ``{}`` and no other brace.
+    """
+    given = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not given:
+        raise DataError("at least one template is needed, for example 'a photo of a {}.'.")
+    for template in given:
+        if "{}" not in template or set(template.replace("{}", "", 1)) & {"{", "}"}:
+            raise DataError(f"a template has exactly one {{}}, for the class name, got {template[:120]!r}.")
+    return given
