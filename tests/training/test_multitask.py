@@ -20,12 +20,12 @@ from vlprompt.training.batches import Batch, TensorBatches
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.multitask import (
     MultiTask,
-    MultiTaskOptions,
     TaskData,
     common_templates,
     fit_multitask,
     union_of_classes,
 )
+from vlprompt.training.options import MultiTaskOptions
 from vlprompt.training.task_batches import MultiTaskBatches, task_quotas
 from vlprompt.training.trainer import Trainer
 

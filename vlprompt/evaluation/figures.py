@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["confusion", "learning_curves", "per_class", "reliability", "shots_curve"]
+__all__ = ["confusion", "learning_curves", "per_class", "reliability", "shots_curve", "transfer_matrix"]
 
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#64748b")
 INK = "#0a0b0c"  # stands for the page's text colour, put in when the SVG is written
@@ -192,6 +193,39 @@ def shots_curve(curves: Mapping[str, Sequence[tuple[int, float, float | None]]])
         axis.legend(fontsize=8)
         _finish(axis, "", "training samples per class")
         return _svg(figure, "Accuracy against shots")
+
+
+def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes]:
+    """Draw what each source (row) is worth to each target (column), as SVG for a page and as a PNG picture.
+
+    Args:
+        names: N tasks.
+        gains: (N, N) relative gains in percent; NaN leaves a gap.
+    """
+    count, finite = len(names), np.abs(gains[np.isfinite(gains)])
+    limit = max(1.0, float(finite.max())) if finite.size else 1.0
+    ends = [(0.94, 0.27, 0.27, 1.0), (0.5, 0.5, 0.5, 0.04), (0.06, 0.73, 0.51, 1.0)]
+    colours = LinearSegmentedColormap.from_list("gain", ends)
+    size = max(4.2, 2.2 + 0.42 * count)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        axis = figure.subplots()
+        drawn = axis.imshow(gains, cmap=colours, vmin=-limit, vmax=limit)
+        labels = [_short(n, 18) for n in names]
+        axis.set_xticks(range(count), labels, rotation=90, fontsize=8)
+        axis.set_yticks(range(count), labels, fontsize=8)
+        for i, j in np.argwhere(np.isfinite(gains)) if count <= 20 else ():
+            axis.text(j, i, f"{gains[i, j]:+.1f}", ha="center", va="center", fontsize=7)
+        axis.spines[:].set_visible(False)
+        axis.set(xlabel="target", ylabel="source")
+        figure.colorbar(
+            drawn, ax=axis, shrink=0.8, label="relative gain over scratch (%)"
+        ).outline.set_visible(False)
+        png = io.BytesIO()
+        figure.set_facecolor("white")
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        figure.set_facecolor("none")
+        return _svg(figure, "Relative gain of every target from every source"), png.getvalue()
 
 
 def _finish(axis: Axes, title: str, xlabel: str, grid: Literal["both", "x", "y"] = "both") -> None:

@@ -38,6 +38,7 @@ class RunRecord:
         probs: Predicted probabilities, (n, C).
         image: Returns the i-th test picture; it is asked for the few samples shown.
         curves: Method to (shots, accuracy, half-width of the 95 % interval or None).
+        drawings: Title to (what it shows, SVG), for what only some protocols have.
         failures: What went wrong in cells of a protocol, one sentence each.
         config: The resolved configuration, YAML.
         command: The command that repeats the run.
@@ -54,6 +55,7 @@ class RunRecord:
     probs: np.ndarray | None = None
     image: ImageSource | None = None
     curves: Mapping[str, Sequence[tuple[int, float, float | None]]] = field(default_factory=dict)
+    drawings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     failures: Sequence[str] = ()
     config: str = ""
     command: str = ""
@@ -97,6 +99,7 @@ def render(record: RunRecord) -> str:
         "metrics": _metrics(record.metrics),
     }
     values["curves_svg"] = Markup(figures.learning_curves(record.history)) if record.history else ""
+    values["drawings"] = [(title, text, Markup(svg)) for title, (text, svg) in record.drawings.items()]
     values["shots_svg"] = Markup(figures.shots_curve(record.curves)) if record.curves else ""
     if record.probs is not None and record.labels is not None:
         values |= _predictions(

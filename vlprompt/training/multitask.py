@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
@@ -28,14 +27,13 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES, check_classnames
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.fit import RunResult, TrainingSource, parse_options, run_identity
+from vlprompt.training.options import LabelSpace, MultiTaskOptions
 from vlprompt.training.processes import accelerator
 from vlprompt.training.task_batches import MultiTaskBatches
 from vlprompt.training.trainer import Trainer
 
 __all__ = [
-    "LabelSpace",
     "MultiTask",
-    "MultiTaskOptions",
     "TaskData",
     "common_templates",
     "fit_multitask",
@@ -43,33 +41,7 @@ __all__ = [
     "union_of_classes",
 ]
 
-LabelSpace = Literal["per_task", "joint", "joint_dedup"]
 _HOOKS = ("combine_gradients", "after_epoch", "after_training", "running_state", "load_running_state")
-
-
-class MultiTaskOptions(BaseModel):
-    """The ``multitask:`` section of a configuration: how tasks share training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    label_space: LabelSpace = Field(
-        "per_task",
-        description="classes a sample competes against: its task's, all tasks' (equal names kept apart, as in the "
-        "authors' code), or all tasks' with equal names merged",
-    )
-    sampler: Literal["proportional", "balanced", "temperature"] = Field(
-        "proportional", description="share of a task with n samples: n (the authors'), 1, or n^alpha"
-    )
-    alpha: float = Field(0.5, ge=0, le=1, description="sampler temperature only")
-    groups: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="group to data sets that are tuned together; empty: all of data.name",
-    )
-
-    @property
-    def exponent(self) -> float:
-        """The alpha that the sampler stands for."""
-        return {"proportional": 1.0, "balanced": 0.0}.get(self.sampler, self.alpha)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""Protocols of several stages: source tasks then target tasks, each beside scratch, and everything to everything.
+
+Paper: Shen et al., "Multitask Vision-Language Prompt Tuning", arXiv 2211.11720, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlprompt.evaluation.protocols import Cell, ProtocolResult, coop_fewshot
+from vlprompt.evaluation.statistics import paired_difference, summarise
+from vlprompt.evaluation.transfer import TransferMatrix
+
+__all__ = ["Runs", "StageCell", "paired_gains", "run_from_scratch_too", "run_multitask", "run_transfer"]
+
+Numbers = Mapping[str, float]
+_COUNTS = ("runs", "runs_failed")
+
+
+@dataclass(frozen=True)
+class StageCell(Cell):
+    """A cell of one stage of a run, for example the same task from scratch.
+
+    Attributes:
+        stage: Put before the name, so that stages keep apart.
+    """
+
+    stage: str = ""
+
+    @property
+    def name(self) -> str:
+        """See :attr:`Cell.name`."""
+        return f"{self.stage}_{super().name}"
+
+
+class Runs(Protocol):
+    """What the stages ask of a run (see :mod:`vlprompt.training.run`)."""
+
+    config: Any
+    facts: dict[str, Any]
+    matrix: TransferMatrix | None
+
+    def run_cell(self, cell: Cell, start: Sequence[str] | None = None) -> Numbers:
+        """Train and score a task from saved prompts, none for from scratch; None: as ``target.init_from`` says."""
+
+    def run_group(self, cell: Cell, names: Sequence[str]) -> Numbers:
+        """Train and score several tasks together; a task's numbers are called ``<task>/<metric>``."""
+
+    def prompt_folder(self, cell: Cell) -> Path:
+        """Return where a cell's prompts are saved."""
+
+
+def run_multitask(runs: Runs) -> ProtocolResult:
+    """Train groups of data sets together; then, if configured, targets from their prompts, and all from scratch.
+
+    Returns:
+        With targets: their figures without prefix, the source's below ``source/``. Without: the groups' figures.
+        ``scratch/`` and ``gain/`` (see :func:`paired_gains`) if a comparison was asked for.
+    """
+    config, target = runs.config, runs.config.target
+    groups: dict[str, list[str]] = config.multitask.groups or {"source": config.data.names}
+    shots, seeds = config.protocol.shots, config.protocol.seeds
+    source = coop_fewshot(list(groups), lambda cell: runs.run_group(cell, groups[cell.dataset]), shots, seeds)
+    parts = [("", "", source)]
+    names = list(dict.fromkeys(name for members in groups.values() for name in members))
+    compared: dict[str, Mapping[Cell, Numbers]]
+    compared = {g if len(groups) > 1 else "": _by_task(source, g, members) for g, members in groups.items()}
+    if target.names:
+        names, shots = target.names, target.shots or shots
+        tuned = coop_fewshot(names, lambda cell: _tune(runs, cell), shots, seeds)
+        parts, compared = [("", "target", tuned), ("source/", "", source)], {"": tuned.cells}
+        runs.facts["targets"] = names
+        runs.facts["target_start"] = f"{target.start} of the source prompts of this run"
+    if not target.compare_scratch:
+        return _joined("multitask", parts)
+    scratch = coop_fewshot(names, lambda cell: runs.run_cell(_staged(cell, "scratch"), []), shots, seeds)
+    result = _joined("multitask", [*parts, ("scratch/", "scratch", scratch)])
+    for group, cells in compared.items():
+        gains = paired_gains(cells, scratch.cells)
+        result.metrics |= {f"{group}/{k}" if group else k: v for k, v in gains.items()}
+    return result
+
+
+def run_from_scratch_too(
+    runs: Runs, protocol: Callable[[Callable[[Cell], Numbers]], ProtocolResult]
+) -> ProtocolResult:
+    """Run a protocol of single tasks, and the same from scratch if the configuration asks for a comparison."""
+    ours = protocol(runs.run_cell)
+    if not runs.config.target.compare_scratch:
+        return ours
+    scratch = protocol(lambda cell: runs.run_cell(_staged(cell, "scratch"), []))
+    result = _joined(ours.protocol, [("", "", ours), ("scratch/", "scratch", scratch)])
+    result.headline = ours.headline
+    metric = "accuracy" if ours.headline == "accuracy" else "new/accuracy"
+    result.metrics |= paired_gains(ours.cells, scratch.cells, metric)
+    return result
+
+
+def run_transfer(runs: Runs) -> ProtocolResult:
+    """Tune every task from every task's prompts: a matrix of relative gains over starting from scratch.
+
+    A source prompt and what is tuned from it share a seed. The diagonal, a task tuned again from its own prompt,
+    is the control: what a second round of training alone is worth.
+    """
+    names, seeds = runs.config.data.names, runs.config.protocol.seeds
+    shots = [max(runs.config.protocol.shots)]
+    scratch = coop_fewshot(names, lambda cell: runs.run_cell(_staged(cell, "scratch"), []), shots, seeds)
+    parts = [("scratch/", "scratch", scratch)]
+    for source in names:
+        stage = f"from-{source.replace('/', '-')}"
+
+        def tune(cell: Cell, source: str = source, stage: str = stage) -> Numbers:
+            origin = runs.prompt_folder(StageCell(source, cell.shots, cell.seed, stage="scratch"))
+            return runs.run_cell(_staged(cell, stage), [str(origin)])
+
+        parts.append((f"{stage}/", stage, coop_fewshot(names, tune, shots, seeds)))
+    result = _joined("transfer", parts)
+    accuracy = np.array([[_mean(part, name) for name in names] for _, _, part in parts])
+    runs.matrix = TransferMatrix(tuple(names), accuracy[0], accuracy[1:])
+    result.metrics |= runs.matrix.metrics()
+    result.headline = "mean_gain_accuracy"
+    return result
+
+
+def paired_gains(
+    ours: Mapping[Cell, Numbers], theirs: Mapping[Cell, Numbers], metric: str = "accuracy"
+) -> dict[str, float]:
+    """Compare two sets of cells, task by task and seed by seed.
+
+    Returns:
+        For k shots ``gain/shots<k>/<metric>``: the mean difference over tasks, with ``_std`` and ``_ci95`` over seeds;
+        ``gain_over_tasks/...``: the same mean, with the interval over tasks (each the mean of its seeds); and
+        ``gain/<task>/...`` if there are several. Seeds that a task lacks are left out.
+    """
+    others = {_key(cell): numbers[metric] for cell, numbers in theirs.items()}
+    mine = {_key(cell): numbers[metric] for cell, numbers in ours.items()}
+    pairs = {key: (mine[key], others[key]) for key in mine if key in others}
+    flat: dict[str, float] = {}
+    for shots in dict.fromkeys(shots for _, shots, _ in pairs):
+        here = {(task, seed): pair for (task, k, seed), pair in pairs.items() if k == shots}
+        tasks = list(dict.fromkeys(task for task, _ in here))
+        seeds = [s for s in dict.fromkeys(s for _, s in here) if all((t, s) in here for t in tasks)]
+        if not seeds:  # averages over different tasks don't compare
+            continue
+        a, b = (np.array([[here[t, s][side] for t in tasks] for s in seeds]) for side in (0, 1))
+        key = f"shots{shots}/{metric}"
+        flat |= paired_difference(list(a.mean(1)), list(b.mean(1))).flat(f"gain/{key}")
+        flat |= paired_difference(list(a.mean(0)), list(b.mean(0))).flat(f"gain_over_tasks/{key}")
+        for number, task in enumerate(tasks if len(tasks) > 1 else []):
+            flat |= paired_difference(list(a[:, number]), list(b[:, number])).flat(f"gain/{task}/{key}")
+    return flat
+
+
+def _tune(runs: Runs, cell: Cell) -> Numbers:
+    """Tune one target from the source prompts with as many shots, or the most there are."""
+    protocol = runs.config.protocol
+    shots = cell.shots if cell.shots in protocol.shots else max(protocol.shots)
+    seeds = [cell.seed] if runs.config.target.start == "seed" else protocol.seeds
+    start = [str(runs.prompt_folder(Cell("source", shots, seed))) for seed in seeds]
+    return runs.run_cell(_staged(cell, "target"), start)
+
+
+def _by_task(source: ProtocolResult, group: str, members: Sequence[str]) -> dict[Cell, Numbers]:
+    """Return a group's cells as if each task had been a cell of its own."""
+    return {
+        Cell(name, cell.shots, cell.seed): {"accuracy": numbers[f"{name}/accuracy"]}
+        for cell, numbers in source.cells.items()
+        if cell.dataset == group
+        for name in members
+    }
+
+
+def _joined(protocol: str, parts: Sequence[tuple[str, str, ProtocolResult]]) -> ProtocolResult:
+    """Put results side by side: metrics below a prefix each, cells marked with a stage each."""
+    result = ProtocolResult(protocol)
+    for prefix, stage, part in parts:
+        result.metrics |= {f"{prefix}{k}": v for k, v in part.metrics.items() if k not in _COUNTS}
+        result.cells |= {_staged(cell, stage): numbers for cell, numbers in part.cells.items()}
+        result.failures += part.failures
+    result.metrics |= {k: sum(part.metrics[k] for _, _, part in parts) for k in _COUNTS}
+    return result
+
+
+def _staged(cell: Cell, stage: str) -> Cell:
+    if not stage:
+        return cell
+    return StageCell(**{f.name: getattr(cell, f.name) for f in fields(Cell)}, stage=stage)
+
+
+def _key(cell: Cell) -> tuple[str, int, int]:
+    return cell.dataset, cell.shots, cell.seed
+
+
+def _mean(result: ProtocolResult, name: str) -> float:
+    """Return a task's mean accuracy over seeds, NaN if none finished."""
+    found = [numbers["accuracy"] for cell, numbers in result.cells.items() if cell.dataset == name]
+    return summarise(found).mean if found else float("nan")
