@@ -14,7 +14,7 @@ from yaml import YAMLError
 from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.learners import LEARNERS
 from vlprompt.signature import check_options, describe_problems
-from vlprompt.training.options import TrainOptions
+from vlprompt.training.options import MultiTaskOptions, TargetOptions, TrainOptions
 
 __all__ = [
     "DataOptions",
@@ -84,7 +84,7 @@ class ProtocolOptions(BaseModel):
 
     model_config = _STRICT
 
-    name: Literal["coop-fewshot", "base-to-new"] = "coop-fewshot"
+    name: Literal["coop-fewshot", "base-to-new", "multitask", "transfer"] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
 
@@ -103,6 +103,8 @@ class RunConfig(BaseModel):
     data: DataOptions = Field(default_factory=DataOptions)
     train: TrainOptions = Field(default_factory=TrainOptions)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
+    multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
+    target: TargetOptions = Field(default_factory=TargetOptions)
 
     @property
     def learner_name(self) -> str:
@@ -136,6 +138,7 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         problems += describe_problems(error, RunConfig)
     problems += _learner_problems(raw.get("learner", {}))
     problems += _name_problems(raw)
+    problems += _stage_problems(config) if config is not None else []
     if problems or config is None:
         raise ConfigError(problems, str(cfg))
     return config
@@ -227,6 +230,33 @@ def _learner_problems(section: Any) -> list[str]:
     return []
 
 
+def _stage_problems(config: RunConfig) -> list[str]:
+    """Check what only the protocols of several stages use, and only together."""
+    protocol, problems = config.protocol.name, []
+    groups, names = config.multitask.groups, config.data.names
+    if protocol != "multitask":
+        used = {"multitask.groups": groups, "target.names": config.target.names}
+        problems += [
+            f"{key}: only protocol.name=multitask uses it, not {protocol}." for key, v in used.items() if v
+        ]
+    elif groups and config.target.names:
+        problems.append("target.names: targets start from one source; leave multitask.groups empty.")
+    for group, members in groups.items():
+        strange = [m for m in members if m not in names]
+        problems += [
+            f"multitask.groups.{group}: {UnknownNameError('data set of data.name', m, names)}"
+            for m in strange
+        ]
+        problems += [f"multitask.groups.{group}: a group needs at least one data set."] if not members else []
+    if protocol == "transfer" and (len(names) < 2 or len(config.protocol.shots) != 1):
+        problems.append("protocol.name: transfer needs at least two data sets and one number of shots.")
+    if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
+        problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
+    if config.target.shots and not config.target.names:
+        problems.append("target.shots: they are the shots of target.names, which is empty.")
+    return problems
+
+
 def _name_problems(raw: dict[str, Any]) -> list[str]:
     """Check names of backbones and data sets, without building any."""
     from vlprompt.backbones import list_backbones
@@ -242,9 +272,12 @@ def _name_problems(raw: dict[str, Any]) -> list[str]:
     also = section.get("also_test", {}) if isinstance(section, dict) else {}
     listed = [names] if isinstance(names, str) else names if isinstance(names, list) else []
     listed = [*listed, *(also.values() if isinstance(also, dict) else [])]
-    for name in listed:
+    target = raw.get("target") or {}
+    targets = target.get("names") or [] if isinstance(target, dict) else []
+    places = [("data.name", listed), ("target.names", targets if isinstance(targets, list) else [])]
+    for key, name in ((key, name) for key, names in places for name in names):
         try:
             check_name(str(name))
         except VLPromptError as error:
-            problems.append(f"data.name: {error}")
+            problems.append(f"{key}: {error}")
     return problems

@@ -12,8 +12,8 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,20 @@ from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.evaluation.evaluate import evaluate, predict_logits
 from vlprompt.evaluation.protocols import Cell, ProtocolResult, base_to_new, coop_fewshot
 from vlprompt.evaluation.report import RunRecord, write_report
+from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.multitask import (
+    TaskData,
+    common_templates,
+    fit_multitask,
+    mean_over_tasks,
+    union_of_classes,
+)
 from vlprompt.training.processes import process_state
+from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_transfer
+from vlprompt.training.transfer import find_prompts, start_from
 
 __all__ = ["Outcome", "run"]
 
@@ -77,6 +87,8 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     if process_state().is_main_process:
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "cells.json", result.record())
+        if session.matrix is not None:
+            session.matrix.write(folder)
         write_report(folder / "report.html", session.report(result, metrics, command))
     return Outcome(folder, metrics, result.headline, _failures(result))
 
@@ -89,44 +101,101 @@ class _Session:
         # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on
         # which other draws were encoded before, and a resumed run must not differ from an uninterrupted one.
         self.test_cache = FeatureCache(config.data.cache_dir)
-        self.facts: dict[str, Any] = {}
         self.shown: tuple[Learner, ImageDataset, RunResult] | None = None
+        self.matrix: TransferMatrix | None = None
+        self.origin = find_prompts(config.target.patterns)
+        self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
 
     def run_protocol(self) -> ProtocolResult:
         """Run every cell of the configured protocol."""
         protocol, names = self.config.protocol, self.config.data.names
+        if protocol.name == "multitask":
+            return run_multitask(self)
+        if protocol.name == "transfer":
+            return run_transfer(self)
         if protocol.name == "base-to-new":
             counts = {name: len(self._load(name, "test").classnames) for name in names}
-            return base_to_new(counts, self.run_cell, max(protocol.shots), protocol.seeds)
-        return coop_fewshot(names, self.run_cell, protocol.shots, protocol.seeds)
+            return run_from_scratch_too(
+                self, lambda run: base_to_new(counts, run, max(protocol.shots), protocol.seeds)
+            )
+        return run_from_scratch_too(
+            self, lambda run: coop_fewshot(names, run, protocol.shots, protocol.seeds)
+        )
 
-    def run_cell(self, cell: Cell) -> Mapping[str, float]:
-        """Train and score one cell, or return what a finished one left behind."""
-        folder = self.folder if self._single else self.folder / "cells" / cell.name
-        done = folder / "cell.json"
-        if done.is_file():
-            return json.loads(done.read_text())
-        train, val = (self._part(cell, split) for split in ("train", "val"))
-        learner = self._learner(train, cell.seed)
+    def run_cell(self, cell: Cell, start: Sequence[str] | None = None) -> Mapping[str, float]:
+        """Train and score one cell, or return what a finished one left behind.
+
+        Args:
+            cell: What to train.
+            start: Saved prompts to start from; none for from scratch. None: what ``target.init_from`` means.
+        """
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        train, val = self._part(cell, "train"), self._validation(cell)
+        learner = self._learner(train.classnames, train.templates, cell.seed)
+        self._start(learner, folder, self.origin if start is None else start)
         log.info(
             "%s: %s on %d samples of %d classes", cell.name, learner.method, len(train), len(train.classnames)
         )
-        result = fit(
-            learner,
-            train,
-            val if self.config.data.validate_on == "val" else None,
-            folder=folder,
-            resume=self.resume,
-            augmentation=self.config.data.augmentation,
-            views=self.config.data.views,
-            cache_dir=self.config.data.cache_dir,
-            **{**self.config.train.model_dump(), "seed": cell.seed},
-        )
-        numbers = self._score(cell, learner, result)
+        result = fit(learner, train, val, **self._fit_options(cell, folder))
+        return self._keep(folder, learner, result, self._score(cell, learner, result))
+
+    def run_group(self, cell: Cell, names: Sequence[str]) -> Mapping[str, float]:
+        """Train several data sets together and score each on its own classes; otherwise as :meth:`run_cell`."""
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        cells = {name: replace(cell, dataset=name) for name in names}
+        tasks = {n: TaskData(self._part(c, "train"), self._validation(c)) for n, c in cells.items()}
+        classes, _ = union_of_classes([task.train.classnames for task in tasks.values()])
+        templates = common_templates([task.train.templates for task in tasks.values()])
+        learner = self._learner(classes, templates, cell.seed)
+        self._start(learner, folder, self.origin)
+        log.info("%s: %s on %d tasks of %d classes", cell.name, learner.method, len(tasks), len(classes))
+        options = self._fit_options(cell, folder)
+        result, together = fit_multitask(learner, tasks, self.config.multitask, **options)
+        scores = {n: self._score(c, together.tasks[n], result) for n, c in cells.items()}
+        own = {n: {k: v for k, v in s.items() if not k.startswith("train/")} for n, s in scores.items()}
+        numbers = {f"train/{k}": v for k, v in result.metrics.items()} | mean_over_tasks(own)
+        numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
+        return self._keep(folder, learner, result, numbers)
+
+    def prompt_folder(self, cell: Cell) -> Path:
+        """Return where a cell's prompts are saved."""
+        folder = self.folder if self._single else self.folder / "cells" / cell.name
+        return folder / "prompt"
+
+    def _start(self, learner: Learner, folder: Path, prompts: Sequence[str]) -> None:
+        """Put saved prompts into a learner and note it beside the cell and in the run's facts."""
+        if not prompts:
+            return
+        origin = start_from(learner, prompts)
+        if prompts is self.origin:
+            self.facts |= origin
+        if process_state().is_main_process:
+            write_json(folder / "start.json", origin)
+
+    def _fit_options(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            **self.config.train.model_dump(),
+            "seed": cell.seed,
+            "folder": folder,
+            "resume": self.resume,
+            "augmentation": data.augmentation,
+            "views": data.views,
+            "cache_dir": data.cache_dir,
+        }
+
+    def _keep(
+        self, folder: Path, learner: Learner, result: RunResult, numbers: dict[str, float]
+    ) -> dict[str, float]:
+        """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
         if process_state().is_main_process:
             _write_history(folder / "history.jsonl", result.history)
             save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
-            write_json(done, numbers)
+            write_json(folder / "cell.json", numbers)
         return numbers
 
     def _score(self, cell: Cell, learner: Learner, result: RunResult) -> dict[str, float]:
@@ -157,20 +226,23 @@ class _Session:
         data = self._load(cell.dataset, split, shots=cell.shots, seed=cell.seed)
         return data if cell.base is None else data.keep_classes(cell.base)
 
+    def _validation(self, cell: Cell) -> ImageDataset | None:
+        return self._part(cell, "val") if self.config.data.validate_on == "val" else None
+
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         return load_dataset(name, split, **draw, **self.config.data.arguments())
 
-    def _learner(self, train: ImageDataset, seed: int) -> Learner:
+    def _learner(self, classnames: Sequence[str], templates: Sequence[str], seed: int) -> Learner:
         options = dict(self.config.learner_options)
         if "seed" not in options and _takes_seed(self.config.learner_name):
             options["seed"] = seed
-        return create_learner(
-            self.config.learner_name, self.backbone, train.classnames, train.templates, **options
-        )
+        return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
 
     @property
     def _single(self) -> bool:
         protocol = self.config.protocol
+        if protocol.name in ("multitask", "transfer") or self.config.target.compare_scratch:
+            return False
         shots = 1 if protocol.name == "base-to-new" else len(protocol.shots)
         return len(self.config.data.names) * shots * len(protocol.seeds) == 1
 
@@ -182,6 +254,7 @@ class _Session:
         base = "base/" if "base/accuracy" in numbers else ""
         headline = {
             "zero-shot": numbers.get(f"{base}zero_shot_accuracy"),
+            "from scratch": numbers.get(f"scratch/{base}accuracy"),
             "learned": numbers.get(f"{base}accuracy"),
         }
         record = RunRecord(
@@ -195,6 +268,11 @@ class _Session:
             command=command,
             environment={**_environment(), "backbone": self.backbone.fingerprint["id"]},
         )
+        if self.matrix is not None:
+            explanation = (
+                "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
+            )
+            record.drawings = {"What helps what": (explanation, self.matrix.figure())}
         if self.shown is not None:
             learner, test, trained = self.shown
             logits, labels = predict_logits(learner, test, cache=self.test_cache)
@@ -246,17 +324,23 @@ def _environment() -> dict[str, str]:
 def _curves(
     config: RunConfig, numbers: Mapping[str, float]
 ) -> dict[str, list[tuple[int, float, float | None]]]:
-    shots = config.protocol.shots
-    if config.protocol.name != "coop-fewshot" or len(shots) < 2:
+    shots = config.target.shots or config.protocol.shots
+    if config.protocol.name not in ("coop-fewshot", "multitask") or len(shots) < 2:
         return {}
-    return {
-        label: [
-            (k, numbers[f"shots{k}/{key}"], numbers.get(f"shots{k}/{key}_ci95"))
-            for k in shots
-            if f"shots{k}/{key}" in numbers
-        ]
-        for label, key in ((config.learner_name, "accuracy"), ("zero-shot", "zero_shot_accuracy"))
+    lines = {
+        config.learner_name: "shots{}/accuracy",
+        "from scratch": "scratch/shots{}/accuracy",
+        "zero-shot": "shots{}/zero_shot_accuracy",
     }
+    curves = {
+        label: [
+            (k, numbers[key.format(k)], numbers.get(f"{key.format(k)}_ci95"))
+            for k in shots
+            if key.format(k) in numbers
+        ]
+        for label, key in lines.items()
+    }
+    return {label: points for label, points in curves.items() if points}
 
 
 def _describe(config: RunConfig) -> str:
