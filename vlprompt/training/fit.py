@@ -154,12 +154,8 @@ def fit(
         )
         history = trainer.run(resume).history
     learner.eval()
-    chosen = {} if val is None else _call(learner, "calibrate", lambda: source.validation_data(val))
-    metrics = {"seconds": time.monotonic() - started}
-    metrics |= {f"chosen/{k}": float(v) for k, v in (chosen or {}).items()}
-    if val is not None:
-        metrics |= {f"val/{k}": v for k, v in evaluate(learner, val, cache=cache).items()}
-    return RunResult(metrics, history, folder, learner)
+    metrics = {} if val is None else _validate(source, val)
+    return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
 
 
 def parse_options(options: Mapping[str, Any]) -> TrainOptions:
@@ -224,6 +220,16 @@ class TrainingSource:
             )
             for view in range(count)
         ]
+
+
+def _validate(source: TrainingSource, val: ImageDataset) -> dict[str, float]:
+    """Let the learner choose what it chooses on validation data; return that, and its metrics with it."""
+    chosen = _call(source.learner, "calibrate", lambda: source.validation_data(val)) or {}
+    metrics = evaluate(source.learner, val, cache=source.cache)
+    return {
+        **{f"chosen/{k}": float(v) for k, v in chosen.items()},
+        **{f"val/{k}": v for k, v in metrics.items()},
+    }
 
 
 def _call(learner: Learner, hook: str, data: Callable[[], tuple[Tensor, Tensor]]) -> Any:
