@@ -16,12 +16,18 @@ from vlprompt.cli import command
 def main(arguments: Sequence[str]) -> int:
     """Return 0 if everything that was asked for is ready, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cards of datasets/; all of them for --check")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="cards of datasets/; all of them for --check"
+    )
     parser.add_argument("--root", type=Path, help="where data sets lie (default: VLPROMPT_DATA or ~/.cache)")
     parser.add_argument("--check", action="store_true", help="fetch nothing; say what is there")
     parser.add_argument("--decode", action="store_true", help="decode every picture too")
-    parser.add_argument("--all-offline", action="store_true", help="try every data set that needs no download")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds without a byte before trying again")
+    parser.add_argument(
+        "--all-offline", action="store_true", help="try every data set that needs no download"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds without a byte before trying again"
+    )
     args = parser.parse_args(list(arguments))
 
     from vlprompt.data.catalog import default_root
@@ -91,7 +97,14 @@ def _offline() -> int:
 def _progress() -> Iterator[Any]:
     """A bar on a terminal, otherwise a line per file and every ten seconds."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:

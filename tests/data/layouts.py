@@ -81,7 +81,8 @@ def _text(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part
             suffix = spec.get("suffix", "") or (".jpg" if spec["label"] == "folder" else "")
             picture(images / f"{stem}{suffix}", label)
             listed = stem if spec.get("suffix") else f"{stem}{suffix}"
-            lines.append({"folder": listed, "rest": f"{listed} {name}", "column": f"{listed} {name} 1 1"}[spec["label"]])
+            ends = {"folder": "", "rest": f" {name}", "column": f" {name} 1 1"}
+            lines.append(listed + ends[spec["label"]])
     path = folder / spec["path"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("# comment\n" + "\n".join(lines) + "\n")
@@ -194,7 +195,9 @@ def _idx(folder: Path, files: list[str], labels: list[int], own: list[int]) -> N
     header = bytes([0, 0, 8, 3]) + np.array(grey.shape, ">i4").tobytes()
     (folder / files[0]).write_bytes(header + grey.tobytes())
     header = bytes([0, 0, 8, 1]) + np.array([len(own)], ">i4").tobytes()
-    (folder / files[1]).write_bytes(gzip.compress(header + bytes(own)))  # packed under the unpacked name: both are read
+    (folder / files[1]).write_bytes(
+        gzip.compress(header + bytes(own))
+    )  # packed under the unpacked name: both are read
 
 
 def _svhn(folder: Path, files: list[str], labels: list[int], own: list[int]) -> None:
@@ -235,7 +238,9 @@ def _synsets(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
         for label, synset in enumerate(ids):
             folder = root / options["folders"][0] / options.get("images", "") / below
             for i in range(count):
-                picture(folder / (str(label) if options.get("numbered") else synset) / f"{synset}_{i}.JPEG", label)
+                picture(
+                    folder / (str(label) if options.get("numbered") else synset) / f"{synset}_{i}.JPEG", label
+                )
         sizes[part] = count * len(ids)
     return sizes
 
@@ -264,11 +269,21 @@ def _write_index(path: Path, part: str, entries: list[tuple[str, list[int]]], na
         path.write_text("\n".join(lines) + "\n")
         return
     images = [{"id": i, "file_name": n, "zip_file": f"{part}.zip"} for i, (n, _) in enumerate(entries, 1)]
-    marks = [{"image_id": i, "category_id": c + 1} for i, (_, labels) in enumerate(entries, 1) for c in labels]
+    marks = [
+        {"image_id": i, "category_id": c + 1} for i, (_, labels) in enumerate(entries, 1) for c in labels
+    ]
     categories = [{"id": i, "name": n} for i, n in enumerate(names, 1)]
     path.write_text(json.dumps({"images": images, "annotations": marks, "categories": categories}))
 
 
-_LISTS = {"text": _text, "folders": _folders, "csv": _table, "jsonl": _table, "flowers": _flowers, "cars": _cars, "voc": _voc}
+_LISTS = {
+    "text": _text,
+    "folders": _folders,
+    "csv": _table,
+    "jsonl": _table,
+    "flowers": _flowers,
+    "cars": _cars,
+    "voc": _voc,
+}
 _ARRAYS = {"cifar": _cifar, "idx": _idx, "svhn": _svhn, "stl": _stl, "h5": _h5, "fer": _fer}
 _MAKERS = {"pictures": _pictures, "arrays": _arrays, "synsets": _synsets, "manifest": _manifest}

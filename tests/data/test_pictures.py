@@ -243,7 +243,9 @@ def test_a_split_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(card))
     monkeypatch.setenv("VLPROMPT_CARDS", str(tmp_path))
-    with pytest.raises(DataError, match=r"split\.json is missing\. Fetch it with .* or get it from https://example\.org"):
+    with pytest.raises(
+        DataError, match=r"split\.json is missing\. Fetch it with .* or get it from https://example\.org"
+    ):
         load_dataset("mine", root=tmp_path)
     split = tmp_path / "mine" / "split.json"
     split.write_text(json.dumps({"train": rows[:2], "val": rows[2:4], "test": rows[4:]}))

@@ -96,19 +96,22 @@ def load_dataset(
     place = default_root() if root is None else Path(root).expanduser()
     requests = _resolve(name, split, place)
     load = partial(_whole, download=download, options=options, classnames=classnames, templates=templates)
-    policy = {"on_bad_image": on_bad_image, "max_bad_share": max_bad_share}
     if shots is None:
         chosen = drop_bad(load(requests), on_bad_image, max_bad_share)
     elif sampling == "elevater" and split != "test":
-        chosen = elevater_draw(load(_with_split(requests, "train")), split, shots, seed, **policy)
+        chosen = elevater_draw(
+            load(_with_split(requests, "train")), split, shots, seed,
+            on_bad_image=on_bad_image, max_bad_share=max_bad_share,
+        )  # fmt: skip
     else:
         # The reference draws for train first, from one stream.
         with_train = sampling == "coop_compat" and split == "val"
         train = load(_with_split(requests, "train")) if with_train else None
         drawing = "private" if sampling == "elevater" else sampling
         chosen = few_shot(
-            load(requests), shots, seed, sampling=drawing, train=train, strict_shots=strict_shots, **policy
-        )
+            load(requests), shots, seed, sampling=drawing, train=train, strict_shots=strict_shots,
+            on_bad_image=on_bad_image, max_bad_share=max_bad_share,
+        )  # fmt: skip
     chosen = chosen.one_label_each() if split == "train" else chosen
     chosen = base_new(chosen, classes)
     if not len(chosen):

@@ -64,7 +64,9 @@ def download(
         try:
             resumed = part.is_file() and part.stat().st_size > 0
             _fetch(url, part, timeout, progress)
-            if resumed and not matches(part, expected):  # the first half may be another version's: once more, whole
+            if resumed and not matches(
+                part, expected
+            ):  # the first half may be another version's: once more, whole
                 part.unlink()
                 _fetch(url, part, timeout, progress)
             _check(part, expected)
@@ -116,12 +118,18 @@ def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> N
 
 def _one_connection(url: str, part: Path, have: int, timeout: float, progress: Progress | None) -> bool:
     """Receive as much as one connection gives. Returns whether the file is whole."""
-    headers = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    headers = {
+        "User-Agent": _AGENT,
+        "Accept-Encoding": "identity",
+        **({"Range": f"bytes={have}-"} if have else {}),
+    }
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
         if answer.status != 206:  # the place knows no ranges and sends it from the start
             have = 0
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise http.client.HTTPException(f"asked from byte {have}, got {answer.headers.get('Content-Range')!r}")
+            raise http.client.HTTPException(
+                f"asked from byte {have}, got {answer.headers.get('Content-Range')!r}"
+            )
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length and length.isdigit() else None
         _need_space(part, (total or 0) - have)
@@ -137,4 +145,6 @@ def _one_connection(url: str, part: Path, have: int, timeout: float, progress: P
 def _need_space(part: Path, more: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if more > free:
-        raise DataError(f"{part.parent} has {free / 1e9:.1f} GB free, {part.name} needs {more / 1e9:.1f} GB more.")
+        raise DataError(
+            f"{part.parent} has {free / 1e9:.1f} GB free, {part.name} needs {more / 1e9:.1f} GB more."
+        )

@@ -1,9 +1,10 @@
 """The ELEVATER benchmark's few-shot draw: k pictures per class of the train list, a fifth of them held out.
 
-Paper: Li et al., ELEVATER, 2204.08790, section 4. Reference: microsoft/vision-datasets 0.2.x
-``DatasetManifest.sample_few_shot_subset`` for the draw, sIncerass/MVLPT ``trainers/vision_benchmark/evaluation/feature.py``
-for the hold-out; both are followed picture by picture, given the list in the benchmark's own order. The official val
-part is not used. At one shot there is nothing to hold out: the same picture trains and validates.
+Paper: Li et al., ELEVATER, 2204.08790, section 4. Reference: ``DatasetManifest.sample_few_shot_subset`` of
+microsoft/vision-datasets 0.2.x for the draw, ``get_dataloader`` of sIncerass/MVLPT
+trainers/vision_benchmark/evaluation/feature.py for the hold-out; both are followed picture by picture, given the list
+in the benchmark's own order. The official val part is not used. At one shot there is nothing to hold out: the same
+picture trains and validates. Differs: pictures without a label are not drawn.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def elevater_draw(
         if not found:
             break
         refuse_if_fatal(
-            train.name, train.split, VerificationReport(len(train), found), on_bad_image, max_bad_share, len(train)
+            train.name,
+            train.split,
+            VerificationReport(len(train), found),
+            on_bad_image,
+            max_bad_share,
+            len(train),
         )
     indices = chosen[part == "val"]
     info = {"shots": shots, "seed": seed, "sampling": "elevater", "indices": indices}

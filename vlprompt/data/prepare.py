@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vlprompt.data.cards import ArchiveSpec, Card
+from vlprompt.data.cards import ArchiveSpec, Card, SourceSpec
 from vlprompt.data.catalog import open_split
 from vlprompt.data.download import Progress, download
 from vlprompt.data.images import verify
 from vlprompt.data.sources import AbsentError
+from vlprompt.data.splits import SPLITS
 from vlprompt.data.unpack import unpack
 from vlprompt.errors import DataError
 
@@ -51,7 +52,8 @@ def status(card: Card, root: Path, decode: bool = False) -> Status:
     """
     sizes: dict[str, int] = {}
     problems: list[str] = []
-    for split, expected in card.splits.sizes.items():
+    for split in (s for s in SPLITS if s in card.splits.sizes):
+        expected = card.splits.sizes[split]
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -85,7 +87,9 @@ def explain(card: Card) -> str:
     lines += [f"  paper: {card.paper}", f"  licence: {card.licence}", f"  measure: {card.metric}"]
     lines += [f"  homepage: {card.homepage}"] if card.homepage else []
     for archive in card.archives:
-        lines.append(f"  fetches {archive.urls[0]} ({archive.mb} MB, {archive.checksum or 'no checksum known'})")
+        lines.append(
+            f"  fetches {archive.urls[0]} ({archive.mb} MB, {archive.checksum or 'no checksum known'})"
+        )
     if card.splits.file:
         lines.append(f"  split: {card.splits.file} from {card.splits.mirror or card.splits.url}")
     lines += [f"  otherwise: {card.splits.otherwise}"] if card.splits.otherwise else []
@@ -121,7 +125,9 @@ def fetch(card: Card, root: Path, progress: Progress | None = None, timeout: flo
             place = _split_place(card, root)
             download([card.splits.mirror], place, card.splits.checksum, timeout=timeout, progress=progress)
     except DataError as error:
-        raise DataError(f"{card.name}: {error} By hand: {_one_line(card.by_hand)} (ROOT is {root}.)") from None
+        raise DataError(
+            f"{card.name}: {error} By hand: {_one_line(card.by_hand)} (ROOT is {root}.)"
+        ) from None
     return status(card, root)
 
 
@@ -130,13 +136,14 @@ def _fetch_archives(card: Card, root: Path, progress: Progress | None, timeout: 
         raise DataError("nobody serves it to programs.")
     work = root / ".downloads" / card.name
     fetched = [
-        (a, download(a.urls, work / a.file, a.checksum, timeout=timeout, progress=progress)) for a in card.archives
+        (a, download(a.urls, work / a.file, a.checksum, timeout=timeout, progress=progress))
+        for a in card.archives
     ]
     staging = work / "unpacked"
     shutil.rmtree(staging, ignore_errors=True)
     for archive, path in fetched:
         _place(archive, path, staging / archive.into)
-    _move_in(staging, root, last=str(card.source.options.get("images", "")))
+    _move_in(staging, root, _image_folders(card))
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -152,19 +159,18 @@ def _place(archive: ArchiveSpec, path: Path, folder: Path) -> None:
         (folder / inner).unlink()
 
 
-def _move_in(staging: Path, root: Path, last: str) -> None:
-    """Move everything in ``staging`` to the same place below ``root``, folders that exist are merged.
+def _move_in(staging: Path, root: Path, last: set[str]) -> None:
+    """Move everything in ``staging`` to the same place below ``root``; folders that exist are merged.
 
-    A data set counts as present once its image folder exists; that folder goes last.
+    A data set counts as present once its image folder exists; folders called so go last.
 
     Raises:
         DataError: If another file is in the way.
     """
-    first = Path(last).parts[0] if Path(last).parts else ""
-    for path in sorted(staging.iterdir(), key=lambda p: (p.name == first, p.name)):
+    for path in sorted(staging.iterdir(), key=lambda p: (p.name in last, p.name)):
         target = root / path.name
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
         elif path.is_dir() and target.is_dir():
             _move_in(path, target, last)
@@ -172,11 +178,22 @@ def _move_in(staging: Path, root: Path, last: str) -> None:
             raise DataError(f"{target} is in the way; move it elsewhere.")
 
 
+def _image_folders(card: Card) -> set[str]:
+    names: set[str] = set()
+    source: SourceSpec | None = card.source
+    while source is not None:
+        names |= set(Path(str(source.options.get("images", ""))).parts[:1])
+        source = source.otherwise
+    return names
+
+
 def _split_place(card: Card, root: Path) -> Path:
     """Return where the split file is, or belongs."""
     folders = [root / f for f in card.source.options.get("folders", ())]
     places = [f / str(card.splits.file) for f in folders]
-    there = [p for p in places if p.is_file()] or [p for p, f in zip(places, folders, strict=True) if f.is_dir()]
+    there = [p for p in places if p.is_file()] or [
+        p for p, f in zip(places, folders, strict=True) if f.is_dir()
+    ]
     return [*there, *places, root / str(card.splits.file)][0]
 
 

@@ -1,4 +1,4 @@
-"""Unpacking zip, tar and gz so that nothing leaves the folder: no path above it, no absolute path, no link out of it."""
+"""Unpacking zip, tar and gz so that nothing leaves the folder: no path above it, none absolute, no link out of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"the archive {archive} is damaged: {error}.") from None
     except OSError as error:
-        raise DataError(f"{archive.name} could not be unpacked into {folder}: {error.strerror or error}.") from None
+        raise DataError(
+            f"{archive.name} could not be unpacked into {folder}: {error.strerror or error}."
+        ) from None
 
 
 def _tar(archive: Path, folder: Path) -> None:
@@ -52,7 +54,9 @@ def _tar(archive: Path, folder: Path) -> None:
         for member in members:
             _check_name(archive, member.name)
             if not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
-                raise DataError(f"{archive} holds {member.name!r}, which is no file, folder or link: refused.")
+                raise DataError(
+                    f"{archive} holds {member.name!r}, which is no file, folder or link: refused."
+                )
             if member.issym() or member.islnk():
                 _check_link(archive, folder, member)
         _check_space(archive, folder, sum(m.size for m in members))
@@ -91,7 +95,9 @@ def _check_link(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
     start = folder / member.name if member.issym() else folder / "x"
     target = (start.parent / member.linkname).resolve()
     if member.linkname.startswith("/") or not target.is_relative_to(folder.resolve()):
-        raise DataError(f"{archive} holds a link {member.name!r} to {member.linkname!r}, out of the folder: refused.")
+        raise DataError(
+            f"{archive} holds a link {member.name!r} to {member.linkname!r}, out of the folder: refused."
+        )
 
 
 def _check_place(archive: Path, folder: Path, place: Path) -> None:

@@ -95,7 +95,7 @@ def build(request: Request) -> ImageDataset:
     if request.split == "val" and options.shares:
         files = options.parts["train"]
     elif request.split in options.parts:
-        files = options.parts[request.split]  # type: ignore[index]
+        files = options.parts[request.split]
     else:
         return dataset_from(request, dict.fromkeys(options.parts, ()), card.classnames, "", folder)
     reader = ArrayReader(options.format, tuple(folder / f for f in files))
@@ -112,7 +112,7 @@ def build(request: Request) -> ImageDataset:
 def _folder(request: Request, options: _Options) -> Path:
     """Return the first folder that holds the files of the split (those of train, for a val cut from it)."""
     split = request.split if request.split in options.parts else "train"
-    files = options.parts[split]  # type: ignore[index]
+    files = options.parts[split]
     needed = files[:1] if options.format == "fer" else files
     for folder in options.folders:
         if all((request.root / folder / f).is_file() for f in needed):
@@ -128,7 +128,9 @@ def _label_of(name: str, classnames: Sequence[str], options: _Options, folder: P
     path = folder / options.names_file
     if not path.is_file():
         raise DataError(f"{name}: {path} is missing; it says which number is which class.")
-    lines = [clean_classname(x).casefold() for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
+    lines = [
+        clean_classname(x).casefold() for x in path.read_text(encoding="utf-8").splitlines() if x.strip()
+    ]
     wanted = [clean_classname(c).casefold() for c in classnames]
     if sorted(lines) != sorted(wanted):
         strange = sorted(set(lines) ^ set(wanted))
@@ -168,7 +170,9 @@ def _cifar(files: tuple[Path, ...]) -> tuple[Array, Array]:
         raw = np.fromfile(file, dtype=np.uint8)
         head = next((h for h in (1, 2) if raw.size and raw.size % (3072 + h) == 0), 0)
         if not head:
-            raise DataError(f"{file} is not in CIFAR's binary format (the python version is pickled: not read).")
+            raise DataError(
+                f"{file} is not in CIFAR's binary format (the python version is pickled: not read)."
+            )
         found.append(raw.reshape(-1, 3072 + head))
     records = np.concatenate(found)
     head = records.shape[1] - 3072
@@ -206,7 +210,7 @@ def _stl(files: tuple[Path, ...]) -> tuple[Array, Array]:
 def _h5(files: tuple[Path, ...]) -> tuple[Any, Array]:
     """PatchCamelyon: ``x`` (N, 96, 96, 3), read picture by picture, and ``y`` (N, 1, 1, 1)."""
     try:
-        import h5py
+        import h5py  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise DataError(f"reading {files[0].name} needs h5py: pip install h5py.") from None
     return h5py.File(files[0], "r")["x"], np.asarray(h5py.File(files[1], "r")["y"]).reshape(-1).astype(int)

@@ -56,7 +56,7 @@ def build(request: Request) -> ImageDataset:
     if request.split not in options.index:
         parts: dict[str, tuple[Sample, ...]] = dict.fromkeys(options.index, ())
         return dataset_from(request, parts, card.classnames, "", folder)
-    index = folder / options.index[request.split]  # type: ignore[index]
+    index = folder / options.index[request.split]
     if not index.is_file():
         raise DataError(f"{card.name}: the index {index} is missing.")
     reader = ZipReader(folder)
@@ -100,7 +100,9 @@ def _iris(index: Path, labels: Path) -> tuple[list[_Entry], list[str] | None]:
         try:
             entries.append((path, tuple(int(n) for n in numbers.split(","))))
         except ValueError:
-            raise DataError(f"{index}, line {number}: expected 'archive.zip@path label', got {line[:80]!r}.") from None
+            raise DataError(
+                f"{index}, line {number}: expected 'archive.zip@path label', got {line[:80]!r}."
+            ) from None
         if not path or not is_inside(path.replace("@", "/")) or min(entries[-1][1]) < 0:
             raise DataError(f"{index}, line {number}: {line[:80]!r} leaves the folder or has no label.")
     names = next((p for p in (labels, labels.with_name("labelmap.txt")) if p.is_file()), None)
@@ -117,7 +119,7 @@ def _coco(index: Path) -> tuple[list[_Entry], list[str] | None]:
         for annotation in content["annotations"]:
             labels.setdefault(annotation["image_id"], []).append(number_of[annotation["category_id"]])
         entries = [
-            (f"{i['zip_file']}@{i['file_name']}" if i.get("zip_file") else i["file_name"], tuple(labels.get(i["id"], ())))
+            ("@".join(filter(None, (i.get("zip_file"), i["file_name"]))), tuple(labels.get(i["id"], ())))
             for i in content["images"]
         ]
         names = [str(c["name"]) for c in categories]

@@ -50,7 +50,9 @@ def build(request: Request) -> ImageDataset:
     card, options = request.need_card, parse_options(request, _Options)
     known: list[str] = [*options.parts, *(["val"] if options.shares else [])]
     if request.split not in known:
-        raise DataError(f"{card.name} is for testing only: it has no split {request.split!r}, only {', '.join(known)}.")
+        raise DataError(
+            f"{card.name} is for testing only: it has no split {request.split!r}, only {', '.join(known)}."
+        )
     part = options.parts["test" if request.split == "test" else "train"]
     root = _folder(request, options, part)
     ids = synset_ids(str(card.synsets))
