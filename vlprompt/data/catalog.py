@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ __all__ = ["check_name", "default_root", "list_datasets", "load_dataset", "open_
 _GRAMMAR = "One's own pictures: folder:PATH or csv:PATH."
 Names = Sequence[str] | Mapping[str, str]
 Sampling = Literal["private", "coop_compat", "elevater"]
+_Ways = list[tuple[Build, Request]]  # to read a data set, best first
 
 
 def default_root() -> Path:
@@ -94,29 +95,56 @@ def load_dataset(
     split = check_split(name, split)
     _check_choices(name, on_bad_image, classes, sampling, max_bad_share)
     place = default_root() if root is None else Path(root).expanduser()
-    requests = _resolve(name, split, place)
-    load = partial(_whole, download=download, options=options, classnames=classnames, templates=templates)
+    ways = _resolve(name, split, place)
+    whole = partial(_whole, download=download, options=options, classnames=classnames, templates=templates)
+    policy = _Policy(on_bad_image, max_bad_share, strict_shots)
     if shots is None:
-        chosen = drop_bad(load(requests), on_bad_image, max_bad_share)
-    elif sampling == "elevater" and split != "test":
-        chosen = elevater_draw(
-            load(_with_split(requests, "train")), split, shots, seed,
-            on_bad_image=on_bad_image, max_bad_share=max_bad_share,
-        )  # fmt: skip
+        chosen = drop_bad(whole(ways), on_bad_image, max_bad_share)
     else:
-        # The reference draws for train first, from one stream.
-        with_train = sampling == "coop_compat" and split == "val"
-        train = load(_with_split(requests, "train")) if with_train else None
-        drawing = "private" if sampling == "elevater" else sampling
-        chosen = few_shot(
-            load(requests), shots, seed, sampling=drawing, train=train, strict_shots=strict_shots,
-            on_bad_image=on_bad_image, max_bad_share=max_bad_share,
-        )  # fmt: skip
-    chosen = chosen.one_label_each() if split == "train" else chosen
-    chosen = base_new(chosen, classes)
+        chosen = _draw(ways, whole, shots, seed, sampling, policy)
+    chosen = base_new(chosen.one_label_each() if split == "train" else chosen, classes)
     if not len(chosen):
         raise DataError(f"{name}: the split {split!r} has no readable picture of these classes.")
     return chosen
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """What happens to unreadable pictures and to classes with too few."""
+
+    on_bad_image: Literal["skip", "error"]
+    max_bad_share: float
+    strict_shots: bool
+
+
+def _draw(
+    ways: _Ways,
+    whole: Callable[[_Ways], ImageDataset],
+    shots: int,
+    seed: int,
+    sampling: Sampling,
+    policy: _Policy,
+) -> ImageDataset:
+    """Return a few-shot subset."""
+    split, on_bad, share = ways[0][1].split, policy.on_bad_image, policy.max_bad_share
+    if sampling == "elevater" and split != "test":
+        train_list = whole(_with_split(ways, "train"))
+        return elevater_draw(train_list, split, shots, seed, on_bad_image=on_bad, max_bad_share=share)
+    # The reference draws for train first, from one stream.
+    with_train = sampling == "coop_compat" and split == "val"
+    train = whole(_with_split(ways, "train")) if with_train else None
+    how: Literal["private", "coop_compat"] = "coop_compat" if sampling == "coop_compat" else "private"
+    strict = policy.strict_shots
+    return few_shot(
+        whole(ways),
+        shots,
+        seed,
+        sampling=how,
+        train=train,
+        strict_shots=strict,
+        on_bad_image=on_bad,
+        max_bad_share=share,
+    )
 
 
 def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str, max_bad_share: float) -> None:
@@ -150,7 +178,7 @@ def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None
     return _whole(requests, download=False, options={}, classnames=None, templates=None)
 
 
-def _resolve(name: str, split: str, root: Path) -> list[tuple[Build, Request]]:
+def _resolve(name: str, split: str, root: Path) -> _Ways:
     """Return the ways to read a data set, best first, by the grammar of names."""
     if not isinstance(name, str) or not name:
         raise DataError(f"a data set is named by a string, for example 'scenes/shape'; got {name!r}.")
@@ -165,7 +193,7 @@ def _resolve(name: str, split: str, root: Path) -> list[tuple[Build, Request]]:
     if name not in card_names():
         raise UnknownNameError("data set", name, list_datasets(), _GRAMMAR)
     card = load_card(name)
-    ways: list[tuple[Build, Request]] = []
+    ways: _Ways = []
     source: SourceSpec | None = card.source
     while source is not None:
         ways.append((sources.get(source.kind).target, Request(name, "", split, root, card, source)))
@@ -173,11 +201,11 @@ def _resolve(name: str, split: str, root: Path) -> list[tuple[Build, Request]]:
     return ways
 
 
-def _with_split(ways: list[tuple[Build, Request]], split: str) -> list[tuple[Build, Request]]:
+def _with_split(ways: _Ways, split: str) -> _Ways:
     return [(build, replace(request, split=split)) for build, request in ways]
 
 
-def _build(ways: list[tuple[Build, Request]], options: Mapping[str, Any], download: bool) -> ImageDataset:
+def _build(ways: _Ways, options: Mapping[str, Any], download: bool) -> ImageDataset:
     """Build a split in the first way that finds its files; fetch them and try again if that is wanted.
 
     Raises:
@@ -199,7 +227,7 @@ def _build(ways: list[tuple[Build, Request]], options: Mapping[str, Any], downlo
 
 
 def _whole(
-    ways: list[tuple[Build, Request]],
+    ways: _Ways,
     *,
     download: bool,
     options: Mapping[str, Any],
@@ -251,7 +279,7 @@ def _options_of(build: Build) -> list[str]:
     return [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-def _check_options(ways: list[tuple[Build, Request]], options: Mapping[str, Any]) -> None:
+def _check_options(ways: _Ways, options: Mapping[str, Any]) -> None:
     """Refuse options that no way to read the data set has, all at once, each with the nearest one."""
     known = list(dict.fromkeys(option for build, _ in ways for option in _options_of(build)))
     general = [

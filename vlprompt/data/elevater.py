@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.images import BadImagePolicy, VerificationReport, refuse_if_fatal, verify
@@ -70,7 +71,8 @@ def elevater_draw(
         )
     indices = chosen[part == "val"]
     info = {"shots": shots, "seed": seed, "sampling": "elevater", "indices": indices}
-    return train.subset(indices, **info, **({"skipped": list(broken.values())} if broken else {}))
+    drawn = train.subset(indices, **info, **({"skipped": list(broken.values())} if broken else {}))
+    return replace(drawn, split=part)
 
 
 def elevater_indices(
