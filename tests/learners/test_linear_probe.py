@@ -73,6 +73,8 @@ def test_a_class_without_samples_never_wins(backbone: Backbone, shown: list[int]
     keep = torch.isin(labels, torch.tensor(shown))
     learner = create_learner("linear_probe", backbone, NAMES)
     learner.solve((embeddings[keep], labels[keep]), None)
+    hidden = [c for c in range(4) if c not in shown]
+    assert float(probabilities(learner, embeddings)[:, hidden].max()) < 1e-6
     guess = learner.logits(embeddings).argmax(-1)
     assert set(guess.tolist()) == set(shown)
     assert bool((guess[keep] == labels[keep]).all())
