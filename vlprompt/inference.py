@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.data.images import EXTENSIONS, read_image, to_rgb
 from vlprompt.errors import DataError
 from vlprompt.learners import Learner
 
@@ -132,7 +132,7 @@ def _open(source: Path | Image.Image) -> Image.Image:
     if not isinstance(source, Image.Image):
         return read_image(source)
     try:
-        return source.convert("RGB")
+        return to_rgb(source)
     except OSError as error:  # pillow decodes late: a picture that was opened may still turn out truncated
         raise DataError(f"can't read the picture: {error}.") from None
 

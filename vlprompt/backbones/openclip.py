@@ -45,7 +45,7 @@ def build_open_clip(
     """
     if name not in open_clip.list_models():
         raise UnknownNameError("backbone", name, [*open_clip.list_models(), "tiny"])
-    arguments = _weights_arguments(name, pretrained)
+    arguments = _weights_arguments(name, pretrained, quick_gelu)
     if quick_gelu is not None:
         arguments["quick_gelu"] = quick_gelu
     try:
@@ -117,12 +117,19 @@ def _joint_dim(model: Any, projection: Any) -> int:
         return int(model.visual(torch.zeros(1, 3, height, width)).shape[-1])
 
 
-def _weights_arguments(name: str, pretrained: str | None) -> dict[str, Any]:
+def _weights_arguments(name: str, pretrained: str | None, quick_gelu: bool | None = None) -> dict[str, Any]:
     """Return create_model's arguments for a tag, a path or no weights, with the weights' own activation."""
     if pretrained is None:
         return {"pretrained": None, "pretrained_text": False}
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags and Path(pretrained).is_file():
+        if quick_gelu is None:
+            built = "QuickGELU" if (open_clip.get_model_config(name) or {}).get("quick_gelu") else "GELU"
+            log.warning(
+                "%s: a file does not say which activation its weights were trained with; using %s's own, %s. "
+                "OpenAI's CLIP weights need quick_gelu=true.",
+                *(pretrained, name, built),
+            )
         return {"pretrained": str(pretrained), "weights_only": True}
     if pretrained not in tags:
         if Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"):

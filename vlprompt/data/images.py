@@ -33,7 +33,7 @@ __all__ = [
     "drop_bad",
     "read_image",
     "verify",
-]
+, "to_rgb"]
 
 EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = (
@@ -244,7 +244,7 @@ def _decode(opened: Path | io.BytesIO, path: Path, max_pixels: int, *, quick: bo
                 image.load()
                 return image
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except UndecodableError:
         raise
     except (
@@ -263,7 +263,8 @@ def _reason(path: Path, error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a decoded picture of any mode as 8-bit RGB: white under transparency, more than 8 bits scaled."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
