@@ -32,8 +32,9 @@ __all__ = [
     "decode",
     "drop_bad",
     "read_image",
+    "to_rgb",
     "verify",
-, "to_rgb"]
+]
 
 EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = (
