@@ -132,6 +132,7 @@ def _open(source: Path | Image.Image) -> Image.Image:
     if not isinstance(source, Image.Image):
         return read_image(source)
     try:
+        source.load()
         return to_rgb(source)
     except OSError as error:  # pillow decodes late: a picture that was opened may still turn out truncated
         raise DataError(f"can't read the picture: {error}.") from None
