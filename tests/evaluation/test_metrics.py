@@ -112,11 +112,22 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(DataError, match="2 classes, got 4"):
         compute(logits, labels, ["roc_auc"])
     with pytest.raises(DataError, match="multi-label"):
-        compute(logits, torch.ones(3, 4), ["accuracy"])
+        compute(logits, torch.ones(3, 4), ["mean_per_class"])
+
+
+def test_multi_label_accuracy_counts_any_class_that_is_there() -> None:
+    logits = logits_of([[3, 1, 0], [0, 3, 1], [0, 1, 3]])
+    truth = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 1]])
+    assert compute(logits, truth, ["accuracy"]) == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_which_keys_are_fractions() -> None:
-    assert all(
-        map(is_fraction, ["accuracy", "shots16/accuracy_ci95", "base/ece_std", "new/zero_shot_accuracy"])
-    )
+    fractions = [
+        "accuracy",
+        "shots16/accuracy_ci95",
+        "base/ece_std",
+        "new/zero_shot_accuracy",
+        "shots5/score",
+    ]
+    assert all(map(is_fraction, fractions))
     assert not any(map(is_fraction, ["nll", "val/nll_std", "runs", "seconds", "grace"]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.errors import DataError
-from vlprompt.evaluation.metrics import DEFAULT_METRICS, compute
+from vlprompt.evaluation.metrics import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 from vlprompt.learners import Learner
 
 __all__ = ["evaluate", "predict_logits"]
@@ -19,16 +19,20 @@ def evaluate(
     learner: Learner,
     data: ImageDataset,
     *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] | None = None,
     batch_size: int = 100,
     cache: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Return metrics of a learner on a labelled data set, fractions in [0, 1] except ``nll`` (nats).
 
+    ``score`` is the data set's own measure, which its card names (accuracy if it has none); it comes on top of the
+    metrics asked for, under both names.
+
     Args:
         learner: See :func:`vlprompt.create_learner`.
         data: Its class names must be the learner's, in the same order.
-        metrics: Names, see :data:`vlprompt.evaluation.metrics.METRICS`.
+        metrics: Names, see :data:`vlprompt.evaluation.metrics.METRICS`; None for those that are usual for the kind of
+            labels.
         batch_size: Images per pass.
         cache: Where image features are kept, if the learner leaves the image tower alone.
 
@@ -36,14 +40,22 @@ def evaluate(
         DataError: If the class names differ.
     """
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
-    return compute(logits, labels, metrics)
+    if data.multi_label:
+        labels = torch.from_numpy(data.multi_hot())
+    own = str(data.info.get("metric", "accuracy"))
+    usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
+    numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
+    return {**numbers, "score": numbers[own]}
 
 
 @torch.no_grad()
 def predict_logits(
     learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (n, C) logits and (n,) labels on the CPU, in the data set's order; arguments as :func:`evaluate`."""
+    """Return (n, C) logits and (n,) labels on the CPU, in the data set's order; arguments as :func:`evaluate`.
+
+    The label of a picture that has several is its first; :meth:`ImageDataset.multi_hot` has all.
+    """
     _check_classes(learner, data)
     was_training = learner.training
     learner.eval()

@@ -20,6 +20,7 @@ from vlprompt.errors import DataError, NonFiniteError, UnknownNameError
 __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
+    "MULTI_LABEL_METRICS",
     "accuracy",
     "compute",
     "ece",
@@ -36,9 +37,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
     Args:
         logits: Scores, (n, C).
-        labels: True classes, (n,).
+        labels: True classes, (n,); for multi-label truth, (n, C), any class the sample has is right.
     """
-    return float((logits.argmax(1) == labels).double().mean())
+    guess = logits.argmax(1)
+    right = labels.gather(1, guess[:, None])[:, 0] > 0 if labels.ndim == 2 else guess == labels
+    return float(right.double().mean())
 
 
 def mean_per_class(logits: Tensor, labels: Tensor) -> float:
@@ -130,6 +133,7 @@ METRICS: dict[str, Metric] = {
     "map_11_point": map_11_point,
 }
 DEFAULT_METRICS = ("accuracy", "mean_per_class", "nll", "ece")
+MULTI_LABEL_METRICS = ("accuracy", "map_11_point")
 
 
 def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRICS) -> dict[str, float]:
@@ -154,7 +158,7 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
     scores = torch.as_tensor(logits).detach().cpu().double()
     truth = torch.as_tensor(labels).detach().cpu().long()
     _check(scores, truth)
-    if truth.ndim == 2 and (single := [n for n in names if n != "map_11_point"]):
+    if truth.ndim == 2 and (single := [n for n in names if n not in MULTI_LABEL_METRICS]):
         raise DataError(f"{', '.join(single)} need one label per sample; these labels are multi-label.")
     return {name: METRICS[name](scores, truth) for name in names}
 
@@ -162,7 +166,7 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
 def is_fraction(key: str) -> bool:
     """Tell whether a flat metrics key, for example ``"shots4/accuracy_std"``, holds a fraction in [0, 1]."""
     stem = key.rsplit("/", 1)[-1].removesuffix("_std").removesuffix("_ci95").removesuffix("_gain")
-    fractions = {*METRICS, "harmonic_mean"} - {"nll"}
+    fractions = {*METRICS, "score", "harmonic_mean"} - {"nll"}
     return any(stem == name or stem.endswith(f"_{name}") for name in fractions)
 
 

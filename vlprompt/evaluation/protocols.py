@@ -6,96 +6,35 @@ serve any trainer, an adapter, or a table of numbers read from disk.
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlprompt.errors import DataError
-from vlprompt.evaluation.statistics import harmonic_mean, summarise
+from vlprompt.evaluation.cells import (
+    Cell,
+    Failure,
+    ProtocolResult,
+    RunCell,
+    averages,
+    over_datasets,
+    over_seeds,
+    run_cells,
+    unprefixed,
+)
+from vlprompt.evaluation.statistics import harmonic_mean
 
-__all__ = ["Cell", "Failure", "ProtocolResult", "RunCell", "base_to_new", "coop_fewshot", "split_base_new"]
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run of a protocol.
-
-    Attributes:
-        dataset: Catalogue name.
-        shots: Training samples per class.
-        seed: Seed of the few-shot draw and of the run.
-        base: Classes to train on and to score as "base"; None means all classes.
-        new: Classes to score without training on them; None means there are none.
-    """
-
-    dataset: str
-    shots: int
-    seed: int
-    base: tuple[int, ...] | None = None
-    new: tuple[int, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        """A name for logs and folders, for example ``"scenes-shape_16shots_seed1"``."""
-        return f"{self.dataset.replace('/', '-')}_{self.shots}shots_seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cell that raised, and what it raised."""
-
-    cell: Cell
-    error: Exception
-
-    @property
-    def message(self) -> str:
-        """What to tell people."""
-        return str(self.error) or type(self.error).__name__
-
-    @property
-    def stack(self) -> str:
-        """The stack, for developers."""
-        return "".join(traceback.format_exception(self.error))
-
-
-RunCell = Callable[[Cell], Mapping[str, float]]
-
-
-@dataclass
-class ProtocolResult:
-    """What a protocol found.
-
-    Attributes:
-        protocol: Its name, ``"coop-fewshot"`` or ``"base-to-new"``.
-        metrics: Flat keys for metrics.json; fractions.
-        headline: The key of ``metrics`` to print first.
-        cells: The numbers of every finished cell.
-        failures: The cells that raised.
-    """
-
-    protocol: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    headline: str = "accuracy"
-    cells: dict[Cell, dict[str, float]] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every cell finished, else 1."""
-        return 1 if self.failures else 0
-
-    def record(self) -> dict[str, Any]:
-        """Return everything as JSON-able data, failures included."""
-        return {
-            "protocol": self.protocol,
-            "metrics": self.metrics,
-            "cells": [{**asdict(cell), "metrics": numbers} for cell, numbers in self.cells.items()],
-            "failures": [{**asdict(f.cell), "message": f.message, "stack": f.stack} for f in self.failures],
-        }
+__all__ = [
+    "Cell",
+    "Failure",
+    "ProtocolResult",
+    "RunCell",
+    "across",
+    "base_to_new",
+    "coop_fewshot",
+    "elevater",
+    "split_base_new",
+]
 
 
 def split_base_new(classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -132,16 +71,40 @@ def coop_fewshot(
         ``shots16/accuracy`` with ``_std`` and ``_ci95`` per k (over the seeds of the average over data sets),
         the same below ``<dataset>/`` if there are several, and ``accuracy`` for the largest k.
     """
-    plan = [Cell(d, k, s) for d in datasets for k in shots for s in seeds]
-    result = _run("coop-fewshot", plan, run_cell)
-    for k in shots:
-        result.metrics |= _over_datasets(result, datasets, [c for c in plan if c.shots == k], f"shots{k}/")
-    result.metrics |= _unprefixed(result.metrics, f"shots{max(shots)}/")
+    return _few_shot("coop-fewshot", datasets, run_cell, shots, seeds)
+
+
+def elevater(
+    datasets: Sequence[str],
+    run_cell: RunCell,
+    shots: Sequence[int] = (5, 20, 50),
+    seeds: Sequence[int] = (1, 2, 3),
+) -> ProtocolResult:
+    """Train k-shot on every data set and score each by its own measure; the score is their unweighted mean.
+
+    Li et al., "ELEVATER" (NeurIPS 2022), section 4. Cells are to be drawn with ``sampling="elevater"``, so k shots
+    are 4/5 k to train on and 1/5 k to validate on.
+
+    Args:
+        datasets: Catalogue names.
+        run_cell: Trains and scores one cell; returns fractions, among them ``"score"``.
+        shots: Values of k.
+        seeds: One run per seed.
+
+    Returns:
+        As :func:`coop_fewshot`; the headline is ``score``, and every data set has its own keys.
+    """
+    result = _few_shot("elevater", datasets, run_cell, shots, seeds, always_named=True)
+    result.headline = "score"
     return result
 
 
 def base_to_new(
-    class_counts: Mapping[str, int], run_cell: RunCell, shots: int = 16, seeds: Sequence[int] = (1, 2, 3)
+    datasets: Sequence[str],
+    count_classes: Callable[[str], int],
+    run_cell: RunCell,
+    shots: int = 16,
+    seeds: Sequence[int] = (1, 2, 3),
 ) -> ProtocolResult:
     """Train k-shot on the first half of the classes, test on each half with its own names only.
 
@@ -149,7 +112,8 @@ def base_to_new(
     mean accuracies, as published; its interval comes from the harmonic means of the single seeds.
 
     Args:
-        class_counts: Number of classes C of every data set.
+        datasets: Catalogue names.
+        count_classes: Number of classes C of a data set; if it raises, that data set's cells fail and others go on.
         run_cell: Trains on ``cell.base``; returns at least ``"base/accuracy"`` and ``"new/accuracy"``.
         shots: Training samples per base class.
         seeds: One run per seed.
@@ -160,13 +124,16 @@ def base_to_new(
     """
 
     def run(cell: Cell) -> dict[str, float]:
+        if cell.base is None:  # its classes could not be counted; the cell says why
+            count_classes(cell.dataset)
         numbers = dict(run_cell(cell))
         return {**numbers, "harmonic_mean": harmonic_mean(numbers["base/accuracy"], numbers["new/accuracy"])}
 
-    plan = [Cell(d, shots, s, *split_base_new(n)) for d, n in class_counts.items() for s in seeds]
-    result = _run("base-to-new", plan, run)
+    halves = {d: _halves(d, count_classes) for d in datasets}
+    plan = [Cell(d, shots, s, *halves[d]) for d in datasets for s in seeds]
+    result = run_cells("base-to-new", plan, run)
     result.headline = "harmonic_mean"
-    result.metrics |= _over_datasets(result, list(class_counts), plan, "")
+    result.metrics |= over_datasets(result, datasets, plan, "")
     for prefix in {
         key.removesuffix("harmonic_mean") for key in result.metrics if key.endswith("harmonic_mean")
     }:
@@ -175,51 +142,64 @@ def base_to_new(
     return result
 
 
-def _run(protocol: str, plan: Iterable[Cell], run_cell: RunCell) -> ProtocolResult:
-    """Run every cell; one that raises is recorded and the others go on."""
-    result = ProtocolResult(protocol)
-    for cell in plan:
-        try:
-            result.cells[cell] = {key: float(value) for key, value in run_cell(cell).items()}
-        except Exception as error:  # hours of finished cells must survive whatever one of them does
-            result.failures.append(Failure(cell, error))
-            log.error("%s: %s failed: %s", protocol, cell.name, result.failures[-1].message)
-    result.metrics["runs"] = float(len(result.cells) + len(result.failures))
-    result.metrics["runs_failed"] = float(len(result.failures))
+def across(
+    protocol: str,
+    source: str,
+    targets: Sequence[str],
+    run_cell: RunCell,
+    shots: int = 16,
+    seeds: Sequence[int] = (1, 2, 3),
+) -> ProtocolResult:
+    """Train k-shot on all classes of one data set, then score what was learned on others, without adapting to them.
+
+    Cross-dataset transfer to other tasks (Zhou et al., CVPR 2022, section 4.2) and generalisation to other domains
+    of the same classes (section 4.3) are the same runs; only the choice of targets differs.
+
+    Args:
+        protocol: ``"cross-dataset"`` or ``"domain-generalisation"``.
+        source: Catalogue name to train on.
+        targets: Catalogue names to score.
+        run_cell: Trains and scores a cell without ``target``; scores one with it, after the source cell of its seed.
+        shots: Training samples per class of the source.
+        seeds: One run per seed.
+
+    Returns:
+        ``source/...`` and ``<target>/...`` for every target, and without prefix the average over the targets, which
+        as published leaves the source out; each with ``_std`` and ``_ci95`` over seeds. The headline is ``score``.
+    """
+    sources = [Cell(source, shots, s) for s in seeds]
+    plan = [cell for c in sources for cell in (c, *(replace(c, target=t) for t in targets))]
+    result = run_cells(protocol, plan, run_cell)
+    result.headline = "score"
+    by_target = {t: {c.seed: n for c, n in result.cells.items() if c.target == t} for t in (None, *targets)}
+    for target, by_seed in by_target.items():
+        result.metrics |= over_seeds(list(by_seed.values()), f"{target or 'source'}/")
+    del by_target[None]
+    result.metrics |= over_seeds(averages(by_target, seeds), "")
     return result
 
 
-def _over_datasets(
-    result: ProtocolResult, datasets: Sequence[str], plan: Sequence[Cell], prefix: str
-) -> dict[str, float]:
-    """Summarise over seeds: each data set, and their average per seed."""
-    done = {
-        d: {c.seed: result.cells[c] for c in plan if c.dataset == d and c in result.cells} for d in datasets
-    }
-    flat: dict[str, float] = {}
-    if len(datasets) > 1:
-        for dataset, by_seed in done.items():
-            flat |= _over_seeds(list(by_seed.values()), f"{dataset}/{prefix}")
-    # A seed that one data set lacks would shift the average, so only complete seeds count.
-    seeds = [s for s in dict.fromkeys(c.seed for c in plan) if all(s in by_seed for by_seed in done.values())]
-    averages = [_average([by_seed[s] for by_seed in done.values()]) for s in seeds]
-    return flat | _over_seeds(averages, prefix)
+def _few_shot(
+    protocol: str,
+    datasets: Sequence[str],
+    run_cell: RunCell,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    always_named: bool = False,
+) -> ProtocolResult:
+    plan = [Cell(d, k, s) for d in datasets for k in shots for s in seeds]
+    result = run_cells(protocol, plan, run_cell)
+    for k in shots:
+        here = [c for c in plan if c.shots == k]
+        result.metrics |= over_datasets(result, datasets, here, f"shots{k}/", always_named)
+    largest = f"shots{max(shots)}/"
+    for prefix in ("", *(f"{d}/" for d in datasets if always_named)):
+        result.metrics |= unprefixed(result.metrics, f"{prefix}{largest}", prefix)
+    return result
 
 
-def _over_seeds(runs: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key in _common_keys(runs):
-        flat |= summarise([run[key] for run in runs]).flat(f"{prefix}{key}")
-    return flat
-
-
-def _average(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: summarise([run[key] for run in runs]).mean for key in _common_keys(runs)}
-
-
-def _common_keys(runs: Sequence[Mapping[str, float]]) -> list[str]:
-    return [key for key in runs[0] if all(key in run for run in runs)] if runs else []
-
-
-def _unprefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+def _halves(dataset: str, count_classes: Callable[[str], int]) -> tuple[Any, Any]:
+    try:
+        return split_base_new(count_classes(dataset))
+    except Exception:  # told again, with its reason, by the cells of this data set
+        return None, None
