@@ -55,7 +55,7 @@ class DataOptions(BaseModel):
     )
     root: str | None = Field(None, description="where data sets lie")
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
-    sampling: Literal["private", "coop_compat"] = "private"
+    sampling: Literal["private", "coop_compat", "elevater"] = "private"
     on_bad_image: Literal["skip", "error"] = "skip"
     strict_shots: bool = False
     augmentation: Literal["none", "flip", "crop_flip"] = "none"
@@ -84,9 +84,21 @@ class ProtocolOptions(BaseModel):
 
     model_config = _STRICT
 
-    name: Literal["coop-fewshot", "base-to-new", "multitask", "transfer"] = "coop-fewshot"
+    name: Literal[
+        "coop-fewshot",
+        "base-to-new",
+        "cross-dataset",
+        "domain-generalisation",
+        "elevater",
+        "multitask",
+        "transfer",
+    ] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
+    targets: list[str] = Field(
+        default_factory=list,
+        description="cross-dataset, domain-generalisation: data sets to score what data.name taught",
+    )
 
 
 class RunConfig(BaseModel):
@@ -250,6 +262,17 @@ def _stage_problems(config: RunConfig) -> list[str]:
         problems += [f"multitask.groups.{group}: a group needs at least one data set."] if not members else []
     if protocol == "transfer" and (len(names) < 2 or len(config.protocol.shots) != 1):
         problems.append("protocol.name: transfer needs at least two data sets and one number of shots.")
+    across = protocol in ("cross-dataset", "domain-generalisation")
+    if across != bool(config.protocol.targets):
+        problems.append(
+            f"protocol.targets: {protocol} needs at least one data set to score."
+            if across
+            else f"protocol.targets: only cross-dataset and domain-generalisation use it, not {protocol}."
+        )
+    if across and len(names) != 1:
+        problems.append(f"data.name: {protocol} trains on one data set, got {len(names)}.")
+    if protocol == "elevater" and config.data.sampling == "coop_compat":
+        problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
         problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
     if config.target.shots and not config.target.names:
@@ -274,7 +297,10 @@ def _name_problems(raw: dict[str, Any]) -> list[str]:
     listed = [*listed, *(also.values() if isinstance(also, dict) else [])]
     target = raw.get("target") or {}
     targets = target.get("names") or [] if isinstance(target, dict) else []
+    protocol = raw.get("protocol") or {}
+    scored = protocol.get("targets") or [] if isinstance(protocol, dict) else []
     places = [("data.name", listed), ("target.names", targets if isinstance(targets, list) else [])]
+    places.append(("protocol.targets", scored if isinstance(scored, list) else []))
     for key, name in ((key, name) for key, names in places for name in names):
         try:
             check_name(str(name))

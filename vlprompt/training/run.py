@@ -21,12 +21,14 @@ import numpy as np
 import torch
 import yaml
 
-from vlprompt.artefacts import package_version, save
+from vlprompt.artefacts import load, package_version, save
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.config import RunConfig
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
+from vlprompt.errors import DataError
 from vlprompt.evaluation.evaluate import evaluate, predict_logits
-from vlprompt.evaluation.protocols import Cell, ProtocolResult, base_to_new, coop_fewshot
+from vlprompt.evaluation.protocol_tables import protocol_table
+from vlprompt.evaluation.protocols import Cell, ProtocolResult, across, base_to_new, coop_fewshot, elevater
 from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
@@ -89,6 +91,8 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         write_json(folder / "cells.json", result.record())
         if session.matrix is not None:
             session.matrix.write(folder)
+        elif result.cells and result.protocol != "multitask":
+            protocol_table([metrics]).write(folder)
         write_report(folder / "report.html", session.report(result, metrics, command))
     return Outcome(folder, metrics, result.headline, _failures(result))
 
@@ -113,14 +117,16 @@ class _Session:
             return run_multitask(self)
         if protocol.name == "transfer":
             return run_transfer(self)
+        if protocol.name in ("cross-dataset", "domain-generalisation"):
+            most = max(protocol.shots)
+            return across(protocol.name, names[0], protocol.targets, self.run_cell, most, protocol.seeds)
         if protocol.name == "base-to-new":
-            counts = {name: len(self._load(name, "test").classnames) for name in names}
+            most, seeds = max(protocol.shots), protocol.seeds
             return run_from_scratch_too(
-                self, lambda run: base_to_new(counts, run, max(protocol.shots), protocol.seeds)
+                self, lambda run: base_to_new(names, self._count_classes, run, most, seeds)
             )
-        return run_from_scratch_too(
-            self, lambda run: coop_fewshot(names, run, protocol.shots, protocol.seeds)
-        )
+        few_shot = elevater if protocol.name == "elevater" else coop_fewshot
+        return run_from_scratch_too(self, lambda run: few_shot(names, run, protocol.shots, protocol.seeds))
 
     def run_cell(self, cell: Cell, start: Sequence[str] | None = None) -> Mapping[str, float]:
         """Train and score one cell, or return what a finished one left behind.
@@ -132,6 +138,8 @@ class _Session:
         folder = self.prompt_folder(cell).parent
         if (folder / "cell.json").is_file():
             return json.loads((folder / "cell.json").read_text())
+        if cell.target is not None:
+            return self._run_target(cell, folder)
         train, val = self._part(cell, "train"), self._validation(cell)
         learner = self._learner(train.classnames, train.templates, cell.seed)
         self._start(learner, folder, self.origin if start is None else start)
@@ -140,6 +148,18 @@ class _Session:
         )
         result = fit(learner, train, val, **self._fit_options(cell, folder))
         return self._keep(folder, learner, result, self._score(cell, learner, result))
+
+    def _run_target(self, cell: Cell, folder: Path) -> Mapping[str, float]:
+        """Score what the cell's source run learned on another data set."""
+        source = replace(cell, target=None)
+        process_state().wait_for_everyone()  # the source's files are written by one process
+        if not (self.prompt_folder(source).parent / "cell.json").is_file():
+            raise DataError(f"{source.name} did not finish, so there is nothing to score on {cell.target}.")
+        learner = load(self.prompt_folder(source), self.backbone)
+        numbers = self._scores(learner, self._load(str(cell.target), "test"))
+        if process_state().is_main_process:
+            write_json(folder / "cell.json", numbers)
+        return numbers
 
     def run_group(self, cell: Cell, names: Sequence[str]) -> Mapping[str, float]:
         """Train several data sets together and score each on its own classes; otherwise as :meth:`run_cell`."""
@@ -202,18 +222,27 @@ class _Session:
         """Test metrics of the learner and of zero-shot, by part ("", "base/", "new/", "<also_test>/")."""
         numbers: dict[str, float] = {f"train/{k}": v for k, v in result.metrics.items()}
         for prefix, test in self._tests(cell).items():
-            fitting = (
-                learner if test.classnames == learner.classnames else learner.with_classes(test.classnames)
-            )
-            zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
-            scores = evaluate(fitting, test, cache=self.test_cache)
-            baseline = evaluate(zero, test, cache=self.test_cache)
-            numbers |= {f"{prefix}{k}": v for k, v in scores.items()}
-            numbers |= {f"{prefix}zero_shot_accuracy": baseline["accuracy"]}
-            self.facts |= {f"{test.name}/{k}": v for k, v in test.fingerprint().items()}
+            fitting = learner
+            if test.classnames != learner.classnames:
+                fitting = learner.with_classes(test.classnames)
+            numbers |= {f"{prefix}{k}": v for k, v in self._scores(fitting, test).items()}
             if prefix in ("", "base/"):
                 self.shown = (fitting, test, result)
         return numbers
+
+    def _scores(self, learner: Learner, test: ImageDataset) -> dict[str, float]:
+        """Test metrics of a learner on any classes, and what zero-shot reaches on them."""
+        if test.classnames != learner.classnames:
+            learner = learner.with_classes(test.classnames)
+        zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
+        baseline = evaluate(zero, test, cache=self.test_cache)
+        self.facts |= {f"{test.name}/{k}": v for k, v in test.fingerprint().items()}
+        self.facts[f"{test.name}/metric"] = test.info.get("metric", "accuracy")
+        zero_shot = {f"zero_shot_{k}": baseline[k] for k in ("accuracy", "score")}
+        return {**evaluate(learner, test, cache=self.test_cache), **zero_shot}
+
+    def _count_classes(self, name: str) -> int:
+        return len(self._load(name, "test").classnames)
 
     def _tests(self, cell: Cell) -> dict[str, ImageDataset]:
         if cell.base is not None and cell.new is not None:
@@ -230,7 +259,10 @@ class _Session:
         return self._part(cell, "val") if self.config.data.validate_on == "val" else None
 
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
-        return load_dataset(name, split, **draw, **self.config.data.arguments())
+        arguments = self.config.data.arguments()
+        if self.config.protocol.name == "elevater":
+            arguments["sampling"] = "elevater"
+        return load_dataset(name, split, **draw, **arguments)
 
     def _learner(self, classnames: Sequence[str], templates: Sequence[str], seed: int) -> Learner:
         options = dict(self.config.learner_options)
@@ -241,7 +273,11 @@ class _Session:
     @property
     def _single(self) -> bool:
         protocol = self.config.protocol
-        if protocol.name in ("multitask", "transfer") or self.config.target.compare_scratch:
+        if (
+            protocol.name in ("multitask", "transfer")
+            or protocol.targets
+            or self.config.target.compare_scratch
+        ):
             return False
         shots = 1 if protocol.name == "base-to-new" else len(protocol.shots)
         return len(self.config.data.names) * shots * len(protocol.seeds) == 1
@@ -304,6 +340,7 @@ def _metrics(
         "protocol": result.protocol,
         "learner": config.learner_name,
         "data": config.data.name,
+        **({"targets": config.protocol.targets} if config.protocol.targets else {}),
         "shots": config.protocol.shots,
         "seeds": config.protocol.seeds,
         "backbone": backbone.name,
