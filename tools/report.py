@@ -1,4 +1,7 @@
-"""Set finished runs side by side, a line per data set: ``python tools/report.py runs/fewshot_tiny/*``."""
+"""Set finished runs side by side: ``python tools/report.py runs/fewshot_tiny/*``.
+
+Few-shot runs get a line per data set; the other protocols a line per method, as papers print them.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,21 @@ _KEY = re.compile(r"^(?:(?P<data>.+)/)?shots(?P<shots>\d+)/(?P<zero>zero_shot_)?
 def main(arguments: Sequence[str]) -> None:
     """Print accuracies in percent with 95 % intervals; columns are zero-shot, then each run's learner by shots."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders of coop-fewshot, or metrics.json files")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or metrics.json files")
     parser.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex"))
     args = parser.parse_args(list(arguments))
 
     from vlprompt.evaluation import tables
 
+    found = [_read(run) for run in args.runs]
+    if any(metrics["protocol"] != "coop-fewshot" for metrics in found):
+        from vlprompt.evaluation.protocol_tables import protocol_table
+
+        print(getattr(protocol_table(found), args.format)(), end="")
+        return
     lines: dict[str, dict[str, Any]] = {}
-    for run in args.runs:
-        _add(lines, _read(run))
+    for metrics in found:
+        _add(lines, metrics)
     rows = [tables.Row(name, values) for name, values in lines.items()]
     columns = list(dict.fromkeys(c for values in lines.values() for c in values))
     columns.sort(key=lambda c: c != "zero-shot")  # stable: only moves zero-shot to the front
