@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.backbones.tiny_weights import build_model, pack_state
+from vlprompt.backbones.tiny_weights import build_model, load_state, pack_state
 from vlprompt.config import read_yaml
 from vlprompt.data.scenes.corpus import Corpus, encode, read_corpus
 from vlprompt.data.scenes.pairs import CaptionPairs
@@ -58,12 +58,16 @@ class PretrainOptions(BaseModel):
     pictures: int = Field(65536, ge=2, description="captioned scenes that are drawn once")
     easy: int = Field(0, ge=0, description="so many of them are easy (one large object, short captions)")
     easy_epochs: int = Field(0, ge=0, description="first epochs, on the easy pictures alone")
+    balanced: bool = Field(
+        False, description="more captions about one attribute, rarer attributes more often"
+    )
     captions: int = Field(
         8, ge=1, description="captions per picture; epoch e reads caption e modulo this number"
     )
     shift: int = Field(2, ge=0, description="pictures are moved by up to so many pixels each way")
     watch: int = Field(200, ge=1, description="pictures per data set whose zero-shot accuracy is watched")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
+    start: str = Field("", description="packed weights to go on from; empty: random ones")
     train: TrainOptions = TrainOptions()
 
     @classmethod
@@ -92,9 +96,11 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     Returns:
         Path of the packed weights.
     """
-    pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy)
+    pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy, balanced=options.balanced)
     corpus = read_corpus(pairs, options.captions, folder / "scenes.u8", workers)
     module = ContrastiveModule(corpus.seen_ids, options.seed)
+    if options.start:
+        module.load_packed(Path(options.start))
     curriculum = (options.easy, options.easy_epochs)
     batches = CaptionBatches(corpus, options.train.batch_size, options.train.seed, options.shift, curriculum)
     identity = options.model_dump(mode="json", exclude={"train"})
@@ -181,6 +187,14 @@ class ContrastiveModule(nn.Module):
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put parameters back, strictly."""
         self.clip.load_state_dict(dict(state), strict=True)
+
+    def load_packed(self, path: Path) -> None:
+        """Take the weights of a packed file, as :func:`~vlprompt.backbones.tiny_weights.load_state` reads them."""
+        model = build_model()
+        load_state(model, path)
+        state = dict(model.named_parameters())
+        state["token_embedding.weight"] = model.token_embedding.weight[self.seen_ids]
+        self.load_trainable_state({name: tensor.detach() for name, tensor in state.items()})
 
     def packed(self) -> dict[str, Tensor]:
         """Return the tensors to ship (see :func:`vlprompt.backbones.tiny_weights.pack_state`)."""

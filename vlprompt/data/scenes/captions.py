@@ -24,6 +24,9 @@ from vlprompt.data.scenes.wording import article, plural
 __all__ = ["Caption", "arrangement", "caption", "facts", "larger", "phrase", "relation"]
 
 T = TypeVar("T")
+# How often captions of one attribute are about the shape, colour, pattern, size, position, background, style, kind.
+_NATURAL = (7, 3, 3, 1, 1, 1, 1, 0.3)
+_BALANCED = (6, 2, 5, 2, 3, 3, 1, 0.5)
 _VOWEL = re.compile(r"\ba (?=(?!uni)[aeiou])")
 
 
@@ -86,7 +89,12 @@ def phrase(item: SceneObject, attributes: Sequence[str] = ("pattern", "colour"))
 
 
 def caption(
-    spec: SceneSpec, rng: np.random.Generator, *, held_out: bool = False, simple: bool = False
+    spec: SceneSpec,
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
+    simple: bool = False,
+    balanced: bool = False,
 ) -> Caption:
     """Draw one sentence about a scene.
 
@@ -95,6 +103,7 @@ def caption(
         rng: Source of randomness.
         held_out: Prefer words and sentences that pretraining never reads.
         simple: Of a single object, name its shape and perhaps its colour only.
+        balanced: Say single attributes more often, the rarer ones above all.
 
     Returns:
         The sentence and its facts, all of them true of the scene.
@@ -103,7 +112,8 @@ def caption(
     if len(spec.objects) == 1 and simple:
         return writer.simple()
     if len(spec.objects) == 1:
-        return writer.attribute() if rng.random() < 0.45 else writer.single()
+        weights = _BALANCED if balanced else _NATURAL
+        return writer.attribute(weights) if rng.random() < (0.65 if balanced else 0.45) else writer.single()
     shapes = {o.shape for o in spec.objects}
     if len(spec.objects) == 2 and len(shapes) == 2:
         return writer.pair()
@@ -155,7 +165,7 @@ class _Writer:
             return f" in a {self.say('style', self.spec.style)} picture"
         return ""
 
-    def attribute(self) -> Caption:
+    def attribute(self, share: Sequence[float]) -> Caption:
         """A sentence about one attribute of the only object, or of the picture."""
         item = self.spec.objects[0]
         values = {
@@ -168,7 +178,7 @@ class _Writer:
             "style": self.spec.style,
             "kind": _kind(item),
         }
-        weights = np.array([7, 3, 3, 1, 1, 1, 1, 0.3]) * [v is not None for v in values.values()]
+        weights = np.array(share) * [v is not None for v in values.values()]
         name = list(values)[int(self.rng.choice(len(values), p=weights / weights.sum()))]
         word = self.say(name, str(values[name]))
         if name not in ("background", "style"):

@@ -104,7 +104,8 @@ def _tokenise(texts: list[list[str]]) -> dict[str, Any]:
 
 def _render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
     shape = (len(pairs), pairs.size, pairs.size, 3)
-    cache = cache.with_name(f"{cache.stem}-{derive_seed(pairs.seed, GENERATOR, pairs, shape):x}.u8")
+    shown = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
+    cache = cache.with_name(f"{cache.stem}-{shown:x}.u8")
     if not (cache.is_file() and cache.stat().st_size == int(np.prod(shape))):
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part")

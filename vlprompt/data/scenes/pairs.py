@@ -41,6 +41,7 @@ class CaptionPairs:
         size: Side in pixels.
         easy: So many first items show one large object in the middle of a calm ground, with captions that name
             its shape and perhaps its colour; a curriculum starts with them.
+        balanced: More captions are about a single attribute, and all attributes get their share of those.
     """
 
     count: int
@@ -48,6 +49,7 @@ class CaptionPairs:
     holdout: bool = True
     size: int = 64
     easy: int = 0
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.size < 16:
@@ -83,7 +85,13 @@ class CaptionPairs:
         spec = self.spec(index)
         rng = numpy_rng(self.seed, "scenes", "caption", self.holdout, index)
         return [
-            caption(spec, rng, held_out=not self.holdout and draw % 2 == 1, simple=index < self.easy)
+            caption(
+                spec,
+                rng,
+                held_out=not self.holdout and draw % 2 == 1,
+                simple=index < self.easy,
+                balanced=self.balanced,
+            )
             for draw in range(count)
         ]
 
