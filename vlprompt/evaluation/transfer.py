@@ -24,7 +24,7 @@ __all__ = ["TransferMatrix"]
 
 @dataclass(frozen=True)
 class TransferMatrix:
-    """Accuracy of N tasks, each from scratch and from the prompts of each.
+    """Accuracy (or the data set's own score) of N tasks, each from scratch and from the prompts of each.
 
     Attributes:
         names: N tasks.

@@ -20,6 +20,7 @@ __all__ = ["Runs", "StageCell", "paired_gains", "run_from_scratch_too", "run_mul
 
 Numbers = Mapping[str, float]
 _COUNTS = ("runs", "runs_failed")
+_MEASURES = ("accuracy", "score")  # a data set's own measure may be another than accuracy
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run_multitask(runs: Runs) -> ProtocolResult:
     scratch = coop_fewshot(names, lambda cell: runs.run_cell(_staged(cell, "scratch"), []), shots, seeds)
     result = _joined("multitask", [*parts, ("scratch/", "scratch", scratch)])
     for group, cells in compared.items():
-        gains = paired_gains(cells, scratch.cells)
+        gains = _gains(cells, scratch.cells)
         result.metrics |= {f"{group}/{k}" if group else k: v for k, v in gains.items()}
     return result
 
@@ -96,8 +97,8 @@ def run_from_scratch_too(
     scratch = protocol(lambda cell: runs.run_cell(_staged(cell, "scratch"), []))
     result = _joined(ours.protocol, [("", "", ours), ("scratch/", "scratch", scratch)])
     result.headline = ours.headline
-    metric = "accuracy" if ours.headline == "accuracy" else "new/accuracy"
-    result.metrics |= paired_gains(ours.cells, scratch.cells, metric)
+    base_to_new = ours.headline == "harmonic_mean"
+    result.metrics |= _gains(ours.cells, scratch.cells, ("new/accuracy",) if base_to_new else _MEASURES)
     return result
 
 
@@ -156,6 +157,17 @@ def paired_gains(
     return flat
 
 
+def _gains(
+    ours: Mapping[Cell, Numbers], theirs: Mapping[Cell, Numbers], measures: Sequence[str] = _MEASURES
+) -> dict[str, float]:
+    """Return the paired gains in every measure that all cells have; the score only where it says something new."""
+    cells = [*ours.values(), *theirs.values()]
+    known = [m for m in measures if cells and all(m in numbers for numbers in cells)]
+    if len(known) > 1 and all(numbers["score"] == numbers["accuracy"] for numbers in cells):
+        known = ["accuracy"]
+    return {k: v for m in known for k, v in paired_gains(ours, theirs, m).items()}
+
+
 def _tune(runs: Runs, cell: Cell) -> Numbers:
     """Tune one target from the source prompts with as many shots, or the most there are."""
     protocol = runs.config.protocol
@@ -168,7 +180,9 @@ def _tune(runs: Runs, cell: Cell) -> Numbers:
 def _by_task(source: ProtocolResult, group: str, members: Sequence[str]) -> dict[Cell, Numbers]:
     """Return a group's cells as if each task had been a cell of its own."""
     return {
-        Cell(name, cell.shots, cell.seed): {"accuracy": numbers[f"{name}/accuracy"]}
+        Cell(name, cell.shots, cell.seed): {
+            m: numbers[f"{name}/{m}"] for m in _MEASURES if f"{name}/{m}" in numbers
+        }
         for cell, numbers in source.cells.items()
         if cell.dataset == group
         for name in members
@@ -183,6 +197,7 @@ def _joined(protocol: str, parts: Sequence[tuple[str, str, ProtocolResult]]) -> 
         result.cells |= {_staged(cell, stage): numbers for cell, numbers in part.cells.items()}
         result.failures += part.failures
     result.metrics |= {k: sum(part.metrics[k] for _, _, part in parts) for k in _COUNTS}
+    result.headline = "accuracy" if "accuracy" in result.metrics else "score"
     return result
 
 
@@ -197,6 +212,6 @@ def _key(cell: Cell) -> tuple[str, int, int]:
 
 
 def _mean(result: ProtocolResult, name: str) -> float:
-    """Return a task's mean accuracy over seeds, NaN if none finished."""
-    found = [numbers["accuracy"] for cell, numbers in result.cells.items() if cell.dataset == name]
+    """Return the mean over seeds of a task's own measure (mostly accuracy), NaN if there is none."""
+    found = [numbers["score"] for cell, numbers in result.cells.items() if cell.dataset == name]
     return summarise(found).mean if found else float("nan")
