@@ -106,3 +106,15 @@ def test_a_part_of_the_classes_keeps_the_labels_that_are_left(tmp_path: Path) ->
     single = replace(test, samples=tuple(Sample(s.source, s.classes[0]) for s in test.samples))
     assert not single.multi_label
     assert {s.label for s in single.keep_classes([1, 5]).samples} == {0, 1}
+
+
+def test_cards_of_the_benchmark_are_drawn_its_way_unless_told(tmp_path: Path) -> None:
+    make(load_card("elevater_mnist"), load_card("elevater_mnist").source, tmp_path)
+    train = load_dataset("elevater_mnist", shots=2, root=tmp_path)
+    assert (train.info["sampling"], len(train)) == ("elevater", 10)
+    assert len(load_dataset("elevater_mnist", "val", shots=2, root=tmp_path)) == 10
+    told = load_dataset("elevater_mnist", shots=2, root=tmp_path, sampling="private")
+    assert (told.info["sampling"], len(told)) == ("private", 20)
+    assert load_dataset("digits", shots=2).info["sampling"] == "private"
+    with pytest.raises(DataError, match=r"has no split 'val', only train, test\. Few-shot draws"):
+        load_dataset("elevater_mnist", "val", root=tmp_path)

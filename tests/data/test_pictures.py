@@ -255,6 +255,8 @@ def test_a_split_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_dataset("mine", root=tmp_path)
-    split.write_text(split.read_text() + "\n")  # a copy that somebody's editor saved
+        split.write_text(split.read_text() + "\n")  # a copy that somebody's editor saved
+        load_dataset("mine", root=tmp_path)
+    split.write_text(split.read_text().replace("5.jpg", "4.jpg"))
     with pytest.warns(UserWarning, match="is not the published one .*results made with it say sha256"):
         assert "sha256" in load_dataset("mine", root=tmp_path).info["split_source"]

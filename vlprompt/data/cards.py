@@ -84,6 +84,7 @@ class SplitSpec(_Strict):
         checksum: As of :class:`ArchiveSpec`.
         sizes: Pictures in each part.
         otherwise: How the parts are made where there is no published split, or its file is missing.
+        draw: How few-shot subsets are drawn unless somebody says otherwise (see ``sampling`` of ``load_dataset``).
     """
 
     file: str | None = None
@@ -92,6 +93,7 @@ class SplitSpec(_Strict):
     checksum: Checksum | None = None
     sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
     otherwise: str = ""
+    draw: Literal["private", "elevater"] = "private"
 
 
 class Card(_Strict):

@@ -30,7 +30,7 @@ __all__ = ["check_name", "default_root", "list_datasets", "load_dataset", "open_
 
 _GRAMMAR = "One's own pictures: folder:PATH or csv:PATH."
 Names = Sequence[str] | Mapping[str, str]
-Sampling = Literal["private", "coop_compat", "elevater"]
+Sampling = Literal["auto", "private", "coop_compat", "elevater"]
 _Ways = list[tuple[Build, Request]]  # to read a data set, best first
 
 
@@ -51,7 +51,7 @@ def load_dataset(
     seed: int = 1,
     classes: Literal["all", "base", "new"] = "all",
     root: str | os.PathLike[str] | None = None,
-    sampling: Sampling = "private",
+    sampling: Sampling = "auto",
     on_bad_image: Literal["skip", "error"] = "skip",
     *,
     download: bool = False,
@@ -72,8 +72,9 @@ def load_dataset(
         classes: ``"base"`` is the first half of the classes, ``"new"`` the rest, drawn before they are
             filtered.
         root: Folder of downloaded data sets; :func:`default_root` if None.
-        sampling: ``"coop_compat"`` draws the very pictures of the reference code; ``"elevater"`` draws from the
-            train list as the ELEVATER benchmark does, and takes val from what it drew.
+        sampling: ``"private"`` draws from a generator of its own; ``"coop_compat"`` draws the very pictures of the
+            reference code; ``"elevater"`` draws from the train list as the ELEVATER benchmark does, and takes val
+            from what it drew; ``"auto"`` is elevater for the cards of that benchmark and private for all others.
         on_bad_image: ``"skip"`` names unreadable pictures in a warning and leaves them out, ``"error"``
             refuses.
         download: Fetch a data set that isn't there, if its card says from where (see ``tools/prepare.py``).
@@ -96,6 +97,9 @@ def load_dataset(
     _check_choices(name, on_bad_image, classes, sampling, max_bad_share)
     place = default_root() if root is None else Path(root).expanduser()
     ways = _resolve(name, split, place)
+    if sampling == "auto":
+        card = ways[0][1].card
+        sampling = "private" if card is None else card.splits.draw
     whole = partial(_whole, download=download, options=options, classnames=classnames, templates=templates)
     policy = _Policy(on_bad_image, max_bad_share, strict_shots)
     if shots is None:
@@ -151,7 +155,7 @@ def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str, ma
     choices = (
         ("on_bad_image", on_bad_image, ("skip", "error")),
         ("classes", classes, ("all", "base", "new")),
-        ("sampling", sampling, ("private", "coop_compat", "elevater")),
+        ("sampling", sampling, ("auto", "private", "coop_compat", "elevater")),
     )
     for key, value, known in choices:
         if value not in known:

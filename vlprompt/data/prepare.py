@@ -6,7 +6,6 @@ last; a kill leaves parts that the next call continues from.
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -121,12 +120,13 @@ def fetch(card: Card, root: Path, progress: Progress | None = None, timeout: flo
     try:
         if found.state == "absent":
             _fetch_archives(card, root, progress, timeout)
-        if card.splits.file and card.splits.mirror:
-            place = _split_place(card, root)
+        place = _split_place(card, root)
+        if card.splits.mirror and not place.is_file():
             download([card.splits.mirror], place, card.splits.checksum, timeout=timeout, progress=progress)
-    except DataError as error:
+    except (DataError, OSError) as error:
+        reason = error if isinstance(error, DataError) else f"{error}."
         raise DataError(
-            f"{card.name}: {error} By hand: {_one_line(card.by_hand)} (ROOT is {root}.)"
+            f"{card.name}: {reason} By hand: {_one_line(card.by_hand)} (ROOT is {root}.)"
         ) from None
     return status(card, root)
 
@@ -171,7 +171,7 @@ def _move_in(staging: Path, root: Path, last: set[str]) -> None:
         target = root / path.name
         if not target.exists():
             root.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            shutil.move(path, target)  # the target may be a link to another disk
         elif path.is_dir() and target.is_dir():
             _move_in(path, target, last)
         elif not path.is_file() or path.read_bytes() != target.read_bytes():

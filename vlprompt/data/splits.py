@@ -132,7 +132,8 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
     except OSError as error:
         raise DataError(f"can't read the split file {path}: {error.strerror or error}.") from None
     digest = hashlib.sha256(raw).hexdigest()
-    if not matches(path, expected):
+    trimmed = f"sha256:{hashlib.sha256(raw.rstrip()).hexdigest()}"  # copies differ by a newline at the end
+    if not matches(path, expected) and trimmed != expected:
         warnings.warn(
             f"the split file {path} is not the published one ({expected}); results made with it say sha256 {digest}.",
             stacklevel=4,
