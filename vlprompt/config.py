@@ -55,7 +55,7 @@ class DataOptions(BaseModel):
     )
     root: str | None = Field(None, description="where data sets lie")
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
-    sampling: Literal["private", "coop_compat", "elevater"] = "private"
+    sampling: Literal["auto", "private", "coop_compat", "elevater"] = "auto"
     on_bad_image: Literal["skip", "error"] = "skip"
     strict_shots: bool = False
     augmentation: Literal["none", "flip", "crop_flip"] = "none"
