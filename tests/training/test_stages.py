@@ -52,9 +52,7 @@ def test_targets_start_from_the_mean_of_the_sources_and_scratch_does_not(tmp_pat
         torch.testing.assert_close(target, mean)
         scratch = _prompt(outcome, f"scratch_scenes-size_1shots_seed{seed}")["context"]
         assert torch.equal(scratch, sources[seed - 1])
-    start = json.loads(
-        (outcome.folder / "cells/target_scenes-size_1shots_seed1/start.json").read_text()
-    )
+    start = json.loads((outcome.folder / "cells/target_scenes-size_1shots_seed1/start.json").read_text())
     assert start["init_mean_of"] == 2
     assert outcome.metrics["target_start"] == "mean of the source prompts of this run"
 
@@ -140,7 +138,9 @@ def test_the_transfer_study_writes_a_matrix_a_picture_and_continues(tmp_path: Pa
     start = json.loads(
         (outcome.folder / "cells/from-scenes-arrangement_scenes-kind_1shots_seed1/start.json").read_text()
     )
-    assert start["init_from"] == [str(outcome.folder / "cells/scratch_scenes-arrangement_1shots_seed1/prompt")]
+    assert start["init_from"] == [
+        str(outcome.folder / "cells/scratch_scenes-arrangement_1shots_seed1/prompt")
+    ]
 
     (outcome.folder / "cells/from-scenes-arrangement_scenes-kind_1shots_seed1/cell.json").unlink()
     kept = outcome.folder / "cells/from-scenes-kind_scenes-kind_1shots_seed1/cell.json"
