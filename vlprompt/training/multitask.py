@@ -245,11 +245,7 @@ def fit_multitask(
         VLPromptError: As :func:`vlprompt.fit`.
     """
     sharing, checked = sharing or MultiTaskOptions(), parse_options(options)
-    tasks = {name: TaskData(data.train.one_label_each(), data.val) for name, data in tasks.items()}
-    if empty := [name for name, data in tasks.items() if not len(data.train)]:
-        raise DataError(f"{empty[0]}: there are no training samples.")
-    if not tasks:
-        raise DataError("multitask training needs at least one data set.")
+    tasks = _checked(tasks)
     started, processes = time.monotonic(), accelerator()
     learner.to(processes.device)
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
@@ -283,3 +279,11 @@ def fit_multitask(
     if held_out:
         metrics |= {f"val/{k}": v for k, v in module.evaluate(held_out, cache).items()}
     return RunResult(metrics, history, None if folder is None else Path(folder), learner), module
+
+
+def _checked(tasks: Mapping[str, TaskData]) -> dict[str, TaskData]:
+    if not tasks:
+        raise DataError("multitask training needs at least one data set.")
+    if empty := [name for name, data in tasks.items() if not len(data.train)]:
+        raise DataError(f"{empty[0]}: there are no training samples.")
+    return {name: TaskData(data.train.one_label_each(), data.val) for name, data in tasks.items()}
