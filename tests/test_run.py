@@ -34,8 +34,9 @@ def _config(folder: Path, text: str = "") -> Path:
     return path
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def _environment(threads: int) -> dict[str, str]:
+    # Sums depend, in their last bits, on the number of threads: a comparison of bits must use the same.
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
 
 
 class Tool:
@@ -128,7 +129,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 
     command = [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(_config(killed)), *options]
     running = subprocess.Popen(
-        command, env=_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command,
+        env=_environment(torch.get_num_threads()),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     checkpoint = None
     deadline = time.monotonic() + 120
@@ -156,7 +160,7 @@ def test_two_processes_equal_one(tool: Tool, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*command, str(ROOT / "tools/train.py"), "--cfg", str(_config(two))],
-        env=_environment(),
+        env=_environment(1),
         check=True,
         capture_output=True,
     )
