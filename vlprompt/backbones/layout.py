@@ -160,9 +160,17 @@ def _common_prefix(sentences: Sequence[tuple[int, ...]]) -> int:
 
 
 def _pack(own: Sequence[Sequence[int]], offset: int) -> Tiles:
-    """First-fit-decreasing packing into tiles; short sentences leave almost nothing unused."""
-    size = max(_TILE, max(map(len, own)))
-    size = min(size, sum(map(len, own)))
+    """Pack sentences into equal tiles, of the size near ``_TILE`` that leaves the fewest places unused."""
+    total, longest = sum(map(len, own)), max(map(len, own))
+    even = -(-total // -(-total // _TILE))  # what fills just as many tiles evenly
+    sizes = sorted({min(total, max(longest, size)) for size in (even, even + 1, _TILE)})
+    packed = [(_fill(own, size), size) for size in sizes]
+    rows, size = min(packed, key=lambda p: len(p[0]) * p[1])
+    return _tensors(own, rows, size, offset)
+
+
+def _fill(own: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """First-fit-decreasing: sentences by tile, for tiles of ``size`` tokens."""
     rows: list[list[int]] = []
     room: list[int] = []
     first_open = 0
@@ -177,7 +185,7 @@ def _pack(own: Sequence[Sequence[int]], offset: int) -> Tiles:
         room[row] -= need
         while first_open < len(rows) and room[first_open] == 0:
             first_open += 1
-    return _tensors(own, rows, size, offset)
+    return rows
 
 
 def _tensors(own: Sequence[Sequence[int]], rows: list[list[int]], size: int, offset: int) -> Tiles:
