@@ -11,10 +11,10 @@ import torch
 
 from vlprompt import load_config, run
 from vlprompt.errors import ConfigError
+from vlprompt.evaluation.gains import paired_gains
 from vlprompt.evaluation.protocols import Cell
 from vlprompt.files import read_tensors
 from vlprompt.training.run import Outcome
-from vlprompt.training.stages import paired_gains
 
 BASE = """
 name: stages
