@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     args = parser.parse_intermixed_args(list(arguments))
 
-    from vlprompt.training.pretrain import PretrainOptions, pretrain
+    from vlprompt.pretraining.clip import PretrainOptions, pretrain
 
     options = PretrainOptions.read(args.cfg, args.overrides)
     folder = args.output or Path("runs") / options.name

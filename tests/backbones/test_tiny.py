@@ -11,11 +11,9 @@ from vlprompt.backbones import create_backbone
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.tiny_weights import WEIGHTS, build_model, load_state, pack_state, seen_token_ids
 from vlprompt.data import scenes
-from vlprompt.data.scenes.corpus import encode
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError
+from vlprompt.errors import BackboneError, CheckpointError
 from vlprompt.files import read_tensors, write_tensors
-from vlprompt.training.options import TrainOptions
-from vlprompt.training.pretrain import PretrainOptions, pretrain
+from vlprompt.pretraining.corpus import encode
 
 
 @pytest.fixture(scope="module")
@@ -112,31 +110,3 @@ def test_zero_shot_is_far_above_chance(tiny: Backbone, task: str, least: float) 
 
 def test_a_held_out_style_is_harder(tiny: Backbone) -> None:
     assert accuracy(tiny, "colour", "inverted") < accuracy(tiny, "colour") - 0.2
-
-
-def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
-    train = TrainOptions(
-        epochs=2, batch_size=32, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0
-    )
-    options = PretrainOptions(pictures=64, captions=2, watch=4, train=train)
-    path = pretrain(options, tmp_path / "whole")
-    whole = read_tensors(path)[0]
-    again = read_tensors(pretrain(options, tmp_path / "whole", resume=True))[0]
-    model = build_model()
-    load_state(model, path)
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-def test_a_wrong_configuration_names_every_mistake(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("pictures: -1\ncaption: 3\ntrain: {epoch: 2}\n")
-    with pytest.raises(ConfigError) as caught:
-        PretrainOptions.read(tmp_path / "bad.yaml")
-    assert len(caught.value.problems) == 3
-
-
-def test_pretraining_goes_on_from_packed_weights(tmp_path: Path) -> None:
-    train = TrainOptions(epochs=1, batch_size=32, optimizer="adamw", lr=1e-12, schedule="constant")
-    options = PretrainOptions(pictures=32, watch=4, start=str(WEIGHTS), train=train)
-    before, after = read_tensors(WEIGHTS)[0], read_tensors(pretrain(options, tmp_path))[0]
-    assert torch.allclose(before["visual.proj"], after["visual.proj"], atol=1e-3)

@@ -10,9 +10,9 @@ import pytest
 from vlprompt.data import scenes
 from vlprompt.data.scenes.attributes import COLOURS, HELD_OUT_STYLES, PATTERNS
 from vlprompt.data.scenes.captions import phrase
-from vlprompt.data.scenes.corpus import encode, read_corpus
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.wording import HELD_OUT_PREFIXES, HELD_OUT_WORDS, words
+from vlprompt.pretraining.corpus import encode, read_corpus
 
 COUNT = 1500
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import open_clip
 import torch
 
 from vlprompt.backbones import BACKBONES
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.backbones.tiny_weights import build_model, load_state, model_config
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.errors import UnknownNameError
 
@@ -33,15 +30,12 @@ def build_tiny(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
     """
     if pretrained not in (None, "scenes", "random"):
         raise UnknownNameError("weights tag of tiny", pretrained, ["scenes", "random"])
-    config: dict[str, Any] = json.loads((Path(__file__).parent / "tiny.json").read_text())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = open_clip.model.CLIP(**config)
+        model = build_model()
     tag = pretrained or "scenes"
     if tag == "scenes":
-        from vlprompt.backbones.tiny_weights import load_state
-
         load_state(model)
-    preprocess = {"size": config["vision_cfg"]["image_size"]}
+    preprocess = {"size": model_config()["vision_cfg"]["image_size"]}
     tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     return wrap_open_clip(model, preprocess, tokenizer, {"architecture": "tiny", "pretrained": tag})

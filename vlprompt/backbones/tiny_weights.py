@@ -17,6 +17,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor
 
+from vlprompt.backbones.stem import ConvStem
 from vlprompt.errors import BackboneError
 from vlprompt.files import read_tensors
 from vlprompt.seeding import torch_rng
@@ -36,9 +37,15 @@ def model_config() -> dict[str, Any]:
     return json.loads((files("vlprompt.backbones") / "tiny.json").read_text(encoding="utf-8"))
 
 
-def build_model() -> CLIP:
-    """Return the architecture with open_clip's random initialisation."""
-    return CLIP(**model_config())
+def build_model(norm: bool = False) -> CLIP:
+    """Return the architecture with random weights.
+
+    Args:
+        norm: With batch norm in the stem, as pretraining needs it.
+    """
+    model = CLIP(**model_config())
+    model.visual.conv1 = ConvStem(model.visual.conv1.out_channels, norm)
+    return model
 
 
 def pack_state(model: CLIP, seen_ids: Sequence[int]) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbones.vision import Insertion, VisionTower, VisualPrompts
-from vlprompt.errors import BackboneError
 from vlprompt.learners.base import Learner
 from vlprompt.seeding import torch_rng
 
@@ -60,11 +59,8 @@ def initial_visual_prompts(
 
 def _patch_fan_in(tower: VisionTower) -> int:
     """Return how many numbers a patch has (3 * height * width in pixels)."""
-    first = tower.visual.conv1 if tower.kind == "vit" else tower.visual.trunk.patch_embed
-    weight = next((p for p in first.parameters() if p.dim() > 1), None)
-    if weight is None:
-        raise BackboneError("this image tower's patch embedding has no weight to scale visual prompts by.")
-    return weight[0].numel()
+    patches = tower.visual if tower.kind == "vit" else tower.visual.trunk.patch_embed
+    return 3 * math.prod(patches.patch_size)
 
 
 class PromptedImages(Learner):

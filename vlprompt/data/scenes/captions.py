@@ -8,7 +8,6 @@ false.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,7 +18,7 @@ from vlprompt.data.scenes import wording
 from vlprompt.data.scenes.attributes import COUNT_WORDS
 from vlprompt.data.scenes.shapes import GLYPHS
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, position_name, size_name
-from vlprompt.data.scenes.wording import article, plural
+from vlprompt.data.scenes.wording import article, mend_articles, plural
 
 __all__ = ["Caption", "arrangement", "caption", "facts", "larger", "phrase", "relation"]
 
@@ -27,7 +26,6 @@ T = TypeVar("T")
 # How often captions of one attribute are about the shape, colour, pattern, size, position, background, style, kind.
 _NATURAL = (7, 3, 3, 1, 1, 1, 1, 0.3)
 _BALANCED = (6, 2, 5, 2, 3, 3, 1, 0.5)
-_VOWEL = re.compile(r"\ba (?=(?!uni)[aeiou])")
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ class _Writer:
 
     def correct(self, sentence: str) -> Caption:
         """Return the caption, its articles put right."""
-        return Caption(_VOWEL.sub("an ", sentence), frozenset(self.stated))
+        return Caption(mend_articles(sentence), frozenset(self.stated))
 
     def pick(self, options: Sequence[T]) -> T:
         """Draw one of several."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from vlprompt.data.scenes.attributes import COLOURS, PATTERNS
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 
-__all__ = ["HELD_OUT_WORDS", "article", "plural", "words"]
+__all__ = ["HELD_OUT_WORDS", "article", "mend_articles", "plural", "words"]
+
+_VOWEL = re.compile(r"\ba (?=(?!uni)[aeiou])")
 
 #: Ways to say an attribute's value, the canonical one first. Values that are missing are said as they are.
 WORDS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -140,6 +144,11 @@ def article(phrase: str) -> str:
     if phrase.startswith(("digit ", "number ")):
         return f"the {phrase}"
     return f"{'an' if phrase[0] in 'aeiou' and not phrase.startswith('uni') else 'a'} {phrase}"
+
+
+def mend_articles(sentence: str) -> str:
+    """Turn "a" into "an" before a vowel."""
+    return _VOWEL.sub("an ", sentence)
 
 
 def plural(noun: str) -> str:

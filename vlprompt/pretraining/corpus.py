@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from vlprompt.data.scenes.pairs import CaptionPairs
 from vlprompt.data.scenes.render import render
+from vlprompt.data.scenes.sentences import Sentences, attribute_sentences
 from vlprompt.data.scenes.tasks import GENERATOR
 from vlprompt.seeding import derive_seed
 
@@ -31,6 +33,8 @@ class Corpus:
         truth: (N, facts) bool, what is true of each picture.
         stated: (N, K, most) numbers of the facts each caption states, padded with -1.
         seen_ids: CLIP token ids that occur, ascending.
+        labels: (N, A) int16, which value of each attribute is true of a picture; -1 where none is.
+        sentences: Attribute -> values -> sentences that state it, each a list of indices into ``seen_ids``.
     """
 
     images: NDArray[np.uint8]
@@ -39,6 +43,8 @@ class Corpus:
     truth: NDArray[np.bool_]
     stated: NDArray[np.int32]
     seen_ids: list[int]
+    labels: NDArray[np.int16]
+    sentences: dict[str, list[list[list[int]]]]
 
     def positives(self, indices: NDArray[np.int64], draw: int) -> NDArray[np.bool_]:
         """Return (B, B): is caption ``draw`` of sample j true of picture i?"""
@@ -73,7 +79,14 @@ def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 
         row[numbers] = True
     most = max(len(f) for row in stated for f in row)
     padded = np.array([[f + [-1] * (most - len(f)) for f in row] for row in stated], np.int32)
-    return Corpus(images=images, truth=truth, stated=padded, **_tokenise(texts))
+    named = attribute_sentences()
+    return Corpus(
+        images=images,
+        truth=truth,
+        stated=padded,
+        labels=_labels(truth, known, named),
+        **_tokenise(texts, {name: list(values.values()) for name, values in named.items()}),
+    )
 
 
 def encode(text: str) -> list[int]:
@@ -87,19 +100,33 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-def _tokenise(texts: list[list[str]]) -> dict[str, Any]:
+def _labels(truth: NDArray[np.bool_], known: Mapping[str, int], named: Sentences) -> NDArray[np.int16]:
+    labels = np.full((len(truth), len(named)), -1, np.int16)
+    for column, values in enumerate(named.values()):
+        for number, fact in enumerate(values):
+            if fact in known:
+                labels[truth[:, known[fact]], column] = number
+    return labels
+
+
+def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) -> dict[str, Any]:
     """Tokenise and renumber the tokens that occur 0, 1, 2, ... in the order of their ids."""
-    ids = {text: encode(text) for text in {t for row in texts for t in row}}
+    stating = {text for values in sentences.values() for said in values for text in said}
+    ids = {text: encode(text) for text in stating.union(*captions)}
     seen = sorted({i for row in ids.values() for i in row})
     place = {token: number for number, token in enumerate(seen)}
     numbers = {text: [place[t] for t in row] for text, row in ids.items()}
-    tokens = np.zeros((len(texts), len(texts[0]), max(map(len, ids.values()))), np.uint16)
+    longest = max(len(numbers[text]) for row in captions for text in row)
+    tokens = np.zeros((len(captions), len(captions[0]), longest), np.uint16)
     last = np.zeros(tokens.shape[:2], np.uint8)
-    for i, row in enumerate(texts):
+    for i, row in enumerate(captions):
         for j, text in enumerate(row):
             tokens[i, j, : len(numbers[text])] = numbers[text]
             last[i, j] = len(numbers[text]) - 1
-    return {"tokens": tokens, "last": last, "seen_ids": seen}
+    numbered = {
+        name: [[numbers[text] for text in said] for said in values] for name, values in sentences.items()
+    }
+    return {"tokens": tokens, "last": last, "seen_ids": seen, "sentences": numbered}
 
 
 def _render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:

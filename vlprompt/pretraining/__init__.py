@@ -1,0 +1,1 @@
+"""How the embedded models were trained; nothing here is needed to use them."""
