@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "numpy_rng", "torch_rng"]
+__all__ = ["derive_seed", "numpy_rng", "seeded_modules", "torch_rng"]
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -31,3 +33,11 @@ def numpy_rng(seed: int, *purpose: object) -> np.random.Generator:
 def torch_rng(seed: int, *purpose: object) -> torch.Generator:
     """Return a CPU torch generator for one purpose (see :func:`derive_seed`)."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+@contextlib.contextmanager
+def seeded_modules(seed: int, *purpose: object) -> Iterator[None]:
+    """Give the modules that are built inside PyTorch's default initial values, drawn from a seed and a purpose."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, *purpose))
+        yield

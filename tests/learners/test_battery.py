@@ -240,8 +240,8 @@ def test_the_same_options_build_the_same_learner(name: str, build: Build, images
     [
         ([], "at least two classes, got 0"),
         (["dog"], "at least two classes, got 1: dog"),
-        (["dog", " "], "class number 1 has an empty name"),
-        (["red_circle", "dog", "red  circle"], r"numbers 0 and 2 are both 'red circle'.*'red_circle'"),
+        (["dog", " "], r"the class from ' ' \(number 1\) has an empty name"),
+        (["red_circle", "dog", "red  circle"], "two classes are called 'red circle': 'red_circle' and 'red  circle'"),
     ],
 )
 def test_class_lists_that_name_nothing(name: str, names: list[str], reason: str, backbone: Backbone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -38,7 +39,8 @@ class ConvStem(nn.Sequential):
         """Return the state of the same function without batch norm: its running statistics go into the weights."""
         if not self.norm:
             return self.state_dict()
-        plain, layers = ConvStem(self.width), list(copy.deepcopy(self).eval())
+        plain = ConvStem(self.width)
+        layers: list[Any] = list(copy.deepcopy(self).eval())
         convolutions = [
             fuse_conv_bn_eval(conv, norm) for conv, norm in zip(layers[:-1:3], layers[1:-1:3], strict=True)
         ]

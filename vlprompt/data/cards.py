@@ -8,13 +8,13 @@ matter (``vlprompt/data/sources``). More folders of cards can be named in the en
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vlprompt.classnames import check_classnames, check_templates
 from vlprompt.errors import ConfigError, DataError, UnknownNameError, nearest
 
 __all__ = [
@@ -24,9 +24,6 @@ __all__ = [
     "SplitSpec",
     "card_names",
     "cards_dir",
-    "check_classnames",
-    "check_templates",
-    "clean_classname",
     "load_card",
     "validation_problems",
 ]
@@ -221,45 +218,6 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
             got = "" if item["type"] == "missing" else f" (got {item['input']!r})"
             problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got[:120]}")
     return problems
-
-
-def clean_classname(name: str) -> str:
-    """Return a class name as a text tower should read it: underscores are spaces, single spaces, no ends."""
-    return " ".join(name.replace("_", " ").split())
-
-
-def check_classnames(names: Sequence[str], where: str, origins: Sequence[str] | None = None) -> None:
-    """Refuse empty class names, and names that are equal but for case, underscores and spaces.
-
-    Args:
-        names: One per class.
-        where: What they belong to, for the message.
-        origins: What each name was made from (a folder, a line), for the message.
-
-    Raises:
-        DataError: Names the classes and what to do.
-    """
-    origins = list(names) if origins is None else list(origins)
-    seen: dict[str, int] = {}
-    for index, name in enumerate(names):
-        cleaned = clean_classname(name).casefold()
-        if not cleaned:
-            raise DataError(
-                f"{where}: the class from {origins[index]!r} (number {index}) has an empty name. Give it one."
-            )
-        if cleaned in seen:
-            first = seen[cleaned]
-            raise DataError(
-                f"{where}: two classes are called {clean_classname(name)!r}: {origins[first]!r} and "
-                f"{origins[index]!r}. Rename one, for example with classnames={...}."
-            )
-        seen[cleaned] = index
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates without exactly one ``{}``. Raises DataError."""
-    if bad := [t for t in templates if t.count("{}") != 1 or t.replace("{}", "").count("{")]:
-        raise DataError(f"a template has exactly one {{}} for the class name; got {bad[0]!r}.")
 
 
 def _card_files() -> dict[str, Path]:

@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from vlprompt.classnames import check_classnames, check_templates, clean_classname
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import (
     SourceSpec,
     card_names,
-    check_classnames,
-    check_templates,
-    clean_classname,
     load_card,
 )
 from vlprompt.data.elevater import elevater_draw

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vlprompt.classnames import clean_classname
 from vlprompt.data.base import Sample
-from vlprompt.data.cards import clean_classname
 from vlprompt.data.checksums import matches
 from vlprompt.errors import DataError, UnknownNameError
 from vlprompt.seeding import derive_seed

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.errors import DataError
 from vlprompt.learners._context import initial_context
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
-from vlprompt.seeding import derive_seed, torch_rng
+from vlprompt.seeding import seeded_modules, torch_rng
 
 __all__ = [
     "DualPrompts",
@@ -25,18 +24,9 @@ __all__ = [
     "PromptMixer",
     "initial_deep_context",
     "phrase_context",
-    "seeded_modules",
 ]
 
 Mixing = Literal["transformer", "tokenwise", "mlp", "identity"]
-
-
-@contextlib.contextmanager
-def seeded_modules(seed: int, *purpose: object) -> Iterator[None]:
-    """Give the modules that are built inside PyTorch's default initial values, drawn from a seed and a purpose."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, *purpose))
-        yield
 
 
 def phrase_context(

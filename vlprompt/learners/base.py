@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.classnames import check_classnames, check_templates
 from vlprompt.errors import CheckpointError, DataError
 
-__all__ = ["DEFAULT_TEMPLATES", "Learner", "check_classnames", "check_templates"]
+__all__ = ["DEFAULT_TEMPLATES", "Learner"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -54,7 +55,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classnames = check_classnames(classnames)
+        self.classnames = _check_classes(classnames)
         self.templates = check_templates(templates)
         self._cached_weights: Tensor | None = None
 
@@ -88,7 +89,7 @@ class Learner(nn.Module):
         Raises:
             DataError: If what was learned belongs to the old class list.
         """
-        if self.class_bound and check_classnames(classnames) != self.classnames:
+        if self.class_bound and _check_classes(classnames) != self.classnames:
             raise DataError(
                 f"{self.method or type(self).__name__} learned one set of parameters per class, so it can't name other "
                 f"classes than its own {len(self.classnames)}. Use a learner with shared context (coop with "
@@ -153,40 +154,10 @@ class Learner(nn.Module):
         return self._cached_weights
 
 
-def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
-    """Return cleaned class names: underscores become spaces, ends are trimmed.
-
-    Raises:
-        DataError: If there are fewer than two, or one is empty, or two are the same.
-    """
-    names = tuple(" ".join(str(n).replace("_", " ").split()) for n in classnames)
+def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:
+    names = check_classnames(classnames, "the learner")
     if len(names) < 2:
         raise DataError(
             f"a classifier needs at least two classes, got {len(names)}: {', '.join(names) or 'none'}."
         )
-    if empty := [i for i, n in enumerate(names) if not n]:
-        raise DataError(f"class number {empty[0]} has an empty name ({classnames[empty[0]]!r}).")
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if name in seen:
-            raise DataError(
-                f"class names must differ: numbers {seen[name]} and {i} are both {name!r} "
-                f"(given as {classnames[seen[name]]!r} and {classnames[i]!r})."
-            )
-        seen[name] = i
     return names
-
-
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return the templates as a tuple.
-
-    Raises:
-        DataError: If there is none, or one has not exactly one ``{}`` and no other brace.
-    """
-    given = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not given:
-        raise DataError("at least one template is needed, for example 'a photo of a {}.'.")
-    for template in given:
-        if "{}" not in template or set(template.replace("{}", "", 1)) & {"{", "}"}:
-            raise DataError(f"a template has exactly one {{}}, for the class name, got {template[:120]!r}.")
-    return given

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._unified import seeded_modules
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.seeding import seeded_modules
 
 __all__ = ["ClipAdapter"]
 

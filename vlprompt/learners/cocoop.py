@@ -19,8 +19,8 @@ from vlprompt.backbones import Backbone
 from vlprompt.errors import VLPromptError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
-from vlprompt.learners._unified import seeded_modules
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.seeding import seeded_modules
 
 __all__ = ["CoCoOp"]
 

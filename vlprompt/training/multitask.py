@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.classnames import check_classnames
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.errors import DataError
 from vlprompt.evaluation.evaluate import evaluate
 from vlprompt.learners import Learner
-from vlprompt.learners.base import DEFAULT_TEMPLATES, check_classnames
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.fit import RunResult, TrainingSource, parse_options, run_identity
@@ -53,21 +54,22 @@ class TaskData:
 
 
 def union_of_classes(
-    class_lists: Sequence[Sequence[str]], merge: bool = True
+    class_lists: Sequence[Sequence[str]],
 ) -> tuple[tuple[str, ...], list[list[int]]]:
     """Return all tasks' distinct class names, and for each task the places of its classes among them.
 
+    Names that differ in upper and lower case alone, which CLIP's tokenizer can't tell apart, are one.
+
     Args:
         class_lists: The names of each task.
-        merge: Names that differ in upper and lower case alone, which CLIP's tokenizer can't tell apart, are one.
     """
     union: dict[str, int] = {}
     shown: list[str] = []
     places = []
     for names in class_lists:
         own = []
-        for name in check_classnames(names):
-            key = name.lower() if merge else name
+        for name in check_classnames(names, "a task"):
+            key = name.casefold()
             if key not in union:
                 union[key] = len(shown)
                 shown.append(name)
@@ -112,7 +114,7 @@ class MultiTask:
         self.joint: Learner | None = None
         if label_space != "per_task":
             lists = [names for names, _ in tasks.values()]
-            union, self._places = union_of_classes(lists, merge=label_space == "joint_dedup")
+            union, self._places = union_of_classes(lists)
             self.joint = _tied(learner, union, common_templates([t for _, t in tasks.values()]))
             # With equal names kept apart, a name's weight stands in as many columns as tasks have it.
             self._columns = [place for own in self._places for place in own]

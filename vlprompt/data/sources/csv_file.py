@@ -10,8 +10,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlprompt.classnames import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.cards import clean_classname
 from vlprompt.data.images import FileReader
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources.folder import DEFAULT_TEMPLATES

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from vlprompt.classnames import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.cards import clean_classname
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import list_folders, list_pictures
 from vlprompt.data.sources import Request, sources
