@@ -26,10 +26,11 @@ def main(arguments: Sequence[str]) -> int:
 
     config = load_config(args.cfg, args.overrides)
     outcome = run(config, args.resume, f"python tools/train.py {shlex.join(arguments)}")
-    zero = outcome.metrics.get(f"{outcome.headline.rpartition('/')[0]}zero_shot_accuracy")
+    place, slash, measure = outcome.headline.rpartition("/")
+    zero = outcome.metrics.get(f"{place}{slash}zero_shot_{measure}")
     value = outcome.metrics.get(outcome.headline)
     if zero is not None:
-        print(f"zero-shot accuracy {100 * zero:.1f} %")
+        print(f"zero-shot {measure} {100 * zero:.1f} %")
     print(f"report: {outcome.folder / 'report.html'}")
     score = "no result" if value is None else f"{outcome.headline} {100 * value:.1f} %"
     print(f"{outcome.folder / 'metrics.json'}: {score}")

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yaml import YAMLError
 
+from vlprompt.data.transforms import Augmentation
 from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.learners import LEARNERS
 from vlprompt.signature import check_options, describe_problems
@@ -37,6 +38,9 @@ class BackboneOptions(BaseModel):
     name: str = "tiny"
     pretrained: str | None = None
     quick_gelu: bool | None = None
+    resize: Literal["shortest", "squash"] | None = Field(
+        None, description="keep proportions and crop, or don't; empty: as the weights were trained"
+    )
     cache_dir: str | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -58,7 +62,9 @@ class DataOptions(BaseModel):
     sampling: Literal["auto", "private", "coop_compat", "elevater"] = "auto"
     on_bad_image: Literal["skip", "error"] = "skip"
     strict_shots: bool = False
-    augmentation: Literal["none", "flip", "crop_flip"] = "none"
+    augmentation: str = Field(
+        "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"
+    )
     views: int = Field(
         1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching"
     )
@@ -67,6 +73,15 @@ class DataOptions(BaseModel):
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
+
+    @field_validator("augmentation")
+    @classmethod
+    def _check_augmentation(cls, value: str) -> str:
+        try:
+            Augmentation.parse(value)
+        except VLPromptError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @property
     def names(self) -> list[str]:

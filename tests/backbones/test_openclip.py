@@ -55,6 +55,18 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert {"tiny", "ViT-B-16", "RN50", SMALL} <= set(list_backbones())
 
 
+def test_pictures_are_cropped_or_squashed_as_asked(small: Backbone) -> None:
+    pixels = np.zeros((60, 180, 3), np.uint8)
+    pixels[:, :60, 0] = 255  # only a crop of the middle loses the red third on the left
+    picture = Image.fromarray(pixels)
+    squash = create_backbone(SMALL, seed=3, resize="squash")
+    assert small.preprocess(picture).shape == squash.preprocess(picture).shape
+    red = [b.preprocess(picture)[0] for b in (small, squash)]
+    assert float(red[0].max() - red[0].min()) < 0.1
+    assert float(red[1][:, 0].mean() - red[1][:, -1].mean()) > 1
+    assert small.fingerprint["id"] != squash.fingerprint["id"]
+
+
 def test_an_unknown_tag_is_answered_with_what_exists() -> None:
     with pytest.raises(
         UnknownNameError, match=r"weights tag of ViT-B-16 .* openai.*path of a local weights file"

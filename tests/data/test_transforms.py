@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from vlprompt.data import AUGMENTATIONS, Augmentation
-from vlprompt.data.transforms import _crop_box
+from vlprompt.data.transforms import crop_box
 from vlprompt.errors import DataError, UnknownNameError
 
 PREPROCESS = v2.Compose(
@@ -60,7 +60,7 @@ def test_crops_have_the_backbones_size(size: tuple[int, int]) -> None:
 
 def test_crop_keeps_within_scale_ratio_and_picture() -> None:
     rng = np.random.default_rng(0)
-    boxes = [_crop_box(300, 400, (0.2, 0.6), rng.random) for _ in range(500)]
+    boxes = [crop_box(300, 400, (0.2, 0.6), rng.random) for _ in range(500)]
     for top, left, height, width in boxes:
         assert top >= 0 <= left
         assert top + height <= 300
@@ -83,3 +83,19 @@ def test_bad_augmentations() -> None:
     with pytest.raises(DataError, match="0 < low <= high <= 1"):
         Augmentation("crop_flip", scale=(0.5, 0.1))
     assert [Augmentation(n).name for n in AUGMENTATIONS] == list(AUGMENTATIONS)
+    for text in ("flip:0.5", "crop_flip:much", "crop_flip:"):
+        with pytest.raises(DataError, match="only crop_flip takes a number"):
+            Augmentation.parse(text)
+    with pytest.raises(DataError, match="0 < low <= high <= 1"):
+        Augmentation.parse("crop_flip:1.5")
+    with pytest.raises(UnknownNameError, match="'crop_flip'"):
+        Augmentation.parse("crop_flop:0.5")
+
+
+def test_the_least_share_of_a_crop_can_be_said() -> None:
+    assert Augmentation.parse("crop_flip:0.5") == Augmentation("crop_flip", (0.5, 1.0))
+    assert Augmentation.parse("flip") == Augmentation("flip")
+    views = {
+        s: Augmentation.parse(s).describe(1, 0) for s in ("crop_flip", "crop_flip:0.08", "crop_flip:0.5")
+    }
+    assert views["crop_flip"] == views["crop_flip:0.08"] != views["crop_flip:0.5"]

@@ -23,7 +23,8 @@ def create_backbone(name: str, pretrained: str | None = None, **options: Any) ->
         pretrained: For open_clip: a weights tag (``"openai"``), the path of a weights file (safetensors, or a
             torch state dict), or None for seeded random weights. For ``tiny``: None for its own weights,
             ``"random"``.
-        **options: For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``tokenizer``,
+        **options: For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``resize``
+            (``"shortest"`` keeps proportions and crops, ``"squash"`` doesn't; None: as trained), ``tokenizer``,
             ``cache_dir``, ``seed`` of random weights.
 
     Raises:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -33,6 +33,7 @@ def build_open_clip(
     pretrained: str | None,
     *,
     quick_gelu: bool | None = None,
+    resize: Literal["shortest", "squash"] | None = None,
     tokenizer: Any = None,
     cache_dir: str | None = None,
     seed: int = 0,
@@ -58,6 +59,8 @@ def build_open_clip(
     if tokenizer is None:
         tokenizer, missing = _tokenizer(name, cache_dir)
     preprocess = dict(getattr(model.visual, "preprocess_cfg", {}))
+    if resize is not None:
+        preprocess["resize_mode"] = resize
     facts = {"architecture": name, "pretrained": pretrained if pretrained is None else str(pretrained)}
     return wrap_open_clip(model, preprocess, wrap_tokenizer(tokenizer) if tokenizer else None, facts, missing)
 

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.errors import DataError, UnknownNameError
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Preprocess"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "Preprocess", "crop_box"]
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 Preprocess = Callable[[Image.Image], torch.Tensor]
@@ -54,6 +54,27 @@ class Augmentation:
                 f"augmentation scale must be (low, high) with 0 < low <= high <= 1; got {self.scale}."
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Augmentation:
+        """Return what a name means; ``"crop_flip:0.5"`` keeps at least half of the picture's area.
+
+        Raises:
+            UnknownNameError: For another name.
+            DataError: If the share is not in (0, 1], or follows another name.
+        """
+        name, colon, share = text.partition(":")
+        if not colon or name not in AUGMENTATIONS:
+            return cls(name)
+        try:
+            if name != "crop_flip":
+                raise ValueError
+            return cls(name, (float(share), 1.0))
+        except ValueError as error:
+            raise DataError(
+                f"augmentation {text!r}: only crop_flip takes a number, the smallest share of the picture it keeps, "
+                "for example crop_flip:0.5."
+            ) from error
+
     @property
     def is_random(self) -> bool:
         """Whether views of one picture differ."""
@@ -86,7 +107,7 @@ class Augmentation:
         rng = numpy_rng(seed, "augment", self.name, key, view)
         if self.name == "crop_flip":
             height, width = _output_size(preprocess, image)
-            top, left, crop_h, crop_w = _crop_box(image.height, image.width, self.scale, rng.random)
+            top, left, crop_h, crop_w = crop_box(image.height, image.width, self.scale, rng.random)
             image = tvf.resized_crop(
                 image, top, left, crop_h, crop_w, [height, width], interpolation=InterpolationMode.BICUBIC
             )
@@ -95,7 +116,7 @@ class Augmentation:
         return preprocess(image)
 
 
-def _crop_box(
+def crop_box(
     height: int, width: int, scale: tuple[float, float], draw: Callable[[], float]
 ) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) of a random crop: torchvision's rule with our draws in [0, 1)."""

@@ -113,7 +113,8 @@ def fit(
         val: Validation samples, for curves and ``select="best"``. Never give test data here.
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
-        augmentation: ``"none"``, ``"flip"`` or ``"crop_flip"``.
+        augmentation: ``"none"``, ``"flip"``, ``"crop_flip"`` or, with the smallest share of the picture that a crop
+            keeps, ``"crop_flip:0.5"`` (default share 0.08).
         views: Fixed augmented views per picture that the epochs take in turn (their embeddings are cached); 0
             draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are kept between runs; None keeps them in memory.
@@ -133,7 +134,7 @@ def fit(
     learner.to(processes.device)
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
-    source = TrainingSource(learner, train, Augmentation(augmentation), views, checked, cache)
+    source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     _call(learner, "prepare", source.training_data)
     solve = getattr(learner, "solve", None)
     if solve is not None:

@@ -256,7 +256,7 @@ def fit_multitask(
     held_out = {name: data.val for name, data in tasks.items() if data.val is not None}
     history: list[dict[str, Any]] = []
     if checked.epochs and any(p.requires_grad for p in learner.parameters()):
-        views_of = Augmentation(augmentation)
+        views_of = Augmentation.parse(augmentation)
         sources = [
             TrainingSource(learner, data.train, views_of, views, checked, cache).batches()
             for data in tasks.values()
