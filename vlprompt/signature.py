@@ -63,6 +63,8 @@ def _describe(problem: Any, model: type[BaseModel], prefix: str) -> str:
     if problem["type"] == "missing":
         return f"{key}: required, but missing."
     message = problem["msg"]
+    if problem["type"] == "value_error":  # a validator of ours: a whole sentence that names the value
+        return f"{key}: {message.removeprefix('Value error, ')}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {_SHORT.repr(problem['input'])}."
 
 

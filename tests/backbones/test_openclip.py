@@ -62,7 +62,7 @@ def test_pictures_are_cropped_or_squashed_as_asked(small: Backbone) -> None:
     squash = create_backbone(SMALL, seed=3, resize="squash")
     assert small.preprocess(picture).shape == squash.preprocess(picture).shape
     red = [b.preprocess(picture)[0] for b in (small, squash)]
-    assert float(red[0].max() - red[0].min()) < 0.1
+    assert float(red[0][:, 4:-4].max() - red[0][:, 4:-4].min()) < 0.1
     assert float(red[1][:, 0].mean() - red[1][:, -1].mean()) > 1
     assert small.fingerprint["id"] != squash.fingerprint["id"]
 

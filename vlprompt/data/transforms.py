@@ -66,14 +66,13 @@ class Augmentation:
         if not colon or name not in AUGMENTATIONS:
             return cls(name)
         try:
-            if name != "crop_flip":
-                raise ValueError
-            return cls(name, (float(share), 1.0))
+            least = float(share if name == "crop_flip" else "none")
         except ValueError as error:
             raise DataError(
                 f"augmentation {text!r}: only crop_flip takes a number, the smallest share of the picture it keeps, "
                 "for example crop_flip:0.5."
             ) from error
+        return cls(name, (least, 1.0))
 
     @property
     def is_random(self) -> bool:
