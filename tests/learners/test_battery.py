@@ -115,6 +115,8 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
     own = learnable(learner)
     if not own:
         pytest.skip("nothing is learned by gradient")
+    if not learner.smooth:
+        pytest.skip("small steps change no output")
     if hasattr(learner, "combine_gradients"):
         measure = lambda: learner.loss(batch)["cross_entropy"]  # noqa: E731 - the update follows no one loss
         direction = learner.combine_gradients(
@@ -241,7 +243,10 @@ def test_the_same_options_build_the_same_learner(name: str, build: Build, images
         ([], "at least two classes, got 0"),
         (["dog"], "at least two classes, got 1: dog"),
         (["dog", " "], r"the class from ' ' \(number 1\) has an empty name"),
-        (["red_circle", "dog", "red  circle"], "two classes are called 'red circle': 'red_circle' and 'red  circle'"),
+        (
+            ["red_circle", "dog", "red  circle"],
+            "two classes are called 'red circle': 'red_circle' and 'red  circle'",
+        ),
     ],
 )
 def test_class_lists_that_name_nothing(name: str, names: list[str], reason: str, backbone: Backbone) -> None:

@@ -33,12 +33,14 @@ class Learner(nn.Module):
     Attributes:
         static_images: True if nothing learned touches the image tower, so image embeddings may be cached.
         class_bound: True if what is learned belongs to the class list, so other classes can't be named.
+        smooth: False if losses are a step function of what is learned (binary masks), so a small step shows nothing.
         method: Its registry name.
         options: The options it was built with.
     """
 
     static_images: bool = True
     class_bound: bool = False
+    smooth: bool = True
     method: str = ""
 
     options: dict[str, Any]
@@ -134,6 +136,9 @@ class Learner(nn.Module):
     #   after_epoch(epoch, epochs) and after_training(): keep and put back averages over epochs.
     #   running_state() and load_running_state(state): tensors these need to survive a kill.
     #   solve(train, val, seed): replaces stepping altogether (see LinearProbe).
+    # Optional hooks of fit; MaskTuning has both:
+    #   survey(source: TrainingSource): before training, looks at what it will be trained on.
+    #   figures() -> dict of numbers: after training, describes what was learned; metrics ``learned/...``.
     # Optional hooks of fit, for learners of frozen image embeddings:
     #   prepare(views (V, N, d), labels (N,)): before training; may replace parameters (their shape can be N).
     #   calibrate(embeddings (n, d), labels (n,)) -> dict of numbers: after training, if there are validation

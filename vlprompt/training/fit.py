@@ -80,7 +80,10 @@ class ImageBatches:
         view = epoch % self.views if self.views else epoch
         images = [self._view(int(i), view) for i in indices]
         index = torch.as_tensor(indices)
-        return {"image": torch.stack(images), "label": self.labels[index], "index": index}
+        batch = {"image": torch.stack(images), "label": self.labels[index], "index": index}
+        if self.views or not self.augmentation.is_random:  # these very pixels come again
+            batch["view"] = torch.full_like(index, view if self.augmentation.is_random else 0)
+        return batch
 
     def _view(self, index: int, view: int) -> Tensor:
         image, _ = self.data[index]
@@ -136,6 +139,7 @@ def fit(
     cache = FeatureCache(cache_dir)
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     _call(learner, "prepare", source.training_data)
+    _call(learner, "survey", lambda: (source,))
     solve = getattr(learner, "solve", None)
     if solve is not None:
         found = solve(*source.solver_data(val), seed=checked.seed)
@@ -156,6 +160,7 @@ def fit(
         history = trainer.run(resume).history
     learner.eval()
     metrics = {} if val is None else _validate(source, val)
+    metrics |= {f"learned/{k}": v for k, v in (_call(learner, "figures", tuple) or {}).items()}
     return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
 
 
@@ -182,9 +187,14 @@ class TrainingSource:
     options: TrainOptions
     cache: FeatureCache
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the same pixels come again in later epochs, so what is computed from them may be kept."""
+        return self.views > 0 or not self.augmentation.is_random
+
     def batches(self) -> Batches:
         """Return what the trainer iterates over."""
-        if not self.learner.static_images or (self.views == 0 and self.augmentation.is_random):
+        if not self.learner.static_images or not self.repeats:
             preprocess = self.learner.backbone.preprocess
             return ImageBatches(self.data, preprocess, self.augmentation, self.options, self.views)
         labels = torch.tensor(self.data.labels)
@@ -233,7 +243,7 @@ def _validate(source: TrainingSource, val: ImageDataset) -> dict[str, float]:
     }
 
 
-def _call(learner: Learner, hook: str, data: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+def _call(learner: Learner, hook: str, data: Callable[[], tuple[Any, ...]]) -> Any:
     """Call an optional method of the learner; what it needs is only computed if it exists."""
     method = getattr(learner, hook, None)
     return None if method is None else method(*data())

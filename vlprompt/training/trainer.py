@@ -228,10 +228,11 @@ class Trainer:
         scale = (
             self.scaler.get_scale()
         )  # 1 unless float16: the module sees true gradients, the scaler scaled ones
-        true = {name: [g / scale for g in gradients] for name, gradients in separate.items()}
-        combined = self.module.combine_gradients(true)  # type: ignore[attr-defined]
+        if scale != 1:
+            separate = {name: [g / scale for g in gradients] for name, gradients in separate.items()}
+        combined = self.module.combine_gradients(separate)  # type: ignore[attr-defined]
         for parameter, gradient in zip(self.parameters.values(), combined, strict=True):
-            parameter.grad = gradient * scale
+            parameter.grad = gradient * scale if scale != 1 else gradient
 
     def _reduce(self, totals: dict[str, Tensor], separate: dict[str, list[Tensor]]) -> None:
         """Sum gradients and losses over processes; the parts' weights already add up to one."""

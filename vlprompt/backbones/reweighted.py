@@ -1,0 +1,148 @@
+"""A backbone whose image tower runs with other weights in place of some of its own.
+
+The backbone itself stays as it is, for everyone else who uses it. A layer's weight is made when the layer runs and
+forgotten when it has run; if the backward pass needs it, it is made again. So however many layers are replaced,
+there is no second copy of their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.packed import Adapter
+from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.errors import BackboneError
+
+__all__ = ["Reweight", "ReweightedBackbone"]
+
+Reweight = Callable[[Tensor], Tensor]
+"""Makes the weight to use of the frozen one, the same every time; it may be differentiable in something else."""
+
+
+class ReweightedBackbone(Backbone):
+    """A view of a backbone that shares all its parts.
+
+    Args:
+        backbone: Whose parts it shares; not changed.
+        weights: Name of a weight, relative to the image tower, to what replaces it (see :data:`Reweight`).
+    """
+
+    def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
+        super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
+        self.text = backbone.text
+        self._layers = _by_caller(self.vision.visual, weights)
+
+    def image_embeddings(
+        self,
+        images: Tensor,
+        prompts: VisualPrompts | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
+    ) -> Tensor:
+        """See :meth:`Backbone.image_embeddings`; with a graph, if the weights need one.
+
+        Raises:
+            BackboneError: If there are adapters, which read the tower's own weights.
+        """
+        if adapters is not None:
+            raise BackboneError(
+                "adapters of attention can't be combined with replaced weights of the image tower. Fold the weights "
+                "into the backbone first, or leave the image tower alone (encoder=text)."
+            )
+        with _replaced(self._layers):
+            return self.vision.encode(images.to(self.device), prompts)
+
+
+@dataclass
+class _Place:
+    """A weight that is replaced: the parameter ``name`` of the module ``owner``."""
+
+    owner: nn.Module
+    name: str
+    make: Reweight
+
+    def frozen(self) -> Tensor:
+        return self.owner._parameters[self.name]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What stands in the graph for a replaced weight (or a view of it)."""
+
+    frozen: Tensor
+    make: Reweight
+    dtype: torch.dtype
+    geometry: tuple[Any, ...]  # size, strides, offset
+
+    @torch.no_grad()
+    def cook(self) -> Tensor:
+        return self.make(self.frozen).to(self.dtype).as_strided(*self.geometry)
+
+
+def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple[nn.Module, list[_Place]]]:
+    """Group weights by the module whose call reads them: attention reads its projections' weights by itself."""
+    layers: dict[nn.Module, list[_Place]] = {}
+    for path, make in weights.items():
+        place, _, name = path.rpartition(".")
+        owner = visual.get_submodule(place)
+        parent = visual.get_submodule(place.rpartition(".")[0])
+        reads_children = hasattr(parent, "in_proj_weight") or type(parent).__name__ == "AttentionPool2d"
+        layers.setdefault(parent if reads_children else owner, []).append(_Place(owner, name, make))
+    return list(layers.items())
+
+
+@contextmanager
+def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[None]:
+    """While open, each of the layers runs with its other weights."""
+    alive: dict[int, tuple[Tensor, Reweight]] = {}  # by the address of what was made
+
+    def pack(saved: Tensor) -> Any:
+        made = alive.get(saved.untyped_storage().data_ptr())
+        if made is None:
+            return saved
+        return _Recipe(*made, saved.dtype, (saved.size(), saved.stride(), saved.storage_offset()))
+
+    def unpack(saved: Any) -> Tensor:
+        return saved.cook() if isinstance(saved, _Recipe) else saved
+
+    def around(places: Sequence[_Place]) -> tuple[Callable[..., None], Callable[..., None]]:
+        frozen = [place.frozen() for place in places]
+
+        def enter(*_: Any) -> None:
+            for place, weight in zip(places, frozen, strict=True):
+                made = place.make(weight)
+                kind = weight.device.type
+                if torch.is_autocast_enabled(
+                    kind
+                ):  # else it is cast by the layer, and the copy stays in the graph
+                    made = made.to(torch.get_autocast_dtype(kind))
+                alive[made.untyped_storage().data_ptr()] = (weight, place.make)
+                place.owner._parameters[place.name] = made  # type: ignore[assignment]  # as functional_call does
+
+        def leave(*_: Any) -> None:
+            for place, weight in zip(places, frozen, strict=True):
+                place.owner._parameters[place.name] = weight  # type: ignore[assignment]
+            alive.clear()
+
+        return enter, leave
+
+    handles, undo = [], []
+    for caller, places in layers:
+        enter, leave = around(places)
+        handles += [caller.register_forward_pre_hook(enter), caller.register_forward_hook(leave)]
+        undo.append(leave)
+    keep = torch.is_grad_enabled()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if keep else nullcontext():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for leave in undo:
+            leave()
