@@ -52,6 +52,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert "good 2" in outcome.text
     assert outcome.failures
     assert all(f.startswith("bad: ") and "nowhere" in f for f in outcome.failures)
+    assert "and 1 more" in outcome.failures[0]  # two seeds, one reason
 
 
 def test_mistakes_of_all_runs_are_told_before_the_first_one_starts(tmp_path: Path) -> None:

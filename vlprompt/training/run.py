@@ -58,7 +58,7 @@ class Outcome:
         folder: The run's folder.
         metrics: The content of ``metrics.json``.
         headline: Key of the number to print first.
-        failures: One sentence per cell that failed.
+        failures: One sentence per reason for which cells failed.
     """
 
     folder: Path
@@ -351,7 +351,14 @@ def _metrics(
 
 
 def _failures(result: ProtocolResult) -> list[str]:
-    return [f"{failure.cell.name}: {failure.message}" for failure in result.failures]
+    """One sentence per reason: what stops all runs of a data set is said once."""
+    stopped: dict[str, list[str]] = {}
+    for failure in result.failures:
+        stopped.setdefault(failure.message, []).append(failure.cell.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {message}"
+        for message, names in stopped.items()
+    ]
 
 
 def _environment() -> dict[str, str]:
