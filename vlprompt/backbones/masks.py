@@ -39,7 +39,7 @@ def maskable(visual: nn.Module) -> dict[str, Kind]:
 
 
 def _kind(words: Sequence[str], module: nn.Module) -> Kind | None:
-    if not isinstance(module, nn.Linear | nn.Conv2d):
+    if not isinstance(module, nn.Linear | nn.Conv2d) or words[0] == "head":
         return None
     if "mlp" in words:
         return "mlp.out" if words[-1] in _OUTPUTS else "mlp.in"
