@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlprompt.adaptation import create_adapter, list_adapters
     from vlprompt.artefacts import load, save
     from vlprompt.backbones import create_backbone, list_backbones
     from vlprompt.config import load_config
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 _HOME = {
     "RunResult": "vlprompt.training.fit",
     "VLPromptError": "vlprompt.errors",
+    "create_adapter": "vlprompt.adaptation",
     "create_backbone": "vlprompt.backbones",
     "create_learner": "vlprompt.learners",
     "evaluate": "vlprompt.evaluation.evaluate",
     "fit": "vlprompt.training.fit",
+    "list_adapters": "vlprompt.adaptation",
     "list_backbones": "vlprompt.backbones",
     "list_datasets": "vlprompt.data",
     "list_learners": "vlprompt.learners",
@@ -42,10 +45,12 @@ _HOME = {
 __all__ = [
     "RunResult",
     "VLPromptError",
+    "create_adapter",
     "create_backbone",
     "create_learner",
     "evaluate",
     "fit",
+    "list_adapters",
     "list_backbones",
     "list_datasets",
     "list_learners",

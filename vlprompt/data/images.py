@@ -31,6 +31,7 @@ __all__ = [
     "VerificationReport",
     "decode",
     "drop_bad",
+    "pixel_key",
     "read_image",
     "to_rgb",
     "verify",
@@ -275,6 +276,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def pixel_key(image: Image.Image) -> str:
+    """Return 32 hex digits of an RGB picture's size and pixels: equal for equal pictures, however they are stored."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
 def _to_bytes(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,176 @@
+"""What every adapter is: views of a picture, the classifier it starts from, and a rule that improves on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlprompt.adaptation.predictions import Predictions
+from vlprompt.adaptation.views import Images, Picture, ViewPlan, open_pictures
+from vlprompt.backbones import Backbone
+from vlprompt.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.learners import Learner, create_learner
+
+__all__ = ["Adapter", "EncodedViews"]
+
+_TOGETHER = 16  # pictures whose views are in memory at once
+
+
+@dataclass(frozen=True)
+class EncodedViews:
+    """All views of B pictures, seen by the image tower once.
+
+    Attributes:
+        embeddings: (B, V, d) image embeddings, not normalised.
+        generated: How many of the V views, the last ones, came from diffusion.
+        pixels: B tensors (V, 3, H, W), where the adapter tunes the image tower; else empty.
+        seconds: (B, 2) wall time of generation and of encoding.
+    """
+
+    embeddings: Tensor
+    generated: int
+    pixels: tuple[Tensor, ...]
+    seconds: Tensor
+
+
+class Adapter:
+    """Base of all methods of test-time adaptation.
+
+    A method defines :meth:`adapt`; keyword-only constructor arguments are its options. The learner it starts
+    from is never changed.
+
+    Args:
+        learner: The classifier to start from.
+        plan: How views are made.
+
+    Attributes:
+        episodic: True if every picture is adapted to on its own, so that neither order nor company matters;
+            False if the adapter learns from the stream (:meth:`reset` forgets it).
+        method: Its registry name.
+        needs_pixels: Whether :meth:`adapt` runs the image tower again.
+    """
+
+    episodic: ClassVar[bool] = True
+    needs_pixels: bool = False
+    method: str = ""
+
+    def __init__(self, learner: Learner, plan: ViewPlan) -> None:
+        self.learner = learner.eval()
+        self.plan = plan
+
+    @classmethod
+    def start(
+        cls,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str],
+        options: Mapping[str, Any],
+    ) -> Learner:
+        """Return the learner that stands for a bare backbone: zero-shot classification."""
+        return create_learner("zero_shot", backbone, classnames, templates)
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """C names."""
+        return self.learner.classnames
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen towers."""
+        return self.learner.backbone
+
+    def predict(self, images: Images) -> Predictions:
+        """Adapt to pictures and name them.
+
+        Args:
+            images: One or several; see :func:`vlprompt.adaptation.views.open_pictures` for all forms.
+
+        Raises:
+            DataError: If there is no picture, or one can't be read; says which. Nothing was adapted then.
+            NonFiniteError: If an embedding or a gradient is NaN or infinite.
+        """
+        pictures = open_pictures(images, self.backbone)
+        parts = [pictures[i : i + _TOGETHER] for i in range(0, len(pictures), _TOGETHER)]
+        return Predictions.cat([self.predict_encoded(self.encode(part)) for part in parts])
+
+    def reset(self) -> None:
+        """Forget everything learned from pictures; episodic adapters have nothing to forget."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned from the stream, for resuming; empty for episodic adapters."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state` returned.
+
+        Raises:
+            CheckpointError: If it doesn't fit.
+        """
+        if state:
+            raise CheckpointError(f"{self.method} keeps no state, but {', '.join(sorted(state))} was given.")
+
+    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
+        """Return (B, C) probabilities and the (B, V) mask of the views that were listened to."""
+        raise NotImplementedError
+
+    def view_identity(self) -> tuple[object, ...]:
+        """Return what encoded views depend on: adapters that agree can share them."""
+        tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
+        return (self.plan, tower, self.needs_pixels)
+
+    def generate(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Return per picture (N, 3, H, W) views that come from elsewhere; none unless a method overrides this."""
+        return []
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Picture]) -> EncodedViews:
+        """Make and encode all views of B pictures.
+
+        Every picture's views go through the image tower together and alone, so that nobody's company changes a
+        bit of anybody's embeddings.
+
+        Raises:
+            DataError: If the pictures have different numbers of ready-made views.
+            NonFiniteError: If an embedding is NaN or infinite.
+        """
+        started = time.perf_counter()
+        generated = self.generate(pictures)
+        generation = (time.perf_counter() - started) / len(pictures)
+        rows, pixels, seconds = [], [], []
+        for i, picture in enumerate(pictures):
+            started = time.perf_counter()
+            views = self.plan.make(picture, self.backbone)
+            if generated:
+                views = torch.cat([views, generated[i]])
+            views = views.to(self.backbone.device)
+            rows.append(self.learner.embed_images(views))
+            pixels += [views] if self.needs_pixels else []
+            seconds.append([generation, time.perf_counter() - started])
+        if len({len(row) for row in rows}) > 1:
+            raise DataError("the pictures have different numbers of views.")
+        embeddings = torch.stack(rows)
+        if not bool(embeddings.isfinite().all()):
+            raise NonFiniteError(
+                "the embedding of a view is NaN or infinite; the backbone's weights are damaged."
+            )
+        count = len(generated[0]) if generated else 0
+        return EncodedViews(embeddings, count, tuple(pixels), torch.tensor(seconds))
+
+    def predict_encoded(self, views: EncodedViews) -> Predictions:
+        """Adapt to pictures whose views were encoded already (see :meth:`encode`)."""
+        started = time.perf_counter()
+        probs, kept = self.adapt(views)
+        adaptation = (time.perf_counter() - started) / len(probs)
+        before = self.view_logits(views.embeddings[:, :1])[:, 0].softmax(-1)
+        seconds = torch.cat([views.seconds, torch.full((len(probs), 1), adaptation)], dim=1)
+        return Predictions(self.classnames, probs.cpu(), before.cpu(), kept.cpu(), seconds)
+
+    @torch.no_grad()
+    def view_logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, V, C) logits of (B, V, d) embeddings by the classifier that is started from."""
+        return torch.stack([self.learner.logits(rows) for rows in embeddings])  # one by one: see encode()

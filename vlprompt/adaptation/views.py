@@ -1,0 +1,221 @@
+"""Views of a picture: the picture itself, then random crops and flips, with AugMix on top if asked.
+
+Every view is a function of (seed, picture, view number) and of nothing else: not of the batch, the order of the
+stream or the number of workers.
+
+Where AugMix differs from ``torchvision.transforms.AugMix``: it has the strength test-time prompt tuning uses
+(severity 1 of the authors' scale; at torchvision's severity 1 its geometric operations do nothing), and it mixes
+after normalisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from vlprompt.backbones import Backbone
+from vlprompt.data.images import pixel_key, read_image, to_rgb
+from vlprompt.data.transforms import crop_box
+from vlprompt.errors import DataError
+from vlprompt.seeding import numpy_rng
+
+__all__ = ["Augment", "Images", "Picture", "ViewPlan", "open_pictures"]
+
+Augment = Literal["crop_flip", "augmix"]
+Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
+_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop
+_CHAINS = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample.
+
+    Attributes:
+        key: What its views are drawn from: a hash of its pixels, so the same picture has the same views however
+            it was given.
+        image: RGB; None for ready-made views.
+        first: (3, H, W) view 0 as it was given, or None to let the backbone's preprocessing make it.
+        ready: (V, 3, H, W) ready-made views, which nothing is added to.
+    """
+
+    key: str
+    image: Image.Image | None
+    first: Tensor | None = None
+    ready: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """How views are made.
+
+    Attributes:
+        count: V, including view 0, the picture as the backbone's preprocessing gives it.
+        augment: ``"crop_flip"`` (a crop of 8 to 100 % of the area, bilinear, then a left-right flip of half of
+            them) or ``"augmix"`` (the same, then AugMix).
+        seed: Of all draws.
+    """
+
+    count: int = 64
+    augment: Augment = "crop_flip"
+    seed: int = 0
+
+    def make(self, picture: Picture, backbone: Backbone) -> Tensor:
+        """Return (V, 3, H, W) preprocessed views."""
+        if picture.ready is not None:
+            return picture.ready
+        image = picture.image
+        assert image is not None
+        first = backbone.preprocess(image) if picture.first is None else picture.first
+        rest = [self._view(image, picture.key, k, backbone) for k in range(1, self.count)]
+        return torch.stack([first, *rest])
+
+    def _view(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
+        rng = numpy_rng(self.seed, "view", key, number)
+        height, width = backbone.image_size
+        top, left, h, w = crop_box(image.height, image.width, _SCALE, rng.random)
+        crop = tvf.resized_crop(image, top, left, h, w, [height, width], InterpolationMode.BILINEAR)
+        if rng.random() < 0.5:
+            crop = tvf.horizontal_flip(crop)
+        return (
+            augmix(crop, backbone.preprocess, rng) if self.augment == "augmix" else backbone.preprocess(crop)
+        )
+
+
+def open_pictures(images: Images, backbone: Backbone) -> list[Picture]:
+    """Return pictures of whatever a user has.
+
+    Args:
+        images: PIL images and paths, one or several; an uint8 tensor (B, 3, h, w) of RGB values; a float tensor
+            (B, 3, H, W) of preprocessed pixels, as learners take (its views are crops of the picture it shows); or a
+            float tensor (B, V, 3, H, W) of ready-made views. The axis B may be missing before (3, ...).
+        backbone: Says H and W, and undoes its normalisation.
+
+    Raises:
+        DataError: If there is nothing, a picture can't be read (it is named) or a tensor's shape doesn't fit.
+    """
+    if isinstance(images, Tensor):
+        return _from_tensor(images, backbone)
+    if isinstance(images, (Image.Image, str, Path)):
+        images = [images]
+    pictures = [p for image in images for p in _open(image, backbone)]
+    if not pictures:
+        raise DataError("no pictures to adapt to: the batch is empty.")
+    return pictures
+
+
+def augmix(
+    image: Image.Image, preprocess: Callable[[Image.Image], Tensor], rng: np.random.Generator
+) -> Tensor:
+    """Return m * x + (1 - m) * sum_i w_i chain_i(x), mixed after normalisation, of an RGB picture.
+
+    Hendrycks et al., "AugMix", ICLR 2020, algorithm 1, with 3 chains of 1 to 3 operations at severity 1 and no
+    operation that changes colour, as test-time prompt tuning uses it: m ~ Beta(1, 1), w ~ Dirichlet(1, 1, 1).
+    """
+    plain = preprocess(image)
+    weights, share = rng.dirichlet([1.0] * _CHAINS), rng.beta(1.0, 1.0)
+    mixed = torch.zeros_like(plain)
+    for weight in weights:
+        chained = image
+        for _ in range(rng.integers(1, 4)):
+            chained = _OPERATIONS[rng.integers(len(_OPERATIONS))](chained, rng.uniform(0.1, 1.0), rng)
+        mixed += float(weight) * preprocess(chained)
+    return share * plain + (1 - share) * mixed
+
+
+def _rotate(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+    return tvf.rotate(image, _signed(int(3 * level), rng), InterpolationMode.BILINEAR)
+
+
+def _shear(axis: int) -> Callable[[Image.Image, float, np.random.Generator], Image.Image]:
+    def shear(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+        angles = [0.0, 0.0]
+        angles[axis] = math.degrees(math.atan(_signed(0.03 * level, rng)))
+        return tvf.affine(image, 0.0, [0, 0], 1.0, angles, InterpolationMode.BILINEAR, center=[0.0, 0.0])
+
+    return shear
+
+
+def _translate(axis: int) -> Callable[[Image.Image, float, np.random.Generator], Image.Image]:
+    def translate(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+        shift = [0, 0]
+        shift[axis] = int(_signed(int(level * image.size[axis] / 30), rng))
+        return tvf.affine(image, 0.0, shift, 1.0, [0.0, 0.0], InterpolationMode.BILINEAR)
+
+    return translate
+
+
+def _signed(value: float, rng: np.random.Generator) -> float:
+    return -value if rng.random() > 0.5 else value
+
+
+# At severity 1 the authors' posterize keeps 4 bits whatever the level: int(0.4 * level) is 0.
+_OPERATIONS: tuple[Callable[[Image.Image, float, np.random.Generator], Image.Image], ...] = (
+    lambda image, level, rng: tvf.autocontrast(image),
+    lambda image, level, rng: tvf.equalize(image),
+    lambda image, level, rng: tvf.posterize(image, 4),
+    lambda image, level, rng: tvf.solarize(image, 256 - int(25.6 * level)),
+    _rotate,
+    _shear(0),
+    _shear(1),
+    _translate(0),
+    _translate(1),
+)
+
+
+def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[Picture]:
+    if isinstance(image, Tensor):
+        return _from_tensor(image, backbone)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except (
+            OSError
+        ) as error:  # pillow decodes late: a picture that was opened may still turn out truncated
+            raise DataError(f"can't read the picture: {error}.") from None
+        rgb = to_rgb(image)
+    elif isinstance(image, (str, Path)):
+        rgb = read_image(image)
+    else:
+        raise DataError(f"a picture is a PIL image, a path or a tensor; got {type(image).__name__}.")
+    return [Picture(pixel_key(rgb), rgb)]
+
+
+def _from_tensor(images: Tensor, backbone: Backbone) -> list[Picture]:
+    size = tuple(backbone.image_size)
+    shape = tuple(images.shape)
+    if images.dim() == 3:
+        images = images[None]
+    if images.dim() not in (4, 5) or images.shape[-3] != 3:
+        raise DataError(f"a tensor of pictures is (B, 3, H, W), of views (B, V, 3, H, W); got {shape}.")
+    if not len(images) or (images.dim() == 5 and not images.shape[1]):
+        raise DataError(f"no pictures to adapt to: the batch is empty, {shape}.")
+    if images.dtype == torch.uint8 and images.dim() == 4:
+        opened = [tvf.to_pil_image(image.cpu()) for image in images]
+        return [Picture(pixel_key(image), image) for image in opened]
+    if not images.is_floating_point() or tuple(images.shape[-2:]) != size:
+        raise DataError(
+            f"a float tensor holds pixels preprocessed for the backbone, {size[0]} x {size[1]}, an uint8 tensor "
+            f"(B, 3, h, w) RGB values; got {str(images.dtype).removeprefix('torch.')} {shape}."
+        )
+    images = images.detach().cpu().float()
+    if images.dim() == 5:
+        return [Picture(_tensor_key(views), None, ready=views) for views in images]
+    facts = backbone.fingerprint["preprocess"]
+    mean, std = (torch.tensor(facts[k])[:, None, None] for k in ("mean", "std"))
+    return [Picture(_tensor_key(x), tvf.to_pil_image((x * std + mean).clamp(0, 1)), first=x) for x in images]
+
+
+def _tensor_key(x: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(x.shape)}".encode() + x.contiguous().numpy().tobytes()).hexdigest()[:32]

@@ -1,0 +1,40 @@
+"""Pictures that diffusion models make of pictures: generators behind one interface, and where their work is kept.
+
+An embedded generator is one more file in this folder that registers itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlprompt.diffusion.base import Generator, ViewSource
+from vlprompt.diffusion.store import ViewStore
+from vlprompt.registry import Registry
+from vlprompt.signature import check_options
+
+__all__ = ["GENERATORS", "Generator", "ViewSource", "ViewStore", "create_generator", "list_generators"]
+
+GENERATORS: Registry[type[Generator]] = Registry("generator", "vlprompt.diffusion")
+"""Every kind of generator by name."""
+
+
+def create_generator(name: str, **options: Any) -> Generator:
+    """Build a generator of variations of pictures.
+
+    Args:
+        name: See :func:`list_generators`.
+        **options: The generator's own, see its class; those of diffusers' pipelines take ``pipeline``, a name on the
+            Hugging Face Hub or a local folder.
+
+    Raises:
+        UnknownNameError: For an unknown generator.
+        ConfigError: For options it doesn't have or values it doesn't take, all at once.
+        BackboneError: If a package or the pipeline's weights can't be had; says what to do.
+    """
+    entry = GENERATORS.get(name)
+    return entry.target(**check_options(entry.target, options, source=f"generator {name!r}"))
+
+
+def list_generators() -> list[str]:
+    """Return the sorted names of all generators."""
+    return GENERATORS.names()

@@ -1,0 +1,97 @@
+"""Generated pictures on disk: one lossless file each, under a hash of the picture they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlprompt.data.images import read_image
+from vlprompt.errors import CheckpointError
+from vlprompt.files import write_atomic, write_json
+
+__all__ = ["ViewStore"]
+
+_FORMAT = 1
+
+
+class ViewStore:
+    """Variations of pictures by one generator with one seed.
+
+    ``<root>/store.json`` says which (pipeline weights, steps, guidance, ...); ``<root>/<ab>/<picture>/<k>.png`` is
+    variation k. Files are written atomically, so a killed generation loses at most the picture it was at.
+
+    Args:
+        root: The folder; made when something is written.
+
+    Raises:
+        CheckpointError: If the folder's ``store.json`` is damaged.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        self._card = self._read_card()
+
+    def claim(self, identity: Mapping[str, Any], seed: int, title: str = "") -> None:
+        """Make the store that of a generator and a seed, or check that it is.
+
+        Args:
+            identity: See :class:`vlprompt.diffusion.Generator`.
+            seed: Of its noise.
+            title: Recorded, not compared: the same pipeline may lie elsewhere.
+
+        Raises:
+            CheckpointError: If it holds views of another one; names every difference.
+        """
+        asked = json.loads(json.dumps({**identity, "seed": seed}))
+        if not self._card:
+            self._card = {"format": _FORMAT, "title": title, "made_by": asked}
+            write_json(self.root / "store.json", self._card)
+            return
+        held = self._card["made_by"]
+        differs = [k for k in sorted({*held, *asked}) if held.get(k) != asked.get(k)]
+        if differs:
+            lines = "\n".join(f"  - {k}: stored {held.get(k)!r}, asked for {asked.get(k)!r}" for k in differs)
+            raise CheckpointError(
+                f"{self.root} holds views of another generator ({self._card['title']}). Name another folder.\n{lines}"
+            )
+
+    def missing(self, key: str, n: int) -> list[int]:
+        """Return which of a picture's variations 0 .. n-1 are not there."""
+        return [k for k in range(n) if not self._path(key, k).is_file()]
+
+    def get(self, key: str, n: int) -> list[Image.Image]:
+        """Return a picture's first n variations.
+
+        Raises:
+            DataError: If one is missing or damaged; names the file.
+        """
+        return [read_image(self._path(key, k)) for k in range(n)]
+
+    def put(self, key: str, k: int, image: Image.Image) -> None:
+        """Write one variation, atomically.
+
+        Raises:
+            CheckpointError: If it can't be written.
+        """
+        write_atomic(self._path(key, k), lambda temporary: image.save(temporary, format="PNG"))
+
+    def _path(self, key: str, k: int) -> Path:
+        return self.root / key[:2] / key / f"{k}.png"
+
+    def _read_card(self) -> dict[str, Any]:
+        path = self.root / "store.json"
+        if not path.is_file():
+            return {}
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            if card["format"] > _FORMAT:
+                raise CheckpointError(f"{path} was written by a newer vlprompt.")
+            return {"title": str(card["title"]), "made_by": dict(card["made_by"])}
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is not a view store's card: {error}.") from error
