@@ -45,7 +45,7 @@ class _Pipeline(Generator):
     ) -> None:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = _dtype(precision, place)
-        self.pipe = _load(self.classname, pipeline, revision, dtype).to(place)
+        self.pipe = _load(self.classname, pipeline, revision).to(place, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if scheduler != "own":
             import diffusers
@@ -174,7 +174,7 @@ class ImageToImage(_Pipeline):
         return list(self.pipe(prompt=prompts, image=square, strength=self.strength, **arguments).images)
 
 
-def _load(classname: str, pipeline: str, revision: str | None, dtype: torch.dtype) -> Any:
+def _load(classname: str, pipeline: str, revision: str | None) -> Any:
     try:
         import diffusers
     except ImportError as error:
@@ -186,7 +186,7 @@ def _load(classname: str, pipeline: str, revision: str | None, dtype: torch.dtyp
         kind = getattr(diffusers, classname)
         # Without safety_checker=None, newer releases fetch and run a classifier that blacks pictures out.
         return kind.from_pretrained(
-            pipeline, revision=revision, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            pipeline, revision=revision, safety_checker=None, requires_safety_checker=False
         )
     except Exception as error:  # the hub client, diffusers and torch each raise their own kinds
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
