@@ -31,7 +31,7 @@ _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
 class BackboneOptions(BaseModel):
-    """The ``backbone:`` section: arguments of :func:`vlprompt.create_backbone`."""
+    """The ``backbone:`` section: arguments of :func:`vlprompt.create_backbone`, and masks to put on it."""
 
     model_config = _STRICT
 
@@ -42,10 +42,13 @@ class BackboneOptions(BaseModel):
         None, description="keep proportions and crop, or don't; empty: as the weights were trained"
     )
     cache_dir: str | None = None
+    masks: str | None = Field(
+        None, description="saved masks (of amt, ramt ...) that are folded into the image tower first"
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Return only what was set, since embedded backbones take fewer options."""
-        return self.model_dump(exclude_defaults=True)
+        return self.model_dump(exclude_defaults=True, exclude={"name", "masks"})
 
 
 class DataOptions(BaseModel):

@@ -129,7 +129,7 @@ def test_weights_by_name(backbone: Backbone) -> None:
         create_learner("amt", backbone, NAMES, tensors=["*resblocks.7.*"])
     with pytest.raises(ConfigError, match="no weights to mask in attention"):
         create_learner("amt", backbone, NAMES, tensors=["*mlp*"])
-    with pytest.raises(ConfigError, match="threshold: 0.02 must be below init, 0.01"):
+    with pytest.raises(ConfigError, match=r"threshold: 0\.02 must be below init, 0\.01"):
         create_learner("amt", backbone, NAMES, threshold=0.02)
 
 
@@ -589,6 +589,12 @@ def test_prompts_and_masks_learn_together(
     restored.load_trainable_state(after)
     with torch.no_grad():
         assert torch.equal(restored(images), learner.eval()(images))
+
+
+def test_masks_below_the_prompts_learn_too(backbone: Backbone, batch: dict[str, Tensor]) -> None:
+    learner = create_learner("pmt", backbone, NAMES, prompts="vpt").train()
+    learner.loss(batch)["cross_entropy"].backward()
+    assert all(float(score.grad.abs().max()) > 0 for score in learner.scores.values())
 
 
 def test_only_masks_are_gated(backbone: Backbone, digits: ImageDataset) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import VisionTower, VisualPrompts
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "content_id"]
 
 
 class Backbone(nn.Module):
@@ -116,6 +118,15 @@ class Backbone(nn.Module):
         texts = [t.format(c) for c in classnames for t in templates]
         features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
         return F.normalize(features.mean(1), dim=-1)
+
+
+def content_id(fingerprint: Mapping[str, Any]) -> str:
+    """Return 12 hexadecimal digits that stand for a fingerprint.
+
+    The place weights were read from is no part of what they are: a moved file keeps caches and artefacts valid.
+    """
+    facts = {key: value for key, value in fingerprint.items() if key not in ("pretrained", "id")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.errors import BackboneError, UnknownNameError
 
@@ -98,9 +97,7 @@ def wrap_open_clip(
         },
         "dim": _joint_dim(model, projection),
     }
-    # The place weights were read from is no part of what they are: a moved file keeps caches and artefacts valid.
-    facts_of_content = {key: value for key, value in fingerprint.items() if key != "pretrained"}
-    fingerprint["id"] = hashlib.sha256(json.dumps(facts_of_content, sort_keys=True).encode()).hexdigest()[:12]
+    fingerprint["id"] = content_id(fingerprint)
     return Backbone(
         model, image_transform_v2(config, is_train=False), tokenizer, fingerprint, missing_tokenizer
     )

@@ -97,8 +97,8 @@ class VisionTower:
             # No tokens: the same tower, block by block.
             prompts = VisualPrompts(images.new_empty(1, 0, self.width))
         tokens = self._check(prompts, len(images))
-        with torch.no_grad():  # nothing below the first prompt learns
-            x = self._embed(images, before_norm=prompts.insertion == "append")
+        # What lies below the prompts is frozen, so it makes no graph by itself.
+        x = self._embed(images, before_norm=prompts.insertion == "append")
         places = self._places(x.shape[1], tokens.shape[2], prompts.insertion)
         x = _put(x, tokens[:, 0], places)
         if prompts.insertion == "append":

@@ -17,7 +17,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["confusion", "learning_curves", "per_class", "reliability", "shots_curve", "transfer_matrix"]
+__all__ = [
+    "confusion",
+    "learning_curves",
+    "per_class",
+    "reliability",
+    "shares_by_layer",
+    "shots_curve",
+    "transfer_matrix",
+]
 
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#64748b")
 INK = "#0a0b0c"  # stands for the page's text colour, put in when the SVG is written
@@ -193,6 +201,31 @@ def shots_curve(curves: Mapping[str, Sequence[tuple[int, float, float | None]]])
         axis.legend(fontsize=8)
         _finish(axis, "", "training samples per class")
         return _svg(figure, "Accuracy against shots")
+
+
+def shares_by_layer(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Draw a share of every layer as bars, one colour per series.
+
+    Args:
+        shares: Series to layer to fraction; layers from top to bottom in the order they first appear.
+    """
+    layers = list(dict.fromkeys(layer for series in shares.values() for layer in series))
+    height = 0.8 / max(1, len(shares))
+    with rc_context(_STYLE):
+        figure = Figure(
+            figsize=(7.2, 0.8 + 0.2 * len(layers) * max(1.0, 0.6 * len(shares))), layout="constrained"
+        )
+        axis = figure.subplots()
+        for i, (label, series) in enumerate(shares.items()):
+            rows = [row + (i - (len(shares) - 1) / 2) * height for row in range(len(layers))]
+            values = [100 * series.get(layer, 0.0) for layer in layers]
+            axis.barh(rows, values, height=0.9 * height, color=PALETTE[i % len(PALETTE)], label=label)
+        axis.set_yticks(range(len(layers)), [_short(layer, 48) for layer in layers], fontsize=7)
+        axis.set_ylim(len(layers) - 0.4, -0.6)
+        _finish(axis, "", "weights switched off (%)", grid="x")
+        if len(shares) > 1:
+            axis.legend(fontsize=8)
+        return _svg(figure, "Weights switched off, by layer")
 
 
 def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes]:

@@ -33,6 +33,7 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
+from vlprompt.masks import fold, read_masks
 from vlprompt.training.fit import RunResult, fit
 from vlprompt.training.multitask import (
     TaskData,
@@ -79,7 +80,9 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
     """
     folder = _open_folder(config, resume)
-    backbone = create_backbone(config.backbone.name, **_without(config.backbone.arguments(), "name"))
+    backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
+    if config.backbone.masks is not None:
+        backbone = fold(backbone, read_masks(config.backbone.masks, backbone))
     log.info("backbone %s (%s), run folder %s", backbone.name, backbone.fingerprint["id"], folder)
     session = _Session(config, backbone, folder, resume)
     result = session.run_protocol()
@@ -406,7 +409,3 @@ def _yaml(config: RunConfig) -> str:
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in history))
-
-
-def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in mapping.items() if k != key}

@@ -54,6 +54,7 @@ def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any
 
     Raises:
         CheckpointError: If a method, an option, the backbone, a tensor's name or its shape differs; each is named.
+            If there are several and they hold bits or numbers of classes.
     """
     states: list[dict[str, Tensor]] = []
     checksums = []
@@ -66,8 +67,14 @@ def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any
             raise CheckpointError(f"{path} can't start {learner.method}: {'; '.join(problems)}.")
         states.append(state)
         checksums.append(card.tensors[:12])
-    learner.load_trainable_state({n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]})
+    learner.load_trainable_state({n: _mean(n, [s[n] for s in states]) for n in states[0]})
     return {"init_from": [str(p) for p in prompts], "init_checksums": checksums, "init_mean_of": len(states)}
+
+
+def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) > 1 and not tensors[0].is_floating_point():
+        raise CheckpointError(f"{name} holds {tensors[0].dtype}, which has no mean: start from one folder.")
+    return torch.stack(list(tensors)).mean(0) if len(tensors) > 1 else tensors[0]
 
 
 def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> list[str]:
