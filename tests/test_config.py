@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.pretraining.clip import PretrainOptions
@@ -113,6 +114,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
+    "adapt": AdaptConfig.read,
     "train": load_config,
     "transfer": load_config,
     "pretrain": PretrainOptions.read,

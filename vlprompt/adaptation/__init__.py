@@ -59,7 +59,7 @@ def create_adapter(
             raise ConfigError(["classnames: required, but missing (only a learner brings its own)."], source)
         learner = entry.target.start(backbone_or_learner, classnames, templates, checked)
     adapter = entry.target(learner, **checked)
-    adapter.method = name
+    adapter.method, adapter.options = name, checked
     return adapter
 
 

@@ -52,12 +52,15 @@ class Adapter:
         episodic: True if every picture is adapted to on its own, so that neither order nor company matters;
             False if the adapter learns from the stream (:meth:`reset` forgets it).
         method: Its registry name.
+        options: The options it was built with.
         needs_pixels: Whether :meth:`adapt` runs the image tower again.
     """
 
     episodic: ClassVar[bool] = True
     needs_pixels: bool = False
     method: str = ""
+
+    options: dict[str, Any]
 
     def __init__(self, learner: Learner, plan: ViewPlan) -> None:
         self.learner = learner.eval()
