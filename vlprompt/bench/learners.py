@@ -13,13 +13,11 @@ Both take the same step: the parameters' change is compared.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -29,7 +27,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.bench import BENCHMARKS
 from vlprompt.bench._naive import naive_towers, replaced
-from vlprompt.bench.measure import Measured, measure
+from vlprompt.bench.measure import measure
 from vlprompt.bench.text import imagenet_names
 from vlprompt.errors import VLPromptError
 from vlprompt.learners import LEARNERS, Learner, create_learner
@@ -163,28 +161,16 @@ class _KeepUpdate(Callback):
         )
 
 
-def _measure(work: Callable[[], None], repeats: int) -> tuple[Measured, float | None]:
-    """Return seconds and peak, and how much of the peak (GiB) was not resident before."""
-    with suppress(
-        OSError, AttributeError
-    ):  # glibc keeps what was freed; hand it back, or it hides the next peak
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _resident_gib()
-    measured = measure(work, repeats, warmup=0)
-    peak = measured.peak_rss_gib
-    return measured, None if peak is None or before is None else max(0.0, peak - before)
-
-
 def _measure_ours(case: _Case, repeats: int) -> dict[str, Any]:
     case.step(case.batch, seed=2)  # warms up, and shows whether another seed gives another step
     with _watched(case) as seconds:
-        fast, memory = _measure(lambda: case.step(case.batch), repeats)
+        fast = measure(lambda: case.step(case.batch), repeats, warmup=0)
     case.fast_s = fast.seconds
     text, image = (seconds[k] / repeats for k in ("text", "image"))
     return {
         "parameters": sum(p.numel() for p in case.learner.parameters() if p.requires_grad),
         "fast_s": fast.seconds,
-        "fast_step_gib": memory,
+        "fast_step_gib": fast.added_gib,
         "fast_peak_rss_gib": fast.peak_rss_gib,
         "text_forward_s": text,
         "image_forward_s": image,
@@ -198,12 +184,12 @@ def _measure_naive(case: _Case, image_graph: bool) -> dict[str, Any]:
     size = 4 * 17 * tower.layers * tower.width * tower.context_length * sentences  # as in the packed tower
     parts = min(len(case.batch["label"]), -(-size // _NAIVE_BYTES)) if case.groups > 1 else 1
     with naive_towers(case.learner, image_graph, constant_text=case.groups == 0):
-        slow, memory = _measure(lambda: case.step(case.pixels, parts=parts), repeats=1)
+        slow = measure(lambda: case.step(case.pixels, parts=parts), repeats=1, warmup=0)
     other_seed, fast, naive = case.updates[0], case.updates[-2], case.updates[-1]
     draws = _relative(other_seed, fast) > _NOISE
     return {
         "naive_s": slow.seconds,
-        "naive_step_gib": memory,
+        "naive_step_gib": slow.added_gib,
         "naive_peak_rss_gib": slow.peak_rss_gib,
         "naive_micro_batches": parts,
         "speedup": slow.seconds / case.fast_s,
@@ -255,11 +241,3 @@ def _limit(seconds: float, text: float, image: float) -> str:
     if text + image < 0.1 * seconds:  # a backward pass takes about twice its forward pass
         return "neither tower: the loss, the optimiser and the trainer"
     return "text tower" if text > image else "image tower"
-
-
-def _resident_gib() -> float | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.split("VmRSS:")[1].split()[0]) / 2**20
