@@ -287,8 +287,8 @@ def _stage_problems(config: RunConfig) -> list[str]:
             if across
             else f"protocol.targets: only cross-dataset and domain-generalisation use it, not {protocol}."
         )
-    if across and len(names) != 1:
-        problems.append(f"data.name: {protocol} trains on one data set, got {len(names)}.")
+    if across and names == config.protocol.targets[:1] == config.protocol.targets:
+        problems.append(f"protocol.targets: {names[0]} is what {protocol} trains on; name another data set.")
     if protocol == "elevater" and config.data.sampling == "coop_compat":
         problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:

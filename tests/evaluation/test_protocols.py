@@ -149,6 +149,18 @@ def test_across_trains_once_and_averages_the_targets() -> None:
     assert result.metrics["zero_shot_score"] == pytest.approx(0.3)
 
 
+def test_across_several_sources_averages_over_them_and_scores_none_on_itself() -> None:
+    values = {("s", None): 0.9, ("x", None): 0.7, ("s", "x"): 0.4, ("s", "y"): 0.6, ("x", "y"): 0.2}
+    result = across(
+        "cross-dataset", ["s", "x"], ["x", "y"], lambda c: {"score": values[c.dataset, c.target]}, seeds=(1,)
+    )
+    assert len(result.cells) == len(values)
+    assert result.metrics["source/score"] == pytest.approx(0.8)
+    assert result.metrics["x/score"] == pytest.approx(0.4)
+    assert result.metrics["y/score"] == pytest.approx(0.4)
+    assert result.metrics["score"] == pytest.approx(0.4)
+
+
 def test_across_survives_a_target_and_leaves_its_average_out() -> None:
     def run(cell: Cell) -> dict[str, float]:
         if cell.target == "y":

@@ -96,8 +96,9 @@ def _few_shot(run: Metrics) -> list[Row]:
 def _across(run: Metrics) -> list[Row]:
     """Rows ``zero-shot`` and the learner; the source's column comes first, the average leaves it out."""
     rows = []
+    source = f"{run['data']} (source)" if isinstance(run["data"], str) else "sources, each on itself"
     for method, key, spread in (("zero-shot", "zero_shot_score", False), (run["learner"], "score", True)):
-        values = {f"{run['data']} (source)": _summary(run, f"source/{key}", spread)}
+        values = {source: _summary(run, f"source/{key}", spread)}
         values |= {t: _summary(run, f"{t}/{key}", spread) for t in run["targets"]}
         rows.append(Row(str(method), _known({**values, AVERAGE: _summary(run, key, spread)})))
     return rows

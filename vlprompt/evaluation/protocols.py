@@ -144,7 +144,7 @@ def base_to_new(
 
 def across(
     protocol: str,
-    source: str,
+    source: str | Sequence[str],
     targets: Sequence[str],
     run_cell: RunCell,
     shots: int = 16,
@@ -157,7 +157,8 @@ def across(
 
     Args:
         protocol: ``"cross-dataset"`` or ``"domain-generalisation"``.
-        source: Catalogue name to train on.
+        source: Catalogue name to train on; of several, each is trained on by itself, and figures are averages over
+            them. A source that is a target too is not scored on itself.
         targets: Catalogue names to score.
         run_cell: Trains and scores a cell without ``target``; scores one with it, after the source cell of its seed.
         shots: Training samples per class of the source.
@@ -167,11 +168,23 @@ def across(
         ``source/...`` and ``<target>/...`` for every target, and without prefix the average over the targets, which
         as published leaves the source out; each with ``_std`` and ``_ci95`` over seeds. The headline is ``score``.
     """
-    sources = [Cell(source, shots, s) for s in seeds]
-    plan = [cell for c in sources for cell in (c, *(replace(c, target=t) for t in targets))]
+    sources = [source] if isinstance(source, str) else list(source)
+    targets = [t for t in targets if sources != [t]]
+    plan = [
+        cell
+        for first in (Cell(d, shots, s) for d in sources for s in seeds)
+        for cell in (first, *(replace(first, target=t) for t in targets if t != first.dataset))
+    ]
     result = run_cells(protocol, plan, run_cell)
     result.headline = "score"
-    by_target = {t: {c.seed: n for c, n in result.cells.items() if c.target == t} for t in (None, *targets)}
+    by_target: dict[str | None, dict[int, dict[str, float]]] = {}
+    for target in (None, *targets):
+        done = {
+            d: {c.seed: n for c, n in result.cells.items() if (c.dataset, c.target) == (d, target)}
+            for d in sources
+            if d != target
+        }
+        by_target[target] = {seed: mean for seed in seeds for mean in averages(done, [seed])}
     for target, by_seed in by_target.items():
         result.metrics |= over_seeds(list(by_seed.values()), f"{target or 'source'}/")
     del by_target[None]

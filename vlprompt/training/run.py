@@ -122,7 +122,7 @@ class _Session:
             return run_transfer(self)
         if protocol.name in ("cross-dataset", "domain-generalisation"):
             most = max(protocol.shots)
-            return across(protocol.name, names[0], protocol.targets, self.run_cell, most, protocol.seeds)
+            return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
         if protocol.name == "base-to-new":
             most, seeds = max(protocol.shots), protocol.seeds
             return run_from_scratch_too(
