@@ -124,12 +124,15 @@ class _Case:
         batch = pixels
         if learner.static_images:
             batch = {"embedding": backbone.image_embeddings(images), "label": labels}
-        start = {n: t.clone() for n, t in learner.trainable_state().items()}
+        start = {n: p.detach().clone() for n, p in learner.named_parameters() if p.requires_grad}
         return cls(learner, batch, pixels, start)
 
     def step(self, batch: Mapping[str, Tensor], seed: int = 1, parts: int = 1) -> None:
         """Take one step of the trainer from the start, and keep by how much it changed the parameters."""
-        self.learner.load_trainable_state(self.start)
+        with torch.no_grad():
+            for name, parameter in self.learner.named_parameters():
+                if name in self.start:
+                    parameter.copy_(self.start[name])
         size = len(batch["label"])
         batches = TensorBatches({n: [t] for n, t in batch.items()}, size, seed)
         # Plain gradient descent at rate 1 makes the change the gradient itself.
