@@ -328,6 +328,20 @@ class TestViews:
                 assert not torch.equal(other[1:], made[1:])
             assert len({row.numpy().tobytes() for row in made}) == 6
 
+    def test_crops_keep_the_share_they_are_told(self, backbone: Backbone) -> None:
+        half = Image.new("RGB", (64, 64), "white")
+        half.paste("black", (0, 0, 64, 8))  # a border that small crops miss
+        first = open_pictures(half, backbone)[0]
+        seen = {
+            share: [float(v.min()) < -1 for v in ViewPlan(40, f"crop_flip{share}").make(first, backbone)[1:]]
+            for share in ("", ":0.9")
+        }
+        assert all(seen[":0.9"])
+        assert not all(seen[""])
+        for wrong in ("crop", "crop_flip:0", "crop_flip:1.5", "augmix:"):
+            with pytest.raises(ConfigError, match="augment"):
+                build("zero", backbone, augment=wrong)
+
     def test_a_picture_is_the_same_however_it_is_given(
         self, backbone: Backbone, pictures: list[Image.Image], tmp_path: Path
     ) -> None:

@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
@@ -32,9 +33,10 @@ from vlprompt.seeding import numpy_rng
 
 __all__ = ["Augment", "Images", "Picture", "ViewPlan", "open_pictures"]
 
-Augment = Literal["crop_flip", "augmix"]
+Augment = Annotated[str, Field(pattern=r"^(crop_flip|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
+"""``crop_flip`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the picture."""
 Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
-_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop
+_LEAST = 0.08  # share of the area: torchvision's RandomResizedCrop
 _CHAINS = 3
 
 
@@ -63,7 +65,7 @@ class ViewPlan:
     Attributes:
         count: V, including view 0, the picture as the backbone's preprocessing gives it.
         augment: ``"crop_flip"`` (a crop of 8 to 100 % of the area, bilinear, then a left-right flip of half of
-            them) or ``"augmix"`` (the same, then AugMix).
+            them) or ``"augmix"`` (the same, then AugMix); ``"crop_flip:0.5"`` cuts 50 to 100 %.
         seed: Of all draws.
     """
 
@@ -83,14 +85,14 @@ class ViewPlan:
 
     def _view(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
         rng = numpy_rng(self.seed, "view", key, number)
+        kind, _, share = self.augment.partition(":")
+        least = float(share or _LEAST)
         height, width = backbone.image_size
-        top, left, h, w = crop_box(image.height, image.width, _SCALE, rng.random)
+        top, left, h, w = crop_box(image.height, image.width, (least, 1.0), rng.random)
         crop = tvf.resized_crop(image, top, left, h, w, [height, width], InterpolationMode.BILINEAR)
         if rng.random() < 0.5:
             crop = tvf.horizontal_flip(crop)
-        return (
-            augmix(crop, backbone.preprocess, rng) if self.augment == "augmix" else backbone.preprocess(crop)
-        )
+        return augmix(crop, backbone.preprocess, rng) if kind == "augmix" else backbone.preprocess(crop)
 
 
 def open_pictures(images: Images, backbone: Backbone) -> list[Picture]:
