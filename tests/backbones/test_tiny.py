@@ -101,8 +101,18 @@ def test_features_are_unit_length(tiny: Backbone) -> None:
 
 @pytest.mark.parametrize(
     ("task", "least"),
-    # Chance is 1/12, 1/2, 1/6, 1/20 and 1/7.
-    [("colour", 0.8), ("arrangement", 0.9), ("larger", 0.5), ("shape", 0.25), ("pattern", 0.24)],
+    # Chance is 1/12, 1/2, 1/6, 1/20, 1/7, 1/10, 1/9, 1/5 and 1/6.
+    [
+        ("colour", 0.9),
+        ("arrangement", 0.9),
+        ("larger", 0.8),
+        ("shape", 0.85),
+        ("pattern", 0.6),
+        ("glyph", 0.85),
+        ("position", 0.85),
+        ("count", 0.85),
+        ("background", 0.35),
+    ],
 )
 def test_zero_shot_is_far_above_chance(tiny: Backbone, task: str, least: float) -> None:
     assert accuracy(tiny, task) >= least
