@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_sparsity_and_difference(backbone: Backbone) -> None:
 
 def test_the_picture_shows_every_layer_and_task(backbone: Backbone) -> None:
     first, second = (Masks(scattered(backbone, seed, share=0.2 * seed).masks()) for seed in (1, 2))
-    drawn = first.figure("pets", flowers=second)
+    drawn = first.figure("pets", {"flowers": second})
     text = " ".join(ElementTree.fromstring(drawn).itertext())
     assert "pets" in text
     assert "flowers" in text
@@ -151,6 +152,22 @@ def test_switching_tasks_equals_each_alone(backbone: Backbone, images: Tensor) -
     assert len(identities) == 4  # features of one task are never taken for another's
     with pytest.raises(UnknownNameError, match="unknown task 'd'"):
         switched.use("d")
+
+
+def test_the_command_line_prints_shares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks_tool = runpy.run_path(str(Path(__file__).parent.parent / "tools" / "masks.py"))["main"]
+    tiny = vlprompt.create_backbone("tiny", "random")
+    first, second = (scattered(tiny, seed, share=0.2) for seed in (1, 2))
+    folders = [str(vlprompt.save(learner, tmp_path / str(n))) for n, learner in enumerate((first, second))]
+    masks_tool([folders[0], folders[1], "--svg", str(tmp_path / "masks.svg")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(first.masks()) + 1
+    name, *shares = lines[0].split()
+    a, b = (~learner.masks()[name] for learner in (first, second))
+    assert [float(s) for s in shares] == [round(100 * float(m.float().mean()), 2) for m in (a, b, a & b)]
+    assert (tmp_path / "masks.svg").read_text().startswith("<svg")
+    masks_tool([folders[0]])
+    assert len(capsys.readouterr().out.splitlines()[0].split()) == 2
 
 
 def test_what_is_no_mask_is_refused(backbone: Backbone, tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ class Masks(Mapping[str, Tensor]):
             )
         return found
 
-    def figure(self, label: str = "", **others: Masks) -> str:
-        """Draw the share of switched-off weights per layer as an SVG element, of several tasks beside each other."""
-        return shares_by_layer({label: self.sparsity(), **{k: m.sparsity() for k, m in others.items()}})
+    def figure(self, label: str = "", others: Mapping[str, Masks] | None = None) -> str:
+        """Draw the share of switched-off weights per layer as an SVG element, beside others by their labels."""
+        return shares_by_layer({label: self.sparsity(), **{k: m.sparsity() for k, m in (others or {}).items()}})
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -19,6 +24,7 @@ from torch import Tensor
 from tests.golden.text_learners import close, read_golden, small_clip
 from tests.golden.weights import filled
 from vlprompt import create_backbone, create_learner, fit, load_dataset
+from vlprompt.artefacts import read
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.masks import maskable
 from vlprompt.backbones.reweighted import ReweightedBackbone
@@ -405,6 +411,44 @@ def test_mixed_precision_takes_nearly_the_same_step(
     assert float(F.cosine_similarity(*steps, dim=0)) > 0.98
     gated = train(backbone, digits, fit_options={"precision": precision})
     assert 0.01 < gated.figures()["masked_share"] < 0.9
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Gradients are averaged before the gate, and all draw the same: the same masks but for sums' last bits."""
+    config = """
+name: test
+backbone: {name: tiny, pretrained: random}
+learner: {name: ramt, norm_weight: 0}
+data: {name: digits, validate_on: none}
+train: {epochs: 3, lr: 300, batch_size: 10, optimizer: sgd, momentum: 0, weight_decay: 0, warmup_epochs: 0}
+protocol: {shots: [2], seeds: [1]}
+"""
+    root, found = Path(__file__).parent.parent.parent, []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        (folder / "run.yaml").write_text(f"{config}output: {folder}\n")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, str(root / "tools/train.py"), "--cfg", str(folder / "run.yaml")],
+                       env=environment, check=True, capture_output=True)  # fmt: skip
+        (saved,) = folder.glob("test/*/prompt")
+        figures = json.loads((saved.parent / "metrics.json").read_text())
+        found.append(
+            (
+                read(saved)[1],
+                figures["train/learned/masked_share"],
+                figures["train/learned/dropped_gradient_share"],
+            )
+        )
+    (one, off, dropped), (two, other_off, other_dropped) = found
+    assert off > 0.01
+    assert dropped > 0.01
+    assert other_off == pytest.approx(off, rel=0.01)
+    assert other_dropped == pytest.approx(dropped, rel=0.01)
+    differing = sum(int(np.unpackbits((one[n] ^ two[n]).numpy()).sum()) for n in one)
+    assert differing < 0.001 * 8 * sum(bits.numel() for bits in one.values())
 
 
 class StopAt(Callback):

@@ -113,7 +113,7 @@ class MaskTuning(Learner):
         self.prompts = _combined(prompts, view, self.classnames, self.templates, prompt_options or {}, seed)
         self.plain = prompts == "zero_shot"
         self.class_bound = self.prompts.class_bound
-        self.register_buffer("statistics", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("statistics", torch.zeros(3), persistent=False)
         self._zero_shot: Tensor | None = None
         self._views: Tensor | None = None  # (V, N, d) frozen embeddings of the training samples
 
@@ -160,22 +160,24 @@ class MaskTuning(Learner):
         norm, general = gradients.get("norm_penalty"), gradients.get("kl")
         generator = torch.Generator(task[0].device)
         generator.manual_seed(derive_seed(self.seed, "gradient dropout", int(self.statistics[0])))
-        combined, penalty, total, dropped, count = [], 0.0, 0.0, 0, 0
+        combined, count = [], 0
+        size, penalty, dropped = self.statistics.new_zeros(3)
         for i, name in enumerate(names):
             gradient = task[i]
             if name.startswith("scores."):
                 count += gradient.numel()
-                total += float(gradient.abs().sum())
+                size = size + gradient.abs().sum()
                 if norm is not None:
-                    penalty += float(norm[i].abs().sum())
+                    penalty = penalty + norm[i].abs().sum()
                     gradient = gradient + norm[i]
                 if general is not None:
                     kept = gradient_dropout(gradient, general[i], self.gdr_lambda, generator)
-                    dropped += int((kept != gradient).sum())
+                    dropped = dropped + (kept != gradient).sum()
                     gradient = kept
             combined.append(gradient)
-        sums = [1, dropped / max(count, 1), penalty / max(penalty + total, 1e-30)]
-        self.statistics += torch.tensor(sums, dtype=torch.float64, device=self.statistics.device)
+        tiny = torch.finfo(size.dtype).tiny
+        shares = [torch.ones_like(size), dropped / count, penalty / (size + penalty).clamp(min=tiny)]
+        self.statistics += torch.stack(shares)
         return combined
 
     def survey(self, source: Any) -> None:
