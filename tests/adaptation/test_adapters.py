@@ -198,6 +198,16 @@ def test_the_gradient_can_be_transformed(backbone: Backbone, pictures: list[Imag
     half = {"optimizer": "sgd", "lr": 0.2, "transform": lambda g: {n: 0.5 * x for n, x in g.items()}}
     assert torch.equal(same, plain)
     torch.testing.assert_close(build("tpt", backbone, **half).predict(pictures).probs, plain)
+    shapes: list[dict[str, tuple[int, ...]]] = []
+
+    def look(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        shapes.append({n: tuple(g.shape) for n, g in gradients.items()})
+        return gradients
+
+    for start in ("coop", "maple"):  # one row per picture, whichever way it is tuned
+        learner = create_learner(start, backbone, NAMES)
+        create_adapter("tpt", learner, views=4, transform=look).predict(pictures[0])
+        assert shapes[-1] == {n: (1, *p.shape) for n, p in learner.trainable_state().items()}
 
 
 def test_difftpt_without_generated_views_and_filters_is_tpt(

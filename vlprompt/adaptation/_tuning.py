@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,10 +22,12 @@ from torch.func import functional_call
 from vlprompt.errors import DataError, NonFiniteError
 from vlprompt.learners import LEARNERS, Learner
 
-__all__ = ["GradientTransform", "Loss", "Rate", "Rule", "Tuned", "Tuner", "require_prompts"]
+__all__ = ["GradientTransform", "ImageLoss", "Loss", "Rate", "Rule", "Tuned", "Tuner", "require_prompts"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of (G, V, C) logits, a (G, V) mask of views and (G, C, d) class weights: (G,) values to make small."""
+ImageLoss = Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]
+"""Runs the image tower through the function it gets and returns its features and a further loss."""
 GradientTransform = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Of gradients by name, one row per picture: what the step uses in their place, of the same shapes."""
 Rate = Annotated[float, Field(ge=0)]
@@ -123,33 +126,30 @@ class Tuner:
             NonFiniteError: If a gradient is NaN or infinite.
         """
         tuned = [self._tune_one(views, mask, extra) for views, mask in zip(pixels, kept, strict=True)]
-        prompts = {n: torch.stack([t.prompts[n] for t in tuned]) for n in self._start}
-        return Tuned(prompts, torch.stack([t.logits for t in tuned]))
+        prompts = {n: torch.cat([t.prompts[n] for t in tuned]) for n in self._start}
+        return Tuned(prompts, torch.cat([t.logits for t in tuned]))
 
     def _tune_one(self, views: Tensor, mask: Tensor, extra: ImageLoss | None) -> Tuned:
-        prompts = {n: p.clone() for n, p in self._start.items()}
+        prompts = {n: p[None].clone() for n, p in self._start.items()}
         optimizer = self.rule.build(list(prompts.values()))
         listened = views[mask.to(views.device)]
         everything = torch.ones(1, len(listened), dtype=torch.bool, device=views.device)
         for _ in range(self.rule.steps):
-            leaves = _leaves(prompts)
-            if extra is None:
-                features, further = self._features(leaves, listened), None
-            else:
-                features, further = extra(lambda: self._features(leaves, listened))  # noqa: B023 - called at once
+            leaves = _leaves(prompts, row=0)
+            run = partial(self._features, leaves, listened)
+            features, further = (run(), 0.0) if extra is None else extra(run)
             weights = self._weights(leaves)
             loss = self.loss(self._logits(features[None], weights[None]), everything, weights[None]).sum()
-            total = loss if further is None else loss + further
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            rows = {
-                n: torch.zeros_like(p) if g is None else g
-                for (n, p), g in zip(leaves.items(), found, strict=True)
+            found = torch.autograd.grad(loss + further, list(leaves.values()), allow_unused=True)
+            gradients = {
+                n: torch.zeros_like(prompts[n]) if g is None else g[None]
+                for n, g in zip(leaves, found, strict=True)
             }
-            self._move(optimizer, prompts, rows)
+            self._move(optimizer, prompts, gradients)
         # Learners remember constants where no gradient is asked for; these prompts are not theirs.
-        leaves = _leaves(prompts)
+        leaves = _leaves(prompts, row=0)
         logits = self._logits(self._features(leaves, views[:1]), self._weights(leaves))
-        return Tuned(prompts, logits[0].detach())
+        return Tuned(prompts, logits.detach())
 
     def _first_gradients(self, features: Tensor, kept: Tensor) -> dict[str, Tensor]:
         """At the start the loss pulls at each picture's own weights; one shared graph takes that to the prompts."""
@@ -195,10 +195,6 @@ class Tuner:
         return self.learner.backbone.logit_scale * features @ weights.transpose(-1, -2)
 
 
-ImageLoss = Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]
-"""Runs the image tower through the function it gets and returns its features and a further loss."""
-
-
 def require_prompts(learner: Learner) -> None:
     """Refuse a learner without prompts to tune, or whose classifier is more than class weights.
 
@@ -230,5 +226,6 @@ class _Caller(nn.Module):
         return functional_call(self, renamed, (method, *arguments))
 
 
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().requires_grad_() for n, t in tensors.items()}
+def _leaves(tensors: dict[str, Tensor], row: int | None = None) -> dict[str, Tensor]:
+    """Return tensors, or one row of each, as the start of a new graph."""
+    return {n: (t if row is None else t[row]).detach().requires_grad_() for n, t in tensors.items()}
