@@ -70,6 +70,13 @@ def test_cross_dataset_trains_once_per_seed_and_keeps_finished_cells(train: Trai
     assert train(CROSS, "--resume")[0]["digits/score"] == 0.75
 
 
+def test_a_target_is_asked_for_in_its_own_words(train: Train) -> None:
+    """Untrained masks are zero-shot classification, with the target's templates instead of the source's."""
+    metrics, _ = train(CROSS, "learner={name: amt}", "train.epochs=0", "protocol.seeds=[1]")
+    for target in ("scenes/size", "digits"):
+        assert metrics[f"{target}/score"] == metrics[f"{target}/zero_shot_score"]
+
+
 def test_domain_generalisation_over_styles(train: Train) -> None:
     styles = "targets: ['scenes/kind@sketch', 'scenes/kind@night']"
     metrics, _ = train(f"protocol={{name: domain-generalisation, shots: [2], seeds: [1], {styles}}}")

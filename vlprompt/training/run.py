@@ -236,7 +236,7 @@ class _Session:
     def _scores(self, learner: Learner, test: ImageDataset) -> dict[str, float]:
         """Test metrics of a learner on any classes, and what zero-shot reaches on them."""
         if test.classnames != learner.classnames:
-            learner = learner.with_classes(test.classnames)
+            learner = learner.with_classes(test.classnames, test.templates)
         zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
         baseline = evaluate(zero, test, cache=self.test_cache)
         self.facts |= {f"{test.name}/{k}": v for k, v in test.fingerprint().items()}
