@@ -81,7 +81,7 @@ def bench_masks(
 
 
 def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: int) -> Measured:
-    return _measured(lambda: _step(module, data), "full fine-tuning", repeats)
+    return _measured(lambda: _step(module, data, 1e-6), "full fine-tuning", repeats)
 
 
 def _ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
@@ -109,11 +109,11 @@ def _scattered(learner: Any, share: float, generator: torch.Generator) -> Any:
     return learner
 
 
-def _step(module: Trainable, data: Mapping[str, Tensor]) -> None:
+def _step(module: Trainable, data: Mapping[str, Tensor], lr: float) -> None:
     """Take one step of the trainer, by plain gradient descent."""
     size = len(data["label"])
     options = TrainOptions(
-        epochs=1, batch_size=size, lr=1e-3, momentum=0, weight_decay=0, schedule="constant", warmup_epochs=0
+        epochs=1, batch_size=size, lr=lr, momentum=0, weight_decay=0, schedule="constant", warmup_epochs=0
     )
     batches = TensorBatches({n: [t] for n, t in data.items()}, size, 1)
     Trainer(module, batches, options, accelerator=Accelerator()).run()
@@ -126,7 +126,7 @@ def _ours(learner: Any, start: Mapping[str, Tensor], data: Mapping[str, Tensor])
         for name, parameter in learner.named_parameters():
             if name in start:
                 parameter.copy_(start[name])
-    _step(learner, data)
+    _step(learner, data, 1.0)  # a rate of 1 makes the change of the scores the gradient itself
 
 
 class _FullFineTuning(nn.Module):
@@ -179,7 +179,7 @@ class _Port:
         self.scores = {n: t.clone().requires_grad_() for n, t in self.start.items()}
 
     def step(self, data: Mapping[str, Tensor]) -> None:
-        """Take the first step of plain gradient descent at rate 1e-3, however often."""
+        """Take the first step of plain gradient descent at rate 1, however often."""
         with torch.no_grad():
             for name, score in self.scores.items():
                 score.copy_(self.start[name])
@@ -202,9 +202,7 @@ class _Port:
         generator.manual_seed(derive_seed(self.learner.seed, "gradient dropout", 0))
         with torch.no_grad():
             for score, other in zip(self._learned(), kept, strict=True):
-                score -= 1e-3 * gradient_dropout(
-                    score.grad.clone(), other, self.learner.gdr_lambda, generator
-                )
+                score -= gradient_dropout(score.grad.clone(), other, self.learner.gdr_lambda, generator)
 
     def updates(self) -> dict[str, Tensor]:
         """Return what the last step changed, by the learner's names."""
