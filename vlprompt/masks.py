@@ -113,7 +113,9 @@ class Masks(Mapping[str, Tensor]):
 
     def figure(self, label: str = "", others: Mapping[str, Masks] | None = None) -> str:
         """Draw the share of switched-off weights per layer as an SVG element, beside others by their labels."""
-        return shares_by_layer({label: self.sparsity(), **{k: m.sparsity() for k, m in (others or {}).items()}})
+        return shares_by_layer(
+            {label: self.sparsity(), **{k: m.sparsity() for k, m in (others or {}).items()}}
+        )
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}
