@@ -210,7 +210,7 @@ def _stl(files: tuple[Path, ...]) -> tuple[Array, Array]:
 def _h5(files: tuple[Path, ...]) -> tuple[Any, Array]:
     """PatchCamelyon: ``x`` (N, 96, 96, 3), read picture by picture, and ``y`` (N, 1, 1, 1)."""
     try:
-        import h5py  # type: ignore[import-not-found, unused-ignore]
+        import h5py
     except ImportError:
         raise DataError(f"reading {files[0].name} needs h5py: pip install h5py.") from None
     return h5py.File(files[0], "r")["x"], np.asarray(h5py.File(files[1], "r")["y"]).reshape(-1).astype(int)
