@@ -9,7 +9,7 @@ import pytest
 from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
-from vlprompt.pretraining.clip import PretrainOptions
+from vlprompt.pretraining import read_recipe
 from vlprompt.training.compare import Comparison
 
 
@@ -117,7 +117,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "adapt": AdaptConfig.read,
     "train": load_config,
     "transfer": load_config,
-    "pretrain": PretrainOptions.read,
+    "pretrain": read_recipe,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 

@@ -16,6 +16,7 @@ from vlprompt.data.scenes.sentences import attribute_sentences
 from vlprompt.data.scenes.wording import HELD_OUT_WORDS
 from vlprompt.errors import ConfigError
 from vlprompt.files import read_tensors, write_tensors
+from vlprompt.pretraining import read_recipe
 from vlprompt.pretraining.batches import CaptionBatches
 from vlprompt.pretraining.clip import PretrainOptions, pretrain
 from vlprompt.pretraining.corpus import Corpus, encode, read_corpus
@@ -135,7 +136,7 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_names_every_mistake(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("pictures: -1\ncaption: 3\ntrain: {epoch: 2}\n")
+    (tmp_path / "bad.yaml").write_text("recipe: clip\npictures: -1\ncaption: 3\ntrain: {epoch: 2}\n")
     with pytest.raises(ConfigError) as caught:
-        PretrainOptions.read(tmp_path / "bad.yaml")
+        read_recipe(tmp_path / "bad.yaml")
     assert len(caught.value.problems) == 3

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from vlprompt.config import read_yaml
 from vlprompt.data.scenes.pairs import CaptionPairs
-from vlprompt.errors import ConfigError
 from vlprompt.files import write_json, write_tensors
+from vlprompt.pretraining import RECIPES
 from vlprompt.pretraining.batches import CaptionBatches
 from vlprompt.pretraining.corpus import read_corpus
 from vlprompt.pretraining.objective import ContrastiveModule
 from vlprompt.pretraining.watch import ZeroShot
-from vlprompt.signature import describe_problems
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
@@ -58,20 +55,13 @@ class PretrainOptions(BaseModel):
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     train: TrainOptions = TrainOptions()
 
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> PretrainOptions:
-        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
 
-        Raises:
-            ConfigError: With every mistake at once.
-            UnknownNameError: If there is no such file.
-        """
-        try:
-            return cls.model_validate(read_yaml(cfg, overrides))
-        except ValidationError as error:
-            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-
-
+@RECIPES.register(
+    "clip",
+    summary="the embedded `tiny` on captioned scenes",
+    options=PretrainOptions,
+    ships="vlprompt/backbones/weights/tiny.safetensors",
+)
 def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, workers: int = 1) -> Path:
     """Run a pretraining from drawing the pictures to packed weights.
 
