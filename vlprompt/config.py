@@ -76,6 +76,9 @@ class DataOptions(BaseModel):
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what only this kind of data set takes, for example {size: 64}"
+    )
 
     @field_validator("augmentation")
     @classmethod
@@ -94,7 +97,7 @@ class DataOptions(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`vlprompt.load_dataset` takes for every split."""
         keys = ("root", "sampling", "on_bad_image", "strict_shots", "classnames", "templates")
-        return {k: getattr(self, k) for k in keys}
+        return {**{k: getattr(self, k) for k in keys}, **self.options}
 
 
 class ProtocolOptions(BaseModel):

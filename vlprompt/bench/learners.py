@@ -123,7 +123,7 @@ class _Case:
         pixels = {"image": images, "label": labels}
         batch = pixels
         if learner.static_images:
-            batch = {"embedding": backbone.image_embeddings(images), "label": labels}
+            batch = {"embedding": learner.embed_images(images), "label": labels}
         start = {n: p.detach().clone() for n, p in learner.named_parameters() if p.requires_grad}
         return cls(learner, batch, pixels, start)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from vlprompt.errors import DataError
 from vlprompt.evaluation.metrics import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 from vlprompt.learners import Learner
 
-__all__ = ["evaluate", "predict_logits"]
+__all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 
 def evaluate(
@@ -45,6 +45,9 @@ def evaluate(
     own = str(data.info.get("metric", "accuracy"))
     usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
     numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
+    more = getattr(learner, "measure", None)
+    if more is not None and metrics is None:
+        numbers |= more(data, image_embeddings(learner, data, batch_size=batch_size, cache=cache))
     return {**numbers, "score": numbers[own]}
 
 
@@ -77,14 +80,18 @@ def image_embeddings(
     learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
 ) -> Tensor:
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
-    backbone = learner.backbone
+    encode, fingerprint = encoder_of(learner)
     return (cache or FeatureCache()).features(
-        data,
-        backbone.image_embeddings,
-        backbone.preprocess,
-        fingerprint=backbone.fingerprint["id"],
-        batch_size=batch_size,
+        data, encode, learner.backbone.preprocess, fingerprint=fingerprint, batch_size=batch_size
     )
+
+
+def encoder_of(learner: Learner) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Return what turns pictures into the rows that are cached for a learner, and the rows' fingerprint."""
+    backbone = learner.backbone
+    if learner.static_images:
+        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"
+    return backbone.image_embeddings, backbone.fingerprint["id"]
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
