@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlprompt.evaluation.evaluate import evaluate
     from vlprompt.inference import predict
     from vlprompt.learners import create_learner, list_learners
+    from vlprompt.security.scan import scan
     from vlprompt.training.fit import RunResult, fit
     from vlprompt.training.run import run
 
@@ -40,6 +41,7 @@ _HOME = {
     "predict": "vlprompt.inference",
     "run": "vlprompt.training.run",
     "save": "vlprompt.artefacts",
+    "scan": "vlprompt.security.scan",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "predict",
     "run",
     "save",
+    "scan",
 ]
 
 

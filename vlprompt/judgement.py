@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Judgement"]
+__all__ = ["Detecting", "Judgement"]
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,15 @@ class Judgement:
         score = join("score")
         assert score is not None
         return cls(score, join("trigger"), join("object"), join("pairs"))
+
+
+@runtime_checkable
+class Detecting(Protocol):
+    """What can judge pictures."""
+
+    @property
+    def threshold(self) -> float:
+        """Score from which a picture is called poisoned."""
+
+    def judge(self, embeddings: Tensor) -> Judgement:
+        """Return an opinion of (n, d) rows of the detector's own ``embed_images``."""

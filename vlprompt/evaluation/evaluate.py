@@ -9,7 +9,9 @@ from torch import Tensor
 
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.errors import DataError
+from vlprompt.evaluation.detection import judgement_metrics
 from vlprompt.evaluation.metrics import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
+from vlprompt.judgement import Detecting
 from vlprompt.learners import Learner
 
 __all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
@@ -39,15 +41,16 @@ def evaluate(
     Raises:
         DataError: If the class names differ.
     """
+    cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
         labels = torch.from_numpy(data.multi_hot())
     own = str(data.info.get("metric", "accuracy"))
     usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
     numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
-    more = getattr(learner, "measure", None)
-    if more is not None and metrics is None:
-        numbers |= more(data, image_embeddings(learner, data, batch_size=batch_size, cache=cache))
+    if metrics is None and "trigger" in data.targets and isinstance(learner, Detecting):
+        rows = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
+        numbers |= judgement_metrics(learner.judge(rows), data, learner.threshold)
     return {**numbers, "score": numbers[own]}
 
 

@@ -142,8 +142,7 @@ class Learner(nn.Module):
     #   survey(source: TrainingSource): before training, looks at what it will be trained on.
     #   figures() -> dict of numbers: after training, describes what was learned; metrics ``learned/...``.
     #   calibrate_on(data, embeddings): as calibrate below, for what needs more of the validation data than labels.
-    # Optional hook of evaluate:
-    #   measure(data, embeddings (n, d)) -> dict of numbers: what only this learner says of pictures. DBOM has both.
+    #       DBOM has it.
     # Optional hooks of fit, for learners of frozen image embeddings:
     #   prepare(views (V, N, d), labels (N,)): before training; may replace parameters (their shape can be N).
     #   calibrate(embeddings (n, d), labels (n,)) -> dict of numbers: after training, if there are validation

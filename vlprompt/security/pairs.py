@@ -16,15 +16,13 @@ import numpy as np
 from PIL import Image
 
 from vlprompt.data.base import ImageDataset, Reader, Sample
-from vlprompt.errors import ConfigError, DataError, UnknownNameError
+from vlprompt.errors import DataError, UnknownNameError
+from vlprompt.learners.dbom import DEFAULT_TRIGGERS
 from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, TRIGGERS, create_trigger
 from vlprompt.security.triggers.base import native
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["DEFAULT_TRIGGERS", "PairDataset", "PairSource", "PairSplit", "pair_dataset", "split_pairs"]
-
-DEFAULT_TRIGGERS = (CLEAN, "badnets", "blended", "bpp", "ftrojan", "sig", "trojan", "wanet")
-"""What a detector looks for unless told otherwise; the first is no trigger."""
+__all__ = ["DEFAULT_TRIGGERS", "PairDataset", "PairSource", "PairSplit", "check_triggers", "pair_dataset", "split_pairs"]
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,11 @@ def split_pairs(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1)
 
 @dataclass(frozen=True)
 class PairSource:
-    """A picture of another data set, and which trigger is put into it."""
+    """A picture of another data set, which trigger is put into it, and what it shows."""
 
     base: Any
     trigger: int
+    object: int
 
 
 @dataclass(frozen=True)
@@ -194,9 +193,10 @@ def pair_dataset(
     }
     for sample in base.samples:
         c = sample.classes[0]
-        samples.append(Sample(PairSource(sample.source, 0), c))
+        samples.append(Sample(PairSource(sample.source, 0, c), c))
         for _ in range(min(copies, len(queues[c]))):
-            samples.append(Sample(PairSource(sample.source, int(queues[c][dealt[c] % len(queues[c])])), c))
+            trigger = int(queues[c][dealt[c] % len(queues[c])])
+            samples.append(Sample(PairSource(sample.source, trigger, c), c))
             dealt[c] += 1
     return PairDataset(
         name=f"triggered:{base.name}",
@@ -228,25 +228,3 @@ def check_triggers(triggers: Sequence[str]) -> tuple[str, ...]:
             if part not in TRIGGERS:
                 raise UnknownNameError("trigger", part, [CLEAN, *TRIGGERS.names()])
     return names
-
-
-def require_pairs(data: ImageDataset, triggers: Sequence[str], who: str) -> PairDataset:
-    """Return a data set as one of pairs with exactly these triggers.
-
-    Raises:
-        DataError: If it isn't; says how to have one.
-        ConfigError: If its triggers are others.
-    """
-    if not isinstance(data, PairDataset):
-        raise DataError(
-            f"{who} learns from pictures whose trigger is known, and {data.name} does not say. Use triggered:{data.name}."
-        )
-    if data.triggers != tuple(triggers):
-        raise ConfigError(
-            [
-                f"triggers: {who} was built for {', '.join(triggers)}; {data.name} has {', '.join(data.triggers)}. Give both "
-                "the same list (learner.triggers and data.options.triggers)."
-            ],
-            who,
-        )
-    return data
