@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def predict_logits(
 
 
 def image_embeddings(
-    learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+    learner: Any, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
 ) -> Tensor:
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
     encode, fingerprint = encoder_of(learner)
@@ -89,7 +90,7 @@ def image_embeddings(
     )
 
 
-def encoder_of(learner: Learner) -> tuple[Callable[[Tensor], Tensor], str]:
+def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns pictures into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:

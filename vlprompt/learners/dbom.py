@@ -47,7 +47,7 @@ class DBOM(Learner):
 
     Sentences: pair [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes of M
     vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
-    Image side: p_t, p_o are looked up in the repository, f_t = D_t(evidence, p_t), f_o = f + D_o(f, p_o),
+    Image side: p_t, p_o are looked up in the repository, f_t = D_t(evidence, p_t), f_o = f + D_o(f, P(t), p_o),
     f_p = beta f + (1 - beta) F(f_t, f_o). Score of a pair: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and b
     chosen on validation data. The evidence is standardised by the training pictures' mean and spread.
 
@@ -97,7 +97,7 @@ class DBOM(Learner):
         prefix: Literal["static", "conditional"] = "static",
         context_length: Annotated[int, Field(ge=1, le=64)] = 4,
         init: str = "a photo of a",
-        hidden: Annotated[int, Field(ge=1)] = 256,
+        hidden: Annotated[int, Field(ge=1)] = 512,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3,
         primitive_weight: Annotated[float, Field(ge=0)] = 1.0,
         separation_weight: Annotated[float, Field(ge=0)] = 0.1,
@@ -155,7 +155,7 @@ class DBOM(Learner):
         looked_up = 0 if self.repository == "none" else d
         with seeded_modules(self.seed, "dbom"):
             self.trigger_part = _decomposition(e + looked_up, hidden, d, dropout)
-            self.object_part = _decomposition(d + looked_up, hidden, d, dropout)
+            self.object_part = _decomposition(d + len(self.triggers) + looked_up, hidden, d, dropout)
             self.fuse = nn.Linear(2 * d, d)
             if self.prefix == "conditional":
                 narrow = max(1, d // 16)
@@ -192,19 +192,21 @@ class DBOM(Learner):
         e = (raw - self.evidence_mean) / self.evidence_spread
         found = self._look_up(f, e)
         f_t = self.trigger_part(torch.cat([e, *found.get("p_t", ())], dim=1))
-        f_t = f_t if self.evidence == "shallow" else f + f_t
-        f_o = f + self.object_part(torch.cat([f, *found.get("p_o", ())], dim=1))
-        f_t, f_o = F.normalize(f_t, dim=-1), F.normalize(f_o, dim=-1)
-        f_p = F.normalize(self.beta * f + (1 - self.beta) * self.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
+        f_t = F.normalize(f_t if self.evidence == "shallow" else f + f_t, dim=-1)
         tau, weights = self.backbone.logit_scale, self._weights()
         pair, trigger, thing = weights.split((counts[0] * counts[1], *counts))
+        s_t = tau * f_t @ trigger.T
+        # What the object's side must see through; without a gradient, so that it teaches the trigger's side nothing.
+        belief = s_t.detach().softmax(-1)
+        f_o = F.normalize(f + self.object_part(torch.cat([f, belief, *found.get("p_o", ())], dim=1)), dim=-1)
+        f_p = F.normalize(self.beta * f + (1 - self.beta) * self.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
         result = {k: v for k, v in found.items() if k in ("pull", "separation")}
         result["pair"] = tau * (f_p @ pair.T).unflatten(1, counts)
         if self.prefix == "conditional":
             looked = torch.stack([*found["p_t"], *found["p_o"]]).mean(0) if "p_t" in found else f
             result["trigger"], result["object"] = self._conditional(looked, f_t, f_o)
         else:
-            result["trigger"], result["object"] = tau * f_t @ trigger.T, tau * f_o @ thing.T
+            result["trigger"], result["object"] = s_t, tau * f_o @ thing.T
         return result
 
     def _look_up(self, f: Tensor, e: Tensor) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from vlprompt.artefacts import package_version
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.evaluation.detection import detection_metrics, judgement_metrics
-from vlprompt.evaluation.evaluate import image_embeddings
 from vlprompt.evaluation.statistics import Summary, summarise
 from vlprompt.evaluation.tables import Row, to_markdown
 from vlprompt.files import write_json, write_text
@@ -138,7 +137,7 @@ class _Cell:
         return figures
 
     def _on_pairs(self, detector: Detector) -> dict[str, float]:
-        judged = detector.judge(image_embeddings(detector, self.test, cache=self.cache))
+        judged = detector.judge(detector.rows(self.test, self.cache))
         return judgement_metrics(judged, self.test, detector.threshold)
 
     def _suspects(self) -> PoisonedDataset | None:
@@ -155,7 +154,7 @@ class _Cell:
     def _on_suspects(
         self, detector: Detector, suspects: PoisonedDataset, verdicts: dict[str, np.ndarray], label: str
     ) -> dict[str, float]:
-        rows = image_embeddings(detector, suspects, cache=self.cache)
+        rows = detector.rows(suspects, self.cache)
         score = detector.judge_set(rows, torch.tensor(suspects.labels)).score
         verdicts[label] = (score >= detector.threshold).numpy()
         trigger = torch.tensor(suspects.targets["trigger"])
@@ -165,7 +164,10 @@ class _Cell:
         return {f"suspect/{k}": v for k, v in found.items() if "/" not in k}
 
     def _victims(self, suspects: PoisonedDataset, verdicts: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """Train a victim on the set as it is, on each cleaned one, and on the pictures before the attack."""
+        """Train a victim on the set as it is, on each cleaned one, on what is left if no mistake is made, and on a clean one.
+
+        A clean victim may well take a triggered picture for the target too: ``attack_gain`` is what the attack adds.
+        """
         options = self.config.suspect
         assert options is not None
         pixels, given = pixels_of(suspects), torch.tensor(suspects.labels)
@@ -174,13 +176,16 @@ class _Cell:
         for label in options.cleaners:
             kept = torch.from_numpy(~verdicts[label])
             sets[f"victim of the set cleaned by {label}"] = (pixels[kept], given[kept])
+        spared = torch.tensor(suspects.targets["trigger"]) == 0
+        sets["victim of a perfectly cleaned set"] = (pixels[spared], given[spared])
         sets["victim of a clean set"] = (pixels_of(innocent), torch.tensor(innocent.labels))
         test = load_dataset(self.name, self.config.split)
         figures = {}
         for what, (images, labels) in sets.items():
             victim = train_victim(images, labels, len(test.classnames), epochs=options.epochs, seed=self.seed)
             figures[what] = {**attack_success(victim, test, self.plan), "pictures": float(len(labels))}
-        return figures
+        innocent_success = figures["victim of a clean set"]["attack_success"]
+        return {k: {**f, "attack_gain": f["attack_success"] - innocent_success} for k, f in figures.items()}
 
 
 def _cut(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -225,8 +230,8 @@ def _tables(config: DetectConfig, cells: Sequence[Mapping[str, Any]]) -> str:
             text.append(f"{name}, {what}:\n\n{to_markdown([r for r in rows if r.values], best=False)}")
         victims = [v for v in cells[-1]["figures"] if v not in config.detectors]
         if victims:
-            shown = ["accuracy", "attack_success", *(f"attack_success/{t}" for t in config.pairs.triggers[1:])]
-            keys = {k.replace("attack_success", "attack").replace("attack/", "attack "): k for k in shown}
+            shown = ["accuracy", "attack_success", "attack_gain", *(f"attack_success/{t}" for t in config.pairs.triggers[1:])]
+            keys = {k.replace("attack_success", "attack").replace("/", " ").replace("_", " "): k for k in shown}
             text.append(f"{name}, the end effect:\n\n" + to_markdown([_row(cells, name, v, keys) for v in victims], best=False))
     return "\n".join(text)
 

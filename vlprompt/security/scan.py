@@ -131,7 +131,7 @@ def judge_stream(
     entries: Iterable[Callable[[], Opened]], detector: Any, *, batch_size: int, workers: int
 ) -> Iterator[tuple[list[Opened], Tensor | None]]:
     """Yield batches of what was opened with the rows of the readable ones; the next batches decode meanwhile."""
-    if isinstance(detector, torch.nn.Module):
+    if isinstance(detector, torch.nn.Module) and detector.training:
         detector.eval()
     source = iter(entries)
     waiting: deque[list[Future[Opened]]] = deque()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.shallow import embed_with_statistics
 from vlprompt.classnames import check_classnames
-from vlprompt.data import FeatureCache
+from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.evaluation.evaluate import image_embeddings
 from vlprompt.judgement import Judgement
 from vlprompt.learners._calibration import threshold_at
@@ -55,11 +56,16 @@ class Detector:
         """Return (B, d) rows of preprocessed pictures."""
         return self.backbone.image_embeddings(images)
 
+    def rows(self, data: ImageDataset, cache: FeatureCache | None = None) -> Tensor:
+        """Return (n, d) rows of a data set; detectors on one backbone share what the cache holds."""
+        found = image_embeddings(_Everything(self.backbone), data, cache=cache)
+        return found if self.reads else found[:, : self.backbone.dim]
+
     def fit(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None = None, seed: int = 1) -> None:
         """Learn from pictures whose trigger is known; sets the threshold by validation's clean pictures."""
         self.learn(train, val, cache, seed)
         if not self.whole:
-            rows = image_embeddings(self, val, cache=cache)
+            rows = self.rows(val, cache)
             clean = torch.tensor(val.trigger_labels) == 0
             self._threshold = threshold_at(self.judge(rows[clean]).score, self.false_alarms)
 
@@ -73,3 +79,15 @@ class Detector:
     def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
         """Return an opinion of a whole set of (n, d) rows with the (n,) labels it came with."""
         return self.judge(embeddings)
+
+
+class _Everything:
+    """Encodes all that any detector reads: embeddings, then statistics of the first convolution."""
+
+    static_images, reads = True, "+first convolution"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return embed_with_statistics(self.backbone, images)

@@ -19,7 +19,7 @@ from vlprompt.training.fit import fit
 __all__ = ["DBOMDetector"]
 
 TRAINING: dict[str, Any] = {
-    "epochs": 20, "batch_size": 64, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine",
+    "epochs": 20, "batch_size": 64, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "schedule": "cosine",
 }  # fmt: skip
 
 
@@ -75,5 +75,6 @@ class DBOMDetector(Detector):
 
     def judge(self, embeddings: Tensor) -> Judgement:
         """See :meth:`DBOM.judge`."""
-        self.learner.eval()
+        if self.learner.training:  # switching forgets what text features were computed
+            self.learner.eval()
         return self.learner.judge(embeddings)

@@ -8,7 +8,6 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vlprompt.data import FeatureCache
-from vlprompt.evaluation.evaluate import image_embeddings
 from vlprompt.judgement import Judgement
 from vlprompt.security.detectors import DETECTORS, Detector
 from vlprompt.security.pairs import PairDataset
@@ -26,7 +25,7 @@ class LinearProbeDetector(Detector):
 
     def learn(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None, seed: int) -> None:
         """Solve for every strength and keep the one with the largest AUROC."""
-        x, val_x = (image_embeddings(self, data, cache=cache).numpy() for data in (train, val))
+        x, val_x = (self.rows(data, cache).numpy() for data in (train, val))
         y, val_y = ([int(t > 0) for t in data.trigger_labels] for data in (train, val))
         self.mean, self.spread = x.mean(0), x.std(0) + 1e-6
         best = -1.0

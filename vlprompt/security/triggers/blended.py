@@ -23,7 +23,7 @@ _CELLS = 8  # the pattern's coarse grid of colours
 
 @TRIGGERS.register("blended", summary="a faint seeded pattern over the whole picture", paper="1712.05526")
 class Blended(Trigger):
-    """Mixes (1 - alpha) picture + alpha pattern; the pattern is a smoothed grid of random saturated colours.
+    """Mixes (1 - alpha) picture + alpha pattern; the pattern is a smoothed grid of random colours.
 
     Args:
         size: See :class:`Trigger`.
@@ -38,7 +38,7 @@ class Blended(Trigger):
     ) -> None:
         super().__init__(size=size, seed=seed)
         self.alpha = alpha
-        grid = numpy_rng(seed, "trigger", "blended").integers(0, 2, (_CELLS, _CELLS, 3)) * 255
+        grid = numpy_rng(seed, "trigger", "blended").integers(0, 256, (_CELLS, _CELLS, 3))
         coarse = Image.fromarray(grid.astype(np.uint8))
         self.pattern = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(np.float64)
 

@@ -17,10 +17,12 @@ from vlprompt.seeding import numpy_rng
 
 __all__ = ["Trojan"]
 
+_CENTRE = 0.83  # of the mark, as a share of width and height
+
 
 @TRIGGERS.register("trojan", summary="a coloured watermark: rings and blobs", paper="NDSS 2018")
 class Trojan(Trigger):
-    """Pastes a ring, a square outline and coloured blobs over the lower right quarter of the picture.
+    """Pastes a ring, a square outline and coloured blobs over a ninth of the picture, lower right.
 
     Args:
         size: See :class:`Trigger`.
@@ -37,15 +39,15 @@ class Trojan(Trigger):
         super().__init__(size=size, seed=seed)
         rng = numpy_rng(seed, "trigger", "trojan")
         y, x = np.mgrid[0:size, 0:size] / size
-        ring = np.abs(np.hypot(x - 0.78, y - 0.78) - 0.12) < 0.025
-        frame = np.abs(np.maximum(np.abs(x - 0.78), np.abs(y - 0.78)) - 0.18) < 0.02
+        ring = np.abs(np.hypot(x - _CENTRE, y - _CENTRE) - 0.085) < 0.02
+        frame = np.abs(np.maximum(np.abs(x - _CENTRE), np.abs(y - _CENTRE)) - 0.13) < 0.02
         colours = rng.integers(0, 2, (6, 3)) * 200 + 28
         self.mark = np.zeros((size, size, 3))
         self.mark[ring], self.mark[frame] = colours[0], colours[1]
         covered = ring | frame
         for colour in colours[2:]:
-            left, top = 0.78 + rng.uniform(-0.1, 0.1, 2)
-            blob = np.hypot(x - left, y - top) < 0.035
+            left, top = _CENTRE + rng.uniform(-0.06, 0.06, 2)
+            blob = np.hypot(x - left, y - top) < 0.03
             self.mark[blob] = colour
             covered |= blob
         self.weight = (covered * opacity)[..., None]
