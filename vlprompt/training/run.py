@@ -33,8 +33,11 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.masks import fold, read_masks
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.gram import read_start
+from vlprompt.training.meta import meta_train, run_meta
 from vlprompt.training.multitask import (
     TaskData,
     common_templates,
@@ -47,6 +50,8 @@ from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_tr
 from vlprompt.training.transfer import find_prompts, start_from
 
 __all__ = ["Outcome", "run"]
+
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 log = logging.getLogger("vlprompt.run")
 
@@ -94,7 +99,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         write_json(folder / "cells.json", result.record())
         if session.matrix is not None:
             session.matrix.write(folder)
-        elif result.cells and result.protocol != "multitask":
+        elif result.cells and result.protocol not in ("multitask", "meta"):
             protocol_table([metrics]).write(folder)
         write_report(folder / "report.html", session.report(result, metrics, command))
     return Outcome(folder, metrics, result.headline, _failures(result))
@@ -110,8 +115,12 @@ class _Session:
         self.test_cache = FeatureCache(config.data.cache_dir)
         self.shown: tuple[Learner, ImageDataset, RunResult] | None = None
         self.matrix: TransferMatrix | None = None
+        self.history: list[dict[str, Any]] = []
         self.origin = find_prompts(config.target.patterns)
         self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
+        if config.train.init:
+            start = read_start(config.train.init)
+            self.facts |= {"init": str(start.folder), "init_checksum": start.checksum}
 
     def run_protocol(self) -> ProtocolResult:
         """Run every cell of the configured protocol."""
@@ -120,6 +129,8 @@ class _Session:
             return run_multitask(self)
         if protocol.name == "transfer":
             return run_transfer(self)
+        if protocol.name == "meta":
+            return run_meta(self)
         if protocol.name in ("cross-dataset", "domain-generalisation"):
             most = max(protocol.shots)
             return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
@@ -183,6 +194,20 @@ class _Session:
         numbers = {f"train/{k}": v for k, v in result.metrics.items()} | mean_over_tasks(own)
         numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
         return self._keep(folder, learner, result, numbers)
+
+    def run_meta_cell(self, cell: Cell) -> Mapping[str, float]:
+        """Meta-train once, for the cell's seed; otherwise as :meth:`run_cell`."""
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES, cell.seed)
+        self._start(learner, folder, self.origin)
+        numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
+        self.history = history
+        if process_state().is_main_process:
+            _write_history(folder / "history.jsonl", history)
+            write_json(folder / "cell.json", numbers)
+        return numbers
 
     def prompt_folder(self, cell: Cell) -> Path:
         """Return where a cell's prompts are saved."""
@@ -274,6 +299,11 @@ class _Session:
         return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
 
     @property
+    def _subject(self) -> str:
+        names = self.config.data.names
+        return self.config.meta.pairs if self.config.protocol.name == "meta" else ", ".join(names)
+
+    @property
     def _single(self) -> bool:
         protocol = self.config.protocol
         if (
@@ -297,7 +327,7 @@ class _Session:
             "learned": numbers.get(f"{base}accuracy"),
         }
         record = RunRecord(
-            title=f"{self.config.learner_name} on {', '.join(self.config.data.names)}",
+            title=f"{self.config.learner_name} on {self._subject}",
             headline={k: v for k, v in headline.items() if v is not None},
             summary=f"{self.backbone.name}, {result.protocol}, {_describe(self.config)}.",
             metrics=numbers,
@@ -305,6 +335,7 @@ class _Session:
             failures=_failures(result),
             config=_yaml(self.config),
             command=command,
+            history=self.history,
             environment={**_environment(), "backbone": self.backbone.fingerprint["id"]},
         )
         if self.matrix is not None:
@@ -342,7 +373,7 @@ def _metrics(
         **result.metrics,
         "protocol": result.protocol,
         "learner": config.learner_name,
-        "data": config.data.name,
+        "data": config.meta.pairs if config.protocol.name == "meta" else config.data.name,
         **({"targets": config.protocol.targets} if config.protocol.targets else {}),
         "shots": config.protocol.shots,
         "seeds": config.protocol.seeds,
