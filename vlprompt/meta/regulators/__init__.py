@@ -70,9 +70,9 @@ class Regulator(nn.Module):
         self.bound: float | None = None
 
     def forward(self, gradients: Mapping[str, Tensor], situation: Situation) -> dict[str, Tensor]:
-        """Return regulated float32 gradients; names it wasn't made for pass unchanged."""
+        """Return regulated gradients in full precision; names it wasn't made for pass unchanged."""
         regulated = dict(gradients)
-        own = {n: g.float() for n, g in gradients.items() if n in self.shapes}
+        own = {n: _full(g) for n, g in gradients.items() if n in self.shapes}
         for name, found in self.regulate(own, situation).items():
             regulated[name] = found if self.bound is None else _bounded(found, own[name], self.bound)
         return regulated
@@ -132,6 +132,10 @@ def create_regulator(
 def key_of(name: str) -> str:
     """Return a parameter's name as a key of torch's containers, which take no dots."""
     return name.replace(".", "-")
+
+
+def _full(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.element_size() < 4 else gradient
 
 
 def _bounded(regulated: Tensor, gradient: Tensor, bound: float) -> Tensor:

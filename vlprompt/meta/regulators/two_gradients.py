@@ -74,7 +74,7 @@ class TwoGradients(Regulator):
             raise DataError("the regulator 'two_gradients' needs a second gradient, and none was given.")
         shape = self.shapes[name]
         first = gradient.reshape(_layers(shape), -1)
-        second = situation.general[name].float().reshape(_layers(shape), -1)
+        second = situation.general[name].to(gradient.dtype).reshape(_layers(shape), -1)
         gates: nn.ModuleList = self.gates[key_of(name)]  # type: ignore[assignment]
         gamma = torch.stack([gate(torch.cat([a, b])) for gate, a, b in zip(gates, first, second, strict=True)])
         gamma = gamma.sigmoid().repeat_interleave(self.share, dim=-1)[:, : first.shape[1]]
