@@ -112,24 +112,37 @@ def cluster_pairs(store: PairStore, options: ClusterOptions, members: int, seed:
 
 
 def spherical_kmeans(
-    points: Tensor, count: int, seed: int, iterations: int = 30
+    points: Tensor, count: int, seed: int, iterations: int = 30, starts: int = 3
 ) -> tuple[NDArray[np.int64], Tensor]:
     """Cluster unit vectors by cosine; centres are unit vectors too (Dhillon and Modha 2001).
 
-    Starts from scikit-learn's k-means++. A cluster that runs empty starts again from the point that fits its own worst.
+    The best of several starts by scikit-learn's k-means++. A cluster that runs empty starts again from the point that
+    fits its own worst.
 
     Args:
         points: (n, d), unit length.
         count: Clusters; no more than points are made.
-        seed: Of the start.
-        iterations: At most.
+        seed: Of the starts.
+        iterations: At most, per start.
+        starts: How many.
 
     Returns:
         (n,) cluster of every point and (k, d) centres.
     """
     count = min(count, len(points))
-    start, _ = kmeans_plusplus(points.numpy(), count, random_state=seed % 2**32)
-    centres = F.normalize(torch.from_numpy(start), dim=-1)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for turn in range(starts):
+        state = derive_seed(seed, "k-means++", turn) % 2**32
+        start, _ = kmeans_plusplus(points.numpy(), count, random_state=state)
+        centres = _lloyd(points, F.normalize(torch.from_numpy(start), dim=-1), iterations)
+        similarity, label = _nearest(points, centres)
+        if best is None or float(similarity.mean()) > best[0]:
+            best = float(similarity.mean()), label, centres
+    assert best is not None
+    return best[1].numpy(), best[2]
+
+
+def _lloyd(points: Tensor, centres: Tensor, iterations: int) -> Tensor:
     label = torch.full((len(points),), -1)
     for _ in range(iterations):
         similarity, nearest = _nearest(points, centres)
@@ -137,11 +150,10 @@ def spherical_kmeans(
             break
         label = nearest
         sums = torch.zeros_like(centres).index_add_(0, label, points)
-        sizes = torch.bincount(label, minlength=count)
-        empty = (sizes == 0).nonzero().flatten()
+        empty = (torch.bincount(label, minlength=len(centres)) == 0).nonzero().flatten()
         sums[empty] = points[similarity.topk(len(empty), largest=False).indices]
         centres = F.normalize(sums, dim=-1)
-    return _nearest(points, centres)[1].numpy(), centres
+    return centres
 
 
 def quotas(weights: NDArray[np.float64], total: int, least: int = 2) -> list[int]:
