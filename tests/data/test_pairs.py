@@ -95,7 +95,12 @@ def _archive(path: Path, members: dict[str, bytes]) -> None:
 
 
 def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
-    first = {"a/1.png": _picture(COLOURS[0]), "a/1.txt": b"red ", "a/2.txt": b"no picture", "b/1.txt": b"blue"}
+    first = {
+        "a/1.png": _picture(COLOURS[0]),
+        "a/1.txt": b"red ",
+        "a/2.txt": b"no picture",
+        "b/1.txt": b"blue",
+    }
     _archive(tmp_path / "0.tar", {**first, "b/1.seg.png": b"another file", "b/1.png": _picture(COLOURS[2])})
     captions = {"caption": "green\nleaf", "width": 8}
     _archive(tmp_path / "1.tar", {"9.json": json.dumps(captions).encode(), "9.PNG": _picture(COLOURS[1])})

@@ -79,14 +79,17 @@ def test_pictures_make_domains_and_captions_classes() -> None:
             float((store.image.all()[own.rows] * store.text.all()[own.rows]).sum(1).mean()), abs=1e-6
         )
     torch.testing.assert_close(found.centroids.norm(dim=-1), torch.ones(3))
-    assert found.digest == cluster_pairs(
-        store, ClusterOptions(domains=3, classes=4, drop_incoherent=0.0), members=4
-    ).digest
+    assert (
+        found.digest
+        == cluster_pairs(store, ClusterOptions(domains=3, classes=4, drop_incoherent=0.0), members=4).digest
+    )
 
 
 def test_the_modalities_can_change_places_or_go_together() -> None:
     store, domain, label = _planted()
-    other = ClusterOptions(domains=4, classes=3, first="text", second="image", drop_incoherent=0.0, names="caption")
+    other = ClusterOptions(
+        domains=4, classes=3, first="text", second="image", drop_incoherent=0.0, names="caption"
+    )
     assert adjusted_rand_score(label, cluster_pairs(store, other, members=4).domain) == 1.0
     both = ClusterOptions(domains=12, classes=2, first="joint", drop_incoherent=0.0, names="caption")
     together = cluster_pairs(store, both, members=1).domain
@@ -126,7 +129,10 @@ def test_domains_that_vary_more_get_more_classes() -> None:
 @pytest.mark.parametrize(
     ("captions", "expected"),
     [
-        (["a photo of a red circle.", "the red circle", "a blue circle", "red circle at night"], "red circle"),
+        (
+            ["a photo of a red circle.", "the red circle", "a blue circle", "red circle at night"],
+            "red circle",
+        ),
         (["a red object.", "something red", "this is green"], "red"),
         (["Side by side boxes", "two boxes side by side"], "side by side"),
         (["a cat", "a dog", "a bird", "a fish"], None),

@@ -15,7 +15,9 @@ from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.options import EpisodeOptions
 
 
-def test_support_and_query_are_of_different_domains(make_episodes: MakeEpisodes, hierarchy: Hierarchy) -> None:
+def test_support_and_query_are_of_different_domains(
+    make_episodes: MakeEpisodes, hierarchy: Hierarchy
+) -> None:
     episodes = make_episodes()
     for number in range(20):
         episode = episodes.draw(number)

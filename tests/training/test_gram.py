@@ -25,7 +25,10 @@ from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 NAMES = ("dog", "red circle")
-SIZES: dict[str, dict[str, Any]] = {"coop": {"context_length": 3}, "vpt": {"visual_length": 2, "visual_depth": 2}}
+SIZES: dict[str, dict[str, Any]] = {
+    "coop": {"context_length": 3},
+    "vpt": {"visual_length": 2, "visual_depth": 2},
+}
 QUIET: dict[str, Any] = {"callbacks": [], "epochs": 2, "batch_size": 4, "lr": 0.05}
 
 
@@ -67,7 +70,9 @@ def test_what_is_read_is_what_was_written(backbone: Backbone, tmp_path: Path) ->
     assert torch.equal(start.regulator(gradients, Situation())["context"], expected)
     assert not any(p.requires_grad for p in start.regulator.parameters())
     assert start.facts == {"seed": 1}
-    assert torch.equal(load(tmp_path / "prompt", backbone).context, held.context)  # and prompts like any others
+    assert torch.equal(
+        load(tmp_path / "prompt", backbone).context, held.context
+    )  # and prompts like any others
 
 
 def test_without_a_regulator_it_is_training_from_these_prompts(
@@ -97,19 +102,31 @@ def test_a_factor_of_two_is_twice_the_learning_rate(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_clipped_before_they_are_regulated(backbone: Backbone, data: ImageDataset, tmp_path: Path) -> None:
+def test_gradients_are_clipped_before_they_are_regulated(
+    backbone: Backbone, data: ImageDataset, tmp_path: Path
+) -> None:
     """One step by hand: clip to a norm, regulate, plain gradient descent."""
     held, regulator = _start(backbone, tmp_path, regulator="low_rank")
     learner = _coop(backbone, data)
     read_start(f"gram:{tmp_path}").put_into(learner)
-    batch = {"embedding": torch.randn(4, 48, generator=torch.Generator().manual_seed(3)), "label": torch.tensor([0, 1, 1, 0])}
+    batch = {
+        "embedding": torch.randn(4, 48, generator=torch.Generator().manual_seed(3)),
+        "label": torch.tensor([0, 1, 1, 0]),
+    }
     loss = sum(learner.loss(batch).values())
     (gradient,) = torch.autograd.grad(loss, learner.context)
     gradient = gradient * (0.01 / gradient.norm())
     with torch.no_grad():
         expected = held.context - 0.5 * regulator({"context": gradient}, Situation())["context"]
     options = TrainOptions(
-        epochs=1, batch_size=4, lr=0.5, momentum=0, weight_decay=0, grad_clip=0.01, schedule="constant", warmup_epochs=0
+        epochs=1,
+        batch_size=4,
+        lr=0.5,
+        momentum=0,
+        weight_decay=0,
+        grad_clip=0.01,
+        schedule="constant",
+        warmup_epochs=0,
     )
     batches = TensorBatches({n: [t] for n, t in batch.items()}, 4, 1)
     Trainer(Regulated(learner, regulator), batches, options).run()
@@ -138,7 +155,13 @@ def test_regulators_that_must_know_more_are_told(
     losses = [sum(other.loss(batch).values())]
     losses += [start.regulator.distance(other, batch)] if regulator == "two_gradients" else []
     found = [
-        dict(zip(names, torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True), strict=True))
+        dict(
+            zip(
+                names,
+                torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True),
+                strict=True,
+            )
+        )
         for loss in losses
     ]
     mean = torch.nn.functional.normalize(features.mean(0), dim=-1)
@@ -223,7 +246,11 @@ def test_a_regulator_that_reads_pictures_is_refused_at_test_time(backbone: Backb
     ("method", "options", "message"),
     [
         ("coop", {"context_length": 5}, r"its context has shape \(5, 64\), the meta-learned one \(3, 64\)"),
-        ("coop", {"context_length": 3, "position": "front"}, "its position is 'front', in meta-training it was 'end'"),
+        (
+            "coop",
+            {"context_length": 3, "position": "front"},
+            "its position is 'front', in meta-training it was 'end'",
+        ),
         ("vpt", {}, "it has no context"),
     ],
 )
@@ -236,7 +263,9 @@ def test_a_learner_it_does_not_fit_is_told_why(
         fit(learner, data, init=f"gram:{tmp_path}", **QUIET)
 
 
-def test_another_backbone_is_refused(make_backbone: Any, backbone: Backbone, data: ImageDataset, tmp_path: Path) -> None:
+def test_another_backbone_is_refused(
+    make_backbone: Any, backbone: Backbone, data: ImageDataset, tmp_path: Path
+) -> None:
     _start(backbone, tmp_path)
     with pytest.raises(CheckpointError, match="backbone"):
         fit(_coop(make_backbone(seed=5), data), data, init=f"gram:{tmp_path}", **QUIET)

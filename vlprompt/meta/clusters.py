@@ -103,7 +103,7 @@ def cluster_pairs(store: PairStore, options: ClusterOptions, members: int, seed:
     if len(usable) < 2:
         raise DataError(
             f"clustering left {len(usable)} domains with two or more pseudo-classes of at least {members} pairs; tasks "
-            f"need two such domains. {len(store)} pairs are few: give more, or fewer meta.clusters.domains and .classes."
+            f"need two such domains. {len(store)} pairs are few: give more, or fewer meta.clusters.domains and classes."
         )
     classes = tuple(c for c in kept if c.domain in usable)
     centred = _centred(image)
@@ -183,7 +183,9 @@ def _nearest(points: Tensor, centres: Tensor, chunk: int = 65536) -> tuple[Tenso
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def _classes_per_domain(second: Tensor, rows_of: list[NDArray[np.int64]], options: ClusterOptions) -> list[int]:
+def _classes_per_domain(
+    second: Tensor, rows_of: list[NDArray[np.int64]], options: ClusterOptions
+) -> list[int]:
     if not options.complexity_aware:
         return [options.classes] * len(rows_of)
     # The trace of the covariance of unit vectors: 1 - |mean|^2; times the size, so that a domain of few pairs gets few.

@@ -1,7 +1,7 @@
 """Episodes: tasks made of pseudo-classes, whose support is of one domain and whose query of another.
 
-Shared prompts know no class, so support and query may hold different classes: the inner step learns from one domain what
-the outer one asks for in another (GRAM's cross-domain tasks; sizes are ours).
+Shared prompts know no class, so support and query may hold different classes: the inner step learns from one domain
+what the outer one asks for in another (GRAM's cross-domain tasks; sizes are ours).
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class Episodes:
         order = torch.argsort(near, descending=True).tolist()  # 0 is the nearest domain, 1 the farthest
         return others[order[round(self.options.hardness * (len(order) - 1))]]
 
-    def _side(
-        self, rng: Rng, domain: int, shots: int, avoid: NDArray[np.int64] | None = None
-    ) -> Side:
+    def _side(self, rng: Rng, domain: int, shots: int, avoid: NDArray[np.int64] | None = None) -> Side:
         used = set() if avoid is None else set(avoid.tolist())
         pools = self._pools(self.classes[domain], used)
         order = rng.permutation(len(pools))

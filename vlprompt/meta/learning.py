@@ -62,8 +62,8 @@ class MetaPrompts(nn.Module):
         shapes = prompt_shapes(learner, PROMPTS)
         if not shapes or learner.class_bound or hasattr(learner, "solve") or hasattr(learner, "prepare"):
             raise DataError(
-                f"{learner.method} has no prompts that tasks could share: nothing can be meta-learned. Use a learner of "
-                "prompts (coop, vpt, upt, maple, ivlp, mvlpt ...)."
+                f"{learner.method} has no prompts that tasks could share: nothing can be meta-learned. Use a learner "
+                "of prompts (coop, vpt, upt, maple, ivlp, mvlpt ...)."
             )
         self.learner, self.options = learner, options
         self.regulator: Regulator = create_regulator(
@@ -94,7 +94,9 @@ class MetaPrompts(nn.Module):
             found = torch.autograd.grad(
                 losses["query"], [adapted.theta[n] for n in names], retain_graph=True, allow_unused=True
             )
-            pulls = {n: torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+            pulls = {
+                n: torch.zeros_like(theta[n]) if g is None else g for n, g in zip(names, found, strict=True)
+            }
             extra = self.regulator.auxiliary(adapted.regulated, pulls, episode.similarity, situation)
             losses |= {} if extra is None else {"regulator": extra}
         return losses
@@ -161,7 +163,11 @@ class MetaPrompts(nn.Module):
         names = [n for n, p in self.named_parameters() if p.requires_grad]
         phi = [n for n in names if n.startswith("regulator.")]
         groups = [{"names": [n for n in names if n not in phi]}]
-        return [*groups, {"names": phi, "rate": self.options.regulator_lr, "weight_decay": 0.0}] if phi else groups
+        return (
+            [*groups, {"names": phi, "rate": self.options.regulator_lr, "weight_decay": 0.0}]
+            if phi
+            else groups
+        )
 
     def transform_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cut each group's gradient to norm 1, and let the running mean follow the prompts; once per outer step."""
@@ -200,8 +206,12 @@ class MetaPrompts(nn.Module):
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put prompts and regulator back, strictly."""
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        if wrong := [n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape]:
-            raise CheckpointError(f"this state does not fit the prompts and regulator: {', '.join(sorted(wrong))}.")
+        if wrong := [
+            n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape
+        ]:
+            raise CheckpointError(
+                f"this state does not fit the prompts and regulator: {', '.join(sorted(wrong))}."
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -223,7 +233,9 @@ def _gradients(loss: Tensor, theta: Theta, again: bool) -> Theta:
     if not loss.requires_grad:
         return {n: torch.zeros_like(t) for n, t in theta.items()}
     found = torch.autograd.grad(loss, list(theta.values()), create_graph=again, allow_unused=True)
-    return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(theta.items(), found, strict=True)}
+    return {
+        n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(theta.items(), found, strict=True)
+    }
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from vlprompt.meta.clusters import Hierarchy, PseudoClass
 
 __all__ = ["write_sheet"]
 
-_STYLE = """body{margin:2rem auto;max-width:1100px;padding:0 1rem;font:15px/1.5 system-ui,sans-serif;background:#f6f7f9;color:#1c2330}
+_STYLE = """body{margin:2rem auto;max-width:1100px;padding:0 1rem;font:15px/1.5 system-ui,sans-serif;
+background:#f6f7f9;color:#1c2330}
 section{background:#fff;border:1px solid #e3e7ee;border-radius:12px;padding:1rem 1.2rem;margin-top:1rem}
 h2{font-size:1.05rem;margin:0 0 .6rem}table{border-collapse:collapse;width:100%}td{padding:.25rem .6rem .25rem 0;
 vertical-align:middle}td:first-child{width:15rem;overflow-wrap:anywhere}small{color:#667085}
@@ -57,8 +58,8 @@ def write_sheet(
             f"<table>{rows}</table></section>"
         )
     text = (
-        f"{len(store)} pairs, {len(numbers)} domains, {len(hierarchy.classes)} pseudo-classes; {hierarchy.dropped} left "
-        "out because they are too small or their pictures and captions don't agree."
+        f"{len(store)} pairs, {len(numbers)} domains, {len(hierarchy.classes)} pseudo-classes; {hierarchy.dropped} "
+        "left out because they are too small or their pictures and captions don't agree."
     )
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Clusters</title>'

@@ -43,11 +43,12 @@ class Comparison(BaseModel):
     shared: list[str] = Field(default_factory=list, description="overrides of all runs")
     before: dict[str, str] = Field(
         default_factory=dict,
-        description="configurations that are run first and are no rows, for example a meta-training the rows start from; "
-        "they lie in <output>/<name>/<label>",
+        description="configurations that are run first and are no rows, for example a meta-training that rows start "
+        "from; they lie in <output>/<name>/<label>",
     )
     parts: dict[str, list[str]] = Field(
-        default_factory=dict, description="title to overrides of all runs: a table per part, one below the other"
+        default_factory=dict,
+        description="title to overrides of all runs: a table per part, one below the other",
     )
     baseline: str | dict[str, str] | None = Field(
         None, description="row that the others' paired gains are over, or one for each row"
@@ -67,7 +68,9 @@ class Comparison(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe_problems(error, cls), str(cfg)) from error
         named = found.baseline or []
-        named = [named] if isinstance(named, str) else [row for pair in found.baselines().items() for row in pair]
+        named = (
+            [named] if isinstance(named, str) else [row for pair in found.baselines().items() for row in pair]
+        )
         if strange := [row for row in named if row not in found.runs]:
             raise ConfigError(
                 [f"baseline: {strange[0]!r} is none of the runs: {', '.join(found.runs)}."], str(cfg)
@@ -210,7 +213,9 @@ def _cells(outcome: Outcome) -> dict[Cell, dict[str, Any]]:
     cells = json.loads((outcome.folder / "cells.json").read_text(encoding="utf-8"))["cells"]
     across = any(c.get("target") for c in cells)
     return {
-        Cell(f"{c['dataset']} on {c['target']}" if across else c["dataset"], c["shots"], c["seed"]): c["metrics"]
+        Cell(f"{c['dataset']} on {c['target']}" if across else c["dataset"], c["shots"], c["seed"]): c[
+            "metrics"
+        ]
         for c in cells
         if bool(c.get("target")) == across
     }

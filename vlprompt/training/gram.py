@@ -1,9 +1,9 @@
 """Starting from GRAM: meta-learned prompts put into any learner, and the frozen regulator on its gradients.
 
-``train.init=gram:PATH`` does both for a run, ``vlprompt.fit(learner, ..., init="gram:PATH")`` for a learner. The trainer
-applies the regulator to whole-batch float32 gradients, unscaled and clipped, right before the optimiser. Of
-"Gradient-Regulated Meta-Prompt Learning" (ICCV 2023, arXiv 2303.06571) this is the model-agnostic use; the place of the
-hook is ours.
+``train.init=gram:PATH`` does both for a run, ``vlprompt.fit(learner, ..., init="gram:PATH")`` for a learner. The
+trainer applies the regulator to whole-batch float32 gradients, unscaled and clipped, right before the optimiser. Of
+"Gradient-Regulated Meta-Prompt Learning" (ICCV 2023, arXiv 2303.06571) this is the model-agnostic use; the place of
+the hook is ours.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def read_start(init: str) -> GramStart:
         UnknownNameError: If it doesn't begin with ``gram:``.
     """
     if not init.startswith(_PREFIX):
-        raise UnknownNameError("start", init, ["gram:PATH"], "Saved prompts alone start a run by target.init_from.")
+        raise UnknownNameError(
+            "start", init, ["gram:PATH"], "Saved prompts alone start a run by target.init_from."
+        )
     found = find_prompts([init.removeprefix(_PREFIX)])
     if len(found) != 1:
         raise CheckpointError(f"{init} means {len(found)} saved prompts ({', '.join(found)}); name one.")
@@ -204,7 +206,11 @@ class Regulated:
     ) -> None:
         self.module: Any = module or learner
         if regulator.needs_general and (module is not None or hasattr(learner, "combine_gradients")):
-            what = "several tasks together" if module is not None else f"{learner.method}, which combines gradients,"
+            what = (
+                "several tasks together"
+                if module is not None
+                else f"{learner.method}, which combines gradients,"
+            )
             raise DataError(
                 f"the regulator {regulator.method!r} needs two gradients of one learner; {what} can't give them. Use "
                 "another regulator (diagonal, low_rank, gated)."

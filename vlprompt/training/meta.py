@@ -96,7 +96,13 @@ def meta_train(
     history = trainer.run(resume).history
     learner.eval()
     numbers = {**module.evaluate(watched), "train/seconds": time.monotonic() - started}
-    facts = {"pairs": meta.pairs, "store": store.digest, "clusters": hierarchy.digest, "seed": seed, **numbers}
+    facts = {
+        "pairs": meta.pairs,
+        "store": store.digest,
+        "clusters": hierarchy.digest,
+        "seed": seed,
+        **numbers,
+    }
     if processes.is_main_process:
         save_start(learner, module.regulator, folder / "prompt", facts)
         write_json(folder / "clusters.json", _summary(hierarchy, episodes))
@@ -138,4 +144,3 @@ def _summary(hierarchy: Hierarchy, episodes: Episodes) -> dict[str, Any]:
             for d, own in episodes.classes.items()
         },
     }
-

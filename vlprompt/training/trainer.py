@@ -251,7 +251,10 @@ class Trainer:
         """Return the optimiser's groups: one, unless the module makes them."""
         groups = self._hook("parameter_groups") or [{"names": list(self.parameters)}]
         return [
-            {"params": [self.parameters[n] for n in group["names"]], **{k: v for k, v in group.items() if k != "names"}}
+            {
+                "params": [self.parameters[n] for n in group["names"]],
+                **{k: v for k, v in group.items() if k != "names"},
+            }
             for group in groups
         ]
 

@@ -74,8 +74,8 @@ class FolderPairs(_Files):
 class TablePairs(_Files):
     """A table with a header, a column of pictures and one of captions, such as CC3M's after its download.
 
-    Columns: ``image``, ``path``, ``filepath``, ``file`` or ``filename``; ``caption``, ``title`` or ``text``. Files ending
-    in ``.tsv`` are separated by tabs. Pictures are relative to the table's folder and stay inside it.
+    Columns: ``image``, ``path``, ``filepath``, ``file`` or ``filename``; ``caption``, ``title`` or ``text``. Files
+    ending in ``.tsv`` are separated by tabs. Pictures are relative to the table's folder and stay inside it.
 
     Args:
         argument: The table.

@@ -152,7 +152,9 @@ def build_store(
         log.warning("%s: %d of %d pictures can't be read, first: %s", pairs, len(skipped), len(source), first)
     index = torch.cat([part["index"] for part in parts])
     if not len(index):
-        raise DataError(f"pairs {pairs!r}: no picture can be read, for example {next(iter(skipped.values()))}")
+        raise DataError(
+            f"pairs {pairs!r}: no picture can be read, for example {next(iter(skipped.values()))}"
+        )
     image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
     return PairStore(folder, source, index, image, text, skipped)
 
@@ -164,7 +166,9 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     if path.is_file():
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            differs = [f"{k} is {held.get(k)!r} there and {v!r} here" for k, v in facts.items() if held.get(k) != v]
+            differs = [
+                f"{k} is {held.get(k)!r} there and {v!r} here" for k, v in facts.items() if held.get(k) != v
+            ]
         except (ValueError, AttributeError):
             differs = ["store.json is damaged"]
         if differs:
@@ -197,7 +201,11 @@ def _write_shard(
         if part:
             index += part
             images.append(backbone.encode_image(torch.stack(pixels)).cpu())
-    texts = backbone.encode_text([source.caption(i) for i in index]).cpu() if index else torch.empty(0, backbone.dim)
+    texts = (
+        backbone.encode_text([source.caption(i) for i in index]).cpu()
+        if index
+        else torch.empty(0, backbone.dim)
+    )
     image = torch.cat(images) if images else torch.empty(0, backbone.dim)
     for what, rows_of in (("picture", image), ("caption", texts)):
         bad = (~rows_of.isfinite().all(1)).nonzero().flatten().tolist()
@@ -226,4 +234,3 @@ def _batches(
         good = [(i, x) for i, x in zip(numbers, done, strict=True) if isinstance(x, Tensor)]
         errors = {i: x for i, x in zip(numbers, done, strict=True) if isinstance(x, str)}
         yield [i for i, _ in good], [x for _, x in good], errors
-

@@ -35,7 +35,9 @@ class _Sample:
         return self.captions.get("text") or self.captions.get("json", "")
 
 
-@PAIR_SOURCES.register("tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN")
+@PAIR_SOURCES.register(
+    "tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN"
+)
 class TarPairs:
     """Archives with ``KEY.jpg`` (or another picture) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
 

@@ -25,7 +25,7 @@ REGULATORS: Registry[type[Regulator]] = Registry("regulator", "vlprompt.meta.reg
 """Every regulator by name."""
 
 PROMPTS = ("context", "deep_context", "visual")
-"""What learners call their prompts. Other parameters (couplings, mixers) are no prompts: their gradients pass unchanged."""
+"""What learners call their prompts. Other parameters (couplings, mixers) are none: their gradients pass unchanged."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Situation:
     """What a regulator may know beside the gradients.
 
     Attributes:
-        features: (d,) mean unit-length image feature of the samples the gradients come from; None if it wasn't asked for.
+        features: (d,) mean unit-length image feature of the samples the gradients come from; None if not asked for.
         general: Gradients of what holds prompts near the frozen model, by name; None if they weren't asked for.
     """
 
@@ -90,7 +90,11 @@ class Regulator(nn.Module):
         raise NotImplementedError
 
     def auxiliary(
-        self, regulated: Mapping[str, Tensor], query: Mapping[str, Tensor], similarity: float, situation: Situation
+        self,
+        regulated: Mapping[str, Tensor],
+        query: Mapping[str, Tensor],
+        similarity: float,
+        situation: Situation,
     ) -> Tensor | None:
         """Return a further meta-training loss, or None.
 

@@ -35,8 +35,8 @@ class Gated(Regulator):
         dim: See there.
         rank: Width of T's hidden layer.
         hidden: Width of the gate's.
-        agreement: Weight of the loss that teaches the gate: c should be the mean of how alike the two domains are and of
-            how well the regulated gradient fits the query's, both in [0, 1].
+        agreement: Weight of the loss that teaches the gate: c should be the mean of how alike the two domains are and
+            of how well the regulated gradient fits the query's, both in [0, 1].
         seed: Of the start.
     """
 
@@ -55,7 +55,9 @@ class Gated(Regulator):
         super().__init__(shapes, dim)
         self.agreement = agreement
         with seeded_modules(seed, "gated regulator"):
-            self.transform = nn.ModuleDict({key_of(n): _two_layers(s[-1], rank, s[-1]) for n, s in shapes.items()})
+            self.transform = nn.ModuleDict(
+                {key_of(n): _two_layers(s[-1], rank, s[-1]) for n, s in shapes.items()}
+            )
             self.gate = _two_layers(dim, hidden, 1)
         nn.init.constant_(self.gate[-1].bias, _OPEN)  # type: ignore[arg-type]  # the last layer is linear
 
@@ -73,7 +75,11 @@ class Gated(Regulator):
         return (1 - c) * other + c * gradient
 
     def auxiliary(
-        self, regulated: Mapping[str, Tensor], query: Mapping[str, Tensor], similarity: float, situation: Situation
+        self,
+        regulated: Mapping[str, Tensor],
+        query: Mapping[str, Tensor],
+        similarity: float,
+        situation: Situation,
     ) -> Tensor | None:
         """See :meth:`Regulator.auxiliary`."""
         if not self.agreement:

@@ -23,13 +23,15 @@ __all__ = ["TwoGradients"]
 
 
 @REGULATORS.register(
-    "two_gradients", summary="R4: the task's gradient and a gated one towards the frozen model", paper="2404.00851"
+    "two_gradients",
+    summary="R4: the task's gradient and a gated one towards the frozen model",
+    paper="2404.00851",
 )
 class TwoGradients(Regulator):
     """R(g) = g + gamma(g, h) * h, where h is the gradient of the distance to the frozen model's features.
 
-    The distance is the mean absolute difference of text features times ``text_weight``, plus that of image features times
-    ``image_weight``, each where the learner's prompts touch that side.
+    The distance is the mean absolute difference of text features times ``text_weight``, plus that of image features
+    times ``image_weight``, each where the learner's prompts touch that side.
 
     Args:
         shapes: See :class:`Regulator`.
@@ -56,7 +58,10 @@ class TwoGradients(Regulator):
         self.share, self.text_weight, self.image_weight = share, text_weight, image_weight
         with seeded_modules(seed, "two gradients"):
             self.gates = nn.ModuleDict(
-                {key_of(n): nn.ModuleList(_gate(_layer_size(s), share) for _ in range(_layers(s))) for n, s in shapes.items()}
+                {
+                    key_of(n): nn.ModuleList(_gate(_layer_size(s), share) for _ in range(_layers(s)))
+                    for n, s in shapes.items()
+                }
             )
 
     def distance(self, learner: Learner, batch: Mapping[str, Tensor]) -> Tensor:
@@ -76,7 +81,9 @@ class TwoGradients(Regulator):
         first = gradient.reshape(_layers(shape), -1)
         second = situation.general[name].to(gradient.dtype).reshape(_layers(shape), -1)
         gates: nn.ModuleList = self.gates[key_of(name)]  # type: ignore[assignment]
-        gamma = torch.stack([gate(torch.cat([a, b])) for gate, a, b in zip(gates, first, second, strict=True)])
+        gamma = torch.stack(
+            [gate(torch.cat([a, b])) for gate, a, b in zip(gates, first, second, strict=True)]
+        )
         gamma = gamma.sigmoid().repeat_interleave(self.share, dim=-1)[:, : first.shape[1]]
         return (first + gamma * second).view(shape)
 
