@@ -23,6 +23,7 @@ from vlprompt.bench.measure import Measured, measure
 from vlprompt.bench.text import imagenet_names
 from vlprompt.learners import create_learner
 from vlprompt.learners._masks import gradient_dropout
+from vlprompt.masks import Masks, TaskMasks
 from vlprompt.seeding import derive_seed, torch_rng
 
 __all__ = ["bench_masks"]
@@ -44,7 +45,7 @@ def bench_masks(
     """Measure one step of each with random weights; ``cpu_s`` is what ratios are made of, on a CPU.
 
     ``added_gib`` is what a step adds to the memory held before it: activations and gradients (plain gradient descent,
-    so no optimiser's state).
+    so no optimiser's state). ``switch_tasks`` is the change from one task's masks to another's on one backbone.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
@@ -73,8 +74,24 @@ def bench_masks(
         ported = _Port(tower, ours, weights, start)
         found["port"] = _measured(lambda: ported.step(data), "port", repeats)
         result["update_rel_diff"] = relative(update, ported.updates())
+    found["switch_tasks"] = _switching(tower, ours, masked, repeats)
     rows = {name: vars(value) for name, value in found.items()}
     return {**result, "threads": torch.get_num_threads(), **rows, "ratios": _ratios(found)}
+
+
+def _switching(backbone: Backbone, learner: Any, share: float, repeats: int) -> Measured:
+    """Measure the change from one task's masks to another's on one backbone."""
+    generator = torch_rng(1, "bench masks")
+    shapes = {name: backbone.vision.visual.get_parameter(name).shape for name in learner.kinds}
+    tasks = {
+        task: Masks({n: torch.rand(shape, generator=generator) > share for n, shape in shapes.items()})
+        for task in ("a", "b")
+    }
+    switched = TaskMasks(backbone, tasks)
+    switched.use("a")
+    return _measured(
+        lambda: switched.use("b" if switched.task == "a" else "a"), "switch of tasks", repeats + 4
+    )
 
 
 def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: int) -> Measured:
