@@ -14,6 +14,8 @@ from yaml import YAMLError
 from vlprompt.data.transforms import Augmentation
 from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.learners import LEARNERS
+from vlprompt.meta.options import MetaOptions
+from vlprompt.meta.regulators import REGULATORS
 from vlprompt.signature import check_options, describe_problems
 from vlprompt.training.options import MultiTaskOptions, TargetOptions, TrainOptions
 
@@ -112,6 +114,7 @@ class ProtocolOptions(BaseModel):
         "elevater",
         "multitask",
         "transfer",
+        "meta",
     ] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
@@ -137,6 +140,7 @@ class RunConfig(BaseModel):
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
+    meta: MetaOptions = Field(default_factory=MetaOptions)
 
     @property
     def learner_name(self) -> str:
@@ -310,8 +314,32 @@ def _stage_problems(config: RunConfig) -> list[str]:
         problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
         problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
+    problems += _meta_problems(config)
     if config.target.shots and not config.target.names:
         problems.append("target.shots: they are the shots of target.names, which is empty.")
+    return problems
+
+
+def _meta_problems(config: RunConfig) -> list[str]:
+    """Check what only meta-training uses, and what starts from it."""
+    problems, init = [], config.train.init
+    if (config.protocol.name == "meta") != bool(config.meta.pairs):
+        problems.append(
+            "meta.pairs: required by protocol.name=meta (scenes:COUNT, folder:PATH, csv:PATH or tar:PATTERN)."
+            if not config.meta.pairs
+            else f"meta.pairs: only protocol.name=meta uses it, not {config.protocol.name}."
+        )
+    try:
+        regulator = dict(config.meta.regulator)
+        check_options(REGULATORS.get(str(regulator.pop("name", ""))).target, regulator, "regulator")
+    except UnknownNameError as error:
+        problems.append(f"meta.regulator.name: {error}")
+    except ConfigError as error:
+        problems += [f"meta.regulator.{problem}" for problem in error.problems]
+    if init and not init.startswith("gram:"):
+        problems.append(f"train.init: got {init!r}; write gram:PATH. Other saved prompts: target.init_from.")
+    if init and (config.target.patterns or config.protocol.name in ("meta", "transfer")):
+        problems.append("train.init: one start only; leave target.init_from, protocol meta and transfer out.")
     return problems
 
 

@@ -28,9 +28,12 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.masks import fold, read_masks
 from vlprompt.training import run_summary
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.gram import read_start
+from vlprompt.training.meta import meta_train, run_meta
 from vlprompt.training.multitask import (
     TaskData,
     common_templates,
@@ -43,6 +46,8 @@ from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_tr
 from vlprompt.training.transfer import find_prompts, start_from
 
 __all__ = ["Outcome", "run"]
+
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 log = logging.getLogger("vlprompt.run")
 
@@ -90,7 +95,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         write_json(folder / "cells.json", result.record())
         if session.matrix is not None:
             session.matrix.write(folder)
-        elif result.cells and result.protocol != "multitask":
+        elif result.cells and result.protocol not in ("multitask", "meta"):
             protocol_table([metrics]).write(folder)
         write_report(folder / "report.html", session.page(result, metrics, command))
     return Outcome(folder, metrics, result.headline, run_summary.failures(result))
@@ -106,8 +111,12 @@ class _Session:
         self.test_cache = FeatureCache(config.data.cache_dir)
         self.shown: run_summary.Shown | None = None
         self.matrix: TransferMatrix | None = None
+        self.history: list[dict[str, Any]] = []
         self.origin = find_prompts(config.target.patterns)
         self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
+        if config.train.init:
+            start = read_start(config.train.init)
+            self.facts |= {"init": str(start.folder), "init_checksum": start.checksum}
 
     def run_protocol(self) -> ProtocolResult:
         """Run every cell of the configured protocol."""
@@ -116,6 +125,8 @@ class _Session:
             return run_multitask(self)
         if protocol.name == "transfer":
             return run_transfer(self)
+        if protocol.name == "meta":
+            return run_meta(self)
         if protocol.name in ("cross-dataset", "domain-generalisation"):
             most = max(protocol.shots)
             return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
@@ -179,6 +190,20 @@ class _Session:
         numbers = {f"train/{k}": v for k, v in result.metrics.items()} | mean_over_tasks(own)
         numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
         return self._keep(folder, learner, result, numbers)
+
+    def run_meta_cell(self, cell: Cell) -> Mapping[str, float]:
+        """Meta-train once, for the cell's seed; otherwise as :meth:`run_cell`."""
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES, cell.seed)
+        self._start(learner, folder, self.origin)
+        numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
+        self.history = history
+        if process_state().is_main_process:
+            _write_history(folder / "history.jsonl", history)
+            write_json(folder / "cell.json", numbers)
+        return numbers
 
     def prompt_folder(self, cell: Cell) -> Path:
         """Return where a cell's prompts are saved."""
@@ -284,6 +309,7 @@ class _Session:
     def page(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
         """Gather what the page shows; pictures come from the last cell that was trained in this session."""
         page = run_summary.record(self.config, self.backbone, result, metrics, command, self.matrix)
+        page.history = self.history
         if self.shown is not None:
             run_summary.show(page, self.shown, self.test_cache)
         return page

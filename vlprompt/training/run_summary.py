@@ -35,7 +35,7 @@ def metrics(
         **result.metrics,
         "protocol": result.protocol,
         "learner": config.learner_name,
-        "data": config.data.name,
+        "data": config.meta.pairs if config.protocol.name == "meta" else config.data.name,
         **({"targets": config.protocol.targets} if config.protocol.targets else {}),
         "shots": config.protocol.shots,
         "seeds": config.protocol.seeds,
@@ -90,7 +90,7 @@ def record(
         "learned": numbers.get(f"{base}accuracy"),
     }
     page = RunRecord(
-        title=f"{config.learner_name} on {', '.join(config.data.names)}",
+        title=f"{config.learner_name} on {_subject(config)}",
         headline={k: v for k, v in headline.items() if v is not None},
         summary=f"{backbone.name}, {result.protocol}, {_describe(config)}.",
         metrics=numbers,
@@ -115,6 +115,10 @@ def show(page: RunRecord, shown: Shown, cache: FeatureCache) -> None:
     page.history = trained.history
     page.classnames, page.labels = list(test.classnames), np.asarray(labels)
     page.probs, page.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
+
+
+def _subject(config: RunConfig) -> str:
+    return config.meta.pairs if config.protocol.name == "meta" else ", ".join(config.data.names)
 
 
 def _environment() -> dict[str, str]:
