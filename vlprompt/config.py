@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+# The key by which a configuration shows which tool it was written for.
+_KEY_OF_TOOL = {"train": "learner", "compare": "runs", "adapt": "adapters", "pretrain": "recipe"}
 
 
 class BackboneOptions(BaseModel):
@@ -163,7 +165,7 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
         UnknownNameError: If there is no such file.
     """
-    raw = read_yaml(cfg, overrides)
+    raw = read_yaml(cfg, overrides, "train")
     problems: list[str] = []
     config: RunConfig | None = None
     try:
@@ -178,11 +180,16 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_yaml(cfg: str | Path, overrides: Sequence[str] = (), tool: str = "") -> dict[str, Any]:
     """Return a configuration as plain data: bases merged, overrides applied, nothing validated yet.
 
+    Args:
+        cfg: See :func:`load_config`.
+        overrides: See there.
+        tool: Which tool asks, if a file of another one's is to be told by name.
+
     Raises:
-        ConfigError: If a file is not YAML, bases form a circle, or an override has no ``=``.
+        ConfigError: If a file is not YAML, bases form a circle, an override has no ``=``, or it is another tool's.
         UnknownNameError: If a file does not exist.
     """
     try:
@@ -196,7 +203,17 @@ def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([str(error).strip()], str(cfg)) from error
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+    raw = {str(k): v for k, v in plain.items()}
+    _require_tool(raw, tool, str(cfg))
+    return raw
+
+
+def _require_tool(raw: Mapping[str, Any], tool: str, source: str) -> None:
+    others = [other for other, key in _KEY_OF_TOOL.items() if key in raw]
+    if tool in _KEY_OF_TOOL and len(others) == 1 and others[0] != tool:
+        raise ConfigError(
+            [f"this is a configuration of tools/{others[0]}.py, not of tools/{tool}.py."], source
+        )
 
 
 def configs_dir() -> Path:

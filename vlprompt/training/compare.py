@@ -62,7 +62,7 @@ class Comparison(BaseModel):
             ConfigError: With every mistake at once.
             UnknownNameError: If there is no such file.
         """
-        raw = read_yaml(cfg)
+        raw = read_yaml(cfg, tool="compare")
         try:
             found = cls.model_validate({**raw, "shared": [*raw.get("shared", []), *overrides]})
         except ValidationError as error:
