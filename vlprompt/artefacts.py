@@ -1,4 +1,4 @@
-"""Saving and loading what was learned: two small files that say everything needed to use it again."""
+"""Saving and loading what was learned, by learners and segmentation models: two small files that say everything needed to use it again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensors_to_bytes
@@ -19,7 +19,10 @@ from vlprompt.files import read_tensors, write_json, write_tensors
 from vlprompt.learners import Learner, create_learner
 from vlprompt.signature import describe_problems
 
-__all__ = ["PromptCard", "check_backbone", "load", "package_version", "read", "save"]
+if TYPE_CHECKING:
+    from vlprompt.segmentation import Segmenter
+
+__all__ = ["PromptCard", "check_backbone", "load", "load_segmenter", "package_version", "read", "save"]
 
 _FORMAT = 1
 _ARGUMENTS = {
@@ -36,6 +39,7 @@ class PromptCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
+    kind: Literal["learner", "segmenter"] = "learner"
     method: str
     options: dict[str, Any]
     classnames: list[str]
@@ -46,8 +50,8 @@ class PromptCard(BaseModel):
     tensors: str
 
 
-def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
-    """Write a learner as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
+def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+    """Write a learner or segmentation model as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
 
     Args:
         learner: What was trained.
@@ -65,10 +69,11 @@ def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None
     digest = _digest(state)
     card = PromptCard(
         format=_FORMAT,
+        kind="learner" if isinstance(learner, Learner) else "segmenter",
         method=learner.method,
         options=learner.options,
-        classnames=list(learner.classnames),
-        templates=list(learner.templates),
+        classnames=list(getattr(learner, "classnames", ())),
+        templates=list(getattr(learner, "templates", ())),
         backbone=learner.backbone.fingerprint,
         version=package_version(),
         metrics=dict(metrics or {}),
@@ -92,13 +97,34 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
             difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
-    card, tensors = read(path)
-    if backbone is None:
-        backbone = _rebuild(path, card.backbone)
-    check_backbone(path, card, backbone)
+    card, tensors, backbone = _open(path, backbone, "learner")
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
+
+
+def load_segmenter(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
+    """Read a segmentation model that :func:`save` wrote; arguments and errors as :func:`load`."""
+    from vlprompt.segmentation import create_segmenter  # only now: learners need none of it
+
+    card, tensors, backbone = _open(path, backbone, "segmenter")
+    segmenter = create_segmenter(card.method, backbone, **card.options)
+    segmenter.load_trainable_state(tensors)
+    return segmenter.eval()
+
+
+def _open(
+    path: str | Path, backbone: Backbone | None, kind: Literal["learner", "segmenter"]
+) -> tuple[PromptCard, dict[str, Tensor], Backbone]:
+    """Return what a folder holds and the backbone it was trained on."""
+    card, tensors = read(path)
+    if card.kind != kind:
+        other = "vlprompt.load_segmenter" if card.kind == "segmenter" else "vlprompt.load"
+        raise CheckpointError(f"{path} holds a {card.kind} ({card.method}), not a {kind}: use {other}.")
+    if backbone is None:
+        backbone = _rebuild(path, card.backbone)
+    check_backbone(path, card, backbone)
+    return card, tensors, backbone
 
 
 def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:

@@ -99,7 +99,9 @@ def test_resume_of_a_plateau_that_ends_early_is_bit_identical(tmp_path: Path, st
     )  # fmt: skip
 
     def trainer(folder: Path | None, *callbacks: Callback, seed: int = 0) -> Trainer:
-        made = Trainer(ToyModule(0.3, seed=seed), toy_batches(options), options, folder, lambda: {}, callbacks)
+        made = Trainer(
+            ToyModule(0.3, seed=seed), toy_batches(options), options, folder, lambda: {}, callbacks
+        )
         made.validate = lambda: {"loss": float(np.random.default_rng(made.progress.epoch).normal())}
         return made
 

@@ -53,7 +53,11 @@ class PairScore:
 
 
 def score_pair(
-    predicted: NDArray[np.bool_], mask: NDArray[np.uint8], record: str = "", label: int = 0, boundary: bool = True
+    predicted: NDArray[np.bool_],
+    mask: NDArray[np.uint8],
+    record: str = "",
+    label: int = 0,
+    boundary: bool = True,
 ) -> PairScore:
     """Compare a predicted mask with a true one.
 

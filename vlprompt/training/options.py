@@ -43,7 +43,9 @@ class TrainOptions(BaseModel):
     plateau_patience: int = Field(5, ge=0, description="plateau only: validations without a better figure")
     monitor: str = Field("loss", description="validation figure that plateau and stop_patience watch")
     stop_patience: int | None = Field(
-        None, ge=1, description="end after so many validations without a better monitored figure; empty: never"
+        None,
+        ge=1,
+        description="end after so many validations without a better monitored figure; empty: never",
     )
     stop_delta: float = Field(1e-4, ge=0, description="stop_patience: what counts as better")
     min_epochs: int = Field(0, ge=0, description="stop_patience: never end before")

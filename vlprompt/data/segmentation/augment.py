@@ -54,7 +54,10 @@ class JointAugmentation:
             return pair.image, pair.mask
         rng = numpy_rng(seed, "augment pair", self.name, pair.record, view)
         turn, tone = rng.random(2) < 0.2
-        image, mask = torch.from_numpy(np.array(pair.image)).float().permute(2, 0, 1), torch.from_numpy(pair.mask.copy())
+        image, mask = (
+            torch.from_numpy(np.array(pair.image)).float().permute(2, 0, 1),
+            torch.from_numpy(pair.mask.copy()),
+        )
         if turn:
             scale, angle = rng.uniform(0.98, 1.02), math.radians(rng.uniform(-5, 5))
             shift = rng.uniform(-0.02, 0.02, 2)

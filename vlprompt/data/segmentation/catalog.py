@@ -24,12 +24,20 @@ from vlprompt.data.splits import SPLITS, check_split
 from vlprompt.errors import DataError, UnknownNameError, nearest
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["check_segmentation_name", "is_segmentation", "list_segmentation", "load_segmentation", "open_pairs"]
+__all__ = [
+    "check_segmentation_name",
+    "is_segmentation",
+    "list_segmentation",
+    "load_segmentation",
+    "open_pairs",
+]
 
 Queries = Literal["present", "all"]
 Leaks = Literal["mend", "keep"]
 Empty = Literal["keep", "drop", "error"]
-_GRAMMAR = "One's own: pairs:PATH (images and masks), prompts:PATH (with a JSON of phrases) or per_class:PATH."
+_GRAMMAR = (
+    "One's own: pairs:PATH (images and masks), prompts:PATH (with a JSON of phrases) or per_class:PATH."
+)
 _Way = tuple[BuildPairs, Request]
 
 
@@ -201,7 +209,9 @@ def _without_other_splits(data: MaskDataset, ways: list[_Way], options: Mapping[
     if not dropped:
         return data
     if not kept:
-        raise DataError(f"{data.name}: every training picture is in another split too. Give each split its own.")
+        raise DataError(
+            f"{data.name}: every training picture is in another split too. Give each split its own."
+        )
     warnings.warn(
         f"{data.name}: {len(dropped)} training pictures are in val or test too and left out: "
         f"{', '.join(dropped[:5])}.",
@@ -211,7 +221,11 @@ def _without_other_splits(data: MaskDataset, ways: list[_Way], options: Mapping[
 
 
 def _phrased(
-    data: MaskDataset, templates: tuple[str, ...], phrase: str | Mapping[str, str] | None, leaks: Leaks, full_stop: bool
+    data: MaskDataset,
+    templates: tuple[str, ...],
+    phrase: str | Mapping[str, str] | None,
+    leaks: Leaks,
+    full_stop: bool,
 ) -> MaskDataset:
     """Give every pair its final phrase; refuse pairs without one."""
     if isinstance(phrase, Mapping):
@@ -261,7 +275,9 @@ def _draw(data: MaskDataset, images: int, seed: int) -> MaskDataset:
     if images < 1:
         raise DataError(f"{data.name}: images must be at least 1, got {images}.")
     pictures = list(data.pictures().values())
-    order = numpy_rng(seed, "few pictures", data.name.partition("@")[0], data.split, images).permutation(len(pictures))
+    order = numpy_rng(seed, "few pictures", data.name.partition("@")[0], data.split, images).permutation(
+        len(pictures)
+    )
     chosen = sorted(int(i) for i in order[:images])
     return data.subset([i for p in chosen for i in pictures[p]], images=len(chosen), seed=seed)
 

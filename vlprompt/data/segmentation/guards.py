@@ -11,7 +11,9 @@ from vlprompt.errors import DataError
 
 __all__ = ["denies", "label_leaks", "overlaps", "pair_problems", "without_shared"]
 
-_DENIAL = re.compile(r"^\s*(?:an?\s+(?:image|picture|photo)\s+(?:of|with)\s+)?(?:no|without|normal|absence of)\b", re.I)
+_DENIAL = re.compile(
+    r"^\s*(?:an?\s+(?:image|picture|photo)\s+(?:of|with)\s+)?(?:no|without|normal|absence of)\b", re.I
+)
 
 
 def denies(phrase: str) -> bool:
@@ -59,9 +61,7 @@ def label_leaks(data: MaskDataset) -> dict[str, int]:
         full.setdefault((sample.label, sample.phrase), []).append(bool((mask == 1).any()))
     shown = {label for (label, _), found in full.items() if any(found)}
     return {
-        phrase: len(found)
-        for (label, phrase), found in full.items()
-        if not any(found) and label in shown
+        phrase: len(found) for (label, phrase), found in full.items() if not any(found) and label in shown
     }
 
 

@@ -14,7 +14,16 @@ from vlprompt.data.splits import cut
 from vlprompt.errors import DataError
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["Missing", "choose", "class_phrase", "need_part", "own_folder", "refuse_missing", "split_by_hash", "stems"]
+__all__ = [
+    "Missing",
+    "choose",
+    "class_phrase",
+    "need_part",
+    "own_folder",
+    "refuse_missing",
+    "split_by_hash",
+    "stems",
+]
 
 Missing = Literal["error", "skip"]
 

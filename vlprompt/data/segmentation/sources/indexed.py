@@ -75,14 +75,18 @@ def build(
         kept = []
         for name in names:
             image, mask = f"{name}{options.image_end}", f"{name}{options.mask_end}"
-            lacks = [p for p in (folder / options.images / image, folder / options.masks / mask) if not p.is_file()]
+            lacks = [
+                p for p in (folder / options.images / image, folder / options.masks / mask) if not p.is_file()
+            ]
             if lacks:
                 problems.append(f"{name} lacks {lacks[0]}")
             else:
                 kept.append((image, mask))
         refuse_missing(f"{request.name} ({split})", problems, on_missing)
         parts[split] = tuple(
-            MaskSample(i, (m,), class_phrase(card.templates, c, f"{i}|{c}"), label, f"{i}|{c}", options.values[label])
+            MaskSample(
+                i, (m,), class_phrase(card.templates, c, f"{i}|{c}"), label, f"{i}|{c}", options.values[label]
+            )
             for i, m in kept
             for label, c in enumerate(card.classnames)
         )

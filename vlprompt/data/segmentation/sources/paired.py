@@ -167,7 +167,9 @@ def _cut(
 ) -> tuple[dict[str, tuple[MaskSample, ...]], str]:
     """Make the splits out of the parts that exist."""
     if "all" in parts:
-        return _by_hash(request, parts["all"], shares, seed), f"all pictures cut by name, {shares}, seed {seed}"
+        return _by_hash(
+            request, parts["all"], shares, seed
+        ), f"all pictures cut by name, {shares}, seed {seed}"
     if "val" in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
     of_train = {"val": shares.get("val", 0.1), "train": 1 - shares.get("val", 0.1)}

@@ -103,7 +103,10 @@ def with_validation(
     pictures = list(dict.fromkeys(str(s.source) for s in parts["train"]))
     chosen = split_by_hash(name, pictures, _OF_TRAIN)
     held = set(chosen["val"])
-    cut = {p: tuple(s for s in parts["train"] if (str(s.source) in held) == (p == "val")) for p in ("train", "val")}
+    cut = {
+        p: tuple(s for s in parts["train"] if (str(s.source) in held) == (p == "val"))
+        for p in ("train", "val")
+    }
     return {**cut, "test": parts["val"]}, "official val is test; val is 10 % of train by name"
 
 
@@ -121,7 +124,12 @@ def _classes(
 
 
 def _part(
-    images: Path, masks: Path, split: str, origins: tuple[str, ...], names: tuple[str, ...], templates: tuple[str, ...]
+    images: Path,
+    masks: Path,
+    split: str,
+    origins: tuple[str, ...],
+    names: tuple[str, ...],
+    templates: tuple[str, ...],
 ) -> tuple[tuple[MaskSample, ...], list[str]]:
     """Return the pairs of one split in the pictures' order, and what is wrong with it."""
     pictures = stems(images / split) if (images / split).is_dir() else {}

@@ -46,7 +46,9 @@ class PromptOptions(Layout):
     threshold: int | None = None
 
 
-@pair_sources.register("prompts", summary="images, masks and a JSON of phrases per split", grammar="prompts:PATH")
+@pair_sources.register(
+    "prompts", summary="images, masks and a JSON of phrases per split", grammar="prompts:PATH"
+)
 def build(
     request: Request,
     *,
@@ -89,7 +91,12 @@ def build(
         on_size_mismatch,
     )
     kept = _present(request.name, samples, files, on_missing)
-    info = {"source": "prompts", "split_source": path.name, "prompt": prompt, "oracle_text": prompt not in (0, 1)}
+    info = {
+        "source": "prompts",
+        "split_source": path.name,
+        "prompt": prompt,
+        "oracle_text": prompt not in (0, 1),
+    }
     return MaskDataset(request.name, request.split, kept, classnames, files, info)
 
 
@@ -139,7 +146,9 @@ def _phrase(where: str, prompts: dict[str, Any], prompt: int, name: str) -> str:
     found = prompts[key]
     options = [found] if isinstance(found, str) else found
     if not isinstance(options, list) or not options or not all(isinstance(o, str) for o in options):
-        raise DataError(f"{where}: prompt {key!r} must be a phrase or a list of phrases, got {str(found)[:80]!r}.")
+        raise DataError(
+            f"{where}: prompt {key!r} must be a phrase or a list of phrases, got {str(found)[:80]!r}."
+        )
     return choose(options, name, "which wording")
 
 
@@ -163,7 +172,9 @@ def _present(
 ) -> tuple[MaskSample, ...]:
     kept, problems = [], []
     for sample in samples:
-        lacks = [files.images / str(sample.source)] if not (files.images / str(sample.source)).is_file() else []
+        lacks = (
+            [files.images / str(sample.source)] if not (files.images / str(sample.source)).is_file() else []
+        )
         lacks += [files.masks / m for m in sample.masks if not (files.masks / m).is_file()]
         if lacks:
             problems.append(f"{sample.source} lacks {' and '.join(str(p) for p in lacks)}")
