@@ -16,7 +16,7 @@ from vlprompt.backbones.clipseg import default_config, layer_state, read_checkpo
 from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.files import read_tensors
 
-__all__ = ["Decoder", "EMBEDDED", "clipseg_decoder", "embedded", "fill", "sizes"]
+__all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "embedded", "fill", "sizes"]
 
 log = logging.getLogger("vlprompt.segmentation")
 

@@ -62,7 +62,11 @@ class MaskReader(Reader, Protocol):
     """Reads pictures as every data set does, and masks."""
 
     def mask(self, sample: MaskSample, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return the mask of a picture of ``size`` (width, height). Raises DataError if it doesn't fit or can't be read."""
+        """Return the mask of a picture of ``size`` (width, height).
+
+        Raises:
+            DataError: If it doesn't fit or can't be read.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Opening segmentation data sets by name: the catalogue's cards of that task, drawn scenes, and folders of one's own."""
+"""Opening segmentation data sets by name: cards of that task, drawn scenes, and folders of one's own."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ _Way = tuple[BuildPairs, Request]
 
 def list_segmentation() -> list[str]:
     """Return the sorted names of all segmentation data sets; ``@style`` and one's own folders come on top."""
-    cards = [n for n in card_names() if load_card(n).task == "segmentation"]
-    return sorted([*cards, *(f"scenes/{task}" for task in TASKS)])
+    return sorted([*card_names("segmentation"), *(f"scenes/{task}" for task in TASKS)])
 
 
 def load_segmentation(
@@ -123,7 +122,7 @@ def is_segmentation(name: str) -> bool:
         return name.removeprefix("scenes/").partition("@")[0] in TASKS
     if colon and kind in pair_sources:
         return bool(pair_sources.get(kind).extra.get("grammar", "").startswith(f"{kind}:"))
-    return name in card_names() and load_card(name).task == "segmentation"
+    return name in card_names("segmentation")
 
 
 def check_segmentation_name(name: str) -> None:
@@ -244,14 +243,14 @@ def _phrased(
         samples.append(replace(sample, phrase=_stopped(text.strip(), full_stop)))
     if lacking := [s for s in samples if not s.phrase]:
         raise DataError(
-            f"{data.name}: {len(lacking)} of {len(samples)} pairs have no phrase, for example {lacking[0].record}. Pass "
-            "phrase='...', or write it into phrase.txt or the records (p0 has none by definition)."
+            f"{data.name}: {len(lacking)} of {len(samples)} pairs have no phrase, for example {lacking[0].record}. "
+            "Pass phrase='...', or write it into phrase.txt or the records (p0 has none by definition)."
         )
     info = {"phrases_that_deny": len(leaking), "leaks": leaks} if leaking else {}
     if leaking and leaks == "keep":
         warnings.warn(
-            f"{data.name}: {len(leaking)} phrases say that there is nothing to find, for example {leaking[0].phrase!r}: "
-            "they give the answer away.",
+            f"{data.name}: {len(leaking)} phrases say that there is nothing to find, for example "
+            f"{leaking[0].phrase!r}: they give the answer away.",
             stacklevel=3,
         )
     return data.with_samples(samples, **info)

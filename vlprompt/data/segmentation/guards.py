@@ -66,7 +66,7 @@ def label_leaks(data: MaskDataset) -> dict[str, int]:
 
 
 def pair_problems(data: MaskDataset, indices: Iterable[int] | None = None) -> list[str]:
-    """Read every pair once and return a sentence for each that can't be used: unreadable, of two sizes, of many values."""
+    """Read every pair once and return a sentence for each that can't be used."""
     problems = []
     for index in range(len(data)) if indices is None else indices:
         try:

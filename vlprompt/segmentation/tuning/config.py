@@ -129,7 +129,7 @@ class SegmentConfig(BaseModel):
     output: str = "runs"
     models: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="label to the model's options; name is the label unless it is given; backbone: a name or a section; "
+        description="label to the model's options; name is the label unless it is given; backbone: a name or section; "
         "strategies: labels of those to run, all if it is left out",
     )
     strategies: dict[str, dict[str, Any]] = Field(

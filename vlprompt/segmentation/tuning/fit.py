@@ -219,7 +219,8 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
         record = next(s.record for s in data.samples if s.phrase == longest)
         raise DataError(
             f"{data.name}, {record}: the phrase {longest[:80]!r} takes {lengths[longest]} tokens with the "
-            f"{prompts} of the prompt; the text tower reads {tower.context_length}. Use shorter phrases (prompt=1, phrase=...)."
+            f"{prompts} of the prompt; the text tower reads {tower.context_length}. Use shorter phrases "
+            "(prompt=1, phrase=...)."
         )
 
 

@@ -1,8 +1,8 @@
 """Losses of text-prompted segmentation: Dice and cross-entropy of single pictures, right for empty masks too.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239, section 4 (1.0 Dice + 0.2 cross-entropy).
-segmentation_models_pytorch's DiceLoss pools a batch's pixels and multiplies by 0 where a mask is empty, so that it can't
-learn that a phrase fits nothing; this one does neither. Names that begin with ``smp_`` take that library's.
+segmentation_models_pytorch's DiceLoss pools a batch's pixels and multiplies by 0 where a mask is empty, so that it
+can't learn that a phrase fits nothing; this one does neither. Names that begin with ``smp_`` take that library's.
 """
 
 from __future__ import annotations

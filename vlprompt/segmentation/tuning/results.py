@@ -32,7 +32,7 @@ _SHOWN = (
     "argmax_miou",
 )
 _PUBLISHED = "MedVLSM, MIDL 2024, 2308.07706, table 2: whole model fine-tuned, same splits"
-#: Test Dice of models fine-tuned end to end, in percent; nobody published numbers of TuneVLSeg's own table to us.
+#: Test Dice of models fine-tuned end to end, in percent. TuneVLSeg's repository holds no table of its own results.
 _FINE_TUNED = {
     "CLIPSeg": {"kvasir_seg": 89.51, "clinicdb": 88.74, "bkai_igh": 86.47, "isic2016": 92.12, "dfu": 73.24,
                 "camus": 88.85, "busi": 64.32, "chexlocalize": 59.56},
@@ -88,7 +88,8 @@ def write_results(
         write_text(folder / f"{'-'.join(title.lower().split())}.svg", svg)
     for name, png in overlay_sheets(session, cells).items():
         write_atomic(folder / "overlays" / f"{name}.png", _writer(png))
-        image = f'<img alt="{name}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        data = base64.b64encode(png).decode()
+        image = f'<img alt="{name}" style="max-width:100%" src="data:image/png;base64,{data}">'
         drawings[f"Masks: {name}"] = ("Picture, truth, and what each strategy finds (first seed).", image)
     write_report(folder / "report.html", _record(config, cells, metrics, drawings, failures, command))
     return markdown
@@ -145,8 +146,12 @@ def _gain(
 
 def _label(cells: Cells, row: tuple[str, str, int | None]) -> str:
     model, strategy, depth = row
-    count = next(int(n["trainable"]) for c, n in cells.items() if (c.model, c.strategy, c.depth) == row)
+    count = int(_trainable(cells, row))
     return f"{model} {strategy}" + ("" if depth is None else f" depth {depth}") + f" ({count:,})"
+
+
+def _trainable(cells: Cells, row: tuple[str, str, int | None]) -> float:
+    return next(n["trainable"] for c, n in cells.items() if (c.model, c.strategy, c.depth) == row)
 
 
 def _dice_rows(config: SegmentConfig, cells: Cells) -> list[tables.Row]:

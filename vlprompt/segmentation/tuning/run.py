@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlprompt.artefacts import load_segmenter, save
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data.segmentation import MaskDataset, load_segmentation, overlaps
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, UnknownNameError
 from vlprompt.evaluation.cells import Cell, ProtocolResult, run_cells
 from vlprompt.files import write_json
 from vlprompt.segmentation import STRATEGIES, Segmenter, create_segmenter
@@ -28,7 +28,7 @@ from vlprompt.signature import options_model
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.run import environment, failure_sentences, open_folder, write_history
 
-__all__ = ["SegmentCell", "SegmentOutcome", "Session", "run_segmentation"]
+__all__ = ["SegmentCell", "SegmentOutcome", "Session", "one_cell", "run_segmentation"]
 
 log = logging.getLogger("vlprompt.segment")
 
@@ -273,6 +273,32 @@ def _by_place(result: ProtocolResult) -> dict[SegmentCell, dict[str, float]]:
     return {c: numbers for c, numbers in result.cells.items() if isinstance(c, SegmentCell)}
 
 
-def single(cell: SegmentCell, **changes: Any) -> SegmentCell:
-    """Return a cell with other values."""
-    return replace(cell, **changes)
+def one_cell(
+    config: SegmentConfig, model: str | None = None, strategy: str | None = None, data: str | None = None
+) -> SegmentConfig:
+    """Return a configuration of one model, strategy, data set and seed; the first ones (that learn) unless named.
+
+    Raises:
+        UnknownNameError: For a label that the configuration hasn't.
+    """
+    for what, value, known in (
+        ("model", model, list(config.models)),
+        ("strategy", strategy, list(config.strategies)),
+    ):
+        if value is not None and value not in known:
+            raise UnknownNameError(f"{what} of {config.name}", value, known)
+    pairs = [p for p in config.pairs() if model in (None, p[0]) and strategy in (None, p[1])]
+    learning = [p for p in pairs if STRATEGIES.get(config.strategy(p[1]).name).target.tunes != "nothing"]
+    if not pairs:
+        raise DataError(f"{config.name} doesn't run {strategy} on {model}.")
+    chosen = (learning or pairs)[0]
+    mine = {k: v for k, v in config.models[chosen[0]].items() if k != "strategies"}
+    return config.model_copy(
+        update={
+            "models": {chosen[0]: mine},
+            "strategies": {chosen[1]: config.strategies[chosen[1]]},
+            "data": config.data.model_copy(update={"names": [data or config.data.names[0]]}),
+            "seeds": config.seeds[:1],
+            "depths": [],
+        }
+    )

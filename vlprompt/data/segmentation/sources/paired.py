@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vlprompt.data.listing import list_folders
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
@@ -59,7 +59,7 @@ class PairedOptions(Layout):
 
     parts: dict[Literal["all", "train", "val", "test"], _Folders]
     suffix: str = ""
-    shares: dict[Literal["train", "val", "test"], float] = {}
+    shares: dict[Literal["train", "val", "test"], float] = Field(default_factory=dict)
     threshold: int | None = None
 
 
@@ -146,13 +146,17 @@ def _pairs(
         if not mine:
             problems.append(f"{places.images}/{pictures[0]} has no mask {places.masks}/{stem}{suffix}.*")
             continue
-        source = f"{places.images}/{pictures[0]}"
-        paths = tuple(f"{places.masks}/{masks[m][0]}" for m in mine)
+        source = _joined(places.images, pictures[0])
+        paths = tuple(_joined(places.masks, masks[m][0]) for m in mine)
         found.append(MaskSample(source, paths, _phrase(request, source), 0, source))
     if not together:
         problems += [f"{places.masks}/{masks[m][0]} has no picture" for m in masks if m not in used]
     refuse_missing(request.name, problems, on_missing)
     return tuple(found)
+
+
+def _joined(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"
 
 
 def _phrase(request: Request, record: str) -> str:

@@ -1,8 +1,8 @@
 """prompts: images/, masks/ and one JSON file of phrases per split, the format of MedVLSM and TuneVLSeg.
 
 A file holds a list of records; of each, ``img_name``, ``mask_name`` and ``prompts`` are read. ``prompts`` maps ``p0``
-(empty: no text), ``p1`` (the class) and ``p2`` ... (richer, made from the true mask) to a phrase or a list of equivalent
-ones. A record of one's own may name its class in ``class``.
+(empty: no text), ``p1`` (the class) and ``p2`` ... (richer, made from the true mask) to a phrase or a list of
+equivalent ones. A record of one's own may name its class in ``class``.
 
 Reference: naamiinepal/medvlsm DATASETS.MD and its annotation files.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from vlprompt.classnames import clean_classname
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
@@ -42,7 +44,7 @@ class PromptOptions(Layout):
     images: str = "images"
     masks: str = "masks"
     anns: str = "anns/{}.json"
-    inner: dict[Split, str] = {}
+    inner: dict[Split, str] = Field(default_factory=dict)
     threshold: int | None = None
 
 
