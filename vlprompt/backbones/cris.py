@@ -66,8 +66,8 @@ def read_cris(path: str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise BackboneError(
-            f"no CRIS checkpoint at {path}. Its authors published none; issue 3 of DerrickWang005/CRIS.pytorch links one "
-            "that others trained. What works offline: the embedded tiny backbone, whose decoder is in the package."
+            f"no CRIS checkpoint at {path}. Its authors published none; issue 3 of DerrickWang005/CRIS.pytorch links "
+            "one that others trained. What works offline: the embedded tiny backbone, whose decoder is in the package."
         )
     if Path(path).suffix == ".safetensors":
         return _stripped(read_tensors(Path(path))[0])

@@ -33,7 +33,7 @@ def pyramid_widths(backbone: Backbone) -> tuple[int, int, int]:
     """
     visual: Any = backbone.vision.visual
     if is_resnet(backbone):
-        return tuple(stage[-1].bn3.num_features for stage in (visual.layer2, visual.layer3)) + (backbone.dim,)  # type: ignore[return-value]
+        return visual.layer2[-1].bn3.num_features, visual.layer3[-1].bn3.num_features, backbone.dim
     backbone.vision.require_prompts()
     if backbone.vision.kind != "vit" or visual.proj is None:
         raise BackboneError(

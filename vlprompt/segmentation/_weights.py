@@ -25,7 +25,8 @@ log = logging.getLogger("vlprompt.segmentation")
 EMBEDDED = Path(str(files("vlprompt.segmentation"))) / "weights"
 
 _LAYER = {
-    "self_attn": "self_attn", "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+    "self_attn": "self_attn", "layer_norm1": "norm1", "layer_norm2": "norm2",
+    "mlp.fc1": "linear1", "mlp.fc2": "linear2",
 }  # fmt: skip
 
 
@@ -117,7 +118,8 @@ def sizes(decoder: Decoder, given: Mapping[str, Any], otherwise: Mapping[str, An
         ConfigError: If something else was given than the weights have.
     """
     clash = [
-        f"{name}: got {given[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or use weights='random'."
+        f"{name}: got {given[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or say "
+        "weights='random'."
         for name, value in decoder.sizes.items()
         if decoder.source and given.get(name) is not None and given[name] != value
     ]
