@@ -149,7 +149,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
             "layers": vision["num_hidden_layers"],
             "width": vision["hidden_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "mlp_ratio": (vision["intermediate_size"] + 0.5) / vision["hidden_size"],  # open_clip rounds down
         },
         "text_cfg": {
             "context_length": text["max_position_embeddings"],
@@ -157,7 +157,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
             "width": text["hidden_size"],
             "heads": text["num_attention_heads"],
             "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+            "mlp_ratio": (text["intermediate_size"] + 0.5) / text["hidden_size"],
         },
     }
 

@@ -12,8 +12,6 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from segmentation_models_pytorch.base import SegmentationHead
-from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
@@ -33,6 +31,10 @@ class _Decoder(nn.Module):
     """Four modulated maps through a feature pyramid network."""
 
     def __init__(self, width: int, dim: int, channels: int, dropout: float) -> None:
+        # Imported here: it brings a hundred encoders along, and only this decoder needs it.
+        from segmentation_models_pytorch.base import SegmentationHead
+        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+
         super().__init__()
         self.film = nn.ModuleList(nn.Linear(dim, 2 * channels) for _ in _SCALES)
         self.reduce = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in _SCALES)
@@ -90,9 +92,10 @@ class Dense(Segmenter):
             self.decoder = _Decoder(tower.width, self.backbone.dim, channels, dropout)
         self.settle()
 
-    def tuned_besides(self) -> list[nn.Parameter]:
-        """See :meth:`Segmenter.tuned_besides`."""
-        return list(self.decoder.parameters())
+    @property
+    def decoder_learns(self) -> bool:
+        """See :class:`Segmenter`; here it always does."""
+        return True
 
     def frozen(self, images: Tensor) -> Frozen:
         """Return the tapped states, the first state or the pixels: the most that never changes."""

@@ -14,7 +14,6 @@ from vlprompt.errors import VLPromptError
 __all__ = ["Hidden", "Projections", "projection"]
 
 #: Widths between the two ends: none, one or several.
-#: Widths between the two ends: none, one or several.
 Hidden: TypeAlias = (
     Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
 )

@@ -32,9 +32,9 @@ class SharedAttention(Strategy):
         backbone: See :class:`Strategy`.
         depth: J, layers with prompts of their own, in both towers.
         context_length: M, tokens per layer and tower.
-        heads: Attention heads; None: the largest number up to 16 that divides Dt + Dv.
-        hidden: Width of the layer's MLP.
-        dropout: Inside the layer.
+        attention_heads: Of the layer; None: the largest number up to 16 that divides Dt + Dv.
+        feedforward: Width of the layer's MLP.
+        attention_dropout: Inside the layer.
         norm_first: Norm before attention and MLP, not after.
         shared: One layer for all depths; otherwise one each, which is more than a ViT-B at depth 11.
         seed: Of the start values.
@@ -49,9 +49,9 @@ class SharedAttention(Strategy):
         *,
         depth: Annotated[int, Field(ge=1)] = 1,
         context_length: Annotated[int, Field(ge=1, le=64)] = 4,
-        heads: Annotated[int, Field(ge=1)] | None = None,
-        hidden: Annotated[int, Field(ge=1)] = 1536,
-        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25,
+        attention_heads: Annotated[int, Field(ge=1)] | None = None,
+        feedforward: Annotated[int, Field(ge=1)] = 1536,
+        attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25,
         norm_first: bool = True,
         shared: bool = True,
         seed: int = 1,
@@ -60,10 +60,10 @@ class SharedAttention(Strategy):
         text, vision = backbone.text, backbone.vision
         checked_depth(depth, text.layers, vision.layers)
         width = text.width + vision.width
-        heads = heads or next(h for h in range(16, 0, -1) if width % h == 0)
+        heads = attention_heads or next(h for h in range(16, 0, -1) if width % h == 0)
         if width % heads:
             raise VLPromptError(
-                f"heads={heads} does not divide the joint width {text.width} + {vision.width} = {width}."
+                f"attention_heads={heads} does not divide the joint width {text.width} + {vision.width} = {width}."
             )
         self.cut = [text.width, vision.width]
         self.context = nn.Parameter(drawn_rows((depth, context_length, width), seed))  # (J, M, Dt + Dv)
@@ -71,7 +71,7 @@ class SharedAttention(Strategy):
             self.mixers = Projections(
                 [
                     nn.TransformerEncoderLayer(
-                        width, heads, hidden, dropout, batch_first=True, norm_first=norm_first
+                        width, heads, feedforward, attention_dropout, batch_first=True, norm_first=norm_first
                     )
                     for _ in range(1 if shared else depth)
                 ]
