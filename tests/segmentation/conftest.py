@@ -47,4 +47,4 @@ def _weight(name: str, shape: list[int]) -> Tensor:
         return filled(name, shape, 0.3)
     if last == "bias":
         return filled(name, shape, 0.05)
-    return filled(name, shape, 1.5 * torch.Size(shape[1:]).numel() ** -0.5)
+    return filled(name, shape, torch.Size(shape[1:]).numel() ** -0.5)

@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CLIP
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlprompt.backbones import BACKBONES
@@ -16,7 +17,6 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
 
 __all__ = ["build_cris", "read_cris"]
 
@@ -69,12 +69,12 @@ def read_cris(path: str) -> dict[str, Tensor]:
             f"no CRIS checkpoint at {path}. Its authors published none; issue 3 of DerrickWang005/CRIS.pytorch links "
             "one that others trained. What works offline: the embedded tiny backbone, whose decoder is in the package."
         )
-    if Path(path).suffix == ".safetensors":
-        return _stripped(read_tensors(Path(path))[0])
     try:
+        if Path(path).suffix == ".safetensors":
+            return _stripped(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; what it advises (running the code) is no advice
-        raise BackboneError(f"{path} is not a torch state dict of plain tensors.") from error
+    except Exception as error:  # many kinds; what torch advises (running the code) is no advice
+        raise BackboneError(f"{path} is no safetensors file or torch state dict of plain tensors.") from error
     return _stripped(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {})
 
 
