@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CLIP
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlprompt.backbones import BACKBONES
@@ -17,7 +18,6 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
 
 __all__ = ["build_clipseg", "default_config", "layer_state", "read_checkpoint"]
 
@@ -95,13 +95,13 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         stored = json.loads(paths[0].read_text(encoding="utf-8"))
         state = (
-            read_tensors(paths[1])[0]
+            load_file(paths[1])
             if paths[1].suffix == ".safetensors"
             else torch.load(paths[1], map_location="cpu", weights_only=True)
         )
     except Exception as error:  # torch, json and the disk each raise their own kinds
         raise BackboneError(
-            f"{source} is not readable as configuration and plain tensors: {error}."
+            f"{source} is not readable as configuration and plain tensors: {error}"
         ) from error
     # transformers leaves out of a configuration what has its own default value: patch 32 and 224 px among them.
     config = default_config()
@@ -149,7 +149,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
             "layers": vision["num_hidden_layers"],
             "width": vision["hidden_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "mlp_ratio": (vision["intermediate_size"] + 0.5) / vision["hidden_size"],  # open_clip rounds down
         },
         "text_cfg": {
             "context_length": text["max_position_embeddings"],
@@ -157,7 +157,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
             "width": text["hidden_size"],
             "heads": text["num_attention_heads"],
             "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+            "mlp_ratio": (text["intermediate_size"] + 0.5) / text["hidden_size"],
         },
     }
 

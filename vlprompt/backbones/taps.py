@@ -49,7 +49,8 @@ def patch_of(tower: VisionTower) -> int:
     Raises:
         BackboneError: If the tower has no sequence of one class token and square patches.
     """
-    tower.require_prompts()
+    if tower.refusal is not None:
+        raise BackboneError(f"token states of an image can't be read on this backbone: {tower.refusal}")
     source = tower.visual if tower.kind == "vit" else tower.visual.trunk.patch_embed
     height, width = source.patch_size
     special = 1 if tower.kind == "vit" else int(getattr(tower.visual.trunk, "num_prefix_tokens", 1))

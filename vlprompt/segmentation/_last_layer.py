@@ -1,6 +1,7 @@
 """A new last layer beside the pretrained one, in all models alike: logits = (1 - r) * old + r * new, r learned.
 
-TuneVLSeg, ACCV 2024, arXiv 2410.05239; its code ignores the layer in two of its models and adds it unblended in a third.
+TuneVLSeg, ACCV 2024, arXiv 2410.05239; its code leaves the layer out of two strategies and adds it
+unblended in a third.
 """
 
 from __future__ import annotations

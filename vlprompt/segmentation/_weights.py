@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.clipseg import default_config, layer_state, read_checkpoint
+from vlprompt.backbones.cris import read_cris
 from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.files import read_tensors
 
-__all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "embedded", "fill", "sizes"]
+__all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "cris_decoder", "embedded", "fill", "sizes"]
 
 log = logging.getLogger("vlprompt.segmentation")
 
@@ -24,7 +25,8 @@ log = logging.getLogger("vlprompt.segmentation")
 EMBEDDED = Path(str(files("vlprompt.segmentation"))) / "weights"
 
 _LAYER = {
-    "self_attn": "self_attn", "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+    "self_attn": "self_attn", "layer_norm1": "norm1", "layer_norm2": "norm2",
+    "mlp.fc1": "linear1", "mlp.fc2": "linear2",
 }  # fmt: skip
 
 
@@ -82,6 +84,33 @@ def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:
         ) from error
 
 
+def cris_decoder(backbone: Backbone, weights: str | None) -> Decoder:
+    """Return the CRIS decoder that is asked for, as :func:`clipseg_decoder` does; ``weights`` may be a file.
+
+    Raises:
+        BackboneError: If a checkpoint can't be read.
+    """
+    facts = backbone.fingerprint
+    if weights is None and facts.get("architecture") == "cris" and facts.get("pretrained") is not None:
+        weights = str(facts["pretrained"])
+    if weights is None and (found := embedded("cris", backbone)):
+        return found
+    if weights in (None, "random"):
+        return Decoder()
+    stored = read_cris(str(weights))
+    connect = "backbone.visual.attnpool."
+    state = {
+        n.removeprefix(connect): t.float() for n, t in stored.items() if n.startswith(f"{connect}connect.")
+    }
+    state |= {n: t.float() for n, t in stored.items() if n.startswith(("neck.", "decoder.", "proj."))}
+    layers = {n.split(".")[2] for n in state if n.startswith("decoder.layers.")}
+    try:
+        hidden, width = state["decoder.layers.0.ffn.0.weight"].shape
+    except KeyError as error:
+        raise BackboneError(f"{weights} holds no decoder in CRIS' layout: {error} is missing.") from error
+    return Decoder(str(weights), {"width": width, "layers": len(layers), "hidden": hidden}, state)
+
+
 def sizes(decoder: Decoder, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's sizes: the weights' own, else what was given, else the default.
 
@@ -89,7 +118,8 @@ def sizes(decoder: Decoder, given: Mapping[str, Any], otherwise: Mapping[str, An
         ConfigError: If something else was given than the weights have.
     """
     clash = [
-        f"{name}: got {given[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or use weights='random'."
+        f"{name}: got {given[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or say "
+        "weights='random'."
         for name, value in decoder.sizes.items()
         if decoder.source and given.get(name) is not None and given[name] != value
     ]

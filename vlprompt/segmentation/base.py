@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
     def settle(self) -> None:
         """Freeze what the strategy doesn't tune; to be called when the model is complete."""
         tunes = self.strategy.tunes
-        self.decoder.requires_grad_(tunes in ("decoder", "all"))
+        self.decoder.requires_grad_(self.decoder_learns)
         if tunes == "all":
             self.backbone.model.requires_grad_(True)
         for parameter in self.tuned_besides():
@@ -104,6 +104,11 @@ class Segmenter(nn.Module):
         """Whether nothing learned touches the image tower, so that all its states are frozen."""
         return not self.strategy.prompts_vision and self.strategy.tunes != "all"
 
+    @property
+    def decoder_learns(self) -> bool:
+        """Whether all of the decoder is tuned."""
+        return self.strategy.tunes in ("decoder", "all")
+
     def rows(self, frozen: Frozen) -> Rows:
         """Return the strategy's prompts for these pictures."""
         return self.strategy(frozen.get("pooled"))
@@ -135,7 +140,7 @@ class Segmenter(nn.Module):
     def train(self, mode: bool = True) -> Segmenter:
         """Switch what learns; frozen parts and batch statistics stay in evaluation mode."""
         super().train(mode)
-        self.decoder.train(mode and self.strategy.tunes in ("decoder", "all"))
+        self.decoder.train(mode and self.decoder_learns)
         for module in self.decoder.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

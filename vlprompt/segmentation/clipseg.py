@@ -69,6 +69,7 @@ class CLIPSeg(Segmenter):
         found = clipseg_decoder(backbone, weights)
         asked = {"taps": taps, "reduce": reduce, "hidden": hidden, "refined": refined}
         size = sizes(found, asked, {"taps": relative_taps(tower.layers)})
+        self.sizes = dict(size)
         self.taps = _checked_taps(tuple(size.pop("taps")), tower.layers)
         with seeded_modules(seed, "clipseg decoder"):
             self.decoder = FilmDecoder(

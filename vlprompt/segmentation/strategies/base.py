@@ -58,11 +58,6 @@ class Strategy(nn.Module):
         if self.prompts_vision:
             backbone.vision.require_prompts()
 
-    @property
-    def tokens(self) -> int:
-        """M, text prompt tokens of every layer; 0 without text prompts."""
-        return 0
-
     def forward(self, image: Tensor | None = None) -> Rows:
         """Return the prompts of a step.
 
@@ -80,7 +75,8 @@ def checked_depth(depth: int, *layers: int) -> int:
     """
     if not 1 <= depth <= min(layers):
         raise VLPromptError(
-            f"depth={depth}: the prompted towers have {' and '.join(map(str, layers))} layers; allowed: 1 to {min(layers)}."
+            f"depth={depth}: the prompted towers have {' and '.join(map(str, layers))} layers; "
+            f"allowed: 1 to {min(layers)}."
         )
     return depth
 

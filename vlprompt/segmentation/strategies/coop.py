@@ -44,11 +44,6 @@ class CoOp(Strategy):
         checked_depth(depth, backbone.text.layers)
         self.context = nn.Parameter(text_rows(backbone, depth, context_length, init, seed))  # (J, M, Dt)
 
-    @property
-    def tokens(self) -> int:
-        """See :class:`Strategy`."""
-        return self.context.shape[1]
-
     def forward(self, image: object = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         return Rows(text=self.context)
