@@ -20,7 +20,7 @@ from scipy import ndimage
 from vlprompt.data.segmentation.base import IGNORE
 from vlprompt.errors import DataError
 
-__all__ = ["PairScore", "hausdorff95", "mean_iou_of_maps", "score_pair", "summarise_pairs"]
+__all__ = ["PairScore", "hausdorff", "mean_iou_of_maps", "score_pair", "summarise_pairs"]
 
 Mask = NDArray[np.bool_]
 
@@ -34,7 +34,7 @@ class PairScore:
         label: Number of its class.
         dice: 2 |A n B| / (|A| + |B|).
         iou: |A n B| / |A u B|.
-        hd95: See :func:`hausdorff95`, pixels; NaN if it wasn't asked for.
+        hd95: See :func:`hausdorff` at 95, pixels; NaN if it wasn't asked for.
         everything: Dice of a prediction that marks every pixel: what can be had without looking.
         intersection: Pixels in both masks.
         union: Pixels in either.
@@ -84,7 +84,7 @@ def score_pair(
         label,
         dice=2 * inter / size if size else 1.0,
         iou=inter / union if union else 1.0,
-        hd95=hausdorff95(ours, true) if boundary else float("nan"),
+        hd95=hausdorff(ours, true) if boundary else float("nan"),
         everything=2 * int(true.sum()) / (area + int(true.sum())) if area + true.sum() else 1.0,
         intersection=inter,
         union=union,
@@ -92,8 +92,8 @@ def score_pair(
     )
 
 
-def hausdorff95(first: Mask, second: Mask) -> float:
-    """Return the 95th percentile of boundary distances in pixels, the larger of the two directions.
+def hausdorff(first: Mask, second: Mask, percentile: float = 95.0) -> float:
+    """Return a percentile of boundary distances in pixels, the larger of the two directions; 100: Hausdorff's own.
 
     This is MONAI's definition; medpy's pools both directions before the percentile. The boundary of a mask is its
     pixels with a neighbour (of four) outside.
@@ -107,7 +107,7 @@ def hausdorff95(first: Mask, second: Mask) -> float:
     a, b = edges[0][box], edges[1][box]
     there = ndimage.distance_transform_edt(~b)[a]
     back = ndimage.distance_transform_edt(~a)[b]
-    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+    return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
 
 
 def summarise_pairs(scores: Sequence[PairScore], classnames: Sequence[str]) -> dict[str, float]:

@@ -171,19 +171,21 @@ def fit_segmenter(
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
     started = time.monotonic()
+    processes = accelerator()
+    segmenter.to(processes.device)
     checked = _options(options, val is not None)
     if not len(train):
         raise DataError(f"{train.name}: there are no training pairs.")
     for data in (train, *([val] if val is not None else [])):
         check_phrases(segmenter, data)
+    _know_phrases(segmenter, [train, *([val] if val is not None else [])])
     criterion, views = segmentation_loss(loss), JointAugmentation(augmentation)
-    processes = accelerator()
-    segmenter.to(processes.device)
     held = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
 
     def validate() -> dict[str, float]:
         assert val is not None
-        return evaluate_segmenter(segmenter, val, boundary=False, loss=criterion, states=held).metrics
+        found = evaluate_segmenter(segmenter, val, boundary=False, loss=criterion, states=held).metrics
+        return {k: v for k, v in found.items() if "/" not in k}
 
     history: list[dict[str, Any]] = []
     if segmenter.num_trainable() and checked.epochs:
@@ -211,8 +213,12 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
     Raises:
         DataError: Names the longest one and its record.
     """
-    tower = segmenter.backbone.text
-    prompts = segmenter.strategy.tokens if segmenter.strategy.prompts_text else 0
+    tower, prompts = segmenter.backbone.text, 0
+    if segmenter.strategy.prompts_text:
+        with torch.no_grad():
+            feature = torch.zeros(1, segmenter.backbone.dim, device=segmenter.backbone.device)
+            rows = segmenter.strategy(feature).text
+        prompts = 0 if rows is None else rows.shape[-2]
     lengths = {p: len(tower.sentence(p)) + prompts for p in dict.fromkeys(s.phrase for s in data.samples)}
     longest = max(lengths, key=lambda p: lengths[p])
     if lengths[longest] > tower.context_length:
@@ -222,6 +228,18 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
             f"{prompts} of the prompt; the text tower reads {tower.context_length}. Use shorter phrases "
             "(prompt=1, phrase=...)."
         )
+
+
+def _know_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
+    """Let a model with a frozen text side encode all phrases now, together.
+
+    The last bits of a feature depend on what is encoded beside it, and a resumed run meets phrases in other company.
+    """
+    if segmenter.strategy.prompts_text or segmenter.strategy.tunes == "all":
+        return
+    phrases = list(dict.fromkeys(s.phrase for data in parts for s in data.samples))
+    with torch.no_grad():
+        segmenter.conditions(phrases, None, remember=True)
 
 
 def _options(given: Mapping[str, Any], validated: bool) -> SegmentTrainOptions:
