@@ -87,8 +87,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: Any) -> int:
     import vlprompt
     from vlprompt.files import write_text
+    from vlprompt.segmentation.tuning.evaluate import load_trained
 
-    segmenter = vlprompt.load_segmenter(args.prompt)
+    segmenter = load_trained(args.prompt)
     queries = "present" if args.protocol == "present" else "all"
     lines = ["data,record,dice,iou,hd95,empty"]
     for name in args.data:
@@ -140,12 +141,12 @@ def _predict(args: Any) -> int:
     import vlprompt
     from vlprompt.data import read_image
     from vlprompt.files import write_atomic
-    from vlprompt.segmentation.tuning.evaluate import predict_mask
+    from vlprompt.segmentation.tuning.evaluate import load_trained, predict_mask
     from vlprompt.segmentation.tuning.pictures import overlay
 
     image = read_image(args.image)
     if args.prompt:
-        segmenter = vlprompt.load_segmenter(args.prompt)
+        segmenter = load_trained(args.prompt)
     else:
         backbone = vlprompt.create_backbone(args.backbone, args.pretrained)
         segmenter = vlprompt.create_segmenter(args.model, backbone)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlprompt.adaptation import create_adapter, list_adapters
-    from vlprompt.artefacts import load, load_segmenter, save
+    from vlprompt.artefacts import load, save
     from vlprompt.backbones import create_backbone, list_backbones
     from vlprompt.config import load_config
     from vlprompt.data import list_datasets, load_dataset
@@ -46,7 +46,6 @@ _HOME = {
     "load_config": "vlprompt.config",
     "load_dataset": "vlprompt.data",
     "load_segmentation": "vlprompt.data.segmentation",
-    "load_segmenter": "vlprompt.artefacts",
     "predict": "vlprompt.inference",
     "run": "vlprompt.training.run",
     "save": "vlprompt.artefacts",
@@ -72,7 +71,6 @@ __all__ = [
     "load_config",
     "load_dataset",
     "load_segmentation",
-    "load_segmenter",
     "predict",
     "run",
     "save",

@@ -1,4 +1,4 @@
-"""Saving and loading what was learned, by learners and segmentation models: two small files that say everything needed to use it again."""
+"""Saving and loading what was learned: two small files that say everything needed to use it again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlprompt.signature import describe_problems
 if TYPE_CHECKING:
     from vlprompt.segmentation import Segmenter
 
-__all__ = ["PromptCard", "check_backbone", "load", "load_segmenter", "package_version", "read", "save"]
+__all__ = ["PromptCard", "check_backbone", "load", "package_version", "read", "save"]
 
 _FORMAT = 1
 _ARGUMENTS = {
@@ -51,10 +51,10 @@ class PromptCard(BaseModel):
 
 
 def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
-    """Write a learner or segmentation model as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
+    """Write what was learned as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
 
     Args:
-        learner: What was trained.
+        learner: What was trained: a learner, or a segmentation model.
         path: Folder, made if missing.
         metrics: Figures to keep with it.
 
@@ -67,26 +67,27 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
     folder = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
     digest = _digest(state)
+    classifies = isinstance(learner, Learner)
     card = PromptCard(
         format=_FORMAT,
-        kind="learner" if isinstance(learner, Learner) else "segmenter",
+        kind="learner" if classifies else "segmenter",
         method=learner.method,
         options=learner.options,
-        classnames=list(getattr(learner, "classnames", ())),
-        templates=list(getattr(learner, "templates", ())),
+        classnames=list(learner.classnames) if isinstance(learner, Learner) else [],
+        templates=list(learner.templates) if isinstance(learner, Learner) else [],
         backbone=learner.backbone.fingerprint,
         version=package_version(),
         metrics=dict(metrics or {}),
         tensors=digest,
-    ).model_dump()
+    ).model_dump(exclude={"kind"} if classifies else None)  # older versions read learners still
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / "prompt.safetensors", state, {"card": card})
     write_json(folder / "prompt.json", card)
     return folder
 
 
-def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
-    """Read what :func:`save` wrote. No code in the files can run.
+def load(path: str | Path, backbone: Backbone | None = None) -> Any:
+    """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
 
     Args:
         path: The folder.
@@ -97,34 +98,28 @@ def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
             difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
-    card, tensors, backbone = _open(path, backbone, "learner")
+    card, tensors = read(path)
+    if backbone is None:
+        backbone = _rebuild(path, card.backbone)
+    check_backbone(path, card, backbone)
+    if card.kind == "segmenter":
+        return _segmenter(path, card, backbone, tensors)
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
 
 
-def load_segmenter(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
-    """Read a segmentation model that :func:`save` wrote; arguments and errors as :func:`load`."""
-    from vlprompt.segmentation import create_segmenter  # only now: learners need none of it
+def _segmenter(
+    path: str | Path, card: PromptCard, backbone: Backbone, tensors: Mapping[str, Tensor]
+) -> Segmenter:
+    from vlprompt.segmentation import create_segmenter  # those who classify need none of it
 
-    card, tensors, backbone = _open(path, backbone, "segmenter")
-    segmenter = create_segmenter(card.method, backbone, **card.options)
+    try:
+        segmenter = create_segmenter(card.method, backbone, **card.options)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
     segmenter.load_trainable_state(tensors)
     return segmenter.eval()
-
-
-def _open(
-    path: str | Path, backbone: Backbone | None, kind: Literal["learner", "segmenter"]
-) -> tuple[PromptCard, dict[str, Tensor], Backbone]:
-    """Return what a folder holds and the backbone it was trained on."""
-    card, tensors = read(path)
-    if card.kind != kind:
-        other = "vlprompt.load_segmenter" if card.kind == "segmenter" else "vlprompt.load"
-        raise CheckpointError(f"{path} holds a {card.kind} ({card.method}), not a {kind}: use {other}.")
-    if backbone is None:
-        backbone = _rebuild(path, card.backbone)
-    check_backbone(path, card, backbone)
-    return card, tensors, backbone
 
 
 def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:

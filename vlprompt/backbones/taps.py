@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlprompt.backbones.packed import is_packable_block, run_block
 from vlprompt.backbones.vision import VisionTower
@@ -20,6 +20,7 @@ from vlprompt.errors import BackboneError, VLPromptError
 
 __all__ = [
     "Taps",
+    "after_block",
     "first_state",
     "grid_of",
     "padded",
@@ -76,9 +77,16 @@ def padded(images: Tensor, multiple: int) -> Tensor:
 
 
 def relative_taps(layers: int) -> tuple[int, int, int]:
-    """Return CLIPSeg's blocks (3, 6, 9 of 12, counted from 0) at the same relative depth of another tower."""
+    """Return CLIPSeg's blocks (3, 6, 9 of 12, counted from 0) at the same relative depth of another tower.
+
+    Raises:
+        BackboneError: If the tower has fewer than three blocks.
+    """
+    if layers < 3:
+        raise BackboneError(f"three depths of an image tower are read, this one has {layers} blocks.")
     third, middle, deep = (max(0, round(layers * share) - 1) for share in (1 / 3, 7 / 12, 10 / 12))
-    return third, middle, deep
+    middle = max(middle, third + 1)
+    return third, middle, max(deep, middle + 1)
 
 
 def resized_positions(table: Tensor, grid: tuple[int, int], native: tuple[int, int]) -> Tensor:
@@ -157,6 +165,19 @@ def run_taps(
         if keep_prompts and i in blocks:
             states.append(x)
     return Taps(tuple(states), tower.finish(x[:, :tokens]) if pooled else None)
+
+
+def after_block(tower: VisionTower, last: int) -> list[nn.Parameter]:
+    """Return the image tower's parameters that no state up to block ``last`` depends on: what makes it pool."""
+    visual = tower.visual
+    inner = visual if tower.kind == "vit" else visual.trunk
+    unread = [p for block in tower.blocks[last + 1 :] for p in block.parameters()]
+    for part in (inner, visual):
+        for name in ("ln_post", "attn_pool", "norm", "fc_norm", "head"):
+            module = getattr(part, name, None)
+            unread += list(module.parameters()) if isinstance(module, nn.Module) else []
+    projection = getattr(visual, "proj", None)
+    return [*unread, *([projection] if isinstance(projection, nn.Parameter) else [])]
 
 
 def _checked(tower: VisionTower, prompts: Tensor, batch: int) -> Tensor:

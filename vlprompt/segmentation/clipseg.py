@@ -7,14 +7,14 @@ decoder unless ``keep_prompts``; the refined upsampling works for any patch size
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.taps import first_state, grid_of, patch_of, relative_taps, run_taps
+from vlprompt.backbones.taps import after_block, first_state, grid_of, patch_of, relative_taps, run_taps
 from vlprompt.errors import VLPromptError
 from vlprompt.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
@@ -85,19 +85,8 @@ class CLIPSeg(Segmenter):
         return [] if self.last_layer == "frozen" or extra is None else list(extra.parameters())
 
     def untouched(self) -> list[nn.Parameter]:
-        """See :meth:`Segmenter.untouched`; nothing above the last tap matters."""
-        visual: Any = self.backbone.vision.visual
-        above = self.backbone.vision.blocks[max(self.taps) + 1 :]
-        unused = [p for block in above for p in block.parameters()]
-        last = visual if self.backbone.vision.kind == "vit" else visual.trunk
-        for name in ("ln_post", "norm", "head", "fc_norm"):
-            unused += list(getattr(last, name, nn.Identity()).parameters())
-        projection = getattr(visual, "proj", None)
-        return [
-            *super().untouched(),
-            *unused,
-            *([projection] if isinstance(projection, nn.Parameter) else []),
-        ]
+        """See :meth:`Segmenter.untouched`."""
+        return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
 
     def frozen(self, images: Tensor) -> Frozen:
         """Return reduced tokens, tapped states, the first state or the pixels: the most that never changes."""

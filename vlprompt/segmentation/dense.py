@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.taps import first_state, grid_of, patch_of, relative_taps, run_taps
+from vlprompt.backbones.taps import after_block, first_state, grid_of, patch_of, relative_taps, run_taps
 from vlprompt.errors import VLPromptError
 from vlprompt.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
@@ -96,6 +96,10 @@ class Dense(Segmenter):
     def decoder_learns(self) -> bool:
         """See :class:`Segmenter`; here it always does."""
         return True
+
+    def untouched(self) -> list[nn.Parameter]:
+        """See :meth:`Segmenter.untouched`."""
+        return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
 
     def frozen(self, images: Tensor) -> Frozen:
         """Return the tapped states, the first state or the pixels: the most that never changes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlprompt.artefacts import load
+from vlprompt.backbones import Backbone
 from vlprompt.data.segmentation.base import IGNORE, MaskDataset
-from vlprompt.errors import DataError
+from vlprompt.errors import CheckpointError, DataError
 from vlprompt.evaluation.overlap import PairScore, mean_iou_of_maps, score_pair, summarise_pairs
 from vlprompt.segmentation.base import Segmenter
 from vlprompt.segmentation.tuning.states import PairStates
 
-__all__ = ["SegmentationScores", "evaluate_segmenter", "predict_mask", "probabilities"]
+__all__ = ["SegmentationScores", "evaluate_segmenter", "load_trained", "predict_mask", "probabilities"]
 
 Loss = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -105,6 +108,20 @@ def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
     if tuple(rows.shape[-2:]) != tuple(size):
         rows = F.interpolate(rows, size=tuple(size), mode="bilinear", align_corners=False)
     return np.asarray(rows[0, 0].sigmoid().cpu().numpy(), np.float32)
+
+
+def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
+    """Return a saved segmentation model; arguments and errors as :func:`vlprompt.load`.
+
+    Raises:
+        CheckpointError: If the folder holds a classifier.
+    """
+    found = load(path, backbone)
+    if not isinstance(found, Segmenter):
+        raise CheckpointError(
+            f"{path} holds the learner {found.method!r}, which classifies; a segmentation model is needed."
+        )
+    return found
 
 
 @torch.no_grad()

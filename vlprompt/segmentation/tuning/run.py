@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlprompt.artefacts import load_segmenter, save
+from vlprompt.artefacts import save
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data.segmentation import MaskDataset, load_segmentation, overlaps
 from vlprompt.errors import DataError, UnknownNameError
@@ -21,7 +21,7 @@ from vlprompt.evaluation.cells import Cell, ProtocolResult, run_cells
 from vlprompt.files import write_json
 from vlprompt.segmentation import STRATEGIES, Segmenter, create_segmenter
 from vlprompt.segmentation.tuning.config import SegmentConfig
-from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
+from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter, load_trained
 from vlprompt.segmentation.tuning.fit import check_phrases, fit_segmenter
 from vlprompt.segmentation.tuning.results import summary, write_results
 from vlprompt.signature import options_model
@@ -250,7 +250,7 @@ class Session:
 
     def trained(self, cell: SegmentCell) -> Segmenter:
         """Return a finished cell's model."""
-        return load_segmenter(self.cell_folder(cell) / "prompt", self.backbone(cell.model))
+        return load_trained(self.cell_folder(cell) / "prompt", self.backbone(cell.model))
 
 
 def _not_shared(train: MaskDataset, others: Mapping[str, MaskDataset]) -> MaskDataset:
