@@ -71,7 +71,9 @@ def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> Non
         grey = np.asarray(image, float).mean(2)
         assert grey[mask == 1].mean() - grey[mask == 0].mean() > 100
         inner = (grey > grey.mean()) & (mask != 255)
-        assert (inner & (mask == 1)).sum() / (inner | (mask == 1)).sum() > 0.93  # the edge moves with the picture
+        assert (inner & (mask == 1)).sum() / (
+            inner | (mask == 1)
+        ).sum() > 0.93  # the edge moves with the picture
     again = views.augment(pair, 3, 7)
     assert again[0].tobytes() == shown[7][0].tobytes()
     assert len({image.tobytes() for image, _ in shown}) > 12

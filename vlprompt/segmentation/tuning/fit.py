@@ -174,11 +174,7 @@ def fit_segmenter(
     processes = accelerator()
     segmenter.to(processes.device)
     checked = _options(options, val is not None)
-    if not len(train):
-        raise DataError(f"{train.name}: there are no training pairs.")
-    for data in (train, *([val] if val is not None else [])):
-        check_phrases(segmenter, data)
-    _know_phrases(segmenter, [train, *([val] if val is not None else [])])
+    _read_phrases(segmenter, [train] if val is None else [train, val])
     criterion, views = segmentation_loss(loss), JointAugmentation(augmentation)
     held = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
 
@@ -230,11 +226,15 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
         )
 
 
-def _know_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
-    """Let a model with a frozen text side encode all phrases now, together.
+def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
+    """Check all phrases, and let a model with a frozen text side encode them now, together.
 
     The last bits of a feature depend on what is encoded beside it, and a resumed run meets phrases in other company.
     """
+    for data in parts:
+        if not len(data):
+            raise DataError(f"{data.name}: there are no {data.split} pairs.")
+        check_phrases(segmenter, data)
     if segmenter.strategy.prompts_text or segmenter.strategy.tunes == "all":
         return
     phrases = list(dict.fromkeys(s.phrase for data in parts for s in data.samples))
