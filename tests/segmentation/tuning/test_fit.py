@@ -120,17 +120,15 @@ def test_another_run_is_not_continued(tiny: Backbone, parts: Any, tmp_path: Path
 
 
 def test_only_weight_matrices_decay(tiny: Backbone) -> None:
-    assert SegmentationTask(_made(tiny, "vpt"), segmentation_loss()).undecayed() >= {
-        "segmenter.strategy.context"
-    }
+    prompts = SegmentationTask(_made(tiny, "vpt"), segmentation_loss())
+    assert prompts.parameter_groups() == [{"names": ["segmenter.strategy.context"], "weight_decay": 0.0}]
     task = SegmentationTask(_made(tiny, "decoder"), segmentation_loss())
-    learned = {n for n, p in task.named_parameters() if p.requires_grad}
-    decayed = learned - task.undecayed()
-    assert decayed
-    assert all(n.endswith("weight") for n in decayed)
-    assert not any("norm" in n for n in decayed)
-    assert {n for n in learned if n.endswith("bias")} <= task.undecayed()
-    assert all(p.dim() > 1 for n, p in task.named_parameters() if n in decayed)
+    learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    decayed, spared = (set(group["names"]) for group in task.parameter_groups())
+    assert decayed | spared == set(learned)
+    assert not decayed & spared
+    assert all(n.endswith("weight") and "norm" not in n and learned[n].dim() > 1 for n in decayed)
+    assert {n for n in learned if n.endswith("bias") or "norm" in n} <= spared
 
 
 def test_without_validation_the_last_epoch_is_kept_at_a_constant_rate(tiny: Backbone, parts: Any) -> None:

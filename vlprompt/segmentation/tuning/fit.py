@@ -92,8 +92,8 @@ class SegmentationTask(nn.Module):
         """See :meth:`Segmenter.load_trainable_state`."""
         self.segmenter.load_trainable_state(state)
 
-    def undecayed(self) -> set[str]:
-        """Return the parameters without weight decay: all but weight matrices of linear and convolution layers."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what has weight decay, weight matrices of linear and convolution layers, and what hasn't."""
         decayed = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()
@@ -101,7 +101,10 @@ class SegmentationTask(nn.Module):
             if (name == "weight" and isinstance(module, nn.Linear | nn.modules.conv._ConvNd))
             or name.endswith("proj_weight")
         }
-        return {name for name, _ in self.named_parameters() if name not in decayed}
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"names": [n for n in learned if n in decayed]}]
+        groups.append({"names": [n for n in learned if n not in decayed], "weight_decay": 0.0})
+        return [group for group in groups if group["names"]]
 
 
 class _PairBatches:
