@@ -221,8 +221,10 @@ def test_masks_by_class_and_all_classes(tmp_path: Path) -> None:
                     lay.mask_file(tmp_path / "annotations" / split / name / f"{i}.png", lay.bar(i, label))
     test = load_segmentation(f"per_class:{tmp_path}", "test")
     assert [(s.source, s.phrase) for s in test.samples] == [
-        ("validation/100.jpg", "dining table"), ("validation/101.jpg", "dining table"), ("validation/101.jpg", "person"),
-    ]  # fmt: skip
+        ("validation/100.jpg", "dining table"),
+        ("validation/101.jpg", "dining table"),
+        ("validation/101.jpg", "person"),
+    ]
     every = load_segmentation(f"per_class:{tmp_path}", "test", queries="all")
     assert [(s.label, bool(s.masks)) for s in every.samples] == [(0, True), (1, False), (0, True), (1, True)]
     assert not every[1].mask.any()

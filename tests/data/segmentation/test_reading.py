@@ -106,7 +106,7 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     square = [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]
     counts = [0, 2 * height, width * height - 2 * height]  # column-major: the first two columns
     content = {
-        "images": [{"id": i, "file_name": n, "width": width, "height": height} for i, n in enumerate(["a.jpg", "b.jpg"])],
+        "images": [{"id": i, "file_name": f"{n}.jpg", "width": width, "height": height} for i, n in enumerate("ab")],
         "categories": [{"id": 7, "name": "hot_dog"}, {"id": 9, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 0, "category_id": 9, "iscrowd": 0, "segmentation": square},
