@@ -10,6 +10,7 @@ from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.pretraining import read_recipe
+from vlprompt.segmentation.tuning.config import load_segment_config
 from vlprompt.training.compare import Comparison
 
 
@@ -46,6 +47,20 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path: Path)
 def test_unknown_learner_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown learner 'cop'\. Did you mean 'coop'"):
         load_config(_write(tmp_path, "c.yaml", "learner: {name: cop}"))
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "message"),
+    [
+        (load_config, "compare_masks_tiny.yaml", "of tools/compare.py, not of tools/train.py"),
+        (Comparison.read, "coop_tiny.yaml", "of tools/train.py, not of tools/compare.py"),
+        (AdaptConfig.read, "pretrain_tiny.yaml", "of tools/pretrain.py, not of tools/adapt.py"),
+        (read_recipe, "tpt_tiny.yaml", "of tools/adapt.py, not of tools/pretrain.py"),
+    ],
+)
+def test_a_file_of_another_tool_is_told(read: Callable[[str], object], name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(name)
 
 
 def test_bases_compose_in_order_and_the_file_wins(tmp_path: Path) -> None:
@@ -118,12 +133,13 @@ READERS: dict[str, Callable[[Path], object]] = {
     "train": load_config,
     "transfer": load_config,
     "pretrain": read_recipe,
+    "segment": load_segment_config,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 
 
 @pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    tool = re.search(r"\A#.*?python tools/(\w+)\.py --cfg (\S+)", path.read_text(), re.DOTALL)
+    tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
     assert tool is not None, "a configuration opens with its command"
     READERS[tool[1]](path)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +78,18 @@ def run_detection(config: DetectConfig, resume: bool = False) -> DetectOutcome:
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     cells: list[dict[str, Any]] = []
-    for name in config.data:
-        for seed in config.seeds:
-            path = folder / "cells" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
-            if path.is_file():
-                found = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                log.info("%s, seed %d", name, seed)
-                found = _Cell(config, backbone, name, seed).run()
-                write_json(path, found)
-            cells.append({"data": name, "seed": seed, "figures": found})
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = FeatureCache(config.cache_dir or scratch)  # on disk, so that trained detectors share it too
+        for name in config.data:
+            for seed in config.seeds:
+                path = folder / "cells" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
+                if path.is_file():
+                    found = json.loads(path.read_text(encoding="utf-8"))
+                else:
+                    log.info("%s, seed %d", name, seed)
+                    found = _Cell(config, backbone, name, seed, cache).run()
+                    write_json(path, found)
+                cells.append({"data": name, "seed": seed, "figures": found})
     metrics = {
         **_summary(config, cells),
         "protocol": "detection",
@@ -108,9 +111,10 @@ def run_detection(config: DetectConfig, resume: bool = False) -> DetectOutcome:
 class _Cell:
     """One data set and one seed."""
 
-    def __init__(self, config: DetectConfig, backbone: Backbone, name: str, seed: int) -> None:
-        self.config, self.backbone, self.name, self.seed = config, backbone, name, seed
-        self.cache = FeatureCache(config.cache_dir)
+    def __init__(
+        self, config: DetectConfig, backbone: Backbone, name: str, seed: int, cache: FeatureCache
+    ) -> None:
+        self.config, self.backbone, self.name, self.seed, self.cache = config, backbone, name, seed, cache
         train = load_dataset(name, "train")
         self.own, self.rest = _cut(train, config.pairs.share, seed)
         options = config.pairs
