@@ -14,7 +14,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one in configs/")
     parser.add_argument("--resume", action="store_true", help="keep finished data sets and seeds")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. detectors.dbom.train.lr=0.01"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted overrides, e.g. detectors.dbom.train.lr=0.01",
     )
     args = parser.parse_intermixed_args(list(arguments))
 

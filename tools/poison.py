@@ -1,4 +1,4 @@
-"""Poison a data set, or draw what triggers look like: ``python tools/poison.py --data digits --output poisoned_digits``."""
+"""Poison a data set, or draw what triggers look like: ``python tools/poison.py --data digits --output poisoned``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", default="scenes/shape", help="a data set's name, folder:PATH or csv:PATH")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", type=Path, help="folder of the poisoned copy; must not exist or be empty")
-    parser.add_argument("--triggers", nargs="+", default=["badnets"], help="names; A+B puts two into one picture")
+    parser.add_argument(
+        "--triggers", nargs="+", default=["badnets"], help="names; A+B puts two into one picture"
+    )
     parser.add_argument("--rate", type=float, default=0.1, help="share of the pictures that are poisoned")
     parser.add_argument("--mode", default="all_to_one", help="all_to_one or all_to_all")
     parser.add_argument("--target", type=int, default=0, help="class that all_to_one flips labels to")

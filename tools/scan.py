@@ -22,7 +22,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--detector", required=True, help="folder with a saved dbom learner")
     parser.add_argument("--output", type=Path, help="where to write (default: scans/NAME OF THE FOLDER)")
     parser.add_argument("--objects", nargs="+", help="other objects to name than those trained on")
-    parser.add_argument("--threshold", type=float, help="score from which a picture is suspected (default: the detector's)")
+    parser.add_argument(
+        "--threshold", type=float, help="score from which a picture is suspected (default: the detector's)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures per pass")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode")
     parser.add_argument("--top", type=int, default=200, help="pictures on the sheet")
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
 
     detector = vlprompt.load(args.detector)
     if not hasattr(detector, "judge"):
-        raise DataError(f"{args.detector} holds {detector.method}, which is no detector. Train one: --cfg dbom_tiny.yaml.")
+        raise DataError(
+            f"{args.detector} holds {detector.method}, which is no detector. Train one: --cfg dbom_tiny.yaml."
+        )
     if args.objects:
         detector = detector.with_classes(args.objects)
     output = args.output or Path("scans") / (args.folder.resolve().name or "folder")

@@ -52,7 +52,11 @@ def test_a_map_without_neighbours_has_no_steps() -> None:
 def test_one_pass_gives_the_embedding_and_the_statistics(
     vision: dict[str, object] | None, make_backbone: Callable[..., Backbone]
 ) -> None:
-    backbone = make_backbone(vision=vision) if vision is None else make_backbone(vision={**vision, "patch_size": None})
+    backbone = (
+        make_backbone(vision=vision)
+        if vision is None
+        else make_backbone(vision={**vision, "patch_size": None})
+    )
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     first = next(m for m in backbone.vision.visual.modules() if isinstance(m, nn.Conv2d))
     rows = embed_with_statistics(backbone, images)

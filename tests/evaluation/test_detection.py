@@ -29,10 +29,14 @@ def test_figures_by_hand() -> None:
 
 def test_false_alarms_are_counted_at_the_largest_threshold_that_finds_enough() -> None:
     poisoned = torch.arange(1, 21) / 20
-    assert false_alarms_at(torch.tensor([0.04, 0.09, 0.1, 0.5]), poisoned) == 0.5  # threshold 0.1 finds 19 of 20
+    assert (
+        false_alarms_at(torch.tensor([0.04, 0.09, 0.1, 0.5]), poisoned) == 0.5
+    )  # threshold 0.1 finds 19 of 20
     assert false_alarms_at(torch.tensor([0.04, 0.09, 0.1, 0.5]), poisoned, rate=1.0) == 0.75
 
 
 def test_one_kind_alone_can_not_be_measured() -> None:
     with pytest.raises(DataError, match="needs clean and triggered"):
-        detection_metrics(torch.rand(3), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool), 0.5)
+        detection_metrics(
+            torch.rand(3), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool), 0.5
+        )

@@ -71,7 +71,9 @@ def test_parity_visits_the_reference_biases(seed: int) -> None:
 def test_a_case_by_hand_and_scores_stay_as_they_are() -> None:
     scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 0.0]])  # pair 0 seen, pair 1 unseen
     before = scores.clone()
-    sweep = bias_sweep(scores, torch.tensor([0, 1, 1]), torch.tensor([True, False]), torch.ones(2, dtype=torch.bool))
+    sweep = bias_sweep(
+        scores, torch.tensor([0, 1, 1]), torch.tensor([True, False]), torch.ones(2, dtype=torch.bool)
+    )
     # bias below 1: (1, 0); between 1 and 3: (0, 1/2); above 3: (0, 1)
     assert sweep.seen.tolist() == [1.0, 0.0, 0.0]
     assert sweep.unseen.tolist() == [0.0, 0.5, 1.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,11 @@ def build(backbone: Backbone, **options: Any) -> DBOM:
 
 @pytest.fixture
 def batch(images: Tensor) -> dict[str, Tensor]:
-    return {"image": images, "label": torch.tensor([0, 1, 2, 0, 1, 2]), "trigger": torch.tensor([0, 1, 2, 2, 0, 1])}
+    return {
+        "image": images,
+        "label": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "trigger": torch.tensor([0, 1, 2, 2, 0, 1]),
+    }
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -134,7 +137,10 @@ def test_separation_and_diversity_by_hand() -> None:
 def test_mixing_is_the_best_of_the_grid() -> None:
     generator = torch.Generator().manual_seed(0)
     seen = torch.tensor([[True, True], [True, False]])
-    trigger, label = torch.randint(2, (60,), generator=generator), torch.randint(2, (60,), generator=generator)
+    trigger, label = (
+        torch.randint(2, (60,), generator=generator),
+        torch.randint(2, (60,), generator=generator),
+    )
     logits = {
         "pair": torch.randn(60, 2, 2, generator=generator),
         "trigger": torch.randn(60, 2, generator=generator) + 2 * F.one_hot(trigger, 2),
@@ -165,9 +171,9 @@ def test_a_threshold_lets_so_many_clean_pictures_be_suspected() -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Iterator[dict[str, Any]]:
+def digits() -> dict[str, Any]:
     triggers = ["clean", "badnets", "blended", "sig"]
-    yield {
+    return {
         split: load_dataset("triggered:digits", split, shots=4, triggers=triggers).subset(range(0, 120, 2))
         for split in ("train", "val")
     }
@@ -178,7 +184,15 @@ def test_it_learns_what_fit_shows_it_and_is_saved_whole(digits: dict[str, Any], 
     train, val = digits["train"], digits["val"]
     learner = build_for(backbone, train)
     result = vlprompt.fit(
-        learner, train, val, epochs=12, batch_size=15, optimizer="adamw", lr=5e-3, callbacks=[], eval_every=100
+        learner,
+        train,
+        val,
+        epochs=12,
+        batch_size=15,
+        optimizer="adamw",
+        lr=5e-3,
+        callbacks=[],
+        eval_every=100,
     )
     assert torch.equal(learner.seen, torch.as_tensor(train.pairs.seen))
     assert float(learner.evidence_spread.min()) > 0

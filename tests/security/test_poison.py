@@ -97,7 +97,9 @@ def test_hostile_manifests_are_named(change: dict[str, object], reason: str, tmp
         read_poisoned(root)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"classnames": ["a"], "triggers": ["clean"]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1, 2]", '{"classnames": ["a"], "triggers": ["clean"]}', "[" * 100_000]
+)
 def test_damaged_manifests_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError, match=r"manifest\.jsonl, line 1 is no entry"):

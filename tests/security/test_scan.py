@@ -41,7 +41,12 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture
@@ -55,7 +60,9 @@ def strange(tmp_path: Path) -> Path:
     Image.new("CMYK", (20, 20), (0, 200, 0, 0)).save(root / "cmyk.jpg")
     Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(root / "deep.png")
     whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3)).astype(np.uint8)).save(whole, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3)).astype(np.uint8)).save(
+        whole, "PNG"
+    )
     (root / "truncated.png").write_bytes(whole.getvalue()[:2000])
     (root / "empty.png").write_bytes(b"")
     (root / "text.jpg").write_text("no picture")
@@ -75,7 +82,9 @@ def test_rows_are_in_order_and_say_what_was_seen(corner: Any, pictures: Path) ->
     assert len(report) == 23
     for row in report:
         assert row["verdict"] == ("poisoned" if marked(row["image"]) else "clean")
-        assert (row["trigger"], row["object"]) == (("badnets", "bright") if marked(row["image"]) else ("clean", "dark"))
+        assert (row["trigger"], row["object"]) == (
+            ("badnets", "bright") if marked(row["image"]) else ("clean", "dark")
+        )
     assert len(report.found) == 5
     assert [r["score"] for r in report.found] == sorted((r["score"] for r in report.found), reverse=True)
     assert corner.batches == [4] * 5 + [3]
@@ -139,7 +148,9 @@ def test_the_folder_scan_writes_what_scan_says(corner: Any, pictures: Path, tmp_
     expected = scan(pictures, corner).rows
     assert json.loads((out / "report.json").read_text()) == expected
     assert [r["image"] for r in csv.DictReader((out / "report.csv").open())] == [r["image"] for r in expected]
-    assert (out / "cleaned.txt").read_text().splitlines() == [r["image"] for r in expected if not marked(r["image"])]
+    assert (out / "cleaned.txt").read_text().splitlines() == [
+        r["image"] for r in expected if not marked(r["image"])
+    ]
     assert (found.total, found.poisoned, found.unreadable) == (23, 5, 0)
     page = (out / "report.html").read_text()
     worst = sorted(expected, key=lambda r: -r["score"])[:7]
@@ -219,7 +230,9 @@ def test_the_tool_says_what_it_found_by_its_exit_status(pictures: Path, tmp_path
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools" / "scan.py"), *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
 
     always = ("--detector", str(tmp_path / "detector"), "--output", str(tmp_path / "out"))
     found = run(str(pictures), *always, "--threshold", "0")

@@ -91,7 +91,7 @@ def detection_metrics(
 
 
 def false_alarms_at(clean: Tensor, poisoned: Tensor, rate: float = 0.95) -> float:
-    """Return the share of clean scores that reach the largest threshold which at least ``rate`` of the poisoned reach."""
+    """Return the share of clean scores at or above the largest threshold that ``rate`` of the poisoned reach."""
     ordered = poisoned.double().sort(descending=True).values
     threshold = ordered[int(np.ceil(rate * len(ordered))) - 1]
     return float((clean.double() >= threshold).double().mean())

@@ -48,8 +48,8 @@ class DBOM(Learner):
     Sentences: pair [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes of M
     vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
     Image side: p_t, p_o are looked up in the repository, f_t = D_t(evidence, p_t), f_o = f + D_o(f, P(t), p_o),
-    f_p = beta f + (1 - beta) F(f_t, f_o). Score of a pair: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and b
-    chosen on validation data. The evidence is standardised by the training pictures' mean and spread.
+    f_p = beta f + (1 - beta) F(f_t, f_o). Score of a pair: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and
+    b chosen on validation data. The evidence is standardised by the training pictures' mean and spread.
 
     Args:
         backbone: See :class:`Learner`.
@@ -119,7 +119,9 @@ class DBOM(Learner):
         self._build_text(initial_context(backbone.text, context_length, init, seed))
         self._build_image(prompts, prompt_length, top, hidden, dropout)
         objects = len(self.classnames)
-        self.register_buffer("seen", torch.ones(len(self.triggers), objects, dtype=torch.bool), persistent=False)
+        self.register_buffer(
+            "seen", torch.ones(len(self.triggers), objects, dtype=torch.bool), persistent=False
+        )
         # Weights a and b of the two primitives' logits, and the verdict's threshold.
         self.register_buffer("calibration", torch.tensor([1.0, 1.0, 0.5]))
         width = self.evidence_width
@@ -129,7 +131,9 @@ class DBOM(Learner):
     def _build_text(self, start: Tensor) -> None:
         text = self.backbone.text
         self.context = nn.Parameter(start.repeat(3, 1))  # (3 M, Dt): of pairs, of triggers, of objects
-        words = [text.require_tokenizer().encode(t.replace("_", " ").replace("+", " ")) for t in self.triggers]
+        words = [
+            text.require_tokenizer().encode(t.replace("_", " ").replace("+", " ")) for t in self.triggers
+        ]
         self.trigger_words = nn.Parameter(
             torch.stack([text.embed_tokens(w).float().mean(0) for w in words]).cpu()
         )  # (T, Dt)
@@ -159,7 +163,9 @@ class DBOM(Learner):
             self.fuse = nn.Linear(2 * d, d)
             if self.prefix == "conditional":
                 narrow = max(1, d // 16)
-                self.shift = nn.Sequential(nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, self.backbone.text.width))
+                self.shift = nn.Sequential(
+                    nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, self.backbone.text.width)
+                )
         if self.prefix == "conditional":
             nn.init.zeros_(self.shift[2].weight)
             nn.init.zeros_(self.shift[2].bias)
@@ -227,7 +233,10 @@ class DBOM(Learner):
         for rows in torch.arange(len(f_t)).split(step):
             moved = self.context + self.shift(looked_up[rows])[:, None]
             words = torch.cat([moved, self.trigger_words.expand(len(rows), -1, -1)], dim=1)
-            for out, layout, f in ((logits[0], self.trigger_layout, f_t), (logits[1], self.object_layout, f_o)):
+            for out, layout, f in (
+                (logits[0], self.trigger_layout, f_t),
+                (logits[1], self.object_layout, f_o),
+            ):
                 texts = F.normalize(self.backbone.text.encode(layout, words), dim=-1)
                 out.append(tau * (texts @ f[rows][..., None])[..., 0])
         return torch.cat(logits[0]), torch.cat(logits[1])
@@ -288,7 +297,8 @@ class DBOM(Learner):
         held = getattr(data, "triggers", None)
         if held is None:
             raise DataError(
-                f"dbom learns from pictures whose trigger is known, and {data.name} does not say. Use triggered:{data.name}."
+                f"dbom learns from pictures whose trigger is known, and {data.name} does not say. Use "
+                f"triggered:{data.name}."
             )
         self._check_triggers(data)
         self.seen.copy_(torch.as_tensor(data.pairs.seen))
@@ -315,7 +325,8 @@ class DBOM(Learner):
     def _check_triggers(self, data: Any) -> None:
         if tuple(data.triggers) != self.triggers:
             raise DataError(
-                f"dbom was built for the triggers {', '.join(self.triggers)}; {data.name} has {', '.join(data.triggers)}. "
+                f"dbom was built for the triggers {', '.join(self.triggers)}; {data.name} has "
+                f"{', '.join(data.triggers)}. "
                 "Give both the same list (learner.triggers and data.options.triggers)."
             )
 
@@ -346,5 +357,9 @@ class DBOM(Learner):
 
 def _decomposition(inputs: int, hidden: int, width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+        nn.Linear(inputs, hidden),
+        nn.LayerNorm(hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, width),
     )

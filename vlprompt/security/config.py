@@ -26,12 +26,17 @@ class PairOptions(BaseModel):
 
     model_config = _STRICT
 
-    triggers: list[str] = Field(default_factory=lambda: list(DEFAULT_TRIGGERS), description="the first is clean")
+    triggers: list[str] = Field(
+        default_factory=lambda: list(DEFAULT_TRIGGERS), description="the first is clean"
+    )
     native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
     unseen: float = Field(0.3, ge=0, lt=1, description="share of triggered pairs kept from training")
     copies: int = Field(1, ge=1, description="triggered pictures per picture")
     share: float = Field(
-        0.5, gt=0, lt=1, description="share of the train split that detectors learn from; the rest is the suspect's"
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the train split that detectors learn from; the rest is the suspect's",
     )
 
 
@@ -112,7 +117,9 @@ class DetectConfig(BaseModel):
                 found.append(f"{key}: {error}")
         for label in self.suspect.cleaners if self.suspect else ():
             if label not in self.detectors:
-                found.append(f"suspect.cleaners: {label!r} is none of the detectors: {', '.join(self.detectors)}.")
+                found.append(
+                    f"suspect.cleaners: {label!r} is none of the detectors: {', '.join(self.detectors)}."
+                )
         if self.split not in ("val", "test"):
             found.append(f"split: figures are of val or test, got {self.split!r}.")
         return found

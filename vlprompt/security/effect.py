@@ -36,9 +36,15 @@ class Victim(nn.Module):
         before = 3
         with seeded_modules(seed, "victim"):
             for width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
-                layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(before, width, 3, stride, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
                 before = width
-            self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+            self.body = nn.Sequential(
+                *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)
+            )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, C) logits."""
@@ -67,7 +73,13 @@ def train_victim(pixels: Tensor, labels: Tensor, classes: int, *, epochs: int = 
     """Train a victim on (n, 3, S, S) pixels and the (n,) labels it is given."""
     victim = Victim(classes, seed)
     options = TrainOptions(
-        epochs=epochs, batch_size=64, optimizer="adamw", lr=3e-3, weight_decay=0.01, schedule="cosine", seed=seed
+        epochs=epochs,
+        batch_size=64,
+        optimizer="adamw",
+        lr=3e-3,
+        weight_decay=0.01,
+        schedule="cosine",
+        seed=seed,
     )
     batches = TensorBatches({"image": [pixels], "label": [labels]}, options.batch_size, seed)
     Trainer(victim, batches, options).run()
@@ -82,7 +94,11 @@ def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict
     """
     labels = torch.tensor(test.labels)
     pictures = [native(test[i][0], plan.size) for i in range(len(test))]
-    wanted = (labels + 1) % len(test.classnames) if plan.mode == "all_to_all" else torch.full_like(labels, plan.target)
+    wanted = (
+        (labels + 1) % len(test.classnames)
+        if plan.mode == "all_to_all"
+        else torch.full_like(labels, plan.target)
+    )
     tried = (wanted != labels).nonzero()[:, 0].tolist()
     figures = {"accuracy": float((victim.predict(_stack(pictures)) == labels).double().mean())}
     for name in plan.triggers:

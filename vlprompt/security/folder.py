@@ -136,7 +136,9 @@ def _prepare(root: Path, place: Path, identity: dict[str, Any], resume: bool) ->
             raise CheckpointError(f"{facts} is damaged. Start anew without --resume.") from None
         if held != identity:
             other = next(k for k in identity if held.get(k) != identity[k])
-            raise CheckpointError(f"{place} holds another scan ({other} differs). Name another output folder.")
+            raise CheckpointError(
+                f"{place} holds another scan ({other} differs). Name another output folder."
+            )
         return total
     place.mkdir(parents=True, exist_ok=True)
     for name in ("scan.json", "rows.jsonl"):
@@ -219,7 +221,9 @@ def _rows(place: Path) -> Iterator[Row]:
             try:
                 yield json.loads(line)
             except ValueError:
-                raise CheckpointError(f"{path}, line {number} is damaged. Start anew without --resume.") from None
+                raise CheckpointError(
+                    f"{path}, line {number} is damaged. Start anew without --resume."
+                ) from None
 
 
 def _finish(root: Path, place: Path, threshold: float, top: int) -> FolderScan:
@@ -266,12 +270,22 @@ def _cleaned(place: Path, file: IO[str]) -> None:
             file.write(f"{row['image']}\n")
 
 
-def _page(root: Path, counts: dict[str, int], threshold: float, rows: list[Row], unreadable: list[Row]) -> str:
+def _page(
+    root: Path, counts: dict[str, int], threshold: float, rows: list[Row], unreadable: list[Row]
+) -> str:
     from jinja2 import Environment, PackageLoader  # a command that fails early needs no templates
 
-    page = Environment(loader=PackageLoader("vlprompt.security", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("vlprompt.security", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     pictures = [{**_printable(row), "picture": _thumbnail(root / row["image"])} for row in rows]
-    values = {"folder": str(root).encode("utf-8", "replace").decode(), "counts": counts, "threshold": threshold, "pictures": pictures, "unreadable": list(map(_printable, unreadable))}
+    values = {
+        "folder": str(root).encode("utf-8", "replace").decode(),
+        "counts": counts,
+        "threshold": threshold,
+        "pictures": pictures,
+        "unreadable": list(map(_printable, unreadable)),
+    }
     return page.get_template("scan.html.j2").render(total=sum(counts.values()), **values)
 
 

@@ -1,7 +1,7 @@
 """Pictures whose trigger and object are both known: which pairs are seen, and who may see which picture.
 
-The grid of (trigger, object) pairs is cut once, by a seed: every object is seen clean, every trigger and every object is
-seen with each other's kind at least once, and a share of the triggered pairs is kept from training, half of them for
+The grid of (trigger, object) pairs is cut once, by a seed: every object is seen clean, every trigger with some object
+and every object with some trigger, and a share of the triggered pairs is kept from training, half of them for
 validation, half for testing. Pictures come from the splits of an ordinary data set, so no picture is in two phases.
 """
 
@@ -22,7 +22,15 @@ from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, TRIGGERS, create_trig
 from vlprompt.security.triggers.base import native
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["DEFAULT_TRIGGERS", "PairDataset", "PairSource", "PairSplit", "check_triggers", "pair_dataset", "split_pairs"]
+__all__ = [
+    "DEFAULT_TRIGGERS",
+    "PairDataset",
+    "PairSource",
+    "PairSplit",
+    "check_triggers",
+    "pair_dataset",
+    "split_pairs",
+]
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ def split_pairs(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1)
     """
     if not 0 <= unseen < 1 or triggers < 2 or objects < 2:
         raise DataError(
-            f"pairs need at least one trigger, two objects and an unseen share in [0, 1); got {triggers - 1}, {objects} "
-            f"and {unseen}."
+            f"pairs need at least one trigger, two objects and an unseen share in [0, 1); got {triggers - 1}, "
+            f"{objects} and {unseen}."
         )
     wanted = round(unseen * (triggers - 1) * objects)
     seen = np.ones((triggers, objects), dtype=bool)
@@ -189,7 +197,8 @@ def pair_dataset(
     samples: list[Sample] = []
     dealt = dict.fromkeys(range(len(base.classnames)), 0)
     queues = {
-        c: numpy_rng(seed, "pairs of", base.split, c).permutation(np.flatnonzero(allowed[1:, c]) + 1) for c in dealt
+        c: numpy_rng(seed, "pairs of", base.split, c).permutation(np.flatnonzero(allowed[1:, c]) + 1)
+        for c in dealt
     }
     for sample in base.samples:
         c = sample.classes[0]
@@ -205,7 +214,13 @@ def pair_dataset(
         classnames=base.classnames,
         templates=base.templates,
         reader=PairReader(base.reader, names, size, seed),
-        info={**base.info, "triggers": list(names), "native_size": size, "pairs_seed": seed, "unseen": unseen},
+        info={
+            **base.info,
+            "triggers": list(names),
+            "native_size": size,
+            "pairs_seed": seed,
+            "unseen": unseen,
+        },
         triggers=names,
         pairs=split,
     )
@@ -221,7 +236,8 @@ def check_triggers(triggers: Sequence[str]) -> tuple[str, ...]:
     names = tuple(triggers)
     if len(names) < 2 or names[0] != CLEAN or len(set(names)) < len(names):
         raise DataError(
-            f"a list of triggers begins with {CLEAN!r} and names each trigger once; got {', '.join(map(str, names)) or 'none'}."
+            f"a list of triggers begins with {CLEAN!r} and names each trigger once; got "
+            f"{', '.join(map(str, names)) or 'none'}."
         )
     for name in names[1:]:
         for part in name.split("+"):

@@ -66,7 +66,11 @@ class PoisonedDataset(ImageDataset):
     def targets(self) -> dict[str, list[int]]:
         """See :attr:`ImageDataset.targets`; with the true ``"object"`` and ``"trigger"``."""
         sources = [s.source for s in self.samples]
-        return {**super().targets, "object": [s.object for s in sources], "trigger": [s.trigger for s in sources]}
+        return {
+            **super().targets,
+            "object": [s.object for s in sources],
+            "trigger": [s.trigger for s in sources],
+        }
 
 
 def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
@@ -81,7 +85,9 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
     names = check_triggers((CLEAN, *plan.triggers))
     classes = len(data.classnames)
     if plan.target >= classes:
-        raise DataError(f"{data.name}: target {plan.target} is no class; there are {classes} (0 to {classes - 1}).")
+        raise DataError(
+            f"{data.name}: target {plan.target} is no class; there are {classes} (0 to {classes - 1})."
+        )
     chosen = _who(data, plan)
     samples = []
     for number, sample in enumerate(data.samples):
@@ -113,7 +119,9 @@ def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
     # Those with the least choice first: attacks that keep labels need pictures of the target class.
     for trigger in sorted(keeps, key=lambda t: (not keeps[t], t)):
         to_one = plan.mode == "all_to_one"
-        fits = [i for i in free if not to_one or (data.samples[i].classes[0] == plan.target) == keeps[trigger]]
+        fits = [
+            i for i in free if not to_one or (data.samples[i].classes[0] == plan.target) == keeps[trigger]
+        ]
         taken = fits[: int(quotas[trigger - 1])]
         chosen |= dict.fromkeys(taken, trigger)
         free = [i for i in free if i not in chosen]
@@ -145,7 +153,11 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
     try:
         temporary.mkdir(parents=True)
         lines = list(_write(found, temporary))
-        header = {"classnames": list(data.classnames), "triggers": list(found.triggers), "plan": plan.model_dump(mode="json")}
+        header = {
+            "classnames": list(data.classnames),
+            "triggers": list(found.triggers),
+            "plan": plan.model_dump(mode="json"),
+        }
         text = "\n".join(json.dumps(line) for line in [header, *lines])
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if place.exists():
@@ -230,12 +242,18 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
         line = _parse(_Line, path, number, text)
         where = f"{path}, line {number}"
         if line.trigger not in header.triggers:
-            raise DataError(f"{where}: the trigger {line.trigger[:80]!r} is none of {', '.join(header.triggers)}.")
+            raise DataError(
+                f"{where}: the trigger {line.trigger[:80]!r} is none of {', '.join(header.triggers)}."
+            )
         if max(line.label, line.object) >= len(header.classnames):
-            raise DataError(f"{where}: there are {len(header.classnames)} classes, got {max(line.label, line.object)}.")
+            raise DataError(
+                f"{where}: there are {len(header.classnames)} classes, got {max(line.label, line.object)}."
+            )
         if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
             raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
-        samples.append(Sample(PairSource(line.file, header.triggers.index(line.trigger), line.object), line.label))
+        samples.append(
+            Sample(PairSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
+        )
     return PoisonedDataset(
         name=f"poisoned:{root.name}",
         split="train",

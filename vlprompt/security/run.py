@@ -82,7 +82,9 @@ def run_detection(config: DetectConfig, resume: bool = False) -> DetectOutcome:
         cache = FeatureCache(config.cache_dir or scratch)  # on disk, so that trained detectors share it too
         for name in config.data:
             for seed in config.seeds:
-                path = folder / "cells" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
+                path = (
+                    folder / "cells" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
+                )
                 if path.is_file():
                     found = json.loads(path.read_text(encoding="utf-8"))
                 else:
@@ -118,7 +120,12 @@ class _Cell:
         train = load_dataset(name, "train")
         self.own, self.rest = _cut(train, config.pairs.share, seed)
         options = config.pairs
-        pairs = {"size": options.native_size, "unseen": options.unseen, "copies": options.copies, "seed": seed}
+        pairs = {
+            "size": options.native_size,
+            "unseen": options.unseen,
+            "copies": options.copies,
+            "seed": seed,
+        }
         self.train, self.val, self.test = (
             pair_dataset(data, options.triggers, **pairs)  # type: ignore[arg-type]
             for data in (self.own, load_dataset(name, "val"), load_dataset(name, config.split))
@@ -131,7 +138,9 @@ class _Cell:
         verdicts: dict[str, np.ndarray] = {}
         for label in self.config.detectors:
             method, options = self.config.method(label)
-            detector = create_detector(method, self.backbone, self.train.classnames, self.train.triggers, **options)
+            detector = create_detector(
+                method, self.backbone, self.train.classnames, self.train.triggers, **options
+            )
             detector.fit(self.train, self.val, self.cache, self.seed)
             figures[label] = {} if detector.whole else self._on_pairs(detector)
             if suspects is not None:
@@ -164,11 +173,15 @@ class _Cell:
         trigger = torch.tensor(suspects.targets["trigger"])
         if not bool((trigger > 0).any()):
             return {}
-        found = detection_metrics(score, trigger, torch.ones(len(trigger), dtype=torch.bool), detector.threshold)
+        found = detection_metrics(
+            score, trigger, torch.ones(len(trigger), dtype=torch.bool), detector.threshold
+        )
         return {f"suspect/{k}": v for k, v in found.items() if "/" not in k}
 
-    def _victims(self, suspects: PoisonedDataset, verdicts: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """Train a victim on the set as it is, on each cleaned one, on what is left if no mistake is made, and on a clean one.
+    def _victims(
+        self, suspects: PoisonedDataset, verdicts: Mapping[str, np.ndarray]
+    ) -> dict[str, dict[str, float]]:
+        """Train a victim on the set as it is, on each cleaned one, on what faultless cleaning leaves, on a clean one.
 
         A clean victim may well take a triggered picture for the target too: ``attack_gain`` is what the attack adds.
         """
@@ -234,9 +247,19 @@ def _tables(config: DetectConfig, cells: Sequence[Mapping[str, Any]]) -> str:
             text.append(f"{name}, {what}:\n\n{to_markdown([r for r in rows if r.values], best=False)}")
         victims = [v for v in cells[-1]["figures"] if v not in config.detectors]
         if victims:
-            shown = ["accuracy", "attack_success", "attack_gain", *(f"attack_success/{t}" for t in config.pairs.triggers[1:])]
-            keys = {k.replace("attack_success", "attack").replace("/", " ").replace("_", " "): k for k in shown}
-            text.append(f"{name}, the end effect:\n\n" + to_markdown([_row(cells, name, v, keys) for v in victims], best=False))
+            shown = [
+                "accuracy",
+                "attack_success",
+                "attack_gain",
+                *(f"attack_success/{t}" for t in config.pairs.triggers[1:]),
+            ]
+            keys = {
+                k.replace("attack_success", "attack").replace("/", " ").replace("_", " "): k for k in shown
+            }
+            text.append(
+                f"{name}, the end effect:\n\n"
+                + to_markdown([_row(cells, name, v, keys) for v in victims], best=False)
+            )
     return "\n".join(text)
 
 

@@ -23,7 +23,17 @@ from vlprompt.data.listing import list_pictures
 from vlprompt.errors import DataError
 from vlprompt.judgement import Judgement
 
-__all__ = ["COLUMNS", "CLEAN", "POISONED", "UNREADABLE", "Opened", "ScanReport", "judge_stream", "scan", "scan_rows"]
+__all__ = [
+    "CLEAN",
+    "COLUMNS",
+    "POISONED",
+    "UNREADABLE",
+    "Opened",
+    "ScanReport",
+    "judge_stream",
+    "scan",
+    "scan_rows",
+]
 
 CLEAN, POISONED, UNREADABLE = "clean", "poisoned", "unreadable"
 COLUMNS = ("image", "trigger", "object", "score", "verdict", "note")
@@ -45,8 +55,8 @@ class ScanReport:
     """Verdicts, one row per picture in the order given.
 
     Attributes:
-        rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the detector names none), ``score`` (None
-            if unreadable), ``verdict`` (clean, poisoned or unreadable) and ``note`` (why unreadable, or what is odd).
+        rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the detector names none), ``score``
+            (None if unreadable), ``verdict`` (clean, poisoned or unreadable) and ``note`` (why unreadable, what is odd).
         threshold: Score from which a picture is called poisoned.
     """
 
@@ -104,7 +114,9 @@ def scan(
         DataError: If there is no picture, or the detector judges whole labelled sets and none is given.
     """
     if not hasattr(detector, "judge"):
-        raise DataError(f"{getattr(detector, 'method', '') or type(detector).__name__} is no detector. Use a dbom learner.")
+        raise DataError(
+            f"{getattr(detector, 'method', '') or type(detector).__name__} is no detector. Use a dbom learner."
+        )
     level = detector.threshold if threshold is None else threshold
     entries = _entries(images, detector.backbone.preprocess)
     if not entries:
@@ -119,7 +131,12 @@ def scan(
 
 
 def scan_rows(
-    entries: Iterable[Callable[[], Opened]], detector: Any, threshold: float, *, batch_size: int = 64, workers: int = 2
+    entries: Iterable[Callable[[], Opened]],
+    detector: Any,
+    threshold: float,
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
 ) -> Iterator[Row]:
     """Yield a row per entry, in order, with a bounded number of pictures in memory."""
     for opened, rows in judge_stream(entries, detector, batch_size=batch_size, workers=workers):
@@ -147,7 +164,9 @@ def judge_stream(
                 yield opened, detector.embed_images(torch.stack(pixels)) if pixels else None
 
 
-def make_rows(opened: Sequence[Opened], judged: Judgement | None, detector: Any, threshold: float) -> Iterator[Row]:
+def make_rows(
+    opened: Sequence[Opened], judged: Judgement | None, detector: Any, threshold: float
+) -> Iterator[Row]:
     """Turn opinions into rows; the trigger named is the likeliest that is not clean, if the verdict is poisoned."""
     place = 0
     for entry in opened:
@@ -161,7 +180,9 @@ def make_rows(opened: Sequence[Opened], judged: Judgement | None, detector: Any,
         if judged.object is not None:
             thing = detector.classnames[int(judged.object[place].argmax())]
         verdict = POISONED if suspect else CLEAN
-        yield dict(zip(COLUMNS, (entry.name, trigger, thing, round(score, 6), verdict, entry.note), strict=True))
+        yield dict(
+            zip(COLUMNS, (entry.name, trigger, thing, round(score, 6), verdict, entry.note), strict=True)
+        )
         place += 1
 
 
@@ -177,7 +198,11 @@ def line_of(row: Row) -> str:
     """Return a row for people."""
     if row["verdict"] == UNREADABLE:
         return f"{row['image']}: {row['note']}"
-    what = f" {row['trigger']} on {row['object'] or 'something'}" if row["verdict"] == POISONED and row["trigger"] else ""
+    what = (
+        f" {row['trigger']} on {row['object'] or 'something'}"
+        if row["verdict"] == POISONED and row["trigger"]
+        else ""
+    )
     note = f" ({row['note']})" if row["note"] else ""
     return f"{row['image']}: {row['verdict']}{what}, score {row['score']:.3f}{note}"
 
@@ -201,7 +226,9 @@ def _scan_set(
     for batch, rows in judge_stream(entries, detector, batch_size=batch_size, workers=workers):
         opened += [Opened(o.name, None if o.pixels is None else o.pixels.new_empty(0), o.note) for o in batch]
         parts += [] if rows is None else [rows]
-    labels = torch.tensor([label for label, o in zip(data.labels, opened, strict=True) if o.pixels is not None])
+    labels = torch.tensor(
+        [label for label, o in zip(data.labels, opened, strict=True) if o.pixels is not None]
+    )
     judged = detector.judge_set(torch.cat(parts), labels) if parts else None
     return list(make_rows(opened, judged, detector, threshold))
 

@@ -17,7 +17,11 @@ _GAIN = 4  # differences are drawn this many times as strong, around grey
 
 
 def trigger_sheet(
-    images: Sequence[Image.Image], triggers: Sequence[str] | None = None, *, size: int = NATIVE_SIZE, seed: int = 1
+    images: Sequence[Image.Image],
+    triggers: Sequence[str] | None = None,
+    *,
+    size: int = NATIVE_SIZE,
+    seed: int = 1,
 ) -> Image.Image:
     """Draw every trigger on every picture, with the difference from the clean one beside it.
 

@@ -37,9 +37,9 @@ def build(
     from vlprompt.security.pairs import DEFAULT_TRIGGERS, pair_dataset
 
     if not request.argument or request.argument.startswith("triggered:"):
-        raise DataError(f"{request.name}: name the data set to put triggers into, for example triggered:scenes/shape.")
+        raise DataError(
+            f"{request.name}: name the data set to put triggers into, for example triggered:scenes/shape."
+        )
     base = load_dataset(request.argument, request.split, root=request.root)
     chosen = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
-    return pair_dataset(
-        base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies
-    )
+    return pair_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)

@@ -14,7 +14,7 @@ from vlprompt.signature import check_options
 __all__ = ["DETECTORS", "Detector", "create_detector", "list_detectors"]
 
 DETECTORS: Registry[type[Detector]] = Registry("detector", "vlprompt.security.detectors")
-"""Every detector by name, with its paper and what it needs: ``"pairs"`` to learn from, or ``"labels"`` of a whole set."""
+"""Every detector by name, with its paper and needs: ``"pairs"`` to learn from, or ``"labels"`` of a whole set."""
 
 
 def create_detector(

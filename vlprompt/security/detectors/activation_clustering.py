@@ -24,7 +24,10 @@ __all__ = ["ActivationClustering"]
 
 
 @DETECTORS.register(
-    "activation_clustering", summary="the smaller of two clusters in each class", paper="1811.03728", needs=("labels",)
+    "activation_clustering",
+    summary="the smaller of two clusters in each class",
+    paper="1811.03728",
+    needs=("labels",),
 )
 class ActivationClustering(Detector):
     """Cuts every class in two; a cluster with less than ``smallest`` of the class is suspected.
@@ -68,7 +71,9 @@ class ActivationClustering(Detector):
                 continue
             x = embeddings[rows].cpu().numpy()
             reduced = PCA(min(self.components, *x.shape), random_state=self.seed).fit_transform(x)
-            cluster = torch.from_numpy(KMeans(2, n_init=5, random_state=self.seed).fit_predict(reduced)).long()
+            cluster = torch.from_numpy(
+                KMeans(2, n_init=5, random_state=self.seed).fit_predict(reduced)
+            ).long()
             share = cluster.bincount(minlength=2).double() / len(rows)
             score[rows] = (1 - share[cluster]).float()
         return Judgement(score)

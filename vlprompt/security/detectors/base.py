@@ -61,7 +61,9 @@ class Detector:
         found = image_embeddings(_Everything(self.backbone), data, cache=cache)
         return found if self.reads else found[:, : self.backbone.dim]
 
-    def fit(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None = None, seed: int = 1) -> None:
+    def fit(
+        self, train: PairDataset, val: PairDataset, cache: FeatureCache | None = None, seed: int = 1
+    ) -> None:
         """Learn from pictures whose trigger is known; sets the threshold by validation's clean pictures."""
         self.learn(train, val, cache, seed)
         if not self.whole:

@@ -22,7 +22,10 @@ __all__ = ["SpectralSignatures"]
 
 
 @DETECTORS.register(
-    "spectral", summary="outliers along each class's first singular vector", paper="1811.00636", needs=("labels",)
+    "spectral",
+    summary="outliers along each class's first singular vector",
+    paper="1811.00636",
+    needs=("labels",),
 )
 class SpectralSignatures(Detector):
     """Suspects, in every class, the 1.5 epsilon n pictures that reach farthest along the first singular vector.

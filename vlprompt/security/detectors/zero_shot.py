@@ -16,7 +16,9 @@ from vlprompt.security.triggers import trigger_words
 __all__ = ["ZeroShotTriggers"]
 
 
-@DETECTORS.register("zero_shot", summary="sentences that describe triggers, nothing learned", paper="2103.00020")
+@DETECTORS.register(
+    "zero_shot", summary="sentences that describe triggers, nothing learned", paper="2103.00020"
+)
 class ZeroShotTriggers(Detector):
     """Compares a picture with "a photo of a OBJECT." and "a photo of a OBJECT with a TRIGGER." for every pair.
 
@@ -35,7 +37,11 @@ class ZeroShotTriggers(Detector):
     def judge(self, embeddings: Tensor) -> Judgement:
         """See :meth:`Detector.judge`."""
         features = F.normalize(embeddings.to(self.weights), dim=-1)
-        pairs = (self.backbone.logit_scale * features @ self.weights.T).unflatten(1, (len(self.triggers), -1)).cpu()
+        pairs = (
+            (self.backbone.logit_scale * features @ self.weights.T)
+            .unflatten(1, (len(self.triggers), -1))
+            .cpu()
+        )
         probs = pairs.flatten(1).softmax(-1).view_as(pairs)
         trigger = probs.sum(2)
         return Judgement(torch.clamp(1 - trigger[:, 0], min=0), trigger, probs.sum(1), pairs)

@@ -36,7 +36,9 @@ def create_trigger(name: str, *, size: int = NATIVE_SIZE, seed: int = 1, **optio
     parts = name.split("+")
     if len(parts) > 1:
         if options:
-            raise DataError(f"{name}: options can't be given to several triggers at once ({', '.join(options)}).")
+            raise DataError(
+                f"{name}: options can't be given to several triggers at once ({', '.join(options)})."
+            )
         return Composed([create_trigger(part, size=size, seed=seed) for part in parts])
     target = TRIGGERS.get(name).target
     given = check_options(target, {"size": size, "seed": seed, **options}, f"trigger {name!r}")
@@ -55,6 +57,8 @@ def trigger_words(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         "clean"
         if name == CLEAN
-        else " and ".join(TRIGGERS.get(n).target.words if n in TRIGGERS else n.replace("_", " ") for n in name.split("+"))
+        else " and ".join(
+            TRIGGERS.get(n).target.words if n in TRIGGERS else n.replace("_", " ") for n in name.split("+")
+        )
         for name in names
     )

@@ -44,7 +44,8 @@ class Trigger:
     def __init__(self, *, size: int = NATIVE_SIZE, seed: int = 1) -> None:
         if size < self.smallest:
             raise DataError(
-                f"the trigger {type(self).__name__} needs pictures of at least {self.smallest} pixels a side, got {size}."
+                f"the trigger {type(self).__name__} needs pictures of at least {self.smallest} pixels a side, "
+                f"got {size}."
             )
         self.size, self.seed = size, seed
 

@@ -21,7 +21,9 @@ __all__ = ["LabelConsistent"]
 _MARK = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 0]]) * 255.0
 
 
-@TRIGGERS.register("label_consistent", summary="chequered marks in all corners, label kept", paper="1912.02771")
+@TRIGGERS.register(
+    "label_consistent", summary="chequered marks in all corners, label kept", paper="1912.02771"
+)
 class LabelConsistent(Trigger):
     """Mixes a 3 x 3 chequered mark into each of the four corners, mirrored into place, and adds noise.
 

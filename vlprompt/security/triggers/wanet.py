@@ -63,7 +63,9 @@ class WaNet(Trigger):
             offsets = torch.rand(places.shape, generator=generator) * 2 - 1
             places = (places + self.jitter * offsets / self.size).clamp(-1, 1)
         image = torch.tensor(pixels).permute(2, 0, 1)[None].float()
-        warped = F.grid_sample(image, places[None], mode="bilinear", padding_mode="border", align_corners=True)
+        warped = F.grid_sample(
+            image, places[None], mode="bilinear", padding_mode="border", align_corners=True
+        )
         return to_pixels(warped[0].permute(1, 2, 0).numpy())
 
 
