@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue behind the last verdict")
     args = parser.parse_args(list(arguments))
 
+    import torch
+
     import vlprompt
     from vlprompt.security.folder import scan_folder
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if args.objects:
         detector = detector.with_classes(args.objects)
+    detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     output = args.output or Path("scans") / (args.folder.resolve().name or "folder")
     with step_progress() as progress:
         found = scan_folder(

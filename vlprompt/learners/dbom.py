@@ -48,7 +48,7 @@ class DBOM(Learner):
     Sentences: pair [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes of M
     vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
     Image side: p_t, p_o are looked up in the repository, f_t = D_t(evidence, p_t), f_o = f + D_o(f, P(t), p_o),
-    f_p = beta f + (1 - beta) F(f_t, f_o). Score of a pair: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and
+    f_p = beta f + (1 - beta) F(f_t, f_o). A pair's score: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and
     b chosen on validation data. The evidence is standardised by the training pictures' mean and spread.
 
     Args:

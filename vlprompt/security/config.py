@@ -82,7 +82,7 @@ class DetectConfig(BaseModel):
             ConfigError: With every mistake at once.
             UnknownNameError: If there is no such file.
         """
-        raw = read_yaml(cfg, overrides)
+        raw = read_yaml(cfg, overrides, "detect")
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:

@@ -56,7 +56,7 @@ class ScanReport:
 
     Attributes:
         rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the detector names none), ``score``
-            (None if unreadable), ``verdict`` (clean, poisoned or unreadable) and ``note`` (why unreadable, what is odd).
+            (None if unreadable), ``verdict`` (clean, poisoned, unreadable) and ``note`` (why unreadable, what is odd).
         threshold: Score from which a picture is called poisoned.
     """
 
