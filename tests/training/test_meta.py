@@ -63,7 +63,9 @@ def test_a_meta_training_leaves_a_start_figures_and_a_sheet(configs: Path) -> No
     assert len((outcome.folder / "history.jsonl").read_text().splitlines()) == 2
     assert len(list(configs.glob("runs/pairs/*/shard-*.safetensors"))) == 2
 
-    again = run(load_config(configs / "meta.yaml"))  # from nothing but the seed, and the features that are kept
+    again = run(
+        load_config(configs / "meta.yaml")
+    )  # from nothing but the seed, and the features that are kept
     assert torch.equal(read_start(f"gram:{again.folder}").prompts["context"], start.prompts["context"])
 
     overrides = [f"train.init=gram:{configs}/runs/meta/*"]
@@ -94,7 +96,9 @@ baseline: {{gram: usual, longer: gram}}
     for part, metric in zip(parts, ("accuracy", "score"), strict=True):
         assert part.index("Gain over usual") < part.index("Gain over gram")
         assert f"1-shot {metric}, seeds" in part
-    folders = {json.loads(p.read_text())["protocol"]: p.parent for p in outcome.folder.glob("fewshot/*/metrics.json")}
+    folders = {
+        json.loads(p.read_text())["protocol"]: p.parent for p in outcome.folder.glob("fewshot/*/metrics.json")
+    }
     cells = json.loads((folders["cross-dataset"] / "cells.json").read_text())["cells"]
     assert len({(c["target"], c["seed"]) for c in cells}) == 6  # a source and two targets, two seeds
     assert (outcome.folder / "comparison-few-shots.csv").is_file()
