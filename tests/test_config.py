@@ -10,6 +10,7 @@ from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.pretraining import read_recipe
+from vlprompt.segmentation.tuning.config import load_segment_config
 from vlprompt.training.compare import Comparison
 
 
@@ -132,12 +133,13 @@ READERS: dict[str, Callable[[Path], object]] = {
     "train": load_config,
     "transfer": load_config,
     "pretrain": read_recipe,
+    "segment": load_segment_config,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 
 
 @pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    tool = re.search(r"\A#.*?python tools/(\w+)\.py --cfg (\S+)", path.read_text(), re.DOTALL)
+    tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
     assert tool is not None, "a configuration opens with its command"
     READERS[tool[1]](path)
