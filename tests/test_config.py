@@ -10,7 +10,7 @@ from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.pretraining import read_recipe
-from vlprompt.security.config import DetectConfig
+from vlprompt.security.config import DetectorsConfig
 from vlprompt.segmentation.tuning.config import load_segment_config
 from vlprompt.training.compare import Comparison
 
@@ -135,7 +135,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "transfer": load_config,
     "pretrain": read_recipe,
     "segment": load_segment_config,
-    "detect": DetectConfig.read,
+    "compare_detectors": DetectorsConfig.read,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 

@@ -1,4 +1,4 @@
-"""Compare detectors of poisoned pictures: ``python tools/detect.py --cfg detect_tiny.yaml [dotted.key=value ...]``."""
+"""Compare detectors of poisoned pictures: ``python tools/compare_detectors.py --cfg compare_detectors_tiny.yaml [dotted.key=value ...]``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = parser.parse_intermixed_args(list(arguments))
 
-    from vlprompt.security.config import DetectConfig  # after parsing, so that --help is instant
-    from vlprompt.security.run import run_detection
+    from vlprompt.security.config import DetectorsConfig  # after parsing, so that --help is instant
+    from vlprompt.security.run import compare_detectors
 
-    outcome = run_detection(DetectConfig.read(args.cfg, args.overrides), args.resume)
+    outcome = compare_detectors(DetectorsConfig.read(args.cfg, args.overrides), args.resume)
     print(outcome.table)
     print(outcome.folder / "metrics.json")
 
