@@ -9,10 +9,10 @@ from PIL import Image
 
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion.store import ViewStore
-from vlprompt.errors import DataError
+from vlprompt.errors import BackboneError, DataError
 from vlprompt.seeding import derive_seed
 
-__all__ = ["Generator", "ViewSource"]
+__all__ = ["Generator", "ViewSource", "import_diffusers"]
 
 Done = Callable[[int, int, Image.Image], None]
 
@@ -111,3 +111,19 @@ class ViewSource:
                 "tools/generate.py, or name a generator that makes them on the fly."
             )
         return [store.get(key, n) for key in keys]
+
+
+def import_diffusers() -> Any:
+    """Return the package diffusers.
+
+    Raises:
+        BackboneError: If it is not installed; says how to.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise BackboneError(
+            f"diffusion needs the packages diffusers and transformers ({error}). "
+            "Install them: pip install 'vlprompt[diffusion]'."
+        ) from error
+    return diffusers
