@@ -92,6 +92,13 @@ class ViewSource:
             store.claim(generator.identity, seed, generator.title)
         self.generator, self.store, self.seed = generator, store, seed
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the views depend on beside the pictures: the generator's identity and the seed."""
+        if self.generator is not None:
+            return {**self.generator.identity, "seed": self.seed}
+        return self.store.made_by if self.store is not None else {}
+
     def views(self, images: Sequence[Image.Image], n: int) -> list[list[Image.Image]]:
         """Return n generated views of each RGB picture, taken from the store where they are there.
 
