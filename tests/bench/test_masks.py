@@ -32,3 +32,4 @@ def test_the_port_can_be_left_out(backbone: Backbone, monkeypatch: pytest.Monkey
     result = BENCHMARKS.get("masks").target(learner="amt", classes=3, batch=2, port=False)
     assert "port" not in result
     assert "speedup_over_port" not in result["ratios"]
+    assert result["switch_tasks"]["seconds"] > 0
