@@ -76,9 +76,13 @@ def test_noise_takes_the_place_of_the_picture() -> None:
     noisy = denoiser.noised(clean, added, torch.tensor([0, 500, 999]))
     torch.testing.assert_close(noisy[0], clean[0], rtol=0, atol=0.05)
     torch.testing.assert_close(noisy[2], added[2], rtol=0, atol=0.01)
-    level = torch.cos(torch.tensor((501 / 1000 + 0.008) / 1.008) * torch.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
+    level = (
+        torch.cos(torch.tensor((501 / 1000 + 0.008) / 1.008) * torch.pi / 2) ** 2
+    )  # Nichol & Dhariwal, eq. 17
     level = level / torch.cos(torch.tensor(0.008 / 1.008) * torch.pi / 2) ** 2
-    torch.testing.assert_close(noisy[1], level.sqrt() * clean[1] + (1 - level).sqrt() * added[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        noisy[1], level.sqrt() * clean[1] + (1 - level).sqrt() * added[1], rtol=0, atol=1e-4
+    )
 
 
 def test_a_condition_is_a_set_of_vectors(generator: TinyDiffusion) -> None:
