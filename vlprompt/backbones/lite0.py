@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from vlprompt.errors import BackboneError
 
-__all__ = ["PIXELS", "PREPROCESS", "Lite0Stem", "Lite0Tower", "class_rows", "expected_features", "load_lite0", "weights_file"]
+__all__ = [
+    "PIXELS",
+    "PREPROCESS",
+    "Lite0Stem",
+    "Lite0Tower",
+    "class_rows",
+    "expected_features",
+    "load_lite0",
+    "weights_file",
+]
 
 #: Side of the input in pixels.
 PIXELS = 224

@@ -1,8 +1,9 @@
 """``photo`` and ``photo-vit``: backbones that know photographs of ImageNet's classes, without any hub.
 
-Both see through EfficientNet-Lite0 (see :mod:`vlprompt.backbones.lite0`) and read through one small causal text tower that
-was trained to land on the rows of that network's classifier. ``photo`` projects pooled features; ``photo-vit`` puts a
-transformer in the place of the network's last convolution, so that visual prompts, masks and adapters have tokens.
+Both see through EfficientNet-Lite0 (see :mod:`vlprompt.backbones.lite0`) and read through one small causal text tower
+that was trained to land on the rows of that network's classifier. ``photo`` projects pooled features; ``photo-vit``
+puts a transformer in the place of the network's last convolution, so that visual prompts, masks and adapters have
+tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.model import CLIP
 from torch import nn
 
@@ -86,3 +86,26 @@ def _build(
     )
     backbone.about = _about(name, about)
     return backbone
+
+
+def _about(name: str, found: dict[str, Any]) -> str:
+    lines = [
+        "Sees through EfficientNet-Lite0, trained on ImageNet-1k (1.28 million labelled photographs of 1,000 classes).",
+        "Reads through a text tower that never saw a picture: it was taught to land on that network's classifier rows, "
+        "from names, synonyms and hypernyms of the 1,000 classes, common kinds of them, and CLIP's 80 templates.",
+    ]
+    if name == "photo-vit":
+        lines.append(
+            "Its transformer was distilled from the network's last convolution on small photographs without labels."
+        )
+    lines.append(
+        "Weak at: things that are no kind of what ImageNet's classes are (faces, text, plants, medical or satellite "
+        "pictures), drawings, colours, numbers, positions and relations, whatever the sentence says about them; "
+        "pictures that were blown up from a few pixels; words that were never read, which mean little to it."
+    )
+    if "accuracy" in found:
+        lines.append(
+            f"The logit scale was calibrated on {found['pictures']:.0f} photographs of 64 pixels that were kept back, "
+            f"over 1,000 names: accuracy {found['accuracy']:.1%} there. On sharp photographs it is too cautious."
+        )
+    return "\n".join(lines)

@@ -19,7 +19,17 @@ from vlprompt.backbones.tiny_weights import load_state, pack_state
 from vlprompt.errors import BackboneError
 from vlprompt.files import read_tensors
 
-__all__ = ["PHOTO", "PHOTO_VIT", "build_photo_model", "build_vit_model", "facts", "load_photo", "load_vit", "pack_photo", "pack_vit"]
+__all__ = [
+    "PHOTO",
+    "PHOTO_VIT",
+    "build_photo_model",
+    "build_vit_model",
+    "facts",
+    "load_photo",
+    "load_vit",
+    "pack_photo",
+    "pack_vit",
+]
 
 _FOLDER = Path(str(files("vlprompt.backbones"))) / "weights"
 #: The packed weights inside the package.
@@ -82,7 +92,9 @@ def load_vit(model: CLIP, path: Path = PHOTO_VIT, text: Path = PHOTO) -> None:
     if problem := sorted((wanted | {"logit_scale"}) ^ set(visual)):
         raise BackboneError(f"{path} does not fit photo-vit: {problem[0]!r} is missing or unknown.")
     transformer: Any = model.visual
-    model.visual = Lite0Tower(nn.Identity(), transformer.output_dim)  # only for the names in the file of the words
+    model.visual = Lite0Tower(
+        nn.Identity(), transformer.output_dim
+    )  # only for the names in the file of the words
     load_photo(model, text)
     model.visual = transformer
     try:

@@ -56,7 +56,9 @@ def calibrate(model: CLIP, photos: Path, classes_kept_back: int, seed: int) -> d
     text = backbone.class_weights(synset_names("imagenet"), ["a photo of a {}."])
     numbers = {name: i for i, name in enumerate(synset_ids("imagenet"))}
     images = [backbone.preprocess(photographs.read(*one)) for one in drawn]
-    features = torch.cat([backbone.encode_image(torch.stack(images[i : i + 50])) for i in range(0, len(images), 50)])
+    features = torch.cat(
+        [backbone.encode_image(torch.stack(images[i : i + 50])) for i in range(0, len(images), 50)]
+    )
     labels, cosines = torch.tensor([numbers[name] for name, _ in drawn]), features @ text.T
     scale, loss = best_scale(cosines, labels)
     right = float((cosines.argmax(1) == labels).float().mean())

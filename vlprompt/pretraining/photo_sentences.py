@@ -100,5 +100,3 @@ class SentenceBatches:
         for piece in pieces[1:]:
             ids += [unknown, *(self._place.get(t, unknown) for t in encode(piece)[1:-1])]
         return [*ids, self._place[encode("")[-1]]]
-
-

@@ -49,7 +49,9 @@ class PhotoTextOptions(BaseModel):
     photos: Path | None = Field(None, description="photographs, see photo-vit, to calibrate the scale on")
     classes_kept_back: int = Field(30, ge=0, description="of those photographs' classes")
     scale: float = Field(30.0, gt=0, description="factor on cosines where there are no photographs")
-    seed: int = Field(1, ge=0, description="seeds the initial weights, what is kept back, and the photographs")
+    seed: int = Field(
+        1, ge=0, description="seeds the initial weights, what is kept back, and the photographs"
+    )
     train: TrainOptions = TrainOptions()
 
 
@@ -94,7 +96,9 @@ class TextModule(nn.Module):
         Sentences of like length are run together, or most of the work would be padding.
         """
         order = last.argsort(stable=True)
-        parts = [self._encode(text[part, : int(last[part].max()) + 1], last[part]) for part in order.chunk(_GROUPS)]
+        parts = [
+            self._encode(text[part, : int(last[part].max()) + 1], last[part]) for part in order.chunk(_GROUPS)
+        ]
         return torch.cat(parts)[order.argsort()]
 
     def _encode(self, text: Tensor, last: Tensor) -> Tensor:
@@ -102,7 +106,9 @@ class TextModule(nn.Module):
         unknown = text == len(self.seen_ids)
         x = clip.token_embedding(text.masked_fill(unknown, 0))
         x = torch.where(unknown[..., None], torch.randn_like(x) * _UNSEEN_STD, x)
-        x = clip.transformer(x + clip.positional_embedding[:length], attn_mask=clip.attn_mask[:length, :length])
+        x = clip.transformer(
+            x + clip.positional_embedding[:length], attn_mask=clip.attn_mask[:length, :length]
+        )
         x = clip.ln_final(x[torch.arange(len(x)), last])
         return F.normalize(x @ clip.text_projection, dim=-1)
 
@@ -192,14 +198,20 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     module = TextModule(lite0, batches.seen_ids, options.seed)
     identity = options.model_dump(mode="json", exclude={"train", "wordnet", "photos", "scale"})
     watch = Watch(module, batches)
-    progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(resume)
+    progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
+        resume
+    )
     model = module.eval().model(options.scale)
     found = {"scale": options.scale}
     if options.photos is not None:
         found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
         model.logit_scale.data.fill_(torch.tensor(found["scale"]).log())
     path = folder / "photo.safetensors"
-    about = {"words": _about_words(vocabulary), "read": progress.history[-1] if progress.history else {}, **found}
+    about = {
+        "words": _about_words(vocabulary),
+        "read": progress.history[-1] if progress.history else {},
+        **found,
+    }
     write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": progress.history})
     return path
 

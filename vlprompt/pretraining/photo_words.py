@@ -135,8 +135,15 @@ def read_vocabulary(wordnet: WordNet, held_out: float, seed: int, near: bool = T
         held_out: Share of synonyms and hypernyms of several words that are kept from training, in [0, 1).
         seed: Draws them.
         near: Also words for what is no class itself.
+
+    Raises:
+        DataError: If a class is not in it.
     """
     ids = [name[1:] for name in synset_ids("imagenet")]
+    if missing := [i for i in ids if i not in wordnet.lemmas]:
+        raise DataError(
+            f"wordnet: synset {missing[0]} of ImageNet is not in it; WordNet must be version 3.0."
+        )
     known: dict[str, set[int]] = defaultdict(set)
     for number, synset in enumerate(ids):
         for above in {synset} | wordnet.ancestors(synset):
@@ -148,8 +155,9 @@ def read_vocabulary(wordnet: WordNet, held_out: float, seed: int, near: bool = T
         kind = "synonym" if synset in set(ids) else "hypernym"
         found.setdefault(word, (kind, frozenset(known[synset]), synset))
     for word, meanings in plain_words()["words"].items():
-        rows = [found[m.lower()] for m in meanings]
-        found[word] = ("plain", frozenset().union(*(r[1] for r in rows)), rows[0][2])
+        rows = [found[m.lower()] for m in meanings if m.lower() in found]
+        if rows:
+            found[word] = ("plain", frozenset().union(*(r[1] for r in rows)), rows[0][2])
     for word, (kind, members, synset) in list(found.items()):
         if kind in ("name", "hypernym", "plain") and word.isalpha() and not word.endswith("s"):
             found.setdefault(_plural(word), ("plural", members, synset))

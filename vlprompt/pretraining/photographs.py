@@ -59,15 +59,19 @@ class Photographs:
     def __init__(self, root: Path, held_out: int = 0, seed: int = 1) -> None:
         self.root, self.seed = Path(root).expanduser(), seed
         if not self.root.is_dir():
-            raise DataError(f"photos: there is no folder {str(root)!r}; it holds one tar or folder per WordNet id.")
+            raise DataError(
+                f"photos: there is no folder {str(root)!r}; it holds one tar or folder per WordNet id."
+            )
         self._places: dict[str, list[_Place]] = {}
         for path in sorted(self.root.iterdir()):
-            if path.suffix == ".tar" or path.is_dir():
-                if places := _in_tar(path) if path.suffix == ".tar" else _in_folder(path):
-                    self._places[path.stem] = places
+            places = _in_tar(path) if path.suffix == ".tar" else _in_folder(path) if path.is_dir() else []
+            if places:
+                self._places[path.stem] = places
         self.classes = sorted(self._places)
         if len(self.classes) <= held_out:
-            raise DataError(f"photos: {self.root} holds {len(self.classes)} classes, {held_out} are to be kept back.")
+            raise DataError(
+                f"photos: {self.root} holds {len(self.classes)} classes, {held_out} are to be kept back."
+            )
         drawn = numpy_rng(seed, "classes kept back").permutation(len(self.classes))[:held_out]
         self.unseen = [self.classes[i] for i in sorted(drawn)]
 
@@ -96,7 +100,9 @@ class Photographs:
             return decode(file.read(place.size), f"{place.file}#{number}")
 
 
-def composed(photographs: Photographs, pool: list[tuple[str, int]], index: int, seed: int) -> NDArray[np.uint8]:
+def composed(
+    photographs: Photographs, pool: list[tuple[str, int]], index: int, seed: int
+) -> NDArray[np.uint8]:
     """Return the (224, 224, 3) picture of a number: one photograph, or 2 x 2 or 3 x 3, each cropped and flipped.
 
     Small photographs that are blown up to the input's size are all blur; side by side they are not.
