@@ -6,11 +6,13 @@ the text tower and the projection of pooled features, and ``photo_vit.safetensor
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
@@ -35,6 +37,8 @@ _FOLDER = Path(str(files("vlprompt.backbones"))) / "weights"
 #: The packed weights inside the package.
 PHOTO, PHOTO_VIT = _FOLDER / "photo.safetensors", _FOLDER / "photo_vit.safetensors"
 
+#: Width of the hidden layer between the text tower, which is narrower than the joint space, and the projection.
+HIDDEN = 768
 _TRUNK, _STEM = "visual.trunk.", "visual.conv1."
 
 
@@ -48,14 +52,29 @@ def build_photo_model(lite0: nn.Module) -> CLIP:
     config = model_config()
     model = CLIP(**config)
     model.visual = Lite0Tower(lite0, config["embed_dim"])
+    model.ln_final, model.text_projection = widened(model.ln_final, config["embed_dim"])
     return model
 
 
 def build_vit_model(lite0: nn.Module) -> CLIP:
     """Return ``photo-vit`` around a network, with random weights in the transformer and the text tower."""
-    model = CLIP(**model_config())
+    config = model_config()
+    model = CLIP(**config)
     model.visual.conv1 = Lite0Stem(lite0)
+    model.ln_final, model.text_projection = widened(model.ln_final, config["embed_dim"])
     return model
+
+
+def widened(norm: nn.LayerNorm, dim: int) -> tuple[nn.Sequential, nn.Parameter]:
+    """Return what takes the places of a text tower's last norm and projection: a hidden layer comes between them.
+
+    Args:
+        norm: The tower's last norm; copied.
+        dim: d.
+    """
+    width = int(norm.normalized_shape[0])
+    hidden = nn.Sequential(copy.deepcopy(norm), nn.Linear(width, HIDDEN), nn.GELU())
+    return hidden, nn.Parameter(torch.randn(HIDDEN, dim) * HIDDEN**-0.5)
 
 
 def pack_photo(model: CLIP, seen_ids: list[int]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from vlprompt.seeding import numpy_rng
 
 __all__ = ["best_scale", "calibrate"]
 
-_PICTURES = 1000
+_PICTURES = 400
 _LOGS = (0.0, float(np.log(100.0)))  # CLIP's bounds
 
 

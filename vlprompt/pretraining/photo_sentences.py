@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -86,7 +88,7 @@ class SentenceBatches:
         last = torch.tensor([len(row) - 1 for row in rows])
         return {"text": pad_sequence([torch.tensor(row) for row in rows], batch_first=True), "last": last}
 
-    def members(self, indices: NDArray[np.int64] | list[int]) -> torch.Tensor:
+    def members(self, indices: NDArray[np.int64] | Sequence[int]) -> torch.Tensor:
         """Return (B, 1000) shares: 1 / n for each of the n classes that a phrase stands for."""
         shares = torch.zeros(len(indices), self.classes)
         for row, i in zip(shares, indices, strict=True):

@@ -2,7 +2,8 @@
 
 A phrase's target is the normalised mean of the unit rows of the classes it stands for, in the space spanned by the
 first d principal directions of the classifier's rows. Two losses: the cosine to that target, and cross entropy of
-the 1,000 rows against the phrase's classes.
+the 1,000 rows against the phrase's classes. The tower is taught first, then a wider end for it (see
+:mod:`vlprompt.pretraining.photo_head`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vlprompt.backbones.lite0 import class_rows, expected_features, load_lite0
 from vlprompt.backbones.photo_weights import build_photo_model, model_config, pack_photo
 from vlprompt.files import write_json, write_tensors
 from vlprompt.pretraining import RECIPES
+from vlprompt.pretraining.photo_head import HeadModule, landing_losses, state_batches
 from vlprompt.pretraining.photo_scale import calibrate
 from vlprompt.pretraining.photo_sentences import SentenceBatches
 from vlprompt.pretraining.photo_words import Vocabulary, WordNet, read_vocabulary
@@ -32,10 +34,10 @@ from vlprompt.training.trainer import Trainer
 
 __all__ = ["PhotoTextOptions", "SayEpochs", "TextModule", "pretrain_text"]
 
-_SCALE = 20.0  # on cosines, before the softmax over rows
-_COSINE = 5.0  # weight of the cosine loss beside the cross entropy
 _GROUPS = 6  # of sentences by length
 _UNSEEN_STD = 0.02  # of embeddings that nobody taught
+_ENDS = ("ln_final.", "text_projection")  # what the head replaces
+_VIEWS = 8  # sentences per phrase that the head reads
 
 
 class PhotoTextOptions(BaseModel):
@@ -53,6 +55,7 @@ class PhotoTextOptions(BaseModel):
         1, ge=0, description="seeds the initial weights, what is kept back, and the photographs"
     )
     train: TrainOptions = TrainOptions()
+    head: TrainOptions = Field(TrainOptions(), description="of the layers after the tower, see photo_head")
 
 
 class TextModule(nn.Module):
@@ -77,31 +80,30 @@ class TextModule(nn.Module):
         self.projection = _principal(rows, model_config()["embed_dim"])
         self.clip.visual = nn.Identity()
         self.clip.logit_scale.requires_grad_(False)
+        self.head: HeadModule | None = None
         self.register_buffer("rows", F.normalize(rows @ self.projection, dim=-1), persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return both losses of a batch of :class:`SentenceBatches`."""
-        text = self.encode(batch["text"], batch["last"]).float()
-        members = batch["members"]
-        target = F.normalize(members @ self.rows, dim=-1)
-        logits = _SCALE * text @ self.rows.T
-        return {
-            "cosine": _COSINE * (1 - (text * target).sum(-1)).mean(),
-            "rows": F.cross_entropy(logits, members),
-        }
+        return landing_losses(self.encode(batch["text"], batch["last"]).float(), batch["members"], self.rows)
 
     def encode(self, text: Tensor, last: Tensor) -> Tensor:
-        """Return unit features (B, d) of token numbers (B, T), read at position ``last`` (B,).
+        """Return unit features (B, d) of token numbers (B, T), read at position ``last`` (B,)."""
+        states = self.states(text, last)
+        if self.head is not None:
+            return self.head(states)
+        return F.normalize(self.clip.ln_final(states) @ self.clip.text_projection, dim=-1)
+
+    def states(self, text: Tensor, last: Tensor) -> Tensor:
+        """Return (B, W) states of the end of text, before the last norm.
 
         Sentences of like length are run together, or most of the work would be padding.
         """
         order = last.argsort(stable=True)
-        parts = [
-            self._encode(text[part, : int(last[part].max()) + 1], last[part]) for part in order.chunk(_GROUPS)
-        ]
+        parts = [self._states(text[p, : int(last[p].max()) + 1], last[p]) for p in order.chunk(_GROUPS)]
         return torch.cat(parts)[order.argsort()]
 
-    def _encode(self, text: Tensor, last: Tensor) -> Tensor:
+    def _states(self, text: Tensor, last: Tensor) -> Tensor:
         clip, length = self.clip, text.shape[1]
         unknown = text == len(self.seen_ids)
         x = clip.token_embedding(text.masked_fill(unknown, 0))
@@ -109,8 +111,7 @@ class TextModule(nn.Module):
         x = clip.transformer(
             x + clip.positional_embedding[:length], attn_mask=clip.attn_mask[:length, :length]
         )
-        x = clip.ln_final(x[torch.arange(len(x)), last])
-        return F.normalize(x @ clip.text_projection, dim=-1)
+        return x[torch.arange(len(x)), last]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return every parameter by name."""
@@ -121,14 +122,22 @@ class TextModule(nn.Module):
         self.clip.load_state_dict(dict(state), strict=True)
 
     def model(self, scale: float) -> CLIP:
-        """Return ``photo`` as it is now, with a factor on cosines."""
+        """Return ``photo`` as it is now, with a factor on cosines.
+
+        Raises:
+            ValueError: If there is no head yet.
+        """
+        if self.head is None:
+            raise ValueError("the text tower has no head yet.")
         lite0 = self.lite0[0]
         with seeded_modules(0, "photo", "unseen tokens"):
             model = build_photo_model(lite0)
-        state = self.trainable_state()
+        state = {n: t for n, t in self.trainable_state().items() if not n.startswith(_ENDS)}
         rows = state.pop("token_embedding.weight")
         model.load_state_dict(state, strict=False)
+        model.ln_final.load_state_dict(self.head.norm.state_dict())
         with torch.no_grad():
+            model.text_projection.copy_(self.head.projection)
             model.token_embedding.weight[self.seen_ids] = rows
             model.visual.projection.copy_(self.projection)
             model.visual.mean.copy_(expected_features(lite0))
@@ -196,12 +205,13 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     vocabulary = read_vocabulary(WordNet(options.wordnet), options.held_out, options.seed)
     batches = SentenceBatches(vocabulary, options.train.batch_size, options.train.seed)
     module = TextModule(lite0, batches.seen_ids, options.seed)
-    identity = options.model_dump(mode="json", exclude={"train", "wordnet", "photos", "scale"})
+    identity = options.model_dump(mode="json", exclude={"train", "head", "wordnet", "photos", "scale"})
     watch = Watch(module, batches)
     progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
         resume
     )
-    model = module.eval().model(options.scale)
+    history = progress.history + _teach_head(module.eval(), batches, options, folder / "head", watch, resume)
+    model = module.model(options.scale)
     found = {"scale": options.scale}
     if options.photos is not None:
         found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
@@ -212,8 +222,18 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
         "read": progress.history[-1] if progress.history else {},
         **found,
     }
-    write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": progress.history})
+    write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": history})
     return path
+
+
+def _teach_head(
+    module: TextModule, batches: SentenceBatches, options: PhotoTextOptions, folder: Path, watch: Watch, resume: bool
+) -> list[dict[str, Any]]:
+    states = state_batches(module, batches, options.head.batch_size, options.head.seed, _VIEWS)
+    members = batches.members(range(len(batches.vocabulary.phrases)))
+    module.head = HeadModule(module.clip.ln_final, module.rows, members, options.seed)
+    trainer = Trainer(module.head, states, options.head, folder, watch, [SayEpochs(folder)])
+    return trainer.run(resume).history
 
 
 def _about_words(vocabulary: Vocabulary) -> dict[str, Any]:
