@@ -17,7 +17,8 @@ from PIL import Image
 from vlprompt import create_adapter, create_backbone, create_learner, load_dataset, save
 from vlprompt.adaptation import Adapter
 from vlprompt.adaptation.config import AdaptConfig
-from vlprompt.adaptation.run import draw_stream, generate_views, run_adaptation
+from vlprompt.adaptation.generate import generate_views
+from vlprompt.adaptation.run import draw_stream, run_adaptation
 from vlprompt.adaptation.stream import adapt_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.data import ImageDataset

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator
+from vlprompt.diffusion.base import Generator, import_diffusers
 from vlprompt.errors import BackboneError
 
 __all__ = ["ImageToImage", "ImageVariation"]
@@ -48,9 +48,7 @@ class _Pipeline(Generator):
         self.pipe = _load(self.classname, pipeline, revision).to(place, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if scheduler != "own":
-            import diffusers
-
-            kind = getattr(diffusers, _SCHEDULERS[scheduler])
+            kind = getattr(import_diffusers(), _SCHEDULERS[scheduler])
             self.pipe.scheduler = kind.from_config(self.pipe.scheduler.config)
         self.steps, self.guidance, self.batch = steps, guidance, batch
         self.title = pipeline if revision is None else f"{pipeline}@{revision}"
@@ -175,13 +173,7 @@ class ImageToImage(_Pipeline):
 
 
 def _load(classname: str, pipeline: str, revision: str | None) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise BackboneError(
-            f"diffusion pipelines need the packages diffusers and transformers ({error}). "
-            "Install them: pip install 'vlprompt[diffusion]'."
-        ) from error
+    diffusers = import_diffusers()
     try:
         kind = getattr(diffusers, classname)
         # Without safety_checker=None, newer releases fetch and run a classifier that blacks pictures out.
