@@ -9,6 +9,7 @@ import pytest
 from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
 from vlprompt.errors import ConfigError, UnknownNameError
+from vlprompt.personalisation.config import PersonaliseConfig
 from vlprompt.pretraining import read_recipe
 from vlprompt.training.compare import Comparison
 
@@ -115,6 +116,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "adapt": AdaptConfig.read,
+    "personalise": PersonaliseConfig.read,
     "train": load_config,
     "transfer": load_config,
     "pretrain": read_recipe,

@@ -70,7 +70,9 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
         total += weight * float((guess[i] - clean[i]).square().mean()) / 6
         if i < 3 and bool(batch["condition"][i].any()):
             picture = ((F.pixel_shuffle(guess[i : i + 1], 4) + 1) / 2).clamp(0, 1)
-            mean, std = (torch.tensor(backbone.fingerprint["preprocess"][k]).view(3, 1, 1) for k in ("mean", "std"))
+            mean, std = (
+                torch.tensor(backbone.fingerprint["preprocess"][k]).view(3, 1, 1) for k in ("mean", "std")
+            )
             found = backbone.encode_image((picture - mean) / std)[0]
             away.append(1 - float(found @ batch["seen"][i]))
     assert float(losses["pixels"]) == pytest.approx(total, rel=1e-4)

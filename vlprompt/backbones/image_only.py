@@ -16,7 +16,9 @@ from vlprompt.files import read_tensors
 
 __all__ = ["image_backbone", "without_text"]
 
-_MISSING = "the text tower was left out (see vlprompt.backbones.image_only): this backbone encodes images alone."
+_MISSING = (
+    "the text tower was left out (see vlprompt.backbones.image_only): this backbone encodes images alone."
+)
 
 
 class _ImageModel(nn.Module):
