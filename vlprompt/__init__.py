@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlprompt.evaluation.evaluate import evaluate
     from vlprompt.inference import predict
     from vlprompt.learners import create_learner, list_learners
+    from vlprompt.segmentation import create_segmenter, list_segmenters
     from vlprompt.training.fit import RunResult, fit
     from vlprompt.training.run import run
 
@@ -28,12 +29,14 @@ _HOME = {
     "create_adapter": "vlprompt.adaptation",
     "create_backbone": "vlprompt.backbones",
     "create_learner": "vlprompt.learners",
+    "create_segmenter": "vlprompt.segmentation",
     "evaluate": "vlprompt.evaluation.evaluate",
     "fit": "vlprompt.training.fit",
     "list_adapters": "vlprompt.adaptation",
     "list_backbones": "vlprompt.backbones",
     "list_datasets": "vlprompt.data",
     "list_learners": "vlprompt.learners",
+    "list_segmenters": "vlprompt.segmentation",
     "load": "vlprompt.artefacts",
     "load_config": "vlprompt.config",
     "load_dataset": "vlprompt.data",
@@ -48,12 +51,14 @@ __all__ = [
     "create_adapter",
     "create_backbone",
     "create_learner",
+    "create_segmenter",
     "evaluate",
     "fit",
     "list_adapters",
     "list_backbones",
     "list_datasets",
     "list_learners",
+    "list_segmenters",
     "load",
     "load_config",
     "load_dataset",
