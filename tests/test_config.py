@@ -8,6 +8,7 @@ import pytest
 
 from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
+from vlprompt.detection.config import DetectConfig
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.personalisation.config import PersonaliseConfig
 from vlprompt.pretraining import read_recipe
@@ -116,6 +117,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "adapt": AdaptConfig.read,
+    "detect": DetectConfig.read,
     "personalise": PersonaliseConfig.read,
     "train": load_config,
     "transfer": load_config,

@@ -2,8 +2,8 @@
 
 Paper: Liu et al., "Grounding DINO", ECCV 2024, arXiv 2303.05499. A class is a group of L tokens; image and language are
 fused at every layer, so nothing behind the image backbone can be kept between steps. The separators between classes
-keep their grouping, but are hidden from attention: their states would need the text encoder. So a search that starts
-from class names is near what the names detect, not equal to it.
+keep their grouping, but boxes don't look at them, and their states are zero, since their own would need the text
+encoder. So a search that starts from class names is near what the names detect, not equal to it.
 """
 
 from __future__ import annotations
