@@ -38,7 +38,7 @@ def build_cris(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
     """
     state = {} if pretrained is None else _part(read_cris(pretrained), "backbone.")
     try:
-        arguments = _architecture(state) if state else open_clip.get_model_config("RN50")
+        arguments = open_clip.get_model_config("RN50") if pretrained is None else _architecture(state)
     except (KeyError, ValueError, IndexError) as error:
         raise BackboneError(f"{pretrained} holds no towers in CRIS' layout: {error} is missing.") from error
     with torch.random.fork_rng(devices=[]):

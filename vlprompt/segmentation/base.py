@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.errors import CheckpointError, DataError
 from vlprompt.segmentation._conditions import Conditions
+from vlprompt.segmentation._pixels import Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
 
 __all__ = ["Frozen", "LastLayer", "Segmenter", "Texts"]
@@ -94,10 +96,10 @@ class Segmenter(nn.Module):
         """Return (B, 1, H, W) logits from :meth:`frozen` of pictures of ``size`` (H, W) pixels."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def preprocess(self) -> Callable[[Image.Image], Tensor]:
-        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation."""
-        return self.backbone.preprocess
+        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation; the whole picture."""
+        return Squash(self.backbone.preprocess)
 
     @property
     def static_images(self) -> bool:

@@ -46,7 +46,7 @@ from vlprompt.training.processes import process_state
 from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_transfer
 from vlprompt.training.transfer import find_prompts, start_from
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "environment", "failure_sentences", "open_folder", "run", "write_history"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -79,7 +79,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     Raises:
         VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
     """
-    folder = _open_folder(config, resume)
+    folder = open_folder(config, resume)
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     if config.backbone.masks is not None:
         backbone = fold(backbone, read_masks(config.backbone.masks, backbone))
@@ -97,7 +97,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         elif result.cells and result.protocol != "multitask":
             protocol_table([metrics]).write(folder)
         write_report(folder / "report.html", session.report(result, metrics, command))
-    return Outcome(folder, metrics, result.headline, _failures(result))
+    return Outcome(folder, metrics, result.headline, failure_sentences(result))
 
 
 class _Session:
@@ -216,7 +216,7 @@ class _Session:
     ) -> dict[str, float]:
         """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
         if process_state().is_main_process:
-            _write_history(folder / "history.jsonl", result.history)
+            write_history(folder / "history.jsonl", result.history)
             save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
             write_json(folder / "cell.json", numbers)
         return numbers
@@ -302,10 +302,10 @@ class _Session:
             summary=f"{self.backbone.name}, {result.protocol}, {_describe(self.config)}.",
             metrics=numbers,
             curves=_curves(self.config, numbers),
-            failures=_failures(result),
+            failures=failure_sentences(result),
             config=_yaml(self.config),
             command=command,
-            environment={**_environment(), "backbone": self.backbone.fingerprint["id"]},
+            environment={**environment(), "backbone": self.backbone.fingerprint["id"]},
         )
         if self.matrix is not None:
             explanation = (
@@ -321,7 +321,8 @@ class _Session:
         return record
 
 
-def _open_folder(config: RunConfig, resume: bool) -> Path:
+def open_folder(config: Any, resume: bool) -> Path:
+    """Return the folder of a configuration with ``name`` and ``output``, emptied unless it is resumed."""
     digest = hashlib.sha256(_yaml(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
     state = process_state()
@@ -349,12 +350,12 @@ def _metrics(
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         **session.facts,
-        **_environment(),
+        **environment(),
     }
 
 
-def _failures(result: ProtocolResult) -> list[str]:
-    """One sentence per reason: what stops all runs of a data set is said once."""
+def failure_sentences(result: ProtocolResult) -> list[str]:
+    """Return one sentence per reason: what stops all runs of a data set is said once."""
     stopped: dict[str, list[str]] = {}
     for failure in result.failures:
         stopped.setdefault(failure.message, []).append(failure.cell.name)
@@ -364,7 +365,8 @@ def _failures(result: ProtocolResult) -> list[str]:
     ]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return the versions that figures depend on."""
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -403,9 +405,10 @@ def _takes_seed(learner: str) -> bool:
     return "seed" in options_model(LEARNERS.get(learner).target).model_fields
 
 
-def _yaml(config: RunConfig) -> str:
+def _yaml(config: Any) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write one line of JSON per epoch."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in history))
