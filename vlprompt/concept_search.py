@@ -6,6 +6,7 @@ known from the abstract alone; which parameters it tunes is for the user to say 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from vlprompt.errors import CheckpointError, ConfigError, nearest
 
-__all__ = ["ConceptSearch", "Unfrozen"]
+__all__ = ["ConceptSearch", "Unfrozen", "weights_id"]
 
 
 class Unfrozen(nn.Module):
@@ -92,3 +93,13 @@ class ConceptSearch(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def weights_id(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """Return 12 hex digits of all weights but those whose names start with one of ``without``."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(without or ("\0",)):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]

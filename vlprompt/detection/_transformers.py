@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-import torch
 
 from vlprompt.errors import BackboneError
 from vlprompt.seeding import seeded_modules
 
-__all__ = ["build_model", "weights_id"]
+__all__ = ["build_model"]
 
 _OFFLINE = "What works offline: the embedded detector owl-tiny, or random weights (pretrained=None)."
 
@@ -50,13 +48,3 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
             f"Hugging Face Hub: fetch them where there is a network and name the folder. {_OFFLINE}"
         ) from error
     return model.requires_grad_(False).eval()
-
-
-def weights_id(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
-    """Return 12 hex digits of all weights but those whose names start with one of ``without``."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(without or ("\0",)):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]

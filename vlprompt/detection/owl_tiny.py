@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.taps import first_state, run_taps
+from vlprompt.concept_search import weights_id
 from vlprompt.detection import DETECTORS
-from vlprompt.detection._transformers import weights_id
 from vlprompt.detection.base import Detections, Detector, Frozen
 from vlprompt.errors import BackboneError
 from vlprompt.files import read_tensors

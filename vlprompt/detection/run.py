@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from vlprompt.artefacts import package_version
 from vlprompt.detection import create_detector
 from vlprompt.detection.base import Detector
 from vlprompt.detection.config import DetectConfig, load_boxes
@@ -27,6 +23,7 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.statistics import summarise
 from vlprompt.evaluation.tables import Row, to_markdown
 from vlprompt.files import write_json, write_text
+from vlprompt.training.run import environment, open_folder
 
 __all__ = ["DetectOutcome", "run_detection"]
 
@@ -60,9 +57,7 @@ def run_detection(config: DetectConfig, resume: bool = False, command: str = "")
     Raises:
         VLPromptError: If anything the configuration names can't be had; finished cells are kept.
     """
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    folder = Path(config.output) / config.name / hashlib.sha256(text.encode()).hexdigest()[:8]
-    write_text(folder / "config.yaml", f"# vlprompt {package_version()}\n{text}")
+    folder = open_folder(config, resume)
     session = _Session(config, folder, resume)
     rows: dict[str, dict[str, list[float]]] = {}
     names = session.score_names()
@@ -79,7 +74,7 @@ def run_detection(config: DetectConfig, resume: bool = False, command: str = "")
                 row = rows.setdefault(label if stage == "first" else f"{label}, second stage", {})
                 for key, value in scores.items():
                     row.setdefault(key, []).append(value)
-    return _write(config, folder, rows, history, text, command, session)
+    return _write(config, folder, rows, history, command, session)
 
 
 class _Session:
@@ -150,7 +145,6 @@ def _write(
     folder: Path,
     rows: Mapping[str, Mapping[str, list[float]]],
     history: list[dict[str, Any]],
-    text: str,
     command: str,
     session: _Session,
 ) -> DetectOutcome:
@@ -178,13 +172,9 @@ def _write(
         summary=f"AP50 on {label}; {len(config.seeds)} seeds.",
         history=history,
         metrics={k: v for k, v in metrics.items() if isinstance(v, float)},
-        config=text,
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
         command=command,
-        environment={
-            "vlprompt": package_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        environment=environment(),
     )
     write_report(folder / "report.html", record)
     return DetectOutcome(folder, metrics, table)

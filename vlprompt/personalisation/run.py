@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
-from vlprompt.artefacts import package_version
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data.images import EXTENSIONS, read_image
 from vlprompt.data.scenes.concepts import SceneConcept, scene_concepts
@@ -28,6 +24,7 @@ from vlprompt.personalisation.grid import grid_svg, sheet
 from vlprompt.personalisation.hosts import Host, TinyHost
 from vlprompt.personalisation.personalise import personalise
 from vlprompt.personalisation.race import Race, summary_table
+from vlprompt.training.run import environment, open_folder
 
 __all__ = ["PersonaliseOutcome", "create_host", "run_personalisation"]
 
@@ -83,9 +80,7 @@ def run_personalisation(
     Raises:
         VLPromptError: If anything the configuration names can't be had; finished concepts are kept.
     """
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    folder = Path(config.output) / config.name / hashlib.sha256(text.encode()).hexdigest()[:8]
-    write_text(folder / "config.yaml", f"# vlprompt {package_version()}\n{text}")
+    folder = open_folder(config, resume)
     host, judge = create_host(config), create_backbone(config.judge.name, **config.judge.arguments())
     races, rows = [], {}
     for concept in _concepts(config):
@@ -109,13 +104,9 @@ def run_personalisation(
         summary=f"{len(races)} concepts; similarity of image features by {judge.name}.",
         metrics={k: v for k, v in metrics.items() if isinstance(v, float)},
         drawings={"Samples": (" | ".join(titles), grid_svg(rows, titles)), **curves},
-        config=text,
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
         command=command,
-        environment={
-            "vlprompt": package_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        environment=environment(),
     )
     write_report(folder / "report.html", record)
     return PersonaliseOutcome(folder, metrics, table)
