@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-
 from vlprompt.errors import BackboneError
 from vlprompt.seeding import seeded_modules
 
