@@ -52,6 +52,20 @@ def test_unknown_learner_names_the_nearest(tmp_path: Path) -> None:
         load_config(_write(tmp_path, "c.yaml", "learner: {name: cop}"))
 
 
+@pytest.mark.parametrize(
+    ("read", "name", "message"),
+    [
+        (load_config, "compare_masks_tiny.yaml", "of tools/compare.py, not of tools/train.py"),
+        (Comparison.read, "coop_tiny.yaml", "of tools/train.py, not of tools/compare.py"),
+        (AdaptConfig.read, "pretrain_tiny.yaml", "of tools/pretrain.py, not of tools/adapt.py"),
+        (read_recipe, "tpt_tiny.yaml", "of tools/adapt.py, not of tools/pretrain.py"),
+    ],
+)
+def test_a_file_of_another_tool_is_told(read: Callable[[str], object], name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(name)
+
+
 def test_bases_compose_in_order_and_the_file_wins(tmp_path: Path) -> None:
     _write(tmp_path, "a.yaml", "train: {epochs: 1, lr: 0.1}\nname: a")
     _write(tmp_path, "b.yaml", "_base_: a.yaml\ntrain: {epochs: 2}")

@@ -117,35 +117,45 @@ def _prompt(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(_folder(folder) / "prompt" / "prompt.safetensors")[0]
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.35])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    tool: Tool, tmp_path: Path, moment: float
-) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ["train.epochs=60", "train.select=best", "train.optimizer=adamw", "train.lr=0.01"]
-    for folder in (whole, killed):
-        folder.mkdir()
-    tool("train", "--cfg", _config(whole), *options)
-
-    command = [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(_config(killed)), *options]
+def _kill_after_a_checkpoint(config: Path, moment: float, *options: str) -> None:
+    """Start the run in a process of its own and kill it some seconds after it wrote a checkpoint."""
+    pattern = "runs/test/*/checkpoint/trainer.safetensors"
+    before = {path: path.stat().st_mtime_ns for path in config.parent.glob(pattern)}
     running = subprocess.Popen(
-        command,
+        [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(config), *options],
         env=_environment(torch.get_num_threads()),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    checkpoint = None
+    written: list[Path] = []
     deadline = time.monotonic() + 120
-    while checkpoint is None and time.monotonic() < deadline:
-        checkpoint = next(killed.glob("runs/test/*/checkpoint/trainer.safetensors"), None)
+    while not written and time.monotonic() < deadline:
+        found = list(config.parent.glob(pattern))
+        written = [path for path in found if before.get(path) != path.stat().st_mtime_ns]
+        time.sleep(0.002)
     time.sleep(moment)
     running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert checkpoint is not None
-    epochs = read_tensors(checkpoint)[1]["progress"]["epoch"]
-    assert epochs < 60, "the run was over before it could be killed"
+    assert running.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert written
 
-    tool("train", "--cfg", _config(killed), "--resume", *options)
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tool: Tool, tmp_path: Path) -> None:
+    """Killed twice, once while it may be writing its first checkpoint and once later, then finished."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ["data.name=scenes/kind", "train.epochs=60", "train.select=best", "train.optimizer=adamw"]
+    for folder in (whole, killed):
+        folder.mkdir()
+    tool("train", "--cfg", _config(whole), *options)
+
+    config = _config(killed)
+    reached = []
+    for moment, resume in ((0.0, []), (0.2, ["--resume"])):
+        _kill_after_a_checkpoint(config, moment, *options, *resume)
+        checkpoint = _folder(killed) / "checkpoint" / "trainer.safetensors"
+        reached.append(read_tensors(checkpoint)[1]["progress"]["epoch"])
+    assert reached[0] < reached[1] < 60
+
+    tool("train", "--cfg", config, "--resume", *options)
     for name, tensor in _prompt(whole).items():
         assert torch.equal(tensor, _prompt(killed)[name])
     histories = [(_folder(f) / "history.jsonl").read_text() for f in (whole, killed)]

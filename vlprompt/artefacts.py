@@ -86,19 +86,29 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
     return folder
 
 
-def load(path: str | Path, backbone: Backbone | None = None) -> Any:
+def load(
+    path: str | Path,
+    backbone: Backbone | None = None,
+    kind: Literal["learner", "segmenter"] | None = None,
+) -> Any:
     """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
 
     Args:
         path: The folder.
         backbone: The backbone it was trained on; None builds it from the name in the file.
+        kind: What it has to be; None takes either.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or hostile, or the backbone is another one; names the
-            difference.
+        CheckpointError: If a file is missing, damaged or hostile, of the other kind, or the backbone is another
+            one; names the difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
     card, tensors = read(path)
+    if kind not in (None, card.kind):
+        tool = "tools/segment.py" if card.kind == "segmenter" else "tools/predict.py"
+        raise CheckpointError(
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {tool}."
+        )
     if backbone is None:
         backbone = _rebuild(path, card.backbone)
     check_backbone(path, card, backbone)

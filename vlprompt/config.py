@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,8 @@ from yaml import YAMLError
 from vlprompt.data.transforms import Augmentation
 from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.learners import LEARNERS
+from vlprompt.meta.options import MetaOptions
+from vlprompt.meta.regulators import REGULATORS
 from vlprompt.signature import check_options, describe_problems
 from vlprompt.training.options import MultiTaskOptions, TargetOptions, TrainOptions
 
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+# The key by which a configuration shows which tool it was written for.
+_KEY_OF_TOOL = {"train": "learner", "compare": "runs", "adapt": "adapters", "pretrain": "recipe"}
 
 
 class BackboneOptions(BaseModel):
@@ -110,6 +114,7 @@ class ProtocolOptions(BaseModel):
         "elevater",
         "multitask",
         "transfer",
+        "meta",
     ] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
@@ -135,6 +140,7 @@ class RunConfig(BaseModel):
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
+    meta: MetaOptions = Field(default_factory=MetaOptions)
 
     @property
     def learner_name(self) -> str:
@@ -159,7 +165,7 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
         UnknownNameError: If there is no such file.
     """
-    raw = read_yaml(cfg, overrides)
+    raw = read_yaml(cfg, overrides, "train")
     problems: list[str] = []
     config: RunConfig | None = None
     try:
@@ -174,11 +180,16 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_yaml(cfg: str | Path, overrides: Sequence[str] = (), tool: str = "") -> dict[str, Any]:
     """Return a configuration as plain data: bases merged, overrides applied, nothing validated yet.
 
+    Args:
+        cfg: See :func:`load_config`.
+        overrides: See there.
+        tool: Which tool asks, if a file of another one's is to be told by name.
+
     Raises:
-        ConfigError: If a file is not YAML, bases form a circle, or an override has no ``=``.
+        ConfigError: If a file is not YAML, bases form a circle, an override has no ``=``, or it is another tool's.
         UnknownNameError: If a file does not exist.
     """
     try:
@@ -192,7 +203,17 @@ def read_yaml(cfg: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([str(error).strip()], str(cfg)) from error
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+    raw = {str(k): v for k, v in plain.items()}
+    _require_tool(raw, tool, str(cfg))
+    return raw
+
+
+def _require_tool(raw: Mapping[str, Any], tool: str, source: str) -> None:
+    others = [other for other, key in _KEY_OF_TOOL.items() if key in raw]
+    if tool in _KEY_OF_TOOL and len(others) == 1 and others[0] != tool:
+        raise ConfigError(
+            [f"this is a configuration of tools/{others[0]}.py, not of tools/{tool}.py."], source
+        )
 
 
 def configs_dir() -> Path:
@@ -293,8 +314,32 @@ def _stage_problems(config: RunConfig) -> list[str]:
         problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
         problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
+    problems += _meta_problems(config)
     if config.target.shots and not config.target.names:
         problems.append("target.shots: they are the shots of target.names, which is empty.")
+    return problems
+
+
+def _meta_problems(config: RunConfig) -> list[str]:
+    """Check what only meta-training uses, and what starts from it."""
+    problems, init = [], config.train.init
+    if (config.protocol.name == "meta") != bool(config.meta.pairs):
+        problems.append(
+            "meta.pairs: required by protocol.name=meta (scenes:COUNT, folder:PATH, csv:PATH or tar:PATTERN)."
+            if not config.meta.pairs
+            else f"meta.pairs: only protocol.name=meta uses it, not {config.protocol.name}."
+        )
+    try:
+        regulator = dict(config.meta.regulator)
+        check_options(REGULATORS.get(str(regulator.pop("name", ""))).target, regulator, "regulator")
+    except UnknownNameError as error:
+        problems.append(f"meta.regulator.name: {error}")
+    except ConfigError as error:
+        problems += [f"meta.regulator.{problem}" for problem in error.problems]
+    if init and not init.startswith("gram:"):
+        problems.append(f"train.init: got {init!r}; write gram:PATH. Other saved prompts: target.init_from.")
+    if init and (config.target.patterns or config.protocol.name in ("meta", "transfer")):
+        problems.append("train.init: one start only; leave target.init_from, protocol meta and transfer out.")
     return problems
 
 

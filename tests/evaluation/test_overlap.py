@@ -110,7 +110,9 @@ def test_means_are_smps_reductions() -> None:
         float(metrics.iou_score(*[s[label::3] for s in stats], reduction="micro")) for label in range(3)
     ]
     assert found["iou_dataset"] == pytest.approx(np.mean(pooled))
-    by_class = [float(metrics.f1_score(*[s[c::3] for s in stats], reduction="micro-imagewise")) for c in range(3)]
+    by_class = [
+        float(metrics.f1_score(*[s[c::3] for s in stats], reduction="micro-imagewise")) for c in range(3)
+    ]
     assert found["macro_dice"] == pytest.approx(np.mean(by_class))
     assert found["class/y/dice"] == pytest.approx(by_class[1])
 
@@ -118,7 +120,9 @@ def test_means_are_smps_reductions() -> None:
 def test_empty_masks_are_reported_apart() -> None:
     none = np.zeros((4, 4), bool)
     some = ~none
-    scores = [score_pair(a, b.astype(np.uint8)) for a, b in ((none, none), (some, none), (some, some), (none, some))]
+    scores = [
+        score_pair(a, b.astype(np.uint8)) for a, b in ((none, none), (some, none), (some, some), (none, some))
+    ]
     found = summarise_pairs(scores, ["x"])
     assert found["dice"] == 0.5
     assert found["dice_empty"] == 0.5

@@ -166,6 +166,20 @@ def test_what_was_saved_comes_back(
     with torch.no_grad():
         assert torch.equal(again(images[:4], TEXTS), segmenter(images[:4], TEXTS))
     assert json.loads((folder / "prompt.json").read_text())["kind"] == "segmenter"
+    with pytest.raises(CheckpointError, match=rf"holds a segmenter \({model}\), not a learner; use it with"):
+        vlprompt.load(folder, backbone, kind="learner")
+
+
+@every
+def test_autocast_leaves_finite_float32_logits(
+    model: str, strategy: str, build: Build, images: Tensor
+) -> None:
+    segmenter = build(model, strategy)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = segmenter(images[:4], TEXTS)
+    assert logits.dtype == torch.float32
+    assert bool(logits.isfinite().all())
+    torch.testing.assert_close(logits, segmenter(images[:4], TEXTS), rtol=0.2, atol=0.2 * float(logits.std()))
 
 
 @pytest.mark.parametrize("model", SEGMENTERS.names())

@@ -125,22 +125,6 @@ def test_watching_needs_something_to_watch() -> None:
             Trainer(ToyModule(), toy_batches(options), options, validate=lambda: {"accuracy": 0.5}).run()
 
 
-def test_undecayed_parameters_only_move_by_their_gradient() -> None:
-    class Spared(ToyModule):
-        def undecayed(self) -> set[str]:
-            return {"second"}
-
-        def loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {"none": 0.0 * (self.first.sum() + self.second.sum())}
-
-    for optimizer in ("sgd", "adamw"):
-        options = TrainOptions(epochs=1, lr=0.1, optimizer=optimizer, weight_decay=0.5, warmup_epochs=0)
-        module, before = Spared(), {n: t.clone() for n, t in Spared().trainable_state().items()}
-        Trainer(module, toy_batches(options), options).run()
-        assert torch.equal(module.second, before["second"])
-        assert bool((module.first.abs() < before["first"].abs()).all())
-
-
 def test_resume_refuses_other_settings_and_names_them(tmp_path: Path) -> None:
     _train(tmp_path, lr=0.1)
     with pytest.raises(CheckpointError, match=r"options: checkpoint .*0\.1.* now .*0\.2"):

@@ -90,7 +90,7 @@ class AdaptConfig(BaseModel):
             UnknownNameError: If there is no such file.
         """
         try:
-            config = cls.model_validate(read_yaml(cfg, overrides))
+            config = cls.model_validate(read_yaml(cfg, overrides, "adapt"))
         except ValidationError as error:
             raise ConfigError(describe_problems(error, cls), str(cfg)) from error
         if problems := [*config._adapter_problems(), *config._name_problems(), *config._diffusion_problems()]:

@@ -27,16 +27,13 @@ from torch import Tensor
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.bench import BENCHMARKS
 from vlprompt.bench._naive import naive_towers, replaced
+from vlprompt.bench._step import learned, relative, take_step
 from vlprompt.bench.measure import measure
 from vlprompt.bench.text import imagenet_names
 from vlprompt.errors import VLPromptError
 from vlprompt.learners import LEARNERS, Learner, create_learner
 from vlprompt.seeding import torch_rng
 from vlprompt.signature import options_model
-from vlprompt.training.batches import TensorBatches
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.options import TrainOptions
-from vlprompt.training.trainer import Trainer
 
 __all__ = ["bench_learners"]
 
@@ -103,7 +100,7 @@ class _Case:
     accelerator: Accelerator = field(default_factory=Accelerator)
     groups: int = 0  # sets of prompts per text pass, 0 if no sentence is encoded in a step
     fast_s: float = float("nan")
-    updates: list[Tensor] = field(default_factory=list)
+    updates: list[dict[str, Tensor]] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -124,44 +121,12 @@ class _Case:
         batch = pixels
         if learner.static_images:
             batch = {"embedding": backbone.image_embeddings(images), "label": labels}
-        start = {n: p.detach().clone() for n, p in learner.named_parameters() if p.requires_grad}
-        return cls(learner, batch, pixels, start)
+        return cls(learner, batch, pixels, learned(learner))
 
     def step(self, batch: Mapping[str, Tensor], seed: int = 1, parts: int = 1) -> None:
         """Take one step of the trainer from the start, and keep by how much it changed the parameters."""
-        with torch.no_grad():
-            for name, parameter in self.learner.named_parameters():
-                if name in self.start:
-                    parameter.copy_(self.start[name])
-        size = len(batch["label"])
-        batches = TensorBatches({n: [t] for n, t in batch.items()}, size, seed)
-        # Plain gradient descent at rate 1 makes the change the gradient itself.
-        options = TrainOptions(
-            epochs=1,
-            batch_size=size,
-            lr=1.0,
-            momentum=0,
-            weight_decay=0,
-            schedule="constant",
-            warmup_epochs=0,
-            accumulation=parts,
-            seed=seed,
-        )
-        keep = _KeepUpdate(self.start)
-        Trainer(self.learner, batches, options, callbacks=[keep], accelerator=self.accelerator).run()
-        self.updates.append(keep.update)
-
-
-class _KeepUpdate(Callback):
-    """The change of all learned parameters by the step, as one vector."""
-
-    def __init__(self, start: Mapping[str, Tensor]) -> None:
-        self.start, self.update = start, torch.empty(0)
-
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
-        self.update = torch.cat(
-            [(p.detach() - self.start[n]).flatten() for n, p in trainer.parameters.items()]
-        )
+        take_step(self.learner, batch, self.start, seed=seed, parts=parts, accelerator=self.accelerator)
+        self.updates.append({n: p - self.start[n] for n, p in learned(self.learner).items()})
 
 
 def _measure_ours(case: _Case, repeats: int) -> dict[str, Any]:
@@ -189,14 +154,14 @@ def _measure_naive(case: _Case, image_graph: bool) -> dict[str, Any]:
     with naive_towers(case.learner, image_graph, constant_text=case.groups == 0):
         slow = measure(lambda: case.step(case.pixels, parts=parts), repeats=1, warmup=0)
     other_seed, fast, naive = case.updates[0], case.updates[-2], case.updates[-1]
-    draws = _relative(other_seed, fast) > _NOISE
+    draws = relative(other_seed, fast) > _NOISE
     return {
         "naive_s": slow.seconds,
         "naive_step_gib": slow.added_gib,
         "naive_peak_rss_gib": slow.peak_rss_gib,
         "naive_micro_batches": parts,
         "speedup": slow.seconds / case.fast_s,
-        "update_rel_diff": None if draws else _relative(fast, naive),
+        "update_rel_diff": None if draws else relative(fast, naive),
     }
 
 
@@ -234,10 +199,6 @@ def _variants(only: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _row_name(name: str, options: Mapping[str, Any]) -> str:
     return f"{name} ({', '.join(map(str, options.values()))})" if options else name
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
 def _limit(seconds: float, text: float, image: float) -> str:

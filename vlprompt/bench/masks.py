@@ -14,20 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.bench import BENCHMARKS
+from vlprompt.bench._step import learned, relative, take_step
 from vlprompt.bench.measure import Measured, measure
 from vlprompt.bench.text import imagenet_names
 from vlprompt.learners import create_learner
 from vlprompt.learners._masks import gradient_dropout
 from vlprompt.masks import Masks, TaskMasks
 from vlprompt.seeding import derive_seed, torch_rng
-from vlprompt.training.batches import TensorBatches
-from vlprompt.training.options import TrainOptions
-from vlprompt.training.trainer import Trainable, Trainer
 
 __all__ = ["bench_masks"]
 
@@ -65,7 +62,7 @@ def bench_masks(
     images = torch.randn(batch, 3, *tower.image_size, generator=generator)
     data = {"image": images, "label": torch.randint(classes, (batch,), generator=generator)}
     ours = _scattered(create_learner(learner, tower, names), masked, generator)
-    start = {n: p.detach().clone() for n, p in ours.named_parameters() if p.requires_grad}
+    start = learned(ours)
     found = {"teacher_forward": _measured(lambda: tower.image_embeddings(images), "teacher forward", repeats)}
     weights = tower.class_weights(ours.classnames, ours.templates)
     found["full_fine_tuning"] = _fine_tuning(_FullFineTuning(tower, weights), data, repeats)
@@ -73,10 +70,10 @@ def bench_masks(
     result: dict[str, Any] = {"backbone": backbone, "learner": learner, "classes": classes, "batch": batch}
     result |= {"masked": masked, "parameters": sum(t.numel() for t in start.values())}
     if port:
-        update = {n: p.detach() - start[n] for n, p in ours.named_parameters() if p.requires_grad}
+        update = {n: p - start[n] for n, p in learned(ours).items()}
         ported = _Port(tower, ours, weights, start)
         found["port"] = _measured(lambda: ported.step(data), "port", repeats)
-        result["update_rel_diff"] = _relative(update, ported.updates())
+        result["update_rel_diff"] = relative(update, ported.updates())
     found["switch_tasks"] = _switching(tower, ours, masked, repeats)
     rows = {name: vars(value) for name, value in found.items()}
     return {**result, "threads": torch.get_num_threads(), **rows, "ratios": _ratios(found)}
@@ -98,7 +95,7 @@ def _switching(backbone: Backbone, learner: Any, share: float, repeats: int) -> 
 
 
 def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: int) -> Measured:
-    return _measured(lambda: _step(module, data, 1e-6), "full fine-tuning", repeats)
+    return _measured(lambda: take_step(module, data, lr=1e-6), "full fine-tuning", repeats)
 
 
 def _ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
@@ -126,24 +123,10 @@ def _scattered(learner: Any, share: float, generator: torch.Generator) -> Any:
     return learner
 
 
-def _step(module: Trainable, data: Mapping[str, Tensor], lr: float) -> None:
-    """Take one step of the trainer, by plain gradient descent."""
-    size = len(data["label"])
-    options = TrainOptions(
-        epochs=1, batch_size=size, lr=lr, momentum=0, weight_decay=0, schedule="constant", warmup_epochs=0
-    )
-    batches = TensorBatches({n: [t] for n, t in data.items()}, size, 1)
-    Trainer(module, batches, options, accelerator=Accelerator()).run()
-
-
 def _ours(learner: Any, start: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> None:
     """Take the first step, however often."""
     learner.statistics.zero_()
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            if name in start:
-                parameter.copy_(start[name])
-    _step(learner, data, 1.0)  # a rate of 1 makes the change of the scores the gradient itself
+    take_step(learner, data, start)
 
 
 class _FullFineTuning(nn.Module):
@@ -230,10 +213,3 @@ class _Port:
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         return self.scale * F.normalize(embeddings, dim=-1) @ self.text.T
-
-
-def _relative(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """Return |a - b| / |b|, norms over all tensors."""
-    squares = [((ours[n] - t).double().square().sum(), t.double().square().sum()) for n, t in others.items()]
-    difference, size = (torch.stack(list(parts)).sum() for parts in zip(*squares, strict=True))
-    return float((difference / size.clamp(min=1e-30)).sqrt())

@@ -103,7 +103,8 @@ class Card(_Strict):
         name: Catalogue name.
         title: What people call it.
         task: With several labels per picture or one, or masks of what phrases mean.
-        classnames: By label, two at least unless masks are asked for; a card of the ImageNet family names ``synsets`` instead.
+        classnames: By label, two at least unless masks are asked for; a card of the ImageNet family names ``synsets``
+            instead.
         synsets: A list of :mod:`vlprompt.data.imagenet` that holds the class names.
         templates: Sentences with one ``{}``; phrases of segmentation, where the data set brings none.
         source: How its files are read.

@@ -37,7 +37,7 @@ def read_recipe(cfg: str | Path, overrides: Sequence[str] = ()) -> tuple[Entry[A
         ConfigError: With every mistake at once.
         UnknownNameError: If there is no such file or recipe.
     """
-    raw = read_yaml(cfg, overrides)
+    raw = read_yaml(cfg, overrides, "pretrain")
     name = raw.pop("recipe", None)
     if name is None:
         raise ConfigError([f"recipe: required, but missing. Known: {', '.join(RECIPES.names())}."], str(cfg))

@@ -54,8 +54,9 @@ class Conditions:
         else:
             if fresh := [text for text in unique if text not in self._known]:
                 features, words = self._encode(fresh, rows)
-                for i, text in enumerate(fresh):
-                    self._known[text] = (features[i], None if words is None else words[i])
+                lengths = self._layout(tuple(fresh), rows).lengths
+                for i, text in enumerate(fresh):  # without the padding, which depends on the company
+                    self._known[text] = (features[i], None if words is None else words[i, : lengths[i]])
             features = torch.stack([self._known[text][0] for text in unique])
             words = self._joined([self._known[text][1] for text in unique])
         if len(unique) == len(texts):

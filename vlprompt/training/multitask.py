@@ -28,10 +28,11 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.fit import RunResult, TrainingSource, parse_options, run_identity
+from vlprompt.training.gram import read_start, regulated
 from vlprompt.training.options import LabelSpace, MultiTaskOptions
 from vlprompt.training.processes import accelerator
 from vlprompt.training.task_batches import MultiTaskBatches
-from vlprompt.training.trainer import Trainer
+from vlprompt.training.trainer import Trainable, Trainer
 
 __all__ = [
     "MultiTask",
@@ -251,28 +252,44 @@ def fit_multitask(
     started, processes = time.monotonic(), accelerator()
     learner.to(processes.device)
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
+    start = read_start(checked.init) if checked.init else None
+    if start is not None:
+        start.put_into(learner)
     module = MultiTask(learner, lists, sharing.label_space)
     cache = FeatureCache(cache_dir)
     held_out = {name: data.val for name, data in tasks.items() if data.val is not None}
     history: list[dict[str, Any]] = []
     if checked.epochs and any(p.requires_grad for p in learner.parameters()):
         views_of = Augmentation.parse(augmentation)
-        sources = [
-            TrainingSource(learner, data.train, views_of, views, checked, cache).batches()
-            for data in tasks.values()
+        data_sources = [
+            TrainingSource(learner, data.train, views_of, views, checked, cache) for data in tasks.values()
         ]
+        sources = [source.batches() for source in data_sources]
         sizes = [len(data.train) for data in tasks.values()]
         mixed = (checked.batch_size, checked.seed, checked.drop_last)
         path = None if folder is None else Path(folder)
         parts = {n: run_identity(module.tasks[n], d.train, augmentation, views) for n, d in tasks.items()}
+        trained: Trainable = module
+        if start is not None:
+            trained = regulated(
+                learner,
+                start,
+                lambda: torch.cat([source.training_data()[0][0] for source in data_sources]),
+                checked.optimizer,
+                module,
+            )
         trainer = Trainer(
-            module,
+            trained,
             MultiTaskBatches(sources, sizes, sharing.exponent, *mixed),
             checked,
             path,
             validate=(lambda: module.evaluate(held_out, cache)) if held_out else None,
             callbacks=default_callbacks(learner.method, path) if callbacks is None else callbacks,
-            identity={"tasks": parts, "sharing": sharing.model_dump(mode="json")},
+            identity={
+                "tasks": parts,
+                "sharing": sharing.model_dump(mode="json"),
+                **({} if start is None else {"start": start.checksum}),
+            },
             accelerator=processes,
         )
         history = trainer.run(resume).history

@@ -20,6 +20,11 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    init: str = Field(
+        "",
+        description="gram:PATH, what a meta-training left behind: its prompts are the start, its regulator changes the "
+        "gradients",
+    )
     epochs: int = Field(50, ge=0, description="passes over the training samples; 0 evaluates only")
     batch_size: int = Field(
         32, ge=1, description="global batch: samples per optimiser step over all processes"

@@ -10,31 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import yaml
-
 from vlprompt.artefacts import load, package_version, save
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.config import RunConfig
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.errors import DataError
-from vlprompt.evaluation.evaluate import evaluate, predict_logits
+from vlprompt.evaluation.evaluate import evaluate
 from vlprompt.evaluation.protocol_tables import protocol_table
 from vlprompt.evaluation.protocols import Cell, ProtocolResult, across, base_to_new, coop_fewshot, elevater
 from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.masks import fold, read_masks
+from vlprompt.training import run_summary
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.gram import read_start
+from vlprompt.training.meta import meta_train, run_meta
 from vlprompt.training.multitask import (
     TaskData,
     common_templates,
@@ -46,7 +45,9 @@ from vlprompt.training.processes import process_state
 from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_transfer
 from vlprompt.training.transfer import find_prompts, start_from
 
-__all__ = ["Outcome", "environment", "failure_sentences", "open_folder", "run", "write_history"]
+__all__ = ["Outcome", "open_folder", "run", "write_history"]
+
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 log = logging.getLogger("vlprompt.run")
 
@@ -88,16 +89,16 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     result = session.run_protocol()
     if result.failures and not result.cells and len(result.failures) == 1:
         raise result.failures[0].error
-    metrics = _metrics(config, backbone, result, session)
+    metrics = run_summary.metrics(config, backbone, result, session.facts)
     if process_state().is_main_process:
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "cells.json", result.record())
         if session.matrix is not None:
             session.matrix.write(folder)
-        elif result.cells and result.protocol != "multitask":
+        elif result.cells and result.protocol not in ("multitask", "meta"):
             protocol_table([metrics]).write(folder)
-        write_report(folder / "report.html", session.report(result, metrics, command))
-    return Outcome(folder, metrics, result.headline, failure_sentences(result))
+        write_report(folder / "report.html", session.page(result, metrics, command))
+    return Outcome(folder, metrics, result.headline, run_summary.failures(result))
 
 
 class _Session:
@@ -108,10 +109,14 @@ class _Session:
         # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on
         # which other draws were encoded before, and a resumed run must not differ from an uninterrupted one.
         self.test_cache = FeatureCache(config.data.cache_dir)
-        self.shown: tuple[Learner, ImageDataset, RunResult] | None = None
+        self.shown: run_summary.Shown | None = None
         self.matrix: TransferMatrix | None = None
+        self.history: list[dict[str, Any]] = []
         self.origin = find_prompts(config.target.patterns)
         self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
+        if config.train.init:
+            start = read_start(config.train.init)
+            self.facts |= {"init": str(start.folder), "init_checksum": start.checksum}
 
     def run_protocol(self) -> ProtocolResult:
         """Run every cell of the configured protocol."""
@@ -120,6 +125,8 @@ class _Session:
             return run_multitask(self)
         if protocol.name == "transfer":
             return run_transfer(self)
+        if protocol.name == "meta":
+            return run_meta(self)
         if protocol.name in ("cross-dataset", "domain-generalisation"):
             most = max(protocol.shots)
             return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
@@ -183,6 +190,20 @@ class _Session:
         numbers = {f"train/{k}": v for k, v in result.metrics.items()} | mean_over_tasks(own)
         numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
         return self._keep(folder, learner, result, numbers)
+
+    def run_meta_cell(self, cell: Cell) -> Mapping[str, float]:
+        """Meta-train once, for the cell's seed; otherwise as :meth:`run_cell`."""
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES, cell.seed)
+        self._start(learner, folder, self.origin)
+        numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
+        self.history = history
+        if process_state().is_main_process:
+            write_history(folder / "history.jsonl", history)
+            write_json(folder / "cell.json", numbers)
+        return numbers
 
     def prompt_folder(self, cell: Cell) -> Path:
         """Return where a cell's prompts are saved."""
@@ -285,117 +306,27 @@ class _Session:
         shots = 1 if protocol.name == "base-to-new" else len(protocol.shots)
         return len(self.config.data.names) * shots * len(protocol.seeds) == 1
 
-    def report(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
+    def page(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
         """Gather what the page shows; pictures come from the last cell that was trained in this session."""
-        numbers = {
-            k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-        }
-        base = "base/" if "base/accuracy" in numbers else ""
-        headline = {
-            "zero-shot": numbers.get(f"{base}zero_shot_accuracy"),
-            "from scratch": numbers.get(f"scratch/{base}accuracy"),
-            "learned": numbers.get(f"{base}accuracy"),
-        }
-        record = RunRecord(
-            title=f"{self.config.learner_name} on {', '.join(self.config.data.names)}",
-            headline={k: v for k, v in headline.items() if v is not None},
-            summary=f"{self.backbone.name}, {result.protocol}, {_describe(self.config)}.",
-            metrics=numbers,
-            curves=_curves(self.config, numbers),
-            failures=failure_sentences(result),
-            config=_yaml(self.config),
-            command=command,
-            environment={**environment(), "backbone": self.backbone.fingerprint["id"]},
-        )
-        if self.matrix is not None:
-            explanation = (
-                "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
-            )
-            record.drawings = {"What helps what": (explanation, self.matrix.figure())}
+        page = run_summary.record(self.config, self.backbone, result, metrics, command, self.matrix)
+        page.history = self.history
         if self.shown is not None:
-            learner, test, trained = self.shown
-            logits, labels = predict_logits(learner, test, cache=self.test_cache)
-            record.history = trained.history
-            record.classnames, record.labels = list(test.classnames), np.asarray(labels)
-            record.probs, record.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
-        return record
+            run_summary.show(page, self.shown, self.test_cache)
+        return page
 
 
 def open_folder(config: Any, resume: bool) -> Path:
     """Return the folder of a configuration with ``name`` and ``output``, emptied unless it is resumed."""
-    digest = hashlib.sha256(_yaml(config).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(run_summary.yaml_text(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
     state = process_state()
     if state.is_main_process:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
-        text = f"# vlprompt {package_version()}\n{_yaml(config)}"
+        text = f"# vlprompt {package_version()}\n{run_summary.yaml_text(config)}"
         write_text(folder / "config.yaml", text)
     state.wait_for_everyone()
     return folder
-
-
-def _metrics(
-    config: RunConfig, backbone: Backbone, result: ProtocolResult, session: _Session
-) -> dict[str, Any]:
-    """The flat content of metrics.json: figures first, then what they were measured under."""
-    return {
-        **result.metrics,
-        "protocol": result.protocol,
-        "learner": config.learner_name,
-        "data": config.data.name,
-        **({"targets": config.protocol.targets} if config.protocol.targets else {}),
-        "shots": config.protocol.shots,
-        "seeds": config.protocol.seeds,
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        **session.facts,
-        **environment(),
-    }
-
-
-def failure_sentences(result: ProtocolResult) -> list[str]:
-    """Return one sentence per reason: what stops all runs of a data set is said once."""
-    stopped: dict[str, list[str]] = {}
-    for failure in result.failures:
-        stopped.setdefault(failure.message, []).append(failure.cell.name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {message}"
-        for message, names in stopped.items()
-    ]
-
-
-def environment() -> dict[str, str]:
-    """Return the versions that figures depend on."""
-    return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _curves(
-    config: RunConfig, numbers: Mapping[str, float]
-) -> dict[str, list[tuple[int, float, float | None]]]:
-    shots = config.target.shots or config.protocol.shots
-    if config.protocol.name not in ("coop-fewshot", "multitask") or len(shots) < 2:
-        return {}
-    lines = {
-        config.learner_name: "shots{}/accuracy",
-        "from scratch": "scratch/shots{}/accuracy",
-        "zero-shot": "shots{}/zero_shot_accuracy",
-    }
-    curves = {
-        label: [
-            (k, numbers[key.format(k)], numbers.get(f"{key.format(k)}_ci95"))
-            for k in shots
-            if key.format(k) in numbers
-        ]
-        for label, key in lines.items()
-    }
-    return {label: points for label, points in curves.items() if points}
-
-
-def _describe(config: RunConfig) -> str:
-    shots = "/".join(map(str, config.protocol.shots))
-    seeds = len(config.protocol.seeds)
-    return f"{shots} shots per class, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _takes_seed(learner: str) -> bool:
@@ -403,10 +334,6 @@ def _takes_seed(learner: str) -> bool:
     from vlprompt.signature import options_model
 
     return "seed" in options_model(LEARNERS.get(learner).target).model_fields
-
-
-def _yaml(config: Any) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:

@@ -51,7 +51,12 @@ class Trainable(Protocol):
 
     # A module may also define any of these (see Learner, which documents them):
     #   combine_gradients(gradients), after_epoch(epoch, epochs), after_training(),
-    #   running_state(), load_running_state(state), undecayed() -> names of parameters without weight decay
+    #   running_state(), load_running_state(state)
+    # and, which no learner needs but what wraps one may (see vlprompt.training.gram and vlprompt.meta):
+    #   transform_gradients(gradients): once per step, from what the optimiser would read (by name; of the whole
+    #       batch, unscaled, clipped) to what it reads.
+    #   parameter_groups() -> list of {"names": [...], "rate": a multiple of the learning rate, and options of
+    #       torch's optimiser}; all names together are all that is learned.
 
 
 class Trainer:
@@ -101,7 +106,7 @@ class Trainer:
                 "schedule plateau and stop_patience watch validation data, and this run has none. Give it some, or "
                 "use schedule cosine and no stop_patience."
             )
-        self.optimizer = _build_optimizer(self.parameters, set(self._hook("undecayed") or ()), options)
+        self.optimizer = _build_optimizer(self._groups(), options)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=options.precision == "fp16")
         self.progress = Progress()
         self.best_state: dict[str, Tensor] | None = None
@@ -177,7 +182,7 @@ class Trainer:
         # Seeded by position, so that dropout after a resume is what it would have been without the kill.
         torch.manual_seed(derive_seed(self.options.seed, "step", epoch, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         separate: dict[str, list[Tensor]] = {}
@@ -198,6 +203,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
         if self.options.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.options.grad_clip)
+        self._transform()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
@@ -243,6 +249,24 @@ class Trainer:
         combined = self.module.combine_gradients(separate)  # type: ignore[attr-defined]
         for parameter, gradient in zip(self.parameters.values(), combined, strict=True):
             parameter.grad = gradient * scale if scale != 1 else gradient
+
+    def _transform(self) -> None:
+        """Let the module change what the optimiser is about to read."""
+        if hasattr(self.module, "transform_gradients"):
+            found = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            for name, gradient in self.module.transform_gradients(found).items():
+                self.parameters[name].grad = gradient
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: one, unless the module makes them."""
+        groups = self._hook("parameter_groups") or [{"names": list(self.parameters)}]
+        return [
+            {
+                "params": [self.parameters[n] for n in group["names"]],
+                **{k: v for k, v in group.items() if k != "names"},
+            }
+            for group in groups
+        ]
 
     def _reduce(self, totals: dict[str, Tensor], separate: dict[str, list[Tensor]]) -> None:
         """Sum gradients and losses over processes; the parts' weights already add up to one."""
@@ -334,18 +358,13 @@ class Trainer:
             getattr(callback, event)(self, *arguments)
 
 
-def _build_optimizer(
-    named: Mapping[str, torch.nn.Parameter], undecayed: set[str], options: TrainOptions
-) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": [p for n, p in named.items() if n not in undecayed]}]
-    if spared := [p for n, p in named.items() if n in undecayed]:
-        groups = [g for g in groups if g["params"]] + [{"params": spared, "weight_decay": 0.0}]
+def _build_optimizer(parameters: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
     if options.optimizer == "sgd":
         return torch.optim.SGD(
-            groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+            parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
     return torch.optim.AdamW(
-        groups, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
 
 

@@ -1,6 +1,6 @@
 """Miniature copies of segmentation data sets' layouts, written from their documentation and not by our readers.
 
-Picture i of a part has its number in every pixel; its mask of class c is a bar of c + 1 columns from column i % 4 on, so
+Picture i has its number in every pixel; its mask of class c is a bar of c + 1 columns from column i % 4 on, so
 that a test can tell from a mask which pair it belongs to.
 """
 

@@ -56,7 +56,9 @@ def test_no_phrase(own: Path) -> None:
 
 def test_a_missing_half_is_named_on_both_sides(own: Path) -> None:
     (own / "masks" / "3_mask.png").rename(own / "masks" / "33_mask.png")
-    with pytest.raises(DataError, match=r"2 incomplete pairs: images/3\.png has no mask.*33_mask\.png has no picture"):
+    with pytest.raises(
+        DataError, match=r"2 incomplete pairs: images/3\.png has no mask.*33_mask\.png has no picture"
+    ):
         load_segmentation(f"pairs:{own}")
     with pytest.warns(UserWarning, match="left out"):
         data = load_segmentation(f"pairs:{own}", on_missing="skip")
@@ -78,9 +80,13 @@ def test_sizes_that_differ(own: Path) -> None:
 
 def test_masks_of_many_values_need_a_threshold(own: Path) -> None:
     for i in range(10):
-        lay.mask_file(own / "masks" / f"{i}_mask.png", lay.bar(i) * 240 + np.arange(9, dtype=np.uint8)[:, None], 1)
+        lay.mask_file(
+            own / "masks" / f"{i}_mask.png", lay.bar(i) * 240 + np.arange(9, dtype=np.uint8)[:, None], 1
+        )
     data = load_segmentation(f"pairs:{own}")
-    with pytest.raises(DataError, match=r"_mask\.png holds 18 values \(0, 1, 2, 3, 4, 5, \.\.\.\).*threshold=127"):
+    with pytest.raises(
+        DataError, match=r"_mask\.png holds 18 values \(0, 1, 2, 3, 4, 5, \.\.\.\).*threshold=127"
+    ):
         _ = data[0]
     data = load_segmentation(f"pairs:{own}", threshold=127)
     np.testing.assert_array_equal(data[0].mask, lay.bar(int(Path(str(data.samples[0].source)).stem)))
@@ -192,13 +198,18 @@ def test_shared_pictures_are_found_by_name_and_by_content(tmp_path: Path) -> Non
     records = json.loads(path.read_text())
     records[0]["img_name"] = "006.png"  # of val
     path.write_text(json.dumps(records))
-    with pytest.warns(UserWarning, match=r"1 training pictures are in val or test too and left out: 006\.png"):
+    with pytest.warns(
+        UserWarning, match=r"1 training pictures are in val or test too and left out: 006\.png"
+    ):
         train = load_segmentation(f"prompts:{tmp_path}")
     assert len(train) == 5
     assert len(load_segmentation(f"prompts:{tmp_path}", dedupe=False)) == 6
     lay.picture(tmp_path / "images" / "001.png", 8)  # the pixels of test's 008.png under another name
     parts = {s: load_segmentation(f"prompts:{tmp_path}", s, dedupe=False) for s in ("train", "val", "test")}
-    assert overlaps(parts) == {("train", "val"): [("006.png", "006.png")], ("train", "test"): [("001.png", "008.png")]}
+    assert overlaps(parts) == {
+        ("train", "val"): [("006.png", "006.png")],
+        ("train", "test"): [("001.png", "008.png")],
+    }
 
 
 def test_masks_by_class_and_all_classes(tmp_path: Path) -> None:
@@ -210,8 +221,10 @@ def test_masks_by_class_and_all_classes(tmp_path: Path) -> None:
                     lay.mask_file(tmp_path / "annotations" / split / name / f"{i}.png", lay.bar(i, label))
     test = load_segmentation(f"per_class:{tmp_path}", "test")
     assert [(s.source, s.phrase) for s in test.samples] == [
-        ("validation/100.jpg", "dining table"), ("validation/101.jpg", "dining table"), ("validation/101.jpg", "person"),
-    ]  # fmt: skip
+        ("validation/100.jpg", "dining table"),
+        ("validation/101.jpg", "dining table"),
+        ("validation/101.jpg", "person"),
+    ]
     every = load_segmentation(f"per_class:{tmp_path}", "test", queries="all")
     assert [(s.label, bool(s.masks)) for s in every.samples] == [(0, True), (1, False), (0, True), (1, True)]
     assert not every[1].mask.any()

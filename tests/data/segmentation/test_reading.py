@@ -71,7 +71,9 @@ def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> Non
         grey = np.asarray(image, float).mean(2)
         assert grey[mask == 1].mean() - grey[mask == 0].mean() > 100
         inner = (grey > grey.mean()) & (mask != 255)
-        assert (inner & (mask == 1)).sum() / (inner | (mask == 1)).sum() > 0.93  # the edge moves with the picture
+        assert (inner & (mask == 1)).sum() / (
+            inner | (mask == 1)
+        ).sum() > 0.93  # the edge moves with the picture
     again = views.augment(pair, 3, 7)
     assert again[0].tobytes() == shown[7][0].tobytes()
     assert len({image.tobytes() for image, _ in shown}) > 12
@@ -104,7 +106,7 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     square = [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]
     counts = [0, 2 * height, width * height - 2 * height]  # column-major: the first two columns
     content = {
-        "images": [{"id": i, "file_name": n, "width": width, "height": height} for i, n in enumerate(["a.jpg", "b.jpg"])],
+        "images": [{"id": i, "file_name": f"{n}.jpg", "width": width, "height": height} for i, n in enumerate("ab")],
         "categories": [{"id": 7, "name": "hot_dog"}, {"id": 9, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 0, "category_id": 9, "iscrowd": 0, "segmentation": square},

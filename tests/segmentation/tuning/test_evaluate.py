@@ -57,7 +57,9 @@ def _one_by_one(segmenter: Segmenter, image: Image.Image, phrase: str, size: tup
 def _middle(segmenter: Segmenter, folder: Path) -> float:
     """A threshold that cuts predictions in two, since random logits need not lie around zero."""
     data = load_segmentation(f"per_class:{folder}", "test")
-    return float(np.median(np.concatenate([predict_mask(segmenter, x.image, x.phrase).ravel() for x in data])))  # type: ignore[attr-defined]
+    return float(
+        np.median(np.concatenate([predict_mask(segmenter, x.image, x.phrase).ravel() for x in data]))
+    )  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

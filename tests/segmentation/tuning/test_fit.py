@@ -11,7 +11,12 @@ from vlprompt.backbones import Backbone
 from vlprompt.data.segmentation import MaskDataset, load_segmentation
 from vlprompt.errors import CheckpointError, ConfigError, DataError
 from vlprompt.segmentation import Segmenter
-from vlprompt.segmentation.tuning.fit import SegmentationTask, SegmentTrainOptions, check_phrases, fit_segmenter
+from vlprompt.segmentation.tuning.fit import (
+    SegmentationTask,
+    SegmentTrainOptions,
+    check_phrases,
+    fit_segmenter,
+)
 from vlprompt.segmentation.tuning.losses import segmentation_loss
 from vlprompt.training.callbacks import Callback
 
@@ -25,7 +30,9 @@ def tiny() -> Backbone:
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[MaskDataset, MaskDataset]:
-    return load_segmentation("scenes/masks", "train", images=8), load_segmentation("scenes/masks", "val", images=4)
+    return load_segmentation("scenes/masks", "train", images=8), load_segmentation(
+        "scenes/masks", "val", images=4
+    )
 
 
 def _made(tiny: Backbone, strategy: str = "decoder", **options: Any) -> Segmenter:
@@ -33,13 +40,21 @@ def _made(tiny: Backbone, strategy: str = "decoder", **options: Any) -> Segmente
 
 
 def _same(a: Segmenter, b: Segmenter) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.trainable_state().values(), b.trainable_state().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.trainable_state().values(), b.trainable_state().values(), strict=True)
+    )
 
 
 def test_the_recipe_is_the_papers() -> None:
     recipe = SegmentTrainOptions()
     assert (recipe.epochs, recipe.optimizer, recipe.lr, recipe.batch_size) == (20, "adamw", 2e-4, 32)
-    assert (recipe.schedule, recipe.plateau_factor, recipe.plateau_patience, recipe.monitor) == ("plateau", 0.2, 5, "loss")
+    assert (recipe.schedule, recipe.plateau_factor, recipe.plateau_patience, recipe.monitor) == (
+        "plateau",
+        0.2,
+        5,
+        "loss",
+    )
     assert (recipe.stop_patience, recipe.stop_delta, recipe.min_epochs) == (12, 1e-4, 10)
     assert (recipe.select, recipe.select_metric) == ("best", "dice")
 
@@ -54,7 +69,9 @@ def test_training_lowers_the_loss_and_keeps_the_best_epoch(tiny: Backbone, parts
 @pytest.mark.parametrize("strategy", ["vpt", "decoder"])
 def test_cached_states_change_nothing(tiny: Backbone, parts: Any, strategy: str) -> None:
     runs = [
-        fit_segmenter(_made(tiny, strategy), *parts, epochs=2, lr=0.01, batch_size=4, callbacks=[], cache_mb=mb)
+        fit_segmenter(
+            _made(tiny, strategy), *parts, epochs=2, lr=0.01, batch_size=4, callbacks=[], cache_mb=mb
+        )
         for mb in (2000, 0)
     ]
     for a, b in zip(*(run.history for run in runs), strict=True):
@@ -97,19 +114,21 @@ def test_another_run_is_not_continued(tiny: Backbone, parts: Any, tmp_path: Path
         fit_segmenter(_made(tiny, "coop"), *parts, folder=tmp_path, epochs=1, resume=True, callbacks=[])
     other = parts[0].subset(range(4))
     with pytest.raises(CheckpointError, match="pairs: checkpoint"):
-        fit_segmenter(_made(tiny, "vpt"), other, parts[1], folder=tmp_path, epochs=1, resume=True, callbacks=[])
+        fit_segmenter(
+            _made(tiny, "vpt"), other, parts[1], folder=tmp_path, epochs=1, resume=True, callbacks=[]
+        )
 
 
 def test_only_weight_matrices_decay(tiny: Backbone) -> None:
-    assert SegmentationTask(_made(tiny, "vpt"), segmentation_loss()).undecayed() >= {"segmenter.strategy.context"}
+    prompts = SegmentationTask(_made(tiny, "vpt"), segmentation_loss())
+    assert prompts.parameter_groups() == [{"names": ["segmenter.strategy.context"], "weight_decay": 0.0}]
     task = SegmentationTask(_made(tiny, "decoder"), segmentation_loss())
-    learned = {n for n, p in task.named_parameters() if p.requires_grad}
-    decayed = learned - task.undecayed()
-    assert decayed
-    assert all(n.endswith("weight") for n in decayed)
-    assert not any("norm" in n for n in decayed)
-    assert {n for n in learned if n.endswith("bias")} <= task.undecayed()
-    assert all(p.dim() > 1 for n, p in task.named_parameters() if n in decayed)
+    learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    decayed, spared = (set(group["names"]) for group in task.parameter_groups())
+    assert decayed | spared == set(learned)
+    assert not decayed & spared
+    assert all(n.endswith("weight") and "norm" not in n and learned[n].dim() > 1 for n in decayed)
+    assert {n for n in learned if n.endswith("bias") or "norm" in n} <= spared
 
 
 def test_without_validation_the_last_epoch_is_kept_at_a_constant_rate(tiny: Backbone, parts: Any) -> None:
@@ -127,7 +146,9 @@ def test_long_phrases_are_refused_before_anything_is_trained(tiny: Backbone) -> 
     room = tiny.text.context_length
     data = load_segmentation("scenes/masks", "train", images=2, phrase="red " * (room - 4))
     check_phrases(_made(tiny, "zero_shot"), data)
-    with pytest.raises(DataError, match=rf"scenes/masks, train/\d+: the phrase 'red red .*{room + 2} tokens with the 4"):
+    with pytest.raises(
+        DataError, match=rf"scenes/masks, train/\d+: the phrase 'red red .*{room + 2} tokens with the 4"
+    ):
         fit_segmenter(_made(tiny, "coop"), data, epochs=1)
 
 

@@ -53,7 +53,9 @@ def test_a_run_leaves_tables_pictures_and_models_that_score_the_same(cfg: Path) 
     numbers = json.loads((folder / "cell.json").read_text())
     learned = vlprompt.load(folder / "prompt")
     data = vlprompt.load_segmentation("scenes/masks@sketch", "test", images=6)
-    assert vlprompt.evaluate_segmenter(learned, data).metrics["dice"] == pytest.approx(numbers["dice"], abs=1e-6)
+    assert vlprompt.evaluate_segmenter(learned, data).metrics["dice"] == pytest.approx(
+        numbers["dice"], abs=1e-6
+    )
     assert numbers["trainable"] == learned.num_trainable() == 2 * 4 * 160
     by_hand = [
         json.loads((outcome.folder / "cells" / c.name / "cell.json").read_text())["dice"]
@@ -95,7 +97,9 @@ def test_finished_cells_are_kept_and_a_failing_one_stops_no_other(cfg: Path) -> 
 def test_a_training_picture_that_is_tested_on_is_left_out(tmp_path: Path, cfg: Path) -> None:
     root = tmp_path / "own"
     lay.medvlsm(root, {"train": 6, "val": 2, "test": 2}, ["polyp"])
-    (root / "images/001.png").write_bytes((root / "images/008.png").read_bytes())  # another name, the same picture
+    (root / "images/001.png").write_bytes(
+        (root / "images/008.png").read_bytes()
+    )  # another name, the same picture
     config = load_segment_config(cfg, [f"data.names=[prompts:{root}]", "data.images=null"])
     train = Session(config, tmp_path / "x").data(f"prompts:{root}", "train", 1)
     assert len(train) == 5
@@ -117,7 +121,9 @@ def test_every_mistake_of_a_configuration_at_once(cfg: Path) -> None:
         "Did you mean 'slight'", "data.queries=all", "Did you mean 'zero_shot'",
     ):  # fmt: skip
         assert part in text, part
-    with pytest.raises(ConfigError, match=r"search\.space\.depth: give low and high with low < high, or choices"):
+    with pytest.raises(
+        ConfigError, match=r"search\.space\.depth: give low and high with low < high, or choices"
+    ):
         load_segment_config(cfg, ["search.space={depth: {low: 3}}"])
 
 
@@ -133,8 +139,13 @@ def test_search_continues_where_it_was_killed_as_if_it_had_not_been(cfg: Path, t
     optuna = pytest.importorskip("optuna")
     from vlprompt.segmentation.tuning import search as module
 
-    overrides = ["search.trials=4", "search.startup=2", "seeds=[1]", "train.epochs=1", 
-                 "search.space={train.lr: {low: 0.01, high: 0.1, log: true}, depth: {low: 1, high: 2}}"]
+    overrides = [
+        "search.trials=4",
+        "search.startup=2",
+        "seeds=[1]",
+        "train.epochs=1",
+        "search.space={train.lr: {low: 0.01, high: 0.1, log: true}, depth: {low: 1, high: 2}}",
+    ]
     whole = module.search(load_segment_config(cfg, [*overrides, "name=whole"]))
     (name,) = whole.best
     assert name == "small_vpt_scenes-masks@sketch_4images"  # zero-shot has nothing to vary
@@ -192,7 +203,9 @@ def test_tool_trains_evaluates_and_predicts(tool: Tool, cfg: Path, tmp_path: Pat
     assert "scenes/masks@inverted (val, 100 pairs)" in out
     assert len((tmp_path / "pairs.csv").read_text().splitlines()) == 101
     Image.new("RGB", (90, 40), "white").save("wide.png")
-    status, out, _ = tool("predict", "wide.png", "a red circle", "--prompt", prompt, "--out", "m.png", "--overlay", "o.png")
+    status, out, _ = tool(
+        "predict", "wide.png", "a red circle", "--prompt", prompt, "--out", "m.png", "--overlay", "o.png"
+    )
     assert status == 0
     mask = Image.open("m.png")
     assert (mask.size, mask.mode) == ((90, 40), "L")

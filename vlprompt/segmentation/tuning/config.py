@@ -189,8 +189,12 @@ def load_segment_config(cfg: str | Path, overrides: Sequence[str] = ()) -> Segme
         ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
         UnknownNameError: If there is no such file.
     """
+    raw = read_yaml(cfg, overrides)
+    for section in ("models", "strategies"):  # null takes an entry of a base out
+        if isinstance(raw.get(section), dict):
+            raw[section] = {label: options for label, options in raw[section].items() if options is not None}
     try:
-        config = SegmentConfig.model_validate(read_yaml(cfg, overrides))
+        config = SegmentConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(describe_problems(error, SegmentConfig), str(cfg)) from error
     problems = [*_model_problems(config), *_strategy_problems(config), *_data_problems(config)]
@@ -268,8 +272,9 @@ def _search_problems(config: SegmentConfig) -> list[str]:
     strange = [label for label in config.search.own if label not in config.strategies]
     problems += [f"search.own: {UnknownNameError('strategy', label, config.strategies)}" for label in strange]
     known = {f"train.{k}" for k in SegmentTrainOptions.model_fields}
-    for model, strategy in config.pairs():
+    for model in config.models:
         known |= options_model(SEGMENTERS.get(config.model(model).name).target).model_fields.keys()
+    for strategy in config.strategies:
         known |= options_model(STRATEGIES.get(config.strategy(strategy).name).target).model_fields.keys()
     spaces = {"search.space": config.search.space}
     spaces |= {f"search.own.{label}": space for label, space in config.search.own.items()}

@@ -92,8 +92,8 @@ class SegmentationTask(nn.Module):
         """See :meth:`Segmenter.load_trainable_state`."""
         self.segmenter.load_trainable_state(state)
 
-    def undecayed(self) -> set[str]:
-        """Return the parameters without weight decay: all but weight matrices of linear and convolution layers."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what has weight decay, weight matrices of linear and convolution layers, and what hasn't."""
         decayed = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()
@@ -101,7 +101,10 @@ class SegmentationTask(nn.Module):
             if (name == "weight" and isinstance(module, nn.Linear | nn.modules.conv._ConvNd))
             or name.endswith("proj_weight")
         }
-        return {name for name, _ in self.named_parameters() if name not in decayed}
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"names": [n for n in learned if n in decayed]}]
+        groups.append({"names": [n for n in learned if n not in decayed], "weight_decay": 0.0})
+        return [group for group in groups if group["names"]]
 
 
 class _PairBatches:
@@ -174,11 +177,7 @@ def fit_segmenter(
     processes = accelerator()
     segmenter.to(processes.device)
     checked = _options(options, val is not None)
-    if not len(train):
-        raise DataError(f"{train.name}: there are no training pairs.")
-    for data in (train, *([val] if val is not None else [])):
-        check_phrases(segmenter, data)
-    _know_phrases(segmenter, [train, *([val] if val is not None else [])])
+    _read_phrases(segmenter, [train] if val is None else [train, val])
     criterion, views = segmentation_loss(loss), JointAugmentation(augmentation)
     held = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
 
@@ -230,11 +229,15 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
         )
 
 
-def _know_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
-    """Let a model with a frozen text side encode all phrases now, together.
+def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
+    """Check all phrases, and let a model with a frozen text side encode them now, together.
 
     The last bits of a feature depend on what is encoded beside it, and a resumed run meets phrases in other company.
     """
+    for data in parts:
+        if not len(data):
+            raise DataError(f"{data.name}: there are no {data.split} pairs.")
+        check_phrases(segmenter, data)
     if segmenter.strategy.prompts_text or segmenter.strategy.tunes == "all":
         return
     phrases = list(dict.fromkeys(s.phrase for data in parts for s in data.samples))

@@ -25,8 +25,9 @@ from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter, load_train
 from vlprompt.segmentation.tuning.fit import check_phrases, fit_segmenter
 from vlprompt.segmentation.tuning.results import summary, write_results
 from vlprompt.signature import options_model
+from vlprompt.training import run_summary
 from vlprompt.training.callbacks import Callback
-from vlprompt.training.run import environment, failure_sentences, open_folder, write_history
+from vlprompt.training.run import open_folder, write_history
 
 __all__ = ["SegmentCell", "SegmentOutcome", "Session", "one_cell", "run_segmentation"]
 
@@ -97,11 +98,11 @@ def run_segmentation(config: SegmentConfig, resume: bool = False, command: str =
         "queries": config.data.queries,
         "seeds": config.seeds,
         **session.facts,
-        **environment(),
+        **run_summary.environment(),
     }
     write_json(session.folder / "metrics.json", metrics)
     write_json(session.folder / "cells.json", result.record())
-    failures = failure_sentences(result)
+    failures = run_summary.failures(result)
     table = write_results(session, _by_place(result), metrics, failures, command)
     return SegmentOutcome(session.folder, metrics, table, failures)
 

@@ -1,0 +1,154 @@
+"""What a run says at its end: the flat figures of ``metrics.json`` and the page that shows them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from vlprompt.artefacts import package_version
+from vlprompt.backbones import Backbone
+from vlprompt.config import RunConfig
+from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.evaluation.evaluate import predict_logits
+from vlprompt.evaluation.protocols import ProtocolResult
+from vlprompt.evaluation.report import RunRecord
+from vlprompt.evaluation.transfer import TransferMatrix
+from vlprompt.learners import Learner
+from vlprompt.training.fit import RunResult
+
+__all__ = ["Shown", "environment", "failures", "metrics", "record", "show", "yaml_text"]
+
+# A learner, what it was tested on, and how it was trained: what the page shows pictures of.
+Shown = tuple[Learner, ImageDataset, RunResult]
+
+
+def metrics(
+    config: RunConfig, backbone: Backbone, result: ProtocolResult, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the flat content of metrics.json: figures first, then what they were measured under."""
+    return {
+        **result.metrics,
+        "protocol": result.protocol,
+        "learner": config.learner_name,
+        "data": config.meta.pairs if config.protocol.name == "meta" else config.data.name,
+        **({"targets": config.protocol.targets} if config.protocol.targets else {}),
+        "shots": config.protocol.shots,
+        "seeds": config.protocol.seeds,
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        **facts,
+        **environment(),
+    }
+
+
+def failures(result: ProtocolResult) -> list[str]:
+    """Return one sentence per reason: what stops all runs of a data set is said once."""
+    stopped: dict[str, list[str]] = {}
+    for failure in result.failures:
+        stopped.setdefault(failure.message, []).append(failure.cell.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {message}"
+        for message, names in stopped.items()
+    ]
+
+
+def yaml_text(config: Any) -> str:
+    """Return the resolved configuration as YAML; its hash names the run's folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def record(
+    config: RunConfig,
+    backbone: Backbone,
+    result: ProtocolResult,
+    found: Mapping[str, Any],
+    command: str,
+    matrix: TransferMatrix | None,
+) -> RunRecord:
+    """Return what the page says in figures and lines.
+
+    Args:
+        config: Of the run.
+        backbone: Of the run.
+        result: Of its protocol.
+        found: See :func:`metrics`.
+        command: Which started it.
+        matrix: Of a transfer study.
+    """
+    numbers = {
+        k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    base = "base/" if "base/accuracy" in numbers else ""
+    headline = {
+        "zero-shot": numbers.get(f"{base}zero_shot_accuracy"),
+        "from scratch": numbers.get(f"scratch/{base}accuracy"),
+        "learned": numbers.get(f"{base}accuracy"),
+    }
+    page = RunRecord(
+        title=f"{config.learner_name} on {_subject(config)}",
+        headline={k: v for k, v in headline.items() if v is not None},
+        summary=f"{backbone.name}, {result.protocol}, {_describe(config)}.",
+        metrics=numbers,
+        curves=_curves(config, numbers),
+        failures=failures(result),
+        config=yaml_text(config),
+        command=command,
+        environment={**environment(), "backbone": backbone.fingerprint["id"]},
+    )
+    if matrix is not None:
+        explanation = (
+            "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
+        )
+        page.drawings = {"What helps what": (explanation, matrix.figure())}
+    return page
+
+
+def show(page: RunRecord, shown: Shown, cache: FeatureCache) -> None:
+    """Put a trained learner's history, predictions and pictures on the page."""
+    learner, test, trained = shown
+    logits, labels = predict_logits(learner, test, cache=cache)
+    page.history = trained.history
+    page.classnames, page.labels = list(test.classnames), np.asarray(labels)
+    page.probs, page.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
+
+
+def _subject(config: RunConfig) -> str:
+    return config.meta.pairs if config.protocol.name == "meta" else ", ".join(config.data.names)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that figures depend on."""
+    return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _curves(
+    config: RunConfig, numbers: Mapping[str, float]
+) -> dict[str, list[tuple[int, float, float | None]]]:
+    shots = config.target.shots or config.protocol.shots
+    if config.protocol.name not in ("coop-fewshot", "multitask") or len(shots) < 2:
+        return {}
+    lines = {
+        config.learner_name: "shots{}/accuracy",
+        "from scratch": "scratch/shots{}/accuracy",
+        "zero-shot": "shots{}/zero_shot_accuracy",
+    }
+    curves = {
+        label: [
+            (k, numbers[key.format(k)], numbers.get(f"{key.format(k)}_ci95"))
+            for k in shots
+            if key.format(k) in numbers
+        ]
+        for label, key in lines.items()
+    }
+    return {label: points for label, points in curves.items() if points}
+
+
+def _describe(config: RunConfig) -> str:
+    shots = "/".join(map(str, config.protocol.shots))
+    seeds = len(config.protocol.seeds)
+    return f"{shots} shots per class, {seeds} seed{'s' if seeds > 1 else ''}"
