@@ -95,11 +95,11 @@ def test_only_the_denoiser_learns_and_the_average_follows() -> None:
         module.update_average()
         keep = min(0.9, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * (start + step)
-    torch.testing.assert_close(module.average["conv_in.bias"], expected)
+    torch.testing.assert_close(module.average["unet.conv_in.bias"], expected)
     other = DenoisingModule(backbone, 2)
     other.load_running_state(module.running_state())
     assert other.steps == 3
-    assert torch.equal(other.average["conv_in.bias"], module.average["conv_in.bias"])
+    assert torch.equal(other.average["unet.conv_in.bias"], module.average["unet.conv_in.bias"])
 
 
 def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:

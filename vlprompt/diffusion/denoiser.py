@@ -3,7 +3,8 @@
 A picture is cut into 4 x 4 patches (48 channels on a 16 x 16 grid, an orthogonal change of coordinates), which makes
 a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`, so pictures,
 sentences and learned vectors enter alike: each is a token of cross-attention, and their mean joins the embedding of
-time.
+time and is unfolded into a canvas, further channels beside the noisy picture: convolutions alone can't tell where
+"top left" is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = ["WEIGHTS", "Denoiser", "from_patches", "load_denoiser", "to_patches"]
 WEIGHTS = Path(str(files("vlprompt.diffusion"))) / "weights" / "tiny_diffusion.safetensors"
 
 _PATCH = 4
+_CANVAS, _HIDDEN = 16, 256  # channels of the canvas, and the width of the layer before it
 
 
 def to_patches(pictures: Tensor) -> Tensor:
@@ -45,8 +47,8 @@ def from_patches(patches: Tensor) -> Tensor:
 class Denoiser(nn.Module):
     """Predicts a clean picture from a noisy one and a condition.
 
-    The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps; the network predicts v
-    (Salimans & Ho, ICLR 2022).
+    The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps. The network predicts the clean
+    picture itself: one as small as this would leave noise in place if it had to name the noise.
 
     Args:
         seed: Of the random weights.
@@ -66,7 +68,13 @@ class Denoiser(nn.Module):
         config = json.loads((files("vlprompt.diffusion") / "tiny_unet.json").read_text(encoding="utf-8"))
         with seeded_modules(seed, "tiny-diffusion", "initialisation"):
             self.unet = import_diffusers().UNet2DConditionModel(**config)
-        self.dim = int(config["cross_attention_dim"])
+            self.dim, side = int(config["cross_attention_dim"]), int(config["sample_size"])
+            self.canvas = nn.Sequential(
+                nn.Linear(self.dim, _HIDDEN),
+                nn.SiLU(),
+                nn.Linear(_HIDDEN, _CANVAS * side**2),
+                nn.Unflatten(1, (_CANVAS, side, side)),
+            )
         self.register_buffer("alphas", self._scheduler("ddim").alphas_cumprod.clone(), persistent=False)
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -80,11 +88,6 @@ class Denoiser(nn.Module):
         Raises:
             DataError: If the condition has another shape.
         """
-        level = self.alphas[time].view(-1, 1, 1, 1)
-        return level.sqrt() * noisy - (1 - level).sqrt() * self.velocity(noisy, time, condition)
-
-    def velocity(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """Return what the network says, v = sqrt(alpha) noise - sqrt(1 - alpha) picture; see :meth:`forward`."""
         if condition.dim() != 3 or condition.shape[-1] != self.dim or len(condition) != len(noisy):
             raise DataError(
                 f"a condition is (B, S, {self.dim}) with B = {len(noisy)}; got {tuple(condition.shape)}."
@@ -92,8 +95,9 @@ class Denoiser(nn.Module):
         tokens = condition * self.dim**0.5  # entries of about one, as the network's other inputs
         # For at most 64 places the plain attention is faster on a CPU than the fused one, and as exact.
         with sdpa_kernel(SDPBackend.MATH):
-            out = self.unet(noisy, time, tokens, class_labels=tokens.mean(1), return_dict=False)[0]
-        return out.float()
+            whole = tokens.mean(1)
+            seen = torch.cat([noisy, self.canvas(whole)], 1)
+            return self.unet(seen, time, tokens, class_labels=whole, return_dict=False)[0].float()
 
     def noised(self, patches: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Return patches (B, 48, 16, 16) with as much noise as belongs to a time (B,)."""
@@ -118,20 +122,16 @@ class Denoiser(nn.Module):
         patches = noise.to(condition.device)
         for time in solver.timesteps:
             when = torch.full((len(patches),), int(time), device=patches.device)
-            v = self.velocity(patches, when, condition)
+            clean = self(patches, when, condition)
             if guidance != 1:
-                free = self.velocity(patches, when, torch.zeros_like(condition))
-                v = free + guidance * (v - free)
-            patches = solver.step(v, time, patches, return_dict=False)[0]
+                free = self(patches, when, torch.zeros_like(condition))
+                clean = free + guidance * (clean - free)
+            patches = solver.step(clean, time, patches, return_dict=False)[0]
         return from_patches(patches).clamp(0, 1)
-
-    def packed(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the network's tensors as they are shipped, in float16."""
-        return {n: t.detach().half() for n, t in (state or self.unet.state_dict()).items()}
 
     @staticmethod
     def _scheduler(name: str) -> Any:
-        facts = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+        facts = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
         if name == "dpm":
             kind = import_diffusers().DPMSolverMultistepScheduler
             return kind(**facts, timestep_spacing="trailing", final_sigmas_type="zero")
@@ -152,7 +152,7 @@ def load_denoiser(path: Path | None = None) -> Denoiser:
     packed, _ = read_tensors(path or WEIGHTS)
     model = Denoiser()
     try:
-        model.unet.load_state_dict({n: t.float() for n, t in packed.items()}, strict=True)
+        model.load_state_dict({n: t.float() for n, t in packed.items()}, strict=True)
     except RuntimeError as error:
         raise BackboneError(f"{path or WEIGHTS} does not fit tiny-diffusion: {error}") from error
     return model.requires_grad_(False).eval()

@@ -126,6 +126,6 @@ class TinyDiffusion(Generator):
 def _hash(model: Denoiser) -> str:
     """Return 12 hex digits of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.unet.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -95,12 +95,7 @@ class DenoisingModule(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        backbone: Backbone,
-        seed: int,
-        perception: float = 0.5,
-        watched: float = 0.5,
-        decay: float = 0.998,
+        self, backbone: Backbone, seed: int, perception: float = 1.0, watched: float = 0.5, decay: float = 0.998
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(seed)
@@ -139,16 +134,16 @@ class DenoisingModule(nn.Module):
         """Move the running average; faster at first, or the initial weights would stay in it for long."""
         self.steps += 1
         keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, tensor in self.denoiser.unet.state_dict().items():
+        for name, tensor in self.denoiser.state_dict().items():
             self.average[name].lerp_(tensor, 1 - keep)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the network's tensors by name."""
-        return {n: t.detach() for n, t in self.denoiser.unet.state_dict().items()}
+        return {n: t.detach() for n, t in self.denoiser.state_dict().items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put tensors back, strictly."""
-        self.denoiser.unet.load_state_dict(dict(state), strict=True)
+        self.denoiser.load_state_dict(dict(state), strict=True)
 
     def running_state(self) -> dict[str, Tensor]:
         """Return the running average and its age."""

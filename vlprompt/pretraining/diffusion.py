@@ -42,7 +42,7 @@ class DiffusionOptions(BaseModel):
     captions: int = Field(3, ge=2, description="embedded captions per picture")
     drop: float = Field(0.1, ge=0, lt=1, description="share without condition, for guidance")
     worded: float = Field(0.2, ge=0, le=0.75, description="share conditioned on captions alone")
-    perception: float = Field(0.5, ge=0, description="weight of the comparison of embeddings")
+    perception: float = Field(1.0, ge=0, description="weight of the comparison of embeddings")
     watched: float = Field(0.5, ge=0, le=1, description="share of each batch that they are compared on")
     decay: float = Field(0.998, gt=0, lt=1, description="of the running average of weights that is shipped")
     watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
@@ -133,7 +133,7 @@ class _Watch:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Return the share by task and their mean as ``"accuracy"``; writes ``samples.png``."""
-        self.denoiser.unet.load_state_dict(self.module.average)
+        self.denoiser.load_state_dict(self.module.average)
         scores, rows = {}, []
         for task, (images, heads) in self.tasks.items():
             seen = self.backbone.encode_image(_preprocessed(images, self.backbone))
@@ -162,7 +162,7 @@ class _Ship(Callback):
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         write_json(self.folder / "history.json", trainer.progress.history)
-        packed = self.module.denoiser.packed(self.module.average)
+        packed = {name: tensor.half() for name, tensor in self.module.average.items()}
         write_tensors(self.path, packed, {"history": trainer.progress.history})
         print(
             " ".join(f"{k} {v:.4g}" for k, v in record.items()),
