@@ -142,3 +142,19 @@ def test_blocks_above_the_last_tap_are_not_run(small: Backbone) -> None:
     for hook in hooks:
         hook.remove()
     assert ran == [0, 1, 2, 3]
+
+
+def test_towers_of_timm_read_their_own_size(make_backbone: Any) -> None:
+    timm = {
+        "timm_model_name": "test_vit",
+        "timm_pool": "token",
+        "timm_proj": "linear",
+        "timm_model_pretrained": False,
+    }
+    backbone = make_backbone(vision={**timm, "image_size": 160}, custom=True)
+    segmenter = create_segmenter("clipseg", backbone, "vpt", hidden=16)
+    assert segmenter(torch.zeros(1, 3, 160, 160), ["cat"]).shape == (1, 1, 160, 160)
+    with pytest.raises(BackboneError, match=r"comes from timm and reads 160 x 160 pixels only, got 96 x 160"):
+        segmenter(torch.zeros(1, 3, 96, 160), ["cat"])
+    with pytest.raises(BackboneError, match="projects its tokens into the joint space"):
+        create_segmenter("cris", backbone)
