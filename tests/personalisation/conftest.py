@@ -23,7 +23,7 @@ def tiny_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vlprompt.personalisation.hosts import TinyHost
 
     path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    write_tensors(path, Denoiser(seed=1).packed())
+    write_tensors(path, Denoiser(seed=1).state_dict())
     return TinyHost(TinyDiffusion(steps=2, weights=str(path), device="cpu"))
 
 

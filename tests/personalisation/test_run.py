@@ -51,7 +51,7 @@ def test_a_run_writes_files_table_and_report(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from vlprompt.diffusion.denoiser import Denoiser
 
-    write_tensors(tmp_path / "w.safetensors", Denoiser(seed=1).packed())
+    write_tensors(tmp_path / "w.safetensors", Denoiser(seed=1).state_dict())
     config = PersonaliseConfig.read(write_config(tmp_path, tmp_path / "w.safetensors"))
     outcome = run_personalisation(config)
     files = sorted(p.name for p in (outcome.folder / "concepts").glob("*.safetensors"))

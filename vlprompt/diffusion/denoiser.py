@@ -10,7 +10,6 @@ time and is unfolded into a canvas, further channels beside the noisy picture: c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any

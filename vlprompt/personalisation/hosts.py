@@ -104,12 +104,12 @@ class TinyHost(Host):
         return to_patches(_pixels(images, 64)).to(self.backbone.device)
 
     def loss(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """See :meth:`Host.loss`; the network predicts v = sqrt(alpha) noise - sqrt(1 - alpha) picture."""
+        """See :meth:`Host.loss`; the network predicts the picture, weighted by signal to noise as in its training."""
         denoiser = self.generator.denoiser
-        level = denoiser.alphas[time].view(-1, 1, 1, 1)
-        target = level.sqrt() * noise - (1 - level).sqrt() * latents
-        found = denoiser.velocity(denoiser.noised(latents, noise, time), time, context)
-        return (found - target).square().mean()
+        found = denoiser(denoiser.noised(latents, noise, time), time, context)
+        level = denoiser.alphas[time]
+        weight = (level / (1 - level)).clamp(1.0, 5.0)
+        return (weight * (found - latents).square().mean((1, 2, 3))).mean()
 
     def read(self, text: str) -> Tensor:
         """See :meth:`Host.read`."""

@@ -95,7 +95,12 @@ class DenoisingModule(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: Backbone, seed: int, perception: float = 1.0, watched: float = 0.5, decay: float = 0.998
+        self,
+        backbone: Backbone,
+        seed: int,
+        perception: float = 1.0,
+        watched: float = 0.5,
+        decay: float = 0.998,
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(seed)
