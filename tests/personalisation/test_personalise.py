@@ -143,7 +143,8 @@ def test_a_concept_file_draws_what_was_learned(
     torch.testing.assert_close(context[0], result.module.context().detach(), rtol=0, atol=1e-6)
     drawn = [np.asarray(p) for p in host.draw(context[0], 2, seed=0)]
     assert not np.array_equal(*drawn)
-    assert np.array_equal(drawn[0], np.asarray(host.draw(context[0], 1, seed=0)[0]))
+    alone = np.asarray(host.draw(context[0], 1, seed=0)[0]).astype(int)
+    assert np.abs(alone - drawn[0]).max() <= 2  # the last bits depend on company
     again = personalise(
         host, pictures, word, method, train=TRAIN, options={"template": template, **options}
     ).module

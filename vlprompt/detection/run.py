@@ -23,7 +23,8 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.statistics import summarise
 from vlprompt.evaluation.tables import Row, to_markdown
 from vlprompt.files import write_json, write_text
-from vlprompt.training.run import environment, open_folder
+from vlprompt.training.run import open_folder
+from vlprompt.training.run_summary import environment
 
 __all__ = ["DetectOutcome", "run_detection"]
 

@@ -24,7 +24,8 @@ from vlprompt.personalisation.grid import grid_svg, sheet
 from vlprompt.personalisation.hosts import Host, TinyHost
 from vlprompt.personalisation.personalise import personalise
 from vlprompt.personalisation.race import Race, summary_table
-from vlprompt.training.run import environment, open_folder
+from vlprompt.training.run import open_folder
+from vlprompt.training.run_summary import environment
 
 __all__ = ["PersonaliseOutcome", "create_host", "run_personalisation"]
 

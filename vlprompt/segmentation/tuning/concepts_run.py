@@ -27,7 +27,8 @@ from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
 from vlprompt.segmentation.tuning.losses import LossName
 from vlprompt.signature import describe_problems
 from vlprompt.training.options import TrainOptions
-from vlprompt.training.run import environment, open_folder
+from vlprompt.training.run import open_folder
+from vlprompt.training.run_summary import environment
 
 __all__ = ["ConceptMaskConfig", "ConceptMaskOutcome", "run_mask_concepts"]
 
