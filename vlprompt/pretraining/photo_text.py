@@ -227,7 +227,12 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
 
 
 def _teach_head(
-    module: TextModule, batches: SentenceBatches, options: PhotoTextOptions, folder: Path, watch: Watch, resume: bool
+    module: TextModule,
+    batches: SentenceBatches,
+    options: PhotoTextOptions,
+    folder: Path,
+    watch: Watch,
+    resume: bool,
 ) -> list[dict[str, Any]]:
     states = state_batches(module, batches, options.head.batch_size, options.head.seed, _VIEWS)
     members = batches.members(range(len(batches.vocabulary.phrases)))
