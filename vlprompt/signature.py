@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from vlprompt.errors import ConfigError, nearest
 
-__all__ = ["check_options", "describe_problems", "options_model"]
+__all__ = ["check_options", "describe_options", "describe_problems", "options_model"]
 
 _SHORT = reprlib.Repr()  # what was given may be a whole hostile file
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -45,6 +45,20 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], source
     except ValidationError as error:
         raise ConfigError(describe_problems(error, model), source) from error
     return {name: getattr(checked, name) for name in options}
+
+
+def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """Return what a Google-style docstring says before its ``Args:``, and what it says of each argument."""
+    text, _, rest = inspect.cleandoc(target.__doc__ or "").partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in rest.split("\n\n")[0].splitlines():
+        if line.startswith("        "):  # goes on
+            found[name] += f" {line.strip()}"
+        else:
+            name, _, described = line.strip().partition(": ")
+            found[name] = described
+    return text.strip(), found
 
 
 def describe_problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:

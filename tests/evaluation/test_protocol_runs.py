@@ -24,7 +24,9 @@ learner: {{name: coop, context_length: 2}}
 data: {{name: scenes/kind}}
 train: {{epochs: 1, lr: 0.05, batch_size: 16}}
 """
-CROSS = "protocol={name: cross-dataset, shots: [2], seeds: [1, 2], targets: [scenes/size, digits]}"
+CROSS = (
+    "protocol={name: cross-dataset, shots: [2], seeds: [1, 2], targets: [scenes/size, scenes/arrangement]}"
+)
 Train = Callable[..., tuple[dict, str]]
 
 
@@ -54,26 +56,31 @@ def folder_of(tmp_path: Path) -> Path:
 def test_cross_dataset_trains_once_per_seed_and_keeps_finished_cells(train: Train, tmp_path: Path) -> None:
     metrics, _ = train(CROSS)
     assert metrics["protocol"] == "cross-dataset"
-    for key in ("source/score", "scenes/size/accuracy", "digits/zero_shot_score", "score_ci95"):
+    for key in ("source/score", "scenes/size/accuracy", "scenes/arrangement/zero_shot_score", "score_ci95"):
         assert key in metrics
-    average = (metrics["scenes/size/score"] + metrics["digits/score"]) / 2
+    average = (metrics["scenes/size/score"] + metrics["scenes/arrangement/score"]) / 2
     assert metrics["score"] == metrics["accuracy"] == pytest.approx(average)
-    assert metrics["targets"] == ["scenes/size", "digits"]
+    assert metrics["targets"] == ["scenes/size", "scenes/arrangement"]
     assert metrics["runs"] == 6
     trained = sorted(p.parent.parent.name for p in folder_of(tmp_path).rglob("prompt.safetensors"))
     assert trained == ["scenes-kind_2shots_seed1", "scenes-kind_2shots_seed2"]
     table = (folder_of(tmp_path) / "table.md").read_text().splitlines()
-    assert table[0] == "| method (%) | scenes/kind (source) | scenes/size | digits | average |"
+    assert table[0] == "| method (%) | scenes/kind (source) | scenes/size | scenes/arrangement | average |"
     for seed in (1, 2):
-        cell = folder_of(tmp_path) / "cells" / f"scenes-kind_2shots_seed{seed}_on_digits" / "cell.json"
+        cell = (
+            folder_of(tmp_path)
+            / "cells"
+            / f"scenes-kind_2shots_seed{seed}_on_scenes-arrangement"
+            / "cell.json"
+        )
         cell.write_text(json.dumps({**json.loads(cell.read_text()), "score": 0.75}))
-    assert train(CROSS, "--resume")[0]["digits/score"] == 0.75
+    assert train(CROSS, "--resume")[0]["scenes/arrangement/score"] == 0.75
 
 
 def test_a_target_is_asked_for_in_its_own_words(train: Train) -> None:
     """Untrained masks are zero-shot classification, with the target's templates instead of the source's."""
     metrics, _ = train(CROSS, "learner={name: amt}", "train.epochs=0", "protocol.seeds=[1]")
-    for target in ("scenes/size", "digits"):
+    for target in ("scenes/size", "scenes/arrangement"):
         assert metrics[f"{target}/score"] == metrics[f"{target}/zero_shot_score"]
 
 
@@ -88,10 +95,10 @@ def test_domain_generalisation_over_styles(train: Train) -> None:
 def test_one_bad_folder_costs_its_own_cells_only(train: Train, tmp_path: Path) -> None:
     """A run over several data sets finishes the others, tells the failure at the end and exits with 1."""
     bad = tmp_path / "nothing here"
-    metrics, err = train(CROSS, f"protocol.targets=[scenes/size, 'folder:{bad}', digits]", code=1)
+    metrics, err = train(CROSS, f"protocol.targets=[scenes/size, 'folder:{bad}', scenes/arrangement]", code=1)
     assert metrics["runs_failed"] == 2
     assert "scenes/size/score" in metrics
-    assert "digits/score" in metrics
+    assert "scenes/arrangement/score" in metrics
     assert "score" not in metrics  # an average over fewer data sets is another number
     last = err.strip().splitlines()[-2:]
     assert all(line.startswith("failed: scenes-kind_2shots_seed") and str(bad) in line for line in last)
@@ -102,13 +109,13 @@ def test_a_bad_source_says_so_and_why_the_rest_is_missing(train: Train, tmp_path
     bad = tmp_path / "nothing here"
     _, err = train(CROSS, f"data.name=folder:{bad}", "protocol.seeds=[1]", code=1)
     assert f"there is no folder {str(bad)!r}" in err
-    assert "did not finish, so there is nothing to score on digits" in err
+    assert "did not finish, so there is nothing to score on scenes/size" in err
 
 
 def test_base_to_new_survives_one_bad_folder(train: Train, tmp_path: Path) -> None:
-    names = f"data.name=[scenes/colour, 'folder:{tmp_path / 'nothing here'}']"
+    names = f"data.name=[scenes/larger, 'folder:{tmp_path / 'nothing here'}']"
     metrics, err = train("protocol={name: base-to-new, shots: [2], seeds: [1]}", names, code=1)
-    assert "scenes/colour/harmonic_mean" in metrics
+    assert "scenes/larger/harmonic_mean" in metrics
     assert metrics["runs_failed"] == 1
     assert "there is no folder" in err
 

@@ -77,8 +77,14 @@ def read(path: Path) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
-    html, page = read(write_report(tmp_path / "report.html", run()))
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of an ordinary run."""
+    return write_report(tmp_path_factory.mktemp("usual") / "report.html", run())
+
+
+def test_nothing_is_fetched_from_anywhere(usual: Path) -> None:
+    html, page = read(usual)
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "base"}
         for name in ("src", "href", "xlink:href", "srcset", "data"):
@@ -87,8 +93,8 @@ def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_the_figures_given_are_on_the_page(tmp_path: Path) -> None:
-    _, page = read(write_report(tmp_path / "report.html", run()))
+def test_the_figures_given_are_on_the_page(usual: Path) -> None:
+    _, page = read(usual)
     for text in (
         "CoOp on scenes/shape",
         "57.1",
@@ -170,20 +176,17 @@ def test_a_bare_record_and_failures(tmp_path: Path) -> None:
     assert "<svg" not in html
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (write_report(tmp_path / n, run()).read_bytes() for n in ("a.html", "b.html"))
-    assert first == second
+def test_the_same_run_gives_the_same_bytes_and_drawing_leaves_matplotlib_as_it_was(
+    usual: Path, tmp_path: Path
+) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    assert write_report(tmp_path / "again.html", run()).read_bytes() == usual.read_bytes()
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\(60, 2\).*got \(60, 3\)"):
         write_report(tmp_path / "report.html", run(classnames=["a", "b"]))
     assert not (tmp_path / "report.html").exists()
-
-
-def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write_report(tmp_path / "report.html", run())
-    assert dict(matplotlib.rcParams) == before

@@ -19,7 +19,7 @@ from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers
 from vlprompt.errors import BackboneError
 
-__all__ = ["ImageToImage", "ImageVariation"]
+__all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
 Scheduler = Literal["own", "dpm", "unipc"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -45,7 +45,7 @@ class _Pipeline(Generator):
     ) -> None:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = _dtype(precision, place)
-        self.pipe = _load(self.classname, pipeline, revision).to(place, dtype)
+        self.pipe = load_pipeline(self.classname, pipeline, revision).to(place, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if scheduler != "own":
             kind = getattr(import_diffusers(), _SCHEDULERS[scheduler])
@@ -172,7 +172,17 @@ class ImageToImage(_Pipeline):
         return list(self.pipe(prompt=prompts, image=square, strength=self.strength, **arguments).images)
 
 
-def _load(classname: str, pipeline: str, revision: str | None) -> Any:
+def load_pipeline(classname: str, pipeline: str, revision: str | None = None) -> Any:
+    """Return a pipeline of diffusers by its class.
+
+    Args:
+        classname: Of diffusers.
+        pipeline: A name on the Hugging Face Hub or a local folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        BackboneError: If it can't be had; says what to do.
+    """
     diffusers = import_diffusers()
     try:
         kind = getattr(diffusers, classname)

@@ -13,7 +13,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.classnames import check_classnames, check_templates
 from vlprompt.errors import CheckpointError, DataError
 
-__all__ = ["DEFAULT_TEMPLATES", "Learner"]
+__all__ = ["DEFAULT_TEMPLATES", "Learner", "misfits"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -32,6 +32,7 @@ class Learner(nn.Module):
 
     Attributes:
         static_images: True if nothing learned touches the image tower, so image embeddings may be cached.
+        reads: What :meth:`embed_images` gives beside the image embedding, for caches; empty if nothing.
         class_bound: True if what is learned belongs to the class list, so other classes can't be named.
         smooth: False if losses are a step function of what is learned (binary masks), so a small step shows nothing.
         method: Its registry name.
@@ -39,6 +40,7 @@ class Learner(nn.Module):
     """
 
     static_images: bool = True
+    reads: str = ""
     class_bound: bool = False
     smooth: bool = True
     method: str = ""
@@ -113,14 +115,7 @@ class Learner(nn.Module):
             CheckpointError: If a tensor is missing, unknown or of another shape; each is named.
         """
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{n} is missing" for n in own if n not in state]
-        problems += [f"{n} is unknown" for n in state if n not in own]
-        problems += [
-            f"{n} has shape {tuple(state[n].shape)}, expected {tuple(p.shape)}"
-            for n, p in own.items()
-            if n in state and state[n].shape != p.shape
-        ]
-        problems += [f"{n} is not finite" for n in own if n in state and not bool(state[n].isfinite().all())]
+        problems = misfits(own, state)
         if problems:
             raise CheckpointError(
                 f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
@@ -139,6 +134,8 @@ class Learner(nn.Module):
     # Optional hooks of fit; MaskTuning has both:
     #   survey(source: TrainingSource): before training, looks at what it will be trained on.
     #   figures() -> dict of numbers: after training, describes what was learned; metrics ``learned/...``.
+    #   calibrate_on(data, embeddings): as calibrate below, for what needs more of the validation data than labels.
+    #       DBOM has it.
     # Optional hooks of fit, for learners of frozen image embeddings:
     #   prepare(views (V, N, d), labels (N,)): before training; may replace parameters (their shape can be N).
     #   calibrate(embeddings (n, d), labels (n,)) -> dict of numbers: after training, if there are validation
@@ -157,6 +154,23 @@ class Learner(nn.Module):
         if self._cached_weights is None:
             self._cached_weights = self.class_weights()
         return self._cached_weights
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Return why a state can't be put in the place of ``own``: what is missing, unknown, misshapen or not finite."""
+    problems = [f"{n} is missing" for n in own if n not in state]
+    problems += [f"{n} is unknown" for n in state if n not in own]
+    for name, expected in own.items():
+        got = state.get(name)
+        if got is None:
+            continue
+        if got.shape != expected.shape:
+            problems.append(f"{name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+        elif got.is_floating_point() != expected.is_floating_point():
+            problems.append(f"{name} is {got.dtype}, expected {expected.dtype}")
+        elif not bool(got.isfinite().all()):
+            problems.append(f"{name} is not finite")
+    return problems
 
 
 def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:

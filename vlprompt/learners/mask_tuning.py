@@ -10,7 +10,6 @@ gradients when both are small (see :func:`agreement`); it masks the patch embedd
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -18,15 +17,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.masks import masked_weight, pack, unpack
 from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.errors import CheckpointError, ConfigError
 from vlprompt.learners import LEARNERS, create_learner
 from vlprompt.learners._masks import Group, Importance, Select, choose, gradient_dropout, group_of, importance
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._scores import MaskScores
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner, misfits
 from vlprompt.seeding import derive_seed
 from vlprompt.signature import options_model
 
@@ -100,16 +99,15 @@ class MaskTuning(Learner):
         super().__init__(backbone, classnames, templates)
         if threshold >= init:
             raise ConfigError([f"threshold: {threshold} must be below init, {init}."], "mask tuning")
-        self.init, self.threshold, self.norm_weight, self.seed = init, threshold, norm_weight, seed
+        self.threshold, self.norm_weight, self.seed = threshold, norm_weight, seed
         self.temperature = temperature
         self.gdr_lambda = float(self.regularised) if gdr_lambda is None else gdr_lambda
         self.selection = (select, select_share, select_count)
         self.kinds = group_of(backbone, self.group, patch, tensors)
         self.importance: dict[str, Importance] = {}
         frozen = {name: backbone.vision.visual.get_parameter(name) for name in self.kinds}
-        self.scores = nn.ParameterDict({_key(n): torch.full_like(w, init) for n, w in frozen.items()})
-        use = {n: functools.partial(_use, self.scores, _key(n), threshold) for n in self.kinds}
-        view = ReweightedBackbone(backbone, use)
+        self.scores = MaskScores(frozen, init, threshold)
+        view = ReweightedBackbone(backbone, self.scores.use())
         self.prompts = _combined(prompts, view, self.classnames, self.templates, prompt_options or {}, seed)
         self.plain = prompts == "zero_shot"
         self.class_bound = self.prompts.class_bound
@@ -141,7 +139,7 @@ class MaskTuning(Learner):
         if self.norm_weight:
             learned = [s for s in self.scores.values() if s.requires_grad]
             losses["norm_penalty"] = self.norm_weight * torch.stack([s.norm() for s in learned]).sum()
-        if self.gdr_lambda and not (self.plain and self._nothing_masked()):
+        if self.gdr_lambda and not (self.plain and self.scores.all_on()):
             student = (logits.float() / self.temperature).log_softmax(-1)
             teacher = (self._teacher_logits(batch) / self.temperature).log_softmax(-1)
             divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -191,13 +189,13 @@ class MaskTuning(Learner):
             self.importance = importance(self.backbone, self._zero_shot_weights(), shown, self.kinds)
             chosen = choose(self.importance, self.kinds, how, share, count)
             for name in self.kinds:
-                self.scores[_key(name)].requires_grad_(name in chosen)
+                self.scores.of(name).requires_grad_(name in chosen)
             log.info("masks on %d of %d weights: %s", len(chosen), len(self.kinds), ", ".join(chosen))
         self._views = source.training_data()[0] if self.gdr_lambda and source.repeats else None
 
     def masks(self) -> dict[str, Tensor]:
         """Return the boolean mask of every weight of the group by its name in the image tower; False is off."""
-        return {name: self.scores[_key(name)].detach() > self.threshold for name in self.kinds}
+        return self.scores.masks()
 
     def figures(self) -> dict[str, float]:
         """Return shares: weights switched off, dropped gradient elements, and the penalty's part in the gradient."""
@@ -214,18 +212,18 @@ class MaskTuning(Learner):
     def after_training(self) -> None:
         """Say so if nothing was switched off."""
         self._views = None
-        if self._nothing_masked():
+        if self.scores.all_on():
             log.warning(
                 "%s: no weight was switched off. Steps times rate must exceed init - threshold = %.3g: raise train.lr "
                 "or train.epochs.",
                 self.method,
-                self.init - self.threshold,
+                self.scores.init - self.threshold,
             )
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the masks, 8 weights to a byte, and the prompts' parameters; scores are the trainer's matter."""
-        packed = {f"scores.{_key(name)}": pack(mask) for name, mask in self.masks().items()}
-        return packed | {f"prompts.{n}": t for n, t in self.prompts.trainable_state().items()}
+        parts = {"scores": self.scores.packed(), "prompts": self.prompts.trainable_state()}
+        return {f"{part}.{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put masks and prompts back; scores become ``init`` where a mask is on, 0 where it is off.
@@ -233,24 +231,10 @@ class MaskTuning(Learner):
         Raises:
             CheckpointError: If a tensor is missing, unknown or of another shape or type; each is named.
         """
-        own = self.trainable_state()
-        problems = [f"{n} is missing" for n in own if n not in state]
-        problems += [f"{n} is unknown" for n in state if n not in own]
-        for name in own.keys() & state.keys():
-            got, expected = state[name], own[name]
-            if got.shape != expected.shape:
-                problems.append(f"{name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-            elif got.is_floating_point() != expected.is_floating_point():
-                problems.append(f"{name} is {got.dtype}, expected {expected.dtype}")
-            elif not bool(got.isfinite().all()):
-                problems.append(f"{name} is not finite")
-        if problems:
-            raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(sorted(problems))}.")
-        with torch.no_grad():
-            for key, score in self.scores.items():
-                score.copy_(self.init * unpack(state[f"scores.{key}"], score.shape).to(score))
-        inner = {n.removeprefix("prompts."): t for n, t in state.items() if n.startswith("prompts.")}
-        self.prompts.load_trainable_state(inner)
+        if problems := misfits(self.trainable_state(), state):
+            raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
+        self.scores.load_packed(_below("scores", state))
+        self.prompts.load_trainable_state(_below("prompts", state))
 
     def running_state(self) -> dict[str, Tensor]:
         """Return the scores themselves, for a checkpoint."""
@@ -259,13 +243,8 @@ class MaskTuning(Learner):
 
     def load_running_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a checkpoint's scores."""
-        with torch.no_grad():
-            for key, score in self.scores.items():
-                score.copy_(state[f"scores.{key}"])
+        self.scores.load_scores(_below("scores", state))
         self.statistics.copy_(state["statistics"])
-
-    def _nothing_masked(self) -> bool:
-        return all(bool(score.detach().amin() > self.threshold) for score in self.scores.values())
 
     def _require_selection(self) -> None:
         if self.training and self.selection[0] != "all" and not self.importance:
@@ -291,12 +270,8 @@ class MaskTuning(Learner):
         return self._zero_shot
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name holds no dot
-
-
-def _use(scores: nn.ParameterDict, key: str, threshold: float, weight: Tensor) -> Tensor:
-    return masked_weight(weight, scores[key], threshold)
+def _below(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
 
 
 def _combined(

@@ -45,7 +45,7 @@ from vlprompt.training.processes import process_state
 from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_transfer
 from vlprompt.training.transfer import find_prompts, start_from
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "open_folder", "run", "write_history"]
 
 _ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
@@ -80,7 +80,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     Raises:
         VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
     """
-    folder = _open_folder(config, resume)
+    folder = open_folder(config, resume)
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     if config.backbone.masks is not None:
         backbone = fold(backbone, read_masks(config.backbone.masks, backbone))
@@ -201,7 +201,7 @@ class _Session:
         numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
         self.history = history
         if process_state().is_main_process:
-            _write_history(folder / "history.jsonl", history)
+            write_history(folder / "history.jsonl", history)
             write_json(folder / "cell.json", numbers)
         return numbers
 
@@ -237,7 +237,7 @@ class _Session:
     ) -> dict[str, float]:
         """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
         if process_state().is_main_process:
-            _write_history(folder / "history.jsonl", result.history)
+            write_history(folder / "history.jsonl", result.history)
             save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
             write_json(folder / "cell.json", numbers)
         return numbers
@@ -315,7 +315,8 @@ class _Session:
         return page
 
 
-def _open_folder(config: RunConfig, resume: bool) -> Path:
+def open_folder(config: Any, resume: bool) -> Path:
+    """Return the folder of a configuration with ``name`` and ``output``, emptied unless it is resumed."""
     digest = hashlib.sha256(run_summary.yaml_text(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
     state = process_state()
@@ -335,5 +336,6 @@ def _takes_seed(learner: str) -> bool:
     return "seed" in options_model(LEARNERS.get(learner).target).model_fields
 
 
-def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write one line of JSON per epoch."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in history))

@@ -21,7 +21,7 @@ from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.learners import Learner
 from vlprompt.training.fit import RunResult
 
-__all__ = ["Shown", "failures", "metrics", "record", "show", "yaml_text"]
+__all__ = ["Shown", "environment", "failures", "metrics", "record", "show", "yaml_text"]
 
 # A learner, what it was tested on, and how it was trained: what the page shows pictures of.
 Shown = tuple[Learner, ImageDataset, RunResult]
@@ -42,7 +42,7 @@ def metrics(
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         **facts,
-        **_environment(),
+        **environment(),
     }
 
 
@@ -57,7 +57,7 @@ def failures(result: ProtocolResult) -> list[str]:
     ]
 
 
-def yaml_text(config: RunConfig) -> str:
+def yaml_text(config: Any) -> str:
     """Return the resolved configuration as YAML; its hash names the run's folder."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -98,7 +98,7 @@ def record(
         failures=failures(result),
         config=yaml_text(config),
         command=command,
-        environment={**_environment(), "backbone": backbone.fingerprint["id"]},
+        environment={**environment(), "backbone": backbone.fingerprint["id"]},
     )
     if matrix is not None:
         explanation = (
@@ -121,7 +121,8 @@ def _subject(config: RunConfig) -> str:
     return config.meta.pairs if config.protocol.name == "meta" else ", ".join(config.data.names)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return the versions that figures depend on."""
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 

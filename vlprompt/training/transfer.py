@@ -18,6 +18,7 @@ from torch import Tensor
 from vlprompt.artefacts import check_backbone, read
 from vlprompt.errors import CheckpointError
 from vlprompt.learners import Learner
+from vlprompt.learners.base import misfits
 from vlprompt.signature import options_model
 
 __all__ = ["find_prompts", "start_from"]
@@ -62,7 +63,7 @@ def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any
         card, state = read(path)
         check_backbone(path, card, learner.backbone)
         problems = _differences(learner, card.method, card.options)
-        problems = problems or _misfits(learner.trainable_state(), state)
+        problems = problems or misfits(learner.trainable_state(), state)
         if problems:
             raise CheckpointError(f"{path} can't start {learner.method}: {'; '.join(problems)}.")
         states.append(state)
@@ -87,14 +88,4 @@ def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> l
         f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
         for name in sorted({*theirs, *ours} - {"seed"})
         if str(theirs.get(name)) != str(ours.get(name))
-    ]
-
-
-def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"{n} is missing" for n in own if n not in state]
-    problems += [f"{n} is unknown" for n in state if n not in own]
-    return problems + [
-        f"{n} has shape {tuple(state[n].shape)}, expected {tuple(t.shape)}"
-        for n, t in own.items()
-        if n in state and state[n].shape != t.shape
     ]
