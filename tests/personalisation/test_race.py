@@ -30,7 +30,7 @@ def test_arrivals_by_hand() -> None:
     assert math.isclose(numbers["fast/best"], (0.9 + 0.8) / 2)
     assert math.isclose(numbers["fast/last"], (0.9 + (0.5 + 0.6 + 0.8) / 3) / 2)
     assert "| fast | 0.250 |" in table
-    assert "| 100 | 25  | 2.5 | 1.6 |" in table
+    assert "| 100 | 25 | 2.5 | 1.6 |" in table
 
 
 def test_who_never_arrives_is_said() -> None:

@@ -86,11 +86,13 @@ def summary_table(races: Sequence[Race], baseline: str | None = None) -> tuple[s
         row = _row(races, label, base)
         metrics |= {f"{label}/{k}": v if np.isfinite(v) else None for k, v in row.items()}
         there = f"{row['arrived']:.0f} of {len(races)}" if row["arrived"] < len(races) else ""
-        lines.append(
-            f"| {label} | {row['first']:.3f} | {row['best']:.3f} | {row['last']:.3f} | {1000 * row['seconds_per_step']:.0f} "
-            f"| {_or_never(row['steps'], '.0f')} {there} | {_or_never(row['seconds'], '.1f')} "
-            f"| {_or_never(row['speedup'], '.1f')} |"
-        )
+        cells = [f"{row[key]:.3f}" for key in ("first", "best", "last")]
+        cells += [
+            f"{1000 * row['seconds_per_step']:.0f}",
+            f"{_or_never(row['steps'], '.0f')} {there}".strip(),
+        ]
+        cells += [_or_never(row["seconds"], ".1f"), _or_never(row["speedup"], ".1f")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     note = (
         f"Means over {len(races)} concepts; times faster: the ratio of the sums of seconds, over the concepts where "
         "both arrive. Drawing pictures to measure is not timed."
