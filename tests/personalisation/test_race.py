@@ -18,17 +18,19 @@ def race(name: str, mine: list[float], theirs: list[float]) -> Race:
 def test_arrivals_by_hand() -> None:
     first = race("a", [0.2, 0.7, 0.9, 0.9, 0.9], [0.2, 0.4, 0.6, 0.6, 0.6])
     assert first.final("base") == (0.6 + 0.6 + 0.6) / 3
-    assert first.arrival("fast", first.final("base")) == (10.0, 1.0)
-    assert first.arrival("base", first.final("base")) == (20.0, 4.0)
+    assert first.best("base") == 0.6
+    assert first.arrival("fast", first.best("base")) == (10.0, 1.0)
+    assert first.arrival("base", first.best("base")) == (20.0, 4.0)
     second = race("b", [0.3, 0.4, 0.5, 0.6, 0.8], [0.3, 0.5, 0.7, 0.7, 0.7])
     table, numbers = summary_table([first, second], "base")
     # the second needs 40 steps and 4 s where the baseline needs 20 and 4: (4 + 4) s against (1 + 4) s
     assert numbers["fast/steps"] == (10 + 40) / 2
     assert numbers["fast/seconds"] == (1 + 4) / 2
     assert math.isclose(numbers["fast/speedup"], 8 / 5)
+    assert math.isclose(numbers["fast/best"], (0.9 + 0.8) / 2)
     assert math.isclose(numbers["fast/last"], (0.9 + (0.5 + 0.6 + 0.8) / 3) / 2)
     assert "| fast | 0.250 |" in table
-    assert "| 100 | 25  | 2.5 | 1.6 |" in table
+    assert "| 100 | 25 | 2.5 | 1.6 |" in table
 
 
 def test_who_never_arrives_is_said() -> None:

@@ -13,7 +13,7 @@ from vlprompt.errors import DataError
 __all__ = ["SPLITS", "scene_boxes"]
 
 #: Pictures in each split.
-SPLITS = {"train": 512, "val": 128, "test": 400}
+SPLITS = {"train": 512, "val": 128, "test": 256}
 
 
 def scene_boxes(name: str, split: str) -> DetectionData:

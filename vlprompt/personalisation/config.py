@@ -80,7 +80,7 @@ class PersonaliseConfig(BaseModel):
     methods: dict[str, MethodOptions] = Field(min_length=1, description="label to a way of learning")
     train: TrainOptions = Field(default_factory=TrainOptions, description="epochs are steps")
     pictures: int = Field(16, ge=1, description="drawn each time the similarity is measured")
-    baseline: str | None = Field(None, description="label whose final similarity is the one to reach")
+    baseline: str | None = Field(None, description="label whose best similarity is the one to reach")
     seed: int = Field(1, ge=0, description="of drawn pictures")
 
     @classmethod

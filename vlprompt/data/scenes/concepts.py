@@ -22,7 +22,7 @@ _SEED = 2025
 
 @dataclass(frozen=True)
 class SceneConcept:
-    """One object in several scenes.
+    """One large object in the middle of several calm grounds.
 
     Attributes:
         name: What it is, for people: colour, shape and pattern.
@@ -72,9 +72,12 @@ def _draw(shape: str, colour: str, images: int, held: int, size: int) -> SceneCo
     pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
     pictures = []
     for _ in range(images + held):
-        kind = "large" if rng.random() < 0.5 else "medium"
-        item = draw_object(rng, shape=shape, colour=colour, pattern=pattern, size=kind)
-        pictures.append(Image.fromarray(np.asarray(render(draw_scene(rng, [item]), size).image)))
+        look = {"shape": shape, "colour": colour, "pattern": pattern}
+        item = draw_object(rng, **look, size="large", position="center")
+        ground = ("plain", "gradient")[int(rng.integers(2))]
+        pictures.append(
+            Image.fromarray(np.asarray(render(draw_scene(rng, [item], background=ground), size).image))
+        )
     said = words("shape", shape)[0]
     return SceneConcept(
         f"{words('colour', colour)[0]} {said}, {words('pattern', pattern)[0]}",
