@@ -176,6 +176,18 @@ def _search(args: Any) -> int:
     return 0
 
 
+def _concepts(args: Any) -> int:
+    from vlprompt.segmentation.tuning.concepts_run import ConceptMaskConfig, run_mask_concepts
+
+    config = ConceptMaskConfig.read(args.cfg, args.overrides)
+    outcome = run_mask_concepts(config, args.resume, args.line)
+    print(outcome.table)
+    print(f"report: {outcome.folder / 'report.html'}")
+    key = f"concepts, {config.data.images[-1] or 'all'} pictures/{next(iter(config.data.test))}/dice"
+    print(f"{outcome.folder / 'metrics.json'}: {key} {100 * outcome.metrics[key]:.1f} %")
+    return 0
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     coco = kinds.add_parser("coco", help="a COCO instance file")
@@ -253,6 +265,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[
     "evaluate": (_evaluate_arguments, _evaluate, "score a trained model on data sets"),
     "predict": (_predict_arguments, _predict, "segment one picture by a phrase"),
     "search": (_run_arguments, _search, "search options on validation data (needs optuna)"),
+    "concepts": (_run_arguments, _concepts, "search a vector per class in the place of phrases (ConES)"),
     "convert": (_convert_arguments, _convert, "turn COCO files or masks of class numbers into binary masks"),
     "check": (
         _check_arguments,

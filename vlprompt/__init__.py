@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from vlprompt.config import load_config
     from vlprompt.data import list_datasets, load_dataset
     from vlprompt.data.segmentation import load_segmentation
+    from vlprompt.detection import create_detector, list_detectors
     from vlprompt.errors import VLPromptError
     from vlprompt.evaluation.evaluate import evaluate
     from vlprompt.inference import predict
     from vlprompt.learners import create_learner, list_learners
+    from vlprompt.personalisation import list_personalisers
     from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
     from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
@@ -32,6 +34,7 @@ _HOME = {
     "VLPromptError": "vlprompt.errors",
     "create_adapter": "vlprompt.adaptation",
     "create_backbone": "vlprompt.backbones",
+    "create_detector": "vlprompt.detection",
     "create_learner": "vlprompt.learners",
     "create_segmenter": "vlprompt.segmentation",
     "evaluate": "vlprompt.evaluation.evaluate",
@@ -41,7 +44,9 @@ _HOME = {
     "list_adapters": "vlprompt.adaptation",
     "list_backbones": "vlprompt.backbones",
     "list_datasets": "vlprompt.data",
+    "list_detectors": "vlprompt.detection",
     "list_learners": "vlprompt.learners",
+    "list_personalisers": "vlprompt.personalisation",
     "list_segmenters": "vlprompt.segmentation",
     "load": "vlprompt.artefacts",
     "load_config": "vlprompt.config",
@@ -58,6 +63,7 @@ __all__ = [
     "VLPromptError",
     "create_adapter",
     "create_backbone",
+    "create_detector",
     "create_learner",
     "create_segmenter",
     "evaluate",
@@ -67,7 +73,9 @@ __all__ = [
     "list_adapters",
     "list_backbones",
     "list_datasets",
+    "list_detectors",
     "list_learners",
+    "list_personalisers",
     "list_segmenters",
     "load",
     "load_config",

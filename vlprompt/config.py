@@ -44,7 +44,7 @@ _KEY_OF_TOOL = {
     "compare": "runs",
     "adapt": "adapters",
     "pretrain": "recipe",
-    "detect": "detectors",
+    "compare_detectors": "detectors",
 }
 
 

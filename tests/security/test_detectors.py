@@ -14,12 +14,12 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.data import load_dataset
 from vlprompt.errors import ConfigError, DataError, UnknownNameError
-from vlprompt.security.config import DetectConfig
+from vlprompt.security.config import DetectorsConfig
 from vlprompt.security.detectors import DETECTORS, create_detector, list_detectors
 from vlprompt.security.effect import Victim, attack_success, pixels_of, train_victim
 from vlprompt.security.pairs import pair_dataset
 from vlprompt.security.poison import PoisonPlan, poisoned
-from vlprompt.security.run import run_detection
+from vlprompt.security.run import compare_detectors
 
 
 def spread(shift: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
-    outcome = run_detection(DetectConfig(**config))
+    outcome = compare_detectors(DetectorsConfig(**config))
     assert {"digits/zero_shot/auroc/seen", "digits/narrow/suspect/auroc"} <= set(outcome.metrics)
     victims = [k for k in outcome.metrics if k.endswith("/attack_success")]
     assert len(victims) == 4  # poisoned, cleaned, perfectly cleaned, clean
@@ -137,7 +137,7 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     cell = json.loads(path.read_text())
     cell["zero_shot"]["auroc/seen"] = 0.125
     path.write_text(json.dumps(cell))
-    again = run_detection(DetectConfig(**config), resume=True)
+    again = compare_detectors(DetectorsConfig(**config), resume=True)
     assert again.metrics["digits/zero_shot/auroc/seen"] == 0.125
 
 
@@ -148,7 +148,7 @@ def test_every_mistake_of_a_configuration_is_named(tmp_path: Path) -> None:
         "suspect: {cleaners: [linear_probe]}\nsplit: train\n"
     )
     with pytest.raises(ConfigError) as caught:
-        DetectConfig.read(path)
+        DetectorsConfig.read(path)
     text = str(caught.value)
     assert len(caught.value.problems) == 6
     for expected in (

@@ -229,6 +229,8 @@ class TextTower:
 
 def _refusal(inner: Any) -> str | None:
     kind = type(inner).__name__
+    if left_out := getattr(inner, "text_left_out", None):
+        return str(left_out)
     if not hasattr(inner, "token_embedding") or not hasattr(getattr(inner, "transformer", None), "resblocks"):
         return (
             f"its text tower ({kind}) keeps its token embeddings and blocks inside another library. "

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "confusion",
+    "curves",
     "learning_curves",
     "per_class",
     "reliability",
@@ -267,6 +268,25 @@ def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         figure.set_facecolor("none")
         return _svg(figure, "Relative gain of every target from every source"), png.getvalue()
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> str:
+    """Draw several quantities over one axis.
+
+    Args:
+        lines: Label to points (x, y).
+        xlabel: Of the common axis.
+        ylabel: Of the quantity.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for colour, (label, points) in zip(PALETTE * len(lines), lines.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), color=colour, label=label)
+        axis.set_ylabel(ylabel)
+        _finish(axis, "", xlabel)
+        axis.legend(fontsize=8)
+        return _svg(figure, f"{ylabel} by {xlabel}")
 
 
 def _finish(axis: Axes, title: str, xlabel: str, grid: Literal["both", "x", "y"] = "both") -> None:

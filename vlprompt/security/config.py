@@ -16,7 +16,7 @@ from vlprompt.security.detectors import DETECTORS
 from vlprompt.security.pairs import check_triggers
 from vlprompt.signature import check_options, describe_problems
 
-__all__ = ["DetectConfig", "SuspectOptions"]
+__all__ = ["DetectorsConfig", "SuspectOptions"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,12 +54,12 @@ class SuspectOptions(BaseModel):
     )
 
 
-class DetectConfig(BaseModel):
-    """A table of detectors; what ``tools/detect.py --cfg`` reads."""
+class DetectorsConfig(BaseModel):
+    """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
 
     model_config = _STRICT
 
-    name: str = Field("detect", pattern=r"^[\w.-]+$", description="folder under output")
+    name: str = Field("compare_detectors", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     data: list[str] = Field(default_factory=lambda: ["scenes/shape"], min_length=1)
@@ -75,14 +75,14 @@ class DetectConfig(BaseModel):
     cache_dir: str | None = None
 
     @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> DetectConfig:
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> DetectorsConfig:
         """Read, override and validate a configuration.
 
         Raises:
             ConfigError: With every mistake at once.
             UnknownNameError: If there is no such file.
         """
-        raw = read_yaml(cfg, overrides, "detect")
+        raw = read_yaml(cfg, overrides, "compare_detectors")
         try:
             config = cls.model_validate(raw)
         except ValidationError as error:

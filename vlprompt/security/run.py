@@ -26,14 +26,14 @@ from vlprompt.evaluation.detection import detection_metrics, judgement_metrics
 from vlprompt.evaluation.statistics import Summary, summarise
 from vlprompt.evaluation.tables import Row, to_markdown
 from vlprompt.files import write_json, write_text
-from vlprompt.security.config import DetectConfig
+from vlprompt.security.config import DetectorsConfig
 from vlprompt.security.detectors import Detector, create_detector
 from vlprompt.security.effect import attack_success, pixels_of, train_victim
 from vlprompt.security.pairs import pair_dataset
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan, poisoned
 from vlprompt.seeding import numpy_rng
 
-__all__ = ["DetectOutcome", "run_detection"]
+__all__ = ["DetectorsOutcome", "compare_detectors"]
 
 log = logging.getLogger("vlprompt.detect")
 
@@ -46,7 +46,7 @@ _SUSPECT_COLUMNS = {"AUROC": "suspect/auroc", "found": "suspect/tpr", "false ala
 
 
 @dataclass(frozen=True)
-class DetectOutcome:
+class DetectorsOutcome:
     """What a run produced.
 
     Attributes:
@@ -60,11 +60,11 @@ class DetectOutcome:
     table: str
 
 
-def run_detection(config: DetectConfig, resume: bool = False) -> DetectOutcome:
+def compare_detectors(config: DetectorsConfig, resume: bool = False) -> DetectorsOutcome:
     """Fit and test every detector on every data set and seed, and write what was measured.
 
     Args:
-        config: See :meth:`DetectConfig.read`.
+        config: See :meth:`DetectorsConfig.read`.
         resume: Keep finished cells.
 
     Raises:
@@ -107,14 +107,14 @@ def run_detection(config: DetectConfig, resume: bool = False) -> DetectOutcome:
     table = _tables(config, cells)
     write_json(folder / "metrics.json", metrics)
     write_text(folder / "results.md", table)
-    return DetectOutcome(folder, metrics, table)
+    return DetectorsOutcome(folder, metrics, table)
 
 
 class _Cell:
     """One data set and one seed."""
 
     def __init__(
-        self, config: DetectConfig, backbone: Backbone, name: str, seed: int, cache: FeatureCache
+        self, config: DetectorsConfig, backbone: Backbone, name: str, seed: int, cache: FeatureCache
     ) -> None:
         self.config, self.backbone, self.name, self.seed, self.cache = config, backbone, name, seed, cache
         train = load_dataset(name, "train")
@@ -222,7 +222,7 @@ def _values(cells: Sequence[Mapping[str, Any]], name: str, label: str, key: str)
     return [f[key] for f in found if key in f]
 
 
-def _summary(config: DetectConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _summary(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return flat figures, the mean over seeds with its spread."""
     flat: dict[str, float] = {}
     for name in config.data:
@@ -234,7 +234,7 @@ def _summary(config: DetectConfig, cells: Sequence[Mapping[str, Any]]) -> dict[s
     return flat
 
 
-def _tables(config: DetectConfig, cells: Sequence[Mapping[str, Any]]) -> str:
+def _tables(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(map(str, config.seeds))
     text = [f"Percent, {config.split} split, seeds {seeds}; mean and 95 % interval over seeds.\n"]
     for name in config.data:
