@@ -8,8 +8,13 @@ import pytest
 
 from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.config import config_path, configs_dir, load_config
+from vlprompt.detection.config import DetectConfig
 from vlprompt.errors import ConfigError, UnknownNameError
+from vlprompt.personalisation.config import PersonaliseConfig
 from vlprompt.pretraining import read_recipe
+from vlprompt.security.config import DetectorsConfig
+from vlprompt.segmentation.tuning.concepts_run import ConceptMaskConfig
+from vlprompt.segmentation.tuning.config import load_segment_config
 from vlprompt.training.compare import Comparison
 
 
@@ -127,17 +132,26 @@ def test_missing_file_names_the_nearest() -> None:
         config_path("coop_tny.yaml")
 
 
+def read_segmentation(path: Path) -> object:
+    concepts = "segment.py concepts" in path.read_text().partition("\nname:")[0]
+    return ConceptMaskConfig.read(path) if concepts else load_segment_config(path)
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "adapt": AdaptConfig.read,
+    "detect": DetectConfig.read,
+    "personalise": PersonaliseConfig.read,
     "train": load_config,
     "transfer": load_config,
     "pretrain": read_recipe,
+    "segment": read_segmentation,
+    "compare_detectors": DetectorsConfig.read,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 
 
 @pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    tool = re.search(r"\A#.*?python tools/(\w+)\.py --cfg (\S+)", path.read_text(), re.DOTALL)
+    tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
     assert tool is not None, "a configuration opens with its command"
     READERS[tool[1]](path)

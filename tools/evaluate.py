@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import vlprompt
 
-    learner = vlprompt.load(args.prompt)
+    learner = vlprompt.load(args.prompt, kind="learner")
     data = vlprompt.load_dataset(args.data, args.split, classes=args.classes, root=args.root)
     if learner.classnames != data.classnames:
         learner = learner.with_classes(data.classnames)

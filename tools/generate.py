@@ -17,15 +17,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. diffusion.store=PATH"
     )
+    parser.add_argument(
+        "--check", type=int, default=0, metavar="N", help="name the views of N pictures per data set and seed"
+    )
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt.adaptation.config import AdaptConfig  # after parsing, so that --help is instant
-    from vlprompt.adaptation.run import generate_views
+    from vlprompt.adaptation.generate import generate_views
 
     config = AdaptConfig.read(args.cfg, args.overrides)
     with step_progress() as progress:
-        store = generate_views(config, progress)
-    print(f"{store.root}: {config.generated} views of every picture are there")
+        made = generate_views(config, progress, args.check)
+    for name, share in made.alike.items():
+        print(f"{name}: {config.backbone.name} names {100 * share:.1f} % of the views like their picture")
+    print(f"{made.store.root}: {config.generated} views of every picture are there")
 
 
 if __name__ == "__main__":

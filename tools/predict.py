@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     import vlprompt
     from vlprompt.files import write_text
 
-    learner = vlprompt.load(args.prompt)
+    learner = vlprompt.load(args.prompt, kind="learner")
     if args.classes:
         learner = learner.with_classes(args.classes)
     tables = [vlprompt.predict(learner, image, args.topk) for image in args.images]

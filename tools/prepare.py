@@ -84,11 +84,14 @@ def _report(name: str, found: Any) -> int:
 
 def _offline() -> int:
     from vlprompt.data import list_datasets, load_dataset
+    from vlprompt.data.segmentation import list_segmentation, load_segmentation
 
+    masks = list_segmentation()
     for name in [n for n in list_datasets() if n == "digits" or n.startswith("scenes/")]:
-        parts = {split: load_dataset(name, split) for split in ("train", "val", "test")}
+        load = load_segmentation if name in masks else load_dataset
+        parts = {split: load(name, split) for split in ("train", "val", "test")}
         for data in parts.values():
-            data[0][0].load()
+            _ = data[0]
         print(f"{name}: ready ({', '.join(f'{s} {len(d)}' for s, d in parts.items())})", flush=True)
     return 0
 

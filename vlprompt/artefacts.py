@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensors_to_bytes
@@ -18,6 +18,9 @@ from vlprompt.errors import CheckpointError
 from vlprompt.files import read_tensors, write_json, write_tensors
 from vlprompt.learners import Learner, create_learner
 from vlprompt.signature import describe_problems
+
+if TYPE_CHECKING:
+    from vlprompt.segmentation import Segmenter
 
 __all__ = ["PromptCard", "check_backbone", "load", "package_version", "read", "save"]
 
@@ -36,6 +39,7 @@ class PromptCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
+    kind: Literal["learner", "segmenter"] = "learner"
     method: str
     options: dict[str, Any]
     classnames: list[str]
@@ -46,11 +50,11 @@ class PromptCard(BaseModel):
     tensors: str
 
 
-def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
-    """Write a learner as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
+def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+    """Write what was learned as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
 
     Args:
-        learner: What was trained.
+        learner: What was trained: a learner, or a segmentation model.
         path: Folder, made if missing.
         metrics: Figures to keep with it.
 
@@ -63,42 +67,69 @@ def save(learner: Learner, path: str | Path, metrics: Mapping[str, float] | None
     folder = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
     digest = _digest(state)
+    classifies = isinstance(learner, Learner)
     card = PromptCard(
         format=_FORMAT,
+        kind="learner" if classifies else "segmenter",
         method=learner.method,
         options=learner.options,
-        classnames=list(learner.classnames),
-        templates=list(learner.templates),
+        classnames=list(learner.classnames) if isinstance(learner, Learner) else [],
+        templates=list(learner.templates) if isinstance(learner, Learner) else [],
         backbone=learner.backbone.fingerprint,
         version=package_version(),
         metrics=dict(metrics or {}),
         tensors=digest,
-    ).model_dump()
+    ).model_dump(exclude={"kind"} if classifies else None)  # older versions read learners still
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / "prompt.safetensors", state, {"card": card})
     write_json(folder / "prompt.json", card)
     return folder
 
 
-def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
-    """Read what :func:`save` wrote. No code in the files can run.
+def load(
+    path: str | Path,
+    backbone: Backbone | None = None,
+    kind: Literal["learner", "segmenter"] | None = None,
+) -> Any:
+    """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
 
     Args:
         path: The folder.
         backbone: The backbone it was trained on; None builds it from the name in the file.
+        kind: What it has to be; None takes either.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or hostile, or the backbone is another one; names the
-            difference.
+        CheckpointError: If a file is missing, damaged or hostile, of the other kind, or the backbone is another
+            one; names the difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
     card, tensors = read(path)
+    if kind not in (None, card.kind):
+        tool = "tools/segment.py" if card.kind == "segmenter" else "tools/predict.py"
+        raise CheckpointError(
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {tool}."
+        )
     if backbone is None:
         backbone = _rebuild(path, card.backbone)
     check_backbone(path, card, backbone)
+    if card.kind == "segmenter":
+        return _segmenter(path, card, backbone, tensors)
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
+
+
+def _segmenter(
+    path: str | Path, card: PromptCard, backbone: Backbone, tensors: Mapping[str, Tensor]
+) -> Segmenter:
+    from vlprompt.segmentation import create_segmenter  # those who classify need none of it
+
+    try:
+        segmenter = create_segmenter(card.method, backbone, **card.options)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
+    segmenter.load_trainable_state(tensors)
+    return segmenter.eval()
 
 
 def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:

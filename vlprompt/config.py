@@ -14,6 +14,8 @@ from yaml import YAMLError
 from vlprompt.data.transforms import Augmentation
 from vlprompt.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.learners import LEARNERS
+from vlprompt.meta.options import MetaOptions
+from vlprompt.meta.regulators import REGULATORS
 from vlprompt.signature import check_options, describe_problems
 from vlprompt.training.options import MultiTaskOptions, TargetOptions, TrainOptions
 
@@ -28,8 +30,22 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+_ARGUMENTS = (
+    "root",
+    "sampling",
+    "on_bad_image",
+    "strict_shots",
+    "classnames",
+    "templates",
+)  # of load_dataset
 # The key by which a configuration shows which tool it was written for.
-_KEY_OF_TOOL = {"train": "learner", "compare": "runs", "adapt": "adapters", "pretrain": "recipe"}
+_KEY_OF_TOOL = {
+    "train": "learner",
+    "compare": "runs",
+    "adapt": "adapters",
+    "pretrain": "recipe",
+    "compare_detectors": "detectors",
+}
 
 
 class BackboneOptions(BaseModel):
@@ -78,6 +94,9 @@ class DataOptions(BaseModel):
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what only this kind of data set takes, for example {size: 64}"
+    )
 
     @field_validator("augmentation")
     @classmethod
@@ -88,6 +107,16 @@ class DataOptions(BaseModel):
             raise ValueError(str(error)) from error
         return value
 
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = {"name", "split", "shots", "seed", "classes", "download", "max_bad_share", *_ARGUMENTS}
+        if wrong := sorted(taken & value.keys()):
+            raise ValueError(
+                f"{wrong[0]!r} is no option of one kind of data set; it is set elsewhere or not at all."
+            )
+        return value
+
     @property
     def names(self) -> list[str]:
         """The data sets as a list."""
@@ -95,8 +124,7 @@ class DataOptions(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`vlprompt.load_dataset` takes for every split."""
-        keys = ("root", "sampling", "on_bad_image", "strict_shots", "classnames", "templates")
-        return {k: getattr(self, k) for k in keys}
+        return {**{k: getattr(self, k) for k in _ARGUMENTS}, **self.options}
 
 
 class ProtocolOptions(BaseModel):
@@ -112,6 +140,7 @@ class ProtocolOptions(BaseModel):
         "elevater",
         "multitask",
         "transfer",
+        "meta",
     ] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
@@ -137,6 +166,7 @@ class RunConfig(BaseModel):
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
+    meta: MetaOptions = Field(default_factory=MetaOptions)
 
     @property
     def learner_name(self) -> str:
@@ -310,8 +340,32 @@ def _stage_problems(config: RunConfig) -> list[str]:
         problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
         problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
+    problems += _meta_problems(config)
     if config.target.shots and not config.target.names:
         problems.append("target.shots: they are the shots of target.names, which is empty.")
+    return problems
+
+
+def _meta_problems(config: RunConfig) -> list[str]:
+    """Check what only meta-training uses, and what starts from it."""
+    problems, init = [], config.train.init
+    if (config.protocol.name == "meta") != bool(config.meta.pairs):
+        problems.append(
+            "meta.pairs: required by protocol.name=meta (scenes:COUNT, folder:PATH, csv:PATH or tar:PATTERN)."
+            if not config.meta.pairs
+            else f"meta.pairs: only protocol.name=meta uses it, not {config.protocol.name}."
+        )
+    try:
+        regulator = dict(config.meta.regulator)
+        check_options(REGULATORS.get(str(regulator.pop("name", ""))).target, regulator, "regulator")
+    except UnknownNameError as error:
+        problems.append(f"meta.regulator.name: {error}")
+    except ConfigError as error:
+        problems += [f"meta.regulator.{problem}" for problem in error.problems]
+    if init and not init.startswith("gram:"):
+        problems.append(f"train.init: got {init!r}; write gram:PATH. Other saved prompts: target.init_from.")
+    if init and (config.target.patterns or config.protocol.name in ("meta", "transfer")):
+        problems.append("train.init: one start only; leave target.init_from, protocol meta and transfer out.")
     return problems
 
 

@@ -62,8 +62,14 @@ def write_tensors(
     write_atomic(path, lambda temporary: _write_bytes(temporary, tensors_to_bytes(flat, metadata=packed)))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(
+    path: Path, prefixes: tuple[str, ...] = ("",)
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote; nothing in the file can run code.
+
+    Args:
+        path: The file.
+        prefixes: Only tensors whose names start with one of these are read.
 
     Raises:
         CheckpointError: If the file is missing, truncated or not a safetensors file of ours.
@@ -72,7 +78,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise CheckpointError(f"no such file: {path}.")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

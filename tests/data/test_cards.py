@@ -154,6 +154,7 @@ def test_archives_are_those_of_torchvision() -> None:
         "oxford_flowers": [
             (tv.Flowers102._download_url_prefix + f, m) for f, m in tv.Flowers102._file_dict.values()
         ],
+        "voc2012_seg": [tuple(tv.voc.DATASET_YEAR_DICT["2012"][k] for k in ("url", "md5"))],
         "elevater_voc-2007-classification": [
             (tv.voc.DATASET_YEAR_DICT[y]["url"], tv.voc.DATASET_YEAR_DICT[y]["md5"])
             for y in ("2007", "2007-test")

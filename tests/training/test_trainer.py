@@ -91,6 +91,40 @@ def test_resume_is_bit_identical_wherever_it_was_stopped(tmp_path: Path, optimiz
     assert _same(_state(resumed), _state(whole))
 
 
+@pytest.mark.parametrize("steps", [9, 14, 29])
+def test_resume_of_a_plateau_that_ends_early_is_bit_identical(tmp_path: Path, steps: int) -> None:
+    options = TrainOptions(
+        epochs=40, batch_size=16, lr=0.05, optimizer="adamw", checkpoint_seconds=0, schedule="plateau",
+        plateau_patience=1, stop_patience=9, warmup_epochs=0,
+    )  # fmt: skip
+
+    def trainer(folder: Path | None, *callbacks: Callback, seed: int = 0) -> Trainer:
+        made = Trainer(
+            ToyModule(0.3, seed=seed), toy_batches(options), options, folder, lambda: {}, callbacks
+        )
+        made.validate = lambda: {"loss": float(np.random.default_rng(made.progress.epoch).normal())}
+        return made
+
+    whole = trainer(None)
+    history = whole.run().history
+    assert 10 < len(history) < 40
+    assert len({record["lr"] for record in history}) > 3
+    with pytest.raises(InterruptedError):
+        trainer(tmp_path, _StopAt(steps)).run()
+    resumed = trainer(tmp_path, seed=9)
+    assert resumed.run(resume=True).history == history
+    assert _same(_state(resumed), _state(whole))
+    assert trainer(tmp_path, seed=5).run(resume=True).history == history  # it stays ended
+
+
+def test_watching_needs_something_to_watch() -> None:
+    for options in (TrainOptions(schedule="plateau"), TrainOptions(stop_patience=2)):
+        with pytest.raises(VLPromptError, match="this run has none"):
+            Trainer(ToyModule(), toy_batches(options), options)
+        with pytest.raises(VLPromptError, match=r"monitor 'loss' is not validated; known: \['accuracy'\]"):
+            Trainer(ToyModule(), toy_batches(options), options, validate=lambda: {"accuracy": 0.5}).run()
+
+
 def test_resume_refuses_other_settings_and_names_them(tmp_path: Path) -> None:
     _train(tmp_path, lr=0.1)
     with pytest.raises(CheckpointError, match=r"options: checkpoint .*0\.1.* now .*0\.2"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -54,11 +55,13 @@ class Adapter:
         method: Its registry name.
         options: The options it was built with.
         needs_pixels: Whether :meth:`adapt` runs the image tower again.
+        optimizer: What moves its prompts; empty where nothing is tuned.
     """
 
     episodic: ClassVar[bool] = True
     needs_pixels: bool = False
     method: str = ""
+    optimizer: str = ""
 
     options: dict[str, Any]
 
@@ -122,7 +125,7 @@ class Adapter:
         raise NotImplementedError
 
     def view_identity(self) -> tuple[object, ...]:
-        """Return what encoded views depend on: adapters that agree can share them."""
+        """Return what encoded standard views depend on: adapters that agree can share them."""
         tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
         return (self.plan, tower, self.needs_pixels)
 
@@ -131,29 +134,46 @@ class Adapter:
         return []
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Picture]) -> EncodedViews:
+    def encode(self, pictures: Sequence[Picture], standard: EncodedViews | None = None) -> EncodedViews:
         """Make and encode all views of B pictures.
 
-        Every picture's views go through the image tower together and alone, so that nobody's company changes a
-        bit of anybody's embeddings.
+        A picture's standard views go through the image tower together and alone, and so do its generated ones, so that
+        nobody's company changes a bit of anybody's embeddings.
+
+        Args:
+            pictures: The pictures.
+            standard: What another adapter of the same :meth:`view_identity` made of their standard views.
 
         Raises:
             DataError: If the pictures have different numbers of ready-made views.
             NonFiniteError: If an embedding is NaN or infinite.
         """
+        if standard is None:
+            standard = self._encode([partial(self.plan.make, p, self.backbone) for p in pictures])
         started = time.perf_counter()
-        generated = self.generate(pictures)
+        made = self.generate(pictures)
+        if not made:
+            return standard
         generation = (time.perf_counter() - started) / len(pictures)
+        generated = self._encode([partial(torch.as_tensor, views) for views in made])
+        seconds = standard.seconds + generated.seconds
+        seconds[:, 0] += generation
+        return EncodedViews(
+            torch.cat([standard.embeddings, generated.embeddings], 1),
+            generated.embeddings.shape[1],
+            tuple(torch.cat(p) for p in zip(standard.pixels, generated.pixels, strict=True)),
+            seconds,
+        )
+
+    def _encode(self, make: Sequence[Callable[[], Tensor]]) -> EncodedViews:
+        """Make and encode one kind of views."""
         rows, pixels, seconds = [], [], []
-        for i, picture in enumerate(pictures):
+        for views_of in make:
             started = time.perf_counter()
-            views = self.plan.make(picture, self.backbone)
-            if generated:
-                views = torch.cat([views, generated[i]])
-            views = views.to(self.backbone.device)
+            views = views_of().to(self.backbone.device)
             rows.append(self.learner.embed_images(views))
             pixels += [views] if self.needs_pixels else []
-            seconds.append([generation, time.perf_counter() - started])
+            seconds.append([0.0, time.perf_counter() - started])
         if len({len(row) for row in rows}) > 1:
             raise DataError("the pictures have different numbers of views.")
         embeddings = torch.stack(rows)
@@ -161,8 +181,7 @@ class Adapter:
             raise NonFiniteError(
                 "the embedding of a view is NaN or infinite; the backbone's weights are damaged."
             )
-        count = len(generated[0]) if generated else 0
-        return EncodedViews(embeddings, count, tuple(pixels), torch.tensor(seconds))
+        return EncodedViews(embeddings, 0, tuple(pixels), torch.tensor(seconds))
 
     def predict_encoded(self, views: EncodedViews) -> Predictions:
         """Adapt to pictures whose views were encoded already (see :meth:`encode`)."""

@@ -104,10 +104,6 @@ class DiffusionPromptTuning(PromptAdapter):
         self.filter_space = filter_space or _VARIANTS[variant][0]
         self.filter_scope = filter_scope or _VARIANTS[variant][1]
 
-    def view_identity(self) -> tuple[object, ...]:
-        """See :meth:`Adapter.view_identity`."""
-        return (*super().view_identity(), id(self.source), self.generated)
-
     def generate(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """See :meth:`Adapter.generate`; generated pictures are preprocessed, never cropped."""
         if self.source is None or not self.generated:

@@ -26,7 +26,6 @@ from vlprompt.adaptation.stream import adapt_dataset
 from vlprompt.artefacts import load, package_version
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data import ImageDataset, load_dataset
-from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import ViewSource, ViewStore, create_generator
 from vlprompt.errors import ConfigError
 from vlprompt.evaluation.metrics import compute
@@ -37,7 +36,7 @@ from vlprompt.learners import Learner
 from vlprompt.seeding import numpy_rng
 from vlprompt.signature import options_model
 
-__all__ = ["AdaptOutcome", "draw_stream", "generate_views", "run_adaptation"]
+__all__ = ["AdaptOutcome", "draw_stream", "run_adaptation", "view_source"]
 
 log = logging.getLogger("vlprompt.adapt")
 
@@ -113,31 +112,22 @@ def draw_stream(config: AdaptConfig, name: str, seed: int) -> ImageDataset:
     return data.subset(order[: options.subset].tolist(), stream_seed=seed, subset=options.subset)
 
 
-def generate_views(config: AdaptConfig, progress: Progress | None = None) -> ViewStore:
-    """Fill the store with the generated views that a run of this configuration needs; goes on where it stopped.
+def view_source(config: AdaptConfig, generate: bool) -> ViewSource:
+    """Return where a configuration's generated views come from.
+
+    Args:
+        config: With a ``diffusion`` section.
+        generate: Make what is missing; else the store must hold it.
 
     Raises:
-        ConfigError: If the configuration names no store, or wants no generated views.
         BackboneError: If the pipeline can't be had.
         CheckpointError: If the store is another generator's.
     """
-    if config.diffusion is None or config.diffusion.store is None or not config.generated:
-        problem = (
-            "diffusion.store: generating ahead needs a store, and an adapter that wants generated views."
-        )
-        raise ConfigError([problem], config.name)
-    source = _view_source(config, generate=True)
-    assert source.store is not None
-    for name in config.data.names:
-        for seed in config.seeds:
-            data = draw_stream(config, name, seed)
-            for i in range(len(data)):
-                image = data[i][0]
-                if source.store.missing(pixel_key(image), config.generated):
-                    source.views([image], config.generated)
-                if progress is not None:
-                    progress(f"{name}, seed {seed}", i + 1, len(data))
-    return source.store
+    options = config.diffusion
+    assert options is not None
+    generator = create_generator(options.generator, **options.options) if generate else None
+    store = None if options.store is None else ViewStore(options.store)
+    return ViewSource(generator, store, options.seed)
 
 
 class _Session:
@@ -149,9 +139,9 @@ class _Session:
         backbone: Backbone = create_backbone(config.backbone.name, **_without_name(config)).to(device)
         self.start: Backbone | Learner = backbone
         if config.prompt is not None:
-            self.start = load(config.prompt, backbone).to(device)
+            self.start = load(config.prompt, backbone, kind="learner").to(device)
         self.backbone = backbone
-        self.source = _view_source(config, config.diffusion.on_the_fly) if config.diffusion else None
+        self.source = view_source(config, config.diffusion.on_the_fly) if config.diffusion else None
         self.statistics: Any = None
 
     def adapters(self, data: ImageDataset, seed: int) -> dict[str, Adapter]:
@@ -190,20 +180,13 @@ class _Session:
             "subset": config.data.subset,
             "seeds": config.seeds,
             "prompt": config.prompt,
+            "generated_views": None if self.source is None else self.source.made_by,
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint,
             "vlprompt": package_version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-
-
-def _view_source(config: AdaptConfig, generate: bool) -> ViewSource:
-    options = config.diffusion
-    assert options is not None
-    generator = create_generator(options.generator, **options.options) if generate else None
-    store = None if options.store is None else ViewStore(options.store)
-    return ViewSource(generator, store, options.seed)
 
 
 def _cell(label: str, adapter: Adapter, found: Predictions, data: ImageDataset, seed: int) -> dict[str, Any]:
@@ -222,6 +205,7 @@ def _cell(label: str, adapter: Adapter, found: Predictions, data: ImageDataset, 
         **{k: round(v, 6) for k, v in after.items()},
         **{f"before_{k}": round(v, 6) for k, v in before.items()},
         "options": _plain(adapter),
+        "optimizer": adapter.optimizer or None,
         "views": found.kept.shape[1],
         "views_kept": float(found.views_kept.float().mean()),
         "episodic": adapter.episodic,

@@ -33,7 +33,7 @@ def adapt_dataset(
 ) -> dict[str, Predictions]:
     """Adapt to every picture of a data set, in its order, by one or several methods.
 
-    Methods that agree on their views share them: they are generated and encoded once. What learns from the stream
+    Methods that agree on their standard views share them: they are made and encoded once. What learns from the stream
     starts by forgetting. With a folder, results are written batch by batch; called again it continues behind the
     last batch, and what learned from the stream continues with it.
 
@@ -82,9 +82,10 @@ def _adapt(adapters: Mapping[str, Adapter], pictures: Sequence[Picture]) -> dict
     found = {}
     for label, adapter in adapters.items():
         identity = adapter.view_identity()
-        if identity not in encoded:
-            encoded[identity] = adapter.encode(pictures)
-        found[label] = adapter.predict_encoded(encoded[identity])
+        views = adapter.encode(pictures, encoded.get(identity))
+        if not views.generated:
+            encoded[identity] = views
+        found[label] = adapter.predict_encoded(views)
     return found
 
 

@@ -169,6 +169,27 @@ class TextTower:
         features = _encode_plain(self, layout, context, deep, length, adapters)
         return features if grouped else features[0]
 
+    def encode_words(
+        self, layout: PromptLayout, context: Tensor | None = None, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return every token's state beside the sentences' features; arguments as in :meth:`encode`, without groups.
+
+        Returns:
+            (C, T, Dt) states after the final norm, T tokens of the longest sentence, zeros after a sentence's end;
+            and (C, d) features. Both float32.
+        """
+        context, deep, _ = self._check(layout, context, deep)
+        x = _run_plain(self, layout, context, deep, self._shortest(layout))
+        features = self.project(_pool(self, x, layout))
+        places = torch.arange(x.shape[1], device=x.device)
+        inside = places < torch.tensor(layout.lengths, device=x.device)[:, None]
+        return torch.where(inside[..., None], self.norm(x).float(), 0.0), features
+
+    def _shortest(self, layout: PromptLayout) -> int:
+        """Return to how many tokens padded sentences may be cut without changing anything."""
+        exact_when_cut = self.causal and self.pooling in ("argmax", "eos")
+        return max(layout.lengths) if exact_when_cut else self.context_length
+
     def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
         """Return (G or 1, R, Dt) embeddings plus positions of a flat list of R sources."""
         device = self.embedding.weight.device
@@ -208,6 +229,8 @@ class TextTower:
 
 def _refusal(inner: Any) -> str | None:
     kind = type(inner).__name__
+    if left_out := getattr(inner, "text_left_out", None):
+        return str(left_out)
     if not hasattr(inner, "token_embedding") or not hasattr(getattr(inner, "transformer", None), "resblocks"):
         return (
             f"its text tower ({kind}) keeps its token embeddings and blocks inside another library. "
@@ -230,8 +253,19 @@ def _encode_plain(
     adapters: Sequence[Adapter | None] | None = None,
 ) -> Tensor:
     """(G, C, d) by running every padded sentence through every block."""
-    exact_when_cut = tower.causal and tower.pooling in ("argmax", "eos")
-    length = length or (max(layout.lengths) if exact_when_cut else tower.context_length)
+    x = _run_plain(tower, layout, context, deep, length or tower._shortest(layout), adapters)
+    return tower.project(_pool(tower, x, layout)).unflatten(0, (-1, len(layout)))
+
+
+def _run_plain(
+    tower: TextTower,
+    layout: PromptLayout,
+    context: Tensor | None,
+    deep: Tensor | None,
+    length: int,
+    adapters: Sequence[Adapter | None] | None = None,
+) -> Tensor:
+    """(G * C, T, Dt) states of every padded sentence after every block, before the final norm."""
     pad = tower.tokenizer.pad if tower.tokenizer is not None else 0
     sources = layout.padded(length, pad)
     classes = len(layout)
@@ -249,11 +283,14 @@ def _encode_plain(
             x = block(x, attn_mask=mask)
         else:
             x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+    return x
+
+
+def _pool(tower: TextTower, x: Tensor, layout: PromptLayout) -> Tensor:
+    """(G * C, Dt) states that stand for their sentences."""
     if tower.pooling == "last":
-        x = x[:, -1]
-    elif tower.pooling == "first":
-        x = x[:, 0]
-    else:
-        ends = torch.tensor(layout.lengths, device=x.device).repeat(groups) - 1
-        x = x[torch.arange(len(x), device=x.device), ends]
-    return tower.project(x).reshape(groups, classes, -1)
+        return x[:, -1]
+    if tower.pooling == "first":
+        return x[:, 0]
+    ends = torch.tensor(layout.lengths, device=x.device).repeat(len(x) // len(layout)) - 1
+    return x[torch.arange(len(x), device=x.device), ends]

@@ -108,7 +108,7 @@ class VisionTower:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
             x = self._run(block, x, adapters[i] if adapters is not None else None)
         x = torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1)
-        return self._finish(x).float()
+        return self.finish(x)
 
     def _check(self, prompts: VisualPrompts, batch: int) -> Tensor:
         self.require_prompts()
@@ -156,13 +156,13 @@ class VisionTower:
     def _norm_before(self, x: Tensor) -> Tensor:
         return self.visual.ln_pre(x) if self.kind == "vit" else self.visual.trunk.norm_pre(x)
 
-    def _finish(self, x: Tensor) -> Tensor:
-        """Pooling and projection of (B, 1 + N, W), prompts already removed."""
+    def finish(self, x: Tensor) -> Tensor:
+        """Pooling and projection of (B, 1 + N, W), prompts already removed: (B, d), float32."""
         visual = self.visual
         if self.kind == "timm_vit":
-            return visual.head(visual.trunk.forward_head(visual.trunk.norm(x)))
+            return visual.head(visual.trunk.forward_head(visual.trunk.norm(x))).float()
         pooled = _first(visual._pool(x))
-        return pooled if visual.proj is None else pooled @ visual.proj
+        return (pooled if visual.proj is None else pooled @ visual.proj).float()
 
 
 def _put(x: Tensor, tokens: Tensor, places: slice) -> Tensor:

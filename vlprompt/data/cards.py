@@ -8,11 +8,12 @@ matter (``vlprompt/data/sources``). More folders of cards can be named in the en
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlprompt.classnames import check_classnames, check_templates
 from vlprompt.errors import ConfigError, DataError, UnknownNameError, nearest
@@ -79,7 +80,8 @@ class SplitSpec(_Strict):
         url: Page where people get it.
         mirror: Address where the program gets it.
         checksum: As of :class:`ArchiveSpec`.
-        sizes: Pictures in each part.
+        sizes: Pictures in each part, or pairs of a picture and a phrase.
+        counts: Which of them.
         otherwise: How the parts are made where there is no published split, or its file is missing.
         draw: How few-shot subsets are drawn unless somebody says otherwise (see ``sampling`` of ``load_dataset``).
     """
@@ -89,6 +91,7 @@ class SplitSpec(_Strict):
     mirror: str | None = Field(default=None, pattern="^https?://")
     checksum: Checksum | None = None
     sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
+    counts: Literal["pictures", "pairs"] = "pictures"
     otherwise: str = ""
     draw: Literal["private", "elevater"] = "private"
 
@@ -99,10 +102,11 @@ class Card(_Strict):
     Attributes:
         name: Catalogue name.
         title: What people call it.
-        task: With several labels per picture or one.
-        classnames: By label; a card of the ImageNet family names ``synsets`` instead.
+        task: With several labels per picture or one, or masks of what phrases mean.
+        classnames: By label, two at least unless masks are asked for; a card of the ImageNet family names ``synsets``
+            instead.
         synsets: A list of :mod:`vlprompt.data.imagenet` that holds the class names.
-        templates: Sentences with one ``{}``.
+        templates: Sentences with one ``{}``; phrases of segmentation, where the data set brings none.
         source: How its files are read.
         splits: Published split and sizes.
         metric: Its own measure, reported as the score; a key of the metrics.
@@ -117,13 +121,13 @@ class Card(_Strict):
 
     name: str
     title: str
-    task: Literal["classification", "multi-label classification"]
-    classnames: tuple[str, ...] = Field(min_length=2)
+    task: Literal["classification", "multi-label classification", "segmentation"]
+    classnames: tuple[str, ...] = Field(min_length=1)
     synsets: str | None = None
     templates: tuple[str, ...] = Field(min_length=1)
     source: SourceSpec
     splits: SplitSpec = SplitSpec()
-    metric: Literal["accuracy", "mean_per_class", "roc_auc", "map_11_point"] = "accuracy"
+    metric: Literal["accuracy", "mean_per_class", "roc_auc", "map_11_point", "dice"] = "accuracy"
     paper: str
     licence: str
     homepage: str = ""
@@ -143,6 +147,15 @@ class Card(_Strict):
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         check_classnames(names, "the card")
         return names
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> Card:
+        masks = self.task == "segmentation"
+        if len(self.classnames) < 2 and not masks:
+            raise ValueError(f"classnames: {self.task} needs at least two")
+        if masks != (self.metric == "dice"):
+            raise ValueError(f"metric: dice is the measure of segmentation, this is {self.task}")
+        return self
 
     @property
     def download_mb(self) -> int:
@@ -174,9 +187,16 @@ def cards_dir() -> Path:
     )
 
 
-def card_names() -> list[str]:
-    """Return the sorted names of all cards, shipped and one's own."""
-    return sorted(_card_files())
+def card_names(task: str | None = None) -> list[str]:
+    """Return the sorted names of all cards, shipped and one's own; only those of a task if one is named."""
+    files = _card_files()
+    if task is None:
+        return sorted(files)
+    # A whole card takes long to check, and its task is one line of it.
+    line = re.compile(rf"^task:\s*{re.escape(task)}\s*(#.*)?$", re.MULTILINE)
+    return sorted(
+        n for n, path in files.items() if line.search(path.read_text(encoding="utf-8", errors="replace"))
+    )
 
 
 def load_card(name: str) -> Card:

@@ -38,8 +38,13 @@ def default_root() -> Path:
 
 
 def list_datasets() -> list[str]:
-    """Return the sorted names of all data sets; ``folder:PATH``, ``csv:PATH``, ``@style`` come on top."""
-    return sorted([*card_names(), *_scene_names()])
+    """Return the sorted names of all data sets; ``folder:PATH``, ``csv:PATH``, ``@style`` come on top.
+
+    Those of segmentation among them are opened by :func:`vlprompt.load_segmentation`.
+    """
+    from vlprompt.data.segmentation.sources.scenes import TASKS
+
+    return sorted([*card_names(), *_scene_names(), *(f"scenes/{task}" for task in TASKS)])
 
 
 def load_dataset(
@@ -184,6 +189,12 @@ def _resolve(name: str, split: str, root: Path) -> _Ways:
     """Return the ways to read a data set, best first, by the grammar of names."""
     if not isinstance(name, str) or not name:
         raise DataError(f"a data set is named by a string, for example 'scenes/shape'; got {name!r}.")
+    from vlprompt.data.segmentation.catalog import is_segmentation
+
+    if is_segmentation(name):
+        raise DataError(
+            f"{name} is a segmentation data set: open it with vlprompt.load_segmentation({name!r})."
+        )
     if name.startswith("scenes/"):
         task = name.removeprefix("scenes/")
         if f"scenes/{task.partition('@')[0]}" not in _scene_names():

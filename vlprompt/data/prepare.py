@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import ArchiveSpec, Card, SourceSpec
 from vlprompt.data.catalog import open_split
 from vlprompt.data.download import Progress, download
 from vlprompt.data.images import verify
+from vlprompt.data.segmentation.base import MaskDataset
+from vlprompt.data.segmentation.catalog import open_pairs
+from vlprompt.data.segmentation.guards import pair_problems
 from vlprompt.data.sources import AbsentError
 from vlprompt.data.splits import SPLITS
 from vlprompt.data.unpack import unpack
@@ -24,6 +28,7 @@ from vlprompt.errors import DataError
 __all__ = ["Status", "advice", "explain", "fetch", "status"]
 
 _OFFLINE = "digits, scenes/shape and the other scenes need no download"
+_OFFLINE_MASKS = "scenes/masks and your own pairs:PATH need no download"
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,30 @@ def status(card: Card, root: Path, decode: bool = False) -> Status:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                data = open_split(card.name, split, root)
+                masks = card.task == "segmentation"
+                data = open_pairs(card.name, split, root) if masks else open_split(card.name, split, root)
         except AbsentError as error:
             return Status("absent", {}, (str(error),))
         except DataError as error:
             return Status("incomplete", sizes, (str(error),))
         problems += [str(w.message) for w in caught if "expected: is it whole" not in str(w.message)]
         sizes[split] = len(data)
-        if len(data) != expected:
-            problems.append(f"{split} has {len(data)} pictures, the card says {expected}.")
-        if decode and (report := verify(data)).bad:
-            problems.append(f"{split}: {report}.")
+        if isinstance(data, MaskDataset):
+            sizes[split] = len(data) if card.splits.counts == "pairs" else len(data.pictures())
+        if sizes[split] != expected:
+            what = card.splits.counts
+            problems.append(f"{split} has {sizes[split]} {what}, the card says {expected}.")
+        if decode:
+            problems += _damaged(data, split)
     return Status("incomplete" if problems else "ready", sizes, tuple(problems))
+
+
+def _damaged(data: ImageDataset | MaskDataset, split: str) -> list[str]:
+    """Decode everything and return what can't be used."""
+    if isinstance(data, MaskDataset):
+        return [f"{split}: {problem}" for problem in pair_problems(data)]
+    report = verify(data)
+    return [f"{split}: {report}."] if report.bad else []
 
 
 def advice(card: Card, root: Path) -> str:
@@ -77,12 +94,17 @@ def advice(card: Card, root: Path) -> str:
     else:
         how = "Nobody serves it to programs. "
     hand = f"By hand: {_one_line(card.by_hand)} " if card.by_hand else ""
-    return f"{how}{hand}(ROOT is {root}, or what root=... or VLPROMPT_DATA say.) Without it: {_OFFLINE}."
+    offline = _OFFLINE_MASKS if card.task == "segmentation" else _OFFLINE
+    return f"{how}{hand}(ROOT is {root}, or what root=... or VLPROMPT_DATA say.) Without it: {offline}."
 
 
 def explain(card: Card) -> str:
     """Return what a person should know before using a data set, several lines."""
-    lines = [f"{card.name}: {card.title}, {len(card.classnames)} classes, {_sizes(card)}"]
+    many = "es" if len(card.classnames) != 1 else ""
+    lines = [f"{card.name}: {card.title}, {len(card.classnames)} class{many}, {_sizes(card)}"]
+    if card.task == "segmentation":
+        asked = card.templates[0].format(card.classnames[0])
+        lines.append(f"  task: masks of phrases, for example {asked!r}; sizes count {card.splits.counts}")
     lines += [f"  paper: {card.paper}", f"  licence: {card.licence}", f"  measure: {card.metric}"]
     lines += [f"  homepage: {card.homepage}"] if card.homepage else []
     for archive in card.archives:

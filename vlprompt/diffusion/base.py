@@ -9,10 +9,10 @@ from PIL import Image
 
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion.store import ViewStore
-from vlprompt.errors import DataError
+from vlprompt.errors import BackboneError, DataError
 from vlprompt.seeding import derive_seed
 
-__all__ = ["Generator", "ViewSource"]
+__all__ = ["Generator", "ViewSource", "import_diffusers"]
 
 Done = Callable[[int, int, Image.Image], None]
 
@@ -92,6 +92,13 @@ class ViewSource:
             store.claim(generator.identity, seed, generator.title)
         self.generator, self.store, self.seed = generator, store, seed
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the views depend on beside the pictures: the generator's identity and the seed."""
+        if self.generator is not None:
+            return {**self.generator.identity, "seed": self.seed}
+        return self.store.made_by if self.store is not None else {}
+
     def views(self, images: Sequence[Image.Image], n: int) -> list[list[Image.Image]]:
         """Return n generated views of each RGB picture, taken from the store where they are there.
 
@@ -111,3 +118,19 @@ class ViewSource:
                 "tools/generate.py, or name a generator that makes them on the fly."
             )
         return [store.get(key, n) for key in keys]
+
+
+def import_diffusers() -> Any:
+    """Return the package diffusers.
+
+    Raises:
+        BackboneError: If it is not installed; says how to.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise BackboneError(
+            f"diffusion needs the packages diffusers and transformers ({error}). "
+            "Install them: pip install 'vlprompt[diffusion]'."
+        ) from error
+    return diffusers

@@ -16,10 +16,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator
+from vlprompt.diffusion.base import Generator, import_diffusers
 from vlprompt.errors import BackboneError
 
-__all__ = ["ImageToImage", "ImageVariation"]
+__all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
 Scheduler = Literal["own", "dpm", "unipc"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -45,12 +45,10 @@ class _Pipeline(Generator):
     ) -> None:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = _dtype(precision, place)
-        self.pipe = _load(self.classname, pipeline, revision).to(place, dtype)
+        self.pipe = load_pipeline(self.classname, pipeline, revision).to(place, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if scheduler != "own":
-            import diffusers
-
-            kind = getattr(diffusers, _SCHEDULERS[scheduler])
+            kind = getattr(import_diffusers(), _SCHEDULERS[scheduler])
             self.pipe.scheduler = kind.from_config(self.pipe.scheduler.config)
         self.steps, self.guidance, self.batch = steps, guidance, batch
         self.title = pipeline if revision is None else f"{pipeline}@{revision}"
@@ -174,14 +172,18 @@ class ImageToImage(_Pipeline):
         return list(self.pipe(prompt=prompts, image=square, strength=self.strength, **arguments).images)
 
 
-def _load(classname: str, pipeline: str, revision: str | None) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise BackboneError(
-            f"diffusion pipelines need the packages diffusers and transformers ({error}). "
-            "Install them: pip install 'vlprompt[diffusion]'."
-        ) from error
+def load_pipeline(classname: str, pipeline: str, revision: str | None = None) -> Any:
+    """Return a pipeline of diffusers by its class.
+
+    Args:
+        classname: Of diffusers.
+        pipeline: A name on the Hugging Face Hub or a local folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        BackboneError: If it can't be had; says what to do.
+    """
+    diffusers = import_diffusers()
     try:
         kind = getattr(diffusers, classname)
         # Without safety_checker=None, newer releases fetch and run a classifier that blacks pictures out.

@@ -35,6 +35,11 @@ class ViewStore:
         self.root = Path(root).expanduser()
         self._card = self._read_card()
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """Identity of the generator whose views it holds, and the seed; empty while nobody claimed it."""
+        return dict(self._card.get("made_by", {}))
+
     def claim(self, identity: Mapping[str, Any], seed: int, title: str = "") -> None:
         """Make the store that of a generator and a seed, or check that it is.
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "confusion",
+    "curves",
     "learning_curves",
     "per_class",
     "reliability",
@@ -171,13 +172,21 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
         return _svg(figure, "Confidence against accuracy")
 
 
-def shots_curve(curves: Mapping[str, Sequence[tuple[int, float, float | None]]]) -> str:
-    """Draw accuracy against training samples per class, with 95 % intervals.
+def shots_curve(
+    curves: Mapping[str, Sequence[tuple[int, float, float | None]]],
+    x: str = "training samples per class",
+    y: str = "accuracy (%)",
+    title: str = "Accuracy against shots",
+) -> str:
+    """Draw a measure against a number, with 95 % intervals: accuracy against training samples per class, or others.
 
     Args:
         curves: Method to (shots, accuracy, half-width of the interval or None), fractions. A single point
         with
             0 shots (zero-shot) becomes a horizontal line.
+        x: What the number is.
+        y: What the measure is.
+        title: What the figure is, for who can't see it.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.2), layout="constrained")
@@ -197,10 +206,10 @@ def shots_curve(curves: Mapping[str, Sequence[tuple[int, float, float | None]]])
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [str(k) for k in ticks])
             axis.minorticks_off()
-        axis.set_ylabel("accuracy (%)")
+        axis.set_ylabel(y)
         axis.legend(fontsize=8)
-        _finish(axis, "", "training samples per class")
-        return _svg(figure, "Accuracy against shots")
+        _finish(axis, "", x)
+        return _svg(figure, title)
 
 
 def shares_by_layer(shares: Mapping[str, Mapping[str, float]]) -> str:
@@ -259,6 +268,25 @@ def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         figure.set_facecolor("none")
         return _svg(figure, "Relative gain of every target from every source"), png.getvalue()
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> str:
+    """Draw several quantities over one axis.
+
+    Args:
+        lines: Label to points (x, y).
+        xlabel: Of the common axis.
+        ylabel: Of the quantity.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for colour, (label, points) in zip(PALETTE * len(lines), lines.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), color=colour, label=label)
+        axis.set_ylabel(ylabel)
+        _finish(axis, "", xlabel)
+        axis.legend(fontsize=8)
+        return _svg(figure, f"{ylabel} by {xlabel}")
 
 
 def _finish(axis: Axes, title: str, xlabel: str, grid: Literal["both", "x", "y"] = "both") -> None:

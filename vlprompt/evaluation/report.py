@@ -16,7 +16,7 @@ from vlprompt.errors import DataError
 from vlprompt.evaluation.metrics import is_fraction
 from vlprompt.files import write_text
 
-__all__ = ["RunRecord", "write_report"]
+__all__ = ["RunRecord", "data_uri", "write_report"]
 
 MATRIX_CLASSES = 40  # above this a confusion matrix can't be read, and a list of confusions can
 THUMBNAIL = 144  # longest side of a sample picture, pixels
@@ -199,7 +199,7 @@ def _sample(
     record: RunRecord, image: ImageSource, probs: np.ndarray, label: int, index: int
 ) -> dict[str, Any]:
     try:
-        picture, pixelated = _data_uri(image(index))
+        picture, pixelated = data_uri(image(index))
     except DataError:  # a picture that went missing since must not cost the report
         picture, pixelated = "", False
     top = [int(c) for c in np.argsort(-probs, kind="stable")[:3]]
@@ -207,7 +207,7 @@ def _sample(
     return {"picture": picture, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
 
 
-def _data_uri(image: Image.Image) -> tuple[str, bool]:
+def data_uri(image: Image.Image) -> tuple[str, bool]:
     """Return a picture as a PNG data URI, and whether its pixels should stay sharp when enlarged."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))

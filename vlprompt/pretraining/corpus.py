@@ -19,7 +19,7 @@ from vlprompt.data.scenes.sentences import Sentences, attribute_sentences
 from vlprompt.data.scenes.tasks import GENERATOR
 from vlprompt.seeding import derive_seed
 
-__all__ = ["Corpus", "encode", "read_corpus"]
+__all__ = ["Corpus", "encode", "read_corpus", "render_all"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 
         cache: The pixels are kept beside this name, under a key of what they show, and reused.
         workers: Processes that render.
     """
-    images = _render_all(pairs, cache, workers)
+    images = render_all(pairs, cache, workers)
     texts: list[list[str]] = []
     known: dict[str, int] = {}
     truths, stated = [], []
@@ -129,7 +129,8 @@ def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) 
     return {"tokens": tokens, "last": last, "seen_ids": seen, "sentences": numbered}
 
 
-def _render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
+def render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
+    """Return (N, H, W, 3) uint8 pixels of all pictures, drawn once and kept beside ``cache``, memory-mapped."""
     shape = (len(pairs), pairs.size, pairs.size, 3)
     shown = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
     cache = cache.with_name(f"{cache.stem}-{shown:x}.u8")

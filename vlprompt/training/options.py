@@ -20,6 +20,11 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    init: str = Field(
+        "",
+        description="gram:PATH, what a meta-training left behind: its prompts are the start, its regulator changes the "
+        "gradients",
+    )
     epochs: int = Field(50, ge=0, description="passes over the training samples; 0 evaluates only")
     batch_size: int = Field(
         32, ge=1, description="global batch: samples per optimiser step over all processes"
@@ -30,13 +35,25 @@ class TrainOptions(BaseModel):
     weight_decay: float = Field(5e-4, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
     eps: float = Field(1e-8, gt=0, description="adamw only")
-    schedule: Literal["coop", "cosine", "constant"] = Field(
-        "coop", description="coop: cosine per epoch that never reaches 0; cosine: per step to 0; constant"
+    schedule: Literal["coop", "cosine", "constant", "plateau"] = Field(
+        "coop",
+        description="coop: cosine per epoch that never reaches 0; cosine: per step to 0; constant; plateau: times "
+        "plateau_factor where the monitored validation figure stops getting better",
     )
     warmup_epochs: float = Field(
         1.0, ge=0, description="coop: whole epochs at warmup_lr; others: linear from 0"
     )
     warmup_lr: float = Field(1e-5, gt=0, description="coop only: constant rate of the warm-up epochs")
+    plateau_factor: float = Field(0.2, gt=0, lt=1, description="plateau only")
+    plateau_patience: int = Field(5, ge=0, description="plateau only: validations without a better figure")
+    monitor: str = Field("loss", description="validation figure that plateau and stop_patience watch")
+    stop_patience: int | None = Field(
+        None,
+        ge=1,
+        description="end after so many validations without a better monitored figure; empty: never",
+    )
+    stop_delta: float = Field(1e-4, ge=0, description="stop_patience: what counts as better")
+    min_epochs: int = Field(0, ge=0, description="stop_patience: never end before")
     accumulation: int = Field(
         1, ge=1, description="micro-batches per optimiser step; the result does not change"
     )

@@ -28,9 +28,12 @@ from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.files import write_json, write_text
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.masks import fold, read_masks
 from vlprompt.training import run_summary
 from vlprompt.training.fit import RunResult, fit
+from vlprompt.training.gram import read_start
+from vlprompt.training.meta import meta_train, run_meta
 from vlprompt.training.multitask import (
     TaskData,
     common_templates,
@@ -42,7 +45,9 @@ from vlprompt.training.processes import process_state
 from vlprompt.training.stages import run_from_scratch_too, run_multitask, run_transfer
 from vlprompt.training.transfer import find_prompts, start_from
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "open_folder", "run", "write_history"]
+
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 log = logging.getLogger("vlprompt.run")
 
@@ -75,7 +80,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
     Raises:
         VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
     """
-    folder = _open_folder(config, resume)
+    folder = open_folder(config, resume)
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     if config.backbone.masks is not None:
         backbone = fold(backbone, read_masks(config.backbone.masks, backbone))
@@ -90,7 +95,7 @@ def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
         write_json(folder / "cells.json", result.record())
         if session.matrix is not None:
             session.matrix.write(folder)
-        elif result.cells and result.protocol != "multitask":
+        elif result.cells and result.protocol not in ("multitask", "meta"):
             protocol_table([metrics]).write(folder)
         write_report(folder / "report.html", session.page(result, metrics, command))
     return Outcome(folder, metrics, result.headline, run_summary.failures(result))
@@ -106,8 +111,12 @@ class _Session:
         self.test_cache = FeatureCache(config.data.cache_dir)
         self.shown: run_summary.Shown | None = None
         self.matrix: TransferMatrix | None = None
+        self.history: list[dict[str, Any]] = []
         self.origin = find_prompts(config.target.patterns)
         self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
+        if config.train.init:
+            start = read_start(config.train.init)
+            self.facts |= {"init": str(start.folder), "init_checksum": start.checksum}
 
     def run_protocol(self) -> ProtocolResult:
         """Run every cell of the configured protocol."""
@@ -116,6 +125,8 @@ class _Session:
             return run_multitask(self)
         if protocol.name == "transfer":
             return run_transfer(self)
+        if protocol.name == "meta":
+            return run_meta(self)
         if protocol.name in ("cross-dataset", "domain-generalisation"):
             most = max(protocol.shots)
             return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
@@ -180,6 +191,20 @@ class _Session:
         numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
         return self._keep(folder, learner, result, numbers)
 
+    def run_meta_cell(self, cell: Cell) -> Mapping[str, float]:
+        """Meta-train once, for the cell's seed; otherwise as :meth:`run_cell`."""
+        folder = self.prompt_folder(cell).parent
+        if (folder / "cell.json").is_file():
+            return json.loads((folder / "cell.json").read_text())
+        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES, cell.seed)
+        self._start(learner, folder, self.origin)
+        numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
+        self.history = history
+        if process_state().is_main_process:
+            write_history(folder / "history.jsonl", history)
+            write_json(folder / "cell.json", numbers)
+        return numbers
+
     def prompt_folder(self, cell: Cell) -> Path:
         """Return where a cell's prompts are saved."""
         folder = self.folder if self._single else self.folder / "cells" / cell.name
@@ -212,7 +237,7 @@ class _Session:
     ) -> dict[str, float]:
         """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
         if process_state().is_main_process:
-            _write_history(folder / "history.jsonl", result.history)
+            write_history(folder / "history.jsonl", result.history)
             save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
             write_json(folder / "cell.json", numbers)
         return numbers
@@ -284,12 +309,14 @@ class _Session:
     def page(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
         """Gather what the page shows; pictures come from the last cell that was trained in this session."""
         page = run_summary.record(self.config, self.backbone, result, metrics, command, self.matrix)
+        page.history = self.history
         if self.shown is not None:
             run_summary.show(page, self.shown, self.test_cache)
         return page
 
 
-def _open_folder(config: RunConfig, resume: bool) -> Path:
+def open_folder(config: Any, resume: bool) -> Path:
+    """Return the folder of a configuration with ``name`` and ``output``, emptied unless it is resumed."""
     digest = hashlib.sha256(run_summary.yaml_text(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
     state = process_state()
@@ -309,5 +336,6 @@ def _takes_seed(learner: str) -> bool:
     return "seed" in options_model(LEARNERS.get(learner).target).model_fields
 
 
-def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write one line of JSON per epoch."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in history))

@@ -21,7 +21,7 @@ from vlprompt.evaluation.transfer import TransferMatrix
 from vlprompt.learners import Learner
 from vlprompt.training.fit import RunResult
 
-__all__ = ["Shown", "failures", "metrics", "record", "show", "yaml_text"]
+__all__ = ["Shown", "environment", "failures", "metrics", "record", "show", "yaml_text"]
 
 # A learner, what it was tested on, and how it was trained: what the page shows pictures of.
 Shown = tuple[Learner, ImageDataset, RunResult]
@@ -35,14 +35,14 @@ def metrics(
         **result.metrics,
         "protocol": result.protocol,
         "learner": config.learner_name,
-        "data": config.data.name,
+        "data": config.meta.pairs if config.protocol.name == "meta" else config.data.name,
         **({"targets": config.protocol.targets} if config.protocol.targets else {}),
         "shots": config.protocol.shots,
         "seeds": config.protocol.seeds,
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         **facts,
-        **_environment(),
+        **environment(),
     }
 
 
@@ -57,7 +57,7 @@ def failures(result: ProtocolResult) -> list[str]:
     ]
 
 
-def yaml_text(config: RunConfig) -> str:
+def yaml_text(config: Any) -> str:
     """Return the resolved configuration as YAML; its hash names the run's folder."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -90,7 +90,7 @@ def record(
         "learned": numbers.get(f"{base}accuracy"),
     }
     page = RunRecord(
-        title=f"{config.learner_name} on {', '.join(config.data.names)}",
+        title=f"{config.learner_name} on {_subject(config)}",
         headline={k: v for k, v in headline.items() if v is not None},
         summary=f"{backbone.name}, {result.protocol}, {_describe(config)}.",
         metrics=numbers,
@@ -98,7 +98,7 @@ def record(
         failures=failures(result),
         config=yaml_text(config),
         command=command,
-        environment={**_environment(), "backbone": backbone.fingerprint["id"]},
+        environment={**environment(), "backbone": backbone.fingerprint["id"]},
     )
     if matrix is not None:
         explanation = (
@@ -117,7 +117,12 @@ def show(page: RunRecord, shown: Shown, cache: FeatureCache) -> None:
     page.probs, page.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
 
 
-def _environment() -> dict[str, str]:
+def _subject(config: RunConfig) -> str:
+    return config.meta.pairs if config.protocol.name == "meta" else ", ".join(config.data.names)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that figures depend on."""
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 

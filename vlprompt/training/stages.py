@@ -17,7 +17,7 @@ from vlprompt.evaluation.protocols import Cell, ProtocolResult, coop_fewshot
 from vlprompt.evaluation.statistics import summarise
 from vlprompt.evaluation.transfer import TransferMatrix
 
-__all__ = ["Runs", "StageCell", "run_from_scratch_too", "run_multitask", "run_transfer"]
+__all__ = ["MetaRuns", "Runs", "StageCell", "run_from_scratch_too", "run_multitask", "run_transfer"]
 
 Numbers = Mapping[str, float]
 _COUNTS = ("runs", "runs_failed")
@@ -55,6 +55,15 @@ class Runs(Protocol):
 
     def prompt_folder(self, cell: Cell) -> Path:
         """Return where a cell's prompts are saved."""
+
+
+class MetaRuns(Protocol):
+    """What meta-training asks of a run."""
+
+    config: Any
+
+    def run_meta_cell(self, cell: Cell) -> Numbers:
+        """Meta-train once; the figures are those on held-out domains."""
 
 
 def run_multitask(runs: Runs) -> ProtocolResult:

@@ -23,7 +23,7 @@ from vlprompt.training.batches import Batch, Batches, prefetch
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.processes import accelerator as default_accelerator
-from vlprompt.training.schedule import learning_rate
+from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 
 __all__ = ["Trainable", "Trainer"]
@@ -52,6 +52,11 @@ class Trainable(Protocol):
     # A module may also define any of these (see Learner, which documents them):
     #   combine_gradients(gradients), after_epoch(epoch, epochs), after_training(),
     #   running_state(), load_running_state(state)
+    # and, which no learner needs but what wraps one may (see vlprompt.training.gram and vlprompt.meta):
+    #   transform_gradients(gradients): once per step, from what the optimiser would read (by name; of the whole
+    #       batch, unscaled, clipped) to what it reads.
+    #   parameter_groups() -> list of {"names": [...], "rate": a multiple of the learning rate, and options of
+    #       torch's optimiser}; all names together are all that is learned.
 
 
 class Trainer:
@@ -72,7 +77,7 @@ class Trainer:
         accelerator: Processes and device; a default one if None.
 
     Raises:
-        VLPromptError: If nothing in the module learns.
+        VLPromptError: If nothing in the module learns, or the options watch a validation that isn't there.
     """
 
     def __init__(
@@ -96,7 +101,12 @@ class Trainer:
             raise VLPromptError(
                 f"{type(module).__name__} has no learnable parameter: there is nothing to train."
             )
-        self.optimizer = _build_optimizer(list(self.parameters.values()), options)
+        if validate is None and (options.schedule == "plateau" or options.stop_patience is not None):
+            raise VLPromptError(
+                "schedule plateau and stop_patience watch validation data, and this run has none. Give it some, or "
+                "use schedule cosine and no stop_patience."
+            )
+        self.optimizer = _build_optimizer(self._groups(), options)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=options.precision == "fp16")
         self.progress = Progress()
         self.best_state: dict[str, Tensor] | None = None
@@ -116,7 +126,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._notify("on_start")
         try:
-            while self.progress.epoch < self.options.epochs:
+            while not self._finished():
                 self._run_epoch()
         finally:
             self._notify("on_end")
@@ -124,6 +134,10 @@ class Trainer:
         if self.best_state is not None:
             self.module.load_trainable_state(self.best_state)
         return self.progress
+
+    def _finished(self) -> bool:
+        done = self.progress
+        return done.epoch >= self.options.epochs or (done.step == 0 and stops(self.options, done.history))
 
     def _run_epoch(self) -> None:
         epoch, started = self.progress.epoch, time.monotonic()
@@ -133,7 +147,7 @@ class Trainer:
         fetched = prefetch(self.batches, parts, epoch)
         lr = 0.0
         for step in range(self.progress.step, len(plan)):
-            lr = learning_rate(self.options, epoch, step, len(plan))
+            lr = learning_rate(self.options, epoch, step, len(plan), self.progress.history)
             losses = self._step(fetched, plan[step], epoch, step, lr)
             self.progress.step = step + 1
             _add(self.progress.sums, losses, len(plan[step]))
@@ -154,11 +168,12 @@ class Trainer:
             self.module.train(False)
             with torch.no_grad():
                 record |= {f"val/{k}": v for k, v in self.validate().items()}
+            self._check_watched(record)
             self._keep_best(record)
         done.history.append(record)
         done.epoch, done.step, done.sums = done.epoch + 1, 0, {}
         self._notify("on_epoch", record)
-        if last or time.monotonic() - self._saved_at > self.options.checkpoint_seconds:
+        if self._finished() or time.monotonic() - self._saved_at > self.options.checkpoint_seconds:
             self._save()
 
     def _step(
@@ -167,7 +182,7 @@ class Trainer:
         # Seeded by position, so that dropout after a resume is what it would have been without the kill.
         torch.manual_seed(derive_seed(self.options.seed, "step", epoch, step, self.accelerator.process_index))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         separate: dict[str, list[Tensor]] = {}
@@ -188,6 +203,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
         if self.options.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.options.grad_clip)
+        self._transform()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
@@ -234,6 +250,24 @@ class Trainer:
         for parameter, gradient in zip(self.parameters.values(), combined, strict=True):
             parameter.grad = gradient * scale if scale != 1 else gradient
 
+    def _transform(self) -> None:
+        """Let the module change what the optimiser is about to read."""
+        if hasattr(self.module, "transform_gradients"):
+            found = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            for name, gradient in self.module.transform_gradients(found).items():
+                self.parameters[name].grad = gradient
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: one, unless the module makes them."""
+        groups = self._hook("parameter_groups") or [{"names": list(self.parameters)}]
+        return [
+            {
+                "params": [self.parameters[n] for n in group["names"]],
+                **{k: v for k, v in group.items() if k != "names"},
+            }
+            for group in groups
+        ]
+
     def _reduce(self, totals: dict[str, Tensor], separate: dict[str, list[Tensor]]) -> None:
         """Sum gradients and losses over processes; the parts' weights already add up to one."""
         if self.accelerator.num_processes == 1:
@@ -263,15 +297,20 @@ class Trainer:
                 f"the gradient of {name!r} is not finite {where}. The last checkpoint is kept."
             )
 
+    def _check_watched(self, record: Mapping[str, Any]) -> None:
+        """Refuse options that name a figure which validation doesn't give."""
+        watched = {"select_metric": self.options.select == "best"}
+        watched["monitor"] = self.options.schedule == "plateau" or self.options.stop_patience is not None
+        known = sorted(k.removeprefix("val/") for k in record if k.startswith("val/"))
+        for option, used in watched.items():
+            name = getattr(self.options, option)
+            if used and name not in known:
+                raise VLPromptError(f"{option} {name!r} is not validated; known: {known}.")
+
     def _keep_best(self, record: Mapping[str, Any]) -> None:
         if self.options.select != "best":
             return
         key = f"val/{self.options.select_metric}"
-        if key not in record:
-            known = sorted(k.removeprefix("val/") for k in record if k.startswith("val/"))
-            raise VLPromptError(
-                f"select_metric {self.options.select_metric!r} is not validated; known: {known}."
-            )
         if self.progress.best is None or record[key] > self.progress.best:
             self.progress.best, self.progress.best_epoch = float(record[key]), self.progress.epoch
             self.best_state = {n: t.detach().clone() for n, t in self.module.trainable_state().items()}
@@ -319,7 +358,7 @@ class Trainer:
             getattr(callback, event)(self, *arguments)
 
 
-def _build_optimizer(parameters: list[torch.nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
+def _build_optimizer(parameters: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
     if options.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay

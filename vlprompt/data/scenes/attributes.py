@@ -13,6 +13,7 @@ __all__ = [
     "BACKGROUNDS",
     "COLOURS",
     "COUNT_WORDS",
+    "HELD_OUT_MASKS",
     "HELD_OUT_STYLES",
     "PATTERNS",
     "POSITIONS",
@@ -76,6 +77,9 @@ STYLES: tuple[str, ...] = ("plain", "sketch", "inverted", "noisy", "blurred", "n
 
 #: Styles that pretraining never sees.
 HELD_OUT_STYLES: frozenset[str] = frozenset({"sketch", "inverted"})
+
+#: Objects whose masks the embedded segmenters never learned; ``tiny`` itself knows their names.
+HELD_OUT_MASKS: frozenset[str] = frozenset({"heart", "arrow", "flower", "lightning", "four", "eight"})
 
 _HOLD_OUT_SEED = 7
 _HOLD_OUT_SHARE = 5  # one combination in five

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.segmentation import pairs_layouts as lay
+from vlprompt.data.segmentation import MaskRule, load_segmentation, read_mask
+from vlprompt.data.segmentation.augment import JointAugmentation
+from vlprompt.data.segmentation.base import MaskedImage
+from vlprompt.data.segmentation.convert import convert_coco, convert_indexed
+from vlprompt.errors import DataError, UnknownNameError
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "LA"])
+def test_binary_masks_of_every_kind_of_file(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(lay.bar(1) * 255).convert(mode)
+    image.save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), lay.bar(1))
+
+
+def test_whole_and_empty_masks(tmp_path: Path) -> None:
+    for value, inside in ((0, 0), (255, 1), (7, 1)):
+        Image.new("L", (4, 3), value).save(tmp_path / "m.png")
+        assert (read_mask(tmp_path / "m.png") == inside).all()
+
+
+def test_what_is_refused_of_masks(tmp_path: Path) -> None:
+    path = tmp_path / "m.png"
+    Image.fromarray(np.array([[1, 2]], np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"holds 2 values \(1, 2\)"):  # neither is ground
+        read_mask(path)
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
+    with pytest.raises(DataError, match="is a colour picture"):
+        read_mask(path)
+    assert read_mask(path, MaskRule(threshold=127)).all()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"m\.png"):
+        read_mask(path)
+    with pytest.raises(DataError, match="the mask does not exist"):
+        read_mask(tmp_path / "n.png")
+
+
+def test_ignored_values_are_neither_inside_nor_outside(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 3, 9, 255]], np.uint8)).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png", MaskRule(ignore=(255, 9))).tolist() == [[0, 1, 255, 255]]
+    assert read_mask(tmp_path / "m.png", MaskRule(ignore=(255,)), values=(9,)).tolist() == [[0, 0, 1, 255]]
+
+
+def _pair(seed: int = 0) -> MaskedImage:
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((48, 80), np.uint8)
+    mask[15:30, 20:60] = 1
+    mask[0, 0] = 255
+    image = np.where(mask[..., None] == 1, 200, 60) + rng.integers(0, 9, (48, 80, 3))
+    return MaskedImage(Image.fromarray(image.astype(np.uint8)), mask, "bar", 0, f"pair {seed}")
+
+
+def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> None:
+    views, pair = JointAugmentation("slight"), _pair()
+    shown = [views.augment(pair, 3, view) for view in range(60)]
+    moved = [m for _, m in shown if not np.array_equal(m, pair.mask)]
+    assert 4 <= len(moved) <= 24  # a fifth of them
+    for image, mask in shown:
+        assert (image.size, mask.shape) == (pair.image.size, pair.mask.shape)
+        assert set(np.unique(mask)) <= {0, 1, 255}
+        grey = np.asarray(image, float).mean(2)
+        assert grey[mask == 1].mean() - grey[mask == 0].mean() > 100
+        inner = (grey > grey.mean()) & (mask != 255)
+        assert (inner & (mask == 1)).sum() / (
+            inner | (mask == 1)
+        ).sum() > 0.93  # the edge moves with the picture
+    again = views.augment(pair, 3, 7)
+    assert again[0].tobytes() == shown[7][0].tobytes()
+    assert len({image.tobytes() for image, _ in shown}) > 12
+    assert JointAugmentation("none").augment(pair, 1, 1) == (pair.image, pair.mask)
+    with pytest.raises(UnknownNameError, match="'slight'"):
+        JointAugmentation("slite")
+
+
+def test_turning_keeps_angles_in_pictures_that_are_not_square() -> None:
+    """A small turn moves a point of a wide picture by its distance from the centre times the angle."""
+    from vlprompt.data.segmentation.augment import _affine
+
+    mask = torch.zeros(100, 300, dtype=torch.uint8)
+    mask[48:53, 248:253] = 1
+    image = mask.float().expand(3, -1, -1)
+    angle = 0.05
+    _, turned = _affine(image, mask, 1.0, angle, 0.0, 0.0)
+    rows, columns = turned.nonzero().float().mean(0)
+    assert abs(float(rows - 50)) == pytest.approx(100 * np.sin(angle), abs=0.6)
+    assert float(columns) == pytest.approx(150 + 100 * np.cos(angle), abs=0.6)
+    _, moved = _affine(image, mask, 1.0, 0.0, 0.02, -0.02)
+    assert moved.nonzero().float().mean(0).tolist() == pytest.approx([50 - 2, 250 + 6], abs=0.6)
+
+
+def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    lay.picture(tmp_path / "pictures/a.jpg", 1)
+    lay.picture(tmp_path / "pictures/b.jpg", 2)
+    width, height = lay.SIZE
+    square = [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]
+    counts = [0, 2 * height, width * height - 2 * height]  # column-major: the first two columns
+    content = {
+        "images": [{"id": i, "file_name": f"{n}.jpg", "width": width, "height": height} for i, n in enumerate("ab")],
+        "categories": [{"id": 7, "name": "hot_dog"}, {"id": 9, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 9, "iscrowd": 0, "segmentation": square},
+            {"id": 2, "image_id": 0, "category_id": 9, "iscrowd": 1,
+             "segmentation": {"size": [height, width], "counts": counts}},
+            {"id": 3, "image_id": 1, "category_id": 7, "iscrowd": 0, "segmentation": square},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    for split in ("train", "val"):
+        assert convert_coco(path, tmp_path / "pictures", tmp_path / "out", split) == {"hot dog": 1, "cat": 1}
+    by_hand = np.zeros((height, width), np.uint8)
+    by_hand[1:5, 2:6] = 1
+    data = load_segmentation(f"per_class:{tmp_path / 'out'}", "test")
+    assert [(s.source, s.phrase) for s in data.samples] == [("val/a.jpg", "cat"), ("val/b.jpg", "hot dog")]
+    np.testing.assert_array_equal(data[1].mask, by_hand)
+    by_hand[:, :2] = 1  # the two objects of one class are united
+    np.testing.assert_array_equal(data[0].mask, by_hand)
+
+    content["annotations"][0]["segmentation"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances\.json: annotation 1: it has no polygon"):
+        convert_coco(path, tmp_path / "pictures", tmp_path / "out")
+    path.write_text('{"images": []}')
+    with pytest.raises(DataError, match="no COCO instance file: KeyError 'categories'"):
+        convert_coco(path, tmp_path / "pictures", tmp_path / "out")
+
+
+def test_masks_of_class_numbers_become_masks(tmp_path: Path) -> None:
+    for i in range(3):
+        lay.picture(tmp_path / "pictures" / f"{i}.jpg", i)
+        lay.mask_file(tmp_path / "numbers" / f"{i}.png", lay.bar(i) * 4 + (lay.bar(i + 2) if i else 0), 1)
+    written = convert_indexed(
+        tmp_path / "numbers", tmp_path / "pictures", {"sea": 4, "land": 1, "sky": 9}, tmp_path / "out", "test"
+    )
+    assert written == {"sea": 3, "land": 2, "sky": 0}
+    data = load_segmentation(f"per_class:{tmp_path / 'out'}", "test")
+    for i in range(len(data)):
+        number = int(Path(str(data.samples[i].source)).stem)
+        expected = lay.bar(number) if data[i].phrase == "sea" else lay.bar(number + 2)
+        np.testing.assert_array_equal(data[i].mask, expected)
+    (tmp_path / "pictures/0.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 masks have no picture in .*for example 0"):
+        convert_indexed(tmp_path / "numbers", tmp_path / "pictures", {"sea": 4}, tmp_path / "out2")

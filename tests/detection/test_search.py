@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlprompt.concepts import Concepts
+from vlprompt.detection.base import Detections
+from vlprompt.detection.config import DetectConfig
+from vlprompt.detection.data import DetectionData, write_coco
+from vlprompt.detection.evaluate import average_precision, features, kept_boxes
+from vlprompt.detection.run import run_detection
+from vlprompt.detection.search import class_vectors, search_concepts
+from vlprompt.errors import BackboneError, ConfigError, DataError
+from vlprompt.training.options import TrainOptions
+
+TRAIN = TrainOptions(
+    epochs=15, batch_size=4, optimizer="adamw", lr=0.05, weight_decay=0, schedule="constant", warmup_epochs=0
+)
+
+
+class Oracle:
+    """Says what it is given."""
+
+    def __init__(self, logits: Tensor, boxes: Tensor) -> None:
+        self.found = Detections(logits, boxes)
+
+    def detect(self, frozen: dict[str, Tensor], concepts: Tensor) -> Detections:
+        return self.found
+
+
+def test_average_precision_by_hand(data: DetectionData) -> None:
+    """Two of three classes: one object found first, one found behind a false box, one never; a crowd is no mistake."""
+    pytest.importorskip("pycocotools")
+    boxes = torch.full((4, 3, 4), 0.01)
+    logits = torch.full((4, 3, 3), -20.0)
+    boxes[0, 0] = torch.tensor([15 / 60, 17.5 / 40, 20 / 60, 25 / 40])  # the dog, exactly
+    logits[0, 0, 0] = 3
+    boxes[3, 2] = torch.tensor([0.5, 0.25, 1.0, 0.5])  # the crowd of dogs
+    logits[3, 2, 0] = 5
+    boxes[2, 0] = torch.tensor([0.5, 0.5, 1.0, 1.0])  # the circle, exactly, but behind a box of nothing
+    logits[2, 0, 1] = 1
+    boxes[1, 1] = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    logits[1, 1, 1] = 2
+    rows = {"x": torch.zeros(4, 1)}
+    scores = average_precision(Oracle(logits, boxes), torch.zeros(3, 1, 1), data, rows)  # type: ignore[arg-type]
+    assert scores["AP/dog"] == pytest.approx(1.0, abs=1e-6)
+    assert scores["AP/red circle"] == pytest.approx(0.5, abs=1e-6)
+    assert scores["AP/cat"] == pytest.approx(0.0, abs=1e-6)
+    assert scores["AP"] == scores["AP50"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_boxes_are_ranked_over_classes_and_in_pixels() -> None:
+    found = Detections(
+        torch.tensor([[[1.0, 3.0], [2.0, -1.0]]]), torch.tensor([[[0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.2]]])
+    )
+    (kept,) = kept_boxes(found, [(40, 20)])
+    assert kept["labels"].tolist() == [1, 0, 0, 1]
+    assert kept["boxes"][:2].tolist() == [[0, 0, 40, 20], [10, 8, 30, 12]]
+    torch.testing.assert_close(kept["scores"], torch.tensor([3.0, 2.0, 1.0, -1.0]).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [("owl-tiny", "text"), ("owlvit", "visual"), ("owlv2", "normal"), ("grounding-dino", "normal")],
+)
+def test_a_search_lowers_the_hosts_loss(
+    name: str, init: Any, detectors: dict[str, Any], data: DetectionData
+) -> None:
+    detector = detectors[name]
+    before = {n: p.clone() for n, p in detector.named_parameters()}
+    options = TRAIN.model_copy(update={"epochs": 4 if name == "grounding-dino" else 15})
+    found = search_concepts(detector, data, options=options, init=init, length=2)
+    losses = [record["loss"] for record in found.history]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in detector.named_parameters())
+    again = search_concepts(detector, data, options=options, init=init, length=2)
+    assert torch.equal(again.module.concepts(), found.module.concepts())
+
+
+def test_a_search_starts_where_it_says(detectors: dict[str, Any], data: DetectionData) -> None:
+    detector = detectors["owl-tiny"]
+    none = TRAIN.model_copy(update={"epochs": 1, "lr": 1e-12})
+    said = search_concepts(detector, data, options=none).module.concepts()
+    torch.testing.assert_close(said, class_vectors(detector, data), rtol=0, atol=1e-6)
+    seen = search_concepts(detector, data, options=none, init="visual").module.concepts()
+    torch.testing.assert_close(seen.norm(dim=-1), torch.ones(3, 1), rtol=0, atol=1e-5)
+    rows = features(detector, data)
+    row = {"features": rows["features"][2:3].float()}
+    vectors = detector.embeds(row)[0]
+    cosines = torch.nn.functional.cosine_similarity(vectors, seen[1], dim=-1)
+    assert float(cosines.detach().max()) == pytest.approx(1, abs=1e-5)  # the one circle's box
+    with pytest.raises(DataError, match="have no vectors in the text's space"):
+        search_concepts(detectors["grounding-dino"], data, options=none, init="visual")
+    with pytest.raises(BackboneError, match="no tokenizer"):
+        search_concepts(detectors["grounding-dino"], data, options=none, init="text")
+
+
+def test_the_second_stage_changes_what_is_named_and_puts_it_back(
+    detectors: dict[str, Any], data: DetectionData
+) -> None:
+    detector = detectors["owl-tiny"]
+    before = {n: p.clone() for n, p in detector.named_parameters()}
+    patterns = ["head.embed.*", "backbone.model.visual.conv1.*"]
+    kept = search_concepts(detector, data, options=TRAIN, unfreeze=patterns[:1])
+    assert kept.module.static
+    changed = {n for n, p in detector.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"head.embed.weight", "head.embed.bias"}
+    kept.module.unfrozen.restore()
+    assert all(torch.equal(p, before[n]) for n, p in detector.named_parameters())
+    with pytest.raises(ConfigError, match=r"'head\.embd\.\*' matches no parameter; near it"):
+        search_concepts(detector, data, options=TRAIN, unfreeze=["head.embd.*"])
+
+
+def test_a_run_writes_concepts_table_and_report(
+    detectors: dict[str, Any], data: DetectionData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pycocotools")
+    path = write_coco(data, tmp_path / "coco")
+    name = f"coco:{path}:{path.parent}"
+    cfg = tmp_path / "run.yaml"
+    cfg.write_text(
+        f"name: small\noutput: {tmp_path / 'runs'}\ndetector: {{name: owl-tiny, weights: random}}\n"
+        f"data: {{train: '{name}', val: '{name}', test: {{mine: '{name}'}}, pictures: [null]}}\n"
+        "train: {epochs: 1, batch_size: 2, optimizer: adamw, select: best, select_metric: AP}\n"
+        "second_stage: {unfreeze: ['head.embed.*'], train: {lr: 0.01}}\nseeds: [1, 2]\n"
+    )
+    config = DetectConfig.read(cfg)
+    outcome = run_detection(config)
+    capsys.readouterr()
+    assert "class names" in outcome.table
+    assert "concepts, all pictures, second stage" in outcome.table
+    saved = Concepts.load(outcome.folder / "picturesall-seed1" / "concepts.safetensors", "detector")
+    saved.check_host(detectors["owl-tiny"].identity)
+    assert saved.names == data.classnames
+    assert {"class names/mine/AP", "concepts, all pictures/mine/AP50_ci95"} <= set(outcome.metrics)
+    assert (outcome.folder / "report.html").is_file()
+    assert run_detection(config, resume=True).metrics == outcome.metrics
+
+
+def test_mistakes_are_all_named(data: DetectionData, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "detector: {name: owl-tny}\ndata: {test: {a: scenes/shape}}\ntrain: {select: best}\n"
+        "second_stage: {unfreeze: [x], train: {epoch: 1}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        DetectConfig.read(path)
+    assert len(caught.value.problems) == 3
+    for text in ("'owl-tiny'", "did you mean 'epochs'", "data.val"):
+        assert any(text in problem for problem in caught.value.problems), text
+    mine, other = write_coco(data, tmp_path / "a"), replace(data, classnames=("x", "y", "z"))
+    theirs = write_coco(other, tmp_path / "b")
+    path.write_text(
+        f"output: {tmp_path}\ndetector: {{name: owl-tiny, weights: random}}\n"
+        f"data: {{train: 'coco:{mine}:', test: {{a: 'coco:{theirs}:'}}}}\n"
+    )
+    with pytest.raises(DataError, match=r"data\.test\.a: annotations has other classes"):
+        run_detection(DetectConfig.read(path))

@@ -1,0 +1,120 @@
+"""Pretraining of the embedded diffusion model: its conditions and losses, and that a run can be resumed and shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlprompt import create_backbone
+from vlprompt.diffusion.denoiser import load_denoiser, to_patches
+from vlprompt.files import read_tensors
+from vlprompt.pretraining.denoising import ConditionedBatches, DenoisingModule
+from vlprompt.pretraining.diffusion import DiffusionOptions, pretrain_diffusion
+from vlprompt.training.options import TrainOptions
+
+pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
+
+
+def batches(drop: float = 0.25, worded: float = 0.3) -> ConditionedBatches:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (400, 64, 64, 3), dtype=np.uint8)
+    seen, told = (
+        F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(1)), dim=-1)
+        for shape in ((400, 128), (400, 3, 128))
+    )
+    return ConditionedBatches(images, seen, told, 200, 1, drop, worded)
+
+
+def test_conditions_are_pictures_captions_both_or_nothing() -> None:
+    source = batches()
+    rows = np.arange(200)
+    batch = source.fetch(rows, 0)
+    found = []
+    for i, condition in enumerate(batch["condition"]):
+        seen, told = source.seen[i], source.told[i]
+        names = {"nothing": torch.zeros(128), "seen": seen, **{f"told {k}": t for k, t in enumerate(told)}}
+        found.append([n for row in condition for n, t in names.items() if torch.equal(row, t)])
+    kinds = [sorted({n.split()[0] for n in names}) for names in found]
+    share = {str(k): kinds.count(k) / 200 for k in (["nothing"], ["told"], ["seen", "told"], ["seen"])}
+    assert sum(share.values()) == 1
+    assert share["['nothing']"] == pytest.approx(0.25, abs=0.1)
+    assert share["['told']"] == pytest.approx(0.75 * 0.3, abs=0.1)
+    assert 0 < share["['seen', 'told']"] < share["['told']"]
+    assert all(a != b for (a, b), kind in zip(found, kinds, strict=True) if kind == ["told"])  # two captions
+    assert torch.equal(batch["image"][7].permute(1, 2, 0), torch.from_numpy(source.images[7]))
+    again, other = source.fetch(rows, 0), source.fetch(rows, 1)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(other["noise"], batch["noise"])
+    assert sorted(i for part in source.plan(0) for i in part) == list(range(400))
+
+
+def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
+    backbone = create_backbone("tiny")
+    module = DenoisingModule(backbone, 1, perception=0.5, watched=0.5).eval()
+    batch = {k: v[:6] for k, v in batches(drop=0.3).fetch(np.arange(200), 0).items()}
+    batch["time"] = torch.tensor([3, 250, 500, 700, 900, 999])
+    assert bool((batch["condition"][:3].abs().sum((1, 2)) == 0).any())
+    with torch.no_grad():
+        losses = module.loss(batch)
+        clean = to_patches(batch["image"].float() / 255)
+        noisy = module.denoiser.noised(clean, batch["noise"], batch["time"])
+        guess = module.denoiser(noisy, batch["time"], batch["condition"])
+    total, away = 0.0, []
+    for i in range(6):
+        level = float(module.denoiser.alphas[batch["time"][i]])
+        weight = min(max(level / (1 - level), 1.0), 5.0)
+        total += weight * float((guess[i] - clean[i]).square().mean()) / 6
+        if i < 3 and bool(batch["condition"][i].any()):
+            picture = ((F.pixel_shuffle(guess[i : i + 1], 4) + 1) / 2).clamp(0, 1)
+            mean, std = (
+                torch.tensor(backbone.fingerprint["preprocess"][k]).view(3, 1, 1) for k in ("mean", "std")
+            )
+            found = backbone.encode_image((picture - mean) / std)[0]
+            away.append(1 - float(found @ batch["seen"][i]))
+    assert float(losses["pixels"]) == pytest.approx(total, rel=1e-4)
+    assert float(losses["embeddings"]) == pytest.approx(0.5 * sum(away) / len(away), rel=1e-3)
+    assert set(DenoisingModule(backbone, 1, perception=0).loss(batch)) == {"pixels"}
+
+
+def test_only_the_denoiser_learns_and_the_average_follows() -> None:
+    backbone = create_backbone("tiny")
+    module = DenoisingModule(backbone, 1, decay=0.9)
+    batch = {k: v[:4] for k, v in batches(drop=0).fetch(np.arange(200), 0).items()}
+    sum(module.loss(batch).values()).backward()  # type: ignore[union-attr]
+    assert all(n.startswith("denoiser.") for n, _ in module.named_parameters())
+    assert all(p.grad is None for p in backbone.parameters())
+    start = module.denoiser.unet.conv_in.bias.detach().clone()
+    expected = start.clone()
+    for step in range(1, 4):
+        with torch.no_grad():
+            module.denoiser.unet.conv_in.bias.add_(1)
+        module.update_average()
+        keep = min(0.9, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * (start + step)
+    torch.testing.assert_close(module.average["unet.conv_in.bias"], expected)
+    other = DenoisingModule(backbone, 2)
+    other.load_running_state(module.running_state())
+    assert other.steps == 3
+    assert torch.equal(other.average["unet.conv_in.bias"], module.average["unet.conv_in.bias"])
+
+
+def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
+    train = TrainOptions(
+        epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0
+    )
+    options = DiffusionOptions(pictures=8, easy=4, captions=2, watch=1, steps=1, train=train)
+    path = pretrain_diffusion(options, tmp_path)
+    whole = read_tensors(path)[0]
+    again = read_tensors(pretrain_diffusion(options, tmp_path, resume=True))[0]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert path.stat().st_size <= 12_000_000
+    load_denoiser(path)
+    assert (tmp_path / "samples.png").is_file()
+    held = next(tmp_path.glob("embeddings-*.safetensors"))
+    tensors = read_tensors(held)[0]
+    assert (tensors["seen"].shape, tensors["told"].shape) == ((8, 128), (8, 2, 128))
+    torch.testing.assert_close(tensors["told"].norm(dim=-1), torch.ones(8, 2))

@@ -1,0 +1,97 @@
+"""Generating views ahead of a run, as a stage of its own, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from vlprompt.adaptation.config import AdaptConfig
+from vlprompt.adaptation.run import draw_stream, view_source
+from vlprompt.backbones import create_backbone
+from vlprompt.data import ImageDataset
+from vlprompt.data.images import pixel_key
+from vlprompt.diffusion import ViewStore
+from vlprompt.errors import ConfigError
+from vlprompt.learners import Learner, create_learner
+
+__all__ = ["Generated", "generate_views", "named_alike"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a generation left behind.
+
+    Attributes:
+        store: Where the views lie.
+        alike: By data set the share of views, in [0, 1], that the configuration's backbone names like the picture
+            they were made of; empty unless it was asked for.
+    """
+
+    store: ViewStore
+    alike: dict[str, float]
+
+
+def generate_views(config: AdaptConfig, progress: Progress | None = None, check: int = 0) -> Generated:
+    """Fill the store with the generated views that a run of this configuration needs; goes on where it stopped.
+
+    Args:
+        config: See :meth:`AdaptConfig.read`.
+        progress: Called with (what, done, n).
+        check: Pictures per data set and seed whose views are named, to see what they are worth.
+
+    Raises:
+        ConfigError: If the configuration names no store, or wants no generated views.
+        BackboneError: If the pipeline can't be had.
+        CheckpointError: If the store is another generator's.
+    """
+    if config.diffusion is None or config.diffusion.store is None or not config.generated:
+        problem = (
+            "diffusion.store: generating ahead needs a store, and an adapter that wants generated views."
+        )
+        raise ConfigError([problem], config.name)
+    source = view_source(config, generate=True)
+    assert source.store is not None
+    streams: dict[str, list[ImageDataset]] = {}
+    for name in config.data.names:
+        for seed in config.seeds:
+            data = draw_stream(config, name, seed)
+            streams.setdefault(name, []).append(data)
+            for i in range(len(data)):
+                image = data[i][0]
+                if source.store.missing(pixel_key(image), config.generated):
+                    source.views([image], config.generated)
+                if progress is not None:
+                    progress(f"{name}, seed {seed}", i + 1, len(data))
+    alike = {n: _alike(config, source.store, parts, check) for n, parts in streams.items()} if check else {}
+    return Generated(source.store, alike)
+
+
+def _alike(config: AdaptConfig, store: ViewStore, parts: Sequence[ImageDataset], check: int) -> float:
+    backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
+    learner = create_learner("zero_shot", backbone, parts[0].classnames, parts[0].templates)
+    images = [data[i][0] for data in parts for i in range(min(check, len(data)))]
+    return named_alike(learner, images, [store.get(pixel_key(i), config.generated) for i in images])
+
+
+@torch.no_grad()
+def named_alike(
+    learner: Learner, images: Sequence[Image.Image], variations: Sequence[Sequence[Image.Image]]
+) -> float:
+    """Return the share of variations, in [0, 1], that a classifier names like the picture they were made of.
+
+    Args:
+        learner: The classifier.
+        images: B RGB pictures.
+        variations: Of each, one or more.
+    """
+    learner.eval()
+    preprocess, shares = learner.backbone.preprocess, []
+    for image, made in zip(images, variations, strict=True):
+        named = learner(torch.stack([preprocess(i) for i in (image, *made)])).argmax(-1)
+        shares += (named[1:] == named[0]).tolist()
+    return sum(shares) / len(shares)

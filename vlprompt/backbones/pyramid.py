@@ -1,0 +1,85 @@
+"""Maps of three scales from an image tower, each half as fine as the one before: what CRIS' neck reads.
+
+A ModifiedResNet has them (its second, third and last stage, the last one through the attention pool at every place,
+with no mean token: Wang et al., CVPR 2022, section 3.1). A ViT has one scale: an early block's map is doubled, a
+middle one's kept, and the last block's, projected into the joint space, is halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.taps import patch_of
+from vlprompt.errors import BackboneError
+
+__all__ = ["dense_pool", "is_resnet", "pyramid_stride", "pyramid_widths", "resnet_stages", "vit_maps"]
+
+
+def is_resnet(backbone: Backbone) -> bool:
+    """Tell whether the image tower is one of CLIP's ModifiedResNets."""
+    return type(backbone.vision.visual).__name__ == "ModifiedResNet"
+
+
+def pyramid_widths(backbone: Backbone) -> tuple[int, int, int]:
+    """Return the channels of the three maps, finest first.
+
+    Raises:
+        BackboneError: If the tower is neither a ModifiedResNet nor a ViT of open_clip's own.
+    """
+    visual: Any = backbone.vision.visual
+    if is_resnet(backbone):
+        return visual.layer2[-1].bn3.num_features, visual.layer3[-1].bn3.num_features, backbone.dim
+    backbone.vision.require_prompts()
+    if backbone.vision.kind != "vit" or visual.proj is None:
+        raise BackboneError(
+            "maps of three scales need a ModifiedResNet or a ViT of open_clip's own that projects its tokens into the "
+            f"joint space; this image tower is {type(getattr(visual, 'trunk', visual)).__name__}. Try ViT-B-16 or RN50."
+        )
+    return backbone.vision.width, backbone.vision.width, backbone.dim
+
+
+def pyramid_stride(backbone: Backbone) -> int:
+    """Return the side in pixels of one place of the coarsest map; pictures are padded to multiples of it."""
+    return 32 if is_resnet(backbone) else 2 * patch_of(backbone.vision)
+
+
+def resnet_stages(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the second, third and fourth stage of a ModifiedResNet, (B, C, h, w) each."""
+    visual: Any = backbone.vision.visual
+    second = visual.layer2(visual.layer1(visual.stem(images)))
+    third = visual.layer3(second)
+    return second, third, visual.layer4(third)
+
+
+def dense_pool(backbone: Backbone, x: Tensor) -> Tensor:
+    """Return (B, d, h, w): the attention pool with every place as a query, over (B, C, h, w) of the last stage."""
+    pool: Any = backbone.vision.visual.attnpool
+    batch, _, height, width = x.shape
+    table = pool.positional_embedding
+    side = round((len(table) - 1) ** 0.5)
+    places = table[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    x = x + F.interpolate(places, size=(height, width), mode="bicubic", align_corners=False)
+    x = x.flatten(2).transpose(1, 2)
+    parts = (
+        f(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+        for f in (pool.q_proj, pool.k_proj, pool.v_proj)
+    )
+    attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    return pool.c_proj(attended).transpose(1, 2).reshape(batch, -1, height, width)
+
+
+def vit_maps(
+    backbone: Backbone, states: Sequence[Tensor], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three maps of a ViT from an early, a middle and the last block's (B, 1 + N, W) tokens."""
+    visual: Any = backbone.vision.visual
+    early, middle, last = (x[:, 1 : 1 + grid[0] * grid[1]] for x in states)
+    last = visual.ln_post(last) @ visual.proj
+    fine, kept, coarse = (x.transpose(1, 2).unflatten(2, grid) for x in (early, middle, last))
+    doubled = F.interpolate(fine, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return doubled, kept, F.avg_pool2d(coarse, 2)

@@ -1,0 +1,76 @@
+"""What makes a segmentation result worthless, found before it is measured: shared pictures, phrases that tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vlprompt.data.segmentation.base import MaskDataset, MaskSample
+from vlprompt.errors import DataError
+
+__all__ = ["denies", "label_leaks", "overlaps", "pair_problems", "without_shared"]
+
+_DENIAL = re.compile(
+    r"^\s*(?:an?\s+(?:image|picture|photo)\s+(?:of|with)\s+)?(?:no|without|normal|absence of)\b", re.I
+)
+
+
+def denies(phrase: str) -> bool:
+    """Return whether a phrase says itself that there is nothing to find, for example ``"no polyp"``."""
+    return bool(_DENIAL.match(phrase))
+
+
+def without_shared(samples: Iterable[MaskSample], others: Iterable[MaskSample]) -> tuple[MaskSample, ...]:
+    """Return the samples whose pictures don't lie in the other splits too, by their names."""
+    taken = {s.source for s in others}
+    return tuple(s for s in samples if s.source not in taken)
+
+
+def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tuple[Any, Any]]]:
+    """Find pictures of equal content in two splits, whatever they are called.
+
+    Args:
+        splits: Split to data set; every picture is read once.
+
+    Returns:
+        Pairs of splits to pairs of sources; empty if nothing is shared.
+    """
+    keys = {s: {d.reader.key(source): source for source in d.pictures()} for s, d in splits.items()}
+    names = list(splits)
+    found = {}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if shared := [k for k in keys[first] if k in keys[second]]:
+                found[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
+    return found
+
+
+def label_leaks(data: MaskDataset) -> dict[str, int]:
+    """Find phrases that give the answer away: of a class asked for in several ways, those with empty masks only.
+
+    A model that learns such a phrase is right without looking at the picture, and an empty mask that is found counts
+    as a perfect one. Every mask is read.
+
+    Returns:
+        Phrase to the number of its pairs; empty if no phrase tells.
+    """
+    full: dict[tuple[int, str], list[bool]] = {}
+    for index, sample in enumerate(data.samples):
+        mask = data[index].mask
+        full.setdefault((sample.label, sample.phrase), []).append(bool((mask == 1).any()))
+    shown = {label for (label, _), found in full.items() if any(found)}
+    return {
+        phrase: len(found) for (label, phrase), found in full.items() if not any(found) and label in shown
+    }
+
+
+def pair_problems(data: MaskDataset, indices: Iterable[int] | None = None) -> list[str]:
+    """Read every pair once and return a sentence for each that can't be used."""
+    problems = []
+    for index in range(len(data)) if indices is None else indices:
+        try:
+            _ = data[index]
+        except DataError as error:
+            problems.append(str(error))
+    return problems

@@ -1,0 +1,193 @@
+"""pairs: a folder of pictures and one of masks with the same names, and one phrase for all.
+
+``pairs:PATH`` reads ``PATH/images`` and ``PATH/masks``, cut 60/20/20 by a hash of the names, or the same two folders
+inside ``PATH/train``, ``PATH/val`` and ``PATH/test``. The phrase is given with ``phrase=``, or stands in
+``PATH/phrase.txt``. A mask is called as its picture, perhaps with an ending such as ``_mask``; several of one picture
+(``_mask_1``) are united.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlprompt.data.listing import list_folders
+from vlprompt.data.segmentation.base import MaskDataset, MaskSample
+from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
+from vlprompt.data.segmentation.sources import pair_sources
+from vlprompt.data.segmentation.sources._common import (
+    Missing,
+    class_phrase,
+    need_part,
+    own_folder,
+    refuse_missing,
+    split_by_hash,
+    stems,
+)
+from vlprompt.data.sources import Request
+from vlprompt.data.sources._layout import Layout, absent, find_folder, parse_options
+from vlprompt.data.splits import SPLITS, normal_split
+from vlprompt.errors import DataError
+
+__all__ = ["PairedOptions", "build"]
+
+_EXPECTED = "images/ and masks/, or the same two in train/, val/ and test/"
+_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+_SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation", "_gt", "_label")
+
+
+class _Folders(BaseModel):
+    """Where one part's pictures and masks lie; the same folder twice if they lie together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    images: str
+    masks: str
+
+
+class PairedOptions(Layout):
+    """Source options of a card.
+
+    Attributes:
+        parts: Folders of each part; ``all`` is cut by ``shares``, and so is ``train`` where there is no ``val``.
+        suffix: What a mask's name has behind its picture's.
+        shares: Part to share.
+        threshold: See :class:`MaskRule`.
+    """
+
+    parts: dict[Literal["all", "train", "val", "test"], _Folders]
+    suffix: str = ""
+    shares: dict[Literal["train", "val", "test"], float] = Field(default_factory=dict)
+    threshold: int | None = None
+
+
+@pair_sources.register("pairs", summary="images/ and masks/ of one's own, one phrase", grammar="pairs:PATH")
+def build(
+    request: Request,
+    *,
+    threshold: int | None = None,
+    suffix: str | None = None,
+    on_missing: Missing = "error",
+    on_size_mismatch: SizePolicy = "error",
+    split_seed: int = 0,
+) -> MaskDataset:
+    """Build one split.
+
+    Args:
+        request: What is asked for.
+        threshold: See :class:`MaskRule`; the card's if None.
+        suffix: What a mask's name has behind its picture's; found out if None.
+        on_missing: What to do about pictures without a mask, and masks without a picture.
+        on_size_mismatch: What to do where a mask isn't its picture's size.
+        split_seed: Another cut of the same folder.
+
+    Raises:
+        AbsentError: If a card's folders aren't there.
+        DataError: If half of a pair is missing, or the folder isn't laid out so; says what.
+    """
+    if request.card is None:
+        folder = own_folder(request, _EXPECTED)
+        options = _own_options(request, folder)
+    else:
+        options = parse_options(request, PairedOptions)
+        folder = find_folder(request, options)
+    ending = options.suffix if suffix is None and request.card is not None else suffix
+    parts: dict[str, tuple[MaskSample, ...]] = {}
+    for part, places in options.parts.items():
+        if not (folder / places.images).is_dir() or not (folder / places.masks).is_dir():
+            if request.card is not None:
+                raise absent(request, [f"{folder.name}/{places.images} and {folder.name}/{places.masks}"])
+            raise DataError(f"{request.name}: {part} needs the folders {places.images} and {places.masks}.")
+        parts[part] = _pairs(request, folder, places, ending, on_missing)
+    shares: dict[str, float] = {**options.shares} or _SHARES
+    cut_parts, how = _cut(request, parts, shares, split_seed)
+    rule = MaskRule(options.threshold if threshold is None else threshold)
+    names = tuple(request.card.classnames) if request.card else ("object",)
+    info = {"source": "pairs", "split_source": how}
+    reader = MaskFiles(folder, folder, rule, on_size_mismatch)
+    return MaskDataset(request.name, request.split, need_part(request, cut_parts), names, reader, info)
+
+
+def _own_options(request: Request, folder: Path) -> PairedOptions:
+    if (folder / "images").is_dir():
+        both = _Folders(images="images", masks="masks")
+        return PairedOptions(folders=("",), parts={"all": both})
+    parts = {}
+    for inner in list_folders(folder, folder):
+        split = normal_split(inner.name)
+        if split is not None and (inner / "images").is_dir():
+            parts[split] = _Folders(images=f"{inner.name}/images", masks=f"{inner.name}/masks")
+    if not parts:
+        raise DataError(f"{request.name}: {folder} holds no pairs. Expected in it: {_EXPECTED}.")
+    return PairedOptions.model_validate({"folders": ("",), "parts": parts})
+
+
+def _pairs(
+    request: Request, folder: Path, places: _Folders, suffix: str | None, on_missing: Missing
+) -> tuple[MaskSample, ...]:
+    """Match the pictures of one part with their masks."""
+    images, masks = stems(folder / places.images), stems(folder / places.masks)
+    if suffix is None:
+        suffix = max(_SUFFIXES, key=lambda s: sum(f"{stem}{s}" in masks for stem in images))
+    together = places.images == places.masks
+    if together:
+        ends = re.compile(rf"{re.escape(suffix)}(_\d+)?$")
+        images = {s: p for s, p in images.items() if not (suffix and ends.search(s))}
+    found, used, problems = [], set(), []
+    for stem, pictures in images.items():
+        if len(pictures) > 1:
+            problems.append(f"{' and '.join(pictures)} are one name")
+            continue
+        # Of one picture several masks may exist: name, name_1, name_2, ...
+        mine = [f"{stem}{suffix}"] if f"{stem}{suffix}" in masks else []
+        mine += [f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks]
+        used.update(mine)
+        if not mine:
+            problems.append(f"{places.images}/{pictures[0]} has no mask {places.masks}/{stem}{suffix}.*")
+            continue
+        source = _joined(places.images, pictures[0])
+        paths = tuple(_joined(places.masks, masks[m][0]) for m in mine)
+        found.append(MaskSample(source, paths, _phrase(request, source), 0, source))
+    if not together:
+        problems += [f"{places.masks}/{masks[m][0]} has no picture" for m in masks if m not in used]
+    refuse_missing(request.name, problems, on_missing)
+    return tuple(found)
+
+
+def _joined(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"
+
+
+def _phrase(request: Request, record: str) -> str:
+    if request.card is not None:
+        return class_phrase(request.card.templates, request.card.classnames[0], record)
+    path = Path(request.argument).expanduser() / "phrase.txt"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _cut(
+    request: Request, parts: dict[str, tuple[MaskSample, ...]], shares: dict[str, float], seed: int
+) -> tuple[dict[str, tuple[MaskSample, ...]], str]:
+    """Make the splits out of the parts that exist."""
+    if "all" in parts:
+        return _by_hash(
+            request, parts["all"], shares, seed
+        ), f"all pictures cut by name, {shares}, seed {seed}"
+    if "val" in parts or "train" not in parts:
+        return parts, f"folders {sorted(parts)}"
+    of_train = {"val": shares.get("val", 0.1), "train": 1 - shares.get("val", 0.1)}
+    return {
+        **parts,
+        **_by_hash(request, parts["train"], of_train, seed),
+    }, f"folders {sorted(parts)}; val is {of_train['val']:.0%} of train by name, seed {seed}"
+
+
+def _by_hash(
+    request: Request, samples: tuple[MaskSample, ...], shares: dict[str, float], seed: int
+) -> dict[str, tuple[MaskSample, ...]]:
+    key = request.card.name if request.card else "pairs"
+    chosen = split_by_hash(key, [str(s.source) for s in samples], shares, seed)
+    part_of = {source: part for part, sources in chosen.items() for source in sources}
+    return {p: tuple(s for s in samples if part_of[str(s.source)] == p) for p in SPLITS if p in shares}

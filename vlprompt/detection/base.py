@@ -1,0 +1,93 @@
+"""What every detector is: a frozen image side, concepts as its language, boxes with a logit per concept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlprompt.detection.boxes import Target, box_losses
+from vlprompt.errors import DataError
+
+__all__ = ["Detections", "Detector", "Frozen"]
+
+Frozen = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector says of B pictures.
+
+    Attributes:
+        logits: (B, N, C), of "this box shows concept c".
+        boxes: (B, N, 4) centre x, centre y, width and height, as fractions of the picture's sides.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class Detector(nn.Module):
+    """Base of all detectors. Everything is frozen; what is searched comes in as an argument.
+
+    Attributes:
+        method: Its registry name.
+        identity: Facts that its concepts depend on; JSON-able.
+        width: d, of a concept's vectors: what the text encoder writes.
+        tower: Prefixes of the names of parameters that :meth:`frozen` uses.
+    """
+
+    method: str = ""
+    identity: dict[str, Any]
+    width: int
+    tower: tuple[str, ...] = ()
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return (3, h, w), the same for every picture; sides are squashed, so boxes as fractions stay true."""
+        raise NotImplementedError
+
+    def frozen(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what of (B, 3, h, w) pictures no concept changes; the first axis of each tensor is the picture."""
+        raise NotImplementedError
+
+    def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
+        """Return detections of (C, L, d) concepts; a concept's logit is the mean over its L vectors."""
+        raise NotImplementedError
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Return (n, d) outputs of the text encoder.
+
+        Raises:
+            BackboneError: If there is no text encoder or tokenizer any more.
+        """
+        raise NotImplementedError
+
+    def embeds(self, frozen: Frozen) -> Tensor:
+        """Return (B, N, d) what each box shows, in the space of concepts.
+
+        Raises:
+            DataError: If boxes have no such vectors.
+        """
+        raise DataError(f"init='visual': boxes of {type(self).__name__} have no vectors in the text's space.")
+
+    def drop_text(self) -> None:
+        """Delete the text encoder."""
+        raise NotImplementedError
+
+    def losses(self, frozen: Frozen, concepts: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Return the host's own losses, named; their sum is minimised."""
+        found = self.detect(frozen, concepts)
+        return box_losses(found.logits, found.boxes, targets)
+
+    def forward(self, images: Tensor, concepts: Tensor) -> Detections:
+        """Return detections of (C, L, d) concepts in (B, 3, h, w) pictures."""
+        return self.detect(self.frozen(images), concepts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device

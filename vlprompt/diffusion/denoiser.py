@@ -1,0 +1,182 @@
+"""The network of ``tiny-diffusion``: a small diffusers UNet on 64 x 64 pictures, conditioned on `tiny`'s embeddings.
+
+A picture is cut into 4 x 4 patches (48 channels on a 16 x 16 grid, an orthogonal change of coordinates), which makes
+a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`, so pictures,
+sentences and learned vectors enter alike: each is a token of cross-attention, and their mean joins the embedding of
+time and is unfolded into a canvas, further channels beside the noisy picture: convolutions alone can't tell where
+"top left" is.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlprompt.diffusion.base import import_diffusers
+from vlprompt.errors import BackboneError, DataError
+from vlprompt.files import read_tensors
+from vlprompt.seeding import seeded_modules
+
+__all__ = ["WEIGHTS", "Denoiser", "Scheduler", "from_patches", "load_denoiser", "to_patches"]
+
+#: Where the packed weights lie inside the package.
+WEIGHTS = Path(str(files("vlprompt.diffusion"))) / "weights" / "tiny_diffusion.safetensors"
+
+Scheduler = Literal["renoise", "ddim", "dpm"]
+_PATCH = 4
+_LEAST_NOISE = 800  # where the last noise of "renoise" stands: below, the network trusts what it drew before
+_CANVAS, _HIDDEN = 16, 256  # channels of the canvas, and the width of the layer before it
+
+
+def to_patches(pictures: Tensor) -> Tensor:
+    """Return (B, 48, 16, 16) patches in [-1, 1] of (B, 3, 64, 64) pictures in [0, 1]."""
+    return F.pixel_unshuffle(pictures * 2 - 1, _PATCH)
+
+
+def from_patches(patches: Tensor) -> Tensor:
+    """Return (B, 3, 64, 64) pictures, nominally in [0, 1], of (B, 48, 16, 16) patches."""
+    return (F.pixel_shuffle(patches, _PATCH) + 1) / 2
+
+
+class Denoiser(nn.Module):
+    """Predicts a clean picture from a noisy one and a condition.
+
+    The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps. The network predicts the clean
+    picture itself: one as small as this would leave noise in place if it had to name the noise.
+
+    Args:
+        seed: Of the random weights.
+
+    Attributes:
+        alphas: (1000,) cumulative products: the share of the picture in a noisy picture's variance.
+        dim: d, length of a condition's vectors.
+
+    Raises:
+        BackboneError: If diffusers is not installed; says what to do.
+    """
+
+    alphas: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        config = json.loads((files("vlprompt.diffusion") / "tiny_unet.json").read_text(encoding="utf-8"))
+        with seeded_modules(seed, "tiny-diffusion", "initialisation"):
+            self.unet = import_diffusers().UNet2DConditionModel(**config)
+            self.dim, side = int(config["cross_attention_dim"]), int(config["sample_size"])
+            self.canvas = nn.Sequential(
+                nn.Linear(self.dim, _HIDDEN),
+                nn.SiLU(),
+                nn.Linear(_HIDDEN, _CANVAS * side**2),
+                nn.Unflatten(1, (_CANVAS, side, side)),
+            )
+        self.register_buffer("alphas", self._scheduler("ddim").alphas_cumprod.clone(), persistent=False)
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """Return the (B, 48, 16, 16) clean patches that noisy ones most likely come from, on average.
+
+        Args:
+            noisy: (B, 48, 16, 16), see :meth:`noised`.
+            time: (B,) integers in 0 .. 999.
+            condition: (B, S, d) unit vectors of the joint space; zeros mean "anything".
+
+        Raises:
+            DataError: If the condition has another shape.
+        """
+        if condition.dim() != 3 or condition.shape[-1] != self.dim or len(condition) != len(noisy):
+            raise DataError(
+                f"a condition is (B, S, {self.dim}) with B = {len(noisy)}; got {tuple(condition.shape)}."
+            )
+        tokens = condition * self.dim**0.5  # entries of about one, as the network's other inputs
+        # For at most 64 places the plain attention is faster on a CPU than the fused one, and as exact.
+        with sdpa_kernel(SDPBackend.MATH):
+            whole = tokens.mean(1)
+            seen = torch.cat([noisy, self.canvas(whole)], 1)
+            return self.unet(seen, time, tokens, class_labels=whole, return_dict=False)[0].float()
+
+    def noised(self, patches: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Return patches (B, 48, 16, 16) with as much noise as belongs to a time (B,)."""
+        level = self.alphas[time].view(-1, 1, 1, 1)
+        return level.sqrt() * patches + (1 - level).sqrt() * noise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        steps: int = 2,
+        guidance: float = 1.0,
+        scheduler: Scheduler = "renoise",
+    ) -> Tensor:
+        """Return (B, 3, 64, 64) pictures in [0, 1]; a function of condition and noise alone.
+
+        Args:
+            condition: (B, S, d), see :meth:`forward`.
+            noise: (B, N, 48, 16, 16) standard normal; N is at least ``steps`` for ``"renoise"``, else 1.
+            steps: Passes through the network; twice as many rows under guidance.
+            guidance: Weight of the condition against none (Ho & Salimans, 2022); 1 switches guidance off.
+            scheduler: ``"renoise"`` hides the picture in fresh noise before it is denoised again, as consistency models
+                are sampled (Song et al., ICML 2023, algorithm 1). ``"ddim"`` and ``"dpm"`` (DPM-Solver++) follow an
+                equation that holds for networks that predict the mean picture; the comparison of embeddings in
+                this one's training moves it off the mean, and their errors add up.
+        """
+        start = noise[:, 0].to(condition.device)
+        if scheduler == "renoise":
+            patches = start
+            for step, time in enumerate(
+                torch.linspace(len(self.alphas) - 1, _LEAST_NOISE, steps).long().tolist()
+            ):
+                when = torch.full((len(start),), time, device=start.device)
+                if step:
+                    patches = self.noised(patches, noise[:, step].to(start.device), when)
+                patches = self._guided(patches, when, condition, guidance)
+            return from_patches(patches).clamp(0, 1)
+        solver = self._scheduler(scheduler)
+        solver.set_timesteps(steps)
+        patches = start
+        for time in solver.timesteps:
+            when = torch.full((len(start),), int(time), device=start.device)
+            clean = self._guided(patches, when, condition, guidance)
+            patches = solver.step(clean, time, patches, return_dict=False)[0]
+        return from_patches(patches).clamp(0, 1)
+
+    def _guided(self, noisy: Tensor, time: Tensor, condition: Tensor, guidance: float) -> Tensor:
+        clean = self(noisy, time, condition)
+        if guidance == 1:
+            return clean
+        free = self(noisy, time, torch.zeros_like(condition))
+        return free + guidance * (clean - free)
+
+    @staticmethod
+    def _scheduler(name: str) -> Any:
+        facts = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
+        if name == "dpm":
+            kind = import_diffusers().DPMSolverMultistepScheduler
+            return kind(**facts, timestep_spacing="trailing", final_sigmas_type="zero")
+        kind = import_diffusers().DDIMScheduler
+        return kind(**facts, clip_sample=True, set_alpha_to_one=True, timestep_spacing="trailing")
+
+
+def load_denoiser(path: Path | None = None) -> Denoiser:
+    """Return the denoiser with packed weights, frozen.
+
+    Args:
+        path: Another packed file; default: the shipped one.
+
+    Raises:
+        BackboneError: If the file does not fit, or diffusers is not installed.
+        CheckpointError: If the file is missing or damaged.
+    """
+    packed, _ = read_tensors(path or WEIGHTS)
+    model = Denoiser()
+    try:
+        model.load_state_dict({n: t.float() for n, t in packed.items()}, strict=True)
+    except RuntimeError as error:
+        raise BackboneError(f"{path or WEIGHTS} does not fit tiny-diffusion: {error}") from error
+    return model.requires_grad_(False).eval()

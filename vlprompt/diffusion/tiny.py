@@ -1,0 +1,132 @@
+"""``tiny-diffusion``: variations of pictures, and pictures of sentences, by the embedded denoiser; offline.
+
+The interface for further conditions: :meth:`TinyDiffusion.from_condition` takes a sequence of S vectors of length d
+per picture, whatever they were learned from; :attr:`TinyDiffusion.denoiser` is differentiable in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from vlprompt.backbones import create_backbone
+from vlprompt.diffusion import GENERATORS
+from vlprompt.diffusion.base import Generator
+from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
+from vlprompt.errors import DataError
+from vlprompt.seeding import derive_seed
+
+__all__ = ["TinyDiffusion"]
+
+
+@GENERATORS.register(
+    "tiny-diffusion", summary="embedded, offline: drawn scenes that share `tiny`'s embedding, from pure noise"
+)
+class TinyDiffusion(Generator):
+    """Makes 64 x 64 pictures of what `tiny` sees in a picture, or reads in a sentence.
+
+    Like Stable Diffusion's image variation it keeps what is shown, as far as the embedding says it, and no pixel.
+
+    Args:
+        steps: Denoising steps.
+        guidance: Weight of the condition; 1 switches guidance off, which halves the time.
+        scheduler: See :meth:`vlprompt.diffusion.denoiser.Denoiser.sample`.
+        weights: A packed file of one's own (``tools/pretrain.py --cfg pretrain_tiny_diffusion.yaml``); None: the
+            package's.
+        device: Where to run; None: a GPU if there is one.
+        batch: Pictures per call.
+
+    Attributes:
+        denoiser: The network, see :class:`vlprompt.diffusion.denoiser.Denoiser`.
+        backbone: `tiny`, whose embeddings are the conditions.
+
+    Raises:
+        BackboneError: If diffusers is not installed, or the weights don't fit.
+        CheckpointError: If the weights' file is missing or damaged.
+    """
+
+    title = "tiny-diffusion"
+
+    def __init__(
+        self,
+        *,
+        steps: Annotated[int, Field(ge=1, le=1000)] = 2,
+        guidance: Annotated[float, Field(ge=0)] = 1.0,
+        scheduler: Scheduler = "renoise",
+        weights: str | None = None,
+        device: str | None = None,
+        batch: Annotated[int, Field(ge=1)] = 64,
+    ) -> None:
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.denoiser = load_denoiser(Path(weights) if weights else None).to(place)
+        self.backbone = create_backbone("tiny").to(place)
+        self.steps, self.guidance, self.scheduler, self.batch = steps, guidance, scheduler, batch
+        self.identity = {
+            "kind": "tiny-diffusion",
+            "weights": _hash(self.denoiser),
+            "condition": self.backbone.fingerprint["id"],
+            "steps": steps,
+            "guidance": guidance,
+            "scheduler": scheduler,
+        }
+
+    def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
+        """See :meth:`Generator.draw`."""
+        pixels = torch.stack([self.backbone.preprocess(image) for image in images])
+        return self.from_condition(self.backbone.encode_image(pixels)[:, None], seeds)
+
+    def from_text(self, texts: Sequence[str], n: int, seed: int = 0) -> list[list[Image.Image]]:
+        """Return n pictures of each sentence.
+
+        Args:
+            texts: B sentences, as `tiny` was pretrained on: what a picture of one or two objects shows.
+            n: Pictures of each.
+            seed: Of all noise; picture k of a sentence depends on (seed, sentence, k) alone.
+        """
+        jobs = [(text, k) for text in texts for k in range(n)]
+        told = self.backbone.encode_text(list(texts)).repeat_interleave(n, 0)[:, None]
+        seeds = [derive_seed(seed, "generate", text, k) for text, k in jobs]
+        made: list[Image.Image] = []
+        for start in range(0, len(jobs), self.batch):
+            part = slice(start, start + self.batch)
+            made += self.from_condition(told[part], seeds[part])
+        return [made[i : i + n] for i in range(0, len(made), n)]
+
+    def from_condition(self, condition: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
+        """Return one picture per condition and seed.
+
+        Args:
+            condition: (B, S, d) vectors of `tiny`'s joint space, of about unit length: embeddings of pictures or
+                sentences, or learned ones. Their order says nothing; zeros stand for no condition.
+            seeds: B seeds of the noise.
+
+        Raises:
+            DataError: If the shapes don't fit.
+        """
+        if len(condition) != len(seeds):
+            raise DataError(f"{len(condition)} conditions, but {len(seeds)} seeds.")
+        count = self.steps if self.scheduler == "renoise" else 1
+        noise = torch.stack(
+            [torch.randn(count, 48, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        )
+        place = next(self.denoiser.parameters()).device
+        pictures = self.denoiser.sample(
+            condition.detach().to(place), noise, self.steps, self.guidance, self.scheduler
+        )
+        return [tvf.to_pil_image(picture) for picture in pictures.cpu()]
+
+
+def _hash(model: Denoiser) -> str:
+    """Return 12 hex digits of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,161 @@
+"""What tiny-diffusion learns from: noisy scenes, the embeddings of what they show, and `tiny`'s own eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlprompt.backbones import Backbone
+from vlprompt.diffusion.denoiser import Denoiser, from_patches, to_patches
+from vlprompt.seeding import numpy_rng
+from vlprompt.training.batches import Batch, epoch_plan
+
+__all__ = ["ConditionedBatches", "DenoisingModule"]
+
+_LEAST, _MOST = 1.0, 5.0  # bounds of the weight; the upper one is min-SNR's gamma
+
+
+class ConditionedBatches:
+    """Batches of pictures, what they are conditioned on, and the noise they are hidden in.
+
+    A condition has two places: the picture's embedding twice, two of its captions, one of each, or zeros (the share
+    ``drop``); repeating a vector says no more than saying it once.
+
+    Args:
+        images: (N, 64, 64, 3) uint8.
+        seen: (N, d) embeddings of the pictures.
+        told: (N, K, d) embeddings of K captions each, K >= 2.
+        batch_size: Pictures per global batch.
+        seed: The run's seed.
+        drop: Share of the batch without condition, for classifier-free guidance.
+        worded: Share of the conditioned ones that are conditioned on captions alone; a third as many on both.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        seen: Tensor,
+        told: Tensor,
+        batch_size: int,
+        seed: int,
+        drop: float = 0.1,
+        worded: float = 0.2,
+    ) -> None:
+        self.images, self.seen, self.told = images, seen, told
+        self.batch_size, self.seed, self.drop, self.worded = batch_size, seed, drop, worded
+
+    def plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`."""
+        return epoch_plan(len(self.images), self.batch_size, self.seed, epoch)
+
+    def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""
+        rng = numpy_rng(self.seed, "noise and conditions", epoch, int(indices[0]))
+        count, rows = len(indices), torch.from_numpy(indices)
+        pictures = torch.from_numpy(np.stack([self.images[i] for i in indices])).permute(0, 3, 1, 2)
+        turn, kept = rng.random(count), rng.random(count) >= self.drop
+        said = np.stack([rng.permutation(self.told.shape[1])[:2] for _ in indices])
+        told = self.told[rows[:, None], torch.from_numpy(said)]
+        seen = self.seen[rows, None].expand(-1, 2, -1)
+        both = torch.stack([seen[:, 0], told[:, 0]], 1)
+        by_text = torch.from_numpy(turn < self.worded)[:, None, None]
+        by_both = torch.from_numpy(turn < self.worded * 4 / 3)[:, None, None]
+        condition = torch.where(by_text, told, torch.where(by_both, both, seen))
+        return {
+            "image": pictures,
+            "condition": condition * torch.from_numpy(kept)[:, None, None],
+            "seen": self.seen[rows],
+            "time": torch.from_numpy(rng.integers(0, 1000, count)),
+            "noise": torch.from_numpy(rng.standard_normal((count, 48, 16, 16), np.float32)),
+        }
+
+
+class DenoisingModule(nn.Module):
+    """Trains a :class:`Denoiser` and keeps the running average of its weights that is shipped.
+
+    Beside the squared error of the clean picture, weighted by the signal-to-noise ratio within bounds (Hang et al.,
+    "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, with Salimans & Ho's lower bound of one),
+    `tiny` itself compares: the embedding of the denoised picture with that of the true one. Pixels alone would teach
+    the same, much later.
+
+    Args:
+        backbone: `tiny`; stays frozen.
+        seed: Of the initial weights.
+        perception: Weight of the comparison of embeddings.
+        watched: Share of each batch that they are compared on.
+        decay: Of the running average.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        seed: int,
+        perception: float = 1.0,
+        watched: float = 0.5,
+        decay: float = 0.998,
+    ) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(seed)
+        self.perception, self.watched, self.decay = perception, watched, decay
+        self._eyes = [backbone]  # in a list: no part of this module's parameters
+        facts = backbone.fingerprint["preprocess"]
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(facts[name]).view(1, 3, 1, 1), persistent=False)
+        self.steps = 0
+        self.average = self.trainable_state()
+        self.average = {n: t.clone() for n, t in self.average.items()}
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted squared error, and one minus the cosine of embeddings.
+
+        Args:
+            batch: ``image`` (B, 3, 64, 64) uint8, ``condition`` (B, S, d), ``seen`` (B, d) embeddings of the pictures,
+                ``time`` (B,), ``noise`` (B, 48, 16, 16).
+        """
+        clean, time, condition = to_patches(batch["image"].float() / 255), batch["time"], batch["condition"]
+        guess = self.denoiser(self.denoiser.noised(clean, batch["noise"], time), time, condition)
+        level = self.denoiser.alphas[time]
+        weight = (level / (1 - level)).clamp(_LEAST, _MOST)
+        losses = {"pixels": (weight * (guess - clean).square().mean((1, 2, 3))).mean()}
+        if self.perception and (count := int(self.watched * len(clean))):
+            told = condition[:count].abs().sum((1, 2)) > 0
+            pixels = (from_patches(guess[:count]).clamp(0, 1) - self.mean) / self.std
+            with sdpa_kernel(SDPBackend.MATH):
+                found = nn.functional.normalize(self._eyes[0].vision.encode(pixels).float(), dim=-1)
+            away = 1 - (found * batch["seen"][:count]).sum(-1)
+            losses["embeddings"] = self.perception * (away * told).sum() / told.sum().clamp(min=1)
+        return losses
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the running average; faster at first, or the initial weights would stay in it for long."""
+        self.steps += 1
+        keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, tensor in self.denoiser.state_dict().items():
+            self.average[name].lerp_(tensor, 1 - keep)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the network's tensors by name."""
+        return {n: t.detach() for n, t in self.denoiser.state_dict().items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put tensors back, strictly."""
+        self.denoiser.load_state_dict(dict(state), strict=True)
+
+    def running_state(self) -> dict[str, Tensor]:
+        """Return the running average and its age."""
+        return {**self.average, "steps": torch.tensor(self.steps)}
+
+    def load_running_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`running_state` returned."""
+        held = dict(state)
+        self.steps = int(held.pop("steps"))
+        self.average = {n: t.clone() for n, t in held.items()}

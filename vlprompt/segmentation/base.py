@@ -1,0 +1,187 @@
+"""What every segmentation model is: frozen towers, a decoder, a strategy that says what of it learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.errors import CheckpointError, DataError
+from vlprompt.segmentation._conditions import Conditions
+from vlprompt.segmentation._pixels import Squash
+from vlprompt.segmentation.strategies.base import Rows, Strategy
+
+__all__ = ["Frozen", "LastLayer", "Segmenter", "Texts"]
+
+#: What of a picture no training of a strategy changes; every tensor's first axis is the picture.
+Frozen: TypeAlias = dict[str, Tensor]
+#: B phrases, or (B, d) features in their place.
+Texts: TypeAlias = Sequence[str] | Tensor
+LastLayer: TypeAlias = Literal["frozen", "new", "tuned"]
+
+
+class Segmenter(nn.Module):
+    """Base of all models: ``segmenter(images, texts)`` gives one logit per pixel for "this pixel is what is named".
+
+    A model builds ``decoder``, calls :meth:`settle`, and defines :meth:`frozen` and :meth:`decode`. Keyword-only
+    constructor arguments are its options.
+
+    Args:
+        backbone: The towers.
+        strategy: What learns.
+        words: Whether the decoder reads every word's state beside the phrase's feature.
+
+    Attributes:
+        method: Its registry name.
+        options: The strategy's name and all options it was built with.
+        decoder: What turns tower states and a phrase into logits.
+    """
+
+    method: str = ""
+    options: dict[str, Any]
+    decoder: nn.Module
+
+    def __init__(self, backbone: Backbone, strategy: Strategy, words: bool = False) -> None:
+        super().__init__()
+        self.options = {}
+        self.backbone = copy.deepcopy(backbone) if strategy.tunes == "all" else backbone
+        self.strategy = strategy
+        self.conditions = Conditions(self.backbone.text, words)
+
+    def settle(self) -> None:
+        """Freeze what the strategy doesn't tune; to be called when the model is complete."""
+        tunes = self.strategy.tunes
+        self.decoder.requires_grad_(self.decoder_learns)
+        if tunes == "all":
+            self.backbone.model.requires_grad_(True)
+        for parameter in self.tuned_besides():
+            parameter.requires_grad_(tunes != "nothing")
+        for parameter in self.untouched():
+            parameter.requires_grad_(False)
+
+    def tuned_besides(self) -> list[nn.Parameter]:
+        """Return the decoder's parameters that learn beside prompts (a last layer)."""
+        return []
+
+    def untouched(self) -> list[nn.Parameter]:
+        """Return the parameters that logits don't depend on, so that end-to-end tuning leaves them alone."""
+        return [p for n, p in self.backbone.model.named_parameters() if n in ("logit_scale", "logit_bias")]
+
+    def forward(self, images: Tensor, texts: Texts) -> Tensor:
+        """Return (B, 1, H, W) logits of B phrases.
+
+        Args:
+            images: (B, 3, H, W) preprocessed pixels of any size.
+            texts: B phrases, or (B, d) features in their place.
+
+        Raises:
+            DataError: If there isn't one phrase per picture.
+            VLPromptError: If a phrase is longer than the text tower reads; names it.
+        """
+        images = images.to(self.backbone.device)
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        return self.decode(self.frozen(images), texts, size)
+
+    def frozen(self, images: Tensor) -> Frozen:
+        """Return what of (B, 3, H, W) pictures training never changes; may be cached per picture."""
+        raise NotImplementedError
+
+    def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
+        """Return (B, 1, H, W) logits from :meth:`frozen` of pictures of ``size`` (H, W) pixels."""
+        raise NotImplementedError
+
+    @cached_property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation; the whole picture."""
+        return Squash(self.backbone.preprocess)
+
+    @property
+    def static_images(self) -> bool:
+        """Whether nothing learned touches the image tower, so that all its states are frozen."""
+        return not self.strategy.prompts_vision and self.strategy.tunes != "all"
+
+    @property
+    def decoder_learns(self) -> bool:
+        """Whether all of the decoder is tuned."""
+        return self.strategy.tunes in ("decoder", "all")
+
+    def rows(self, frozen: Frozen) -> Rows:
+        """Return the strategy's prompts for these pictures."""
+        return self.strategy(frozen.get("pooled"))
+
+    def condition(self, texts: Texts, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return (B, d) features of the phrases and, if the model reads them, (B, T, Dt) states of their words.
+
+        Raises:
+            DataError: If there isn't one phrase per picture.
+        """
+        if isinstance(texts, str) or len(texts) != count:
+            got = repr(texts) if isinstance(texts, str) else f"{len(texts)} phrases"
+            raise DataError(f"segmentation takes one phrase per picture: got {got} for {count} pictures.")
+        if isinstance(texts, Tensor):
+            if texts.shape[1:] != (self.backbone.dim,):
+                raise DataError(
+                    f"features of phrases have shape {tuple(texts.shape)}, expected (B, {self.backbone.dim})."
+                )
+            return texts.to(self.backbone.device), None
+        if blank := [i for i, text in enumerate(texts) if not text.strip()]:
+            raise DataError(f"phrase number {blank[0]} is empty; say what to segment.")
+        return self.conditions(texts, rows.text, remember=self._texts_stand(rows))
+
+    def _texts_stand(self, rows: Rows) -> bool:
+        if self.strategy.tunes != "all" and rows.text is None:
+            return True
+        return not self.training and not torch.is_grad_enabled()
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """Switch what learns; frozen parts and batch statistics stay in evaluation mode."""
+        super().train(mode)
+        self.decoder.train(mode and self.decoder_learns)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        self._forget()
+        return self
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return what is learned, by name, and nothing else."""
+        return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put learned tensors back.
+
+        Raises:
+            CheckpointError: If a tensor is missing, unknown, not finite or of another shape; each is named.
+        """
+        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        problems = [f"{n} is missing" for n in own if n not in state]
+        problems += [f"{n} is unknown" for n in state if n not in own]
+        for name in own.keys() & state.keys():
+            if state[name].shape != own[name].shape:
+                problems.append(
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+                )
+            elif not bool(state[name].isfinite().all()):
+                problems.append(f"{name} is not finite")
+        if problems:
+            raise CheckpointError(
+                f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        self._forget()
+
+    def num_trainable(self) -> int:
+        """Return how many numbers are learned."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _forget(self) -> None:
+        if self.strategy.tunes == "all" or self.strategy.prompts_text:
+            self.conditions.clear()

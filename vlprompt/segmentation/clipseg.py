@@ -1,0 +1,142 @@
+"""CLIPSeg: a phrase modulates token states of three depths of CLIP's image tower, and a small decoder paints a mask.
+
+Paper: Lüddecke and Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022, arXiv 2112.10003.
+Where this differs from the published code: any picture size and shape; visual prompts leave the sequence before the
+decoder unless ``keep_prompts``; the refined upsampling works for any patch size.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.backbones.taps import after_block, first_state, grid_of, patch_of, relative_taps, run_taps
+from vlprompt.errors import VLPromptError
+from vlprompt.seeding import seeded_modules
+from vlprompt.segmentation import SEGMENTERS
+from vlprompt.segmentation._film import FilmDecoder
+from vlprompt.segmentation._last_layer import NewLastLayer
+from vlprompt.segmentation._weights import Decoder, clipseg_decoder, fill, sizes
+from vlprompt.segmentation.base import Frozen, LastLayer, Segmenter, Texts
+from vlprompt.segmentation.strategies.base import Strategy
+
+__all__ = ["CLIPSeg"]
+
+
+@SEGMENTERS.register(
+    "clipseg", summary="FiLM-conditioned decoder over three taps of a ViT", paper="2112.10003"
+)
+class CLIPSeg(Segmenter):
+    """CLIPSeg on any ViT of the library.
+
+    Args:
+        backbone: A ViT backbone. ``tiny`` and ``clipseg`` bring a pretrained decoder with them.
+        strategy: See :class:`Segmenter`.
+        weights: The decoder's: None takes what belongs to the backbone (random where nothing does), ``"random"``,
+            or a folder or Hugging Face name in transformers' layout.
+        taps: Ascending blocks whose states are read, counted from 0; None: the weights' own, else relative depths.
+        reduce: Width of the decoder; None: the weights' own, else 64.
+        hidden: Width of its MLPs; None: the weights' own, else 2048.
+        refined: Upsampling in two steps; None: the weights' own, else in one.
+        last_layer: ``new`` blends the last layer with a learned one, ``tuned`` lets the pretrained one learn too.
+        keep_prompts: Visual prompts go through the decoder, as in TuneVLSeg's code.
+        seed: Of random weights.
+    """
+
+    decoder: FilmDecoder
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        strategy: Strategy,
+        *,
+        weights: str | None = None,
+        taps: tuple[int, ...] | None = None,
+        reduce: Annotated[int, Field(ge=4)] | None = None,
+        hidden: Annotated[int, Field(ge=1)] | None = None,
+        refined: bool | None = None,
+        last_layer: LastLayer = "frozen",
+        keep_prompts: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, strategy)
+        tower = self.backbone.vision
+        self.patch, self.keep_prompts, self.last_layer = patch_of(tower), keep_prompts, last_layer
+        found = clipseg_decoder(backbone, weights)
+        asked = {"reduce": reduce, "hidden": hidden, "refined": refined}
+        size = sizes(found, asked, {"taps": relative_taps(tower.layers)})
+        if taps is not None:  # CLIPSeg itself was trained with (3, 7, 9) and is read with (3, 6, 9)
+            size["taps"] = _as_many(taps, found)
+        self.sizes = dict(size)
+        self.taps = _checked_taps(tuple(size.pop("taps")), tower.layers)
+        with seeded_modules(seed, "clipseg decoder"):
+            self.decoder = FilmDecoder(
+                tower.width, self.backbone.dim, self.patch, taps=len(self.taps), **size
+            )
+            self.new_layer = NewLastLayer(self.decoder.width) if last_layer == "new" else None
+        fill(self.decoder, found, "clipseg")
+        self.settle()
+
+    def tuned_besides(self) -> list[nn.Parameter]:
+        """See :meth:`Segmenter.tuned_besides`."""
+        extra = self.new_layer if self.last_layer == "new" else self.decoder.last()
+        return [] if self.last_layer == "frozen" or extra is None else list(extra.parameters())
+
+    def untouched(self) -> list[nn.Parameter]:
+        """See :meth:`Segmenter.untouched`."""
+        return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
+
+    def frozen(self, images: Tensor) -> Frozen:
+        """Return reduced tokens, tapped states, the first state or the pixels: the most that never changes."""
+        images = images.to(self.backbone.device)
+        if self.strategy.tunes == "all":
+            return {"image": images}
+        with torch.no_grad():
+            x = first_state(self.backbone.vision, images)
+            if not self.static_images:
+                return {"hidden": x}
+            taps = run_taps(self.backbone.vision, x, self.taps, pooled=self.strategy.reads_image)
+            if self.strategy.tunes == "decoder":
+                found = {f"tap{i}": state for i, state in enumerate(taps.states)}
+            else:
+                found = {f"reduced{i}": x for i, x in enumerate(self.decoder.reduced(taps.states))}
+            return found if taps.pooled is None else {**found, "pooled": taps.pooled}
+
+    def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
+        """See :meth:`Segmenter.decode`."""
+        count = len(next(iter(frozen.values())))
+        rows = self.rows(frozen)
+        condition, _ = self.condition(texts, rows, count)
+        grid = grid_of(self.backbone.vision, size)
+        features = self.decoder.features(self._reduced(frozen, rows.vision), condition, grid)
+        logits = self.decoder.upsample(features)
+        if self.new_layer is not None:
+            logits = self.new_layer(features, logits)
+        return logits[..., : size[0], : size[1]].float()
+
+    def _reduced(self, frozen: Frozen, prompts: Tensor | None) -> tuple[Tensor, ...]:
+        if "reduced0" in frozen:
+            return tuple(frozen[f"reduced{i}"] for i in range(len(self.taps)))
+        if "tap0" in frozen:
+            return self.decoder.reduced(tuple(frozen[f"tap{i}"] for i in range(len(self.taps))))
+        tower = self.backbone.vision
+        x = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
+        taps = run_taps(tower, x, self.taps, prompts, keep_prompts=self.keep_prompts)
+        return self.decoder.reduced(taps.states)
+
+
+def _as_many(taps: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
+    trained = decoder.sizes.get("taps", taps) if decoder.source else taps
+    if len(taps) != len(trained):
+        raise VLPromptError(f"taps={taps}: the decoder of {decoder.source} reads {len(trained)} blocks.")
+    return taps
+
+
+def _checked_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < layers:
+        raise VLPromptError(f"taps={taps}: expected ascending numbers of blocks, 0 to {layers - 1}.")
+    return taps

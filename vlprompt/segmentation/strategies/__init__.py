@@ -1,0 +1,11 @@
+"""What of a segmentation model is tuned: one file per strategy, discovered, never listed."""
+
+from __future__ import annotations
+
+from vlprompt.registry import Registry
+from vlprompt.segmentation.strategies.base import Rows, Strategy
+
+__all__ = ["STRATEGIES", "Rows", "Strategy"]
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "vlprompt.segmentation.strategies")
+"""Every strategy by name, with its paper."""

@@ -1,0 +1,245 @@
+"""Running a search of concepts for a segmenter: its configuration, its table beside class names, its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlprompt.backbones import create_backbone
+from vlprompt.config import BackboneOptions, read_yaml
+from vlprompt.data.segmentation import MaskDataset, load_segmentation
+from vlprompt.data.segmentation.catalog import check_segmentation_name
+from vlprompt.errors import ConfigError, DataError, VLPromptError
+from vlprompt.evaluation.report import RunRecord, write_report
+from vlprompt.evaluation.statistics import summarise
+from vlprompt.evaluation.tables import Row, to_markdown
+from vlprompt.files import write_json, write_text
+from vlprompt.segmentation import SEGMENTERS, create_segmenter
+from vlprompt.segmentation.tuning.concepts import named, score_concepts, search_masks
+from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
+from vlprompt.segmentation.tuning.losses import LossName
+from vlprompt.signature import describe_problems
+from vlprompt.training.options import TrainOptions
+from vlprompt.training.run import open_folder
+from vlprompt.training.run_summary import environment
+
+__all__ = ["ConceptMaskConfig", "ConceptMaskOutcome", "run_mask_concepts"]
+
+log = logging.getLogger("vlprompt.segment")
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+_KEYS = ("dice", "iou")
+
+
+class ConceptMaskData(BaseModel):
+    """The ``data:`` section: names as ``load_segmentation`` takes them."""
+
+    model_config = _STRICT
+
+    train: str = "scenes/masks"
+    test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
+    images: list[Annotated[int, Field(ge=1)] | None] = Field(
+        default_factory=lambda: [None], min_length=1, description="training pictures drawn; null: all"
+    )
+    validate_on: Literal["val", "none"] = "none"
+    root: str | None = None
+
+
+class ConceptMaskStage(BaseModel):
+    """The ``second_stage:`` section: the decoder's parameters that learn after the search, with the concepts."""
+
+    model_config = _STRICT
+
+    unfreeze: list[str] = Field(min_length=1, description="shell patterns: decoder.*")
+    train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
+
+
+class ConceptMaskConfig(BaseModel):
+    """A whole run; what ``tools/segment.py concepts --cfg`` reads."""
+
+    model_config = _STRICT
+
+    name: str = Field("segment_concepts", pattern=r"^[\w.-]+$", description="folder under output")
+    output: str = "runs"
+    segmenter: str = "clipseg"
+    backbone: BackboneOptions = Field(default_factory=BackboneOptions)
+    data: ConceptMaskData
+    init: Literal["text", "normal"] = "text"
+    loss: LossName = "dice_bce"
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    second_stage: ConceptMaskStage | None = None
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
+
+    @classmethod
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> ConceptMaskConfig:
+        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
+
+        Raises:
+            ConfigError: With every mistake at once and the nearest valid keys and names.
+            UnknownNameError: If there is no such file.
+        """
+        try:
+            config = cls.model_validate(read_yaml(cfg, overrides))
+            config.second_train()
+        except ValidationError as error:
+            model = TrainOptions if error.title == "SecondStage" else cls
+            raise ConfigError(describe_problems(error, model), str(cfg)) from error
+        problems = []
+        checks = [("segmenter", lambda: SEGMENTERS.get(config.segmenter))]
+        names = {
+            "data.train": config.data.train,
+            **{f"data.test.{k}": v for k, v in config.data.test.items()},
+        }
+        checks += [(key, lambda name=name: check_segmentation_name(name)) for key, name in names.items()]  # type: ignore[misc]
+        for key, check in checks:
+            try:
+                check()
+            except VLPromptError as error:
+                problems.append(f"{key}: {error}")
+        if problems:
+            raise ConfigError(problems, str(cfg))
+        return config
+
+    def second_train(self) -> TrainOptions:
+        """Return the second stage's training options."""
+        own = self.second_stage.train if self.second_stage is not None else {}
+        return TrainOptions.model_validate({**self.train.model_dump(), **own})
+
+
+@dataclass(frozen=True)
+class ConceptMaskOutcome:
+    """What a run produced.
+
+    Attributes:
+        folder: Holds concept files, ``metrics.json``, ``results.md`` and the report.
+        metrics: The content of ``metrics.json``.
+        table: Markdown.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    table: str
+
+
+def run_mask_concepts(
+    config: ConceptMaskConfig, resume: bool = False, command: str = ""
+) -> ConceptMaskOutcome:
+    """Search with every number of pictures and seed, and score beside the class names and the full phrases.
+
+    Args:
+        config: See :meth:`ConceptMaskConfig.read`.
+        resume: Keep cells that were finished before, continue an unfinished one.
+        command: Shown in the report.
+
+    Raises:
+        VLPromptError: If anything the configuration names can't be had; finished cells are kept.
+    """
+    folder = open_folder(config, resume)
+    session = _Session(config, folder, resume)
+    rows = session.score_texts()
+    history: list[dict[str, Any]] = []
+    for images in config.data.images:
+        label = f"concepts, {images or 'all'} pictures"
+        for seed in config.seeds:
+            log.info("%s, seed %d", label, seed)
+            cell = session.run_cell(images, seed)
+            history = cell["history"]
+            for stage, scores in cell["scores"].items():
+                row = rows.setdefault(label if stage == "first" else f"{label}, second stage", {})
+                for key, value in scores.items():
+                    row.setdefault(key, []).append(value)
+    found = {label: {k: summarise(v) for k, v in row.items()} for label, row in rows.items()}
+    metrics: dict[str, Any] = {"seeds": list(config.seeds), "threads": torch.get_num_threads()}
+    for label, row in found.items():
+        for key, value in row.items():
+            metrics |= value.flat(f"{label}/{key}")
+    lines = [Row(label, {k: v for k, v in row.items() if k != "seconds"}) for label, row in found.items()]
+    seconds = [f"{label}: {row['seconds'].mean:.1f} s" for label, row in found.items() if "seconds" in row]
+    table = to_markdown(lines) + f"\nSearch, encoding of the pictures included: {'; '.join(seconds)}.\n"
+    write_json(folder / "metrics.json", metrics)
+    write_text(folder / "results.md", table)
+    first = next(iter(config.data.test))
+    record = RunRecord(
+        title=f"Concepts for {config.segmenter} on {config.data.train}",
+        headline={name: row[f"{first}/dice"].mean for name, row in found.items()},
+        summary=f"Dice on {first}; {len(config.seeds)} seeds.",
+        history=history,
+        metrics={k: v for k, v in metrics.items() if isinstance(v, float)},
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        command=command,
+        environment=environment(),
+    )
+    write_report(folder / "report.html", record)
+    return ConceptMaskOutcome(folder, metrics, table)
+
+
+class _Session:
+    """The cells of one run, sharing the segmenter."""
+
+    def __init__(self, config: ConceptMaskConfig, folder: Path, resume: bool) -> None:
+        self.config, self.folder, self.resume = config, folder, resume
+        backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
+        # The strategy says which states are kept; what learns is for the search to say.
+        strategy = "zero_shot" if config.second_stage is None else "decoder"
+        self.segmenter = create_segmenter(config.segmenter, backbone, strategy)
+        self.segmenter.requires_grad_(False)
+        root = config.data.root
+        self.tests = {k: load_segmentation(name, "test", root=root) for k, name in config.data.test.items()}
+        names = self._train(None, 1).classnames
+        for label, test in self.tests.items():
+            if test.classnames != names:
+                raise DataError(f"data.test.{label}: {test.name} has other classes than {config.data.train}.")
+
+    def score_texts(self) -> dict[str, dict[str, list[float]]]:
+        """Return the scores of class names and of the data set's own phrases."""
+        rows: dict[str, dict[str, list[float]]] = {"class names": {}, "phrases": {}}
+        for label, test in self.tests.items():
+            for row, data in (("class names", named(test)), ("phrases", test)):
+                scores = evaluate_segmenter(self.segmenter, data, boundary=False).metrics
+                rows[row] |= {f"{label}/{key}": [scores[key]] for key in _KEYS}
+        return rows
+
+    def run_cell(self, images: int | None, seed: int) -> dict[str, Any]:
+        """Search and score, or return what a finished cell left behind."""
+        place = self.folder / f"pictures{images or 'all'}-seed{seed}"
+        if self.resume and (place / "cell.json").is_file():
+            return json.loads((place / "cell.json").read_text(encoding="utf-8"))
+        config, train = self.config, self._train(images, seed)
+        val = None
+        if config.data.validate_on == "val":
+            val = load_segmentation(config.data.train, "val", root=config.data.root)
+        options = config.train.model_copy(update={"seed": seed})
+        shared: dict[str, Any] = {"loss": config.loss, "resume": self.resume}
+        first = search_masks(
+            self.segmenter, train, val, options=options, init=config.init, folder=place, **shared
+        )
+        vectors = first.module.concepts().detach()
+        first.module.found(train.classnames).save(place / "concepts.safetensors")
+        scores = {"first": {**self._score(vectors), "seconds": first.seconds}}
+        if (second := config.second_stage) is not None:
+            options = config.second_train().model_copy(update={"seed": seed})
+            shared |= {"unfreeze": second.unfreeze, "start": vectors, "folder": place / "second"}
+            found = search_masks(self.segmenter, train, val, options=options, **shared)
+            scores["second"] = {**self._score(found.module.concepts().detach()), "seconds": found.seconds}
+            found.module.unfrozen.restore()
+        cell = {"images": images, "seed": seed, "scores": scores, "history": first.history}
+        write_json(place / "cell.json", cell)
+        return cell
+
+    def _score(self, concepts: torch.Tensor) -> dict[str, float]:
+        found = {}
+        for label, test in self.tests.items():
+            scores = score_concepts(self.segmenter, concepts, test)
+            found |= {f"{label}/{key}": scores[key] for key in _KEYS}
+        return found
+
+    def _train(self, images: int | None, seed: int) -> MaskDataset:
+        return load_segmentation(
+            self.config.data.train, "train", images=images, seed=seed, root=self.config.data.root
+        )
