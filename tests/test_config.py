@@ -12,6 +12,7 @@ from vlprompt.detection.config import DetectConfig
 from vlprompt.errors import ConfigError, UnknownNameError
 from vlprompt.personalisation.config import PersonaliseConfig
 from vlprompt.pretraining import read_recipe
+from vlprompt.security.config import DetectorsConfig
 from vlprompt.segmentation.tuning.concepts_run import ConceptMaskConfig
 from vlprompt.segmentation.tuning.config import load_segment_config
 from vlprompt.training.compare import Comparison
@@ -144,6 +145,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "transfer": load_config,
     "pretrain": read_recipe,
     "segment": read_segmentation,
+    "compare_detectors": DetectorsConfig.read,
     "compare": lambda path: Comparison.read(path).configs(),
 }
 

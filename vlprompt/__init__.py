@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlprompt.inference import predict
     from vlprompt.learners import create_learner, list_learners
     from vlprompt.personalisation import list_personalisers
+    from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
     from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
     from vlprompt.segmentation.tuning.fit import fit_segmenter
@@ -54,6 +55,7 @@ _HOME = {
     "predict": "vlprompt.inference",
     "run": "vlprompt.training.run",
     "save": "vlprompt.artefacts",
+    "scan": "vlprompt.security.scan",
 }
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "predict",
     "run",
     "save",
+    "scan",
 ]
 
 

@@ -30,8 +30,22 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+_ARGUMENTS = (
+    "root",
+    "sampling",
+    "on_bad_image",
+    "strict_shots",
+    "classnames",
+    "templates",
+)  # of load_dataset
 # The key by which a configuration shows which tool it was written for.
-_KEY_OF_TOOL = {"train": "learner", "compare": "runs", "adapt": "adapters", "pretrain": "recipe"}
+_KEY_OF_TOOL = {
+    "train": "learner",
+    "compare": "runs",
+    "adapt": "adapters",
+    "pretrain": "recipe",
+    "compare_detectors": "detectors",
+}
 
 
 class BackboneOptions(BaseModel):
@@ -80,6 +94,9 @@ class DataOptions(BaseModel):
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what only this kind of data set takes, for example {size: 64}"
+    )
 
     @field_validator("augmentation")
     @classmethod
@@ -90,6 +107,16 @@ class DataOptions(BaseModel):
             raise ValueError(str(error)) from error
         return value
 
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = {"name", "split", "shots", "seed", "classes", "download", "max_bad_share", *_ARGUMENTS}
+        if wrong := sorted(taken & value.keys()):
+            raise ValueError(
+                f"{wrong[0]!r} is no option of one kind of data set; it is set elsewhere or not at all."
+            )
+        return value
+
     @property
     def names(self) -> list[str]:
         """The data sets as a list."""
@@ -97,8 +124,7 @@ class DataOptions(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`vlprompt.load_dataset` takes for every split."""
-        keys = ("root", "sampling", "on_bad_image", "strict_shots", "classnames", "templates")
-        return {k: getattr(self, k) for k in keys}
+        return {**{k: getattr(self, k) for k in _ARGUMENTS}, **self.options}
 
 
 class ProtocolOptions(BaseModel):

@@ -139,7 +139,7 @@ def test_a_trained_prompt_is_a_start(tmp_path: Path) -> None:
         tmp_path, prompt=str(tmp_path / "prompt"), seeds=[1], adapters={"tpt": {"views": 3, "share": 0.5}}
     )
     cell = run_adaptation(asked).metrics["cells"][0]
-    assert (cell["start"], cell["method"]) == ("coop", "tpt")
+    assert (cell["start"], cell["method"], cell["optimizer"]) == ("coop", "tpt", "adamw")
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
@@ -206,3 +206,37 @@ def test_views_generated_ahead_are_used_and_damage_is_named(tmp_path: Path) -> N
             store.put(pixel_key(image), k, Image.new("RGB", (20, 20), (100 * k, 50, 50)))
     cell = run_adaptation(asked, resume=True).metrics["cells"][0]
     assert cell["views"] == 5
+
+
+def test_the_embedded_generator_serves_both_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    store = tmp_path / "views"
+    overrides = [
+        f"output={tmp_path / 'runs'}",
+        f"diffusion.store={store}",
+        "diffusion.options.steps=1",
+        "data.names=[scenes/shape@sketch]",
+        "data.subset=2",
+        "seeds=[1]",
+        "adapters.tpt.views=3",
+        "adapters.difftpt.views=3",
+        "adapters.difftpt.generated=2",
+    ]
+    cfg = ["--cfg", "difftpt_tiny.yaml", *overrides]
+    tool("adapt").main(cfg)  # generates what is missing
+    made = {p: p.stat().st_mtime_ns for p in store.rglob("*.png")}
+    assert len(made) == 2 * 2
+    folder = Path(capsys.readouterr().out.splitlines()[-1].split(": ")[0]).parent
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [c["views"] for c in metrics["cells"]] == [3, 5]
+    assert metrics["generated_views"]["kind"] == "tiny-diffusion"
+    assert metrics["generated_views"]["seed"] == 0
+    assert metrics["cells"][1]["seconds_per_picture"]["generation"] > 0
+    assert metrics["cells"][1]["before_accuracy"] == metrics["cells"][0]["before_accuracy"]
+    tool("generate").main([*cfg, "--check", "2"])  # nothing is left to be made
+    assert {p: p.stat().st_mtime_ns for p in store.rglob("*.png")} == made
+    assert "names" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="steps: stored 1, asked for 2"):
+        tool("generate").main([*cfg, "diffusion.options.steps=2"])
+    offline = [*cfg, "diffusion.on_the_fly=false", "adapters.difftpt.views=4"]
+    tool("adapt").main(offline)

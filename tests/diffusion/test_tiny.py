@@ -61,11 +61,14 @@ class Oracle(Denoiser):
         return self.clean
 
 
-@pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 1), ("ddim", 4), ("dpm", 3), ("dpm", 20)])
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [("renoise", 1), ("renoise", 3), ("ddim", 1), ("ddim", 4), ("dpm", 3), ("dpm", 20)],
+)
 def test_sampling_ends_where_the_network_points(scheduler: str, steps: int) -> None:
     oracle = Oracle()
     oracle.clean = to_patches(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-    condition, start = torch.zeros(2, 1, oracle.dim), noise(2, 48, 16, 16)
+    condition, start = torch.zeros(2, 1, oracle.dim), noise(2, 3, 48, 16, 16)
     for guidance in (1.0, 3.0):
         made = oracle.sample(condition, start, steps, guidance, scheduler)
         torch.testing.assert_close(made, from_patches(oracle.clean), rtol=0, atol=2e-3)
@@ -76,9 +79,13 @@ def test_noise_takes_the_place_of_the_picture() -> None:
     noisy = denoiser.noised(clean, added, torch.tensor([0, 500, 999]))
     torch.testing.assert_close(noisy[0], clean[0], rtol=0, atol=0.05)
     torch.testing.assert_close(noisy[2], added[2], rtol=0, atol=0.01)
-    level = torch.cos(torch.tensor((501 / 1000 + 0.008) / 1.008) * torch.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
+    level = (
+        torch.cos(torch.tensor((501 / 1000 + 0.008) / 1.008) * torch.pi / 2) ** 2
+    )  # Nichol & Dhariwal, eq. 17
     level = level / torch.cos(torch.tensor(0.008 / 1.008) * torch.pi / 2) ** 2
-    torch.testing.assert_close(noisy[1], level.sqrt() * clean[1] + (1 - level).sqrt() * added[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        noisy[1], level.sqrt() * clean[1] + (1 - level).sqrt() * added[1], rtol=0, atol=1e-4
+    )
 
 
 def test_a_condition_is_a_set_of_vectors(generator: TinyDiffusion) -> None:
@@ -125,7 +132,7 @@ def test_an_identity_follows_weights_and_settings(
     options = {"weights": str(random_weights), "device": "cpu", "steps": 2}
     assert create_generator("tiny-diffusion", batch=7, **options).identity == generator.identity
     write_tensors(tmp_path / "other", packed(4))
-    for other in ({"steps": 3}, {"guidance": 2.0, "scheduler": "dpm"}, {"weights": str(tmp_path / "other")}):
+    for other in ({"steps": 3}, {"guidance": 2.0, "scheduler": "ddim"}, {"weights": str(tmp_path / "other")}):
         assert create_generator("tiny-diffusion", **{**options, **other}).identity != generator.identity
 
 

@@ -38,7 +38,7 @@ class PromptAdapter(Adapter):
 
     def __init__(self, learner: Learner, plan: ViewPlan, rule: Rule, share: float, together: int) -> None:
         super().__init__(learner, plan)
-        self.share, self.together = share, together
+        self.share, self.together, self.optimizer = share, together, rule.optimizer
         self.tuner = Tuner(learner, self.loss, rule)
         self.needs_pixels = not learner.static_images
 

@@ -55,11 +55,13 @@ class Adapter:
         method: Its registry name.
         options: The options it was built with.
         needs_pixels: Whether :meth:`adapt` runs the image tower again.
+        optimizer: What moves its prompts; empty where nothing is tuned.
     """
 
     episodic: ClassVar[bool] = True
     needs_pixels: bool = False
     method: str = ""
+    optimizer: str = ""
 
     options: dict[str, Any]
 

@@ -35,6 +35,7 @@ class Backbone(nn.Module):
         vision: The image tower, through which visual prompts enter.
         dim: d, dimension of the joint space.
         image_size: (H, W) of the input in pixels.
+        about: What its weights were trained on and where they are weak; empty where nobody has written it down.
     """
 
     model: Any
@@ -56,6 +57,20 @@ class Backbone(nn.Module):
         self.vision = VisionTower(visual)
         self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
+        self.about = ""
+
+    def describe(self) -> str:
+        """Return what it is, what its weights were trained on, and where they are weak, for people."""
+        size = sum(p.numel() for p in self.model.parameters())
+        kind = (
+            f"{self.vision.layers} blocks of width {self.vision.width}" if self.vision.layers else "no tokens"
+        )
+        facts = (
+            f"{self.name} ({self.fingerprint['id']}): {size / 1e6:.1f} million parameters, {self.image_size[1]} x "
+            f"{self.image_size[0]} pixels, joint dimension {self.dim}, image tower with {kind}, text tower with "
+            f"{self.text.layers} blocks of width {self.text.width}, logit scale {self.logit_scale:.1f}."
+        )
+        return f"{facts}\n{self.about}".strip()
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: a frozen tower's dropout and batch statistics must not move."""

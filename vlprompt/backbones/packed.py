@@ -87,8 +87,8 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
-def run_block(block: Any, x: Tensor, adapter: Adapter, mask: Tensor | None = None) -> Tensor:
-    """Run a whole packable block with an adapter on (B, R, W); ``mask`` (R, R) is added to attention's logits."""
+def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | None = None) -> Tensor:
+    """Run a whole packable block on (B, R, W); ``mask`` (R, R) is added to attention's logits."""
     query, key, value = _heads(block, block.ln_1(x), adapter)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return _finish(block, x, attended.transpose(1, 2).flatten(2))

@@ -66,29 +66,31 @@ def pack_state(model: CLIP, seen_ids: Sequence[int]) -> dict[str, Tensor]:
     return {**state, _ROWS: table[ids.long()].clone(), _IDS: ids}
 
 
-def load_state(model: CLIP, path: Path | None = None) -> None:
-    """Put the shipped weights into a model of :func:`model_config`, in place.
+def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", given: str = "-") -> None:
+    """Put shipped weights into a model of their architecture, in place.
 
     Args:
         model: The CLIP to fill; keeps its dtype and device.
-        path: Another packed file; default: the shipped one.
+        path: A packed file; default: that of ``tiny``, a model of :func:`model_config`.
+        what: What to call the model in error messages, and what seeds embeddings that are not stored.
+        given: Beginning of the names of parameters that come from elsewhere.
 
     Raises:
         BackboneError: If the file does not fit the architecture.
         CheckpointError: If the file is missing or damaged.
     """
     packed, _ = read_tensors(path or WEIGHTS)
-    state = {**packed, **_unpack_table(packed, model, path or WEIGHTS)}
+    state = {**packed, **_unpack_table(packed, model, path or WEIGHTS, what)}
     state.pop(_ROWS, None), state.pop(_IDS, None)
-    wanted = {name for name, _ in model.named_parameters()}
+    wanted = {name for name, _ in model.named_parameters() if not name.startswith(given)}
     if problem := sorted(wanted ^ (set(state) & wanted)) or sorted(set(state) - set(model.state_dict())):
         raise BackboneError(
-            f"{path or WEIGHTS} does not fit the tiny CLIP: {problem[0]!r} is missing or unknown."
+            f"{path or WEIGHTS} does not fit the {what} CLIP: {problem[0]!r} is missing or unknown."
         )
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     except RuntimeError as error:
-        raise BackboneError(f"{path or WEIGHTS} does not fit the tiny CLIP: {error}") from error
+        raise BackboneError(f"{path or WEIGHTS} does not fit the {what} CLIP: {error}") from error
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +99,7 @@ def seen_token_ids() -> tuple[int, ...]:
     return tuple(read_tensors(WEIGHTS)[0][_IDS].tolist())
 
 
-def _unpack_table(packed: Mapping[str, Tensor], model: CLIP, path: Path) -> dict[str, Tensor]:
+def _unpack_table(packed: Mapping[str, Tensor], model: CLIP, path: Path, what: str) -> dict[str, Tensor]:
     if _ROWS not in packed or _IDS not in packed:
         raise BackboneError(f"{path} holds no packed token embeddings; it was not written by pack_state.")
     vocabulary, width = model.token_embedding.weight.shape
@@ -106,6 +108,6 @@ def _unpack_table(packed: Mapping[str, Tensor], model: CLIP, path: Path) -> dict
         raise BackboneError(
             f"{path}: embeddings {tuple(rows.shape)} do not fit a table of {(vocabulary, width)}."
         )
-    table = torch.randn(vocabulary, width, generator=torch_rng(0, "tiny", "unseen tokens")) * _UNSEEN_STD
+    table = torch.randn(vocabulary, width, generator=torch_rng(0, what, "unseen tokens")) * _UNSEEN_STD
     table[ids] = rows
     return {_TABLE: table}

@@ -120,7 +120,7 @@ class _Case:
         pixels = {"image": images, "label": labels}
         batch = pixels
         if learner.static_images:
-            batch = {"embedding": backbone.image_embeddings(images), "label": labels}
+            batch = {"embedding": learner.embed_images(images), "label": labels}
         return cls(learner, batch, pixels, learned(learner))
 
     def step(self, batch: Mapping[str, Tensor], seed: int = 1, parts: int = 1) -> None:

@@ -77,6 +77,16 @@ class ImageDataset:
         return [s.classes[0] for s in self.samples]
 
     @property
+    def targets(self) -> dict[str, list[int]]:
+        """What is known of every sample, as a learner's batches name it; data sets of pairs know more."""
+        return {"label": self.labels}
+
+    @property
+    def strata(self) -> tuple[list[int], Sequence[str]]:
+        """The group of every sample of which shots draw equally many, and the groups' names: the classes."""
+        return self.labels, self.classnames
+
+    @property
     def multi_label(self) -> bool:
         """Whether a picture can have several labels."""
         return any(isinstance(s.label, tuple) for s in self.samples)

@@ -62,8 +62,9 @@ def few_shot(
             configured.
     """
     wanted = _wanted(dataset, shots)
-    groups = _by_class(dataset.labels)
-    _check_supply(dataset, groups, wanted, strict_shots)
+    strata, names = dataset.strata
+    groups = _by_class(strata)
+    _check_supply(dataset, names, groups, wanted, strict_shots)
     if sampling == "private":
         queues = _shuffled(dataset, groups, shots, seed)
     elif sampling == "coop_compat":
@@ -135,13 +136,13 @@ def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
     return groups
 
 
-def _check_supply(dataset: ImageDataset, groups: dict[int, list[int]], wanted: int, strict: bool) -> None:
-    short = [
-        (c, len(groups.get(c, []))) for c in range(len(dataset.classnames)) if len(groups.get(c, [])) < wanted
-    ]
+def _check_supply(
+    dataset: ImageDataset, names: Sequence[str], groups: dict[int, list[int]], wanted: int, strict: bool
+) -> None:
+    short = [(c, len(groups.get(c, []))) for c in range(len(names)) if len(groups.get(c, [])) < wanted]
     if not short:
         return
-    shown = ", ".join(f"{dataset.classnames[c]!r} has {n}" for c, n in short[:10])
+    shown = ", ".join(f"{names[c]!r} has {n}" for c, n in short[:10])
     more = f", and {len(short) - 10} more" if len(short) > 10 else ""
     message = f"{dataset.name} ({dataset.split}): {wanted} shots asked for, but {shown}{more}."
     if strict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.backbones import create_backbone
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator
-from vlprompt.diffusion.denoiser import Denoiser, load_denoiser
+from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
 from vlprompt.errors import DataError
 from vlprompt.seeding import derive_seed
 
@@ -38,7 +38,7 @@ class TinyDiffusion(Generator):
     Args:
         steps: Denoising steps.
         guidance: Weight of the condition; 1 switches guidance off, which halves the time.
-        scheduler: DDIM or DPM-Solver++.
+        scheduler: See :meth:`vlprompt.diffusion.denoiser.Denoiser.sample`.
         weights: A packed file of one's own (``tools/pretrain.py --cfg pretrain_tiny_diffusion.yaml``); None: the
             package's.
         device: Where to run; None: a GPU if there is one.
@@ -58,9 +58,9 @@ class TinyDiffusion(Generator):
     def __init__(
         self,
         *,
-        steps: Annotated[int, Field(ge=1, le=1000)] = 8,
+        steps: Annotated[int, Field(ge=1, le=1000)] = 2,
         guidance: Annotated[float, Field(ge=0)] = 1.0,
-        scheduler: Literal["ddim", "dpm"] = "ddim",
+        scheduler: Scheduler = "renoise",
         weights: str | None = None,
         device: str | None = None,
         batch: Annotated[int, Field(ge=1)] = 64,
@@ -113,8 +113,9 @@ class TinyDiffusion(Generator):
         """
         if len(condition) != len(seeds):
             raise DataError(f"{len(condition)} conditions, but {len(seeds)} seeds.")
+        count = self.steps if self.scheduler == "renoise" else 1
         noise = torch.stack(
-            [torch.randn(48, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            [torch.randn(count, 48, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
         )
         place = next(self.denoiser.parameters()).device
         pictures = self.denoiser.sample(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.errors import DataError
+from vlprompt.evaluation.detection import judgement_metrics
 from vlprompt.evaluation.metrics import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
+from vlprompt.judgement import Detecting
 from vlprompt.learners import Learner
 
-__all__ = ["evaluate", "predict_logits"]
+__all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 
 def evaluate(
@@ -39,12 +42,16 @@ def evaluate(
     Raises:
         DataError: If the class names differ.
     """
+    cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
         labels = torch.from_numpy(data.multi_hot())
     own = str(data.info.get("metric", "accuracy"))
     usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
     numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
+    if metrics is None and "trigger" in data.targets and isinstance(learner, Detecting):
+        rows = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
+        numbers |= judgement_metrics(learner.judge(rows), data, learner.threshold)
     return {**numbers, "score": numbers[own]}
 
 
@@ -74,17 +81,21 @@ def predict_logits(
 
 
 def image_embeddings(
-    learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+    learner: Any, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
 ) -> Tensor:
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
-    backbone = learner.backbone
+    encode, fingerprint = encoder_of(learner)
     return (cache or FeatureCache()).features(
-        data,
-        backbone.image_embeddings,
-        backbone.preprocess,
-        fingerprint=backbone.fingerprint["id"],
-        batch_size=batch_size,
+        data, encode, learner.backbone.preprocess, fingerprint=fingerprint, batch_size=batch_size
     )
+
+
+def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Return what turns pictures into the rows that are cached for a learner, and the rows' fingerprint."""
+    backbone = learner.backbone
+    if learner.static_images:
+        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"
+    return backbone.image_embeddings, backbone.fingerprint["id"]
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:

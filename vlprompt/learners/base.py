@@ -32,6 +32,7 @@ class Learner(nn.Module):
 
     Attributes:
         static_images: True if nothing learned touches the image tower, so image embeddings may be cached.
+        reads: What :meth:`embed_images` gives beside the image embedding, for caches; empty if nothing.
         class_bound: True if what is learned belongs to the class list, so other classes can't be named.
         smooth: False if losses are a step function of what is learned (binary masks), so a small step shows nothing.
         method: Its registry name.
@@ -39,6 +40,7 @@ class Learner(nn.Module):
     """
 
     static_images: bool = True
+    reads: str = ""
     class_bound: bool = False
     smooth: bool = True
     method: str = ""
@@ -132,6 +134,8 @@ class Learner(nn.Module):
     # Optional hooks of fit; MaskTuning has both:
     #   survey(source: TrainingSource): before training, looks at what it will be trained on.
     #   figures() -> dict of numbers: after training, describes what was learned; metrics ``learned/...``.
+    #   calibrate_on(data, embeddings): as calibrate below, for what needs more of the validation data than labels.
+    #       DBOM has it.
     # Optional hooks of fit, for learners of frozen image embeddings:
     #   prepare(views (V, N, d), labels (N,)): before training; may replace parameters (their shape can be N).
     #   calibrate(embeddings (n, d), labels (n,)) -> dict of numbers: after training, if there are validation

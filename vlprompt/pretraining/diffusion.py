@@ -46,7 +46,7 @@ class DiffusionOptions(BaseModel):
     watched: float = Field(0.5, ge=0, le=1, description="share of each batch that they are compared on")
     decay: float = Field(0.998, gt=0, lt=1, description="of the running average of weights that is shipped")
     watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
-    steps: int = Field(8, ge=1, description="denoising steps of watched variations")
+    steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     train: TrainOptions = TrainOptions()
 
@@ -137,7 +137,7 @@ class _Watch:
         scores, rows = {}, []
         for task, (images, heads) in self.tasks.items():
             seen = self.backbone.encode_image(_preprocessed(images, self.backbone))
-            noise = torch.randn(len(images), 48, 16, 16, generator=torch_rng(0, "watch", task))
+            noise = torch.randn(len(images), self.steps, 48, 16, 16, generator=torch_rng(0, "watch", task))
             made = self.denoiser.sample(seen[:, None], noise, self.steps)
             again = self.backbone.encode_image(_preprocessed(made, self.backbone))
             alike = (seen @ heads.T).argmax(1) == (again @ heads.T).argmax(1)

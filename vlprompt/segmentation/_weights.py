@@ -157,7 +157,7 @@ def _clipseg_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clipseg_state(state: Mapping[str, Tensor], taps: int) -> dict[str, Tensor]:
     """Return a decoder's tensors by :class:`FilmDecoder`'s names."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for name in ("film_mul", "film_add", *(f"reduces.{i}" for i in range(taps))):
         out |= {f"{name}.{kind}": state[f"decoder.{name}.{kind}"] for kind in ("weight", "bias")}
     for i in range(taps):

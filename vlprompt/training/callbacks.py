@@ -55,7 +55,7 @@ class ProgressBar(Callback):
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Show the epoch's loss and validation score."""
-        note = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "val/accuracy") if k in record)
+        note = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "val/accuracy", "val/dice") if k in record)
         if self._bar is not None:
             self._bar.update(self._task, advance=1, note=note)
         elif (record["epoch"] + 1) % max(1, trainer.options.epochs // 10) == 0:

@@ -50,8 +50,8 @@ class Comparison(BaseModel):
         default_factory=dict,
         description="title to overrides of all runs: a table per part, one below the other",
     )
-    baseline: str | dict[str, str] | None = Field(
-        None, description="row that the others' paired gains are over, or one for each row"
+    baseline: str | dict[str, str | list[str]] | None = Field(
+        None, description="row that the others' paired gains are over, or one or several for each row"
     )
 
     @classmethod
@@ -67,23 +67,20 @@ class Comparison(BaseModel):
             found = cls.model_validate({**raw, "shared": [*raw.get("shared", []), *overrides]})
         except ValidationError as error:
             raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-        named = found.baseline or []
-        named = (
-            [named] if isinstance(named, str) else [row for pair in found.baselines().items() for row in pair]
-        )
+        named = [found.baseline] if isinstance(found.baseline, str) else []
+        named += [row for pair in found.baselines() for row in pair]
         if strange := [row for row in named if row not in found.runs]:
             raise ConfigError(
                 [f"baseline: {strange[0]!r} is none of the runs: {', '.join(found.runs)}."], str(cfg)
             )
         return found
 
-    def baselines(self) -> dict[str, str]:
-        """Return the row each row is compared with; rows without one are left out."""
+    def baselines(self) -> list[tuple[str, str]]:
+        """Return every (row, row it is compared with)."""
         if isinstance(self.baseline, dict):
-            return self.baseline
-        if self.baseline is None:
-            return {}
-        return {row: self.baseline for row in self.runs if row != self.baseline}
+            several = {k: [v] if isinstance(v, str) else v for k, v in self.baseline.items()}
+            return [(row, other) for row, others in several.items() for other in others]
+        return [(row, self.baseline) for row in self.runs if self.baseline and row != self.baseline]
 
     def first(self) -> dict[str, RunConfig]:
         """Return the resolved configurations of ``before``.
@@ -183,13 +180,13 @@ def _write_part(comparison: Comparison, folder: Path, part: str, finished: Mappi
     return title + side_by_side(shown, "markdown") + (f"\n{gains}" if gains else "")
 
 
-def _gains(finished: Mapping[str, Outcome], baselines: Mapping[str, str]) -> str:
+def _gains(finished: Mapping[str, Outcome], baselines: Sequence[tuple[str, str]]) -> str:
     """Return a table of paired gains per baseline, in points, with intervals over seeds and over tasks."""
     rows: dict[str, list[tables.Row]] = {}
-    for label, outcome in finished.items():
-        baseline = baselines.get(label)
-        if baseline is None or baseline not in finished:
+    for label, baseline in baselines:
+        if label not in finished or baseline not in finished:
             continue
+        outcome = finished[label]
         metric = "accuracy" if outcome.headline.endswith("accuracy") else outcome.headline
         flat = paired_gains(_cells(outcome), _cells(finished[baseline]), metric)
         values = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.evaluation.evaluate import evaluate, image_embeddings
+from vlprompt.evaluation.evaluate import encoder_of, evaluate, image_embeddings
 from vlprompt.learners import Learner
 from vlprompt.signature import describe_problems
 from vlprompt.training.batches import Batch, Batches, TensorBatches, epoch_plan
@@ -68,7 +68,7 @@ class ImageBatches:
     ) -> None:
         self.data, self.preprocess, self.augmentation = data, preprocess, augmentation
         self.options, self.views = options, views
-        self.labels = torch.tensor(data.labels)
+        self.targets = {name: torch.tensor(values) for name, values in data.targets.items()}
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -81,7 +81,8 @@ class ImageBatches:
         view = epoch % self.views if self.views else epoch
         images = [self._view(int(i), view) for i in indices]
         index = torch.as_tensor(indices)
-        batch = {"image": torch.stack(images), "label": self.labels[index], "index": index}
+        known = {name: values[index] for name, values in self.targets.items()}
+        batch = {"image": torch.stack(images), **known, "index": index}
         if self.views or not self.augmentation.is_random:  # these very pixels come again
             batch["view"] = torch.full_like(index, view if self.augmentation.is_random else 0)
         return batch
@@ -207,9 +208,9 @@ class TrainingSource:
         if not self.learner.static_images or not self.repeats:
             preprocess = self.learner.backbone.preprocess
             return ImageBatches(self.data, preprocess, self.augmentation, self.options, self.views)
-        labels = torch.tensor(self.data.labels)
         embeddings = self._embeddings()
-        tensors = {"embedding": embeddings, "label": [labels] * len(embeddings)}
+        known = {name: torch.tensor(values) for name, values in self.data.targets.items()}
+        tensors = {"embedding": embeddings, **{n: [t] * len(embeddings) for n, t in known.items()}}
         return TensorBatches(tensors, self.options.batch_size, self.options.seed, self.options.drop_last)
 
     def solver_data(self, val: ImageDataset | None) -> tuple[Any, Any]:
@@ -227,14 +228,14 @@ class TrainingSource:
         return image_embeddings(self.learner, val, cache=self.cache), torch.tensor(val.labels)
 
     def _embeddings(self) -> list[Tensor]:
-        backbone = self.learner.backbone
         count = max(1, self.views) if self.augmentation.is_random else 1
+        encode, fingerprint = encoder_of(self.learner)
         return [
             self.cache.features(
                 self.data,
-                backbone.image_embeddings,
-                backbone.preprocess,
-                fingerprint=backbone.fingerprint["id"],
+                encode,
+                self.learner.backbone.preprocess,
+                fingerprint=fingerprint,
                 augmentation=self.augmentation,
                 seed=self.options.seed,
                 view=view,
@@ -246,6 +247,7 @@ class TrainingSource:
 def _validate(source: TrainingSource, val: ImageDataset) -> dict[str, float]:
     """Let the learner choose what it chooses on validation data; return that, and its metrics with it."""
     chosen = _call(source.learner, "calibrate", lambda: source.validation_data(val)) or {}
+    chosen |= _call(source.learner, "calibrate_on", lambda: (val, source.validation_data(val)[0])) or {}
     metrics = evaluate(source.learner, val, cache=source.cache)
     return {
         **{f"chosen/{k}": float(v) for k, v in chosen.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.segmentation.strategies import STRATEGIES
@@ -44,6 +44,6 @@ class CoOp(Strategy):
         checked_depth(depth, backbone.text.layers)
         self.context = nn.Parameter(text_rows(backbone, depth, context_length, init, seed))  # (J, M, Dt)
 
-    def forward(self, image: object = None) -> Rows:
+    def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         return Rows(text=self.context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.seeding import seeded_modules
@@ -64,6 +65,6 @@ class MaPLe(CoOp):
                 ]
             )
 
-    def forward(self, image: object = None) -> Rows:
+    def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         return Rows(text=self.context, vision=self.projections(self.context))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.errors import VLPromptError
@@ -77,7 +77,7 @@ class SharedAttention(Strategy):
                 ]
             )
 
-    def forward(self, image: object = None) -> Rows:
+    def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         # Each row is one sequence of M tokens.
         mixed = self.mixers(self.context if len(self.mixers.networks) == 1 else self.context[:, None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.seeding import seeded_modules
@@ -71,6 +71,6 @@ class SharedSeparate(Strategy):
                 for width in (text.width, vision.width)
             )
 
-    def forward(self, image: object = None) -> Rows:
+    def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         return Rows(text=self.to_text(self.context), vision=self.to_vision(self.context))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.segmentation.strategies import STRATEGIES
@@ -46,6 +46,6 @@ class VisualPromptTuning(Strategy):
             drawn_rows((depth, context_length, backbone.vision.width), seed)
         )  # (J, M, Dv)
 
-    def forward(self, image: object = None) -> Rows:
+    def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
         return Rows(vision=self.context)

@@ -27,6 +27,7 @@ from vlprompt.segmentation.tuning.results import summary, write_results
 from vlprompt.signature import options_model
 from vlprompt.training import run_summary
 from vlprompt.training.callbacks import Callback
+from vlprompt.training.processes import accelerator
 from vlprompt.training.run import open_folder, write_history
 
 __all__ = ["SegmentCell", "SegmentOutcome", "Session", "one_cell", "run_segmentation"]
@@ -154,7 +155,7 @@ class Session:
         folder = self.cell_folder(cell)
         if (folder / "cell.json").is_file():
             return dict(json.loads((folder / "cell.json").read_text(encoding="utf-8")))
-        segmenter = self.segmenter(cell)
+        segmenter = self.segmenter(cell).to(accelerator().device)
         test = self.data(cell.dataset, "test", cell.seed)
         check_phrases(segmenter, test)
         numbers = self.train(cell, segmenter, folder)
@@ -227,9 +228,10 @@ class Session:
         """Return one split of a data set, drawn by a seed; training pictures that are tested on too are left out."""
         drawn = {"train": self.config.data.images, "val": self.config.data.val_images}
         images = drawn.get(split, self.config.data.test_images)
-        key = (name, split, seed if images and split != "test" else 0)
+        drawn_by = seed if images and split != "test" else 1  # every seed is tested on the same pictures
+        key = (name, split, drawn_by)
         if key not in self._data:
-            found = load_segmentation(name, split, images, key[2] or 1, **self.config.data.arguments())
+            found = load_segmentation(name, split, images, drawn_by, **self.config.data.arguments())
             if split == "train":
                 others = {s: self.data(name, s, seed) for s in ("val", "test")}
                 found = _not_shared(found, others)

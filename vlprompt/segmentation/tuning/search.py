@@ -1,8 +1,8 @@
 """Searching training options, prompt depth and a strategy's own options on validation data, as TuneVLSeg does.
 
 Every model, strategy and data set has a study of its own in ``search.db`` (SQLite), the least validation loss wins, and
-no test picture is ever read. A killed search continues behind its last finished trial; the trial that was killed runs
-again. What a trial tries depends on the seed and the trials before it alone, not on how often the search was killed.
+nothing is ever scored on test data. A killed search continues behind its last finished trial; the trial that was killed
+runs again. What a trial tries depends on the seed and the trials before it alone, not on how often it was killed.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239 (TPE, 10 random of 20 trials, one objective).
 """

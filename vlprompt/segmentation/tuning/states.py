@@ -36,6 +36,7 @@ class PairStates:
         self.segmenter, self.data, self.batch_size = segmenter, data, batch_size
         self.room = limit_mb * 1e6
         self.sizes: dict[Any, tuple[int, int]] = {}  # (H, W) of a picture as the model sees it
+        self._originals: dict[Any, tuple[int, int]] = {}  # (width, height) of the file
         self._states: dict[Any, Frozen] = {}
         self._masks: dict[int, NDArray[np.uint8]] = {}
 
@@ -67,7 +68,10 @@ class PairStates:
     def mask(self, pair: int) -> NDArray[np.uint8]:
         """Return a pair's mask at its own size."""
         if pair not in self._masks:
-            mask = self.data[pair].mask
+            sample, reader = self.data.samples[pair], self.data.reader
+            if sample.source not in self._originals:
+                self._originals[sample.source] = reader.read(sample.source).size
+            mask = reader.mask(sample, self._originals[sample.source])
             if self.room < mask.nbytes:
                 return mask
             self.room -= mask.nbytes
@@ -81,7 +85,11 @@ class PairStates:
 
     def _encode(self, sources: Sequence[Any]) -> dict[Any, Frozen]:
         """Compute states of pictures of any sizes, and keep them while there is room."""
-        images = {s: self.segmenter.preprocess(self.data.reader.read(s)) for s in sources}
+        images = {}
+        for source in sources:
+            picture = self.data.reader.read(source)
+            self._originals[source] = picture.size
+            images[source] = self.segmenter.preprocess(picture)
         groups: dict[tuple[int, int], list[Any]] = {}
         for source, image in images.items():
             self.sizes[source] = (int(image.shape[-2]), int(image.shape[-1]))

@@ -98,7 +98,8 @@ def _numbers(split: str, task: str) -> tuple[int, ...]:
     count = SIZES[task][split]
     if task == "masks":
         return tuple(range(count))
-    pairs, found, number = held_out_pairs("shape_colour"), [], 0
+    pairs, number = held_out_pairs("shape_colour"), 0
+    found: list[int] = []
     scenes = _scenes(split, "plain")
     while len(found) < count:
         item = scenes.spec(number).objects[0]

@@ -1,0 +1,57 @@
+"""A detector that is told what to look for, and pictures of every kind that can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlprompt.backbones import Backbone
+from vlprompt.judgement import Judgement
+from vlprompt.seeding import numpy_rng
+
+
+class CornerDetector:
+    """Suspects pictures whose bottom right corner is bright; a real detector but for how it judges."""
+
+    method = "corner"
+    triggers = ("clean", "badnets")
+    classnames = ("dark", "bright")
+    threshold = 0.9
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.batches: list[int] = []
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        return images[:, :, -1, -1]
+
+    def judge(self, embeddings: Tensor) -> Judgement:
+        score = torch.sigmoid(2 * embeddings.mean(1))
+        pair = torch.stack([1 - score, score], dim=1)
+        return Judgement(score, pair, pair)
+
+
+@pytest.fixture
+def corner(backbone: Backbone) -> CornerDetector:
+    return CornerDetector(backbone)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 23 pictures, those with a number divisible by 5 marked, at two depths."""
+    root = tmp_path / "pictures"
+    rng = numpy_rng(0, "test scan")
+    for i in range(23):
+        pixels = rng.integers(0, 120, (40, 40, 3)).astype(np.uint8)
+        if i % 5 == 0:
+            pixels[30:, 30:] = 255
+        folder = root / ("a" if i % 2 else "b/deep")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return root

@@ -1,0 +1,245 @@
+"""Scanning: verdicts in order, whatever the pictures are, in memory and in folders, through kills and hostile files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlprompt
+from vlprompt.backbones import Backbone
+from vlprompt.data import load_dataset
+from vlprompt.errors import CheckpointError, DataError
+from vlprompt.learners import create_learner
+from vlprompt.security import folder as folder_module
+from vlprompt.security.folder import scan_folder
+from vlprompt.security.scan import scan
+
+ROOT = Path(__file__).parents[2]
+
+
+def marked(name: str) -> bool:
+    return int(Path(name).stem) % 5 == 0
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims to be 60,000 pixels a side."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.fixture
+def strange(tmp_path: Path) -> Path:
+    """A folder of everything a picture should not be."""
+    root = tmp_path / "strange"
+    root.mkdir()
+    grey = Image.new("L", (20, 20), 100)
+    (root / "bomb.png").write_bytes(bomb())
+    grey.save(root / "animated.gif", save_all=True, append_images=[Image.new("L", (20, 20), 9)] * 2)
+    Image.new("CMYK", (20, 20), (0, 200, 0, 0)).save(root / "cmyk.jpg")
+    Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(root / "deep.png")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3)).astype(np.uint8)).save(
+        whole, "PNG"
+    )
+    (root / "truncated.png").write_bytes(whole.getvalue()[:2000])
+    (root / "empty.png").write_bytes(b"")
+    (root / "text.jpg").write_text("no picture")
+    (root / "fine.png").write_bytes(whole.getvalue())
+    (tmp_path / "outside.png").write_bytes(whole.getvalue())
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "broken\nname.png").write_bytes(whole.getvalue())
+    (root / ".hidden.png").write_bytes(whole.getvalue())
+    (root / "notes.txt").write_text("not asked for")
+    return root
+
+
+def test_rows_are_in_order_and_say_what_was_seen(corner: Any, pictures: Path) -> None:
+    report = scan(pictures, corner, batch_size=4)
+    names = [row["image"] for row in report]
+    assert names == sorted(names)
+    assert len(report) == 23
+    for row in report:
+        assert row["verdict"] == ("poisoned" if marked(row["image"]) else "clean")
+        assert (row["trigger"], row["object"]) == (
+            ("badnets", "bright") if marked(row["image"]) else ("clean", "dark")
+        )
+    assert len(report.found) == 5
+    assert [r["score"] for r in report.found] == sorted((r["score"] for r in report.found), reverse=True)
+    assert corner.batches == [4] * 5 + [3]
+    table = list(csv.DictReader(io.StringIO(report.to_csv())))
+    assert [row["image"] for row in table] == names
+    assert "badnets on bright" in str(report)
+
+
+def test_other_kinds_of_input_give_the_same_verdicts(corner: Any, pictures: Path) -> None:
+    by_folder = scan(pictures, corner)
+    files = [pictures / row["image"] for row in by_folder]
+    by_list = scan(files, corner, batch_size=5)
+    by_picture = scan([Image.open(f) for f in files], corner, workers=1)
+    scores = [row["score"] for row in by_folder]
+    assert [row["score"] for row in by_list] == scores
+    assert [row["score"] for row in by_picture] == scores
+    assert by_picture[3]["image"] == "image 3"
+    assert scan(files[0], corner)[0]["score"] == scores[0]
+    assert {r["verdict"] for r in scan(files, corner, threshold=0.0)} == {"poisoned"}
+
+
+def test_a_data_set_and_a_real_detector(backbone: Backbone) -> None:
+    data = load_dataset("triggered:digits", "val").subset(range(6))
+    learner = create_learner("dbom", backbone, data.classnames)
+    report = vlprompt.scan(data, learner)
+    assert len(report) == 6
+    assert all(row["object"] in data.classnames for row in report)
+    with pytest.raises(DataError, match="zero_shot is no detector"):
+        vlprompt.scan(data, create_learner("zero_shot", backbone, data.classnames))
+
+
+def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Path, tmp_path: Path) -> None:
+    found = scan_folder(strange, corner, tmp_path / "out", batch_size=3)
+    rows = {r["image"]: r for r in json.loads((tmp_path / "out" / "report.json").read_text())}
+    assert found.total == len(rows) == 10
+    for name, reason in {
+        "bomb.png": "its header claims 60000 x 60000 pixels",
+        "truncated.png": "truncated",
+        "empty.png": "the file is empty",
+        "text.jpg": "no picture in a known format",
+        "link.png": "is a link that leaves the folder",
+        "broken\nname.png": "holds a control character",
+    }.items():
+        assert rows[name]["verdict"] == "unreadable"
+        assert reason in rows[name]["note"]
+        assert rows[name]["score"] is None
+    assert found.unreadable == 6
+    assert rows["animated.gif"]["note"] == "animated: only the first of 3 frames was looked at"
+    assert rows["cmyk.jpg"]["note"] == "converted to 8-bit RGB from CMYK"
+    assert rows["deep.png"]["note"].startswith("converted to 8-bit RGB from I")
+    assert rows["fine.png"]["note"] == ""
+    cleaned = (tmp_path / "out" / "cleaned.txt").read_text().splitlines()
+    assert set(cleaned) <= {"animated.gif", "cmyk.jpg", "deep.png", "fine.png"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "60000 x 60000" in page
+
+
+def test_the_folder_scan_writes_what_scan_says(corner: Any, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = scan_folder(pictures, corner, out, batch_size=4, top=7)
+    expected = scan(pictures, corner).rows
+    assert json.loads((out / "report.json").read_text()) == expected
+    assert [r["image"] for r in csv.DictReader((out / "report.csv").open())] == [r["image"] for r in expected]
+    assert (out / "cleaned.txt").read_text().splitlines() == [
+        r["image"] for r in expected if not marked(r["image"])
+    ]
+    assert (found.total, found.poisoned, found.unreadable) == (23, 5, 0)
+    page = (out / "report.html").read_text()
+    worst = sorted(expected, key=lambda r: -r["score"])[:7]
+    places = [page.index(f"{row['image']}") for row in worst]
+    assert places == sorted(places)
+    assert page.count("<figure") == 7
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_scan_that_was_killed_ends_with_the_same_files(corner: Any, pictures: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    scan_folder(pictures, corner, whole, batch_size=4)
+    scan_folder(pictures, corner, broken, batch_size=4)
+    rows = (broken / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (broken / "rows.jsonl").write_bytes(b"".join(rows[:9]) + rows[9][:20])  # killed in the middle of a line
+    for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
+        (broken / name).unlink()
+    corner.batches.clear()
+    scan_folder(pictures, corner, broken, batch_size=4, resume=True)
+    assert sum(corner.batches) == 23 - 9
+    for name in ("rows.jsonl", "report.csv", "report.json", "cleaned.txt", "report.html"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_another_scan_is_not_continued(corner: Any, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scan_folder(pictures, corner, out)
+    with pytest.raises(CheckpointError, match="holds another scan \\(threshold differs\\)"):
+        scan_folder(pictures, corner, out, threshold=0.1, resume=True)
+    (out / "scan.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        scan_folder(pictures, corner, out, resume=True)
+    with pytest.raises(DataError, match="lies inside the scanned folder"):
+        scan_folder(pictures, corner, pictures / "out")
+    with pytest.raises(DataError, match="there is no folder"):
+        scan_folder(pictures / "nowhere", corner, out)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        scan_folder(tmp_path / "none", corner, out)
+
+
+def test_names_are_sorted_on_disk_a_few_at_a_time(
+    corner: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_RUN", 4)
+    scan_folder(pictures, corner, tmp_path / "out")
+    names = [json.loads(line) for line in (tmp_path / "out" / "listing.jsonl").read_text().splitlines()]
+    expected = sorted(p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png"))
+    assert names == expected
+
+
+def test_few_pictures_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
+    from vlprompt.security.scan import Opened, scan_rows
+
+    alive = most = 0
+
+    def entry(i: int) -> Callable[[], Opened]:
+        def open_() -> Opened:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            return Opened(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
+
+        return open_
+
+    for _ in scan_rows((entry(i) for i in range(200)), corner, 0.5, batch_size=5, workers=1):
+        alive -= 1
+    assert most <= 5 * 4  # a batch that is judged and three that are decoded
+
+
+@pytest.mark.slow
+def test_the_tool_says_what_it_found_by_its_exit_status(pictures: Path, tmp_path: Path) -> None:
+    backbone = vlprompt.create_backbone("tiny")
+    learner = create_learner("dbom", backbone, ["a", "b"])
+    vlprompt.save(learner, tmp_path / "detector")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / "scan.py"), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+
+    always = ("--detector", str(tmp_path / "detector"), "--output", str(tmp_path / "out"))
+    found = run(str(pictures), *always, "--threshold", "0")
+    assert found.returncode == 3, found.stderr
+    assert "23 pictures: 23 suspected, 0 unreadable" in found.stdout
+    assert run(str(pictures), *always, "--threshold", "2").returncode == 0
+    assert (tmp_path / "out" / "cleaned.txt").read_text().count("\n") == 23
+    wrong = run(str(pictures / "nowhere"), *always)
+    assert wrong.returncode == 2
+    assert "there is no folder" in wrong.stderr

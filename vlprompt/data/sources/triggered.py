@@ -1,0 +1,45 @@
+"""triggered:NAME: another data set with backdoor triggers in its pictures (see ``vlprompt.security.pairs``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlprompt.data.base import ImageDataset
+from vlprompt.data.sources import Request, sources
+from vlprompt.errors import DataError
+
+__all__ = ["build"]
+
+
+@sources.register(
+    "triggered", summary="another data set with backdoor triggers put in", grammar="triggered:NAME"
+)
+def build(
+    request: Request,
+    *,
+    triggers: Sequence[str] | None = None,
+    native_size: int = 32,
+    pairs_seed: int = 1,
+    unseen: float = 0.3,
+    copies: int = 1,
+) -> ImageDataset:
+    """Build one split: every picture once clean, and ``copies`` times with a trigger.
+
+    Args:
+        request: ``argument`` is the name of the other data set.
+        triggers: Names of triggers, the first ``"clean"``; None for the usual ones.
+        native_size: Pixels a side at which triggers are put in; all pictures are brought to it.
+        pairs_seed: Of the triggers and of which pairs of trigger and object training doesn't see.
+        unseen: Share of the triggered pairs that training doesn't see.
+        copies: Triggered pictures per picture.
+    """
+    from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
+    from vlprompt.security.pairs import DEFAULT_TRIGGERS, pair_dataset
+
+    if not request.argument or request.argument.startswith("triggered:"):
+        raise DataError(
+            f"{request.name}: name the data set to put triggers into, for example triggered:scenes/shape."
+        )
+    base = load_dataset(request.argument, request.split, root=request.root)
+    chosen = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
+    return pair_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)

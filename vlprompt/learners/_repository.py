@@ -1,0 +1,84 @@
+"""A repository of visual prompts that pictures look up by similarity, and what keeps its prompts apart.
+
+Papers: VAPS, arXiv 2502.20292 (keys and prompts, looked up by cosine), extended by DBOM, arXiv 2508.01932, with a
+separation and a diversity loss. Neither has public code; forms and defaults here are a reconstruction.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.seeding import torch_rng
+
+__all__ = ["Bank", "diversity", "separation"]
+
+
+class Bank(nn.Module):
+    """M prompts with a key each.
+
+    Args:
+        count: M.
+        query_width: Width of keys and queries.
+        width: d, width of a prompt.
+        length: Vectors per prompt; a looked-up prompt is their mean.
+        top: k, prompts that a query takes.
+        purpose: What it is for, part of the seed.
+        seed: Of keys, U(-1, 1), and prompts, N(0, 0.02^2).
+    """
+
+    def __init__(
+        self, count: int, query_width: int, width: int, *, length: int, top: int, purpose: str, seed: int
+    ) -> None:
+        super().__init__()
+        generator = torch_rng(seed, "bank", purpose)
+        keys = torch.rand(count, query_width, generator=generator) * 2 - 1
+        self.top = min(top, count)
+        self.keys = nn.Parameter(F.normalize(keys, dim=-1))
+        self.prompts = nn.Parameter(0.02 * torch.randn(count, length, width, generator=generator))
+
+    @property
+    def means(self) -> Tensor:
+        """(M, d), every prompt as one vector."""
+        return self.prompts.mean(1)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Look prompts up.
+
+        The k best prompts are averaged by the softmax of their similarities, so that with k > 1 keys also learn from
+        what prompts are good for.
+
+        Args:
+            queries: (B, query_width); no gradient flows into them.
+
+        Returns:
+            (B, d) prompts, and the mean distance 1 - cosine between queries and the keys they took.
+        """
+        similarity = F.normalize(queries.detach(), dim=-1) @ F.normalize(self.keys, dim=-1).T
+        best, chosen = similarity.topk(self.top, dim=-1)
+        found = ((10 * best).softmax(-1)[..., None] * self.means[chosen]).sum(1)
+        return found, (1 - best).mean()
+
+
+def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Tensor:
+    """Return how parallel two kinds of prompts are: 0 if they are orthogonal.
+
+    Args:
+        first: (B, d) prompts of one kind that pictures looked up.
+        second: (B, d) of the other kind, for the same pictures.
+        bank: (M, d), all prompts of the first kind.
+        other: (N, d), all of the second.
+    """
+    taken = F.cosine_similarity(first, second, dim=-1).square().mean()
+    return taken + (F.normalize(bank, dim=-1) @ F.normalize(other, dim=-1).T).square().mean()
+
+
+def diversity(bank: Tensor) -> Tensor:
+    """Return the mean squared cosine between different rows of (M, d): 1 if all are equal, 0 if orthogonal."""
+    count = len(bank)
+    if count < 2:
+        return bank.sum() * 0
+    unit = F.normalize(bank, dim=-1)
+    cosines = (unit @ unit.T).square()
+    return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))

@@ -1,0 +1,125 @@
+"""Configurations of detection tables, validated as a whole before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlprompt.config import BackboneOptions, read_yaml
+from vlprompt.data.catalog import check_name
+from vlprompt.errors import ConfigError, VLPromptError
+from vlprompt.learners.dbom import DEFAULT_TRIGGERS
+from vlprompt.security.detectors import DETECTORS
+from vlprompt.security.pairs import check_triggers
+from vlprompt.signature import check_options, describe_problems
+
+__all__ = ["DetectorsConfig", "SuspectOptions"]
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class PairOptions(BaseModel):
+    """The ``pairs:`` section: what detectors learn from and are tested on."""
+
+    model_config = _STRICT
+
+    triggers: list[str] = Field(
+        default_factory=lambda: list(DEFAULT_TRIGGERS), description="the first is clean"
+    )
+    native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
+    unseen: float = Field(0.3, ge=0, lt=1, description="share of triggered pairs kept from training")
+    copies: int = Field(1, ge=1, description="triggered pictures per picture")
+    share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of the train split that detectors learn from; the rest is the suspect's",
+    )
+
+
+class SuspectOptions(BaseModel):
+    """The ``suspect:`` section: a poisoned set that is to be cleaned, from pictures no detector saw."""
+
+    model_config = _STRICT
+
+    rate: float = Field(0.1, ge=0, le=1, description="share that is poisoned, all triggers equally often")
+    mode: str = "all_to_one"
+    target: int = Field(0, ge=0)
+    epochs: int = Field(25, ge=1, description="of the victim")
+    cleaners: list[str] = Field(
+        default_factory=lambda: ["dbom"], description="detectors whose cleaned sets a victim is trained on"
+    )
+
+
+class DetectorsConfig(BaseModel):
+    """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
+
+    model_config = _STRICT
+
+    name: str = Field("compare_detectors", pattern=r"^[\w.-]+$", description="folder under output")
+    output: str = "runs"
+    backbone: BackboneOptions = Field(default_factory=BackboneOptions)
+    data: list[str] = Field(default_factory=lambda: ["scenes/shape"], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1, 2, 3], min_length=1)
+    split: str = Field("test", description="part that figures are of; val while anything is being chosen")
+    detectors: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {name: {} for name in DETECTORS.names()},
+        min_length=1,
+        description="label to options; the method is the label or the option name",
+    )
+    pairs: PairOptions = Field(default_factory=PairOptions)
+    suspect: SuspectOptions | None = Field(default_factory=SuspectOptions)
+    cache_dir: str | None = None
+
+    @classmethod
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> DetectorsConfig:
+        """Read, override and validate a configuration.
+
+        Raises:
+            ConfigError: With every mistake at once.
+            UnknownNameError: If there is no such file.
+        """
+        raw = read_yaml(cfg, overrides, "compare_detectors")
+        try:
+            config = cls.model_validate(raw)
+        except ValidationError as error:
+            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
+        if problems := config.problems():
+            raise ConfigError(problems, str(cfg))
+        return config
+
+    def method(self, label: str) -> tuple[str, dict[str, Any]]:
+        """Return a detector's registry name and its own options."""
+        options = dict(self.detectors[label] or {})
+        return str(options.pop("name", label)), options
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with names and options, one sentence each."""
+        found = []
+        for label in self.detectors:
+            name, options = self.method(label)
+            try:
+                check_options(DETECTORS.get(name).target, options, f"detectors.{label}")
+            except ConfigError as error:
+                found += [f"detectors.{label}.{p}" for p in error.problems]
+            except VLPromptError as error:
+                found.append(f"detectors.{label}: {error}")
+        for check, value, key in (
+            *((check_name, name, "data") for name in self.data),
+            (check_triggers, self.pairs.triggers, "pairs.triggers"),
+        ):
+            try:
+                check(value)  # type: ignore[operator]
+            except VLPromptError as error:
+                found.append(f"{key}: {error}")
+        for label in self.suspect.cleaners if self.suspect else ():
+            if label not in self.detectors:
+                found.append(
+                    f"suspect.cleaners: {label!r} is none of the detectors: {', '.join(self.detectors)}."
+                )
+        if self.split not in ("val", "test"):
+            found.append(f"split: figures are of val or test, got {self.split!r}.")
+        return found

@@ -1,0 +1,276 @@
+"""Poisoned copies of data sets: who gets which trigger, which labels are flipped, and a manifest that says so."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.images import FileReader
+from vlprompt.data.splits import is_inside
+from vlprompt.errors import CheckpointError, ConfigError, DataError
+from vlprompt.security.pairs import PairReader, PairSource, check_triggers
+from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, create_trigger
+from vlprompt.seeding import numpy_rng
+from vlprompt.signature import describe_problems
+
+__all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
+
+MANIFEST = "manifest.jsonl"
+
+
+class PoisonPlan(BaseModel):
+    """What an attacker does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    triggers: tuple[str, ...] = Field(("badnets",), min_length=1, description="put in, equally often")
+    rate: float = Field(0.1, ge=0, le=1, description="share of the pictures that are poisoned")
+    mode: Literal["all_to_one", "all_to_all"] = Field(
+        "all_to_one", description="poisoned labels become the target, or the next class"
+    )
+    target: int = Field(0, ge=0, description="class that all_to_one flips labels to")
+    size: int = Field(NATIVE_SIZE, ge=8, description="pixels a side at which triggers are put in")
+    seed: int = Field(1, ge=0)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str) -> PoisonPlan:
+        """Return a plan. Raises ConfigError with every mistake."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(describe_problems(error, cls), source) from error
+
+
+@dataclass(frozen=True)
+class PoisonedDataset(ImageDataset):
+    """A data set as a victim gets it: labels are the given ones. Who knows what was done sees more.
+
+    Attributes:
+        triggers: Names; number 0 is clean.
+    """
+
+    triggers: tuple[str, ...] = (CLEAN,)
+
+    @property
+    def targets(self) -> dict[str, list[int]]:
+        """See :attr:`ImageDataset.targets`; with the true ``"object"`` and ``"trigger"``."""
+        sources = [s.source for s in self.samples]
+        return {
+            **super().targets,
+            "object": [s.object for s in sources],
+            "trigger": [s.trigger for s in sources],
+        }
+
+
+def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
+    """Return the poisoned data set without writing it; pictures are changed as they are read.
+
+    A trigger that keeps labels poisons pictures of the target class only (of any class in ``all_to_all``).
+
+    Raises:
+        DataError: If the target is no class.
+        UnknownNameError: For an unknown trigger.
+    """
+    names = check_triggers((CLEAN, *plan.triggers))
+    classes = len(data.classnames)
+    if plan.target >= classes:
+        raise DataError(
+            f"{data.name}: target {plan.target} is no class; there are {classes} (0 to {classes - 1})."
+        )
+    chosen = _who(data, plan)
+    samples = []
+    for number, sample in enumerate(data.samples):
+        true, trigger = sample.classes[0], chosen.get(number, 0)
+        given = true
+        if trigger and not create_trigger(names[trigger], size=plan.size).keeps_label:
+            given = plan.target if plan.mode == "all_to_one" else (true + 1) % classes
+        samples.append(Sample(PairSource(sample.source, trigger, true), given))
+    return PoisonedDataset(
+        name=f"poisoned:{data.name}",
+        split=data.split,
+        samples=tuple(samples),
+        classnames=data.classnames,
+        templates=data.templates,
+        reader=PairReader(data.reader, names, plan.size, plan.seed),
+        info={**data.info, "plan": plan.model_dump(mode="json")},
+        triggers=names,
+    )
+
+
+def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
+    """Return the trigger number of every poisoned picture, by position."""
+    order = numpy_rng(plan.seed, "poison", data.name, data.split).permutation(len(data))
+    keeps = {t: create_trigger(n, size=plan.size).keeps_label for t, n in enumerate(plan.triggers, 1)}
+    quotas = np.full(len(keeps), round(plan.rate * len(data)) // len(keeps))
+    quotas[: round(plan.rate * len(data)) % len(keeps)] += 1
+    free = [int(i) for i in order]
+    chosen: dict[int, int] = {}
+    # Those with the least choice first: attacks that keep labels need pictures of the target class.
+    for trigger in sorted(keeps, key=lambda t: (not keeps[t], t)):
+        to_one = plan.mode == "all_to_one"
+        fits = [
+            i for i in free if not to_one or (data.samples[i].classes[0] == plan.target) == keeps[trigger]
+        ]
+        taken = fits[: int(quotas[trigger - 1])]
+        chosen |= dict.fromkeys(taken, trigger)
+        free = [i for i in free if i not in chosen]
+    return chosen
+
+
+def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> PoisonedDataset:
+    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per picture.
+
+    All pictures, clean ones too, are written at the plan's size, so that size tells nothing.
+
+    Args:
+        data: Pictures and true labels.
+        plan: See :class:`PoisonPlan`.
+        folder: Must not exist yet, or be empty; it appears when all is written.
+
+    Returns:
+        The data set, read from the copy.
+
+    Raises:
+        DataError: If the folder is not empty, or the plan doesn't fit the data.
+        CheckpointError: If it can't be written; nothing is left behind.
+    """
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"{place} exists and is not empty. Name another folder for the poisoned copy.")
+    found = poisoned(data, plan)
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        lines = list(_write(found, temporary))
+        header = {
+            "classnames": list(data.classnames),
+            "triggers": list(found.triggers),
+            "plan": plan.model_dump(mode="json"),
+        }
+        text = "\n".join(json.dumps(line) for line in [header, *lines])
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        if place.exists():
+            place.rmdir()
+        temporary.replace(place)
+    except OSError as error:
+        raise CheckpointError(f"could not write {place}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_poisoned(place)
+
+
+def _write(data: PoisonedDataset, folder: Path) -> Iterator[dict[str, Any]]:
+    for number, sample in enumerate(data.samples):
+        image, given = data[number]
+        name = re.sub(r"[^\w-]+", "_", data.classnames[given]) or "class"
+        path = f"{given:04d}_{name}/{number:07d}.png"
+        (folder / path).parent.mkdir(exist_ok=True)
+        image.save(folder / path)
+        source = sample.source
+        yield {
+            "file": path,
+            "label": given,
+            "object": source.object,
+            "trigger": data.triggers[source.trigger],
+            "flipped": given != source.object,
+        }
+
+
+class _Header(BaseModel):
+    """First line of a manifest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    classnames: list[str] = Field(min_length=2)
+    triggers: list[str] = Field(min_length=1)
+    plan: dict[str, Any] = {}
+
+
+class _Line(BaseModel):
+    """Every other line of a manifest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    file: str = Field(min_length=1)
+    label: int = Field(ge=0)
+    object: int = Field(ge=0)
+    trigger: str
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class _CopyReader:
+    """Reads pictures that hold their triggers already."""
+
+    files: FileReader
+
+    def read(self, source: PairSource) -> Image.Image:
+        return self.files.read(source.base)
+
+    def key(self, source: PairSource) -> str:
+        return self.files.key(source.base)
+
+    def check(self, source: PairSource) -> str:
+        return self.files.check(source.base)
+
+
+def read_poisoned(folder: str | Path) -> PoisonedDataset:
+    """Read what :func:`poison` wrote.
+
+    Raises:
+        DataError: If the manifest is missing, damaged or hostile: a line that is no entry, a number that is no class, a
+            trigger the header doesn't name, a path that leaves the folder or leads out of it by a link. Says the line.
+    """
+    root = Path(folder)
+    path = root / MANIFEST
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"can't read the manifest {path}: {error}.") from None
+    header = _parse(_Header, path, 1, lines[0] if lines else "")
+    samples = []
+    for number, text in enumerate(lines[1:], 2):
+        line = _parse(_Line, path, number, text)
+        where = f"{path}, line {number}"
+        if line.trigger not in header.triggers:
+            raise DataError(
+                f"{where}: the trigger {line.trigger[:80]!r} is none of {', '.join(header.triggers)}."
+            )
+        if max(line.label, line.object) >= len(header.classnames):
+            raise DataError(
+                f"{where}: there are {len(header.classnames)} classes, got {max(line.label, line.object)}."
+            )
+        if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
+            raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
+        samples.append(
+            Sample(PairSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
+        )
+    return PoisonedDataset(
+        name=f"poisoned:{root.name}",
+        split="train",
+        samples=tuple(samples),
+        classnames=tuple(header.classnames),
+        templates=("a photo of a {}.",),
+        reader=_CopyReader(FileReader(root)),
+        info={"plan": header.plan},
+        triggers=tuple(header.triggers),
+    )
+
+
+def _parse(model: Any, path: Path, number: int, text: str) -> Any:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        problem = describe_problems(error, model)[0]
+        raise DataError(f"{path}, line {number} is no entry of a manifest: {problem}") from None
+    except RecursionError:
+        raise DataError(f"{path}, line {number} is no entry of a manifest.") from None
