@@ -172,7 +172,7 @@ def test_a_threshold_lets_so_many_clean_pictures_be_suspected() -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> dict[str, Any]:
-    triggers = ["clean", "badnets", "blended", "sig"]
+    triggers = ["clean", "blended", "sig"]
     return {
         split: load_dataset("triggered:digits", split, shots=4, triggers=triggers).subset(range(0, 120, 2))
         for split in ("train", "val")

@@ -109,6 +109,15 @@ def test_sizes_that_the_weights_do_not_have_are_refused(small: Backbone) -> None
     with pytest.raises(ConfigError, match=r"reduce: got 32, but the decoder of .* has 16"):
         create_segmenter("clipseg", small, reduce=32)
     assert create_segmenter("clipseg", small, weights="random", reduce=32).decoder.width == 32
+    with pytest.raises(VLPromptError, match=r"taps=\(1, 2\): the decoder of .* reads 3 blocks"):
+        create_segmenter("clipseg", small, taps=(1, 2))
+
+
+def test_the_same_weights_may_be_read_at_other_depths(small: Backbone) -> None:
+    """The published model was trained with (3, 7, 9) and is used with (3, 6, 9)."""
+    pictures = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    usual, other = create_segmenter("clipseg", small), create_segmenter("clipseg", small, taps=(1, 2, 4))
+    assert not torch.allclose(usual(pictures, ["cat"]), other(pictures, ["cat"]))
 
 
 @pytest.mark.parametrize("taps", [(), (2, 1), (1, 1, 2), (1, 9)])

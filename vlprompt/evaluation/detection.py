@@ -28,8 +28,8 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
 
     Returns:
         ``auroc``, ``tpr``, ``fpr``, ``fpr_at_95_tpr`` over all, ``/seen`` and ``/unseen`` against all clean pictures;
-        ``auroc/<trigger>``; if the detector names them ``trigger_accuracy``, ``object_accuracy_clean`` and
-        ``_triggered``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``, ``best_hm``,
+        ``auroc/<trigger>``; if the detector names them ``trigger_accuracy``, ``object_accuracy_clean``,
+        ``_triggered`` and ``/<trigger>``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``, ``best_hm``,
         ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
@@ -44,6 +44,9 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
         for name, chosen in (("clean", trigger == 0), ("triggered", trigger > 0)):
             if bool(chosen.any()):
                 figures[f"object_accuracy_{name}"] = float(right[chosen].double().mean())
+        for number, name in enumerate(data.triggers):
+            if bool((trigger == number).any()):
+                figures[f"object_accuracy/{name}"] = float(right[trigger == number].double().mean())
     if judgement.pairs is not None:
         figures |= _pair_figures(judgement.pairs, targets, data)
     return figures

@@ -94,9 +94,11 @@ def cluster_pairs(store: PairStore, options: ClusterOptions, members: int, seed:
     found: list[PseudoClass] = []
     for d, wanted in enumerate(_classes_per_domain(second, rows_of, options)):
         parts = _split(second, rows_of[d], wanted, derive_seed(seed, "classes", d), options.iterations)
-        outside = [store.caption(r) for r in rows_of[d]] if options.names == "phrase" else []
+        outside = [store.caption(r) for r in rows_of[d].tolist()] if options.names == "phrase" else []
         for rows in parts:
-            name = pseudo_name([store.caption(r) for r in rows], options.names, options.shared, outside)
+            name = pseudo_name(
+                [store.caption(r) for r in rows.tolist()], options.names, options.shared, outside
+            )
             found.append(PseudoClass(d, name, rows, float(agreement[rows].mean())))
     kept = _coherent([c for c in found if len(c.rows) >= members], options.drop_incoherent)
     usable = {c.domain for c in kept if len({k.name for k in kept if k.domain == c.domain}) > 1}

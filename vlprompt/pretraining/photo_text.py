@@ -219,7 +219,7 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     path = folder / "photo.safetensors"
     about = {
         "words": _about_words(vocabulary),
-        "read": progress.history[-1] if progress.history else {},
+        "read": history[-1] if history else {},
         **found,
     }
     write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": history})

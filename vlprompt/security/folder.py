@@ -14,6 +14,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,17 @@ from PIL import Image
 from vlprompt.data.images import EXTENSIONS, read_image
 from vlprompt.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.files import write_atomic, write_json, write_text
-from vlprompt.security.scan import CLEAN, COLUMNS, POISONED, UNREADABLE, Opened, Row, file_entry, scan_rows
+from vlprompt.security.scan import (
+    CLEAN,
+    COLUMNS,
+    POISONED,
+    UNREADABLE,
+    Opened,
+    Row,
+    careful_preprocess,
+    file_entry,
+    scan_rows,
+)
 
 __all__ = ["FolderScan", "scan_folder"]
 
@@ -97,7 +108,7 @@ def scan_folder(
     try:
         total = _prepare(root, place, _identity(root, detector, level), resume)
         done = _whole_lines(place / "rows.jsonl")
-        preprocess = detector.backbone.preprocess
+        preprocess = careful_preprocess(detector.backbone)
         entries = (partial(_open, root, name, preprocess) for name in islice(_names(place), done, None))
         with (place / "rows.jsonl").open("a", encoding="utf-8") as file:
             for row in scan_rows(entries, detector, level, batch_size=batch_size, workers=workers):
@@ -175,7 +186,12 @@ def _walk(root: Path) -> Iterator[str]:
     folders = [""]
     while folders:
         below = folders.pop()
-        with os.scandir(root / below) as found:
+        try:
+            found = os.scandir(root / below)
+        except OSError as error:
+            warnings.warn(f"{root / below} can't be listed ({error.strerror}): left out.", stacklevel=2)
+            continue
+        with found:
             for entry in found:
                 if entry.name.startswith("."):
                     continue

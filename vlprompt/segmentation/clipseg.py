@@ -20,7 +20,7 @@ from vlprompt.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._film import FilmDecoder
 from vlprompt.segmentation._last_layer import NewLastLayer
-from vlprompt.segmentation._weights import clipseg_decoder, fill, sizes
+from vlprompt.segmentation._weights import Decoder, clipseg_decoder, fill, sizes
 from vlprompt.segmentation.base import Frozen, LastLayer, Segmenter, Texts
 from vlprompt.segmentation.strategies.base import Strategy
 
@@ -67,8 +67,10 @@ class CLIPSeg(Segmenter):
         tower = self.backbone.vision
         self.patch, self.keep_prompts, self.last_layer = patch_of(tower), keep_prompts, last_layer
         found = clipseg_decoder(backbone, weights)
-        asked = {"taps": taps, "reduce": reduce, "hidden": hidden, "refined": refined}
+        asked = {"reduce": reduce, "hidden": hidden, "refined": refined}
         size = sizes(found, asked, {"taps": relative_taps(tower.layers)})
+        if taps is not None:  # CLIPSeg itself was trained with (3, 7, 9) and is read with (3, 6, 9)
+            size["taps"] = _as_many(taps, found)
         self.sizes = dict(size)
         self.taps = _checked_taps(tuple(size.pop("taps")), tower.layers)
         with seeded_modules(seed, "clipseg decoder"):
@@ -125,6 +127,13 @@ class CLIPSeg(Segmenter):
         x = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
         taps = run_taps(tower, x, self.taps, prompts, keep_prompts=self.keep_prompts)
         return self.decoder.reduced(taps.states)
+
+
+def _as_many(taps: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
+    trained = decoder.sizes.get("taps", taps) if decoder.source else taps
+    if len(taps) != len(trained):
+        raise VLPromptError(f"taps={taps}: the decoder of {decoder.source} reads {len(trained)} blocks.")
+    return taps
 
 
 def _checked_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:

@@ -21,10 +21,10 @@ from vlprompt.learners import Learner
 from vlprompt.signature import describe_problems
 from vlprompt.training.batches import Batch, Batches, TensorBatches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
-from vlprompt.training.gram import read_start, regulated
+from vlprompt.training.gram import GramStart, regulated, start_learner
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.processes import accelerator
-from vlprompt.training.trainer import Trainable, Trainer
+from vlprompt.training.trainer import Trainer
 
 __all__ = ["ImageBatches", "RunResult", "TrainingSource", "fit", "parse_options", "run_identity"]
 
@@ -134,15 +134,12 @@ def fit(
     """
     checked = parse_options(options)
     _check_samples(learner, train)
-    started = time.monotonic()
-    processes = accelerator()
+    started, processes = time.monotonic(), accelerator()
     learner.to(processes.device)
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
-    start = read_start(checked.init) if checked.init else None
-    if start is not None:
-        start.put_into(learner)
+    start = start_learner(learner, checked.init)
     _call(learner, "prepare", source.training_data)
     _call(learner, "survey", lambda: (source,))
     solve = getattr(learner, "solve", None)
@@ -152,20 +149,14 @@ def fit(
     elif not any(p.requires_grad for p in learner.parameters()) or checked.epochs == 0:
         history = []
     else:
-        module: Trainable = learner
-        if start is not None:
-            module = regulated(learner, start, lambda: source.training_data()[0][0], checked.optimizer)
         trainer = Trainer(
-            module,
+            regulated(learner, start, lambda: source.training_data()[0][0], checked.optimizer),
             source.batches(),
             checked,
             folder,
             validate=None if val is None else (lambda: evaluate(learner, val, cache=cache)),
             callbacks=default_callbacks(learner.method, folder) if callbacks is None else callbacks,
-            identity={
-                **run_identity(learner, train, augmentation, views),
-                **({} if start is None else {"start": start.checksum}),
-            },
+            identity=run_identity(learner, train, augmentation, views) | GramStart.identity(start),
             accelerator=processes,
         )
         history = trainer.run(resume).history

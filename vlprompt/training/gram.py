@@ -30,7 +30,7 @@ from vlprompt.training.batches import Batch
 from vlprompt.training.trainer import Trainable
 from vlprompt.training.transfer import find_prompts
 
-__all__ = ["GramStart", "Regulated", "read_start", "regulated", "save_start"]
+__all__ = ["GramStart", "Regulated", "read_start", "regulated", "save_start", "start_learner"]
 
 log = logging.getLogger("vlprompt.gram")
 
@@ -80,6 +80,11 @@ class GramStart:
     prompts: dict[str, Tensor]
     regulator: Regulator
     facts: dict[str, Any]
+
+    @staticmethod
+    def identity(start: GramStart | None) -> dict[str, str]:
+        """Return what a run and its continuation must share of its start."""
+        return {} if start is None else {"start": start.checksum}
 
     @property
     def checksum(self) -> str:
@@ -265,22 +270,33 @@ class Regulated:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
+def start_learner(learner: Learner, init: str) -> GramStart | None:
+    """Start a learner from what ``train.init`` means; None if it means nothing."""
+    if not init:
+        return None
+    start = read_start(init)
+    start.put_into(learner)
+    return start
+
+
 def regulated(
     learner: Learner,
-    start: GramStart,
+    start: GramStart | None,
     features: Callable[[], Tensor],
     optimizer: str,
     module: Trainable | None = None,
-) -> Regulated:
-    """Return the learner with the start's regulator on its gradients.
+) -> Trainable:
+    """Return what to train: the learner with the start's regulator on its gradients.
 
     Args:
         learner: Already started.
-        start: Whose regulator.
+        start: Whose regulator; None leaves everything as it is.
         features: Returns (n, d) image features of the training samples; only called if the regulator reads them.
         optimizer: Name of the rule behind the regulator; Adam's takes positive factors back, which is warned of.
         module: See :class:`Regulated`.
     """
+    if start is None:
+        return module or learner
     regulator = start.regulator
     if optimizer == "adamw" and regulator.only_scales:
         warnings.warn(

@@ -28,11 +28,11 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.fit import RunResult, TrainingSource, parse_options, run_identity
-from vlprompt.training.gram import read_start, regulated
+from vlprompt.training.gram import GramStart, regulated, start_learner
 from vlprompt.training.options import LabelSpace, MultiTaskOptions
 from vlprompt.training.processes import accelerator
 from vlprompt.training.task_batches import MultiTaskBatches
-from vlprompt.training.trainer import Trainable, Trainer
+from vlprompt.training.trainer import Trainer
 
 __all__ = [
     "MultiTask",
@@ -252,44 +252,28 @@ def fit_multitask(
     started, processes = time.monotonic(), accelerator()
     learner.to(processes.device)
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
-    start = read_start(checked.init) if checked.init else None
-    if start is not None:
-        start.put_into(learner)
+    start = start_learner(learner, checked.init)
     module = MultiTask(learner, lists, sharing.label_space)
     cache = FeatureCache(cache_dir)
     held_out = {name: data.val for name, data in tasks.items() if data.val is not None}
     history: list[dict[str, Any]] = []
     if checked.epochs and any(p.requires_grad for p in learner.parameters()):
         views_of = Augmentation.parse(augmentation)
-        data_sources = [
+        sources = [
             TrainingSource(learner, data.train, views_of, views, checked, cache) for data in tasks.values()
         ]
-        sources = [source.batches() for source in data_sources]
         sizes = [len(data.train) for data in tasks.values()]
         mixed = (checked.batch_size, checked.seed, checked.drop_last)
         path = None if folder is None else Path(folder)
         parts = {n: run_identity(module.tasks[n], d.train, augmentation, views) for n, d in tasks.items()}
-        trained: Trainable = module
-        if start is not None:
-            trained = regulated(
-                learner,
-                start,
-                lambda: torch.cat([source.training_data()[0][0] for source in data_sources]),
-                checked.optimizer,
-                module,
-            )
         trainer = Trainer(
-            trained,
-            MultiTaskBatches(sources, sizes, sharing.exponent, *mixed),
+            regulated(learner, start, lambda: _embeddings(sources), checked.optimizer, module),
+            MultiTaskBatches([source.batches() for source in sources], sizes, sharing.exponent, *mixed),
             checked,
             path,
             validate=(lambda: module.evaluate(held_out, cache)) if held_out else None,
             callbacks=default_callbacks(learner.method, path) if callbacks is None else callbacks,
-            identity={
-                "tasks": parts,
-                "sharing": sharing.model_dump(mode="json"),
-                **({} if start is None else {"start": start.checksum}),
-            },
+            identity={"tasks": parts, "sharing": sharing.model_dump(mode="json")} | GramStart.identity(start),
             accelerator=processes,
         )
         history = trainer.run(resume).history
@@ -298,6 +282,11 @@ def fit_multitask(
     if held_out:
         metrics |= {f"val/{k}": v for k, v in module.evaluate(held_out, cache).items()}
     return RunResult(metrics, history, None if folder is None else Path(folder), learner), module
+
+
+def _embeddings(sources: Sequence[TrainingSource]) -> Tensor:
+    """Return the (n, d) embeddings of all tasks' training samples, one view of each."""
+    return torch.cat([source.training_data()[0][0] for source in sources])
 
 
 def _checked(tasks: Mapping[str, TaskData]) -> dict[str, TaskData]:
