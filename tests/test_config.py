@@ -155,3 +155,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
     assert tool is not None, "a configuration opens with its command"
     READERS[tool[1]](path)
+
+
+def test_options_of_a_kind_of_data_set_reach_it_and_clash_with_nothing(tmp_path: Path) -> None:
+    path = _write(tmp_path, "c.yaml", "data: {name: scenes/shape, options: {size: 32}}")
+    assert load_config(path).data.arguments()["size"] == 32
+    with pytest.raises(ConfigError, match=r"data\.options: 'seed' is no option of one kind of data set"):
+        load_config(path, ["data.options.seed=2"])

@@ -1,7 +1,8 @@
 """Which task's prompts help which: ``python tools/transfer.py --cfg mvlpt_transfer_tiny.yaml [key=value ...]``.
 
-Trains every task from scratch and from every task's prompts, and writes the matrix of relative gains, a heat map
-and the ranking of sources beside the run's other results. Finished cells are kept by ``--resume``.
+Trains every task from scratch and from every task's prompts, and writes the matrix of relative gains, a heat map,
+the ranking of sources and groups that help each other (for multitask.groups) beside the run's other results. Finished
+cells are kept by ``--resume``.
 """
 
 from __future__ import annotations

@@ -29,6 +29,30 @@ def test_ranking_leaves_a_task_out_as_its_own_source() -> None:
     assert STUDY.metrics()["a->b/gain_accuracy"] == pytest.approx(0.1)
 
 
+def test_groups_hold_tasks_that_help_each_other() -> None:
+    """Gains in percent of 0.5; a, b help each other most, c helps b but hurts a more, d, e a little."""
+    gains = np.array(
+        [
+            [0, 8, -9, -1, 1],
+            [6, 0, 1, -5, -2],
+            [-9, 5, 0, -4, -3],
+            [-2, -1, 0, 0, 3],
+            [-3, -1, -2, -1, 0],
+        ]
+    )
+    names = ("a", "b", "c", "d", "e")
+    matrix = TransferMatrix(names, np.full(5, 0.5), 0.5 * (1 + gains / 100))
+    assert matrix.groups() == [("a", "b"), ("c",), ("d", "e")]  # (a, b) with c: (-9 - 9 + 1 + 5) / 4 < 0
+    assert matrix.record()["helpful_groups"] == [["a", "b"], ["c"], ["d", "e"]]
+    assert matrix.text().endswith("groups that help each other: a, b; c; d, e")
+    gap = matrix.accuracy.copy()
+    gap[0, 1] = np.nan
+    alone = TransferMatrix(names, matrix.scratch, gap)
+    assert ("a", "b") not in alone.groups()
+    everything = TransferMatrix(names, matrix.scratch, np.full((5, 5), 0.6))
+    assert everything.groups() == [names]
+
+
 def test_a_missing_run_leaves_a_gap_and_drops_only_its_target() -> None:
     accuracy = STUDY.accuracy.copy()
     accuracy[0, 1] = np.nan

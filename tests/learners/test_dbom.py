@@ -174,7 +174,7 @@ def test_a_threshold_lets_so_many_clean_pictures_be_suspected() -> None:
 def digits() -> dict[str, Any]:
     triggers = ["clean", "blended", "sig"]
     return {
-        split: load_dataset("triggered:digits", split, shots=4, triggers=triggers).subset(range(0, 120, 2))
+        split: load_dataset("triggered:digits", split, shots=4, triggers=triggers).subset(range(0, 90, 2))
         for split in ("train", "val")
     }
 

@@ -56,7 +56,9 @@ def strange(tmp_path: Path) -> Path:
     root.mkdir()
     grey = Image.new("L", (20, 20), 100)
     (root / "bomb.png").write_bytes(bomb())
-    grey.save(root / "animated.gif", save_all=True, append_images=[Image.new("L", (20, 20), 9)] * 2)
+    grey.save(
+        root / "animated.gif", save_all=True, append_images=[Image.new("L", (20, 20), g) for g in (9, 99)]
+    )
     Image.new("CMYK", (20, 20), (0, 200, 0, 0)).save(root / "cmyk.jpg")
     Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(root / "deep.png")
     whole = io.BytesIO()

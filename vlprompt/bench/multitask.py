@@ -59,6 +59,8 @@ def bench_multitask(
 ) -> dict[str, Any]:
     """Compare steps of MVLPT with random weights; ours is a mean over several batches, which hold different tasks.
 
+    ``classes_encoded`` is the mean over those batches, ``classes_expected`` over all that could be drawn.
+
     Args:
         backbone: Any open_clip architecture, or tiny.
         suite: Whose tasks: ``classes`` are divided as the suite's are; ``one`` is a single task of all classes.
@@ -80,14 +82,15 @@ def bench_multitask(
     generator = torch_rng(0, "bench multitask")
     images = torch.randn(batch, 3, *tower.image_size, generator=generator)
     shown = {"embedding": tower.image_embeddings(images)} if learner.static_images else {"image": images}
-    drawn = _drawn([len(own) for own, _ in tasks.values()], batch, draws)
     sizes = [len(own) for own, _ in tasks.values()]
+    drawn = _drawn(sizes, batch, draws)
     encoded = [sum(sizes[t] for t in part["task"].unique().tolist()) for part in drawn]
     fast = measure(lambda: [take_step(module, {**shown, **part}, start) for part in drawn], repeats=1)
     seconds, cpu = fast.seconds / len(drawn), fast.cpu_seconds / len(drawn)
     log.info("ours: %.3f s a step, %.1f of %d classes encoded", seconds, np.mean(encoded), classes)
     result: dict[str, Any] = {"backbone": backbone, "suite": suite, "family": family, "position": position}
     result |= {"tasks": len(tasks), "classes": classes, "classes_encoded": float(np.mean(encoded))}
+    result |= {"classes_expected": sum(c * (1 - (1 - c / classes) ** batch) for c in sizes)}
     result |= {"batch": batch, "draws": draws, "threads": torch.get_num_threads()}
     result |= {"fast_s": seconds, "fast_cpu_s": cpu, "fast_peak_rss_gib": fast.peak_rss_gib}
     if not naive:
@@ -127,12 +130,13 @@ class _Obvious(MultiTask):
 
 def _tasks(names: Sequence[str], suite: Sequence[int]) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """Divide names among tasks as a suite's classes are; tasks of fewer than two would have nothing to learn."""
-    exact = len(names) * np.asarray(suite) / sum(suite)
-    sizes = np.sort(np.round(exact).astype(int))[::-1]
-    sizes = sizes[sizes >= 2]
-    if not len(sizes):
+    shares = np.sort(np.asarray(suite))[::-1]
+    shares = shares[np.round(len(names) * shares / shares.sum()) >= 2]
+    if not len(shares):
         raise DataError(f"{len(names)} classes are too few for {len(suite)} tasks: no task would have two.")
-    sizes[0] += len(names) - sizes.sum()  # what rounding left over
+    exact = len(names) * shares / shares.sum()
+    sizes = np.floor(exact).astype(int)
+    sizes[np.argsort(sizes - exact, kind="stable")[: len(names) - sizes.sum()]] += 1  # largest remainders
     ends = np.cumsum(sizes)
     parts = [names[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     return {f"task {i}": (part, DEFAULT_TEMPLATES) for i, part in enumerate(parts)}

@@ -29,8 +29,8 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
     Returns:
         ``auroc``, ``tpr``, ``fpr``, ``fpr_at_95_tpr`` over all, ``/seen`` and ``/unseen`` against all clean pictures;
         ``auroc/<trigger>``; if the detector names them ``trigger_accuracy``, ``object_accuracy_clean``,
-        ``_triggered`` and ``/<trigger>``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``, ``best_hm``,
-        ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
+        ``_triggered`` and ``/<trigger>``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``,
+        ``best_hm``, ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
     trigger, label = targets["trigger"], targets["label"]

@@ -1,4 +1,4 @@
-"""Which task's prompts help which: the matrix of relative gains, the ranking of sources, and their files.
+"""Which task's prompts help which: the matrix of relative gains, the ranking of sources, groups, and their files.
 
 Shen et al., "Multitask Vision-Language Prompt Tuning" (arXiv 2211.11720), section 4.3.
 """
@@ -65,6 +65,26 @@ class TransferMatrix:
         ]
         return sorted(zip(self.names, means, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
 
+    def groups(self) -> list[tuple[str, ...]]:
+        """Return the tasks in groups that help each other, to be tuned together (``multitask.groups``).
+
+        Average linkage on the mean of both directions' gains: the two groups with the largest are merged as long as it
+        is above 0; a gap is no help. The paper names its groups and gives no rule; this one is ours.
+        """
+        gains = np.nan_to_num(self.gains(), nan=-math.inf)
+        mutual = (gains + gains.T) / 2
+        found = [[i] for i in range(len(self.names))]
+        while len(found) > 1:
+            pairs = [(a, b) for b in range(len(found)) for a in range(b)]
+            best, (a, b) = max(
+                ((float(mutual[np.ix_(found[a], found[b])].mean()), (a, b)) for a, b in pairs),
+                key=lambda scored: scored[0],
+            )
+            if best <= 0:
+                break
+            found[a] = sorted(found[a] + found.pop(b))
+        return [tuple(self.names[i] for i in group) for group in found]
+
     def metrics(self) -> dict[str, float]:
         """Return flat keys for metrics.json: differences in accuracy (fractions) and sources' mean ranks."""
         difference = self.accuracy - self.scratch
@@ -87,6 +107,7 @@ class TransferMatrix:
             "accuracy": _rows(self.accuracy),
             "relative_gain_percent": _rows(self.gains()),
             "sources_by_mean_rank": [[name, None if math.isnan(r) else r] for name, r in self.ranking()],
+            "helpful_groups": [list(group) for group in self.groups()],
         }
 
     @classmethod
@@ -96,13 +117,14 @@ class TransferMatrix:
         return cls(tuple(record["tasks"]), scratch, accuracy)
 
     def text(self) -> str:
-        """Return the matrix and the ranking as lines for a terminal; gains in percent, sources in rows."""
+        """Return the matrix, the ranking and the groups as lines for a terminal; gains in percent, sources in rows."""
         width = max(map(len, self.names)) + 1
         lines = [" " * width + "".join(f"{n[-9:]:>10}" for n in self.names)]
         for name, row in zip(self.names, self.gains(), strict=True):
             lines.append(f"{name:<{width}}" + "".join(f"{value:>+10.1f}" for value in row))
         ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in self.ranking())
-        return "\n".join([*lines, f"sources by mean rank: {ranks}"])
+        groups = "; ".join(", ".join(group) for group in self.groups())
+        return "\n".join([*lines, f"sources by mean rank: {ranks}", f"groups that help each other: {groups}"])
 
     def figure(self) -> str:
         """Return the heat map as SVG for a page."""

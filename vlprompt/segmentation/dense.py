@@ -31,9 +31,13 @@ class _Decoder(nn.Module):
     """Four modulated maps through a feature pyramid network."""
 
     def __init__(self, width: int, dim: int, channels: int, dropout: float) -> None:
-        # Imported here: it brings a hundred encoders along, and only this decoder needs it.
-        from segmentation_models_pytorch.base import SegmentationHead
-        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+        try:  # here: it brings a hundred encoders along, and only this decoder needs it
+            from segmentation_models_pytorch.base import SegmentationHead
+            from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+        except ImportError as error:
+            raise VLPromptError(
+                "dense is built of segmentation_models_pytorch: pip install 'vlprompt[segmentation]'."
+            ) from error
 
         super().__init__()
         self.film = nn.ModuleList(nn.Linear(dim, 2 * channels) for _ in _SCALES)
