@@ -92,7 +92,7 @@ class ContextSearch(Personaliser):
         return _placed(vectors, *self.host.slots(template, self.word, len(vectors)))
 
     def found(self, name: str) -> Concepts:
-        """Return the concept as a file's content."""
+        """See :meth:`Personaliser.found`."""
         facts = {"method": "cones", "mode": self.mode, "template": self.template, "word": self.word}
         return Concepts("generator", self.vectors().detach()[None], (name,), self.host.identity, facts)
 
