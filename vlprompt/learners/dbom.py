@@ -261,7 +261,7 @@ class DBOM(Learner):
         trigger = batch.get("trigger", torch.zeros_like(label))
         parts = self.parts(embeddings)
         pair = parts["pair"].flatten(1).masked_fill(~self.seen.flatten(), -torch.inf)
-        losses = {
+        losses: dict[str, Tensor] = {
             "pair": F.cross_entropy(pair, trigger * len(self.classnames) + label),
             "trigger": F.cross_entropy(parts["trigger"], trigger),
             "object": F.cross_entropy(parts["object"], label),

@@ -54,6 +54,10 @@ class SuspectOptions(BaseModel):
     )
 
 
+def _every_detector() -> dict[str, dict[str, Any]]:
+    return {name: {} for name in DETECTORS.names()}
+
+
 class DetectorsConfig(BaseModel):
     """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
 
@@ -66,7 +70,7 @@ class DetectorsConfig(BaseModel):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1, 2, 3], min_length=1)
     split: str = Field("test", description="part that figures are of; val while anything is being chosen")
     detectors: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: _all_detectors(),
+        default_factory=_every_detector,
         min_length=1,
         description="label to options; the method is the label or the option name",
     )
@@ -107,8 +111,11 @@ class DetectorsConfig(BaseModel):
                 found += [f"detectors.{label}.{p}" for p in error.problems]
             except VLPromptError as error:
                 found.append(f"detectors.{label}: {error}")
-        checks: list[tuple[Callable[[Any], object], Any, str]] = [(check_name, n, "data") for n in self.data]
-        for check, value, key in [*checks, (check_triggers, self.pairs.triggers, "pairs.triggers")]:
+        checks: list[tuple[Callable[[Any], object], Any, str]] = [
+            *((check_name, name, "data") for name in self.data),
+            (check_triggers, self.pairs.triggers, "pairs.triggers"),
+        ]
+        for check, value, key in checks:
             try:
                 check(value)
             except VLPromptError as error:
@@ -121,7 +128,3 @@ class DetectorsConfig(BaseModel):
         if self.split not in ("val", "test"):
             found.append(f"split: figures are of val or test, got {self.split!r}.")
         return found
-
-
-def _all_detectors() -> dict[str, dict[str, Any]]:
-    return {name: {} for name in DETECTORS.names()}
