@@ -109,7 +109,10 @@ class OwlViT(Detector):
 
 @DETECTORS.register("owlv2", summary="transformers' OWLv2, by name, folder or config", paper="2306.09683")
 class OwlV2(OwlViT):
-    """As OWL-ViT (``"google/owlv2-base-patch16-ensemble"``); objectness is not used."""
+    """As OWL-ViT (``"google/owlv2-base-patch16-ensemble"``); objectness is not used.
+
+    Pictures are squashed to a square, as OWL-ViT's are; OWLv2's own processor pads them instead.
+    """
 
     kind = "Owlv2"
     part = "owlv2"
