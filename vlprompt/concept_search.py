@@ -41,7 +41,8 @@ class Unfrozen(nn.Module):
                 close = ", ".join(nearest(pattern, known)) or "none alike"
                 problems.append(f"unfreeze: {pattern!r} matches no parameter; near it: {close}.")
             for name in found:
-                self.register_parameter(name.replace(".", "/"), known[name].requires_grad_(True))
+                known[name].requires_grad_(True)
+                self.register_parameter(name.replace(".", "/"), known[name])
         if problems:
             raise ConfigError(problems, "concept search")
         self._before = {n: p.detach().clone() for n, p in self.named_parameters()}

@@ -188,6 +188,15 @@ def test_where_pictures_are_contexts_a_search_can_start_from_them(
         target(stable_host, pictures, "b", template="a *", init="visual")
 
 
+def test_lengths_can_be_kept(tiny_host: Any, pictures: list[Image.Image]) -> None:
+    module = PERSONALISERS.get("cones").target(tiny_host, pictures, "star", keep_norm=True, length=2)
+    norms = module.context().norm(dim=-1)
+    with torch.no_grad():
+        module.concepts.offset += 3
+    torch.testing.assert_close(module.context().norm(dim=-1), norms)
+    torch.testing.assert_close(module.found("x").vectors[0], module.context())
+
+
 def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, pictures: list[Image.Image]) -> None:
     target = PERSONALISERS.get("cones").target
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"  # one vector: its key says nothing

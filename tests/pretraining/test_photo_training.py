@@ -159,10 +159,13 @@ def test_maps_are_flipped_and_mixed_but_no_place_is_invented() -> None:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_both_recipes_run_resume_and_ship(photos: Path, tmp_path: Path) -> None:
     wordnet = write_wordnet(tmp_path / "wordnet")
     train = TRAIN.model_copy(update={"batch_size": 512})
-    text = PhotoTextOptions(wordnet=wordnet, photos=photos, classes_kept_back=1, train=train)
+    text = PhotoTextOptions(
+        wordnet=wordnet, photos=photos, classes_kept_back=1, train=train, head=train, views=1
+    )
     words = pretrain_text(text, tmp_path / "text")
     again = pretrain_text(text, tmp_path / "text", resume=True)
     first, second = read_tensors(words), read_tensors(again)

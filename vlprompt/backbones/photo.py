@@ -72,7 +72,7 @@ def _build(
     path: Path,
 ) -> Backbone:
     if tag not in (None, *_TAGS):
-        raise UnknownNameError(f"weights tag of {name}", tag, _TAGS)
+        raise UnknownNameError(f"weights tag of {name}", str(tag), _TAGS)
     lite0 = load_lite0()
     with seeded_modules(seed, name, "random weights"):
         model = build(lite0)

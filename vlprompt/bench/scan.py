@@ -52,7 +52,8 @@ def bench_scan(
             scan(folder, detector, batch_size=batch, workers=workers)
 
         times: dict[str, list[tuple[float, float]]] = {"tower": [], "scan": []}
-        run_tower(), run_scan()
+        run_tower()
+        run_scan()
         for _ in range(max(1, repeats)):
             for name, work in (("tower", run_tower), ("scan", run_scan)):
                 started, cpu = time.perf_counter(), time.process_time()

@@ -30,7 +30,7 @@ class BoxDataOptions(BaseModel):
     val: str | None = Field(None, description="for curves and select=best; None: none")
     test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
     pictures: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default_factory=lambda: [None], min_length=1, description="training pictures drawn; null: all"
+        default=[None], min_length=1, description="training pictures drawn; null: all"
     )
 
 

@@ -134,7 +134,8 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
 def write_coco(data: DetectionData, folder: str | Path) -> Path:
     """Write a data set in COCO's format: ``annotations.json`` and PNG pictures beside it; return the JSON's path."""
     place = Path(folder)
-    pictures, found = [], []
+    pictures: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for i, entry in enumerate(data.objects):
         picture = data.image(i)
         write_atomic(place / f"{i:06d}.png", lambda path, image=picture: image.save(path, format="PNG"))  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def _split(rows: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
         yield {key: tensor[start : start + size].float() for key, tensor in rows.items()}
 
 
-def _metric() -> torch.nn.Module:
+def _metric() -> Any:
     try:
         from torchmetrics.detection import MeanAveragePrecision
 

@@ -109,7 +109,7 @@ class _Session:
         data = self.train.few(pictures, seed)
         options = self.config.train.model_copy(update={"seed": seed})
         search = self.config.search
-        arguments = {"length": search.length, "init": search.init, "resume": self.resume}
+        arguments: dict[str, Any] = {"length": search.length, "init": search.init, "resume": self.resume}
         first = search_concepts(self.detector, data, self.val, options=options, folder=place, **arguments)
         vectors = first.module.concepts().detach()
         first.module.found(data.classnames).save(place / "concepts.safetensors")
@@ -128,7 +128,7 @@ class _Session:
         return cell
 
     def _score(self, concepts: Tensor, keep: bool = True) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for label, test in self.tests.items():
             rows = self._kept(label, test) if keep else None
             scores = average_precision(self.detector, concepts, test, rows)

@@ -81,6 +81,10 @@ class DBOM(Learner):
     """
 
     reads = ""
+    seen: Tensor  # (T, C), pairs that training shows
+    calibration: Tensor
+    evidence_mean: Tensor
+    evidence_spread: Tensor
 
     def __init__(
         self,
@@ -166,11 +170,8 @@ class DBOM(Learner):
                 self.shift = nn.Sequential(
                     nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, self.backbone.text.width)
                 )
-        if self.prefix == "conditional":
-            nn.init.zeros_(self.shift[2].weight)
-            nn.init.zeros_(self.shift[2].bias)
-        nn.init.zeros_(self.object_part[-1].weight)
-        nn.init.zeros_(self.object_part[-1].bias)
+        for last in (self.object_part[-1], *([self.shift[-1]] if self.prefix == "conditional" else [])):
+            _start_at_zero(last)
         self.beta = nn.Parameter(torch.tensor(0.8))
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ class DBOM(Learner):
         trigger = batch.get("trigger", torch.zeros_like(label))
         parts = self.parts(embeddings)
         pair = parts["pair"].flatten(1).masked_fill(~self.seen.flatten(), -torch.inf)
-        losses = {
+        losses: dict[str, Tensor] = {
             "pair": F.cross_entropy(pair, trigger * len(self.classnames) + label),
             "trigger": F.cross_entropy(parts["trigger"], trigger),
             "object": F.cross_entropy(parts["object"], label),
@@ -353,6 +354,12 @@ class DBOM(Learner):
         with torch.no_grad():
             for name in kept:
                 getattr(self, name).copy_(state[name])
+
+
+def _start_at_zero(layer: Any) -> None:
+    """Let a linear layer add nothing at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def _decomposition(inputs: int, hidden: int, width: int, dropout: float) -> nn.Sequential:

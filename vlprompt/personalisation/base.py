@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlprompt.concept_search import ConceptSearch
+from vlprompt.concepts import Concepts
 from vlprompt.personalisation.hosts import Host
 from vlprompt.seeding import numpy_rng
 from vlprompt.training.batches import Batch
@@ -35,6 +36,14 @@ class Personaliser(ConceptSearch):
 
     def context(self, template: str | None = None) -> Tensor:
         """Return the (S, d) context of the concept, in a sentence of one's own if there is one."""
+        raise NotImplementedError
+
+    def found(self, name: str) -> Concepts:
+        """Return the concept as a file's content.
+
+        Args:
+            name: What to call it.
+        """
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ class ContextSearch(Personaliser):
         mode: See above.
         template: A sentence with one ``*``.
         length: Vectors; None: as many as the start has (``full``), or one (``slot``).
+        keep_norm: Vectors keep the lengths they start with, which is what the denoiser was trained on; only their
+            directions are searched.
         init: ``text``: outputs of the template with the word; ``normal``: noise of their spread; ``visual``: what the
             pictures show, where contexts are a space of pictures.
         unfreeze: Patterns of the denoiser's parameters that learn too (second stage).
@@ -56,6 +58,7 @@ class ContextSearch(Personaliser):
         mode: Literal["full", "slot"] = "full",
         template: str = "a photo of a *.",
         length: Annotated[int, Field(ge=1, le=77)] | None = None,
+        keep_norm: bool = False,
         init: Literal["text", "normal", "visual"] = "text",
         unfreeze: tuple[str, ...] = (),
         seed: int = 1,
@@ -72,10 +75,16 @@ class ContextSearch(Personaliser):
         concepts = ConceptEmbedding(1, len(start), host.width, absolute=True).to(start.device)
         concepts.begin(start[None])
         super().__init__(concepts, host, unfreeze)
+        self.norms = start.norm(dim=-1, keepdim=True) if keep_norm else None
+
+    def vectors(self) -> Tensor:
+        """Return the (L, d) vectors as the denoiser reads them."""
+        found = self.concepts()[0]
+        return found if self.norms is None else found * (self.norms / found.norm(dim=-1, keepdim=True))
 
     def context(self, template: str | None = None) -> Tensor:
         """See :meth:`Personaliser.context`; mode ``full`` has no template."""
-        vectors = self.concepts()[0]
+        vectors = self.vectors()
         if self.mode == "full":
             return vectors
         if template is None or template == self.template:
@@ -83,9 +92,9 @@ class ContextSearch(Personaliser):
         return _placed(vectors, *self.host.slots(template, self.word, len(vectors)))
 
     def found(self, name: str) -> Concepts:
-        """Return the concept as a file's content."""
+        """See :meth:`Personaliser.found`."""
         facts = {"method": "cones", "mode": self.mode, "template": self.template, "word": self.word}
-        return Concepts("generator", self.concepts().detach(), (name,), self.host.identity, facts)
+        return Concepts("generator", self.vectors().detach()[None], (name,), self.host.identity, facts)
 
 
 def _start(

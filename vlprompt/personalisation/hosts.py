@@ -131,7 +131,7 @@ class TinyHost(Host):
         """See :meth:`Host.read_with`."""
         before, after = split_template(template)
         tower = self.backbone.text
-        pieces = [before.strip(), *(slot(i) for i in range(len(vectors))), after.strip()]
+        pieces: list[str | int] = [before.strip(), *(slot(i) for i in range(len(vectors))), after.strip()]
         sentence = tower.sentence(*(p for p in pieces if p != ""))
         return nn.functional.normalize(tower.encode(tower.layout([sentence]), vectors), dim=-1)
 

@@ -57,7 +57,7 @@ class InvertedWord(Personaliser):
         return self.host.read_with(template or self.template, self.concepts["words"])
 
     def found(self, name: str) -> Concepts:
-        """Return the context that the word makes of its template, as a file's content."""
+        """See :meth:`Personaliser.found`: the context that the word makes of its template."""
         with torch.no_grad():
             vectors = self.context()[None]
         facts = {"method": "textual-inversion", "mode": "full", "template": self.template, "word": self.word}

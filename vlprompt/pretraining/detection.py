@@ -163,7 +163,7 @@ class _Watch:
         self.rows = {name: features(detector, data) for name, data in self.sets.items()}
 
     def __call__(self) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for name, data in self.sets.items():
             scores = average_precision(
                 self.detector, class_vectors(self.detector, data), data, self.rows[name]

@@ -116,7 +116,7 @@ class DistilModule(nn.Module):
         super().__init__()
         self.visual = visual
         self.visual.conv1 = nn.Identity()
-        self.frozen = [teacher, rows]  # in a list: no part of what is trained and saved
+        self.frozen: list[Any] = [teacher, rows]  # in a list: no part of what is trained and saved
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the three losses of a batch of :class:`MapBatches`."""

@@ -37,7 +37,6 @@ __all__ = ["PhotoTextOptions", "SayEpochs", "TextModule", "pretrain_text"]
 _GROUPS = 6  # of sentences by length
 _UNSEEN_STD = 0.02  # of embeddings that nobody taught
 _ENDS = ("ln_final.", "text_projection")  # what the head replaces
-_VIEWS = 8  # sentences per phrase that the head reads
 
 
 class PhotoTextOptions(BaseModel):
@@ -56,6 +55,7 @@ class PhotoTextOptions(BaseModel):
     )
     train: TrainOptions = TrainOptions()
     head: TrainOptions = Field(TrainOptions(), description="of the layers after the tower, see photo_head")
+    views: int = Field(8, ge=1, description="sentences per phrase that those layers read")
 
 
 class TextModule(nn.Module):
@@ -205,7 +205,9 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     vocabulary = read_vocabulary(WordNet(options.wordnet), options.held_out, options.seed)
     batches = SentenceBatches(vocabulary, options.train.batch_size, options.train.seed)
     module = TextModule(lite0, batches.seen_ids, options.seed)
-    identity = options.model_dump(mode="json", exclude={"train", "head", "wordnet", "photos", "scale"})
+    identity = options.model_dump(
+        mode="json", exclude={"train", "head", "views", "wordnet", "photos", "scale"}
+    )
     watch = Watch(module, batches)
     progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
         resume
@@ -234,7 +236,7 @@ def _teach_head(
     watch: Watch,
     resume: bool,
 ) -> list[dict[str, Any]]:
-    states = state_batches(module, batches, options.head.batch_size, options.head.seed, _VIEWS)
+    states = state_batches(module, batches, options.head.batch_size, options.head.seed, options.views)
     members = batches.members(range(len(batches.vocabulary.phrases)))
     module.head = HeadModule(module.clip.ln_final, module.rows, members, options.seed)
     trainer = Trainer(module.head, states, options.head, folder, watch, [SayEpochs(folder)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +54,10 @@ class SuspectOptions(BaseModel):
     )
 
 
+def _every_detector() -> dict[str, dict[str, Any]]:
+    return {name: {} for name in DETECTORS.names()}
+
+
 class DetectorsConfig(BaseModel):
     """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
 
@@ -66,7 +70,7 @@ class DetectorsConfig(BaseModel):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1, 2, 3], min_length=1)
     split: str = Field("test", description="part that figures are of; val while anything is being chosen")
     detectors: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {name: {} for name in DETECTORS.names()},
+        default_factory=_every_detector,
         min_length=1,
         description="label to options; the method is the label or the option name",
     )
@@ -107,12 +111,13 @@ class DetectorsConfig(BaseModel):
                 found += [f"detectors.{label}.{p}" for p in error.problems]
             except VLPromptError as error:
                 found.append(f"detectors.{label}: {error}")
-        for check, value, key in (
+        checks: list[tuple[Callable[[Any], object], Any, str]] = [
             *((check_name, name, "data") for name in self.data),
             (check_triggers, self.pairs.triggers, "pairs.triggers"),
-        ):
+        ]
+        for check, value, key in checks:
             try:
-                check(value)  # type: ignore[operator]
+                check(value)
             except VLPromptError as error:
                 found.append(f"{key}: {error}")
         for label in self.suspect.cleaners if self.suspect else ():

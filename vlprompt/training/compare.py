@@ -162,9 +162,9 @@ def compare(comparison: Comparison, resume: bool = False) -> ComparisonOutcome:
                 failures.append(f"{name}: {error}")
         if finished[part]:
             texts.append(_write_part(comparison, folder, part, finished[part]))
+            write_text(folder / "comparison.md", "\n".join(texts))  # so far: a kill must not cost the tables
     if not texts:
         raise VLPromptError(f"no run of {comparison.name} finished: {'; '.join(failures)}")
-    write_text(folder / "comparison.md", "\n".join(texts))
     return ComparisonOutcome(folder, "\n".join(texts), failures)
 
 

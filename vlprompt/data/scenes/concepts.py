@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -72,7 +73,7 @@ def _draw(shape: str, colour: str, images: int, held: int, size: int) -> SceneCo
     pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
     pictures = []
     for _ in range(images + held):
-        look = {"shape": shape, "colour": colour, "pattern": pattern}
+        look: dict[str, Any] = {"shape": shape, "colour": colour, "pattern": pattern}
         item = draw_object(rng, **look, size="large", position="center")
         ground = ("plain", "gradient")[int(rng.integers(2))]
         pictures.append(

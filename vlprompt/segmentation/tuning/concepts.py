@@ -180,7 +180,7 @@ def search_masks(
     if start is None:
         start = _told(segmenter, train.classnames)
         start = start if init == "text" else normal_start(tuple(start.shape), start, options.seed)  # type: ignore[arg-type]
-    concepts = ConceptEmbedding(*start.shape[:2], segmenter.backbone.dim).to(segmenter.backbone.device)
+    concepts = ConceptEmbedding(len(start), start.shape[1], start.shape[2]).to(segmenter.backbone.device)
     concepts.begin(start)
     module = MaskConcepts(segmenter, concepts, segmentation_loss(loss), unfreeze)
     states = PairStates(segmenter, train)

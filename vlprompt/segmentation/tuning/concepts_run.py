@@ -45,7 +45,7 @@ class ConceptMaskData(BaseModel):
     train: str = "scenes/masks"
     test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
     images: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default_factory=lambda: [None], min_length=1, description="training pictures drawn; null: all"
+        default=[None], min_length=1, description="training pictures drawn; null: all"
     )
     validate_on: Literal["val", "none"] = "none"
     root: str | None = None
@@ -156,9 +156,9 @@ def run_mask_concepts(
                     row.setdefault(key, []).append(value)
     found = {label: {k: summarise(v) for k, v in row.items()} for label, row in rows.items()}
     metrics: dict[str, Any] = {"seeds": list(config.seeds), "threads": torch.get_num_threads()}
-    for label, row in found.items():
-        for key, value in row.items():
-            metrics |= value.flat(f"{label}/{key}")
+    for label, means in found.items():
+        for key, summary in means.items():
+            metrics |= summary.flat(f"{label}/{key}")
     lines = [Row(label, {k: v for k, v in row.items() if k != "seconds"}) for label, row in found.items()]
     seconds = [f"{label}: {row['seconds'].mean:.1f} s" for label, row in found.items() if "seconds" in row]
     table = to_markdown(lines) + f"\nSearch, encoding of the pictures included: {'; '.join(seconds)}.\n"
@@ -233,7 +233,7 @@ class _Session:
         return cell
 
     def _score(self, concepts: torch.Tensor) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for label, test in self.tests.items():
             scores = score_concepts(self.segmenter, concepts, test)
             found |= {f"{label}/{key}": scores[key] for key in _KEYS}

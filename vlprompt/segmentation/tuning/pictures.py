@@ -80,7 +80,7 @@ def overlay_sheets(session: Session, cells: Mapping[SegmentCell, Mapping[str, fl
     for model in config.models:
         for dataset in config.data.names:
             own = [c for c in cells if (c.model, c.dataset, c.seed) == (model, dataset, config.seeds[0])]
-            own = [c for c in own if c.depth in (None, max(config.depths, default=None))]  # type: ignore[type-var]
+            own = [c for c in own if c.depth in (None, max(config.depths, default=None))]
             if not own:
                 continue
             data = session.data(dataset, "test", config.seeds[0])

@@ -101,7 +101,7 @@ def build(
                 raise absent(request, [f"{folder.name}/{places.images} and {folder.name}/{places.masks}"])
             raise DataError(f"{request.name}: {part} needs the folders {places.images} and {places.masks}.")
         parts[part] = _pairs(request, folder, places, ending, on_missing)
-    shares: dict[str, float] = {**options.shares} or _SHARES
+    shares = {str(part): share for part, share in options.shares.items()} or _SHARES
     cut_parts, how = _cut(request, parts, shares, split_seed)
     rule = MaskRule(options.threshold if threshold is None else threshold)
     names = tuple(request.card.classnames) if request.card else ("object",)
