@@ -52,7 +52,9 @@ def test_pools_sub_concepts_as_written_down(pool: str, backbone: Backbone, image
     features = F.normalize(backbone.image_embeddings(images), dim=-1)
     for b, feature in enumerate(features):
         for c in range(len(NAMES)):
-            each = [backbone.logit_scale * float(feature @ F.normalize(v, dim=0).detach()) for v in vectors[c]]
+            each = [
+                backbone.logit_scale * float(feature @ F.normalize(v, dim=0).detach()) for v in vectors[c]
+            ]
             scores = torch.tensor(each, dtype=torch.float64)
             expected = scores.mean() if pool == "mean" else scores.exp().mean().log()
             assert float(learner(images)[b, c]) == pytest.approx(float(expected), abs=1e-3)
