@@ -115,6 +115,14 @@ def test_huge_declared_size_is_refused_before_decoding(tmp_path: Path, side: int
         read_image(tmp_path / "bomb.png")
 
 
+def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 501)).save(tmp_path / "thread.png")
+    Image.new("RGB", (2, 1000)).save(tmp_path / "ribbon.png")
+    with pytest.raises(DataError, match=r"thread\.png: its sides are too unequal: 1 x 501 pixels"):
+        read_image(tmp_path / "thread.png")
+    assert read_image(tmp_path / "ribbon.png").size == (2, 1000)
+
+
 def test_key_follows_the_bytes_not_the_name(tmp_path: Path) -> None:
     picture(seed=1).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())

@@ -41,6 +41,9 @@ EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", 
 MAX_PIXELS = (
     89_478_485  # Pillow's own warning level: 256 MiB of RGB; a header that claims more is taken for an attack
 )
+MAX_ASPECT = (
+    500  # a line of one pixel by a million is a small file, but not once its shorter side has a tower's size
+)
 BadImagePolicy = Literal["skip", "error"]
 
 _Stat = tuple[str, int, int]  # path, bytes, modification time in ns: what in-memory results are keyed by
@@ -59,7 +62,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         max_pixels: Largest declared width x height; checked before any pixel is decoded.
 
     Raises:
-        DataError: If the file is missing, truncated, too large or no picture; names the file and the reason.
+        DataError: If the file is missing, truncated, too large, a thread of pixels or no picture; names the file and
+            the reason.
     """
     return _decode(Path(path), Path(path), max_pixels, quick=False)
 
@@ -241,6 +245,8 @@ def _decode(opened: Path | io.BytesIO, path: Path, max_pixels: int, *, quick: bo
                 raise UndecodableError(
                     path, f"its header claims {width} x {height} pixels, more than {max_pixels:,}"
                 )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise UndecodableError(path, f"its sides are too unequal: {width} x {height} pixels")
             if quick:
                 image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
                 image.load()

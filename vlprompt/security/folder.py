@@ -35,7 +35,6 @@ from vlprompt.security.scan import (
     UNREADABLE,
     Opened,
     Row,
-    careful_preprocess,
     file_entry,
     scan_rows,
 )
@@ -108,7 +107,7 @@ def scan_folder(
     try:
         total = _prepare(root, place, _identity(root, detector, level), resume)
         done = _whole_lines(place / "rows.jsonl")
-        preprocess = careful_preprocess(detector.backbone)
+        preprocess = detector.backbone.preprocess
         entries = (partial(_open, root, name, preprocess) for name in islice(_names(place), done, None))
         with (place / "rows.jsonl").open("a", encoding="utf-8") as file:
             for row in scan_rows(entries, detector, level, batch_size=batch_size, workers=workers):

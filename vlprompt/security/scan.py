@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.data import ImageDataset
-from vlprompt.data.images import MAX_PIXELS, read_image, to_rgb
+from vlprompt.data.images import read_image, to_rgb
 from vlprompt.data.listing import list_pictures
 from vlprompt.errors import DataError
 from vlprompt.judgement import Judgement
@@ -118,7 +118,7 @@ def scan(
             f"{getattr(detector, 'method', '') or type(detector).__name__} is no detector. Use a dbom learner."
         )
     level = detector.threshold if threshold is None else threshold
-    entries = _entries(images, careful_preprocess(detector.backbone))
+    entries = _entries(images, detector.backbone.preprocess)
     if not entries:
         raise DataError("there are no pictures to scan.")
     if getattr(detector, "whole", False):
@@ -184,25 +184,6 @@ def make_rows(
             zip(COLUMNS, (entry.name, trigger, thing, round(score, 6), verdict, entry.note), strict=True)
         )
         place += 1
-
-
-def careful_preprocess(backbone: Any) -> Callable[[Image.Image], Tensor]:
-    """Return the backbone's preprocessing, which refuses by DataError what would not fit into memory.
-
-    A line of one pixel by a million is a small file; resized to the tower's input by its shorter side it is not small.
-    """
-    side = max(backbone.image_size)
-
-    def prepare(image: Image.Image) -> Tensor:
-        short, long = sorted(image.size)
-        if short < 1 or side * side * long / short > MAX_PIXELS:
-            raise DataError(f"its sides are too unequal: {image.width} x {image.height} pixels.")
-        try:
-            return backbone.preprocess(image)
-        except (OSError, ValueError, OverflowError, MemoryError) as error:
-            raise DataError(f"it can't be prepared: {error}.") from None
-
-    return prepare
 
 
 def file_entry(path: Path, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
