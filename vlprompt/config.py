@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing_extensions import Self
 from yaml import YAMLError
 
 from vlprompt.data.transforms import Augmentation
@@ -177,6 +178,37 @@ class RunConfig(BaseModel):
     def learner_options(self) -> dict[str, Any]:
         """The learner's own options."""
         return {k: v for k, v in self.learner.items() if k != "name"}
+
+
+class ToolConfig(BaseModel):
+    """Base of the configurations of tools other than ``train.py``: strict, read from a file, all mistakes at once.
+
+    Attributes:
+        tool: The tool's name, if files of other tools are to be told by name.
+    """
+
+    model_config = _STRICT
+    tool: ClassVar[str] = ""
+
+    @classmethod
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a configuration file (see :func:`read_yaml`).
+
+        Raises:
+            ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
+            UnknownNameError: If there is no such file.
+        """
+        try:
+            config = cls.model_validate(read_yaml(cfg, overrides, cls.tool))
+        except ValidationError as error:
+            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
+        if problems := config.problems():
+            raise ConfigError(problems, str(cfg))
+        return config
+
+    def problems(self) -> list[str]:
+        """Return what no field can see by itself, a sentence each."""
+        return []
 
 
 def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

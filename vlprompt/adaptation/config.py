@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.config import BackboneOptions, read_yaml
+from vlprompt.config import BackboneOptions, ToolConfig
 from vlprompt.data.catalog import check_name
 from vlprompt.diffusion import GENERATORS
-from vlprompt.errors import ConfigError, VLPromptError
+from vlprompt.errors import VLPromptError
 from vlprompt.signature import describe_problems, options_model
 
 __all__ = ["AdaptConfig", "DiffusionOptions", "SourceOptions", "StreamOptions"]
@@ -61,10 +59,10 @@ class SourceOptions(BaseModel):
     seed: int = Field(1, ge=0)
 
 
-class AdaptConfig(BaseModel):
+class AdaptConfig(ToolConfig):
     """A whole run; what ``tools/adapt.py --cfg`` reads."""
 
-    model_config = _STRICT
+    tool: ClassVar[str] = "adapt"
 
     name: str = Field("adapt", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
@@ -81,22 +79,6 @@ class AdaptConfig(BaseModel):
     )
     batch_size: int = Field(16, ge=1, description="pictures in memory at once")
 
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> AdaptConfig:
-        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
-
-        Raises:
-            ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
-            UnknownNameError: If there is no such file.
-        """
-        try:
-            config = cls.model_validate(read_yaml(cfg, overrides, "adapt"))
-        except ValidationError as error:
-            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-        if problems := [*config._adapter_problems(), *config._name_problems(), *config._diffusion_problems()]:
-            raise ConfigError(problems, str(cfg))
-        return config
-
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
         """Return the registry name and the own options of an adapter."""
         given = dict(self.adapters[label])
@@ -111,6 +93,10 @@ class AdaptConfig(BaseModel):
             field = options_model(ADAPTERS.get(name).target).model_fields.get("generated")
             counts += [int(given.get("generated", field.default))] if field is not None else []
         return max(counts)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with adapters, names and the generator, one sentence each."""
+        return [*self._adapter_problems(), *self._name_problems(), *self._diffusion_problems()]
 
     def _adapter_problems(self) -> list[str]:
         problems = []

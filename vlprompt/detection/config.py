@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlprompt.config import read_yaml
+from vlprompt.config import ToolConfig
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.data import DetectionData, read_coco
 from vlprompt.detection.scenes import scene_boxes
-from vlprompt.errors import ConfigError, VLPromptError
+from vlprompt.errors import VLPromptError
 from vlprompt.signature import describe_problems, options_model
 from vlprompt.training.options import TrainOptions
 
@@ -52,10 +51,8 @@ class StageOptions(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
 
 
-class DetectConfig(BaseModel):
+class DetectConfig(ToolConfig):
     """A whole run; what ``tools/detect.py --cfg`` reads."""
-
-    model_config = _STRICT
 
     name: str = Field("detect", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
@@ -68,22 +65,6 @@ class DetectConfig(BaseModel):
     second_stage: StageOptions | None = None
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
 
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> DetectConfig:
-        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
-
-        Raises:
-            ConfigError: With every mistake at once and the nearest valid keys and names.
-            UnknownNameError: If there is no such file.
-        """
-        try:
-            config = cls.model_validate(read_yaml(cfg, overrides))
-        except ValidationError as error:
-            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-        if problems := config._problems():
-            raise ConfigError(problems, str(cfg))
-        return config
-
     @property
     def detector_options(self) -> dict[str, Any]:
         """The detector's own options."""
@@ -94,7 +75,8 @@ class DetectConfig(BaseModel):
         own = self.second_stage.train if self.second_stage is not None else {}
         return TrainOptions.model_validate({**self.train.model_dump(), **own})
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Return what is wrong with the detector, the second stage and data, one sentence each."""
         problems = []
         try:
             model = options_model(DETECTORS.get(str(self.detector.get("name"))).target)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlprompt.config import BackboneOptions, read_yaml
-from vlprompt.errors import ConfigError, VLPromptError
+from vlprompt.config import BackboneOptions, ToolConfig
+from vlprompt.errors import VLPromptError
 from vlprompt.personalisation import PERSONALISERS
 from vlprompt.signature import describe_problems, options_model
 from vlprompt.training.options import TrainOptions
@@ -65,10 +63,8 @@ class MethodOptions(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
 
 
-class PersonaliseConfig(BaseModel):
+class PersonaliseConfig(ToolConfig):
     """A whole run; what ``tools/personalise.py --cfg`` reads."""
-
-    model_config = _STRICT
 
     name: str = Field("personalise", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
@@ -83,27 +79,12 @@ class PersonaliseConfig(BaseModel):
     baseline: str | None = Field(None, description="label whose best similarity is the one to reach")
     seed: int = Field(1, ge=0, description="of drawn pictures")
 
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> PersonaliseConfig:
-        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
-
-        Raises:
-            ConfigError: With every mistake at once and the nearest valid keys and names.
-            UnknownNameError: If there is no such file.
-        """
-        try:
-            config = cls.model_validate(read_yaml(cfg, overrides))
-        except ValidationError as error:
-            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-        if problems := config._problems():
-            raise ConfigError(problems, str(cfg))
-        return config
-
     def train_options(self, label: str) -> TrainOptions:
         """Return a method's training options."""
         return TrainOptions.model_validate({**self.train.model_dump(), **self.methods[label].train})
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Return what is wrong with hosts, methods and names, one sentence each."""
         problems = []
         for label, method in self.methods.items():
             try:

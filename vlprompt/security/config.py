@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from vlprompt.config import BackboneOptions, read_yaml
+from vlprompt.config import BackboneOptions, ToolConfig
 from vlprompt.data.catalog import check_name
 from vlprompt.errors import ConfigError, VLPromptError
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
 from vlprompt.security.detectors import DETECTORS
 from vlprompt.security.pairs import check_triggers
-from vlprompt.signature import check_options, describe_problems
+from vlprompt.signature import check_options
 
 __all__ = ["DetectorsConfig", "SuspectOptions"]
 
@@ -58,10 +57,10 @@ def _every_detector() -> dict[str, dict[str, Any]]:
     return {name: {} for name in DETECTORS.names()}
 
 
-class DetectorsConfig(BaseModel):
+class DetectorsConfig(ToolConfig):
     """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
 
-    model_config = _STRICT
+    tool: ClassVar[str] = "compare_detectors"
 
     name: str = Field("compare_detectors", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
@@ -77,23 +76,6 @@ class DetectorsConfig(BaseModel):
     pairs: PairOptions = Field(default_factory=PairOptions)
     suspect: SuspectOptions | None = Field(default_factory=SuspectOptions)
     cache_dir: str | None = None
-
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> DetectorsConfig:
-        """Read, override and validate a configuration.
-
-        Raises:
-            ConfigError: With every mistake at once.
-            UnknownNameError: If there is no such file.
-        """
-        raw = read_yaml(cfg, overrides, "compare_detectors")
-        try:
-            config = cls.model_validate(raw)
-        except ValidationError as error:
-            raise ConfigError(describe_problems(error, cls), str(cfg)) from error
-        if problems := config.problems():
-            raise ConfigError(problems, str(cfg))
-        return config
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
         """Return a detector's registry name and its own options."""

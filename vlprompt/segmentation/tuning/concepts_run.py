@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.backbones import create_backbone
-from vlprompt.config import BackboneOptions, read_yaml
+from vlprompt.config import BackboneOptions, ToolConfig
 from vlprompt.data.segmentation import MaskDataset, load_segmentation
 from vlprompt.data.segmentation.catalog import check_segmentation_name
-from vlprompt.errors import ConfigError, DataError, VLPromptError
+from vlprompt.errors import DataError, VLPromptError
 from vlprompt.evaluation.report import RunRecord, write_report
 from vlprompt.evaluation.statistics import summarise
 from vlprompt.evaluation.tables import Row, to_markdown
@@ -60,10 +60,8 @@ class ConceptMaskStage(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
 
 
-class ConceptMaskConfig(BaseModel):
+class ConceptMaskConfig(ToolConfig):
     """A whole run; what ``tools/segment.py concepts --cfg`` reads."""
-
-    model_config = _STRICT
 
     name: str = Field("segment_concepts", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = "runs"
@@ -76,35 +74,25 @@ class ConceptMaskConfig(BaseModel):
     second_stage: ConceptMaskStage | None = None
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
 
-    @classmethod
-    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> ConceptMaskConfig:
-        """Read a configuration file (see :func:`vlprompt.config.read_yaml`).
-
-        Raises:
-            ConfigError: With every mistake at once and the nearest valid keys and names.
-            UnknownNameError: If there is no such file.
-        """
-        try:
-            config = cls.model_validate(read_yaml(cfg, overrides))
-            config.second_train()
-        except ValidationError as error:
-            model = TrainOptions if error.title == "SecondStage" else cls
-            raise ConfigError(describe_problems(error, model), str(cfg)) from error
+    def problems(self) -> list[str]:
+        """Return what is wrong with the segmenter, the second stage and data, one sentence each."""
         problems = []
-        checks = [("segmenter", lambda: SEGMENTERS.get(config.segmenter))]
-        names = {
-            "data.train": config.data.train,
-            **{f"data.test.{k}": v for k, v in config.data.test.items()},
-        }
-        checks += [(key, lambda name=name: check_segmentation_name(name)) for key, name in names.items()]  # type: ignore[misc]
-        for key, check in checks:
+        try:
+            self.second_train()
+        except ValidationError as error:
+            problems += describe_problems(error, TrainOptions, "second_stage.train")
+        tests = {f"data.test.{k}": v for k, v in self.data.test.items()}
+        checks: list[tuple[str, Callable[[str], object], str]] = [
+            ("segmenter", SEGMENTERS.get, self.segmenter),
+            ("data.train", check_segmentation_name, self.data.train),
+            *((key, check_segmentation_name, name) for key, name in tests.items()),
+        ]
+        for key, check, name in checks:
             try:
-                check()
+                check(name)
             except VLPromptError as error:
                 problems.append(f"{key}: {error}")
-        if problems:
-            raise ConfigError(problems, str(cfg))
-        return config
+        return problems
 
     def second_train(self) -> TrainOptions:
         """Return the second stage's training options."""
