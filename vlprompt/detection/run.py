@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vlprompt.concept_runs import ConceptOutcome, Scores, search_all, write_outcome
 from vlprompt.detection import create_detector
 from vlprompt.detection.base import Detector
 from vlprompt.detection.config import DetectConfig, load_boxes
@@ -19,35 +17,16 @@ from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
 from vlprompt.detection.search import class_vectors, search_concepts
 from vlprompt.errors import BackboneError, DataError
-from vlprompt.evaluation.report import RunRecord, write_report
-from vlprompt.evaluation.statistics import summarise
-from vlprompt.evaluation.tables import Row, to_markdown
-from vlprompt.files import write_json, write_text
+from vlprompt.files import write_json
 from vlprompt.training.run import open_folder
-from vlprompt.training.run_summary import environment
 
-__all__ = ["DetectOutcome", "run_detection"]
+__all__ = ["run_detection"]
 
 log = logging.getLogger("vlprompt.detect")
 _KEYS = ("AP", "AP50")
 
 
-@dataclass(frozen=True)
-class DetectOutcome:
-    """What a run produced.
-
-    Attributes:
-        folder: Holds concept files, ``metrics.json``, ``results.md`` and the report.
-        metrics: The content of ``metrics.json``.
-        table: Markdown.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    table: str
-
-
-def run_detection(config: DetectConfig, resume: bool = False, command: str = "") -> DetectOutcome:
+def run_detection(config: DetectConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
     """Search concepts with every number of pictures and seed, and score them.
 
     Args:
@@ -60,22 +39,20 @@ def run_detection(config: DetectConfig, resume: bool = False, command: str = "")
     """
     folder = open_folder(config, resume)
     session = _Session(config, folder, resume)
-    rows: dict[str, dict[str, list[float]]] = {}
     names = session.score_names()
-    if names is not None:
-        rows["class names"] = {k: [v] for k, v in names.items()}
-    history: list[dict[str, Any]] = []
-    for pictures in config.data.pictures:
-        label = f"concepts, {pictures or 'all'} pictures"
-        for seed in config.seeds:
-            log.info("%s, seed %d", label, seed)
-            cell = session.run_cell(pictures, seed)
-            history = cell["history"]
-            for stage, scores in cell["scores"].items():
-                row = rows.setdefault(label if stage == "first" else f"{label}, second stage", {})
-                for key, value in scores.items():
-                    row.setdefault(key, []).append(value)
-    return _write(config, folder, rows, history, command, session)
+    rows: Scores = {} if names is None else {"class names": {k: [v] for k, v in names.items()}}
+    history = search_all(rows, config.data.pictures, config.seeds, session.run_cell)
+    facts = {
+        "detector": session.detector.identity,
+        "data": config.data.train,
+        "seeds": list(config.seeds),
+    }
+    title = f"Concepts for {config.detector['name']} on {config.data.train}"
+    label = next(iter(config.data.test))
+    headline = (f"{label}/AP50", f"AP50 on {label}")
+    return write_outcome(
+        folder, rows, facts, title=title, headline=headline, history=history, command=command
+    )
 
 
 class _Session:
@@ -139,43 +116,3 @@ class _Session:
         if label not in self._rows:
             self._rows[label] = features(self.detector, test)
         return self._rows[label]
-
-
-def _write(
-    config: DetectConfig,
-    folder: Path,
-    rows: Mapping[str, Mapping[str, list[float]]],
-    history: list[dict[str, Any]],
-    command: str,
-    session: _Session,
-) -> DetectOutcome:
-    """Write metrics, table and report."""
-    found = {label: {k: summarise(v) for k, v in row.items()} for label, row in rows.items()}
-    metrics: dict[str, Any] = {
-        "detector": session.detector.identity,
-        "data": config.data.train,
-        "seeds": list(config.seeds),
-        "threads": torch.get_num_threads(),
-    }
-    for label, row in found.items():
-        for key, value in row.items():
-            metrics |= value.flat(f"{label}/{key}")
-    lines = [Row(label, {k: v for k, v in row.items() if k != "seconds"}) for label, row in found.items()]
-    seconds = [f"{label}: {row['seconds'].mean:.1f} s" for label, row in found.items() if "seconds" in row]
-    table = to_markdown(lines) + f"\nSearch, encoding of the pictures included: {'; '.join(seconds)}.\n"
-    write_json(folder / "metrics.json", metrics)
-    write_text(folder / "results.md", table)
-    label = next(iter(config.data.test))
-    headline = {name: row[f"{label}/AP50"].mean for name, row in found.items()}
-    record = RunRecord(
-        title=f"Concepts for {config.detector['name']} on {config.data.train}",
-        headline=headline,
-        summary=f"AP50 on {label}; {len(config.seeds)} seeds.",
-        history=history,
-        metrics={k: v for k, v in metrics.items() if isinstance(v, float)},
-        config=(folder / "config.yaml").read_text(encoding="utf-8"),
-        command=command,
-        environment=environment(),
-    )
-    write_report(folder / "report.html", record)
-    return DetectOutcome(folder, metrics, table)

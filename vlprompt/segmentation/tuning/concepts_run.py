@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,14 +12,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.backbones import create_backbone
+from vlprompt.concept_runs import ConceptOutcome, Scores, search_all, write_outcome
 from vlprompt.config import BackboneOptions, ToolConfig
 from vlprompt.data.segmentation import MaskDataset, load_segmentation
 from vlprompt.data.segmentation.catalog import check_segmentation_name
 from vlprompt.errors import DataError, VLPromptError
-from vlprompt.evaluation.report import RunRecord, write_report
-from vlprompt.evaluation.statistics import summarise
-from vlprompt.evaluation.tables import Row, to_markdown
-from vlprompt.files import write_json, write_text
+from vlprompt.files import write_json
 from vlprompt.segmentation import SEGMENTERS, create_segmenter
 from vlprompt.segmentation.tuning.concepts import named, score_concepts, search_masks
 from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
@@ -28,9 +25,8 @@ from vlprompt.segmentation.tuning.losses import LossName
 from vlprompt.signature import describe_problems
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.run import open_folder
-from vlprompt.training.run_summary import environment
 
-__all__ = ["ConceptMaskConfig", "ConceptMaskOutcome", "run_mask_concepts"]
+__all__ = ["ConceptMaskConfig", "run_mask_concepts"]
 
 log = logging.getLogger("vlprompt.segment")
 _STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -100,24 +96,7 @@ class ConceptMaskConfig(ToolConfig):
         return TrainOptions.model_validate({**self.train.model_dump(), **own})
 
 
-@dataclass(frozen=True)
-class ConceptMaskOutcome:
-    """What a run produced.
-
-    Attributes:
-        folder: Holds concept files, ``metrics.json``, ``results.md`` and the report.
-        metrics: The content of ``metrics.json``.
-        table: Markdown.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    table: str
-
-
-def run_mask_concepts(
-    config: ConceptMaskConfig, resume: bool = False, command: str = ""
-) -> ConceptMaskOutcome:
+def run_mask_concepts(config: ConceptMaskConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
     """Search with every number of pictures and seed, and score beside the class names and the full phrases.
 
     Args:
@@ -131,40 +110,17 @@ def run_mask_concepts(
     folder = open_folder(config, resume)
     session = _Session(config, folder, resume)
     rows = session.score_texts()
-    history: list[dict[str, Any]] = []
-    for images in config.data.images:
-        label = f"concepts, {images or 'all'} pictures"
-        for seed in config.seeds:
-            log.info("%s, seed %d", label, seed)
-            cell = session.run_cell(images, seed)
-            history = cell["history"]
-            for stage, scores in cell["scores"].items():
-                row = rows.setdefault(label if stage == "first" else f"{label}, second stage", {})
-                for key, value in scores.items():
-                    row.setdefault(key, []).append(value)
-    found = {label: {k: summarise(v) for k, v in row.items()} for label, row in rows.items()}
-    metrics: dict[str, Any] = {"seeds": list(config.seeds), "threads": torch.get_num_threads()}
-    for label, means in found.items():
-        for key, summary in means.items():
-            metrics |= summary.flat(f"{label}/{key}")
-    lines = [Row(label, {k: v for k, v in row.items() if k != "seconds"}) for label, row in found.items()]
-    seconds = [f"{label}: {row['seconds'].mean:.1f} s" for label, row in found.items() if "seconds" in row]
-    table = to_markdown(lines) + f"\nSearch, encoding of the pictures included: {'; '.join(seconds)}.\n"
-    write_json(folder / "metrics.json", metrics)
-    write_text(folder / "results.md", table)
+    history = search_all(rows, config.data.images, config.seeds, session.run_cell)
     first = next(iter(config.data.test))
-    record = RunRecord(
+    return write_outcome(
+        folder,
+        rows,
+        {"seeds": list(config.seeds)},
         title=f"Concepts for {config.segmenter} on {config.data.train}",
-        headline={name: row[f"{first}/dice"].mean for name, row in found.items()},
-        summary=f"Dice on {first}; {len(config.seeds)} seeds.",
+        headline=(f"{first}/dice", f"Dice on {first}"),
         history=history,
-        metrics={k: v for k, v in metrics.items() if isinstance(v, float)},
-        config=(folder / "config.yaml").read_text(encoding="utf-8"),
         command=command,
-        environment=environment(),
     )
-    write_report(folder / "report.html", record)
-    return ConceptMaskOutcome(folder, metrics, table)
 
 
 class _Session:
@@ -184,9 +140,9 @@ class _Session:
             if test.classnames != names:
                 raise DataError(f"data.test.{label}: {test.name} has other classes than {config.data.train}.")
 
-    def score_texts(self) -> dict[str, dict[str, list[float]]]:
+    def score_texts(self) -> Scores:
         """Return the scores of class names and of the data set's own phrases."""
-        rows: dict[str, dict[str, list[float]]] = {"class names": {}, "phrases": {}}
+        rows: Scores = {"class names": {}, "phrases": {}}
         for label, test in self.tests.items():
             for row, data in (("class names", named(test)), ("phrases", test)):
                 scores = evaluate_segmenter(self.segmenter, data, boundary=False).metrics
