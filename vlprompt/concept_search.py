@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.errors import CheckpointError, ConfigError, nearest
 
-__all__ = ["ConceptSearch", "Unfrozen", "weights_id"]
+__all__ = ["ConceptSearch", "Found", "Unfrozen", "weights_id"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Found(Generic[Module]):
+    """What a search left behind.
+
+    Attributes:
+        module: The concepts, in their host.
+        history: One record per epoch.
+        seconds: Of all of it, encoding of the pictures included.
+    """
+
+    module: Module
+    history: list[dict[str, Any]] = field(repr=False)
+    seconds: float
 
 
 class Unfrozen(nn.Module):

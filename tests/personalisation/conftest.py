@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.diffusion.parts import parts
 from vlprompt.files import write_tensors
 
 diffusers = pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
@@ -37,23 +38,8 @@ def stable_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (words / "merges.txt").write_text("#version: 0.2\n")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=8,
-        )
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(16, 16),
-            norm_num_groups=8,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-        )
+        shared = parts()
+        shared["scheduler"].register_to_config(steps_offset=1)
         text = transformers.CLIPTextConfig(
             vocab_size=len(vocabulary),
             hidden_size=16,
@@ -66,20 +52,11 @@ def stable_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pad_token_id=1,
         )
         pipe = diffusers.StableDiffusionPipeline(
-            unet=unet,
-            vae=vae,
-            scheduler=diffusers.PNDMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                skip_prk_steps=True,
-                steps_offset=1,
-            ),
+            **shared,
             text_encoder=transformers.CLIPTextModel(text),
             tokenizer=transformers.CLIPTokenizer(
                 str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=8
             ),
-            safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from vlprompt.concept_search import ConceptSearch
+from vlprompt.concept_search import ConceptSearch, Found
 from vlprompt.concepts import ConceptEmbedding, Concepts, normal_start, repeated, visual_start
 from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
@@ -27,7 +26,7 @@ from vlprompt.training.batches import Batch, epoch_plan
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["ConceptDetection", "DetectionBatches", "Found", "class_vectors", "search_concepts"]
+__all__ = ["ConceptDetection", "DetectionBatches", "class_vectors", "search_concepts"]
 
 Init = Literal["text", "normal", "visual"]
 
@@ -98,21 +97,6 @@ class DetectionBatches:
         return {**batch, **{f"frozen/{k}": t[torch.as_tensor(indices)] for k, t in self.rows.items()}}
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search left behind.
-
-    Attributes:
-        module: The concepts, in their detector.
-        history: One record per epoch.
-        seconds: Of all of it, encoding of the pictures included.
-    """
-
-    module: ConceptDetection
-    history: list[dict[str, Any]] = field(repr=False)
-    seconds: float
-
-
 def search_concepts(
     detector: Detector,
     train: DetectionData,
@@ -125,7 +109,7 @@ def search_concepts(
     start: Tensor | None = None,
     resume: bool = False,
     folder: Any = None,
-) -> Found:
+) -> Found[ConceptDetection]:
     """Search a concept for every class of a data set.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlprompt.concept_search import ConceptSearch, weights_id
+from vlprompt.concept_search import ConceptSearch, Found, weights_id
 from vlprompt.concepts import ConceptEmbedding, Concepts, normal_start
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ from vlprompt.training.batches import Batch, epoch_plan
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["FoundMasks", "MaskConcepts", "named", "score_concepts", "search_masks", "segmenter_identity"]
+__all__ = ["MaskConcepts", "named", "score_concepts", "search_masks", "segmenter_identity"]
 
 Criterion = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -128,21 +128,6 @@ class _Spoken:
         """Nothing to switch."""
 
 
-@dataclass(frozen=True)
-class FoundMasks:
-    """What a search left behind.
-
-    Attributes:
-        module: The concepts, in their segmenter.
-        history: One record per epoch.
-        seconds: Of all of it, encoding of the pictures included.
-    """
-
-    module: MaskConcepts
-    history: list[dict[str, Any]] = field(repr=False)
-    seconds: float
-
-
 def search_masks(
     segmenter: Segmenter,
     train: MaskDataset,
@@ -155,7 +140,7 @@ def search_masks(
     start: Tensor | None = None,
     folder: Path | None = None,
     resume: bool = False,
-) -> FoundMasks:
+) -> Found[MaskConcepts]:
     """Search a vector for every class of a data set; classes without training pairs keep their start.
 
     Args:
@@ -195,7 +180,7 @@ def search_masks(
         identity={**segmenter_identity(segmenter), "data": train.name, "start": float(start.norm())},
     )
     history = trainer.run(resume).history
-    return FoundMasks(module, history, time.monotonic() - begun)
+    return Found(module, history, time.monotonic() - begun)
 
 
 def score_concepts(
