@@ -29,7 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     with step_progress() as progress:
         made = generate_views(config, progress, args.check)
     for name, share in made.alike.items():
-        print(f"{name}: {config.backbone.name} names {100 * share:.1f} % of the views like their picture")
+        blurred = f"{100 * made.alike_blurred[name]:.1f} % when all are blurred"
+        print(
+            f"{name}: {config.backbone.name} names {100 * share:.1f} % of the views like their picture, {blurred}"
+        )
     print(f"{made.store.root}: {config.generated} views of every picture are there")
 
 

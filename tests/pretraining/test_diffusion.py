@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vlprompt import create_backbone
+from vlprompt.backbones import Backbone
 from vlprompt.diffusion.denoiser import load_denoiser, to_patches
 from vlprompt.files import read_tensors
 from vlprompt.pretraining.denoising import ConditionedBatches, DenoisingModule
@@ -19,14 +21,14 @@ from vlprompt.training.options import TrainOptions
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
 
 
-def batches(drop: float = 0.25, worded: float = 0.3) -> ConditionedBatches:
+def batches(drop: float = 0.25, worded: float = 0.3, focus: float = 1.0) -> ConditionedBatches:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (400, 64, 64, 3), dtype=np.uint8)
     seen, told = (
         F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(1)), dim=-1)
         for shape in ((400, 128), (400, 3, 128))
     )
-    return ConditionedBatches(images, seen, told, 200, 1, drop, worded)
+    return ConditionedBatches(images, seen, told, 200, 1, drop, worded, focus)
 
 
 def test_conditions_are_pictures_captions_both_or_nothing() -> None:
@@ -52,32 +54,60 @@ def test_conditions_are_pictures_captions_both_or_nothing() -> None:
     assert sorted(i for part in source.plan(0) for i in part) == list(range(400))
 
 
+def test_times_are_mostly_those_with_hardly_anything_but_noise() -> None:
+    rows = np.arange(200)
+    times = {focus: batches(focus=focus).fetch(rows, 0)["time"].double() for focus in (1.0, 3.0)}
+    for focus, found in times.items():
+        assert 0 <= found.min() <= found.max() < 1000
+        late = 0.2 ** (1 / focus)  # P(1 - u^focus > 0.8)
+        assert float((found >= 800).double().mean()) == pytest.approx(late, abs=0.11)
+
+
+def seen_through(backbone: Backbone, picture: Tensor, grain: Tensor, view: Tensor) -> Tensor:
+    """The embedding of one (3, 64, 64) picture, cropped, blurred and grained, written out."""
+    left, top, side = (int(v) for v in view[:3])
+    crop = picture[:, top : top + side, left : left + side]
+    crop = F.interpolate(crop[None], (64, 64), mode="bilinear", antialias=True, align_corners=False)
+    bell = torch.exp(-0.5 * (torch.arange(-2, 3) / view[3]) ** 2)
+    kernel = torch.outer(bell, bell) / bell.sum() ** 2
+    blurred = F.conv2d(F.pad(crop, (2, 2, 2, 2), mode="reflect"), kernel.expand(3, 1, 5, 5), groups=3)[0]
+    facts = backbone.fingerprint["preprocess"]
+    mean, std = (torch.tensor(facts[k]).view(3, 1, 1) for k in ("mean", "std"))
+    return backbone.encode_image(((blurred + 0.03 * grain - mean) / std)[None])[0]
+
+
 def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
     backbone = create_backbone("tiny")
-    module = DenoisingModule(backbone, 1, perception=0.5, watched=0.5).eval()
+    module = DenoisingModule(backbone, 1, perception=0.5, naming=0.3, watched=0.5).eval()
     batch = {k: v[:6] for k, v in batches(drop=0.3).fetch(np.arange(200), 0).items()}
     batch["time"] = torch.tensor([3, 250, 500, 700, 900, 999])
+    batch["view"] = torch.tensor([3.0, 9.0, 50.0, 0.8])
     assert bool((batch["condition"][:3].abs().sum((1, 2)) == 0).any())
     with torch.no_grad():
         losses = module.loss(batch)
         clean = to_patches(batch["image"].float() / 255)
         noisy = module.denoiser.noised(clean, batch["noise"], batch["time"])
         guess = module.denoiser(noisy, batch["time"], batch["condition"])
-    total, away = 0.0, []
+    total, away, apart = 0.0, [], []
+    captions = batch["told"].reshape(18, 128)
     for i in range(6):
         level = float(module.denoiser.alphas[batch["time"][i]])
         weight = min(max(level / (1 - level), 1.0), 5.0)
         total += weight * float((guess[i] - clean[i]).square().mean()) / 6
         if i < 3 and bool(batch["condition"][i].any()):
-            picture = ((F.pixel_shuffle(guess[i : i + 1], 4) + 1) / 2).clamp(0, 1)
-            mean, std = (
-                torch.tensor(backbone.fingerprint["preprocess"][k]).view(3, 1, 1) for k in ("mean", "std")
+            grain = F.pixel_shuffle(batch["noise"][3 + i], 4)
+            made = ((F.pixel_shuffle(guess[i], 4) + 1) / 2).clamp(0, 1)
+            found, true = (
+                seen_through(backbone, picture, grain, batch["view"])
+                for picture in (made, batch["image"][i].float() / 255)
             )
-            found = backbone.encode_image((picture - mean) / std)[0]
-            away.append(1 - float(found @ batch["seen"][i]))
+            away.append(1 - float(found @ true))
+            p, q = ((backbone.logit_scale * captions @ e).softmax(0) for e in (true, found))
+            apart.append(float((p * (p / q).log()).sum()))
     assert float(losses["pixels"]) == pytest.approx(total, rel=1e-4)
     assert float(losses["embeddings"]) == pytest.approx(0.5 * sum(away) / len(away), rel=1e-3)
-    assert set(DenoisingModule(backbone, 1, perception=0).loss(batch)) == {"pixels"}
+    assert float(losses["names"]) == pytest.approx(0.3 * sum(apart) / len(apart), rel=1e-3)
+    assert set(DenoisingModule(backbone, 1, perception=0, naming=0).loss(batch)) == {"pixels"}
 
 
 def test_only_the_denoiser_learns_and_the_average_follows() -> None:

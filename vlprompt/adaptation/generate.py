@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.adaptation.config import AdaptConfig
 from vlprompt.adaptation.run import draw_stream, view_source
@@ -19,6 +20,7 @@ from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Generated", "generate_views", "named_alike"]
 
+_BLUR = 0.8
 Progress = Callable[[str, int, int], None]
 
 
@@ -30,10 +32,12 @@ class Generated:
         store: Where the views lie.
         alike: By data set the share of views, in [0, 1], that the configuration's backbone names like the picture
             they were made of; empty unless it was asked for.
+        alike_blurred: The same of blurred views and pictures.
     """
 
     store: ViewStore
     alike: dict[str, float]
+    alike_blurred: dict[str, float]
 
 
 def generate_views(config: AdaptConfig, progress: Progress | None = None, check: int = 0) -> Generated:
@@ -67,20 +71,28 @@ def generate_views(config: AdaptConfig, progress: Progress | None = None, check:
                     source.views([image], config.generated)
                 if progress is not None:
                     progress(f"{name}, seed {seed}", i + 1, len(data))
-    alike = {n: _alike(config, source.store, parts, check) for n, parts in streams.items()} if check else {}
-    return Generated(source.store, alike)
+    plain, blurred = (
+        {n: _alike(config, source.store, parts, check, blur) for n, parts in streams.items()} if check else {}
+        for blur in (0.0, _BLUR)
+    )
+    return Generated(source.store, plain, blurred)
 
 
-def _alike(config: AdaptConfig, store: ViewStore, parts: Sequence[ImageDataset], check: int) -> float:
+def _alike(
+    config: AdaptConfig, store: ViewStore, parts: Sequence[ImageDataset], check: int, blur: float
+) -> float:
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     learner = create_learner("zero_shot", backbone, parts[0].classnames, parts[0].templates)
     images = [data[i][0] for data in parts for i in range(min(check, len(data)))]
-    return named_alike(learner, images, [store.get(pixel_key(i), config.generated) for i in images])
+    return named_alike(learner, images, [store.get(pixel_key(i), config.generated) for i in images], blur)
 
 
 @torch.no_grad()
 def named_alike(
-    learner: Learner, images: Sequence[Image.Image], variations: Sequence[Sequence[Image.Image]]
+    learner: Learner,
+    images: Sequence[Image.Image],
+    variations: Sequence[Sequence[Image.Image]],
+    blur: float = 0.0,
 ) -> float:
     """Return the share of variations, in [0, 1], that a classifier names like the picture they were made of.
 
@@ -88,10 +100,15 @@ def named_alike(
         learner: The classifier.
         images: B RGB pictures.
         variations: Of each, one or more.
+        blur: Blur all of them, by so many of the backbone's pixels (standard deviation): a generator that was trained
+            with this backbone's eyes may have learned fine patterns that deceive it, which do not outlive a blur.
     """
     learner.eval()
     preprocess, shares = learner.backbone.preprocess, []
     for image, made in zip(images, variations, strict=True):
-        named = learner(torch.stack([preprocess(i) for i in (image, *made)])).argmax(-1)
+        pixels = torch.stack([preprocess(i) for i in (image, *made)])
+        if blur:
+            pixels = tvf.gaussian_blur(pixels, [5, 5], [blur, blur])
+        named = learner(pixels).argmax(-1)
         shares += (named[1:] == named[0]).tolist()
     return sum(shares) / len(shares)

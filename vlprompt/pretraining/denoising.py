@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import Backbone
 from vlprompt.diffusion.denoiser import Denoiser, from_patches, to_patches
@@ -17,6 +18,7 @@ from vlprompt.training.batches import Batch, epoch_plan
 
 __all__ = ["ConditionedBatches", "DenoisingModule"]
 
+_GRAIN = 0.03  # standard deviation of the noise that `tiny` looks through; pixels are in [0, 1]
 _LEAST, _MOST = 1.0, 5.0  # bounds of the weight; the upper one is min-SNR's gamma
 
 
@@ -34,6 +36,8 @@ class ConditionedBatches:
         seed: The run's seed.
         drop: Share of the batch without condition, for classifier-free guidance.
         worded: Share of the conditioned ones that are conditioned on captions alone; a third as many on both.
+        focus: Times are ``1000 * (1 - u ** focus)`` of uniform u: the larger, the more often there is hardly anything
+            but noise, which is where variations are drawn from; 1 is uniform.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class ConditionedBatches:
         seed: int,
         drop: float = 0.1,
         worded: float = 0.2,
+        focus: float = 1.0,
     ) -> None:
         self.images, self.seen, self.told = images, seen, told
         self.batch_size, self.seed, self.drop, self.worded = batch_size, seed, drop, worded
+        self.focus = focus
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -70,9 +76,18 @@ class ConditionedBatches:
             "image": pictures,
             "condition": condition * torch.from_numpy(kept)[:, None, None],
             "seen": self.seen[rows],
-            "time": torch.from_numpy(rng.integers(0, 1000, count)),
+            "told": self.told[rows],
+            "view": _view(rng),
+            "time": torch.from_numpy((1000 * (1 - rng.random(count) ** self.focus)).astype(np.int64)),
             "noise": torch.from_numpy(rng.standard_normal((count, 48, 16, 16), np.float32)),
         }
+
+
+def _view(rng: np.random.Generator) -> Tensor:
+    """Return left, top and side of a square crop, and the width of a blur, in pixels."""
+    side = int(rng.integers(44, 65))
+    left, top = rng.integers(0, 65 - side, 2)
+    return torch.tensor([left, top, side, rng.uniform(0.3, 1.2)])
 
 
 class DenoisingModule(nn.Module):
@@ -80,13 +95,16 @@ class DenoisingModule(nn.Module):
 
     Beside the squared error of the clean picture, weighted by the signal-to-noise ratio within bounds (Hang et al.,
     "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, with Salimans & Ho's lower bound of one),
-    `tiny` itself compares: the embedding of the denoised picture with that of the true one. Pixels alone would teach
-    the same, much later.
+    `tiny` itself compares: the embedding of the denoised picture with that of the true one, and how well the batch's
+    captions fit the one and the other, since a place or a pattern moves the embedding less than a colour and is as much
+    a part of what is seen. Pixels alone would teach the same, much later. `tiny` looks at both through the same crop,
+    blur and grain, or the network would learn patterns that deceive it and show nothing.
 
     Args:
         backbone: `tiny`; stays frozen.
         seed: Of the initial weights.
         perception: Weight of the comparison of embeddings.
+        naming: Weight of the comparison of fitting captions.
         watched: Share of each batch that they are compared on.
         decay: Of the running average.
     """
@@ -101,10 +119,11 @@ class DenoisingModule(nn.Module):
         perception: float = 1.0,
         watched: float = 0.5,
         decay: float = 0.998,
+        naming: float = 0.0,
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(seed)
-        self.perception, self.watched, self.decay = perception, watched, decay
+        self.perception, self.naming, self.watched, self.decay = perception, naming, watched, decay
         self._eyes = [backbone]  # in a list: no part of this module's parameters
         facts = backbone.fingerprint["preprocess"]
         for name in ("mean", "std"):
@@ -114,25 +133,50 @@ class DenoisingModule(nn.Module):
         self.average = {n: t.clone() for n, t in self.average.items()}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted squared error, and one minus the cosine of embeddings.
+        """Return the weighted squared error and, of what `tiny` sees, the distance and the divergence of captions.
 
         Args:
             batch: ``image`` (B, 3, 64, 64) uint8, ``condition`` (B, S, d), ``seen`` (B, d) embeddings of the pictures,
-                ``time`` (B,), ``noise`` (B, 48, 16, 16).
+                ``told`` (B, K, d) of their captions, ``time`` (B,), ``noise`` (B, 48, 16, 16).
         """
         clean, time, condition = to_patches(batch["image"].float() / 255), batch["time"], batch["condition"]
         guess = self.denoiser(self.denoiser.noised(clean, batch["noise"], time), time, condition)
         level = self.denoiser.alphas[time]
         weight = (level / (1 - level)).clamp(_LEAST, _MOST)
         losses = {"pixels": (weight * (guess - clean).square().mean((1, 2, 3))).mean()}
-        if self.perception and (count := int(self.watched * len(clean))):
-            told = condition[:count].abs().sum((1, 2)) > 0
-            pixels = (from_patches(guess[:count]).clamp(0, 1) - self.mean) / self.std
-            with sdpa_kernel(SDPBackend.MATH):
-                found = nn.functional.normalize(self._eyes[0].vision.encode(pixels).float(), dim=-1)
-            away = 1 - (found * batch["seen"][:count]).sum(-1)
-            losses["embeddings"] = self.perception * (away * told).sum() / told.sum().clamp(min=1)
+        count = int(self.watched * len(clean))
+        if count and (self.perception or self.naming):
+            losses |= self._perceived(guess[:count], condition[:count], batch)
         return losses
+
+    def _perceived(self, guess: Tensor, condition: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what `tiny` finds wrong in a batch's first pictures; those without condition may show anything."""
+        pictures = batch["image"][: len(guess)].float() / 255
+        grain = from_patches(batch["noise"][-len(guess) :]) * 2 - 1  # standard normal, of other pictures
+        with torch.no_grad():
+            seen = self._look(pictures, grain, batch["view"])
+        found = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
+        captions = batch["told"].flatten(0, 1)
+        away = 1 - (found * seen).sum(-1)
+        wanted, got = (self._eyes[0].logit_scale * e @ captions.T for e in (seen, found))
+        apart = nn.functional.kl_div(
+            got.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True
+        )
+        told = condition.abs().sum((1, 2)) > 0
+        share = told / told.sum().clamp(min=1)
+        return {
+            "embeddings": self.perception * (away * share).sum(),
+            "names": self.naming * (apart.sum(-1) * share).sum(),
+        }
+
+    def _look(self, pictures: Tensor, grain: Tensor, view: Tensor) -> Tensor:
+        """Return `tiny`'s embeddings of a crop, blurred and grained: a pattern that only deceives does not survive."""
+        left, top, side, sigma = view.tolist()
+        crop = tvf.resized_crop(pictures, int(top), int(left), int(side), int(side), [64, 64])
+        blurred = tvf.gaussian_blur(crop, [5, 5], [sigma, sigma])
+        pixels = (blurred + _GRAIN * grain - self.mean) / self.std
+        with sdpa_kernel(SDPBackend.MATH):
+            return nn.functional.normalize(self._eyes[0].vision.encode(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -42,7 +42,11 @@ class DiffusionOptions(BaseModel):
     captions: int = Field(3, ge=2, description="embedded captions per picture")
     drop: float = Field(0.1, ge=0, lt=1, description="share without condition, for guidance")
     worded: float = Field(0.2, ge=0, le=0.75, description="share conditioned on captions alone")
-    perception: float = Field(1.0, ge=0, description="weight of the comparison of embeddings")
+    perception: float = Field(0.5, ge=0, description="weight of the comparison of embeddings")
+    naming: float = Field(0.05, ge=0, description="weight of the comparison of fitting captions")
+    focus: float = Field(
+        1.0, ge=1, description="how often there is hardly anything but noise; 1: as all times"
+    )
     watched: float = Field(0.5, ge=0, le=1, description="share of each batch that they are compared on")
     decay: float = Field(0.998, gt=0, lt=1, description="of the running average of weights that is shipped")
     watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
@@ -76,9 +80,18 @@ def pretrain_diffusion(
     images = render_all(pairs, folder / "scenes.u8", workers)
     seen, told = _embeddings(pairs, images, options.captions, backbone, folder)
     batches = ConditionedBatches(
-        images, seen, told, options.train.batch_size, options.train.seed, options.drop, options.worded
+        images,
+        seen,
+        told,
+        options.train.batch_size,
+        options.train.seed,
+        options.drop,
+        options.worded,
+        options.focus,
     )
-    module = DenoisingModule(backbone, options.seed, options.perception, options.watched, options.decay)
+    module = DenoisingModule(
+        backbone, options.seed, options.perception, options.watched, options.decay, options.naming
+    )
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
     ship = _Ship(module, folder)
     identity = options.model_dump(mode="json", exclude={"train"})
