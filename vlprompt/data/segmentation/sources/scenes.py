@@ -21,7 +21,8 @@ from vlprompt.data.scenes.wording import words
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.sources import pair_sources
 from vlprompt.data.sources import Request
-from vlprompt.errors import DataError, UnknownNameError
+from vlprompt.data.sources.scenes import task_and_style
+from vlprompt.errors import DataError
 
 __all__ = ["TASKS", "SceneMasks", "build"]
 
@@ -69,12 +70,7 @@ def build(request: Request, *, style: str | None = None, size: int = 64) -> Mask
         style: Render style, if the name doesn't say it.
         size: Height and width in pixels.
     """
-    task, _, named = request.argument.partition("@")
-    if named and style and named != style:
-        raise DataError(f"{request.name}: the name says style {named!r}, the option says {style!r}.")
-    look = named or style or "plain"
-    if look not in drawn.list_styles():
-        raise UnknownNameError("scenes style", look, drawn.list_styles())
+    task, look = task_and_style(request, style)
     if size < 16:
         raise DataError(f"{request.name}: size {size} is too small; allowed: 16 pixels and more.")
     pool = (*SHAPES, *GLYPHS)
