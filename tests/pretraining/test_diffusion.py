@@ -12,9 +12,14 @@ from torch import Tensor
 
 from vlprompt import create_backbone
 from vlprompt.backbones import Backbone
-from vlprompt.diffusion.denoiser import load_denoiser, to_patches
+from vlprompt.diffusion.denoiser import Denoiser, from_patches, load_denoiser, to_patches
 from vlprompt.files import read_tensors
-from vlprompt.pretraining.denoising import ConditionedBatches, DenoisingModule
+from vlprompt.pretraining.denoising import (
+    ConditionedBatches,
+    DenoisingModule,
+    SketchBatches,
+    SketchModule,
+)
 from vlprompt.pretraining.diffusion import DiffusionOptions, pretrain_diffusion
 from vlprompt.training.options import TrainOptions
 
@@ -110,6 +115,35 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
     assert set(DenoisingModule(backbone, 1, perception=0, naming=0).loss(batch)) == {"pixels"}
 
 
+def test_a_canvas_learns_the_sketch_that_the_network_adds_to() -> None:
+    source = batches(drop=0)
+    sketches = SketchBatches(source.images, source.seen, source.told, 4, 1, 0.0, 0.3)
+    batch = sketches.fetch(np.arange(4), 0)
+    small = np.stack([i.reshape(32, 2, 32, 2, 3).mean((1, 3)).astype(np.uint8) for i in source.images[:4]])
+    assert torch.equal(batch["small"].permute(0, 2, 3, 1), torch.from_numpy(small))
+    denoiser = Denoiser(1)
+    before = {n: t.clone() for n, t in denoiser.unet.state_dict().items()}
+    module = SketchModule(denoiser)
+    optimizer = torch.optim.Adam(module.parameters(), 2e-3)
+    losses = []
+    for _ in range(60):
+        loss = module.loss(batch)["sketch"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(torch.equal(t, before[n]) for n, t in denoiser.unet.state_dict().items())
+    for parameter in denoiser.unet.conv_out.parameters():  # without detail, the guess is the sketch
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        guess = denoiser(torch.randn(4, 48, 16, 16), torch.tensor([999] * 4), batch["condition"])
+        sketch = denoiser.sketch(batch["condition"])
+    enlarged = F.interpolate(sketch, size=(64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(from_patches(guess) * 2 - 1, enlarged)
+    assert float(F.mse_loss(sketch, batch["small"].float() / 127.5 - 1)) == pytest.approx(losses[-1], rel=0.2)
+
+
 def test_only_the_denoiser_learns_and_the_average_follows() -> None:
     backbone = create_backbone("tiny")
     module = DenoisingModule(backbone, 1, decay=0.9)
@@ -136,7 +170,8 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     train = TrainOptions(
         epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0
     )
-    options = DiffusionOptions(pictures=8, easy=4, captions=2, watch=1, steps=1, train=train)
+    sketch = train.model_copy(update={"epochs": 1})
+    options = DiffusionOptions(pictures=8, easy=4, captions=2, watch=1, steps=1, sketch=sketch, train=train)
     path = pretrain_diffusion(options, tmp_path)
     whole = read_tensors(path)[0]
     again = read_tensors(pretrain_diffusion(options, tmp_path, resume=True))[0]

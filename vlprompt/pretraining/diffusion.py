@@ -19,7 +19,7 @@ from vlprompt.diffusion.denoiser import Denoiser
 from vlprompt.files import read_tensors, write_atomic, write_json, write_tensors
 from vlprompt.pretraining import RECIPES
 from vlprompt.pretraining.corpus import render_all
-from vlprompt.pretraining.denoising import ConditionedBatches, DenoisingModule
+from vlprompt.pretraining.denoising import ConditionedBatches, DenoisingModule, SketchBatches, SketchModule
 from vlprompt.seeding import derive_seed, torch_rng
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
@@ -52,6 +52,7 @@ class DiffusionOptions(BaseModel):
     watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
     steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
+    sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
 
 
@@ -79,22 +80,21 @@ def pretrain_diffusion(
     pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy, balanced=True)
     images = render_all(pairs, folder / "scenes.u8", workers)
     seen, told = _embeddings(pairs, images, options.captions, backbone, folder)
+    told_of = (options.drop, options.worded)
     batches = ConditionedBatches(
-        images,
-        seen,
-        told,
-        options.train.batch_size,
-        options.train.seed,
-        options.drop,
-        options.worded,
-        options.focus,
+        images, seen, told, options.train.batch_size, options.train.seed, *told_of, options.focus
     )
     module = DenoisingModule(
         backbone, options.seed, options.perception, options.watched, options.decay, options.naming
     )
+    identity = options.model_dump(mode="json", exclude={"train", "sketch"})
+    sketches = SketchBatches(images, seen, told, options.sketch.batch_size, options.sketch.seed, *told_of)
+    Trainer(
+        SketchModule(module.denoiser), sketches, options.sketch, folder / "sketch", identity=identity
+    ).run(resume)
+    module.restart_average()
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
     ship = _Ship(module, folder)
-    identity = options.model_dump(mode="json", exclude={"train"})
     Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
     return ship.path
 
