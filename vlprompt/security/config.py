@@ -30,7 +30,11 @@ class PairOptions(BaseModel):
     )
     native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
     unseen: float = Field(0.3, ge=0, lt=1, description="share of triggered pairs kept from training")
-    copies: int = Field(1, ge=1, description="triggered pictures per picture")
+    copies: int = Field(
+        7,
+        ge=1,
+        description="triggered pictures per training picture, each with another trigger; one to test on",
+    )
     share: float = Field(
         0.5,
         gt=0,

@@ -120,15 +120,20 @@ class _Cell:
         train = load_dataset(name, "train")
         self.own, self.rest = _cut(train, config.pairs.share, seed)
         options = config.pairs
-        pairs = {
-            "size": options.native_size,
-            "unseen": options.unseen,
-            "copies": options.copies,
-            "seed": seed,
-        }
         self.train, self.val, self.test = (
-            pair_dataset(data, options.triggers, **pairs)  # type: ignore[arg-type]
-            for data in (self.own, load_dataset(name, "val"), load_dataset(name, config.split))
+            pair_dataset(
+                data,
+                options.triggers,
+                size=options.native_size,
+                unseen=options.unseen,
+                seed=seed,
+                copies=copies,
+            )
+            for data, copies in (
+                (self.own, options.copies),
+                (load_dataset(name, "val"), 1),
+                (load_dataset(name, config.split), 1),
+            )
         )
 
     def run(self) -> dict[str, dict[str, float]]:
