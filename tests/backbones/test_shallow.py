@@ -13,7 +13,7 @@ from vlprompt.backbones.shallow import embed_with_statistics, map_statistics, st
 
 
 def by_hand(channel: Tensor) -> list[float]:
-    """Eight numbers of one (h, w) channel, by loops."""
+    """Seventeen numbers of one (h, w) channel, by loops."""
     rows, columns = channel.shape
     x = channel.double().tolist()
     flat = [v for row in x for v in row]
@@ -27,20 +27,23 @@ def by_hand(channel: Tensor) -> list[float]:
     ]
     spread = (sum((v - mean) ** 2 for v in flat) / (len(flat) - 1)) ** 0.5
     means = [sum(d) / len(d) for d in (across, down, diagonal)]
-    return [mean, max(flat), min(flat), spread, *means, max(diagonal)]
+    quantiles = [
+        sorted(d)[round(q * (len(d) - 1))] for d in (across, down, diagonal) for q in (0.1, 0.5, 0.9)
+    ]
+    return [mean, max(flat), min(flat), spread, *means, max(diagonal), *quantiles]
 
 
 def test_statistics_are_what_they_say() -> None:
     features = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = map_statistics(features).unflatten(1, (8, 3))
+    found = map_statistics(features).unflatten(1, (17, 3))
     for b in range(2):
         for c in range(3):
             assert found[b, :, c].tolist() == pytest.approx(by_hand(features[b, c]), rel=1e-5, abs=1e-6)
 
 
 def test_a_map_without_neighbours_has_no_steps() -> None:
-    found = map_statistics(torch.randn(2, 3, 1, 1)).unflatten(1, (8, 3))
-    assert torch.equal(found[:, 4:], torch.zeros(2, 4, 3))
+    found = map_statistics(torch.randn(2, 3, 1, 1)).unflatten(1, (17, 3))
+    assert torch.equal(found[:, 4:], torch.zeros(2, 13, 3))
     assert bool(found.isfinite().all())
 
 
@@ -67,4 +70,4 @@ def test_one_pass_gives_the_embedding_and_the_statistics(
 
 
 def test_tiny_looks_at_its_stem() -> None:
-    assert statistics_width(create_backbone("tiny")) == 8 * 32
+    assert statistics_width(create_backbone("tiny")) == 17 * 32

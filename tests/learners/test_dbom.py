@@ -25,6 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"repository": "joint"},
     {"repository": "none"},
+    {"object_reads": "embedding"},
     {"evidence": "embedding"},
     {"prefix": "conditional"},
     {"prefix": "conditional", "repository": "none", "evidence": "embedding"},
@@ -85,7 +86,7 @@ def test_scores_follow_their_definition(backbone: Backbone, images: Tensor) -> N
             )
         }  # fmt: skip
         s_t = tau * f_t @ text["trigger"].T
-        f_o = F.normalize(f + learner.object_part(torch.cat([f, s_t.softmax(-1)], dim=1)), dim=-1)
+        f_o = F.normalize(f + learner.object_part(torch.cat([f, s_t.softmax(-1), e], dim=1)), dim=-1)
         f_p = F.normalize(0.8 * f + 0.2 * learner.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
         s_o = tau * f_o @ text["object"].T
         pairs = torch.stack([f_p @ text["pair"][t * 3 + o] for t in range(3) for o in range(3)], dim=1)
@@ -196,7 +197,7 @@ def test_it_learns_what_fit_shows_it_and_is_saved_whole(digits: dict[str, Any], 
     )
     assert torch.equal(learner.seen, torch.as_tensor(train.pairs.seen))
     assert float(learner.evidence_spread.min()) > 0
-    assert not torch.equal(learner.evidence_mean, torch.zeros(256))
+    assert not torch.equal(learner.evidence_mean, torch.zeros(17 * 32))
     assert result.metrics["chosen/threshold"] == pytest.approx(learner.threshold)
     assert {"val/auroc", "val/fpr", "val/object_accuracy_clean", "val/accuracy"} <= set(result.metrics)
     assert result.metrics["val/auroc"] > 0.8

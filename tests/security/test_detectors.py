@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.data import load_dataset
+from vlprompt.data import FeatureCache, load_dataset
 from vlprompt.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.security.config import DetectorsConfig
 from vlprompt.security.detectors import DETECTORS, create_detector, list_detectors
 from vlprompt.security.effect import Victim, attack_success, pixels_of, train_victim
 from vlprompt.security.pairs import pair_dataset
 from vlprompt.security.poison import PoisonPlan, poisoned
-from vlprompt.security.run import compare_detectors
+from vlprompt.security.run import _Cell, compare_detectors
 
 
 def spread(shift: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,6 +121,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "output": str(tmp_path / "runs"),
         "detectors": {"zero_shot": {}, "narrow": {"name": "activation_clustering", "components": 3}},
         "pairs": {"triggers": ["clean", "blended", "sig"]},
+        "variants": {"one trigger": {"triggers": ["clean", "sig"], "unseen": 0.0}},
         "suspect": {"epochs": 1, "cleaners": ["narrow"], "rate": 0.2},
     }
 
@@ -131,6 +132,10 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     assert {"digits/zero_shot/auroc/seen", "digits/narrow/suspect/auroc"} <= set(outcome.metrics)
     victims = [k for k in outcome.metrics if k.endswith("/attack_success")]
     assert len(victims) == 4  # poisoned, cleaned, perfectly cleaned, clean
+    assert "digits/zero_shot, one trigger/auroc/sig" in outcome.metrics
+    assert "digits/zero_shot, one trigger/auroc/blended" not in outcome.metrics
+    assert "digits/narrow, one trigger/auroc/sig" not in outcome.metrics, "only the first detector is varied"
+    assert "| zero_shot, one trigger |" in outcome.table
     assert "| zero_shot |" in outcome.table
     assert "victim of the set cleaned by narrow" in outcome.table
     path = next((outcome.folder / "cells").iterdir())
@@ -141,16 +146,40 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     assert again.metrics["digits/zero_shot/auroc/seen"] == 0.125
 
 
+def test_a_variant_changes_its_pairs_and_nothing_else(config: dict[str, Any]) -> None:
+    config["variants"] = {"few": {"copies": 1, "native_size": 64}, "none": {}}
+    whole = DetectorsConfig(**config)
+    few = whole.varied("few")
+    assert (few.pairs.copies, few.pairs.native_size) == (1, 64)
+    assert few.pairs.triggers == whole.pairs.triggers
+    assert few.detectors == {"zero_shot, few": {"name": "zero_shot"}}
+    assert few.suspect is None
+    assert few.variants == {}, "a variant has none itself"
+    assert whole.varied("none").pairs == whole.pairs
+    assert whole.labels() == ["zero_shot", "narrow", "zero_shot, few", "zero_shot, none"]
+
+
+def test_training_pictures_get_several_triggers_and_test_pictures_one(
+    config: dict[str, Any], backbone: Backbone, tmp_path: Path
+) -> None:
+    config["pairs"]["unseen"] = 0.0
+    cell = _Cell(DetectorsConfig(**config), backbone, "digits", 1, FeatureCache(tmp_path))
+    assert len(cell.train) == 3 * len(cell.own), "clean and with each of two triggers"
+    assert len(cell.val) == 2 * len(load_dataset("digits", "val"))
+    assert len(cell.test) == 2 * len(load_dataset("digits", "test"))
+
+
 def test_every_mistake_of_a_configuration_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(
         "data: [scenes/shpe]\ndetectors: {dbom: {lerner: {}}, spectrl: {}}\npairs: {triggers: [badnets]}\n"
         "suspect: {cleaners: [linear_probe]}\nsplit: train\n"
+        "variants: {few: {copies: 0, size: 8}, odd: {triggers: [badnets]}}\n"
     )
     with pytest.raises(ConfigError) as caught:
         DetectorsConfig.read(path)
     text = str(caught.value)
-    assert len(caught.value.problems) == 6
+    assert len(caught.value.problems) == 9
     for expected in (
         "detectors.dbom.lerner: unknown key; did you mean 'learner'?",
         "detectors.spectrl: unknown detector 'spectrl'",
@@ -158,5 +187,8 @@ def test_every_mistake_of_a_configuration_is_named(tmp_path: Path) -> None:
         "pairs.triggers: a list of triggers begins with 'clean'",
         "suspect.cleaners: 'linear_probe' is none of the detectors",
         "split: figures are of val or test, got 'train'",
+        "variants.few.copies: ",
+        "variants.few.size: unknown key",
+        "variants.odd.triggers: a list of triggers begins with 'clean'",
     ):
         assert expected in text

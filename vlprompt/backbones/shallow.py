@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +17,15 @@ from vlprompt.errors import BackboneError
 
 __all__ = ["STATISTICS", "embed_with_statistics", "map_statistics", "statistics_width"]
 
-#: Per channel: mean, largest, smallest, spread; mean size of the steps across, down and diagonal; largest diagonal one.
-STATISTICS = 8
+_QUANTILES = (0.1, 0.5, 0.9)
+
+#: Per channel: mean, largest, smallest, spread; mean size of the steps across, down and diagonal; largest diagonal one;
+#: the three quantiles of the size of the steps across, down and diagonal. A step is between neighbours.
+STATISTICS = 8 + 3 * len(_QUANTILES)
 
 
 def statistics_width(backbone: Backbone) -> int:
-    """Return S, the number of statistics: eight per channel of the first convolution.
+    """Return S, the number of statistics: 17 per channel of the first convolution.
 
     Raises:
         BackboneError: If the image tower has no convolution.
@@ -46,24 +50,33 @@ def embed_with_statistics(backbone: Backbone, images: Tensor) -> Tensor:
 
 
 def map_statistics(features: Tensor) -> Tensor:
-    """Return (B, 8 C) statistics of a (B, C, h, w) map, float32; a map without neighbours has steps of zero."""
+    """Return (B, 17 C) statistics of a (B, C, h, w) map, float32; a map without neighbours has steps of zero.
+
+    Quantiles tell what means of steps can't: a warp or fewer colours change how many steps are exactly or nearly zero,
+    while the mean is that of a few edges.
+    """
     x = features.float()
     if min(x.shape[-2:]) < 2:
         x = nn.functional.pad(x, (0, int(x.shape[-1] < 2), 0, int(x.shape[-2] < 2)), mode="replicate")
     across, down = x.diff(dim=-1), x.diff(dim=-2)
-    diagonal = across.diff(dim=-2).abs().flatten(2)
+    steps = [step.flatten(2) for step in (across.abs(), down.abs(), across.diff(dim=-2).abs())]
     flat = x.flatten(2)
-    parts = [
-        flat.mean(2),
-        flat.amax(2),
-        flat.amin(2),
-        flat.std(2),
-        across.abs().flatten(2).mean(2),
-        down.abs().flatten(2).mean(2),
-        diagonal.mean(2),
-        diagonal.amax(2),
-    ]
-    return torch.cat(parts, dim=1)
+    mean = flat.mean(2)
+    # Written out: torch's own is several times as slow on a CPU, which counts beside a small tower.
+    spread = ((flat - mean[..., None]).square().sum(2) / (flat.shape[2] - 1)).sqrt()
+    parts = [mean, flat.amax(2), flat.amin(2), spread]
+    parts += [*(step.mean(2) for step in steps), steps[2].amax(2)]
+    return torch.cat(parts + [q for step in steps for q in _quantiles(step)], dim=1)
+
+
+def _quantiles(values: Tensor) -> list[Tensor]:
+    """Return (B, C) quantiles of (B, C, n) values, each the value at the nearest rank."""
+    if values.device.type == "cpu":
+        # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
+        ordered = torch.from_numpy(np.sort(values.numpy(), axis=2))
+    else:
+        ordered = values.sort(dim=2).values
+    return [ordered[..., round(q * (values.shape[2] - 1))] for q in _QUANTILES]
 
 
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:

@@ -47,9 +47,9 @@ class DBOM(Learner):
 
     Sentences: pair [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes of M
     vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
-    Image side: p_t, p_o are looked up in the repository, f_t = D_t(evidence, p_t), f_o = f + D_o(f, P(t), p_o),
-    f_p = beta f + (1 - beta) F(f_t, f_o). A pair's score: tau (<f_p, pair> + a <f_t, trigger> + b <f_o, object>), a and
-    b chosen on validation data. The evidence is standardised by the training pictures' mean and spread.
+    Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o) with the
+    evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). A pair's score: tau (<f_p, pair> + a <f_t, trigger> +
+    b <f_o, object>), a and b chosen on validation data. e is standardised by the training pictures' mean and spread.
 
     Args:
         backbone: See :class:`Learner`.
@@ -58,6 +58,8 @@ class DBOM(Learner):
         triggers: Names of triggers, the first for none.
         evidence: What the trigger's side reads: statistics of the first convolution, or the image embedding (the
             paper's, as far as is known: then f_t = f + D_t(f, p_t)).
+        object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
+            taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
         prompts: M per bank; None for twice the number of triggers, and for 32 for objects (or both).
         prompt_length: Vectors per prompt.
@@ -94,6 +96,7 @@ class DBOM(Learner):
         *,
         triggers: Sequence[str] = DEFAULT_TRIGGERS,
         evidence: Literal["shallow", "embedding"] = "shallow",
+        object_reads: Literal["both", "embedding"] = "both",
         repository: Literal["split", "joint", "none"] = "split",
         prompts: Annotated[int | None, Field(ge=1)] = None,
         prompt_length: Annotated[int, Field(ge=1)] = 4,
@@ -115,6 +118,7 @@ class DBOM(Learner):
         if len(self.triggers) < 2 or len(set(self.triggers)) < len(self.triggers):
             raise ConfigError([f"triggers: needs clean and others, each once, got {list(triggers)}."], "dbom")
         self.evidence, self.repository, self.prefix, self.seed = evidence, repository, prefix, seed
+        self.object_reads = object_reads
         self.weights = {
             "trigger": primitive_weight, "object": primitive_weight, "separation": separation_weight,
             "diversity": diversity_weight, "pull": pull_weight,
@@ -163,7 +167,8 @@ class DBOM(Learner):
         looked_up = 0 if self.repository == "none" else d
         with seeded_modules(self.seed, "dbom"):
             self.trigger_part = _decomposition(e + looked_up, hidden, d, dropout)
-            self.object_part = _decomposition(d + len(self.triggers) + looked_up, hidden, d, dropout)
+            reads = d + len(self.triggers) + (e if self._object_sees_evidence else 0)
+            self.object_part = _decomposition(reads + looked_up, hidden, d, dropout)
             self.fuse = nn.Linear(2 * d, d)
             if self.prefix == "conditional":
                 narrow = max(1, d // 16)
@@ -173,6 +178,11 @@ class DBOM(Learner):
         for last in (self.object_part[-1], *([self.shift[-1]] if self.prefix == "conditional" else [])):
             _start_at_zero(last)
         self.beta = nn.Parameter(torch.tensor(0.8))
+
+    @property
+    def _object_sees_evidence(self) -> bool:
+        """Whether the object's side reads more than the embedding; there is nothing more if that is the evidence."""
+        return self.object_reads == "both" and self.evidence == "shallow"
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return (B, d + S): image embeddings, then the evidence (nothing, if it is the embedding itself)."""
@@ -205,7 +215,8 @@ class DBOM(Learner):
         s_t = tau * f_t @ trigger.T
         # What the object's side must see through; without a gradient, so that it teaches the trigger's side nothing.
         belief = s_t.detach().softmax(-1)
-        f_o = F.normalize(f + self.object_part(torch.cat([f, belief, *found.get("p_o", ())], dim=1)), dim=-1)
+        read = [f, belief, *([e] if self._object_sees_evidence else []), *found.get("p_o", ())]
+        f_o = F.normalize(f + self.object_part(torch.cat(read, dim=1)), dim=-1)
         f_p = F.normalize(self.beta * f + (1 - self.beta) * self.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
         result = {k: v for k, v in found.items() if k in ("pull", "separation")}
         result["pair"] = tau * (f_p @ pair.T).unflatten(1, counts)

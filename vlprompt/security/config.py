@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.config import BackboneOptions, ToolConfig
 from vlprompt.data.catalog import check_name
@@ -13,7 +13,7 @@ from vlprompt.errors import ConfigError, VLPromptError
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
 from vlprompt.security.detectors import DETECTORS
 from vlprompt.security.pairs import check_triggers
-from vlprompt.signature import check_options
+from vlprompt.signature import check_options, describe_problems
 
 __all__ = ["DetectorsConfig", "SuspectOptions"]
 
@@ -30,7 +30,11 @@ class PairOptions(BaseModel):
     )
     native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
     unseen: float = Field(0.3, ge=0, lt=1, description="share of triggered pairs kept from training")
-    copies: int = Field(1, ge=1, description="triggered pictures per picture")
+    copies: int = Field(
+        7,
+        ge=1,
+        description="triggered pictures per training picture, each with another trigger; one to test on",
+    )
     share: float = Field(
         0.5,
         gt=0,
@@ -74,8 +78,34 @@ class DetectorsConfig(ToolConfig):
         description="label to options; the method is the label or the option name",
     )
     pairs: PairOptions = Field(default_factory=PairOptions)
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="label to what differs in pairs; the first detector is fitted and tested with each, too",
+    )
     suspect: SuspectOptions | None = Field(default_factory=SuspectOptions)
     cache_dir: str | None = None
+
+    def varied(self, variant: str) -> DetectorsConfig:
+        """Return the first detector alone on a variant's pairs, its label said with the variant's.
+
+        Raises:
+            ValidationError: If the variant has keys or values that ``pairs:`` doesn't take.
+        """
+        first = next(iter(self.detectors))
+        name, options = self.method(first)
+        pairs = {**self.pairs.model_dump(), **self.variants[variant]}
+        changes = {
+            "pairs": PairOptions(**pairs),
+            "detectors": {f"{first}, {variant}": {"name": name, **options}},
+            "variants": {},
+            "suspect": None,
+        }
+        return self.model_copy(update=changes)
+
+    def labels(self) -> list[str]:
+        """Return the labels of all rows that detectors get: those of ``detectors``, then the first's by variant."""
+        first = next(iter(self.detectors))
+        return [*self.detectors, *(f"{first}, {variant}" for variant in self.variants)]
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
         """Return a detector's registry name and its own options."""
@@ -102,6 +132,13 @@ class DetectorsConfig(ToolConfig):
                 check(value)
             except VLPromptError as error:
                 found.append(f"{key}: {error}")
+        for variant in self.variants:
+            try:
+                check_triggers(self.varied(variant).pairs.triggers)
+            except ValidationError as error:
+                found += [f"variants.{variant}.{p}" for p in describe_problems(error, PairOptions)]
+            except VLPromptError as error:
+                found.append(f"variants.{variant}.triggers: {error}")
         for label in self.suspect.cleaners if self.suspect else ():
             if label not in self.detectors:
                 found.append(

@@ -89,7 +89,9 @@ def compare_detectors(config: DetectorsConfig, resume: bool = False) -> Detector
                     found = json.loads(path.read_text(encoding="utf-8"))
                 else:
                     log.info("%s, seed %d", name, seed)
-                    found = _Cell(config, backbone, name, seed, cache).run()
+                    found = {}
+                    for each in (config, *map(config.varied, config.variants)):
+                        found |= _Cell(each, backbone, name, seed, cache).run()
                     write_json(path, found)
                 cells.append({"data": name, "seed": seed, "figures": found})
     metrics = {
@@ -120,15 +122,20 @@ class _Cell:
         train = load_dataset(name, "train")
         self.own, self.rest = _cut(train, config.pairs.share, seed)
         options = config.pairs
-        pairs = {
-            "size": options.native_size,
-            "unseen": options.unseen,
-            "copies": options.copies,
-            "seed": seed,
-        }
         self.train, self.val, self.test = (
-            pair_dataset(data, options.triggers, **pairs)  # type: ignore[arg-type]
-            for data in (self.own, load_dataset(name, "val"), load_dataset(name, config.split))
+            pair_dataset(
+                data,
+                options.triggers,
+                size=options.native_size,
+                unseen=options.unseen,
+                seed=seed,
+                copies=copies,
+            )
+            for data, copies in (
+                (self.own, options.copies),
+                (load_dataset(name, "val"), 1),
+                (load_dataset(name, config.split), 1),
+            )
         )
 
     def run(self) -> dict[str, dict[str, float]]:
@@ -239,13 +246,17 @@ def _tables(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> str:
     text = [f"Percent, {config.split} split, seeds {seeds}; mean and 95 % interval over seeds.\n"]
     for name in config.data:
         triggers = {f"AUROC {t}": f"auroc/{t}" for t in config.pairs.triggers[1:]}
-        columns = {"on pictures it never saw, some of pairs it never saw": {**_PAIR_COLUMNS, **triggers}}
+        objects = {f"object {t}": f"object_accuracy/{t}" for t in config.pairs.triggers[1:]}
+        columns = {
+            "on pictures it never saw, some of pairs it never saw": _PAIR_COLUMNS,
+            "one trigger at a time": {**triggers, **objects},
+        }
         if config.suspect is not None:
             columns["on the suspected set"] = _SUSPECT_COLUMNS
         for what, keys in columns.items():
-            rows = [_row(cells, name, label, keys) for label in config.detectors]
+            rows = [_row(cells, name, label, keys) for label in config.labels()]
             text.append(f"{name}, {what}:\n\n{to_markdown([r for r in rows if r.values], best=False)}")
-        victims = [v for v in cells[-1]["figures"] if v not in config.detectors]
+        victims = [v for v in cells[-1]["figures"] if v not in config.labels()]
         if victims:
             shown = [
                 "accuracy",

@@ -30,7 +30,7 @@ class LinearProbeDetector(Detector):
         self.mean, self.spread = x.mean(0), x.std(0) + 1e-6
         best = -1.0
         for strength in _STRENGTHS:
-            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000)
             model.fit((x - self.mean) / self.spread, y)
             score = float(roc_auc_score(val_y, model.decision_function((val_x - self.mean) / self.spread)))
             if score > best:
