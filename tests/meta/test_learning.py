@@ -219,6 +219,24 @@ def test_figures_on_held_out_domains_are_those_of_the_steps(
     assert numbers["loss"] == pytest.approx(float(_by_hand(backbone, moved, episode.query)), rel=1e-4)
 
 
+@pytest.mark.parametrize("learner", ["coop", "vpt"])
+def test_an_evaluating_learner_is_asked_anew_at_every_prompt(
+    backbone: Backbone, make_episodes: MakeEpisodes, learner: str
+) -> None:
+    module = _module(backbone, learner)
+    module.eval()  # in which mode learners keep what their prompts alone decide
+    side = make_episodes(pixels=learner == "vpt").draw(5).query
+    classifier, theta = module._classifier(side), {n: t.detach() for n, t in module.theta().items()}
+    other = {n: 10 * t for n, t in theta.items()}
+    with torch.no_grad():
+        before = classifier.logits(theta, side.batch)
+        moved = classifier.logits(other, side.batch)
+        assert not torch.equal(before, moved)
+        assert torch.equal(before, classifier.logits(theta, side.batch))
+        classifier.logits(other, side.batch)
+        assert torch.equal(before, classifier(lambda learner: learner.batch_logits(side.batch)))
+
+
 def _slope(backbone: Backbone, context: Tensor, side: Side) -> Tensor:
     leaf = context.detach().clone().requires_grad_()
     return torch.autograd.grad(_by_hand(backbone, leaf, side), leaf)[0]

@@ -32,8 +32,19 @@ class Functional(nn.Module):
         return compute(self.learner)
 
     def at(self, theta: Mapping[str, Tensor], compute: Callable[[Learner], Tensor]) -> Tensor:
-        """Compute something of the learner at ``theta``."""
-        return functional_call(self, {f"learner.{name}": t for name, t in theta.items()}, (compute,))
+        """Compute something of the learner at ``theta``.
+
+        An evaluating learner keeps what it computed without gradients until its parameters are loaded anew. It can't
+        see that they are others here, so what it kept is dropped before and after.
+        """
+        self._forget()
+        try:
+            return functional_call(self, {f"learner.{name}": t for name, t in theta.items()}, (compute,))
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.learner.train(self.learner.training)  # every change of mode drops what was kept
 
     def loss(self, theta: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Return the sum of the learner's losses at ``theta``."""
