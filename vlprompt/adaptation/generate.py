@@ -71,20 +71,19 @@ def generate_views(config: AdaptConfig, progress: Progress | None = None, check:
                     source.views([image], config.generated)
                 if progress is not None:
                     progress(f"{name}, seed {seed}", i + 1, len(data))
-    plain, blurred = (
-        {n: _alike(config, source.store, parts, check, blur) for n, parts in streams.items()} if check else {}
-        for blur in (0.0, _BLUR)
-    )
+    shares = {n: _alike(config, source.store, parts, check) for n, parts in streams.items()} if check else {}
+    plain, blurred = ({n: pair[i] for n, pair in shares.items()} for i in range(2))
     return Generated(source.store, plain, blurred)
 
 
 def _alike(
-    config: AdaptConfig, store: ViewStore, parts: Sequence[ImageDataset], check: int, blur: float
-) -> float:
+    config: AdaptConfig, store: ViewStore, parts: Sequence[ImageDataset], check: int
+) -> tuple[float, float]:
     backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
     learner = create_learner("zero_shot", backbone, parts[0].classnames, parts[0].templates)
     images = [data[i][0] for data in parts for i in range(min(check, len(data)))]
-    return named_alike(learner, images, [store.get(pixel_key(i), config.generated) for i in images], blur)
+    views = [store.get(pixel_key(i), config.generated) for i in images]
+    return named_alike(learner, images, views), named_alike(learner, images, views, _BLUR)
 
 
 @torch.no_grad()

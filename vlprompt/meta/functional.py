@@ -44,7 +44,8 @@ class Functional(nn.Module):
             self._forget()
 
     def _forget(self) -> None:
-        self.learner.train(self.learner.training)  # every change of mode drops what was kept
+        if not self.learner.training:  # a training one keeps nothing
+            self.learner.eval()  # setting the mode drops what was kept
 
     def loss(self, theta: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Return the sum of the learner's losses at ``theta``."""
