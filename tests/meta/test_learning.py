@@ -42,27 +42,29 @@ def _by_hand(backbone: Backbone, context: Tensor, side: Side) -> Tensor:
     return -logits.log_softmax(1)[range(len(logits)), side.batch["label"]].mean()
 
 
-def _maml(backbone: Backbone, context: Tensor, episode: Episode, rate: float, steps: int) -> Tensor:
-    """First-order MAML: the query's gradient at the adapted prompts."""
+def _maml(
+    backbone: Backbone, context: Tensor, episode: Episode, rate: float, steps: int, longest: float = torch.inf
+) -> Tensor:
+    """First-order MAML: the query's gradient at the adapted prompts; inner gradients are cut to a length."""
     moved = context.detach().clone()
     for _ in range(steps):
         leaf = moved.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(_by_hand(backbone, leaf, episode.support), leaf)
-        moved = moved - rate * gradient
+        moved = moved - rate * gradient * min(1.0, longest / float(gradient.norm()))
     leaf = moved.requires_grad_()
     return torch.autograd.grad(_by_hand(backbone, leaf, episode.query), leaf)[0]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("steps", "longest"), [(1, None), (2, None), (2, 0.1)])
 def test_without_a_regulator_it_is_first_order_maml(
-    backbone: Backbone, make_episodes: MakeEpisodes, steps: int
+    backbone: Backbone, make_episodes: MakeEpisodes, steps: int, longest: float | None
 ) -> None:
-    module = _module(backbone, inner_steps=steps)
+    module = _module(backbone, inner_steps=steps, inner_clip=longest)
     episodes = [make_episodes().draw(i) for i in range(2)]
     total = torch.stack(list(module.loss({"episodes": episodes}).values())).sum()
     (found,) = torch.autograd.grad(total, module.learner.context)
     own = module.learner.context
-    expected = torch.stack([_maml(backbone, own, e, 0.5, steps) for e in episodes]).mean(0)
+    expected = torch.stack([_maml(backbone, own, e, 0.5, steps, longest or torch.inf) for e in episodes]).mean(0)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
 
 

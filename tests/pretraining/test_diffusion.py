@@ -83,7 +83,10 @@ def seen_through(backbone: Backbone, picture: Tensor, grain: Tensor, view: Tenso
 
 def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
     backbone = create_backbone("tiny")
-    module = DenoisingModule(backbone, 1, perception=0.5, naming=0.3, watched=0.5).eval()
+    questions = [backbone.encode_text(c) for c in (["left", "right"], ["one", "two", "three"])]
+    module = DenoisingModule(
+        backbone, 1, perception=0.5, naming=0.3, watched=0.5, asking=0.7, questions=questions
+    ).eval()
     batch = {k: v[:6] for k, v in batches(drop=0.3).fetch(np.arange(200), 0).items()}
     batch["time"] = torch.tensor([3, 250, 500, 700, 900, 999])
     batch["view"] = torch.tensor([3.0, 9.0, 50.0, 0.8])
@@ -93,7 +96,7 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
         clean = to_patches(batch["image"].float() / 255)
         noisy = module.denoiser.noised(clean, batch["noise"], batch["time"])
         guess = module.denoiser(noisy, batch["time"], batch["condition"])
-    total, away, apart = 0.0, [], []
+    total, away, apart, answers = 0.0, [], [], []
     captions = batch["told"].reshape(18, 128)
     for i in range(6):
         level = float(module.denoiser.alphas[batch["time"][i]])
@@ -107,11 +110,13 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
                 for picture in (made, batch["image"][i].float() / 255)
             )
             away.append(1 - float(found @ true))
-            p, q = ((backbone.logit_scale * captions @ e).softmax(0) for e in (true, found))
-            apart.append(float((p * (p / q).log()).sum()))
+            for texts, into in ((captions, apart), *((q, answers) for q in questions)):
+                p, q = ((backbone.logit_scale * texts @ e).softmax(0) for e in (true, found))
+                into.append(float((p * (p / q).log()).sum()))
     assert float(losses["pixels"]) == pytest.approx(total, rel=1e-4)
     assert float(losses["embeddings"]) == pytest.approx(0.5 * sum(away) / len(away), rel=1e-3)
     assert float(losses["names"]) == pytest.approx(0.3 * sum(apart) / len(apart), rel=1e-3)
+    assert float(losses["answers"]) == pytest.approx(0.7 * sum(answers) / len(answers), rel=1e-3)
     assert set(DenoisingModule(backbone, 1, perception=0, naming=0).loss(batch)) == {"pixels"}
 
 
@@ -177,7 +182,13 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     again = read_tensors(pretrain_diffusion(options, tmp_path, resume=True))[0]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert path.stat().st_size <= 12_000_000
-    load_denoiser(path)
+    later = options.model_copy(
+        update={"start": path, "train": train.model_copy(update={"epochs": 1, "lr": 1e-12})}
+    )
+    onward = pretrain_diffusion(later, tmp_path / "later")
+    assert not (tmp_path / "later" / "sketch").exists()
+    for name, tensor in read_tensors(onward)[0].items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=1e-2)
     assert (tmp_path / "samples.png").is_file()
     held = next(tmp_path.glob("embeddings-*.safetensors"))
     tensors = read_tensors(held)[0]

@@ -118,6 +118,8 @@ class MetaPrompts(nn.Module):
         for _ in range(self.options.inner_steps):
             with torch.enable_grad(), _twice_differentiable(again):
                 gradients = _gradients(classifier.loss(theta, batch), theta, again)
+                if self.options.inner_clip:
+                    gradients = _clipped(gradients, self.options.inner_clip)
                 if regulate and self.regulator.needs_general:
                     far = classifier.at(theta, lambda learner: self.regulator.distance(learner, batch))
                     situation = Situation(situation.features, _gradients(far, theta, again))
@@ -174,9 +176,7 @@ class MetaPrompts(nn.Module):
         self._follow()
         clipped: dict[str, Tensor] = {}
         for kind in ("learner.", "regulator."):
-            own = {n: g for n, g in gradients.items() if n.startswith(kind)}
-            norm = torch.stack([g.norm() for g in own.values()]).norm() if own else torch.ones(())
-            clipped |= {n: g * (_CLIP / norm.clamp(min=_CLIP)) for n, g in own.items()}
+            clipped |= _clipped({n: g for n, g in gradients.items() if n.startswith(kind)}, _CLIP)
         return clipped
 
     def _follow(self) -> None:
@@ -236,6 +236,12 @@ def _gradients(loss: Tensor, theta: Theta, again: bool) -> Theta:
     return {
         n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(theta.items(), found, strict=True)
     }
+
+
+def _clipped(gradients: Mapping[str, Tensor], most: float) -> Theta:
+    """Return gradients whose norm, all together, is at most ``most``."""
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm() if gradients else torch.ones(())
+    return {n: g * (most / norm.clamp(min=most)) for n, g in gradients.items()}
 
 
 @contextmanager

@@ -78,6 +78,9 @@ class MetaOptions(BaseModel):
     )
     inner_lr: float = Field(0.01, gt=0, description="alpha of the inner step")
     inner_steps: int = Field(1, ge=1, le=3)
+    inner_clip: float | None = Field(
+        None, gt=0, description="largest norm of an inner gradient, as train.grad_clip is of a learner's"
+    )
     second_order: bool = Field(False, description="differentiate through the inner gradient; small N only")
     support_weight: float = Field(
         0.0, ge=0, description="of the support's own loss in the outer one (lambda_s)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,10 +146,11 @@ class DenoisingModule(nn.Module):
 
     Beside the squared error of the clean picture, weighted by the signal-to-noise ratio within bounds (Hang et al.,
     "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, with Salimans & Ho's lower bound of one),
-    `tiny` itself compares: the embedding of the denoised picture with that of the true one, and how well the batch's
-    captions fit the one and the other, since a place or a pattern moves the embedding less than a colour and is as much
-    a part of what is seen. Pixels alone would teach the same, much later. `tiny` looks at both through the same crop,
-    blur and grain, or the network would learn patterns that deceive it and show nothing.
+    `tiny` itself compares: the embedding of the denoised picture with that of the true one, how well the batch's
+    captions fit the one and the other, and how each of several questions is answered, since a place or a pattern moves
+    the embedding less than a colour and is as much a part of what is seen. Pixels alone would teach the same, much
+    later. `tiny` looks at both through the same crop, blur and grain, or the network would learn patterns that deceive
+    it and show nothing.
 
     Args:
         backbone: `tiny`; stays frozen.
@@ -158,6 +159,8 @@ class DenoisingModule(nn.Module):
         naming: Weight of the comparison of fitting captions.
         watched: Share of each batch that they are compared on.
         decay: Of the running average.
+        asking: Weight of the comparison of answers.
+        questions: The answers to each, (C, d) unit vectors: "top left", "centre", ...
     """
 
     mean: Tensor
@@ -171,10 +174,13 @@ class DenoisingModule(nn.Module):
         watched: float = 0.5,
         decay: float = 0.998,
         naming: float = 0.0,
+        asking: float = 0.0,
+        questions: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(seed)
         self.perception, self.naming, self.watched, self.decay = perception, naming, watched, decay
+        self.asking, self.questions = asking, questions
         self._eyes = [backbone]  # in a list: no part of this module's parameters
         facts = backbone.fingerprint["preprocess"]
         for name in ("mean", "std"):
@@ -187,7 +193,7 @@ class DenoisingModule(nn.Module):
         self.average = {n: t.clone() for n, t in self.trainable_state().items()}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted squared error and, of what `tiny` sees, the distance and the divergence of captions.
+        """Return the weighted squared error and, of what `tiny` sees, the distance and the divergences.
 
         Args:
             batch: ``image`` (B, 3, 64, 64) uint8, ``condition`` (B, S, d), ``seen`` (B, d) embeddings of the pictures,
@@ -199,7 +205,7 @@ class DenoisingModule(nn.Module):
         weight = (level / (1 - level)).clamp(_LEAST, _MOST)
         losses = {"pixels": (weight * (guess - clean).square().mean((1, 2, 3))).mean()}
         count = int(self.watched * len(clean))
-        if count and (self.perception or self.naming):
+        if count and (self.perception or self.naming or self.asking):
             losses |= self._perceived(guess[:count], condition[:count], batch)
         return losses
 
@@ -210,16 +216,21 @@ class DenoisingModule(nn.Module):
         with torch.no_grad():
             seen = self._look(pictures, grain, batch["view"])
         found = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
-        captions = batch["told"].flatten(0, 1)
-        away = 1 - (found * seen).sum(-1)
-        wanted, got = (self._eyes[0].logit_scale * e @ captions.T for e in (seen, found))
-        apart = F.kl_div(got.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
         told = condition.abs().sum((1, 2)) > 0
         share = told / told.sum().clamp(min=1)
-        return {
-            "embeddings": self.perception * (away * share).sum(),
-            "names": self.naming * (apart.sum(-1) * share).sum(),
+        losses = {
+            "embeddings": self.perception * ((1 - (found * seen).sum(-1)) * share).sum(),
+            "names": self.naming * (self._apart(found, seen, batch["told"].flatten(0, 1)) * share).sum(),
         }
+        if self.asking and self.questions:
+            apart = torch.stack([self._apart(found, seen, answers) for answers in self.questions])
+            losses["answers"] = self.asking * (apart.mean(0) * share).sum()
+        return losses
+
+    def _apart(self, found: Tensor, seen: Tensor, texts: Tensor) -> Tensor:
+        """Return (B,) divergences of how (B, d) embeddings fit (C, d) texts from how others do."""
+        got, wanted = ((self._eyes[0].logit_scale * e @ texts.T).log_softmax(-1) for e in (found, seen))
+        return F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
 
     def _look(self, pictures: Tensor, grain: Tensor, view: Tensor) -> Tensor:
         """Return `tiny`'s embeddings of a crop, blurred and grained: a pattern that only deceives does not survive."""

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data.scenes.pairs import CaptionPairs
 from vlprompt.data.scenes.tasks import build
-from vlprompt.diffusion.denoiser import Denoiser
+from vlprompt.diffusion.denoiser import Denoiser, load_denoiser
 from vlprompt.files import read_tensors, write_atomic, write_json, write_tensors
 from vlprompt.pretraining import RECIPES
 from vlprompt.pretraining.corpus import render_all
@@ -29,6 +29,9 @@ __all__ = ["DiffusionOptions", "pretrain_diffusion"]
 
 #: Tasks that a run is watched on: does `tiny` name variations like their source?
 WATCHED = ("shape", "colour", "pattern", "count", "position", "background")
+
+#: Tasks whose classes are the answers that originals and denoised pictures are compared on.
+ASKED = ("kind", "glyph", "shape", "colour", "pattern", "size", "position", "count", "background")
 
 
 class DiffusionOptions(BaseModel):
@@ -44,6 +47,7 @@ class DiffusionOptions(BaseModel):
     worded: float = Field(0.2, ge=0, le=0.75, description="share conditioned on captions alone")
     perception: float = Field(0.5, ge=0, description="weight of the comparison of embeddings")
     naming: float = Field(0.05, ge=0, description="weight of the comparison of fitting captions")
+    asking: float = Field(0.0, ge=0, description="weight of the comparison of the tasks' answers")
     focus: float = Field(
         1.0, ge=1, description="how often there is hardly anything but noise; 1: as all times"
     )
@@ -52,6 +56,7 @@ class DiffusionOptions(BaseModel):
     watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
     steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
+    start: Path | None = Field(None, description="packed weights to go on from; then without a sketch first")
     sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
 
@@ -84,14 +89,25 @@ def pretrain_diffusion(
     batches = ConditionedBatches(
         images, seen, told, options.train.batch_size, options.train.seed, *told_of, options.focus
     )
+    answers = [backbone.class_weights(d.classnames, d.templates) for d in (build(t, "train") for t in ASKED)]
     module = DenoisingModule(
-        backbone, options.seed, options.perception, options.watched, options.decay, options.naming
+        backbone,
+        options.seed,
+        options.perception,
+        options.watched,
+        options.decay,
+        options.naming,
+        options.asking,
+        answers,
     )
     identity = options.model_dump(mode="json", exclude={"train", "sketch"})
-    sketches = SketchBatches(images, seen, told, options.sketch.batch_size, options.sketch.seed, *told_of)
-    Trainer(
-        SketchModule(module.denoiser), sketches, options.sketch, folder / "sketch", identity=identity
-    ).run(resume)
+    if options.start:
+        module.denoiser.load_state_dict(load_denoiser(options.start).state_dict())
+    else:
+        sketches = SketchBatches(images, seen, told, options.sketch.batch_size, options.sketch.seed, *told_of)
+        Trainer(
+            SketchModule(module.denoiser), sketches, options.sketch, folder / "sketch", identity=identity
+        ).run(resume)
     module.restart_average()
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
     ship = _Ship(module, folder)
