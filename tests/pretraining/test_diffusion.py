@@ -182,13 +182,19 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     again = read_tensors(pretrain_diffusion(options, tmp_path, resume=True))[0]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert path.stat().st_size <= 12_000_000
-    later = options.model_copy(
-        update={"start": path, "train": train.model_copy(update={"epochs": 1, "lr": 1e-12})}
-    )
-    onward = pretrain_diffusion(later, tmp_path / "later")
-    assert not (tmp_path / "later" / "sketch").exists()
-    for name, tensor in read_tensors(onward)[0].items():
-        torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=1e-2)
+    further = train.model_copy(update={"epochs": 1})
+    later = options.model_copy(update={"start": path, "train": further})
+    mixed = {}
+    for keep in (0.0, 0.5, 1.0):
+        onward = pretrain_diffusion(later.model_copy(update={"keep": keep}), tmp_path / f"keep {keep}")
+        assert not (tmp_path / f"keep {keep}" / "sketch").exists()
+        mixed[keep] = {name: tensor.float() for name, tensor in read_tensors(onward)[0].items()}
+    assert all(torch.equal(tensor, whole[name].float()) for name, tensor in mixed[1.0].items())
+    assert any(not torch.equal(tensor, mixed[0.0][name]) for name, tensor in mixed[1.0].items())
+    for name, tensor in mixed[0.5].items():
+        torch.testing.assert_close(
+            tensor, (mixed[0.0][name] + whole[name].float()) / 2, atol=1e-5, rtol=2e-3
+        )
     assert (tmp_path / "samples.png").is_file()
     held = next(tmp_path.glob("embeddings-*.safetensors"))
     tensors = read_tensors(held)[0]

@@ -57,6 +57,9 @@ class DiffusionOptions(BaseModel):
     steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     start: Path | None = Field(None, description="packed weights to go on from; then without a sketch first")
+    keep: float = Field(
+        0.0, ge=0, le=1, description="share of the starting weights in those that are packed"
+    )
     sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
 
@@ -101,8 +104,10 @@ def pretrain_diffusion(
         answers,
     )
     identity = options.model_dump(mode="json", exclude={"train", "sketch"})
+    before: dict[str, Tensor] = {}
     if options.start:
-        module.denoiser.load_state_dict(load_denoiser(options.start).state_dict())
+        before = load_denoiser(options.start).state_dict()
+        module.denoiser.load_state_dict(before)
     else:
         sketches = SketchBatches(images, seen, told, options.sketch.batch_size, options.sketch.seed, *told_of)
         Trainer(
@@ -110,7 +115,7 @@ def pretrain_diffusion(
         ).run(resume)
     module.restart_average()
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
-    ship = _Ship(module, folder)
+    ship = _Ship(module, folder, before, options.keep)
     Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
     return ship.path
 
@@ -179,10 +184,16 @@ class _Watch:
 
 
 class _Ship(Callback):
-    """Keeps the running average, and writes the packed weights and the history after every epoch."""
+    """Keeps the running average, and writes the packed weights and the history after every epoch.
 
-    def __init__(self, module: DenoisingModule, folder: Path) -> None:
+    Weights that went on from others are packed mixed with those: what the first training was good at and the second
+    did not ask for, such as styles it never saw, mostly stays (Wortsman et al., "Robust fine-tuning of zero-shot models",
+    CVPR 2022, section 3).
+    """
+
+    def __init__(self, module: DenoisingModule, folder: Path, before: dict[str, Tensor], keep: float) -> None:
         self.module, self.folder, self.path = module, folder, folder / "tiny_diffusion.safetensors"
+        self.before, self.keep = before, keep
 
     def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """Move the running average."""
@@ -191,7 +202,10 @@ class _Ship(Callback):
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         write_json(self.folder / "history.json", trainer.progress.history)
-        packed = {name: tensor.half() for name, tensor in self.module.average.items()}
+        packed = {
+            name: tensor.lerp(self.before.get(name, tensor), self.keep).half()
+            for name, tensor in self.module.average.items()
+        }
         write_tensors(self.path, packed, {"history": trainer.progress.history})
         print(
             " ".join(f"{k} {v:.4g}" for k, v in record.items()),
