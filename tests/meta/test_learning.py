@@ -64,7 +64,9 @@ def test_without_a_regulator_it_is_first_order_maml(
     total = torch.stack(list(module.loss({"episodes": episodes}).values())).sum()
     (found,) = torch.autograd.grad(total, module.learner.context)
     own = module.learner.context
-    expected = torch.stack([_maml(backbone, own, e, 0.5, steps, longest or torch.inf) for e in episodes]).mean(0)
+    expected = torch.stack(
+        [_maml(backbone, own, e, 0.5, steps, longest or torch.inf) for e in episodes]
+    ).mean(0)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
 
 

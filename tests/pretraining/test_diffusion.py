@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprompt import create_backbone
 from vlprompt.backbones import Backbone
-from vlprompt.diffusion.denoiser import Denoiser, from_patches, load_denoiser, to_patches
+from vlprompt.diffusion.denoiser import Denoiser, from_patches, to_patches
 from vlprompt.files import read_tensors
 from vlprompt.pretraining.denoising import (
     ConditionedBatches,
@@ -192,9 +192,7 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, whole[name].float()) for name, tensor in mixed[1.0].items())
     assert any(not torch.equal(tensor, mixed[0.0][name]) for name, tensor in mixed[1.0].items())
     for name, tensor in mixed[0.5].items():
-        torch.testing.assert_close(
-            tensor, (mixed[0.0][name] + whole[name].float()) / 2, atol=1e-5, rtol=2e-3
-        )
+        torch.testing.assert_close(tensor, (mixed[0.0][name] + whole[name].float()) / 2, atol=1e-5, rtol=2e-3)
     assert (tmp_path / "samples.png").is_file()
     held = next(tmp_path.glob("embeddings-*.safetensors"))
     tensors = read_tensors(held)[0]

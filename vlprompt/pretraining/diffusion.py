@@ -57,9 +57,7 @@ class DiffusionOptions(BaseModel):
     steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     start: Path | None = Field(None, description="packed weights to go on from; then without a sketch first")
-    keep: float = Field(
-        0.0, ge=0, le=1, description="share of the starting weights in those that are packed"
-    )
+    keep: float = Field(0.0, ge=0, le=1, description="share of the starting weights in those that are packed")
     sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
 
@@ -187,8 +185,8 @@ class _Ship(Callback):
     """Keeps the running average, and writes the packed weights and the history after every epoch.
 
     Weights that went on from others are packed mixed with those: what the first training was good at and the second
-    did not ask for, such as styles it never saw, mostly stays (Wortsman et al., "Robust fine-tuning of zero-shot models",
-    CVPR 2022, section 3).
+    did not ask for, such as styles it never saw, mostly stays (Wortsman et al., "Robust fine-tuning of zero-shot
+    models", CVPR 2022, section 3).
     """
 
     def __init__(self, module: DenoisingModule, folder: Path, before: dict[str, Tensor], keep: float) -> None:
