@@ -69,7 +69,6 @@ class ConditionedBatches:
         return {
             "image": self._pictures(indices),
             "condition": condition,
-            "seen": self.seen[rows],
             "told": self.told[rows],
             "view": _view(rng),
             "time": torch.from_numpy((1000 * (1 - rng.random(count) ** self.focus)).astype(np.int64)),
@@ -196,8 +195,9 @@ class DenoisingModule(nn.Module):
         """Return the weighted squared error and, of what `tiny` sees, the distance and the divergences.
 
         Args:
-            batch: ``image`` (B, 3, 64, 64) uint8, ``condition`` (B, S, d), ``seen`` (B, d) embeddings of the pictures,
-                ``told`` (B, K, d) of their captions, ``time`` (B,), ``noise`` (B, 48, 16, 16).
+            batch: ``image`` (B, 3, 64, 64) uint8, ``condition`` (B, S, d), ``told`` (B, K, d) embeddings of captions,
+                ``view`` (4,) left, top and side of a crop and the width of a blur, ``time`` (B,), ``noise``
+                (B, 48, 16, 16).
         """
         clean, time, condition = to_patches(batch["image"].float() / 255), batch["time"], batch["condition"]
         guess = self.denoiser(self.denoiser.noised(clean, batch["noise"], time), time, condition)

@@ -90,7 +90,8 @@ def pretrain_diffusion(
     batches = ConditionedBatches(
         images, seen, told, options.train.batch_size, options.train.seed, *told_of, options.focus
     )
-    answers = [backbone.class_weights(d.classnames, d.templates) for d in (build(t, "train") for t in ASKED)]
+    asked = [build(task, "train") for task in ASKED] if options.asking else []
+    answers = [backbone.class_weights(data.classnames, data.templates) for data in asked]
     module = DenoisingModule(
         backbone,
         options.seed,
