@@ -59,6 +59,11 @@ def strange(tmp_path: Path) -> Path:
     grey.save(
         root / "animated.gif", save_all=True, append_images=[Image.new("L", (20, 20), g) for g in (9, 99)]
     )
+    frames = io.BytesIO()
+    noise = np.random.default_rng(1).integers(0, 255, (3, 20, 30, 3)).astype(np.uint8)
+    first, *others = map(Image.fromarray, noise)
+    first.save(frames, "GIF", save_all=True, append_images=others)
+    (root / "cut.gif").write_bytes(frames.getvalue()[: len(frames.getvalue()) * 3 // 4])
     Image.new("CMYK", (20, 20), (0, 200, 0, 0)).save(root / "cmyk.jpg")
     Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(root / "deep.png")
     whole = io.BytesIO()
@@ -122,7 +127,7 @@ def test_a_data_set_and_a_real_detector(backbone: Backbone) -> None:
 def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Path, tmp_path: Path) -> None:
     found = scan_folder(strange, corner, tmp_path / "out", batch_size=3)
     rows = {r["image"]: r for r in json.loads((tmp_path / "out" / "report.json").read_text())}
-    assert found.total == len(rows) == 11
+    assert found.total == len(rows) == 12
     for name, reason in {
         "bomb.png": "decompression bomb",
         "truncated.png": "truncated",
@@ -137,11 +142,12 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
         assert rows[name]["score"] is None
     assert found.unreadable == 7
     assert rows["animated.gif"]["note"] == "animated: only the first of 3 frames was looked at"
+    assert rows["cut.gif"]["note"].startswith("animated, but not all frames can be read")
     assert rows["cmyk.jpg"]["note"] == "converted to 8-bit RGB from CMYK"
     assert rows["deep.png"]["note"].startswith("converted to 8-bit RGB from I")
     assert rows["fine.png"]["note"] == ""
     cleaned = (tmp_path / "out" / "cleaned.txt").read_text().splitlines()
-    assert set(cleaned) <= {"animated.gif", "cmyk.jpg", "deep.png", "fine.png"}
+    assert set(cleaned) <= {"animated.gif", "cut.gif", "cmyk.jpg", "deep.png", "fine.png"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "decompression bomb" in page
 

@@ -11,8 +11,9 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ __all__ = [
     "drop_bad",
     "pixel_key",
     "read_image",
+    "read_with_note",
     "to_rgb",
     "verify",
 ]
@@ -65,7 +67,21 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         DataError: If the file is missing, truncated, too large, a thread of pixels or no picture; names the file and
             the reason.
     """
-    return _decode(Path(path), Path(path), max_pixels, quick=False)
+    return read_with_note(path, max_pixels)[0]
+
+
+def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+    """Decode a picture file as :func:`read_image` does, and say what the decoded pixels don't show.
+
+    Returns:
+        The picture, and a note of further frames, other colours or more depth; empty if there is none of that.
+
+    Raises:
+        DataError: As :func:`read_image` does.
+    """
+    with _opened(Path(path), Path(path), max_pixels) as image:
+        mode = image.mode
+        return _upright(image), "; ".join(filter(None, (_frames_note(image), _mode_note(mode))))
 
 
 @dataclass(frozen=True)
@@ -211,7 +227,8 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = F
     Raises:
         UndecodableError: If they are no picture; names ``name`` and the reason.
     """
-    return _decode(io.BytesIO(data), Path(name), max_pixels, quick=quick)
+    with _opened(io.BytesIO(data), Path(name), max_pixels) as image:
+        return _walked(image) if quick else _upright(image)
 
 
 def _verdict(path: Path, max_pixels: int) -> str:
@@ -222,7 +239,8 @@ def _verdict(path: Path, max_pixels: int) -> str:
         return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
     if stat not in _verdicts:
         try:
-            _decode(path, path, max_pixels, quick=True)
+            with _opened(path, path, max_pixels) as image:
+                _walked(image)
             _verdicts[stat] = ""
         except UndecodableError as error:
             _verdicts[stat] = error.reason
@@ -237,9 +255,11 @@ class UndecodableError(DataError):
         super().__init__(f"can't read the picture {path}: {reason}.")
 
 
-def _decode(opened: Path | io.BytesIO, path: Path, max_pixels: int, *, quick: bool) -> Image.Image:
+@contextmanager
+def _opened(source: Path | io.BytesIO, path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a picture whose header is harmless; whatever fails until it is closed becomes one sentence with its name."""
     try:
-        with Image.open(opened) as image:
+        with Image.open(source) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UndecodableError(
@@ -247,18 +267,37 @@ def _decode(opened: Path | io.BytesIO, path: Path, max_pixels: int, *, quick: bo
                 )
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise UndecodableError(path, f"its sides are too unequal: {width} x {height} pixels")
-            if quick:
-                image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-                image.load()
-                return image
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except UndecodableError:
         raise
     except (
         Exception
     ) as error:  # decoders throw OSError, SyntaxError, struct.error, zlib.error, ... at damaged bytes
         raise UndecodableError(path, _reason(path, error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _walked(image: Image.Image) -> Image.Image:
+    """Decode at an eighth of the size, where the format can: damage shows all the same."""
+    image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+    image.load()
+    return image
+
+
+def _frames_note(image: Image.Image) -> str:
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except Exception:  # counting walks the frames; the first one, which was asked for, is whole
+        return "animated, but not all frames can be read: only the first was looked at"
+    return f"animated: only the first of {frames} frames was looked at" if frames > 1 else ""
+
+
+def _mode_note(mode: str) -> str:
+    return f"converted to 8-bit RGB from {mode}" if mode == "CMYK" or mode.startswith(("I", "F")) else ""
 
 
 def _reason(path: Path, error: Exception) -> str:

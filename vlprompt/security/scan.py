@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.data import ImageDataset
-from vlprompt.data.images import read_image, to_rgb
+from vlprompt.data.images import read_with_note, to_rgb
 from vlprompt.data.listing import list_pictures
 from vlprompt.errors import DataError
 from vlprompt.judgement import Judgement
@@ -189,9 +189,10 @@ def make_rows(
 def file_entry(path: Path, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
     """Decode one file; whatever is wrong with it becomes a note."""
     try:
-        return Opened(name, preprocess(read_image(path)), _oddities(path))
+        image, note = read_with_note(path)
     except DataError as error:
         return Opened(name, None, str(error))
+    return Opened(name, preprocess(image), note)
 
 
 def line_of(row: Row) -> str:
@@ -205,16 +206,6 @@ def line_of(row: Row) -> str:
     )
     note = f" ({row['note']})" if row["note"] else ""
     return f"{row['image']}: {row['verdict']}{what}, score {row['score']:.3f}{note}"
-
-
-def _oddities(path: Path) -> str:
-    """Say what a picture holds that the judged pixels don't show: further frames, other colours, more depth."""
-    with Image.open(path) as image:
-        frames, mode = getattr(image, "n_frames", 1), image.mode
-    notes = [f"animated: only the first of {frames} frames was looked at"] if frames > 1 else []
-    if mode == "CMYK" or mode.startswith(("I", "F")):
-        notes.append(f"converted to 8-bit RGB from {mode}")
-    return "; ".join(notes)
 
 
 def _scan_set(
