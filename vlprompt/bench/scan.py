@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,23 +21,27 @@ from vlprompt.seeding import numpy_rng
 
 __all__ = ["bench_scan"]
 
+Seconds = tuple[float, float]  # by the clock, and of all threads
+
 
 @BENCHMARKS.register("scan", summary="scanning files for triggers, against the image tower alone")
 def bench_scan(
-    *, backbone: str = "ViT-B-16", pictures: int = 64, batch: int = 16, workers: int = 2, repeats: int = 3
+    *, backbone: str = "ViT-B-16", pictures: int = 64, batch: int = 16, workers: int = 2, repeats: int = 5
 ) -> dict[str, Any]:
     """Compare pictures per second; decoding, preprocessing, judging and the table are part of scanning.
 
-    The tower gets the same pictures, decoded and preprocessed beforehand. ``ratio`` is of processor time (all threads),
-    ``wall_ratio`` of the clock; both are at most 1 but for noise, since scanning runs the same tower. The sentences of
-    triggers and objects are encoded before the clock starts: once per scan, however many pictures there are.
+    The tower gets the same pictures, decoded and preprocessed beforehand. ``ratio`` is of processor time (all
+    threads), ``wall_ratio`` of the clock; both are at most 1 but for noise, since scanning runs the same tower. Each is
+    the median over pairs of runs, now the tower first and now the scan, so that a machine whose speed drifts takes as
+    much as it gives. The sentences of triggers and objects are encoded before the clock starts: once per scan, however
+    many pictures there are.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
         pictures: Files that are scanned; JPEG, as large as the tower's input.
         batch: Pictures per pass.
         workers: Threads that decode.
-        repeats: Counted runs of each, taken in turn; the fastest counts.
+        repeats: Counted pairs of runs.
     """
     tower = create_backbone(backbone)
     detector = create_learner("dbom", tower, [f"object {i}" for i in range(10)]).eval()
@@ -51,23 +57,36 @@ def bench_scan(
         def run_scan() -> None:
             scan(folder, detector, batch_size=batch, workers=workers)
 
-        times: dict[str, list[tuple[float, float]]] = {"tower": [], "scan": []}
-        run_tower()
-        run_scan()
-        for _ in range(max(1, repeats)):
-            for name, work in (("tower", run_tower), ("scan", run_scan)):
-                started, cpu = time.perf_counter(), time.process_time()
-                work()
-                times[name].append((time.perf_counter() - started, time.process_time() - cpu))
-    best = {name: tuple(min(t[i] for t in found) for i in range(2)) for name, found in times.items()}
+        work = {"tower": run_tower, "scan": run_scan}
+        for run in work.values():
+            run()
+        found: dict[str, list[Seconds]] = {name: [] for name in work}
+        for repeat in range(max(1, repeats)):
+            for name in (*work,) if repeat % 2 == 0 else reversed(work):
+                found[name].append(_timed(work[name]))
+    return {**_settings(tower, pictures, batch, workers), **_figures(pictures, found["tower"], found["scan"])}
+
+
+def _timed(work: Callable[[], object]) -> Seconds:
+    started, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - started, time.process_time() - cpu
+
+
+def _figures(pictures: int, tower: list[Seconds], scanning: list[Seconds]) -> dict[str, Any]:
+    """Return medians, and the ratio of every pair of runs."""
+    wall, cpu = ([t[k] / s[k] for t, s in zip(tower, scanning, strict=True)] for k in range(2))
+    rate = {
+        name: pictures / median(t[0] for t in found) for name, found in (("tower", tower), ("scan", scanning))
+    }
     return {
-        **_settings(tower, pictures, batch, workers),
-        "tower_per_s": pictures / best["tower"][0],
-        "scan_per_s": pictures / best["scan"][0],
-        "tower_cpu_ms": 1000 * best["tower"][1] / pictures,
-        "scan_cpu_ms": 1000 * best["scan"][1] / pictures,
-        "ratio": best["tower"][1] / best["scan"][1],
-        "wall_ratio": best["tower"][0] / best["scan"][0],
+        "tower_per_s": rate["tower"],
+        "scan_per_s": rate["scan"],
+        "tower_cpu_ms": 1000 * median(t[1] for t in tower) / pictures,
+        "scan_cpu_ms": 1000 * median(t[1] for t in scanning) / pictures,
+        "ratio": median(cpu),
+        "wall_ratio": median(wall),
+        "ratios": [round(r, 3) for r in cpu],
     }
 
 
