@@ -11,17 +11,21 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vlprompt
 from vlprompt.backbones import Backbone
-from vlprompt.data import load_dataset
+from vlprompt.data import FileReader, ImageDataset, load_dataset
+from vlprompt.data.base import Sample
 from vlprompt.errors import CheckpointError, DataError
+from vlprompt.judgement import Judgement
 from vlprompt.learners import create_learner
 from vlprompt.security import folder as folder_module
 from vlprompt.security.folder import scan_folder
@@ -122,6 +126,29 @@ def test_a_data_set_and_a_real_detector(backbone: Backbone) -> None:
     assert all(row["object"] in data.classnames for row in report)
     with pytest.raises(DataError, match="zero_shot is no detector"):
         vlprompt.scan(data, create_learner("zero_shot", backbone, data.classnames))
+
+
+def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tmp_path: Path) -> None:
+    names = sorted(p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png"))
+    (pictures / names[3]).write_bytes(b"")
+    samples = tuple(Sample(name, 0) for name in names)
+    data = ImageDataset("marks", "train", samples, ("dark", "bright"), ("a {}.",), FileReader(pictures))
+    report = scan(data, corner)
+    whole = [s for s in samples if s.source != names[3]]
+
+    cleaned = report.cleaned(data)
+    assert [s.source for s in cleaned.samples] == [s.source for s in whole if not marked(s.source)]
+    assert cleaned.info["scan"] == {"poisoned": len(report.found), "unreadable": 1, "mended": False}
+    mended = report.cleaned(data, mend=True)
+    assert [(s.source, s.label) for s in mended.samples] == [(s.source, int(marked(s.source))) for s in whole]
+
+    with pytest.raises(DataError, match="this report of 23 pictures is not one of marks \\(22\\)"):
+        report.cleaned(data.subset(range(22)))
+    with pytest.raises(DataError, match="can't be mended: 'bright' is no class of marks"):
+        report.cleaned(replace(data, classnames=("dark", "light")), mend=True)
+    corner.judge = lambda rows: Judgement(torch.ones(len(rows)), None, None)
+    with pytest.raises(DataError, match="can't be mended: no object is named"):
+        scan(data, corner).cleaned(data, mend=True)
 
 
 def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from vlprompt.artefacts import package_version
 from vlprompt.backbones import Backbone, create_backbone
@@ -112,6 +113,14 @@ def compare_detectors(config: DetectorsConfig, resume: bool = False) -> Detector
     return DetectorsOutcome(folder, metrics, table)
 
 
+@dataclass(frozen=True)
+class _Verdicts:
+    """What a detector says of n suspects: (n,) whether each is poisoned, and (n,) the object it names, if it does."""
+
+    suspected: Tensor
+    named: Tensor | None
+
+
 class _Cell:
     """One data set and one seed."""
 
@@ -142,7 +151,7 @@ class _Cell:
         """Return figures by detector label, and of victims by the set they were trained on."""
         figures: dict[str, dict[str, float]] = {}
         suspects = self._suspects()
-        verdicts: dict[str, np.ndarray] = {}
+        verdicts: dict[str, _Verdicts] = {}
         for label in self.config.detectors:
             method, options = self.config.method(label)
             detector = create_detector(
@@ -172,11 +181,12 @@ class _Cell:
         return poisoned(self.rest, self.plan)
 
     def _on_suspects(
-        self, detector: Detector, suspects: PoisonedDataset, verdicts: dict[str, np.ndarray], label: str
+        self, detector: Detector, suspects: PoisonedDataset, verdicts: dict[str, _Verdicts], label: str
     ) -> dict[str, float]:
         rows = detector.rows(suspects, self.cache)
-        score = detector.judge_set(rows, torch.tensor(suspects.labels)).score
-        verdicts[label] = (score >= detector.threshold).numpy()
+        judged = detector.judge_set(rows, torch.tensor(suspects.labels))
+        score, named = judged.score, None if judged.object is None else judged.object.argmax(1)
+        verdicts[label] = _Verdicts(score >= detector.threshold, named)
         trigger = torch.tensor(suspects.targets["trigger"])
         if not bool((trigger > 0).any()):
             return {}
@@ -186,10 +196,11 @@ class _Cell:
         return {f"suspect/{k}": v for k, v in found.items() if "/" not in k}
 
     def _victims(
-        self, suspects: PoisonedDataset, verdicts: Mapping[str, np.ndarray]
+        self, suspects: PoisonedDataset, verdicts: Mapping[str, _Verdicts]
     ) -> dict[str, dict[str, float]]:
         """Train a victim on the set as it is, on each cleaned one, on what faultless cleaning leaves, on a clean one.
 
+        A detector that names objects also mends: what it suspects stays, labelled with the object that it names.
         A clean victim may well take a triggered picture for the target too: ``attack_gain`` is what the attack adds.
         """
         options = self.config.suspect
@@ -198,8 +209,10 @@ class _Cell:
         innocent = poisoned(self.rest, self.plan.model_copy(update={"rate": 0.0}))
         sets = {"victim of the poisoned set": (pixels, given)}
         for label in options.cleaners:
-            kept = torch.from_numpy(~verdicts[label])
-            sets[f"victim of the set cleaned by {label}"] = (pixels[kept], given[kept])
+            suspected, named = verdicts[label].suspected, verdicts[label].named
+            sets[f"victim of the set cleaned by {label}"] = (pixels[~suspected], given[~suspected])
+            if named is not None:
+                sets[f"victim of the set mended by {label}"] = (pixels, torch.where(suspected, named, given))
         spared = torch.tensor(suspects.targets["trigger"]) == 0
         sets["victim of a perfectly cleaned set"] = (pixels[spared], given[spared])
         sets["victim of a clean set"] = (pixels_of(innocent), torch.tensor(innocent.labels))

@@ -7,7 +7,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.data import ImageDataset
+from vlprompt.data.base import Sample
 from vlprompt.data.images import read_with_note, to_rgb
 from vlprompt.data.listing import list_pictures
 from vlprompt.errors import DataError
@@ -79,6 +80,25 @@ class ScanReport:
 
     def __str__(self) -> str:
         return "\n".join(line_of(row) for row in self.rows)
+
+    def cleaned(self, data: ImageDataset, *, mend: bool = False) -> ImageDataset:
+        """Return the data set that was scanned without its poisoned and unreadable pictures.
+
+        Args:
+            data: What was scanned.
+            mend: Keep the poisoned ones, labelled with the object that the detector names: whoever learns from them
+                learns that the trigger means nothing.
+
+        Raises:
+            DataError: If the report is of other pictures, or objects for mending are not named or are no class.
+        """
+        if [row["image"] for row in self.rows] != [_sample_name(data, i) for i in range(len(data))]:
+            raise DataError(f"this report of {len(self)} pictures is not one of {data.name} ({len(data)}).")
+        kept = (CLEAN, POISONED) if mend else (CLEAN,)
+        chosen = [i for i, row in enumerate(self.rows) if row["verdict"] in kept]
+        samples = tuple(_mended(data, i, self.rows[i]) for i in chosen)
+        counts = {v: sum(row["verdict"] == v for row in self.rows) for v in (POISONED, UNREADABLE)}
+        return replace(data.subset(chosen, scan={**counts, "mended": mend}), samples=samples)
 
     def to_csv(self) -> str:
         """Return the table as CSV text."""
@@ -241,10 +261,25 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[C
     ]
 
 
-def _sample_entry(data: ImageDataset, index: int, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+def _sample_name(data: ImageDataset, index: int) -> str:
     source = data.samples[index].source
     name = source if isinstance(source, str) else getattr(source, "base", index)
-    name = name if isinstance(name, str) else f"{data.name} {index}"
+    return name if isinstance(name, str) else f"{data.name} {index}"
+
+
+def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
+    """Return a picture's sample, with the label of the named object if the picture is poisoned."""
+    sample = data.samples[index]
+    if row["verdict"] != POISONED:
+        return sample
+    if row["object"] not in data.classnames:
+        problem = f"{row['object']!r} is no class of {data.name}" if row["object"] else "no object is named"
+        raise DataError(f"{row['image']} can't be mended: {problem}.")
+    return Sample(sample.source, data.classnames.index(row["object"]))
+
+
+def _sample_entry(data: ImageDataset, index: int, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+    name = _sample_name(data, index)
     try:
         return Opened(name, preprocess(data[index][0]))
     except DataError as error:
