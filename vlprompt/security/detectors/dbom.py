@@ -19,7 +19,7 @@ from vlprompt.training.fit import fit
 __all__ = ["DBOMDetector"]
 
 TRAINING: dict[str, Any] = {
-    "epochs": 40, "batch_size": 256, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.05, "schedule": "cosine",
+    "epochs": 40, "batch_size": 256, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.5, "schedule": "cosine",
 }  # fmt: skip
 
 
