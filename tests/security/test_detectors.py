@@ -122,7 +122,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "detectors": {"zero_shot": {}, "narrow": {"name": "activation_clustering", "components": 3}},
         "pairs": {"triggers": ["clean", "blended", "sig"]},
         "variants": {"one trigger": {"triggers": ["clean", "sig"], "unseen": 0.0}},
-        "suspect": {"epochs": 1, "cleaners": ["narrow"], "rate": 0.2},
+        "suspect": {"epochs": 1, "cleaners": ["narrow", "zero_shot"], "rate": 0.2},
     }
 
 
@@ -131,13 +131,21 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     outcome = compare_detectors(DetectorsConfig(**config))
     assert {"digits/zero_shot/auroc/seen", "digits/narrow/suspect/auroc"} <= set(outcome.metrics)
     victims = [k for k in outcome.metrics if k.endswith("/attack_success")]
-    assert len(victims) == 4  # poisoned, cleaned, perfectly cleaned, clean
+    assert (
+        len(victims) == 6
+    )  # poisoned, cleaned by either, mended by the one that names objects, perfectly cleaned, clean
     assert "digits/zero_shot, one trigger/auroc/sig" in outcome.metrics
     assert "digits/zero_shot, one trigger/auroc/blended" not in outcome.metrics
     assert "digits/narrow, one trigger/auroc/sig" not in outcome.metrics, "only the first detector is varied"
     assert "| zero_shot, one trigger |" in outcome.table
     assert "| zero_shot |" in outcome.table
     assert "victim of the set cleaned by narrow" in outcome.table
+    assert "victim of the set mended by narrow" not in outcome.table, "clusters name no object"
+    sizes = [
+        outcome.metrics[f"digits/victim of {v}/pictures"]
+        for v in ("the set mended by zero_shot", "a clean set")
+    ]
+    assert sizes[0] == sizes[1], "mending loses no picture"
     path = next((outcome.folder / "cells").iterdir())
     cell = json.loads(path.read_text())
     cell["zero_shot"]["auroc/seen"] = 0.125
