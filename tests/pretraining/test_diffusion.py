@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from vlprompt import create_backbone
@@ -198,3 +199,10 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     tensors = read_tensors(held)[0]
     assert (tensors["seen"].shape, tensors["told"].shape) == ((8, 128), (8, 2, 128))
     torch.testing.assert_close(tensors["told"].norm(dim=-1), torch.ones(8, 2))
+
+
+def test_nothing_can_be_kept_of_no_start() -> None:
+    with pytest.raises(
+        ValidationError, match="keeps a share of the weights that start names; there is no start"
+    ):
+        DiffusionOptions(keep=0.5)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -60,6 +60,13 @@ class DiffusionOptions(BaseModel):
     keep: float = Field(0.0, ge=0, le=1, description="share of the starting weights in those that are packed")
     sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
+
+    @field_validator("keep")
+    @classmethod
+    def _of_something(cls, value: float, info: ValidationInfo) -> float:
+        if value and not info.data.get("start"):
+            raise ValueError("keeps a share of the weights that start names; there is no start")
+        return value
 
 
 @RECIPES.register(
