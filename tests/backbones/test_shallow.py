@@ -1,8 +1,8 @@
-"""Statistics of the first convolution against sums written out, on every kind of tower."""
+"""Statistics of pixels and of the first convolution against sums written out, on every kind of tower."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.shallow import embed_with_statistics, map_statistics, statistics_width
 
 
-def by_hand(channel: Tensor) -> list[float]:
-    """Seventeen numbers of one (h, w) channel, by loops."""
+def by_hand(channel: Tensor, ranks: Sequence[float], bends: bool) -> list[float]:
+    """All numbers of one (h, w) channel, by loops."""
     rows, columns = channel.shape
     x = channel.double().tolist()
     flat = [v for row in x for v in row]
@@ -27,24 +27,41 @@ def by_hand(channel: Tensor) -> list[float]:
     ]
     spread = (sum((v - mean) ** 2 for v in flat) / (len(flat) - 1)) ** 0.5
     means = [sum(d) / len(d) for d in (across, down, diagonal)]
-    quantiles = [
-        sorted(d)[round(q * (len(d) - 1))] for d in (across, down, diagonal) for q in (0.1, 0.5, 0.9)
-    ]
+    ranked = [across, down, diagonal]
+    if bends:
+        ranked.append([abs(r[j + 2] - 2 * r[j + 1] + r[j]) for r in x for j in range(columns - 2)])
+        ranked.append(
+            [abs(x[i + 2][j] - 2 * x[i + 1][j] + x[i][j]) for i in range(rows - 2) for j in range(columns)]
+        )
+    quantiles = [sorted(d)[round(q * (len(d) - 1))] for d in ranked for q in ranks]
     return [mean, max(flat), min(flat), spread, *means, max(diagonal), *quantiles]
 
 
-def test_statistics_are_what_they_say() -> None:
+@pytest.mark.parametrize(("ranks", "bends"), [((0.1, 0.5, 0.9), False), ((0.0, 0.25, 0.6, 1.0), True)])
+def test_statistics_are_what_they_say(ranks: tuple[float, ...], bends: bool) -> None:
     features = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = map_statistics(features).unflatten(1, (17, 3))
+    count = 8 + (5 if bends else 3) * len(ranks)
+    found = map_statistics(features, ranks, bends=bends).unflatten(1, (count, 3))
     for b in range(2):
         for c in range(3):
-            assert found[b, :, c].tolist() == pytest.approx(by_hand(features[b, c]), rel=1e-5, abs=1e-6)
+            expected = by_hand(features[b, c], ranks, bends)
+            assert found[b, :, c].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_a_map_without_neighbours_has_no_steps() -> None:
-    found = map_statistics(torch.randn(2, 3, 1, 1)).unflatten(1, (17, 3))
-    assert torch.equal(found[:, 4:], torch.zeros(2, 13, 3))
+@pytest.mark.parametrize("bends", [False, True])
+def test_a_map_without_neighbours_has_no_steps(bends: bool) -> None:
+    count = 23 if bends else 17
+    found = map_statistics(torch.randn(2, 3, 1, 1), bends=bends).unflatten(1, (count, 3))
+    assert torch.equal(found[:, 4:], torch.zeros(2, count - 4, 3))
     assert bool(found.isfinite().all())
+
+
+def test_quantiles_of_a_large_map_are_of_rows_all_over_it() -> None:
+    rng = torch.Generator().manual_seed(0)
+    large = torch.randn(1, 1, 300, 40, generator=rng) * torch.linspace(0.1, 2, 300)[:, None]
+    found = map_statistics(large)[0, 8:]
+    exact = torch.cat([map_statistics(large[:, :, i::4])[0, 8:11] for i in range(4)]).view(4, 3).mean(0)
+    torch.testing.assert_close(found[:3], exact, rtol=0.1, atol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +82,11 @@ def test_one_pass_gives_the_embedding_and_the_statistics(
     rows = embed_with_statistics(backbone, images)
     torch.testing.assert_close(rows[:, : backbone.dim], backbone.image_embeddings(images))
     assert rows.shape[1] == backbone.dim + statistics_width(backbone)
-    torch.testing.assert_close(rows[:, backbone.dim :], map_statistics(first(images)).detach())
+    pixels = map_statistics(images, (0.1, 0.25, 0.5, 0.75, 0.9, 0.97), bends=True)
+    expected = torch.cat([map_statistics(first(images)).detach(), pixels], dim=1)
+    torch.testing.assert_close(rows[:, backbone.dim :], expected)
     assert not first._forward_hooks, "nothing is left hanging on the tower"
 
 
 def test_tiny_looks_at_its_stem() -> None:
-    assert statistics_width(create_backbone("tiny")) == 17 * 32
+    assert statistics_width(create_backbone("tiny")) == 17 * 32 + 38 * 3

@@ -1,11 +1,12 @@
-"""What a tower's first convolution sees: statistics of the shallowest patch tokens.
+"""What an image tower begins with: statistics of the pixels it is given, and of what its first convolution sees.
 
-An image tower's output says what a picture shows; how its pixels were tampered with is gone by then. The first
-convolution still has it: the stem's of a ResNet or of ``tiny``, a vision transformer's patch embedding.
+A tower's output says what a picture shows; how its pixels were tampered with is gone by then. The pixels still have it,
+and so has the first convolution: the stem's of a ResNet or of ``tiny``, a vision transformer's patch embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,21 @@ from torch import Tensor, nn
 from vlprompt.backbones.base import Backbone
 from vlprompt.errors import BackboneError
 
-__all__ = ["STATISTICS", "embed_with_statistics", "map_statistics", "statistics_width"]
+__all__ = ["embed_with_statistics", "map_statistics", "statistics_width"]
 
-_QUANTILES = (0.1, 0.5, 0.9)
-
-#: Per channel: mean, largest, smallest, spread; mean size of the steps across, down and diagonal; largest diagonal one;
-#: the three quantiles of the size of the steps across, down and diagonal. A step is between neighbours.
-STATISTICS = 8 + 3 * len(_QUANTILES)
+_QUANTILES = (0.1, 0.5, 0.9)  # of the convolution's steps
+_PIXEL_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.97)
+_ROWS = 64  # of a large map, so many and less than twice as many are sorted: enough for quantiles
 
 
 def statistics_width(backbone: Backbone) -> int:
-    """Return S, the number of statistics: 17 per channel of the first convolution.
+    """Return S, the number of statistics: 17 per channel of the first convolution and 38 per channel of the pixels.
 
     Raises:
         BackboneError: If the image tower has no convolution.
     """
-    return STATISTICS * _first_convolution(backbone).out_channels
+    channels = _first_convolution(backbone).out_channels
+    return channels * (8 + 3 * len(_QUANTILES)) + 3 * (8 + 5 * len(_PIXEL_QUANTILES))
 
 
 @torch.no_grad()
@@ -46,37 +46,55 @@ def embed_with_statistics(backbone: Backbone, images: Tensor) -> Tensor:
         embeddings = backbone.image_embeddings(images)
     finally:
         handle.remove()
-    return torch.cat([embeddings, seen[-1].to(embeddings)], dim=1)
+    of_pixels = map_statistics(images, _PIXEL_QUANTILES, bends=True)
+    return torch.cat([embeddings, seen[-1].to(embeddings), of_pixels.to(embeddings)], dim=1)
 
 
-def map_statistics(features: Tensor) -> Tensor:
-    """Return (B, 17 C) statistics of a (B, C, h, w) map, float32; a map without neighbours has steps of zero.
+def map_statistics(
+    features: Tensor, quantiles: Sequence[float] = _QUANTILES, *, bends: bool = False
+) -> Tensor:
+    """Return statistics of a (B, C, h, w) map, float32; a map without neighbours has steps of zero.
 
     Quantiles tell what means of steps can't: a warp or fewer colours change how many steps are exactly or nearly zero,
     while the mean is that of a few edges.
+
+    Args:
+        features: The map.
+        quantiles: Which, in [0, 1].
+        bends: Whether to look at how steps change along their own direction, too.
+
+    Returns:
+        (B, (8 + 3 Q) C), with ``bends`` (B, (8 + 5 Q) C). Per channel: mean, largest, smallest, spread; mean size of
+        the steps across, down and diagonal; largest diagonal one; the Q quantiles of the size of the steps across, down
+        and diagonal, then of the bends across and down. A step is between neighbours, a bend between steps.
     """
     x = features.float()
-    if min(x.shape[-2:]) < 2:
-        x = nn.functional.pad(x, (0, int(x.shape[-1] < 2), 0, int(x.shape[-2] < 2)), mode="replicate")
+    least = 3 if bends else 2
+    if min(x.shape[-2:]) < least:
+        missing = [max(0, least - side) for side in x.shape[-2:]]
+        x = nn.functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
     across, down = x.diff(dim=-1), x.diff(dim=-2)
-    steps = [step.flatten(2) for step in (across.abs(), down.abs(), across.diff(dim=-2).abs())]
+    steps = [across, down, across.diff(dim=-2)]
+    sizes = [step.abs().flatten(2) for step in steps]
     flat = x.flatten(2)
     mean = flat.mean(2)
     # Written out: torch's own is several times as slow on a CPU, which counts beside a small tower.
     spread = ((flat - mean[..., None]).square().sum(2) / (flat.shape[2] - 1)).sqrt()
     parts = [mean, flat.amax(2), flat.amin(2), spread]
-    parts += [*(step.mean(2) for step in steps), steps[2].amax(2)]
-    return torch.cat(parts + [q for step in steps for q in _quantiles(step)], dim=1)
+    parts += [*(size.mean(2) for size in sizes), sizes[2].amax(2)]
+    ranked = [*steps, across.diff(dim=-1), down.diff(dim=-2)] if bends else steps
+    return torch.cat(parts + [q for step in ranked for q in _quantiles(step, quantiles)], dim=1)
 
 
-def _quantiles(values: Tensor) -> list[Tensor]:
-    """Return (B, C) quantiles of (B, C, n) values, each the value at the nearest rank."""
-    if values.device.type == "cpu":
+def _quantiles(steps: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
+    """Return (B, C) quantiles of the sizes of (B, C, h, w) steps, each the value at the nearest rank."""
+    sizes = steps[..., :: max(1, steps.shape[-2] // _ROWS), :].abs().flatten(2)
+    if sizes.device.type == "cpu":
         # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
-        ordered = torch.from_numpy(np.sort(values.numpy(), axis=2))
+        ordered = torch.from_numpy(np.sort(sizes.numpy(), axis=2))
     else:
-        ordered = values.sort(dim=2).values
-    return [ordered[..., round(q * (values.shape[2] - 1))] for q in _QUANTILES]
+        ordered = sizes.sort(dim=2).values
+    return [ordered[..., round(q * (sizes.shape[2] - 1))] for q in quantiles]
 
 
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:

@@ -4,8 +4,9 @@ Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components
     prompts that is looked up by similarity, learned prompt prefixes, a separation and a diversity loss, decomposition
     and fusion of the image feature); their exact forms, sizes and weights are not public. Everything beyond those names
     is a reconstruction, in the manner of CSP and Troika (soft prompts of pairs, three kinds of logits). One thing is
-    ours by need: CLIP's image feature says what a picture shows, so the trigger's side reads statistics of the tower's
-    first convolution instead (see vlprompt.backbones.shallow); ``evidence=embedding`` is the variant without.
+    ours by need: CLIP's image feature says what a picture shows, so the trigger's side reads statistics of the pixels
+    and of the tower's first convolution instead (see vlprompt.backbones.shallow); ``evidence=embedding`` is the variant
+    without.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class DBOM(Learner):
         classnames: The objects.
         templates: See :class:`Learner`; not used.
         triggers: Names of triggers, the first for none.
-        evidence: What the trigger's side reads: statistics of the first convolution, or the image embedding (the
-            paper's, as far as is known: then f_t = f + D_t(f, p_t)).
+        evidence: What the trigger's side reads: statistics of the pixels and of the first convolution, or the image
+            embedding (the paper's, as far as is known: then f_t = f + D_t(f, p_t)).
         object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
             taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
@@ -157,7 +158,7 @@ class DBOM(Learner):
     def _build_image(self, prompts: int | None, length: int, top: int, hidden: int, dropout: float) -> None:
         d = self.backbone.dim
         self.evidence_width = statistics_width(self.backbone) if self.evidence == "shallow" else d
-        self.reads = "+first convolution" if self.evidence == "shallow" else ""
+        self.reads = "+pixels, first convolution" if self.evidence == "shallow" else ""
         e, shape = self.evidence_width, {"length": length, "top": top, "seed": self.seed}
         if self.repository == "split":
             self.trigger_bank = Bank(prompts or 2 * len(self.triggers), e, d, purpose="trigger", **shape)

@@ -84,9 +84,9 @@ class Detector:
 
 
 class _Everything:
-    """Encodes all that any detector reads: embeddings, then statistics of the first convolution."""
+    """Encodes all that any detector reads: embeddings, then statistics of the pixels and the first convolution."""
 
-    static_images, reads = True, "+first convolution"
+    static_images, reads = True, "+pixels, first convolution"
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
