@@ -132,12 +132,14 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tm
     names = sorted(p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png"))
     (pictures / names[3]).write_bytes(b"")
     samples = tuple(Sample(name, 0) for name in names)
-    data = ImageDataset("marks", "train", samples, ("dark", "bright"), ("a {}.",), FileReader(pictures))
+    reader, drawn = FileReader(pictures), {"indices": list(range(100, 123))}
+    data = ImageDataset("marks", "train", samples, ("dark", "bright"), ("a {}.",), reader, drawn)
     report = scan(data, corner)
     whole = [s for s in samples if s.source != names[3]]
 
     cleaned = report.cleaned(data)
     assert [s.source for s in cleaned.samples] == [s.source for s in whole if not marked(s.source)]
+    assert [names[i - 100] for i in cleaned.info["indices"]] == [s.source for s in cleaned.samples]
     assert cleaned.info["scan"] == {"poisoned": len(report.found), "unreadable": 1, "mended": False}
     mended = report.cleaned(data, mend=True)
     assert [(s.source, s.label) for s in mended.samples] == [(s.source, int(marked(s.source))) for s in whole]

@@ -106,9 +106,15 @@ class ImageDataset:
         return replace(self, samples=samples, info={**self.info, "one_label_each": True})
 
     def subset(self, indices: Iterable[int], /, **info: Any) -> ImageDataset:
-        """Return the same data set restricted to some samples, in the order given."""
-        chosen = tuple(self.samples[i] for i in indices)
-        return replace(self, samples=chosen, info={**self.info, **info})
+        """Return the same data set restricted to some samples, in the order given.
+
+        ``info["indices"]``, the positions in a whole split that a drawn part records, follows the samples.
+        """
+        chosen = list(indices)
+        held = self.info.get("indices")
+        followed = {} if held is None else {"indices": [held[i] for i in chosen]}
+        samples = tuple(self.samples[i] for i in chosen)
+        return replace(self, samples=samples, info={**self.info, **followed, **info})
 
     def keep_classes(self, classes: Sequence[int], /, **info: Any) -> ImageDataset:
         """Return only the samples of some classes, relabelled 0..len(classes)-1 in the order given.

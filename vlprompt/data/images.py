@@ -67,7 +67,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         DataError: If the file is missing, truncated, too large, a thread of pixels or no picture; names the file and
             the reason.
     """
-    return read_with_note(path, max_pixels)[0]
+    with _opened(Path(path), Path(path), max_pixels) as image:
+        return _upright(image)
 
 
 def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
@@ -199,10 +200,7 @@ def drop_bad(
     bad = {b.index for b in report.bad}
     names = [*dataset.info.get("skipped", []), *(b.name for b in report.bad)]
     kept = [i for i in range(len(dataset)) if i not in bad]
-    info = {"skipped": names}
-    if "indices" in dataset.info:
-        info["indices"] = [dataset.info["indices"][i] for i in kept]
-    return dataset.subset(kept, **info)
+    return dataset.subset(kept, skipped=names)
 
 
 def refuse_if_fatal(
