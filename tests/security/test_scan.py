@@ -146,10 +146,10 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tm
 
     with pytest.raises(DataError, match="this report of 23 pictures is not one of marks \\(22\\)"):
         report.cleaned(data.subset(range(22)))
-    with pytest.raises(DataError, match="can't be mended: 'bright' is no class of marks"):
+    with pytest.raises(DataError, match="'bright' is no class of marks. Scan with detector.with_classes"):
         report.cleaned(replace(data, classnames=("dark", "light")), mend=True)
     corner.judge = lambda rows: Judgement(torch.ones(len(rows)), None, None)
-    with pytest.raises(DataError, match="can't be mended: no object is named"):
+    with pytest.raises(DataError, match="can't be mended: the detector names no object"):
         scan(data, corner).cleaned(data, mend=True)
 
 

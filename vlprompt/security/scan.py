@@ -273,8 +273,12 @@ def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
     if row["verdict"] != POISONED:
         return sample
     if row["object"] not in data.classnames:
-        problem = f"{row['object']!r} is no class of {data.name}" if row["object"] else "no object is named"
-        raise DataError(f"{row['image']} can't be mended: {problem}.")
+        if not row["object"]:
+            raise DataError(f"{row['image']} can't be mended: the detector names no object.")
+        raise DataError(
+            f"{row['image']} can't be mended: {row['object']!r} is no class of {data.name}. Scan with "
+            "detector.with_classes(data.classnames)."
+        )
     return Sample(sample.source, data.classnames.index(row["object"]))
 
 
