@@ -146,7 +146,7 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tm
 
     with pytest.raises(DataError, match="this report of 23 pictures is not one of marks \\(22\\)"):
         report.cleaned(data.subset(range(22)))
-    with pytest.raises(DataError, match="'bright' is no class of marks. Scan with detector.with_classes"):
+    with pytest.raises(DataError, match="'bright' is no class of marks"):
         report.cleaned(replace(data, classnames=("dark", "light")), mend=True)
     corner.judge = lambda rows: Judgement(torch.ones(len(rows)), None, None)
     with pytest.raises(DataError, match="can't be mended: the detector names no object"):
