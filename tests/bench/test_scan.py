@@ -6,6 +6,7 @@ import pytest
 
 from vlprompt.backbones import Backbone
 from vlprompt.bench import BENCHMARKS
+from vlprompt.bench.measure import Measured
 from vlprompt.bench.scan import _figures
 
 
@@ -23,7 +24,9 @@ def test_both_run_the_same_tower(backbone: Backbone, monkeypatch: pytest.MonkeyP
 
 
 def test_the_ratio_is_that_of_the_middle_pair() -> None:
-    found = _figures(10, [(1.0, 2.0), (2.0, 9.0), (3.0, 3.0)], [(2.0, 4.0), (2.0, 3.0), (4.0, 5.0)])
+    tower = [Measured(wall, cpu, None, None) for wall, cpu in ((1.0, 2.0), (2.0, 9.0), (3.0, 3.0))]
+    scanning = [Measured(wall, cpu, None, None) for wall, cpu in ((2.0, 4.0), (2.0, 3.0), (4.0, 5.0))]
+    found = _figures(10, tower, scanning)
     assert found["ratios"] == [0.5, 3.0, 0.6]
     assert (found["ratio"], found["wall_ratio"]) == (0.6, 0.75)
     assert (found["tower_per_s"], found["scan_per_s"]) == (5.0, 5.0)

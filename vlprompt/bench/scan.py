@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,13 +13,12 @@ from PIL import Image
 
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.bench import BENCHMARKS
+from vlprompt.bench.measure import Measured, measure
 from vlprompt.learners import create_learner
 from vlprompt.security.scan import scan
 from vlprompt.seeding import numpy_rng
 
 __all__ = ["bench_scan"]
-
-Seconds = tuple[float, float]  # by the clock, and of all threads
 
 
 @BENCHMARKS.register("scan", summary="scanning files for triggers, against the image tower alone")
@@ -60,33 +57,25 @@ def bench_scan(
         work = {"tower": run_tower, "scan": run_scan}
         for run in work.values():
             run()
-        found: dict[str, list[Seconds]] = {name: [] for name in work}
+        found: dict[str, list[Measured]] = {name: [] for name in work}
         for repeat in range(max(1, repeats)):
             for name in (*work,) if repeat % 2 == 0 else reversed(work):
-                found[name].append(_timed(work[name]))
+                found[name].append(measure(work[name], repeats=1, warmup=0))
     return {**_settings(tower, pictures, batch, workers), **_figures(pictures, found["tower"], found["scan"])}
 
 
-def _timed(work: Callable[[], object]) -> Seconds:
-    started, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - started, time.process_time() - cpu
-
-
-def _figures(pictures: int, tower: list[Seconds], scanning: list[Seconds]) -> dict[str, Any]:
+def _figures(pictures: int, tower: list[Measured], scanning: list[Measured]) -> dict[str, Any]:
     """Return medians, and the ratio of every pair of runs."""
-    wall, cpu = ([t[k] / s[k] for t, s in zip(tower, scanning, strict=True)] for k in range(2))
-    rate = {
-        name: pictures / median(t[0] for t in found) for name, found in (("tower", tower), ("scan", scanning))
-    }
+    pairs = list(zip(tower, scanning, strict=True))
+    ratios = [t.cpu_seconds / s.cpu_seconds for t, s in pairs]
     return {
-        "tower_per_s": rate["tower"],
-        "scan_per_s": rate["scan"],
-        "tower_cpu_ms": 1000 * median(t[1] for t in tower) / pictures,
-        "scan_cpu_ms": 1000 * median(t[1] for t in scanning) / pictures,
-        "ratio": median(cpu),
-        "wall_ratio": median(wall),
-        "ratios": [round(r, 3) for r in cpu],
+        "tower_per_s": pictures / median(t.seconds for t in tower),
+        "scan_per_s": pictures / median(s.seconds for s in scanning),
+        "tower_cpu_ms": 1000 * median(t.cpu_seconds for t in tower) / pictures,
+        "scan_cpu_ms": 1000 * median(s.cpu_seconds for s in scanning) / pictures,
+        "ratio": median(ratios),
+        "wall_ratio": median(t.seconds / s.seconds for t, s in pairs),
+        "ratios": [round(r, 3) for r in ratios],
     }
 
 
