@@ -40,6 +40,12 @@ def test_shots_per_class_without_replacement() -> None:
     assert [toy().samples[i] for i in chosen.info["indices"]] == list(chosen.samples)
 
 
+def test_positions_follow_the_samples_of_every_part() -> None:
+    drawn = few_shot(toy(), 4, seed=1)
+    for part in (drawn.subset([3, 1, 8]), drawn.keep_classes([4, 1]), base_new(drawn, "new")):
+        assert [toy().samples[i].source for i in part.info["indices"]] == sources(part)
+
+
 def test_same_draw_whatever_was_drawn_before() -> None:
     first = sources(few_shot(toy("a"), 4, seed=1))
     few_shot(toy("b"), 8, seed=2)

@@ -128,14 +128,14 @@ class ImageDataset:
             )
         new_label = {old: new for new, old in enumerate(classes)}
 
-        def relabel(sample: Sample) -> Sample | None:
-            kept = tuple(new_label[c] for c in sample.classes if c in new_label)
-            label = kept if isinstance(sample.label, tuple) else kept[0] if kept else None
-            return Sample(sample.source, label) if kept and label is not None else None
+        def relabel(sample: Sample) -> Sample:
+            labels = tuple(new_label[c] for c in sample.classes if c in new_label)
+            return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
 
-        samples = tuple(s for s in map(relabel, self.samples) if s is not None)
+        kept = [i for i, s in enumerate(self.samples) if any(c in new_label for c in s.classes)]
+        part = self.subset(kept, **info)
         names = tuple(self.classnames[c] for c in classes)
-        return replace(self, samples=samples, classnames=names, info={**self.info, **info})
+        return replace(part, samples=tuple(map(relabel, part.samples)), classnames=names)
 
     def fingerprint(self) -> dict[str, str]:
         """Return short hashes of the class names and templates, recorded with every result."""

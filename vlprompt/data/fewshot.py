@@ -115,9 +115,7 @@ def base_new(dataset: ImageDataset, which: Literal["all", "base", "new"]) -> Ima
     classes = range(middle) if which == "base" else range(middle, count)
     if not classes:
         raise DataError(f"{dataset.name}: it has {count} class, which leaves none for 'new'.")
-    kept = [i for i, label in enumerate(dataset.labels) if label in classes]
-    info = {"indices": [dataset.info["indices"][i] for i in kept]} if "indices" in dataset.info else {}
-    return dataset.keep_classes(classes, classes=which, **info)
+    return dataset.keep_classes(classes, classes=which)
 
 
 def _wanted(dataset: ImageDataset, shots: int) -> int:
