@@ -131,9 +131,7 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     outcome = compare_detectors(DetectorsConfig(**config))
     assert {"digits/zero_shot/auroc/seen", "digits/narrow/suspect/auroc"} <= set(outcome.metrics)
     victims = [k for k in outcome.metrics if k.endswith("/attack_success")]
-    assert (
-        len(victims) == 6
-    )  # poisoned, cleaned by either, mended by the one that names objects, perfectly cleaned, clean
+    assert len(victims) == 6  # poisoned, cleaned by either, mended by zero_shot, perfectly cleaned, clean
     assert "digits/zero_shot, one trigger/auroc/sig" in outcome.metrics
     assert "digits/zero_shot, one trigger/auroc/blended" not in outcome.metrics
     assert "digits/narrow, one trigger/auroc/sig" not in outcome.metrics, "only the first detector is varied"

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from vlprompt.backbones.base import Backbone
 from vlprompt.errors import BackboneError
 
-__all__ = ["embed_with_statistics", "map_statistics", "statistics_width"]
+__all__ = ["READS", "embed_with_statistics", "map_statistics", "statistics_width"]
+
+#: What cached rows of :func:`embed_with_statistics` are filed under, beside plain embeddings.
+READS = "+pixels, first convolution"
 
 _QUANTILES = (0.1, 0.5, 0.9)  # of the convolution's steps
 _PIXEL_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.97)
@@ -29,8 +32,8 @@ def statistics_width(backbone: Backbone) -> int:
     Raises:
         BackboneError: If the image tower has no convolution.
     """
-    channels = _first_convolution(backbone).out_channels
-    return channels * (8 + 3 * len(_QUANTILES)) + 3 * (8 + 5 * len(_PIXEL_QUANTILES))
+    of_map = map_statistics(torch.zeros(1, _first_convolution(backbone).out_channels, 3, 3))
+    return of_map.shape[1] + _pixel_statistics(torch.zeros(1, 3, 3, 3)).shape[1]
 
 
 @torch.no_grad()
@@ -46,8 +49,7 @@ def embed_with_statistics(backbone: Backbone, images: Tensor) -> Tensor:
         embeddings = backbone.image_embeddings(images)
     finally:
         handle.remove()
-    of_pixels = map_statistics(images, _PIXEL_QUANTILES, bends=True)
-    return torch.cat([embeddings, seen[-1].to(embeddings), of_pixels.to(embeddings)], dim=1)
+    return torch.cat([embeddings, seen[-1].to(embeddings), _pixel_statistics(images).to(embeddings)], dim=1)
 
 
 def map_statistics(
@@ -74,27 +76,28 @@ def map_statistics(
         missing = [max(0, least - side) for side in x.shape[-2:]]
         x = nn.functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
     across, down = x.diff(dim=-1), x.diff(dim=-2)
-    steps = [across, down, across.diff(dim=-2)]
-    sizes = [step.abs().flatten(2) for step in steps]
+    steps = [across.abs(), down.abs(), across.diff(dim=-2).abs()]
     flat = x.flatten(2)
     mean = flat.mean(2)
     # Written out: torch's own is several times as slow on a CPU, which counts beside a small tower.
     spread = ((flat - mean[..., None]).square().sum(2) / (flat.shape[2] - 1)).sqrt()
     parts = [mean, flat.amax(2), flat.amin(2), spread]
-    parts += [*(size.mean(2) for size in sizes), sizes[2].amax(2)]
-    ranked = [*steps, across.diff(dim=-1), down.diff(dim=-2)] if bends else steps
-    return torch.cat(parts + [q for step in ranked for q in _quantiles(step, quantiles)], dim=1)
+    parts += [*(step.flatten(2).mean(2) for step in steps), steps[2].flatten(2).amax(2)]
+    ranked = [*steps, across.diff(dim=-1).abs(), down.diff(dim=-2).abs()] if bends else steps
+    return torch.cat(parts + [q for sizes in ranked for q in _quantiles(sizes, quantiles)], dim=1)
 
 
-def _quantiles(steps: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
-    """Return (B, C) quantiles of the sizes of (B, C, h, w) steps, each the value at the nearest rank."""
-    sizes = steps[..., :: max(1, steps.shape[-2] // _ROWS), :].abs().flatten(2)
-    if sizes.device.type == "cpu":
-        # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
-        ordered = torch.from_numpy(np.sort(sizes.numpy(), axis=2))
-    else:
-        ordered = sizes.sort(dim=2).values
-    return [ordered[..., round(q * (sizes.shape[2] - 1))] for q in quantiles]
+def _pixel_statistics(images: Tensor) -> Tensor:
+    return map_statistics(images, _PIXEL_QUANTILES, bends=True)
+
+
+def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
+    """Return (B, C) quantiles of a (B, C, h, w) map, each the value at the nearest rank."""
+    flat = sizes[..., :: max(1, sizes.shape[-2] // _ROWS), :].flatten(2)
+    # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
+    on_cpu = flat.device.type == "cpu"
+    ordered = torch.from_numpy(np.sort(flat.numpy(), axis=2)) if on_cpu else flat.sort(dim=2).values
+    return [ordered[..., round(q * (flat.shape[2] - 1))] for q in quantiles]
 
 
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:

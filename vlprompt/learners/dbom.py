@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import slot
-from vlprompt.backbones.shallow import embed_with_statistics, statistics_width
+from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
 from vlprompt.errors import CheckpointError, ConfigError, DataError
 from vlprompt.judgement import Judgement
 from vlprompt.learners import LEARNERS
@@ -158,7 +158,7 @@ class DBOM(Learner):
     def _build_image(self, prompts: int | None, length: int, top: int, hidden: int, dropout: float) -> None:
         d = self.backbone.dim
         self.evidence_width = statistics_width(self.backbone) if self.evidence == "shallow" else d
-        self.reads = "+pixels, first convolution" if self.evidence == "shallow" else ""
+        self.reads = READS if self.evidence == "shallow" else ""
         e, shape = self.evidence_width, {"length": length, "top": top, "seed": self.seed}
         if self.repository == "split":
             self.trigger_bank = Bank(prompts or 2 * len(self.triggers), e, d, purpose="trigger", **shape)

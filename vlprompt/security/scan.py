@@ -272,9 +272,9 @@ def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
     sample = data.samples[index]
     if row["verdict"] != POISONED:
         return sample
+    if not row["object"]:
+        raise DataError(f"{row['image']} can't be mended: the detector names no object.")
     if row["object"] not in data.classnames:
-        if not row["object"]:
-            raise DataError(f"{row['image']} can't be mended: the detector names no object.")
         raise DataError(
             f"{row['image']} can't be mended: {row['object']!r} is no class of {data.name}. Scan with "
             "detector.with_classes(data.classnames)."

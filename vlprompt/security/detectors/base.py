@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.shallow import embed_with_statistics
+from vlprompt.backbones.shallow import READS, embed_with_statistics
 from vlprompt.classnames import check_classnames
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.evaluation.evaluate import image_embeddings
@@ -86,7 +86,7 @@ class Detector:
 class _Everything:
     """Encodes all that any detector reads: embeddings, then statistics of the pixels and the first convolution."""
 
-    static_images, reads = True, "+pixels, first convolution"
+    static_images, reads = True, READS
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
