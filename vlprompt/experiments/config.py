@@ -1,0 +1,310 @@
+"""Configurations: YAML with ``_base_`` composition and dotted overrides, validated as a whole before anything runs.
+
+One vocabulary for every task: ``task``, ``backbone``, ``data``, ``learner`` or ``methods``, ``protocol``, ``train``,
+``name`` and ``output``. A task's own model adds what only it has.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+from yaml import YAMLError
+
+from vlprompt.core.errors import ConfigError, UnknownNameError
+from vlprompt.core.options import describe_problems
+
+__all__ = [
+    "STRICT",
+    "BackboneOptions",
+    "ExperimentConfig",
+    "Seeds",
+    "compose",
+    "config_path",
+    "configs_dir",
+    "list_configs",
+    "merge",
+    "parse_overrides",
+]
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+"""Every section: an unknown key is a mistake, and nothing changes once it is read."""
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+"""Seeds of a protocol; each is a repetition of its own."""
+
+# Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.
+_NAMED_SECTIONS = ("learner", "detector", "segmenter")
+
+
+class BackboneOptions(BaseModel):
+    """The ``backbone:`` section: arguments of :func:`vlprompt.create_backbone`, and weight masks to put on it."""
+
+    model_config = STRICT
+
+    name: str = "tiny"
+    pretrained: str | None = None
+    quick_gelu: bool | None = None
+    resize: Literal["shortest", "squash"] | None = Field(
+        None, description="keep proportions and crop, or don't; empty: as the weights were trained"
+    )
+    cache_dir: str | None = None
+    masks: str | None = Field(
+        None, description="saved masks (of amt, ramt ...) that are folded into the image tower first"
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return only what was set, since embedded backbones take fewer options."""
+        return self.model_dump(exclude_defaults=True, exclude={"name", "masks"})
+
+
+class ExperimentConfig(BaseModel):
+    """Base of the configurations of all tasks: strict, read from a file, all mistakes at once.
+
+    Attributes:
+        expected_task: The task whose files this model reads.
+    """
+
+    model_config = STRICT
+    expected_task: ClassVar[str] = ""
+
+    task: str = Field(description="which kind of experiment this is")
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
+    output: str = Field("runs", description="folder that runs are written below")
+
+    @classmethod
+    def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a configuration file.
+
+        Args:
+            cfg: A path, or the name of a shipped file.
+            overrides: ``dotted.key=value`` strings. A value is YAML (``train.lr=0.01``, ``protocol.seeds=[1,2,3]``),
+                but where the key takes text, such as a path, it is taken as it is written.
+
+        Raises:
+            ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
+            UnknownNameError: If there is no such file.
+        """
+        raw = compose(cfg)
+        return cls.parse(raw, parse_overrides(overrides, cls), str(cfg))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> Self:
+        """Check composed content (see :meth:`read`).
+
+        Args:
+            raw: Content of the file, bases merged.
+            overrides: Content that takes precedence over it.
+            source: Where it came from, for messages.
+        """
+        task = raw.get("task", cls.expected_task)
+        if task != cls.expected_task:
+            raise ConfigError([f"task: this file is of the task {task!r}, not of {cls.expected_task!r}."], source)
+        content = resolve(merge(raw, overrides), source)
+        content.setdefault("task", cls.expected_task)
+        problems = cls.raw_problems(content)
+        try:
+            config = cls.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError([*describe_problems(error, cls), *problems], source) from error
+        problems += config.problems()
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)), source)
+        return config
+
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """Return what can be said even where a field is wrong (unknown names ...), a sentence each."""
+        train = content.get("train")
+        if isinstance(train, Mapping) and "seed" in train:
+            return [f"train.seed: seeds belong to the protocol; write protocol.seeds=[{train['seed']}]."]
+        return []
+
+    def problems(self) -> list[str]:
+        """Return what no field can see by itself, a sentence each."""
+        return []
+
+
+def compose(cfg: str | Path) -> dict[str, Any]:
+    """Return the content of a configuration file as plain data: bases merged, nothing resolved or validated yet.
+
+    Args:
+        cfg: A path, or the name of a shipped file.
+
+    Raises:
+        ConfigError: If a file is not YAML, or bases form a circle.
+        UnknownNameError: If a file does not exist.
+    """
+    try:
+        return _plain(_compose(config_path(cfg), ()))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([str(error).strip()], str(cfg)) from error
+
+
+def resolve(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return content with interpolations (``${train.lr}``) replaced.
+
+    Raises:
+        ConfigError: If one can't be.
+    """
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(dict(content)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([str(error).strip()], source) from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two levels of content: mappings key by key, everything else is replaced.
+
+    Where the upper level names another learner, the lower level's options don't apply to it.
+    """
+    base = dict(below)
+    for section in _NAMED_SECTIONS:
+        old, new = base.get(section), above.get(section)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("name", old.get("name")) != old.get("name"):
+            base.pop(section)
+    return _plain(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(dict(above))))
+
+
+def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """Return ``dotted.key=value`` strings as nested content.
+
+    Args:
+        overrides: As they stand on the command line.
+        model: Tells which keys take text: their values are taken as written, never parsed as YAML.
+
+    Raises:
+        ConfigError: If one has no ``=``, or its value is not YAML.
+    """
+    wrong = [text for text in overrides if "=" not in text]
+    if wrong:
+        raise ConfigError([f"{text!r}: an override looks like dotted.key=value." for text in wrong], "command line")
+    content = OmegaConf.create({})
+    for text in overrides:
+        key, _, value = text.partition("=")
+        try:
+            parsed = _literal(value) if _takes_text(model, key, value) else _yaml_value(text)
+            OmegaConf.update(content, key, parsed, merge=True, force_add=True)
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise ConfigError([f"{text!r}: {str(error).strip()}"], "command line") from error
+    return _plain(content)
+
+
+def configs_dir() -> Path:
+    """Return the folder of shipped configurations: the repository's, or the installed package's copy."""
+    package = Path(__file__).resolve().parent.parent
+    beside = package.parent / "configs"
+    in_repository = beside.is_dir() and (package.parent / "pyproject.toml").is_file()
+    return beside if in_repository else package / "configs"
+
+
+def list_configs() -> dict[str, Path]:
+    """Return the shipped configurations: file name to path, sorted by family and name."""
+    return {path.name: path for path in sorted(configs_dir().glob("*/*.yaml"))}
+
+
+def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
+    """Return the file that is meant: a path, or the name of a shipped file.
+
+    Args:
+        cfg: With or without ``.yaml``.
+        beside: A further folder to look in.
+
+    Raises:
+        UnknownNameError: If there is none.
+    """
+    names = [str(cfg), f"{cfg}.yaml"]
+    folders = [Path(), *([beside] if beside else [])]
+    for path in (folder / name for folder in folders for name in names):
+        if path.is_file():
+            return path
+    shipped = list_configs()
+    for name in names:
+        if name in shipped:
+            return shipped[name]
+        if (configs_dir() / name).is_file():  # with its family: classification/coop_tiny.yaml
+            return configs_dir() / name
+    raise UnknownNameError("configuration", str(cfg), shipped, "Or give the path of a YAML file.")
+
+
+def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in above:
+        circle = " -> ".join(p.name for p in [*above, path])
+        raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(["the top of the file must be keys and values."], path.name)
+    content = _plain(loaded)
+    bases = content.pop("_base_", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = merge(merged, _compose(config_path(base, path.parent), (*above, path)))
+    return merge(merged, content)
+
+
+def _plain(content: Any) -> dict[str, Any]:
+    """Return content without omegaconf's types; interpolations stay as they are written."""
+    if isinstance(content, (DictConfig,)):
+        content = OmegaConf.to_container(content, resolve=False)
+    if not isinstance(content, dict):
+        raise ConfigError(["the top of the file must be keys and values."], "configuration")
+    return {str(key): value for key, value in content.items()}
+
+
+def _yaml_value(text: str) -> Any:
+    """Return the value of ``key=value`` as YAML, with omegaconf's idea of numbers (1e-3 is one)."""
+    parsed = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])
+    return OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[call-overload,index]
+
+
+def _literal(value: str) -> str:
+    return value.replace("${", "\\${")  # no interpolation either: a path may hold anything
+
+
+def _takes_text(model: type[BaseModel], key: str, value: str) -> bool:
+    """Return whether a key's value is to be taken as written.
+
+    A key that takes text or a list takes ``[a, b]`` as a list; one that takes text or nothing takes ``null`` as nothing.
+    """
+    kinds = set(_kinds(_annotation(model, key.split("."))))
+    if str not in kinds:
+        return False
+    opening = value.lstrip()[:1]
+    if (opening == "[" and list in kinds) or (opening == "{" and dict in kinds):
+        return False
+    return not (value in ("null", "~", "") and type(None) in kinds)
+
+
+def _annotation(model: Any, keys: Sequence[str]) -> Any:
+    """Return the type of a dotted key; None where no model says it."""
+    current: Any = model
+    for key in keys:
+        models = [kind for kind in _kinds(current) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        fields = models[0].model_fields if models else {}
+        if key not in fields:
+            return None
+        current = fields[key].annotation
+    return current
+
+
+def _kinds(annotation: Any) -> Iterable[Any]:
+    """Return what a type is made of: the members of a union, without their parameters."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _kinds(member)
+    elif origin is Literal:
+        yield from {type(value) for value in get_args(annotation)}
+    else:
+        yield origin or annotation

@@ -1,0 +1,86 @@
+"""What an experiment says of itself; everything else is the runner's (see :mod:`vlprompt.experiments.runner`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.config import ExperimentConfig
+from vlprompt.experiments.layout import Layout, tabulate
+from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
+from vlprompt.experiments.tables import Table
+
+__all__ = ["Experiment"]
+
+
+class Experiment(ABC):
+    """Data and three functions: which cells there are, how one is run, how results are laid out.
+
+    It must be possible to build the same experiment from its configuration alone: an executor does so once in each
+    process. What cells share (a backbone, cached features) is built on first use.
+
+    Args:
+        config: Checked as a whole already.
+    """
+
+    config: ExperimentConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def cells(self) -> list[Cell]:
+        """Return every cell in order; a cell stands behind those it needs. Nothing is read or built for it."""
+
+    @abstractmethod
+    def run(self, cell: Cell, folder: Path) -> CellResult:
+        """Run one cell.
+
+        Args:
+            cell: One of :meth:`cells`.
+            folder: The cell's own. Files may be left there; what an interrupted attempt left is there to continue
+                from. The folders of other cells are its neighbours, by their names.
+        """
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Return how results are laid out."""
+
+    def sources(self) -> dict[str, str]:
+        """Return name to fingerprint of all data and all starting weights that are read from files.
+
+        They are part of the run's id: with other images, or with another checkpoint, it is another run.
+        """
+        return {}
+
+    def missing(self) -> list[str]:
+        """Return what must be fetched or made before the experiment can run, a sentence each."""
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``metrics.json`` says beside figures: protocol, data, shots, seeds ..."""
+        return {}
+
+    def summary(self, results: Results) -> dict[str, float]:
+        """Return the figures of ``metrics.json``, computed from the long table."""
+        raise NotImplementedError
+
+    def tables(self, results: Results) -> list[Table]:
+        """Return the tables for people; those of the layout unless a protocol has its own."""
+        return tabulate(results, self.layout())
+
+    def page(self, record: RunRecord, results: Results, folder: Path) -> None:
+        """Add to the report what only this experiment can show.
+
+        Args:
+            record: Title, figures and tables stand in it already; changed in place.
+            results: All lines.
+            folder: The run's; cells lie in ``folder / "cells"``. The page must depend on files and on nothing that
+                only an uninterrupted run has in memory.
+        """
+
+    def write_files(self, results: Results, folder: Path) -> None:
+        """Write further files of the whole run, for example a figure."""

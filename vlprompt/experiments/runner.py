@@ -1,0 +1,298 @@
+"""The one way to run an experiment: its cells, wherever they run, then tables, figures and the report.
+
+The runner owns the run's folder. A cell that fails stops no other. Running the same configuration on the same data
+again keeps what is finished and continues the rest; a finished run says so and stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlprompt.core.errors import CheckpointError, VLPromptError
+from vlprompt.core.files import write_json, write_text
+from vlprompt.core.processes import process_state
+from vlprompt.experiments.cell import Cell, CellResult, Failure
+from vlprompt.experiments.executors import Executor, create_executor
+from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.folder import RunFolder, environment, yaml_text
+from vlprompt.experiments.report import RunRecord, write_report
+from vlprompt.experiments.results import Results
+from vlprompt.experiments.tables import Table, write_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["RunOutcome", "describe_plan", "run_experiment"]
+
+log = logging.getLogger("vlprompt.run")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run produced.
+
+    Attributes:
+        folder: Holds ``config.yaml``, ``results.jsonl``, ``metrics.json``, ``table.md``, ``.csv``, ``.tex``,
+            ``report.html`` and ``cells/``.
+        metrics: The content of ``metrics.json``.
+        headline: Key of the figure to say first.
+        results: The long table.
+        tables: Of the results, for people.
+        failures: One sentence per reason for which cells failed.
+        finished_before: Whether an earlier command had done everything already.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    headline: str
+    results: Results = field(repr=False)
+    tables: list[Table] = field(repr=False, default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    finished_before: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every cell finished, else 1."""
+        return 1 if self.failures else 0
+
+    @property
+    def text(self) -> str:
+        """The tables as Markdown."""
+        return "\n".join(table.markdown() for table in self.tables)
+
+    def frame(self) -> pd.DataFrame:
+        """Return the long table as a data frame: a line per cell and metric, coordinates as columns."""
+        return self.results.frame()
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    on: str = "serial",
+    restart: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> RunOutcome:
+    """Run every cell that is not finished yet, and write what they say together.
+
+    Args:
+        experiment: What to run.
+        on: The executor: ``"serial"`` or ``"processes:N"``.
+        restart: Move an earlier run of the same configuration and data aside, and begin anew.
+        resume: Fail if there is nothing to continue.
+        command: Shown in the report: what repeats the run.
+        progress: Called with (name of the run, cells done, cells).
+
+    Raises:
+        CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
+        VLPromptError: If no cell finished, for one reason.
+    """
+    folder = RunFolder(experiment.config, experiment.sources())
+    cells = _plan(experiment)
+    state = process_state()
+    if not state.is_main_process:
+        return _follow(experiment, folder, cells)
+
+    if restart and resume:
+        raise VLPromptError("restart begins anew and resume continues: give one of them.")
+    with folder.held():
+        if resume and not folder.exists:
+            raise CheckpointError(f"there is nothing to continue for this configuration: {folder.difference()}")
+        if restart and (moved := folder.move_aside()) is not None:
+            log.info("the earlier run is now %s", moved)
+        if folder.finished:
+            state.wait_for_everyone()
+            return _finished(experiment, folder, cells)
+
+        folder.start()
+        finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
+        if finished:
+            log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
+        state.wait_for_everyone()
+        with create_executor(on, experiment) as executor:
+            failures = _execute(executor, folder, cells, finished, progress)
+        return _conclude(experiment, folder, cells, finished, failures, command)
+
+
+def describe_plan(experiment: Experiment) -> str:
+    """Return what a run would do, as lines: its cells, what they need, what is finished, and what is missing."""
+    folder = RunFolder(experiment.config, experiment.sources())
+    cells = _plan(experiment)
+    lines = [f"{folder.path}: {len(cells)} cells"]
+    for cell in cells:
+        finished = " (finished)" if folder.result(cell) is not None else ""
+        needs = f"  needs {', '.join(cell.needs)}" if cell.needs else ""
+        lines.append(f"  {cell.name}{finished}{needs}")
+    missing = experiment.missing()
+    lines += [f"missing: {sentence}" for sentence in missing]
+    lines.append("nothing is missing" if not missing else f"{len(missing)} things are missing")
+    return "\n".join(lines)
+
+
+def _plan(experiment: Experiment) -> list[Cell]:
+    """Return the cells; two that would share a folder are a mistake in the configuration."""
+    cells = experiment.cells()
+    names: dict[str, Cell] = {}
+    for cell in cells:
+        other = names.setdefault(cell.name.casefold(), cell)
+        if other is not cell:
+            raise VLPromptError(
+                f"two cells of {experiment.config.name} would share the folder {cell.name!r}: {other.where} and "
+                f"{cell.where}. Give them labels that differ in letters or numbers."
+            )
+    return cells
+
+
+def _execute(
+    executor: Executor,
+    folder: RunFolder,
+    cells: Sequence[Cell],
+    finished: dict[Cell, CellResult],
+    progress: Progress | None,
+) -> dict[Cell, Failure]:
+    """Run what is not finished, each cell behind those it needs; results are written as they come."""
+    waiting = [cell for cell in cells if cell not in finished]
+    done = {cell.name for cell in finished}
+    failures: dict[Cell, Failure] = {}
+    running: dict[Future[CellResult | Failure], Cell] = {}
+    if progress is not None:
+        progress(folder.parent.name, len(finished), len(cells))
+
+    while waiting or running:
+        _drop_hopeless(waiting, failures, folder)
+        ready = [cell for cell in waiting if set(cell.needs) <= done]
+        for cell in ready[: executor.slots - len(running)]:
+            waiting.remove(cell)
+            log.info("%s (%d of %d)", cell.name, len(done) + len(failures) + len(running) + 1, len(cells))
+            running[executor.submit(cell, folder.cell(cell))] = cell
+
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            answer = future.result()
+            if isinstance(answer, Failure):
+                failures[cell] = answer
+                folder.keep_failure(cell, answer)
+                log.error("%s failed: %s", cell.name, answer.message)
+            else:
+                finished[cell] = answer
+                done.add(cell.name)
+                folder.keep(cell, answer)
+            if progress is not None:
+                progress(folder.parent.name, len(finished) + len(failures), len(cells))
+    return failures
+
+
+def _drop_hopeless(waiting: list[Cell], failures: dict[Cell, Failure], folder: RunFolder) -> None:
+    """Fail the cells that need one that failed, and those that need them in turn."""
+    failed = {cell.name for cell in failures}
+    for cell in list(waiting):
+        lost = [name for name in cell.needs if name in failed]
+        if lost:
+            waiting.remove(cell)
+            failures[cell] = Failure(f"it needs {lost[0]}, which did not finish", mistake=True)
+            folder.keep_failure(cell, failures[cell])
+            failed.add(cell.name)
+
+
+def _conclude(
+    experiment: Experiment,
+    folder: RunFolder,
+    cells: Sequence[Cell],
+    finished: dict[Cell, CellResult],
+    failures: dict[Cell, Failure],
+    command: str,
+) -> RunOutcome:
+    """Write the files of the whole run."""
+    messages = {failure.message for failure in failures.values()}
+    causes = [failure for failure in failures.values() if not failure.message.startswith("it needs ")]
+    if not finished and (len(messages) == 1 or len(causes) == 1):
+        raise causes[0].exception()
+
+    ordered = {cell: finished[cell] for cell in cells if cell in finished}
+    results = Results.of(ordered)
+    sentences = _sentences(failures)
+    layout = experiment.layout()
+    facts: dict[str, Any] = {}
+    for result in ordered.values():
+        facts |= result.facts
+    metrics = {
+        "runs": float(len(cells)),
+        "runs_failed": float(len(failures)),
+        **experiment.summary(results),
+        **experiment.facts(),
+        **facts,
+        **environment(),
+    }
+    write_text(folder.path / "results.jsonl", results.text())
+    write_json(folder.path / "metrics.json", metrics)
+    tables = experiment.tables(results)
+    write_tables(folder.path, tables)
+    experiment.write_files(results, folder.path)
+
+    record = RunRecord(
+        title=folder.parent.name,
+        metrics=_numbers(metrics),
+        tables=tables,
+        failures=sentences,
+        config=yaml_text(experiment.config),
+        command=command,
+        environment=environment(),
+    )
+    experiment.page(record, results, folder.path)
+    write_report(folder.path / "report.html", record)
+    if not failures:
+        folder.finish(layout.headline)
+    return RunOutcome(folder.path, metrics, layout.headline, results, tables, sentences)
+
+
+def _finished(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
+    """Return what a complete run holds, without changing anything."""
+    finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
+    results = Results.of(finished)
+    metrics = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
+    headline = experiment.layout().headline
+    return RunOutcome(folder.path, metrics, headline, results, experiment.tables(results), finished_before=True)
+
+
+def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
+    """Take part in a run as one of several processes of a ``torchrun``; the main process writes and says everything."""
+    process_state().wait_for_everyone()
+    finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
+    failures: dict[Cell, Failure] = {}
+    if not folder.finished:
+        with create_executor("serial", experiment) as executor:
+            for cell in cells:
+                if cell not in finished:
+                    answer = executor.submit(cell, folder.cell(cell)).result()
+                    if isinstance(answer, Failure):
+                        failures[cell] = answer
+                    else:
+                        finished[cell] = answer
+    results = Results.of(finished)
+    return RunOutcome(folder.path, {}, experiment.layout().headline, results, failures=_sentences(failures))
+
+
+def _sentences(failures: dict[Cell, Failure]) -> list[str]:
+    """Return one sentence per reason: what stops all cells of a data set is said once."""
+    stopped: dict[str, list[str]] = {}
+    for cell, failure in failures.items():
+        stopped.setdefault(failure.message, []).append(cell.name)
+    sentences = []
+    for message, names in stopped.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        sentences.append(f"{names[0]}{others}: {message}")
+    return sentences
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
