@@ -16,7 +16,7 @@ GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 USE = """
 import torch
 from vlprompt.backbones import create_backbone
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.learners import create_learner, list_learners
 
 assert "task_residual" in list_learners()

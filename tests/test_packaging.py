@@ -94,10 +94,12 @@ def test_a_wheel_carries_cards_configurations_weights_and_types(tmp_path: Path) 
     ]
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], check=True)
     inside = set(zipfile.ZipFile(next(tmp_path.glob("vlprompt-*.whl"))).namelist())
-    assert {"vlprompt/py.typed", "vlprompt/evaluation/report.html.j2"} <= inside
+    assert {"vlprompt/py.typed", "vlprompt/experiments/report.html.j2"} <= inside
     for folder, installed in (("datasets", "vlprompt/cards"), ("configs", "vlprompt/configs")):
         files = {p.relative_to(ROOT / folder).as_posix() for p in (ROOT / folder).rglob("*.yaml")}
         assert {f"{installed}/{f}" for f in files} <= inside
     data = [p for s in ("py", "json", "safetensors") for p in (ROOT / "vlprompt").rglob(f"*.{s}")]
     assert {p.relative_to(ROOT).as_posix() for p in data} <= inside
-    assert not [name for name in inside if name.startswith(("tests/", "tools/"))]
+    assert not [
+        name for name in inside if name.startswith(("tests/", "tools/", "benchmarks/", "pretraining/"))
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vlprompt
-from vlprompt.config import configs_dir
+from vlprompt.experiments.old_config import configs_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vlprompt.cli import command, step_progress
+from vlprompt.cli._common import command, step_progress
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt.adaptation.config import AdaptConfig  # after parsing, so that --help is instant
-    from vlprompt.adaptation.run import run_adaptation
+    from vlprompt.adaptation.experiment import run_adaptation
 
     config = AdaptConfig.read(args.cfg, args.overrides)
     with step_progress() as progress:

@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run one benchmark and print its figures as JSON."""
-    from vlprompt.bench import BENCHMARKS
-    from vlprompt.signature import check_options, describe_options, options_model
+    from benchmarks import BENCHMARKS
+    from vlprompt.core.options import check_options, describe_options, options_model
 
     listing = "\n".join(f"  {entry.name:10s} {entry.summary}" for entry in BENCHMARKS)
     parser = argparse.ArgumentParser(

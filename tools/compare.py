@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of every run")
     args = parser.parse_intermixed_args(list(arguments))
 
-    from vlprompt.training.compare import Comparison, compare
+    from vlprompt.classification.compare import Comparison, compare
 
     outcome = compare(Comparison.read(args.cfg, args.overrides), args.resume)
     print(outcome.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt.security.config import DetectorsConfig  # after parsing, so that --help is instant
-    from vlprompt.security.run import compare_detectors
+    from vlprompt.security.experiment import compare_detectors
 
     outcome = compare_detectors(DetectorsConfig.read(args.cfg, args.overrides), args.resume)
     print(outcome.table)

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt.detection.config import DetectConfig  # after parsing, so that --help is instant
-    from vlprompt.detection.run import run_detection
+    from vlprompt.detection.experiment import run_detection
 
     config = DetectConfig.read(args.cfg, args.overrides)
     outcome = run_detection(config, args.resume, f"python tools/detect.py {shlex.join(arguments)}")

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:

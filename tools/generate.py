@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vlprompt.cli import command, step_progress
+from vlprompt.cli._common import command, step_progress
 
 
 def main(arguments: Sequence[str]) -> None:

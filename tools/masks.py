@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"two folders can be compared, got {len(args.masks)}.")
 
     import vlprompt
-    from vlprompt.files import write_text
-    from vlprompt.masks import read_masks
+    from vlprompt.core.files import write_text
+    from vlprompt.saved.weight_masks import read_masks
 
     backbone = vlprompt.load(args.masks[0]).backbone
     found = [read_masks(path, backbone) for path in args.masks]

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     args = parser.parse_intermixed_args(list(arguments))
 
-    from vlprompt.personalisation.config import PersonaliseConfig  # after parsing, so that --help is instant
-    from vlprompt.personalisation.run import run_personalisation
+    from vlprompt.generation.config import PersonaliseConfig  # after parsing, so that --help is instant
+    from vlprompt.generation.experiment import run_personalisation
 
     config = PersonaliseConfig.read(args.cfg, args.overrides)
     outcome = run_personalisation(config, args.resume, f"python tools/personalise.py {shlex.join(arguments)}")

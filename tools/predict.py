@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(list(arguments))
 
     import vlprompt
-    from vlprompt.files import write_text
+    from vlprompt.core.files import write_text
 
     learner = vlprompt.load(args.prompt, kind="learner")
     if args.classes:

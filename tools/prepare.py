@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _prepare(name: str, root: Path, decode: bool, timeout: float) -> int:
+    from vlprompt.core.errors import DataError
     from vlprompt.data.cards import load_card
     from vlprompt.data.prepare import explain, fetch, status
-    from vlprompt.errors import DataError
 
     card = load_card(name)
     print(explain(card), flush=True)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare data")
     args = parser.parse_intermixed_args(list(arguments))
 
-    from vlprompt.pretraining import read_recipe
+    from pretraining import read_recipe
 
     recipe, options = read_recipe(args.cfg, args.overrides)
     folder = args.output or Path("runs") / options.name

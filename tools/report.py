@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlprompt.cli import command
-from vlprompt.errors import CheckpointError
+from vlprompt.cli._common import command
+from vlprompt.core.errors import CheckpointError
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex"))
     args = parser.parse_args(list(arguments))
 
-    from vlprompt.evaluation.side_by_side import side_by_side
+    from vlprompt.classification.side_by_side import side_by_side
 
     print(side_by_side([_read(run) for run in args.runs], args.format), end="")
 

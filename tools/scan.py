@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.cli import command, step_progress
-from vlprompt.errors import DataError
+from vlprompt.cli._common import command, step_progress
+from vlprompt.core.errors import DataError
 
 FOUND = 3
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlprompt.cli import command, step_progress
+from vlprompt.cli._common import command, step_progress
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,8 +36,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: Any) -> int:
-    from vlprompt.segmentation.tuning.config import load_segment_config
-    from vlprompt.segmentation.tuning.run import run_segmentation
+    from vlprompt.segmentation.config import load_segment_config
+    from vlprompt.segmentation.experiment import run_segmentation
 
     outcome = run_segmentation(load_segment_config(args.cfg, args.overrides), args.resume, args.line)
     print(outcome.table)
@@ -56,8 +56,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: Any) -> int:
-    from vlprompt.segmentation.tuning.config import load_segment_config
-    from vlprompt.segmentation.tuning.run import one_cell, run_segmentation
+    from vlprompt.segmentation.config import load_segment_config
+    from vlprompt.segmentation.experiment import one_cell, run_segmentation
 
     config = load_segment_config(args.cfg, args.overrides)
     config = one_cell(config, args.model, args.strategy, args.data)
@@ -86,8 +86,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: Any) -> int:
     import vlprompt
-    from vlprompt.files import write_text
-    from vlprompt.segmentation.tuning.evaluate import load_trained
+    from vlprompt.core.files import write_text
+    from vlprompt.segmentation.evaluate import load_trained
 
     segmenter = load_trained(args.prompt)
     queries = "present" if args.protocol == "present" else "all"
@@ -139,10 +139,10 @@ def _predict(args: Any) -> int:
     from PIL import Image
 
     import vlprompt
+    from vlprompt.core.files import write_atomic
     from vlprompt.data import read_image
-    from vlprompt.files import write_atomic
-    from vlprompt.segmentation.tuning.evaluate import load_trained, predict_mask
-    from vlprompt.segmentation.tuning.pictures import overlay
+    from vlprompt.segmentation.evaluate import load_trained, predict_mask
+    from vlprompt.segmentation.overlays import overlay
 
     image = read_image(args.image)
     if args.prompt:
@@ -163,8 +163,8 @@ def _predict(args: Any) -> int:
 
 
 def _search(args: Any) -> int:
-    from vlprompt.segmentation.tuning.config import load_segment_config
-    from vlprompt.segmentation.tuning.search import search
+    from vlprompt.segmentation.config import load_segment_config
+    from vlprompt.segmentation.search import search
 
     outcome = search(load_segment_config(args.cfg, args.overrides), args.resume)
     for name, found in outcome.best.items():
@@ -177,7 +177,7 @@ def _search(args: Any) -> int:
 
 
 def _concepts(args: Any) -> int:
-    from vlprompt.segmentation.tuning.concepts_run import ConceptMaskConfig, run_mask_concepts
+    from vlprompt.segmentation.concepts_experiment import ConceptMaskConfig, run_mask_concepts
 
     config = ConceptMaskConfig.read(args.cfg, args.overrides)
     outcome = run_mask_concepts(config, args.resume, args.line)
@@ -203,8 +203,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: Any) -> int:
+    from vlprompt.core.errors import DataError
     from vlprompt.data.segmentation.convert import convert_coco, convert_indexed
-    from vlprompt.errors import DataError
 
     with step_progress() as progress:
 
@@ -231,8 +231,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: Any) -> int:
+    from vlprompt.core.errors import DataError
     from vlprompt.data.segmentation import label_leaks, load_segmentation, overlaps, pair_problems
-    from vlprompt.errors import DataError
 
     splits, bad = {}, 0
     for split in ("train", "val", "test"):

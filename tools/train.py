@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:

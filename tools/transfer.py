@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlprompt.cli import command
+from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(list(arguments))
 
     from vlprompt import load_config, run  # after parsing, so that --help is instant
-    from vlprompt.evaluation.transfer import TransferMatrix
+    from vlprompt.classification.transfer_matrix import TransferMatrix
 
     config = load_config(args.cfg, [*args.overrides, "protocol.name=transfer"])
     outcome = run(config, args.resume, f"python tools/transfer.py {shlex.join(arguments)}")

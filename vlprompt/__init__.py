@@ -10,51 +10,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from vlprompt.adaptation import create_adapter, list_adapters
-    from vlprompt.artefacts import load, save
     from vlprompt.backbones import create_backbone, list_backbones
-    from vlprompt.config import load_config
+    from vlprompt.classification.config import load_config
+    from vlprompt.classification.evaluate import evaluate
+    from vlprompt.classification.experiment import run
+    from vlprompt.classification.fit import RunResult, fit
+    from vlprompt.classification.predict import predict
+    from vlprompt.core.errors import VLPromptError
     from vlprompt.data import list_datasets, load_dataset
     from vlprompt.data.segmentation import load_segmentation
     from vlprompt.detection import create_detector, list_detectors
-    from vlprompt.errors import VLPromptError
-    from vlprompt.evaluation.evaluate import evaluate
-    from vlprompt.inference import predict
+    from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
-    from vlprompt.personalisation import list_personalisers
+    from vlprompt.saved.prompts import load, save
     from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
-    from vlprompt.segmentation.tuning.evaluate import evaluate_segmenter
-    from vlprompt.segmentation.tuning.fit import fit_segmenter
-    from vlprompt.training.fit import RunResult, fit
-    from vlprompt.training.run import run
+    from vlprompt.segmentation.evaluate import evaluate_segmenter
+    from vlprompt.segmentation.fit import fit_segmenter
 
 _HOME = {
-    "RunResult": "vlprompt.training.fit",
-    "VLPromptError": "vlprompt.errors",
+    "RunResult": "vlprompt.classification.fit",
+    "VLPromptError": "vlprompt.core.errors",
     "create_adapter": "vlprompt.adaptation",
     "create_backbone": "vlprompt.backbones",
     "create_detector": "vlprompt.detection",
     "create_learner": "vlprompt.learners",
     "create_segmenter": "vlprompt.segmentation",
-    "evaluate": "vlprompt.evaluation.evaluate",
-    "evaluate_segmenter": "vlprompt.segmentation.tuning.evaluate",
-    "fit": "vlprompt.training.fit",
-    "fit_segmenter": "vlprompt.segmentation.tuning.fit",
+    "evaluate": "vlprompt.classification.evaluate",
+    "evaluate_segmenter": "vlprompt.segmentation.evaluate",
+    "fit": "vlprompt.classification.fit",
+    "fit_segmenter": "vlprompt.segmentation.fit",
     "list_adapters": "vlprompt.adaptation",
     "list_backbones": "vlprompt.backbones",
     "list_datasets": "vlprompt.data",
     "list_detectors": "vlprompt.detection",
     "list_learners": "vlprompt.learners",
-    "list_personalisers": "vlprompt.personalisation",
+    "list_personalisers": "vlprompt.generation",
     "list_segmenters": "vlprompt.segmentation",
-    "load": "vlprompt.artefacts",
-    "load_config": "vlprompt.config",
+    "load": "vlprompt.saved.prompts",
+    "load_config": "vlprompt.classification.config",
     "load_dataset": "vlprompt.data",
     "load_segmentation": "vlprompt.data.segmentation",
-    "predict": "vlprompt.inference",
-    "run": "vlprompt.training.run",
-    "save": "vlprompt.artefacts",
+    "predict": "vlprompt.classification.predict",
+    "run": "vlprompt.classification.experiment",
+    "save": "vlprompt.saved.prompts",
     "scan": "vlprompt.security.scan",
 }
 
@@ -89,10 +91,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("vlprompt.core.version").package_version()
     if name not in _HOME:
         raise AttributeError(f"module 'vlprompt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), "__version__", *__all__])

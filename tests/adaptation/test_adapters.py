@@ -18,7 +18,7 @@ from vlprompt.adaptation.objectives import dispersion, marginal_entropy
 from vlprompt.adaptation.tda import DynamicAdapter
 from vlprompt.adaptation.views import ViewPlan, open_pictures
 from vlprompt.backbones import Backbone
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.learners import Learner
 
 NAMES = ["dog", "red circle", "hummingbird", "American staffordshire terrier", "cat"]

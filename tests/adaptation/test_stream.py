@@ -17,14 +17,14 @@ from PIL import Image
 from vlprompt import create_adapter, create_backbone, create_learner, load_dataset, save
 from vlprompt.adaptation import Adapter
 from vlprompt.adaptation.config import AdaptConfig
+from vlprompt.adaptation.experiment import draw_stream, run_adaptation
 from vlprompt.adaptation.generate import generate_views
-from vlprompt.adaptation.run import draw_stream, run_adaptation
 from vlprompt.adaptation.stream import adapt_dataset
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.data import ImageDataset
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import ViewStore
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlprompt.backbones.layout import PromptLayout, insert_rows, is_slot, slot, slot_number
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
 
 LIMIT = 77
 

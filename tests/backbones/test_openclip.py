@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone, VisualPrompts, create_backbone, list_backbones
 from vlprompt.backbones.openclip import _weights_arguments, wrap_open_clip
-from vlprompt.errors import BackboneError, UnknownNameError
+from vlprompt.core.errors import BackboneError, UnknownNameError
 from vlprompt.learners import create_learner
 
 SMALL = "test-of-vlprompt"

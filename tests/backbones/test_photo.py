@@ -18,10 +18,10 @@ import vlprompt
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.lite0 import Lite0Stem, load_lite0
 from vlprompt.backbones.photo_weights import PHOTO, PHOTO_VIT, build_vit_model, load_vit, pack_vit
+from vlprompt.core.errors import BackboneError, CheckpointError, UnknownNameError
+from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data.imagenet import synset_ids, synset_names
 from vlprompt.data.images import decode
-from vlprompt.errors import BackboneError, CheckpointError, UnknownNameError
-from vlprompt.files import read_tensors, write_tensors
 from vlprompt.learners import LEARNERS, Learner, create_learner
 
 pytestmark = pytest.mark.skipif(

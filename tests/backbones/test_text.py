@@ -12,7 +12,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone, packed
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.text import TextTower
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
 from vlprompt.learners._context import context_layout
 
 NAMES = ("dog", "red circle", "red circle small", "hummingbird", "boeing 737-800", "annual crop land")

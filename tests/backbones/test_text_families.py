@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 from vlprompt.learners import create_learner
 
 NAMES = ("dog", "red circle", "hummingbird in flight")

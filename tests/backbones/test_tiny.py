@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretraining.corpus import encode
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.tiny_weights import WEIGHTS, build_model, load_state, pack_state, seen_token_ids
+from vlprompt.core.errors import BackboneError, CheckpointError
+from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import scenes
-from vlprompt.errors import BackboneError, CheckpointError
-from vlprompt.files import read_tensors, write_tensors
-from vlprompt.pretraining.corpus import encode
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone, VisualPrompts
-from vlprompt.errors import BackboneError, VLPromptError
+from vlprompt.core.errors import BackboneError, VLPromptError
 
 INSERTIONS = ("after_cls", "append")
 OPEN_CLIP: dict[str, dict[str, Any]] = {

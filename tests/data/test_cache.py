@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.data import Augmentation, FeatureCache, FileReader, ImageDataset, Sample
-from vlprompt.errors import DataError, NonFiniteError
 
 PREPROCESS = v2.Compose([v2.Resize((8, 8)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 WEIGHT = torch.randn(3 * 8 * 8, 5, generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,10 @@ import pytest
 import torchvision
 import yaml
 
+from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.data import cards_dir, list_datasets, load_card, load_dataset
 from vlprompt.data.cards import card_names, check_classnames
 from vlprompt.data.splits import is_inside
-from vlprompt.errors import ConfigError, DataError, UnknownNameError
 
 GOOD = {
     "title": "Mine",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import default_root, list_datasets, load_dataset
-from vlprompt.errors import DataError, UnknownNameError
 
 
 def test_names_are_sorted_and_complete() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import load_dataset
-from vlprompt.errors import DataError
 
 
 @pytest.fixture

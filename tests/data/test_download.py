@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.serving import Site, serve
+from vlprompt.core.errors import DataError
 from vlprompt.data import download as module
 from vlprompt.data.checksums import checksum, matches
 from vlprompt.data.download import download
-from vlprompt.errors import DataError
 
 BODY = bytes(range(256)) * 40000  # 10 MB, several blocks
 SHA = f"sha256:{hashlib.sha256(BODY).hexdigest()}"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.data.layouts import make, picture
+from vlprompt.core.errors import DataError
 from vlprompt.data import FileReader, ImageDataset, Sample, load_card, load_dataset
 from vlprompt.data.elevater import elevater_draw, elevater_indices
-from vlprompt.errors import DataError
 
 GOLDEN = json.loads((Path(__file__).parent / "elevater_golden.json").read_text())
 WHOLE = pytest.mark.filterwarnings("ignore:.*is it whole")

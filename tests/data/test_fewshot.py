@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import FileReader, ImageDataset, Sample, base_new, few_shot, load_dataset
 from vlprompt.data.fewshot import coop_indices
-from vlprompt.errors import DataError
 
 
 class Words:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import load_dataset
-from vlprompt.errors import DataError, UnknownNameError
 
 
 def fill(folder: Path, count: int, ending: str = "png") -> None:

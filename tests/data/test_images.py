@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import FileReader, ImageDataset, Sample, read_image, verify
 from vlprompt.data.images import drop_bad
-from vlprompt.errors import DataError
 
 
 def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.layouts import make, shown
+from vlprompt.core.errors import DataError
 from vlprompt.data import Card, load_card, load_dataset
 from vlprompt.data.cards import SourceSpec, card_names
 from vlprompt.data.catalog import open_split
 from vlprompt.data.imagenet import synset_ids
-from vlprompt.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is it whole", "ignore:.*is not the published one")
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import load_card, load_dataset
-from vlprompt.errors import DataError
 
 # The copies made here are small, and their split files are made up.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not the published one")

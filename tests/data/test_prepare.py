@@ -16,9 +16,9 @@ import yaml
 
 from tests.data.layouts import data_of, make
 from tests.data.serving import Site, serve
+from vlprompt.core.errors import DataError
 from vlprompt.data import load_card, load_dataset
 from vlprompt.data.prepare import fetch, status
-from vlprompt.errors import DataError
 
 ROOT = Path(__file__).parent.parent.parent
 Tool = Callable[..., tuple[int, str, str]]

@@ -10,11 +10,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import scenes
 from vlprompt.data.scenes.attributes import HELD_OUT_STYLES, PATTERNS, STYLES
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.tasks import SPLITS, task_spec
-from vlprompt.errors import DataError, UnknownNameError
 
 DIGEST = """
 import hashlib, numpy as np

@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 
+from pretraining.corpus import encode, read_corpus
 from vlprompt.data import scenes
 from vlprompt.data.scenes.attributes import COLOURS, HELD_OUT_STYLES, PATTERNS
 from vlprompt.data.scenes.captions import phrase
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.wording import HELD_OUT_PREFIXES, HELD_OUT_WORDS, words
-from vlprompt.pretraining.corpus import encode, read_corpus
 
 COUNT = 1500
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import AUGMENTATIONS, Augmentation
 from vlprompt.data.transforms import crop_box
-from vlprompt.errors import DataError, UnknownNameError
 
 PREPROCESS = v2.Compose(
     [v2.Resize(32), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]

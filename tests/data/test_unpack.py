@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.unpack import unpack
-from vlprompt.errors import DataError
 
 
 def tar_of(path: Path, *members: tuple[str, object]) -> Path:

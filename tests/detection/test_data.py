@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.scenes.attributes import held_out_pairs
 from vlprompt.data.scenes.boxes import BoxScenes, box_classes
 from vlprompt.detection.data import DetectionData, read_coco, write_coco
 from vlprompt.detection.scenes import SPLITS, scene_boxes
-from vlprompt.errors import DataError, UnknownNameError
 
 
 def test_coco_files_come_back_as_they_went(data: DetectionData, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.detection import DETECTORS, create_detector, list_detectors
 from vlprompt.detection.data import DetectionData
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 
 ALL = ("owl-tiny", "owlvit", "owlv2", "grounding-dino")
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlprompt.concepts import Concepts
+from vlprompt.concepts.embedding import Concepts
+from vlprompt.core.errors import BackboneError, ConfigError, DataError
 from vlprompt.detection.base import Detections
 from vlprompt.detection.config import DetectConfig
 from vlprompt.detection.data import DetectionData, write_coco
 from vlprompt.detection.evaluate import average_precision, features, kept_boxes
-from vlprompt.detection.run import run_detection
+from vlprompt.detection.experiment import run_detection
 from vlprompt.detection.search import class_vectors, search_concepts
-from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.training.options import TrainOptions
 
 TRAIN = TrainOptions(

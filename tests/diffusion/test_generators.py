@@ -12,9 +12,9 @@ from PIL import Image
 
 from vlprompt import create_adapter
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import Generator, ViewSource, ViewStore, create_generator, list_generators
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 
 STEPS = {"steps": 2, "device": "cpu"}
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vlprompt import create_backbone, create_learner, load_dataset
 from vlprompt.adaptation.generate import named_alike
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
+from vlprompt.core.files import write_tensors
 from vlprompt.diffusion import create_generator
 from vlprompt.diffusion.denoiser import Denoiser, from_patches, load_denoiser, to_patches
 from vlprompt.diffusion.tiny import TinyDiffusion
-from vlprompt.errors import BackboneError, CheckpointError, ConfigError, DataError
-from vlprompt.files import write_tensors
 
 pytest.importorskip("diffusers", reason="the extra 'diffusion' is not installed")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import CheckpointError, ConfigError, DataError, VLPromptError
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError, VLPromptError
 from vlprompt.learners import LEARNERS, Learner, create_learner
 
 ALL = LEARNERS.names()

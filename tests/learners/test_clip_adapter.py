@@ -12,7 +12,7 @@ from tests.golden.weights import filled
 from vlprompt import create_learner
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
-from vlprompt.errors import ConfigError
+from vlprompt.core.errors import ConfigError
 
 GOLDEN = read_golden("clip_adapter_small")
 NAMES = ["dog", "red circle", "hummingbird"]

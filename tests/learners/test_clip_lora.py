@@ -16,7 +16,7 @@ from tests.golden.weights import filled
 from vlprompt import create_learner, fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
-from vlprompt.errors import BackboneError, ConfigError, VLPromptError
+from vlprompt.core.errors import BackboneError, ConfigError, VLPromptError
 from vlprompt.learners import Learner
 
 GOLDEN = read_golden("clip_lora_small")

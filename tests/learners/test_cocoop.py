@@ -14,8 +14,8 @@ from tests.golden.weights import filled
 from vlprompt import create_learner, evaluate, fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.core.errors import VLPromptError
 from vlprompt.data import ImageDataset
-from vlprompt.errors import VLPromptError
 from vlprompt.learners import Learner
 
 GOLDEN = read_golden("cocoop_small")

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlprompt import create_backbone, load, save
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.image_only import image_backbone, without_text
-from vlprompt.errors import BackboneError, CheckpointError, DataError
+from vlprompt.core.errors import BackboneError, CheckpointError, DataError
 from vlprompt.learners import create_learner
 from vlprompt.learners.cones import concept_classifier
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import is_slot, slot_number
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.learners import create_learner
 
 NAMES = ("dog", "red circle", "hummingbird", "boeing 737-800", "st. bernard")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import load_dataset
-from vlprompt.errors import ConfigError, DataError
 from vlprompt.learners import create_learner
 from vlprompt.learners._calibration import best_mixing, threshold_at
 from vlprompt.learners._repository import Bank, diversity, separation

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 from vlprompt.learners import Learner, create_learner
 
 Samples = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from tests.golden.visual_learners import check_case, put, vit_b16
 from vlprompt import create_learner
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import is_slot
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 
 GOLDEN = read_golden("maple_vit_b16")
 NAMES = ["dog", "red circle", "hummingbird"]

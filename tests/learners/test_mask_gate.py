@@ -23,8 +23,8 @@ from tests.learners.masking import (
 from vlprompt import create_learner, fit
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.core.errors import ConfigError
 from vlprompt.data import ImageDataset
-from vlprompt.errors import ConfigError
 from vlprompt.learners._masks import Importance, agreement, choose, gradient_dropout
 from vlprompt.training.batches import epoch_plan
 

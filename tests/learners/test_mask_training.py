@@ -26,9 +26,9 @@ from tests.learners.masking import (
     train,
 )
 from vlprompt import create_learner, fit
-from vlprompt.artefacts import read
 from vlprompt.backbones import Backbone
 from vlprompt.data import ImageDataset
+from vlprompt.saved.prompts import read
 from vlprompt.training.callbacks import Callback
 
 
@@ -171,7 +171,7 @@ def test_the_frozen_model_sees_a_picture_once(
     cached = train(backbone, digits, fit_options={"augmentation": "flip", "views": 2})
     assert sum(calls) == 2 * len(digits)
     calls.clear()
-    monkeypatch.setattr("vlprompt.training.fit.TrainingSource.repeats", False)
+    monkeypatch.setattr("vlprompt.classification.fit.TrainingSource.repeats", False)
     fresh = train(backbone, digits, fit_options={"augmentation": "flip", "views": 2})
     assert len(calls) >= 4
     same = (scores_of(cached) > 0.005) == (scores_of(fresh) > 0.005)

@@ -22,10 +22,10 @@ from tests.learners.masking import (
 )
 from vlprompt import create_backbone, create_learner, fit
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.masks import maskable
 from vlprompt.backbones.reweighted import ReweightedBackbone
+from vlprompt.backbones.weight_masks import maskable
+from vlprompt.core.errors import BackboneError, ConfigError, NonFiniteError, UnknownNameError
 from vlprompt.data import ImageDataset
-from vlprompt.errors import BackboneError, ConfigError, NonFiniteError, UnknownNameError
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 
 # --- what is masked

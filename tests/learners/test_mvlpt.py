@@ -16,10 +16,10 @@ from vlprompt import create_learner
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import VisualPrompts
-from vlprompt.errors import BackboneError, CheckpointError
+from vlprompt.classification.multitask import MultiTask
+from vlprompt.core.errors import BackboneError, CheckpointError
 from vlprompt.learners import Learner
 from vlprompt.learners._context import context_layout
-from vlprompt.training.multitask import MultiTask
 
 GOLDEN = read_golden("mvlpt_small")
 NAMES = ["dog", "red circle", "hummingbird"]

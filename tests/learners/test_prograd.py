@@ -12,9 +12,9 @@ from tests.golden.weights import filled
 from vlprompt import create_learner, fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.classification.evaluate import image_embeddings
+from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
-from vlprompt.errors import DataError
-from vlprompt.evaluation.evaluate import image_embeddings
 from vlprompt.learners import Learner
 from vlprompt.learners.prograd import class_last, project_conflict
 

@@ -15,8 +15,8 @@ from tests.golden.weights import filled
 from vlprompt import create_learner, fit, load, load_dataset, save
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.data import Augmentation
-from vlprompt.errors import CheckpointError, DataError
 from vlprompt.learners import Learner
 
 GOLDEN = read_golden("tip_adapter_small")

@@ -12,7 +12,7 @@ from tests.golden.visual_learners import check_case, put
 from vlprompt import create_learner, evaluate, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 from vlprompt.learners._unified import PromptMixer
 
 GOLDEN = read_golden("upt_small")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.golden.visual_learners import vit_b16
 from vlprompt import create_learner, evaluate, fit, load_dataset
 from vlprompt.backbones import Backbone
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 from vlprompt.learners._visual import initial_visual_prompts, possible_depth
 
 NAMES = ["dog", "red circle", "American staffordshire terrier", "hummingbird"]

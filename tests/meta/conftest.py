@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from vlprompt.backbones import Backbone
-from vlprompt.data.pairs.store import PairStore, build_store
+from vlprompt.data.captions.store import PairStore, build_store
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import Episodes
 from vlprompt.meta.options import ClusterOptions, EpisodeOptions

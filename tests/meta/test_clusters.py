@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import adjusted_rand_score
 
-from vlprompt.data.pairs.store import PairStore, Rows
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.data.captions.store import PairStore, Rows
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs, quotas, spherical_kmeans
 from vlprompt.meta.names import pseudo_name, shared_phrase
 from vlprompt.meta.options import ClusterOptions

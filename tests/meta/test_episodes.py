@@ -8,8 +8,8 @@ import torch
 
 from tests.meta.conftest import MakeEpisodes
 from vlprompt.backbones import Backbone
-from vlprompt.data.pairs.store import PairStore
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.data.captions.store import PairStore
 from vlprompt.meta.clusters import Hierarchy
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.options import EpisodeOptions

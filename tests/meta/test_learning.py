@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.meta.conftest import MakeEpisodes
 from vlprompt import create_learner
 from vlprompt.backbones import Backbone
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 from vlprompt.learners import Learner
 from vlprompt.learners._context import context_layout
 from vlprompt.meta.episodes import Episode, EpisodeBatches, Side

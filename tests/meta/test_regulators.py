@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.errors import ConfigError, DataError, UnknownNameError
+from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.meta.regulators import REGULATORS, Regulator, Situation, create_regulator
 
 SHAPES = {"context": torch.Size((3, 8)), "visual": torch.Size((2, 3, 6))}

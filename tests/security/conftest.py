@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.judgement import Judgement
-from vlprompt.seeding import numpy_rng
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.learners._judgement import Judgement
 
 
 class CornerDetector:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import ImageDataset, load_dataset
-from vlprompt.errors import ConfigError, DataError
 from vlprompt.security.poison import MANIFEST, PoisonPlan, poison, poisoned, read_poisoned
 from vlprompt.security.sheet import trigger_sheet
 from vlprompt.security.triggers import create_trigger

@@ -22,11 +22,11 @@ from PIL import Image
 
 import vlprompt
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.data import FileReader, ImageDataset, load_dataset
 from vlprompt.data.base import Sample
-from vlprompt.errors import CheckpointError, DataError
-from vlprompt.judgement import Judgement
 from vlprompt.learners import create_learner
+from vlprompt.learners._judgement import Judgement
 from vlprompt.security import folder as folder_module
 from vlprompt.security.folder import scan_folder
 from vlprompt.security.scan import scan

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.golden.weights import filled
 from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.files import write_tensors
+from vlprompt.core.files import write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tunevlseg_clipseg_small.json"
 

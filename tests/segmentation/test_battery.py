@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones import Backbone
-from vlprompt.errors import CheckpointError, ConfigError, DataError, UnknownNameError, VLPromptError
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError, UnknownNameError, VLPromptError
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES, Segmenter, create_segmenter
 
 SIZES: dict[str, dict[str, Any]] = {

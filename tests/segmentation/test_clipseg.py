@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.errors import BackboneError, ConfigError, VLPromptError
+from vlprompt.core.errors import BackboneError, ConfigError, VLPromptError
 from vlprompt.segmentation import create_segmenter
 
 

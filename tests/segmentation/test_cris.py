@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.golden.weights import filled
 from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.errors import BackboneError, ConfigError
-from vlprompt.files import write_tensors
+from vlprompt.core.errors import BackboneError, ConfigError
+from vlprompt.core.files import write_tensors
 from vlprompt.segmentation import Segmenter, create_segmenter
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tunevlseg_cris_small.json").read_text())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone, VisualPrompts
 from vlprompt.backbones.layout import slot
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
 from vlprompt.segmentation import STRATEGIES, create_segmenter
 from vlprompt.segmentation.strategies import Strategy
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.toys import ToyModule, toy_batches
-from vlprompt.errors import CheckpointError, NonFiniteError, VLPromptError
+from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.training.batches import epoch_plan, prefetch
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions

@@ -8,12 +8,12 @@ from typing import Any
 from vlprompt.adaptation.base import Adapter
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.backbones import Backbone
-from vlprompt.classnames import check_classnames
-from vlprompt.errors import ConfigError
+from vlprompt.core.errors import ConfigError
+from vlprompt.core.names import check_classnames
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.learners import Learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.registry import Registry
-from vlprompt.signature import check_options
 
 __all__ = ["ADAPTERS", "Adapter", "Predictions", "create_adapter", "list_adapters"]
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vlprompt.errors import DataError, NonFiniteError
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.learners import LEARNERS, Learner
 
 __all__ = ["GradientTransform", "ImageLoss", "Loss", "Rate", "Rule", "Tuned", "Tuner", "require_prompts"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.views import Images, Picture, ViewPlan, open_pictures
 from vlprompt.backbones import Backbone
-from vlprompt.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Adapter", "EncodedViews"]

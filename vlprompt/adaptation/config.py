@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.config import BackboneOptions, ToolConfig
+from vlprompt.core.errors import VLPromptError
+from vlprompt.core.options import describe_problems, options_model
 from vlprompt.data.catalog import check_name
 from vlprompt.diffusion import GENERATORS
-from vlprompt.errors import VLPromptError
-from vlprompt.signature import describe_problems, options_model
+from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 
 __all__ = ["AdaptConfig", "DiffusionOptions", "SourceOptions", "StreamOptions"]
 

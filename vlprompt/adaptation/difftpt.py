@@ -22,8 +22,8 @@ from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.selection import cosine_then_entropy, parallel_filters
 from vlprompt.adaptation.views import Augment, Picture, ViewPlan
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.diffusion import ViewSource
-from vlprompt.errors import ConfigError, DataError
 from vlprompt.learners import Learner
 
 __all__ = ["DiffusionPromptTuning"]

@@ -10,12 +10,12 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.adaptation.config import AdaptConfig
-from vlprompt.adaptation.run import draw_stream, view_source
+from vlprompt.adaptation.experiment import draw_stream, view_source
 from vlprompt.backbones import create_backbone
+from vlprompt.core.errors import ConfigError
 from vlprompt.data import ImageDataset
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import ViewStore
-from vlprompt.errors import ConfigError
 from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Generated", "generate_views", "named_alike"]

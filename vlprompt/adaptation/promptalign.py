@@ -22,9 +22,9 @@ from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.views import Augment, ViewPlan
+from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
-from vlprompt.errors import CheckpointError, DataError
-from vlprompt.files import read_tensors, write_tensors
 from vlprompt.learners import Learner
 
 __all__ = ["PromptAlign", "SourceStatistics", "source_statistics"]

@@ -12,10 +12,10 @@ from torch import Tensor
 from vlprompt.adaptation.base import Adapter, EncodedViews
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.views import Picture, open_pictures
+from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
-from vlprompt.errors import CheckpointError, DataError
-from vlprompt.files import read_tensors, write_tensors
 
 __all__ = ["adapt_dataset"]
 

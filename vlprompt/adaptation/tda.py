@@ -24,7 +24,7 @@ from vlprompt.adaptation.base import Adapter, EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import entropies, lowest_entropy
 from vlprompt.adaptation.views import Augment, ViewPlan
-from vlprompt.errors import CheckpointError
+from vlprompt.core.errors import CheckpointError
 from vlprompt.learners import Learner
 
 __all__ = ["DynamicAdapter"]

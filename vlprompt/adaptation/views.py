@@ -26,10 +26,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import pixel_key, read_image, to_rgb
 from vlprompt.data.transforms import crop_box
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["Augment", "Images", "Picture", "ViewPlan", "open_pictures"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.vision import VisualPrompts
-from vlprompt.registry import Registry
+from vlprompt.core.registry import Registry
 
 __all__ = ["BACKBONES", "Backbone", "VisualPrompts", "create_backbone", "list_backbones"]
 

@@ -17,7 +17,7 @@ from vlprompt.backbones import BACKBONES
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 
 __all__ = ["build_clipseg", "default_config", "layer_state", "read_checkpoint"]
 

@@ -11,8 +11,8 @@ from vlprompt.backbones import BACKBONES, create_backbone
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tiny_weights import WEIGHTS, build_model, model_config
-from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.files import read_tensors
 
 __all__ = ["image_backbone", "without_text"]
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
 
 __all__ = ["PromptLayout", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
 

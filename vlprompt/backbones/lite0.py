@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 
 __all__ = [
     "PIXELS",

@@ -18,7 +18,7 @@ from torch import nn
 
 from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
-from vlprompt.errors import BackboneError, UnknownNameError
+from vlprompt.core.errors import BackboneError, UnknownNameError
 
 __all__ = ["build_open_clip", "wrap_open_clip"]
 

@@ -30,8 +30,8 @@ from vlprompt.backbones.photo_weights import (
     load_vit,
 )
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.errors import UnknownNameError
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.errors import UnknownNameError
+from vlprompt.core.seeding import seeded_modules
 
 __all__ = ["build_photo", "build_photo_vit"]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.lite0 import Lite0Stem, Lite0Tower
 from vlprompt.backbones.tiny_weights import load_state, pack_state
-from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.files import read_tensors
 
 __all__ = [
     "PHOTO",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.taps import patch_of
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 
 __all__ = ["dense_pool", "is_resnet", "pyramid_stride", "pyramid_widths", "resnet_stages", "vit_maps"]
 

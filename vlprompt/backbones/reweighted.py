@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.vision import VisualPrompts
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 
 __all__ = ["Reweight", "ReweightedBackbone"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.base import Backbone
-from vlprompt.errors import BackboneError
+from vlprompt.core.errors import BackboneError
 
 __all__ = ["READS", "embed_with_statistics", "map_statistics", "statistics_width"]
 

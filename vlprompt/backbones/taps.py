@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.packed import is_packable_block, run_block
 from vlprompt.backbones.vision import VisionTower
-from vlprompt.errors import BackboneError, VLPromptError
+from vlprompt.core.errors import BackboneError, VLPromptError
 
 __all__ = [
     "Taps",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlprompt.backbones.layout import PromptLayout, insert_rows
 from vlprompt.backbones.packed import Adapter, encode_packed, is_packable_block, run_block
 from vlprompt.backbones.tokenizer import TextTokenizer
-from vlprompt.errors import BackboneError, VLPromptError
+from vlprompt.core.errors import BackboneError, VLPromptError
 
 __all__ = ["TextTower"]
 

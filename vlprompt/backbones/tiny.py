@@ -10,7 +10,7 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tiny_weights import build_model, load_state, model_config
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.errors import UnknownNameError
+from vlprompt.core.errors import UnknownNameError
 
 __all__ = ["build_tiny"]
 

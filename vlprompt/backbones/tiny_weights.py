@@ -18,9 +18,9 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from vlprompt.backbones.stem import ConvStem
-from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
-from vlprompt.seeding import torch_rng
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.files import read_tensors
+from vlprompt.core.seeding import torch_rng
 
 __all__ = ["WEIGHTS", "build_model", "load_state", "model_config", "pack_state", "seen_token_ids"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.packed import Adapter, is_packable_block, run_block
-from vlprompt.errors import BackboneError, VLPromptError
+from vlprompt.core.errors import BackboneError, VLPromptError
 
 __all__ = ["Insertion", "VisionTower", "VisualPrompts"]
 

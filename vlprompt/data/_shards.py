@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 
 __all__ = ["KEY_BYTES", "ShardStore"]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 
 __all__ = ["ImageDataset", "Reader", "Sample", "hash_strings"]
 

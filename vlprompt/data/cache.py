@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.data._shards import ShardStore
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.transforms import Augmentation, Preprocess
-from vlprompt.errors import DataError, NonFiniteError
 
 __all__ = ["FeatureCache"]
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlprompt.classnames import check_classnames, check_templates
-from vlprompt.errors import ConfigError, DataError, UnknownNameError, nearest
+from vlprompt.core.errors import ConfigError, DataError, UnknownNameError, nearest
+from vlprompt.core.names import check_classnames, check_templates
 
 __all__ = [
     "ArchiveSpec",

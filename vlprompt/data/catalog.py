@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.classnames import check_classnames, check_templates, clean_classname
+from vlprompt.core.errors import DataError, UnknownNameError, nearest
+from vlprompt.core.names import check_classnames, check_templates, clean_classname
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import (
     SourceSpec,
@@ -22,7 +23,6 @@ from vlprompt.data.fewshot import base_new, few_shot
 from vlprompt.data.images import drop_bad
 from vlprompt.data.sources import AbsentError, Build, Request, sources
 from vlprompt.data.splits import check_split
-from vlprompt.errors import DataError, UnknownNameError, nearest
 
 __all__ = ["check_name", "default_root", "list_datasets", "load_dataset", "open_split"]
 

@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.checksums import checksum, matches
-from vlprompt.errors import DataError
 
 __all__ = ["Progress", "download"]
 

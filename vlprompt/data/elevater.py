@@ -14,9 +14,9 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.images import BadImagePolicy, VerificationReport, refuse_if_fatal, verify
-from vlprompt.errors import DataError
 
 __all__ = ["VAL_SHARE", "elevater_draw", "elevater_indices"]
 

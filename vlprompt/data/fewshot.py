@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.images import BadImage, BadImagePolicy, VerificationReport, refuse_if_fatal, verify
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["VAL_SHOTS", "base_new", "coop_indices", "few_shot"]
 

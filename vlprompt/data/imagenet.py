@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from vlprompt.errors import UnknownNameError
+from vlprompt.core.errors import UnknownNameError
 
 __all__ = ["SYNSET_LISTS", "synset_ids", "synset_names"]
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
-from vlprompt.errors import DataError
 
 __all__ = [
     "EXTENSIONS",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import ArchiveSpec, Card, SourceSpec
 from vlprompt.data.catalog import open_split
@@ -23,7 +24,6 @@ from vlprompt.data.segmentation.guards import pair_problems
 from vlprompt.data.sources import AbsentError
 from vlprompt.data.splits import SPLITS
 from vlprompt.data.unpack import unpack
-from vlprompt.errors import DataError
 
 __all__ = ["Status", "advice", "explain", "fetch", "status"]
 

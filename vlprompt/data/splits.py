@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.names import clean_classname
+from vlprompt.core.seeding import derive_seed
 from vlprompt.data.base import Sample
 from vlprompt.data.checksums import matches
-from vlprompt.errors import DataError, UnknownNameError
-from vlprompt.seeding import derive_seed
 
 __all__ = [
     "SPLITS",

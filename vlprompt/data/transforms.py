@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from vlprompt.errors import DataError, UnknownNameError
-from vlprompt.seeding import numpy_rng
+from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.seeding import numpy_rng
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Preprocess", "crop_box"]
 

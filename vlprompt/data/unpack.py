@@ -10,8 +10,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.splits import is_inside
-from vlprompt.errors import DataError
 
 __all__ = ["unpack"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, decode
-from vlprompt.errors import DataError
 
 __all__ = ["ZipReader"]
 

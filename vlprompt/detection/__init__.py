@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.detection.base import Detections, Detector
-from vlprompt.registry import Registry
-from vlprompt.signature import check_options
 
 __all__ = ["DETECTORS", "Detections", "Detector", "create_detector", "list_detectors"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-from vlprompt.errors import BackboneError
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.seeding import seeded_modules
 
 __all__ = ["build_model"]
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vlprompt.core.errors import DataError
 from vlprompt.detection.boxes import Target, box_losses
-from vlprompt.errors import DataError
 
 __all__ = ["Detections", "Detector", "Frozen"]
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlprompt.config import ToolConfig
+from vlprompt.core.errors import VLPromptError
+from vlprompt.core.options import describe_problems, options_model
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.data import DetectionData, read_coco
 from vlprompt.detection.scenes import scene_boxes
-from vlprompt.errors import VLPromptError
-from vlprompt.signature import describe_problems, options_model
+from vlprompt.experiments.old_config import ToolConfig
 from vlprompt.training.options import TrainOptions
 
 __all__ = ["BoxDataOptions", "DetectConfig", "SearchOptions", "StageOptions", "load_boxes"]

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import write_atomic, write_json
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import read_image
 from vlprompt.detection.boxes import Target
-from vlprompt.errors import DataError
-from vlprompt.files import write_atomic, write_json
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["DetectionData", "Labelled", "read_coco", "write_coco"]
 

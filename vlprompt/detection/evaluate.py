@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from vlprompt.core.errors import BackboneError
 from vlprompt.detection.base import Detections, Detector
 from vlprompt.detection.data import DetectionData
-from vlprompt.errors import BackboneError
 
 __all__ = ["average_precision", "features", "kept_boxes"]
 

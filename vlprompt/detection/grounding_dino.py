@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from vlprompt.concept_search import weights_id
+from vlprompt.concepts.search import weights_id
+from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.detection import DETECTORS
 from vlprompt.detection._transformers import build_model
 from vlprompt.detection.base import Detections, Detector, Frozen
 from vlprompt.detection.boxes import Target
-from vlprompt.errors import BackboneError, DataError
 
 __all__ = ["GroundingDino"]
 

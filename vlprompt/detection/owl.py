@@ -18,11 +18,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.concept_search import weights_id
+from vlprompt.concepts.search import weights_id
+from vlprompt.core.errors import BackboneError
 from vlprompt.detection import DETECTORS
 from vlprompt.detection._transformers import build_model
 from vlprompt.detection.base import Detections, Detector, Frozen
-from vlprompt.errors import BackboneError
 
 __all__ = ["OwlV2", "OwlViT"]
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.taps import first_state, run_taps
-from vlprompt.concept_search import weights_id
+from vlprompt.concepts.search import weights_id
+from vlprompt.core.errors import BackboneError
+from vlprompt.core.files import read_tensors
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.base import Detections, Detector, Frozen
-from vlprompt.errors import BackboneError
-from vlprompt.files import read_tensors
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["WEIGHTS", "OwlHead", "OwlTiny"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.scenes.attributes import check
 from vlprompt.data.scenes.boxes import BOX_TASKS, BoxScenes, box_classes
 from vlprompt.detection.data import DetectionData, Labelled
-from vlprompt.errors import DataError
 
 __all__ = ["SPLITS", "scene_boxes"]
 

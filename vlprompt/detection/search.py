@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from vlprompt.concept_search import ConceptSearch, Found
-from vlprompt.concepts import ConceptEmbedding, Concepts, normal_start, repeated, visual_start
+from vlprompt.concepts.embedding import ConceptEmbedding, Concepts, normal_start, repeated, visual_start
+from vlprompt.concepts.search import ConceptSearch, Found
+from vlprompt.core.errors import DataError
 from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
-from vlprompt.errors import DataError
 from vlprompt.training.batches import Batch, epoch_plan
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.diffusion.base import Generator, ViewSource
 from vlprompt.diffusion.store import ViewStore
-from vlprompt.registry import Registry
-from vlprompt.signature import check_options
 
 __all__ = ["GENERATORS", "Generator", "ViewSource", "ViewStore", "create_generator", "list_generators"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
+from vlprompt.core.errors import BackboneError, DataError
+from vlprompt.core.seeding import derive_seed
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion.store import ViewStore
-from vlprompt.errors import BackboneError, DataError
-from vlprompt.seeding import derive_seed
 
 __all__ = ["Generator", "ViewSource", "import_diffusers"]
 

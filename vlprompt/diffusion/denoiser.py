@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlprompt.core.errors import BackboneError, DataError
+from vlprompt.core.files import read_tensors
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.diffusion.base import import_diffusers
-from vlprompt.errors import BackboneError, DataError
-from vlprompt.files import read_tensors
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["WEIGHTS", "Denoiser", "Scheduler", "from_patches", "load_denoiser", "to_patches"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from vlprompt.core.errors import BackboneError
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers
-from vlprompt.errors import BackboneError
 
 __all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 

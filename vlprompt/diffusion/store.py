@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from vlprompt.core.errors import CheckpointError
+from vlprompt.core.files import write_atomic, write_json
 from vlprompt.data.images import read_image
-from vlprompt.errors import CheckpointError
-from vlprompt.files import write_atomic, write_json
 
 __all__ = ["ViewStore"]
 

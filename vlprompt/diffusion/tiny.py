@@ -18,11 +18,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import create_backbone
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import derive_seed
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator
 from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
-from vlprompt.errors import DataError
-from vlprompt.seeding import derive_seed
 
 __all__ = ["TinyDiffusion"]
 

@@ -105,7 +105,9 @@ class ExperimentConfig(BaseModel):
         """
         task = raw.get("task", cls.expected_task)
         if task != cls.expected_task:
-            raise ConfigError([f"task: this file is of the task {task!r}, not of {cls.expected_task!r}."], source)
+            raise ConfigError(
+                [f"task: this file is of the task {task!r}, not of {cls.expected_task!r}."], source
+            )
         content = resolve(merge(raw, overrides), source)
         content.setdefault("task", cls.expected_task)
         problems = cls.raw_problems(content)
@@ -169,7 +171,11 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     base = dict(below)
     for section in _NAMED_SECTIONS:
         old, new = base.get(section), above.get(section)
-        if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("name", old.get("name")) != old.get("name"):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(new, Mapping)
+            and new.get("name", old.get("name")) != old.get("name")
+        ):
             base.pop(section)
     return _plain(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(dict(above))))
 
@@ -186,7 +192,9 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
     """
     wrong = [text for text in overrides if "=" not in text]
     if wrong:
-        raise ConfigError([f"{text!r}: an override looks like dotted.key=value." for text in wrong], "command line")
+        raise ConfigError(
+            [f"{text!r}: an override looks like dotted.key=value." for text in wrong], "command line"
+        )
     content = OmegaConf.create({})
     for text in overrides:
         key, _, value = text.partition("=")

@@ -31,7 +31,16 @@ from vlprompt.experiments.config import ExperimentConfig
 __all__ = ["RunFolder", "environment", "yaml_text"]
 
 _CELL, _FAILURE, _TIMINGS, _DONE = "cell.json", "failure.json", "timings.json", "done.json"
-_RECORDED = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "numpy", "safetensors", "accelerate")
+_RECORDED = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "accelerate",
+)
 
 
 class RunFolder:

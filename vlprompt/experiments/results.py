@@ -144,7 +144,9 @@ class Results:
         for line in self.lines:
             key = line.where.get(name)
             if key in found:
-                raise DataError(f"results are ambiguous: {name}={key!r} has several values of {line.metric!r}.")
+                raise DataError(
+                    f"results are ambiguous: {name}={key!r} has several values of {line.metric!r}."
+                )
             found[key] = line.value
         return found
 

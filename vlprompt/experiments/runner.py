@@ -107,7 +107,9 @@ def run_experiment(
         raise VLPromptError("restart begins anew and resume continues: give one of them.")
     with folder.held():
         if resume and not folder.exists:
-            raise CheckpointError(f"there is nothing to continue for this configuration: {folder.difference()}")
+            raise CheckpointError(
+                f"there is nothing to continue for this configuration: {folder.difference()}"
+            )
         if restart and (moved := folder.move_aside()) is not None:
             log.info("the earlier run is now %s", moved)
         if folder.finished:
@@ -218,6 +220,7 @@ def _conclude(
     if not finished and (len(messages) == 1 or len(causes) == 1):
         raise causes[0].exception()
 
+    failures = {cell: failures[cell] for cell in cells if cell in failures}
     ordered = {cell: finished[cell] for cell in cells if cell in finished}
     results = Results.of(ordered)
     sentences = _sentences(failures)
@@ -261,7 +264,9 @@ def _finished(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) 
     results = Results.of(finished)
     metrics = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
     headline = experiment.layout().headline
-    return RunOutcome(folder.path, metrics, headline, results, experiment.tables(results), finished_before=True)
+    return RunOutcome(
+        folder.path, metrics, headline, results, experiment.tables(results), finished_before=True
+    )
 
 
 def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
@@ -295,4 +300,6 @@ def _sentences(failures: dict[Cell, Failure]) -> list[str]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {
+        k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }

@@ -74,7 +74,9 @@ def _builder(task: str) -> Build:
 
 def _own_tasks() -> list[str]:
     package = Path(__file__).resolve().parent.parent
-    return [path.parent.name for path in package.glob("*/experiment.py") if path.parent != Path(__file__).parent]
+    return [
+        path.parent.name for path in package.glob("*/experiment.py") if path.parent != Path(__file__).parent
+    ]
 
 
 def _plug_ins() -> dict[str, Any]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
-from vlprompt.registry import Registry
-from vlprompt.signature import check_options
 
 __all__ = ["LEARNERS", "Learner", "create_learner", "list_learners"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlprompt.backbones.layout import PromptLayout, slot
 from vlprompt.backbones.text import TextTower
-from vlprompt.errors import DataError
-from vlprompt.seeding import torch_rng
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import torch_rng
 
 __all__ = ["Position", "context_layout", "initial_context"]
 

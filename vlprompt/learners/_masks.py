@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.masks import Kind, maskable
 from vlprompt.backbones.reweighted import Reweight, ReweightedBackbone
-from vlprompt.errors import ConfigError, UnknownNameError
+from vlprompt.backbones.weight_masks import Kind, maskable
+from vlprompt.core.errors import ConfigError, UnknownNameError
 
 __all__ = [
     "Group",
@@ -116,7 +116,7 @@ def importance(
         backbone: Frozen.
         class_weights: (C, d).
         batches: With ``"image"`` and ``"label"``.
-        names: Of :func:`vlprompt.backbones.masks.maskable`.
+        names: Of :func:`vlprompt.backbones.weight_masks.maskable`.
     """
     leaves: dict[str, Tensor] = {}
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.seeding import torch_rng
+from vlprompt.core.seeding import torch_rng
 
 __all__ = ["Bank", "diversity", "separation"]
 

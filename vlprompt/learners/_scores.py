@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vlprompt.backbones.masks import masked_weight, pack, unpack
 from vlprompt.backbones.reweighted import Reweight
+from vlprompt.backbones.weight_masks import masked_weight, pack, unpack
 
 __all__ = ["MaskScores"]
 

@@ -13,10 +13,10 @@ from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import PromptLayout, slot
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.vision import VisualPrompts
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import seeded_modules, torch_rng
 from vlprompt.learners._context import initial_context
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
-from vlprompt.seeding import seeded_modules, torch_rng
 
 __all__ = [
     "DualPrompts",

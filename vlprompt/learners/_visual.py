@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbones.vision import Insertion, VisionTower, VisualPrompts
+from vlprompt.core.seeding import torch_rng
 from vlprompt.learners.base import Learner
-from vlprompt.seeding import torch_rng
 
 __all__ = ["PromptedImages", "initial_visual_prompts", "possible_depth"]
 

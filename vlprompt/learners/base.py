@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.classnames import check_classnames, check_templates
-from vlprompt.errors import CheckpointError, DataError
+from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.names import check_classnames, check_templates
 
 __all__ = ["DEFAULT_TEMPLATES", "Learner", "misfits"]
 

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["ClipAdapter"]
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import PromptLayout
+from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
-from vlprompt.seeding import torch_rng
 
 __all__ = ["ClipLora", "LowRank"]
 

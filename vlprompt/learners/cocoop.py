@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["CoCoOp"]
 

@@ -21,8 +21,15 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.image_only import image_backbone, without_text
-from vlprompt.concepts import ConceptEmbedding, Concepts, Share, normal_start, repeated, visual_start
-from vlprompt.errors import BackboneError, CheckpointError, DataError
+from vlprompt.concepts.embedding import (
+    ConceptEmbedding,
+    Concepts,
+    Share,
+    normal_start,
+    repeated,
+    visual_start,
+)
+from vlprompt.core.errors import BackboneError, CheckpointError, DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 

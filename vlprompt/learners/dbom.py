@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import slot
 from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
-from vlprompt.errors import CheckpointError, ConfigError, DataError
-from vlprompt.judgement import Judgement
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._calibration import best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
+from vlprompt.learners._judgement import Judgement
 from vlprompt.learners._repository import Bank, diversity, separation
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["DBOM", "DEFAULT_TRIGGERS"]
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._unified import initial_deep_context, phrase_context
 from vlprompt.learners._visual import PromptedImages, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["MaPLe"]
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.reweighted import ReweightedBackbone
-from vlprompt.errors import CheckpointError, ConfigError
+from vlprompt.core.errors import CheckpointError, ConfigError
+from vlprompt.core.options import options_model
+from vlprompt.core.seeding import derive_seed
 from vlprompt.learners import LEARNERS, create_learner
 from vlprompt.learners._masks import Group, Importance, Select, choose, gradient_dropout, group_of, importance
 from vlprompt.learners._scores import MaskScores
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner, misfits
-from vlprompt.seeding import derive_seed
-from vlprompt.signature import options_model
 
 __all__ = ["MaskTuning"]
 

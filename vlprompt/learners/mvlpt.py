@@ -2,7 +2,7 @@
 
 Paper: Shen et al., "Multitask Vision-Language Prompt Tuning", arXiv 2211.11720, section 3. Here is what is learned:
 the prompts of one of three families (CoOp's, VPT's, UPT's) with the paper's sizes. Several tasks are trained
-together by :mod:`vlprompt.training.multitask`, and a task starts from their prompts by ``target.init_from``; both
+together by :mod:`vlprompt.classification.multitask`, and a task starts from their prompts by ``target.init_from``; both
 take any learner with shared prompts. Differs from the authors' code in the mixer, whose prompts see each other
 (``mixer="tokenwise"`` is the code's swapped axes), and in that constant class weights are computed once.
 """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.text import TextTower
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner

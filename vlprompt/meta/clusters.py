@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
-from vlprompt.data.pairs.store import PairStore
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import derive_seed
+from vlprompt.data.captions.store import PairStore
 from vlprompt.meta.names import pseudo_name
 from vlprompt.meta.options import ClusterOptions, Space
-from vlprompt.seeding import derive_seed
 
 __all__ = ["Hierarchy", "PseudoClass", "cluster_pairs", "quotas", "spherical_kmeans"]
 

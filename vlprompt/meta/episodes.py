@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlprompt.data.pairs.store import PairStore
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.data.captions.store import PairStore
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 from vlprompt.meta.functional import Batch
 from vlprompt.meta.options import EpisodeOptions
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["Episode", "EpisodeBatches", "Episodes", "Side"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.errors import CheckpointError, DataError
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.learners import Learner
 from vlprompt.meta.episodes import Episode, Side
 from vlprompt.meta.functional import Batch, Functional, prompt_shapes

@@ -6,10 +6,10 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.data.pairs.store import PairStore
-from vlprompt.errors import DataError
-from vlprompt.evaluation.report import data_uri
-from vlprompt.files import write_text
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import write_text
+from vlprompt.data.captions.store import PairStore
+from vlprompt.experiments.report import data_uri
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 
 __all__ = ["write_sheet"]

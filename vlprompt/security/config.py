@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlprompt.config import BackboneOptions, ToolConfig
+from vlprompt.core.errors import ConfigError, VLPromptError
+from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.catalog import check_name
-from vlprompt.errors import ConfigError, VLPromptError
+from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
-from vlprompt.security.detectors import DETECTORS
-from vlprompt.security.pairs import check_triggers
-from vlprompt.signature import check_options, describe_problems
+from vlprompt.security.compositions import check_triggers
+from vlprompt.security.scanners import DETECTORS
 
 __all__ = ["DetectorsConfig", "SuspectOptions"]
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.data.base import ImageDataset
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan
 from vlprompt.security.triggers import create_trigger
 from vlprompt.security.triggers.base import native
-from vlprompt.seeding import seeded_modules
 from vlprompt.training.batches import TensorBatches
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer

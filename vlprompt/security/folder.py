@@ -25,9 +25,9 @@ from typing import IO, Any
 
 from PIL import Image
 
+from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
+from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.data.images import EXTENSIONS, read_image
-from vlprompt.errors import CheckpointError, DataError, VLPromptError
-from vlprompt.files import write_atomic, write_json, write_text
 from vlprompt.security.scan import (
     CLEAN,
     COLUMNS,

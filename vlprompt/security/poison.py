@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError
+from vlprompt.core.options import describe_problems
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
-from vlprompt.errors import CheckpointError, ConfigError, DataError
-from vlprompt.security.pairs import PairReader, PairSource, check_triggers
+from vlprompt.security.compositions import PairReader, PairSource, check_triggers
 from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, create_trigger
-from vlprompt.seeding import numpy_rng
-from vlprompt.signature import describe_problems
 
 __all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.images import read_with_note, to_rgb
 from vlprompt.data.listing import list_pictures
-from vlprompt.errors import DataError
-from vlprompt.judgement import Judgement
+from vlprompt.learners._judgement import Judgement
 
 __all__ = [
     "CLEAN",
@@ -122,7 +122,7 @@ def scan(
     Args:
         images: A folder (searched recursively), a list of files or PIL images, or a data set, whose labels are then the
             given ones for detectors that need them.
-        detector: A trained ``dbom`` learner, or a fitted detector of :mod:`vlprompt.security.detectors`.
+        detector: A trained ``dbom`` learner, or a fitted detector of :mod:`vlprompt.security.scanners`.
         threshold: Score from which a picture is called poisoned; None for the detector's own.
         batch_size: Pictures per pass.
         workers: Threads that decode.

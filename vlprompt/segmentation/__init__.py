@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import ConfigError, nearest
-from vlprompt.registry import Registry
+from vlprompt.core.errors import ConfigError, nearest
+from vlprompt.core.options import check_options, options_model
+from vlprompt.core.registry import Registry
 from vlprompt.segmentation.base import Segmenter
 from vlprompt.segmentation.strategies import STRATEGIES
-from vlprompt.signature import check_options, options_model
 
 __all__ = ["SEGMENTERS", "STRATEGIES", "Segmenter", "create_segmenter", "list_segmenters"]
 

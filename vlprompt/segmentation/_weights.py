@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.clipseg import default_config, layer_state, read_checkpoint
 from vlprompt.backbones.cris import read_cris
-from vlprompt.errors import BackboneError, ConfigError
-from vlprompt.files import read_tensors
+from vlprompt.core.errors import BackboneError, ConfigError
+from vlprompt.core.files import read_tensors
 
 __all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "cris_decoder", "embedded", "fill", "sizes"]
 

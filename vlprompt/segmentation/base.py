@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import CheckpointError, DataError
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy

@@ -24,8 +24,8 @@ from vlprompt.backbones.pyramid import (
     vit_maps,
 )
 from vlprompt.backbones.taps import first_state, padded, patch_of, relative_taps, run_taps
-from vlprompt.errors import DataError
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._cris import CrisDecoder
 from vlprompt.segmentation._last_layer import NewLastLayer

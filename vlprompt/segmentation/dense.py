@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.taps import after_block, first_state, grid_of, patch_of, relative_taps, run_taps
-from vlprompt.errors import VLPromptError
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.errors import VLPromptError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation.base import Frozen, Segmenter, Texts
 from vlprompt.segmentation.strategies.base import Strategy

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vlprompt.seeding import numpy_rng
+from vlprompt.core.seeding import numpy_rng
 
 __all__ = ["Batch", "Batches", "TensorBatches", "epoch_plan", "prefetch"]
 

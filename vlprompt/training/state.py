@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from vlprompt.errors import CheckpointError
-from vlprompt.files import read_tensors, write_tensors
+from vlprompt.core.errors import CheckpointError
+from vlprompt.core.files import read_tensors, write_tensors
 
 __all__ = ["Progress", "load_checkpoint", "save_checkpoint"]
 

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlprompt.errors import NonFiniteError, VLPromptError
-from vlprompt.seeding import derive_seed
+from vlprompt.core.errors import NonFiniteError, VLPromptError
+from vlprompt.core.seeding import derive_seed
 from vlprompt.training.batches import Batch, Batches, prefetch
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
-from vlprompt.training.processes import accelerator as default_accelerator
+from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 
@@ -52,7 +52,7 @@ class Trainable(Protocol):
     # A module may also define any of these (see Learner, which documents them):
     #   combine_gradients(gradients), after_epoch(epoch, epochs), after_training(),
     #   running_state(), load_running_state(state)
-    # and, which no learner needs but what wraps one may (see vlprompt.training.gram and vlprompt.meta):
+    # and, which no learner needs but what wraps one may (see vlprompt.classification.gram and vlprompt.meta):
     #   transform_gradients(gradients): once per step, from what the optimiser would read (by name; of the whole
     #       batch, unscaled, clipped) to what it reads.
     #   parameter_groups() -> list of {"names": [...], "rate": a multiple of the learning rate, and options of

@@ -11,8 +11,8 @@ from PIL import Image
 
 import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.segmentation import label_leaks, load_segmentation, overlaps, pair_problems
-from vlprompt.errors import DataError, UnknownNameError
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from tests.data.segmentation import pairs_layouts as lay
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.segmentation import MaskRule, load_segmentation, read_mask
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskedImage
 from vlprompt.data.segmentation.convert import convert_coco, convert_indexed
-from vlprompt.errors import DataError, UnknownNameError
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "LA"])

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from scipy.fft import dctn
 
-from vlprompt.errors import ConfigError, DataError, UnknownNameError
+from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.security.triggers import TRIGGERS, create_trigger, list_triggers, trigger_words
-from vlprompt.seeding import numpy_rng
 
 NAMES = list_triggers()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+from vlprompt.core.errors import UnknownNameError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
-from vlprompt.errors import UnknownNameError
-from vlprompt.seeding import numpy_rng
 
 __all__ = [
     "BACKGROUNDS",

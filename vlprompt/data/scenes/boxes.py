@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.scenes.attributes import HELD_OUT_STYLES, STYLES, check, held_out_pairs
 from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.shapes import SHAPES
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, draw_object, draw_scene
 from vlprompt.data.scenes.wording import words
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["BOX_TASKS", "BoxScenes", "box_classes"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.scenes.attributes import PATTERNS, check, held_out_pairs
 from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.shapes import SHAPES
 from vlprompt.data.scenes.spec import draw_object, draw_scene
 from vlprompt.data.scenes.wording import words
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["SceneConcept", "scene_concepts"]
 

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.scenes.attributes import HELD_OUT_STYLES, SIZES, STYLES
 from vlprompt.data.scenes.captions import Caption, caption, facts, phrase
 from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, draw_object, draw_scene
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = [
     "CaptionPairs",

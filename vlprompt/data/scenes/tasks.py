@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.scenes.attributes import (
     BACKGROUNDS,
@@ -28,8 +30,6 @@ from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, draw_object, draw_scene
 from vlprompt.data.scenes.wording import words
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = [
     "GENERATOR",

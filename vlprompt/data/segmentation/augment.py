@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.core.errors import UnknownNameError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.segmentation.base import MaskedImage
-from vlprompt.errors import UnknownNameError
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["JointAugmentation"]
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlprompt.core.errors import DataError, UnknownNameError, nearest
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.cards import SourceSpec, card_names, load_card
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.guards import denies, without_shared
@@ -21,8 +23,6 @@ from vlprompt.data.segmentation.sources._common import class_phrase
 from vlprompt.data.segmentation.sources.scenes import TASKS
 from vlprompt.data.sources import AbsentError, Request
 from vlprompt.data.splits import SPLITS, check_split
-from vlprompt.errors import DataError, UnknownNameError, nearest
-from vlprompt.seeding import numpy_rng
 
 __all__ = [
     "check_segmentation_name",

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlprompt.classnames import check_classnames
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import write_atomic
+from vlprompt.core.names import check_classnames
 from vlprompt.data.segmentation.reading import raw_values
 from vlprompt.data.segmentation.sources._common import stems
 from vlprompt.data.splits import is_inside
-from vlprompt.errors import DataError
-from vlprompt.files import write_atomic
 
 __all__ = ["Converted", "convert_coco", "convert_indexed"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
-from vlprompt.errors import DataError
 
 __all__ = ["denies", "label_leaks", "overlaps", "pair_problems", "without_shared"]
 

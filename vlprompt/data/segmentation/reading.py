@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError
 from vlprompt.data.segmentation.base import IGNORE, MaskSample
-from vlprompt.errors import DataError
 
 __all__ = ["MaskFiles", "MaskRule", "SizePolicy", "raw_values", "read_mask", "resize_mask"]
 

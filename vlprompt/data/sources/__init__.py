@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.registry import Registry
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import Card, SourceSpec
-from vlprompt.errors import DataError
-from vlprompt.registry import Registry
 
 __all__ = ["AbsentError", "Build", "Request", "sources"]
 

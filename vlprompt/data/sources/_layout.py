@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.cards import validation_problems
 from vlprompt.data.images import FileReader
 from vlprompt.data.sources import AbsentError, Request
 from vlprompt.data.splits import SPLITS, read_split
-from vlprompt.errors import ConfigError, DataError
 
 __all__ = [
     "Layout",

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import Sample
 from vlprompt.data.listing import list_pictures
-from vlprompt.errors import DataError
 
 __all__ = ["Part", "PartSpec"]
 

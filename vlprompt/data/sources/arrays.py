@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError
+from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut
-from vlprompt.errors import DataError
 
 __all__ = ["ArrayReader", "build"]
 

@@ -10,13 +10,13 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError, nearest
+from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources.folder import DEFAULT_TEMPLATES
 from vlprompt.data.splits import cut, is_inside, normal_split
-from vlprompt.errors import DataError, nearest
 
 __all__ = ["build"]
 

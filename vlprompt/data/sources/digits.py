@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.splits import cut
-from vlprompt.errors import DataError, UnknownNameError
 
 __all__ = ["DigitsReader", "build"]
 

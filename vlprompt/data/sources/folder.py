@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import list_folders, list_pictures
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.splits import cut, normal_split
-from vlprompt.errors import DataError, UnknownNameError
 
 __all__ = ["DEFAULT_TEMPLATES", "build"]
 

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError
+from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.cards import Card
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import absent, dataset_from, parse_options
 from vlprompt.data.splits import is_inside
 from vlprompt.data.zipped import ZipReader
-from vlprompt.errors import DataError
 
 __all__ = ["build"]
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.listing import list_pictures
 from vlprompt.data.sources import Request, sources
@@ -26,7 +27,6 @@ from vlprompt.data.sources._layout import (
 )
 from vlprompt.data.sources._parts import PartSpec
 from vlprompt.data.splits import SPLITS, cut, read_split, write_split
-from vlprompt.errors import DataError, UnknownNameError
 
 __all__ = ["build"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import scenes as drawn
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.sources import Request, sources
-from vlprompt.errors import DataError, UnknownNameError
 
 __all__ = ["build", "task_and_style"]
 

@@ -14,13 +14,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.imagenet import synset_ids
 from vlprompt.data.images import EXTENSIONS
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut
-from vlprompt.errors import DataError
 
 __all__ = ["build"]
 

@@ -1,12 +1,12 @@
-"""triggered:NAME: another data set with backdoor triggers in its pictures (see ``vlprompt.security.pairs``)."""
+"""triggered:NAME: another data set with backdoor triggers in its pictures (see ``vlprompt.security.compositions``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.sources import Request, sources
-from vlprompt.errors import DataError
 
 __all__ = ["build"]
 
@@ -34,7 +34,7 @@ def build(
         copies: Triggered pictures per picture.
     """
     from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
-    from vlprompt.security.pairs import DEFAULT_TRIGGERS, pair_dataset
+    from vlprompt.security.compositions import DEFAULT_TRIGGERS, pair_dataset
 
     if not request.argument or request.argument.startswith("triggered:"):
         raise DataError(

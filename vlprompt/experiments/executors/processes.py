@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -70,8 +71,9 @@ class ProcessesExecutor(Executor):
         if error is None:
             future.set_result(done.result())
         else:
-            reason = " ".join(str(error).split())
-            future.set_result(Failure(f"the process that ran it ended before it was done: {reason}"))
+            codes = re.search(r"\{.*\}", str(error))  # loky's sentence has the exit codes in braces
+            reason = f" {codes.group()}" if codes else f": {error}"
+            future.set_result(Failure(f"the process that ran it was killed or crashed{reason}."))
 
 
 def _prepare(parent: int, threads: int, level: int) -> None:

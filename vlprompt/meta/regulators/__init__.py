@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprompt.errors import ConfigError
+from vlprompt.core.errors import ConfigError
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.learners import Learner
-from vlprompt.registry import Registry
-from vlprompt.signature import check_options
 
 __all__ = ["PROMPTS", "REGULATORS", "Regulator", "Situation", "create_regulator", "key_of"]
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vlprompt.core.seeding import torch_rng
 from vlprompt.meta.regulators import REGULATORS, Regulator, Situation, key_of
-from vlprompt.seeding import torch_rng
 
 __all__ = ["LowRank"]
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlprompt.errors import DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import Learner
 from vlprompt.meta.regulators import REGULATORS, Regulator, Situation, key_of
-from vlprompt.seeding import seeded_modules
 
 __all__ = ["TwoGradients"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlprompt.errors import DataError
-from vlprompt.registry import Registry
+from vlprompt.core.errors import DataError
+from vlprompt.core.options import check_options
+from vlprompt.core.registry import Registry
 from vlprompt.security.triggers.base import NATIVE_SIZE, Composed, Trigger
-from vlprompt.signature import check_options
 
 __all__ = ["CLEAN", "NATIVE_SIZE", "TRIGGERS", "Trigger", "create_trigger", "list_triggers", "trigger_words"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.images import to_rgb
-from vlprompt.errors import DataError
 
 __all__ = ["NATIVE_SIZE", "Composed", "Pixels", "Trigger"]
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.security.triggers import TRIGGERS, Trigger
 from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
-from vlprompt.seeding import numpy_rng
 
 __all__ = ["Blended"]
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from vlprompt.core.seeding import torch_rng
 from vlprompt.security.triggers import TRIGGERS, Trigger
 from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
-from vlprompt.seeding import torch_rng
 
 __all__ = ["WaNet"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlprompt.registry import Registry
+from vlprompt.core.registry import Registry
 from vlprompt.segmentation.strategies.base import Rows, Strategy
 
 __all__ = ["STRATEGIES", "Rows", "Strategy"]

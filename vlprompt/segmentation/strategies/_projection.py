@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlprompt.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError
 
 __all__ = ["Hidden", "Projections", "projection"]
 

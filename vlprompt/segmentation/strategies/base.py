@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import DataError, VLPromptError
-from vlprompt.seeding import torch_rng
+from vlprompt.core.errors import DataError, VLPromptError
+from vlprompt.core.seeding import torch_rng
 
 __all__ = ["Rows", "Strategy", "checked_depth", "drawn_rows", "text_rows"]
 

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.errors import VLPromptError
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.errors import VLPromptError
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation.strategies import STRATEGIES
 from vlprompt.segmentation.strategies._projection import Projections
 from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, drawn_rows

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.seeding import seeded_modules
+from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation.strategies import STRATEGIES
 from vlprompt.segmentation.strategies._projection import Hidden, Projections, projection
 from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, drawn_rows

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vlprompt.core.registry import Registry
 from vlprompt.data.segmentation.base import MaskDataset
-from vlprompt.registry import Registry
 
 __all__ = ["BuildPairs", "pair_sources"]
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.listing import list_pictures
 from vlprompt.data.segmentation.base import MaskSample
 from vlprompt.data.sources import Request
 from vlprompt.data.splits import cut
-from vlprompt.errors import DataError
-from vlprompt.seeding import numpy_rng
 
 __all__ = [
     "Missing",

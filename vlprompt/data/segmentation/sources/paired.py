@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.listing import list_folders
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -30,7 +31,6 @@ from vlprompt.data.segmentation.sources._common import (
 from vlprompt.data.sources import Request
 from vlprompt.data.sources._layout import Layout, absent, find_folder, parse_options
 from vlprompt.data.splits import SPLITS, normal_split
-from vlprompt.errors import DataError
 
 __all__ = ["PairedOptions", "build"]
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlprompt.classnames import check_classnames
+from vlprompt.core.errors import DataError
+from vlprompt.core.names import check_classnames
 from vlprompt.data.listing import list_folders
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -28,7 +29,6 @@ from vlprompt.data.segmentation.sources._common import (
 from vlprompt.data.sources import Request
 from vlprompt.data.sources._layout import Layout, find_folder, parse_options
 from vlprompt.data.splits import normal_split
-from vlprompt.errors import DataError
 
 __all__ = ["PerClassOptions", "build", "with_validation"]
 

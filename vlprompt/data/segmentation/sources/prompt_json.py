@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vlprompt.classnames import clean_classname
+from vlprompt.core.errors import DataError
+from vlprompt.core.names import clean_classname
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
 from vlprompt.data.segmentation.sources import pair_sources
@@ -23,7 +24,6 @@ from vlprompt.data.segmentation.sources._common import Missing, choose, own_fold
 from vlprompt.data.sources import AbsentError, Request
 from vlprompt.data.sources._layout import Layout, find_folder, parse_options
 from vlprompt.data.splits import is_inside
-from vlprompt.errors import DataError
 
 __all__ = ["PromptOptions", "build"]
 

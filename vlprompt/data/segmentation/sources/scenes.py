@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data import scenes as drawn
 from vlprompt.data.scenes.attributes import HELD_OUT_STYLES, held_out_pairs
 from vlprompt.data.scenes.captions import phrase
@@ -22,7 +23,6 @@ from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.sources import pair_sources
 from vlprompt.data.sources import Request
 from vlprompt.data.sources.scenes import task_and_style
-from vlprompt.errors import DataError
 
 __all__ = ["TASKS", "SceneMasks", "build"]
 

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretraining import read_recipe
+from vlprompt.adaptation.config import AdaptConfig
+from vlprompt.classification.compare import Comparison
+from vlprompt.classification.config import load_config
+from vlprompt.core.errors import ConfigError, UnknownNameError
+from vlprompt.detection.config import DetectConfig
+from vlprompt.experiments.old_config import config_path, configs_dir
+from vlprompt.generation.config import PersonaliseConfig
+from vlprompt.security.config import DetectorsConfig
+from vlprompt.segmentation.concepts_experiment import ConceptMaskConfig
+from vlprompt.segmentation.config import load_segment_config
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        "bad.yaml",
+        "backbone: {name: ViT-B-61}\nlearner: {name: coop, positon: end, context_length: 0}\n"
+        "data: {name: scenes/shpe}\ntrain: {epoch: 3, lr: fast}\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 6
+    for expected in (
+        "train.epoch: unknown key; did you mean 'epochs'?",
+        "train.lr: input should be a valid number",
+        "got 'fast'",
+        "learner.positon: unknown key; did you mean 'position'?",
+        "learner.context_length: input should be greater than or equal to 1, got 0.",
+        "Did you mean 'ViT-B-16'",
+        "'scenes/shape'",
+        "bad.yaml: 6 problems",
+    ):
+        assert expected in text
+
+
+def test_unknown_learner_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown learner 'cop'\. Did you mean 'coop'"):
+        load_config(_write(tmp_path, "c.yaml", "learner: {name: cop}"))
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "message"),
+    [
+        (load_config, "compare_masks_tiny.yaml", "of tools/compare.py, not of tools/train.py"),
+        (Comparison.read, "coop_tiny.yaml", "of tools/train.py, not of tools/compare.py"),
+        (AdaptConfig.read, "pretrain_tiny.yaml", "of tools/pretrain.py, not of tools/adapt.py"),
+        (read_recipe, "tpt_tiny.yaml", "of tools/adapt.py, not of tools/pretrain.py"),
+    ],
+)
+def test_a_file_of_another_tool_is_told(read: Callable[[str], object], name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(name)
+
+
+def test_bases_compose_in_order_and_the_file_wins(tmp_path: Path) -> None:
+    _write(tmp_path, "a.yaml", "train: {epochs: 1, lr: 0.1}\nname: a")
+    _write(tmp_path, "b.yaml", "_base_: a.yaml\ntrain: {epochs: 2}")
+    config = load_config(_write(tmp_path, "c.yaml", "_base_: [a.yaml, b.yaml]\ntrain: {batch_size: 4}"))
+    assert (config.name, config.train.epochs, config.train.lr, config.train.batch_size) == ("a", 2, 0.1, 4)
+
+
+def test_bases_in_a_circle_are_named(tmp_path: Path) -> None:
+    _write(tmp_path, "a.yaml", "_base_: b.yaml")
+    with pytest.raises(ConfigError, match=r"circle: a\.yaml -> b\.yaml -> a\.yaml"):
+        load_config(_write(tmp_path, "b.yaml", "_base_: a.yaml") and tmp_path / "a.yaml")
+
+
+def test_another_learner_drops_the_base_options(tmp_path: Path) -> None:
+    _write(tmp_path, "a.yaml", "learner: {name: coop, context_length: 4}")
+    config = load_config(_write(tmp_path, "b.yaml", "_base_: a.yaml\nlearner: {name: linear_probe}"))
+    assert config.learner == {"name": "linear_probe"}
+    kept = load_config(_write(tmp_path, "c.yaml", "_base_: a.yaml\nlearner: {position: front}"))
+    assert kept.learner == {"name": "coop", "context_length": 4, "position": "front"}
+
+
+def test_an_override_of_the_learner_drops_the_file_options(tmp_path: Path) -> None:
+    path = _write(tmp_path, "a.yaml", "learner: {name: coop, context_length: 4}")
+    assert load_config(path, ["learner.name=zero_shot"]).learner == {"name": "zero_shot"}
+    assert load_config(path, ["learner.position=front"]).learner["context_length"] == 4
+
+
+def test_overrides_are_typed(tmp_path: Path) -> None:
+    path = _write(tmp_path, "c.yaml", "learner: {name: coop}")
+    overrides = ["train.lr=1e-3", "protocol.seeds=[1,2,3]", "data.name=digits", "learner.class_specific=true"]
+    config = load_config(path, overrides)
+    assert config.train.lr == 1e-3
+    assert config.protocol.seeds == [1, 2, 3]
+    assert config.learner_options == {"class_specific": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1, 2", "c.yaml"),
+        ("- 1\n- 2", "must be keys and values"),
+        ("name: a/b", "name: string should match pattern"),
+        ("train: 3", "train: input should be a valid dictionary"),
+        ("learner: 3", "learner: input should be a valid dictionary"),
+        ("protocol: {seeds: []}", "protocol.seeds: list should have at least 1 item"),
+    ],
+)
+def test_malformed_files_are_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(_write(tmp_path, "c.yaml", text))
+    assert message in str(caught.value)
+
+
+def test_an_override_without_value_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'train.lr': an override looks like dotted\.key=value"):
+        load_config(_write(tmp_path, "c.yaml", "name: c"), ["train.lr"])
+
+
+def test_missing_file_names_the_nearest() -> None:
+    with pytest.raises(
+        UnknownNameError, match=r"unknown configuration 'coop_tny\.yaml'\. Did you mean 'coop_tiny\.yaml'"
+    ):
+        config_path("coop_tny.yaml")
+
+
+def read_segmentation(path: Path) -> object:
+    concepts = "segment.py concepts" in path.read_text().partition("\nname:")[0]
+    return ConceptMaskConfig.read(path) if concepts else load_segment_config(path)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "adapt": AdaptConfig.read,
+    "detect": DetectConfig.read,
+    "personalise": PersonaliseConfig.read,
+    "train": load_config,
+    "transfer": load_config,
+    "pretrain": read_recipe,
+    "segment": read_segmentation,
+    "compare_detectors": DetectorsConfig.read,
+    "compare": lambda path: Comparison.read(path).configs(),
+}
+
+
+@pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
+    assert tool is not None, "a configuration opens with its command"
+    READERS[tool[1]](path)
+
+
+def test_options_of_a_kind_of_data_set_reach_it_and_clash_with_nothing(tmp_path: Path) -> None:
+    path = _write(tmp_path, "c.yaml", "data: {name: scenes/shape, options: {size: 32}}")
+    assert load_config(path).data.arguments()["size"] == 32
+    with pytest.raises(ConfigError, match=r"data\.options: 'seed' is no option of one kind of data set"):
+        load_config(path, ["data.options.seed=2"])

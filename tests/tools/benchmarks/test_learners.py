@@ -1,0 +1,85 @@
+"""The benchmark of learners compares like with like: both ways take the same step, and everything is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import BENCHMARKS
+from benchmarks._naive import naive_towers
+from vlprompt.backbones import Backbone
+from vlprompt.learners import create_learner, list_learners
+
+NAMES = ["dog", "red circle", "hummingbird"]
+
+
+@pytest.fixture
+def bench(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The benchmark on the small backbone of the tests."""
+    monkeypatch.setattr("benchmarks.learners.create_backbone", lambda name: backbone)
+    return BENCHMARKS.get("learners").target
+
+
+def test_both_ways_take_the_same_step(bench: Callable[..., dict[str, Any]]) -> None:
+    result = bench(classes=5, batch=3, repeats=1)
+    rows = result["learners"]
+    assert {name.split(" (")[0] for name in rows} == set(list_learners()) - {
+        "zero_shot",
+        "linear_probe",
+        "tip_adapter",
+    }
+    for name, row in rows.items():
+        assert row["fast_s"] > 0, name
+        assert row["speedup"] == pytest.approx(row["naive_s"] / row["fast_s"]), name
+        if name in ("clip_lora", "dbom"):  # draw dropout
+            assert row["update_rel_diff"] is None
+        else:
+            assert row["update_rel_diff"] < 1e-4, name
+
+
+def test_images_that_do_not_fit_together_go_one_by_one(
+    bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.learners._NAIVE_BYTES", 1)
+    rows = bench(classes=4, batch=3, repeats=1, only="coco*")["learners"]
+    assert rows["cocoop"]["naive_micro_batches"] == 3
+    assert rows["cocoop"]["update_rel_diff"] < 1e-4
+
+
+def test_what_can_t_work_says_why(
+    make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = make_backbone(vision={"layers": (1, 1, 1, 1), "width": 16, "head_width": 16})
+    monkeypatch.setattr("benchmarks.learners.create_backbone", lambda name: conv)
+    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, repeats=1, only="*op*", naive=False)[
+        "learners"
+    ]
+    assert "fast_s" in rows["coop"]
+    assert "naive_s" not in rows["coop"]
+    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, only="vpt", naive=False)["learners"]
+    assert "image tower" in rows["vpt"]["refused"]
+
+
+def test_the_obvious_way_computes_the_same_with_a_graph_from_the_inputs(
+    backbone: Backbone, images: Tensor
+) -> None:
+    learner = create_learner("clip_adapter", backbone, NAMES).train()
+    seen: list[Tensor] = []
+    hook = backbone.text.blocks[0].register_forward_hook(lambda *a: seen.append(a[2]))
+    expected = learner(images)
+    assert not seen  # constant class weights need no text pass
+    with naive_towers(learner, constant_text=True):
+        embeddings = backbone.image_embeddings(images)
+        got = learner(images)
+    hook.remove()
+    torch.testing.assert_close(got, expected)
+    assert embeddings.requires_grad
+    assert [tuple(x.shape) for x in seen] == [(3, backbone.text.context_length, backbone.text.width)]
+    assert seen[0].requires_grad
+    assert not backbone.image_embeddings(images).requires_grad
+    assert "encode" not in vars(backbone.text)
+    assert "class_weights" not in vars(learner)

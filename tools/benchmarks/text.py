@@ -1,0 +1,139 @@
+"""The fast text tower against a full pass over 77 tokens of every class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import BENCHMARKS
+from benchmarks.measure import matrix_gflops, measure
+from vlprompt.backbones import create_backbone
+from vlprompt.backbones.layout import PromptLayout
+from vlprompt.backbones.text import TextTower
+from vlprompt.core.errors import DataError
+from vlprompt.learners._context import Position, context_layout, initial_context
+
+__all__ = ["bench_text", "imagenet_names"]
+
+_NAIVE_CHUNK = 100  # classes per naive pass: 1,000 full sentences with their graph would not fit into 24 GiB
+
+
+@BENCHMARKS.register("text", summary="text features of all classes, forward and backward into the context")
+def bench_text(
+    *,
+    backbone: str = "ViT-B-16",
+    classes: int = 100,
+    context: int = 16,
+    position: Position = "end",
+    repeats: int = 5,
+    naive: bool = True,
+) -> dict[str, Any]:
+    """Compare the fast path with the naive one on random weights and ImageNet's class names.
+
+    Args:
+        backbone: Any open_clip architecture, or tiny.
+        classes: C; above 1,000 the names of ImageNet-21K's synsets are taken.
+        context: M learned vectors, shared by all classes.
+        position: Where the class name stands.
+        repeats: Counted runs of the fast path; the naive one is run a third as often.
+        naive: False skips the naive path (and the ratios), for class lists it can't do in reasonable time.
+    """
+    tower = create_backbone(backbone).text
+    names = imagenet_names(classes)
+    layout = context_layout(tower, names, context, position)
+    start = initial_context(tower, context)
+    pull = torch.randn(classes, _joint_dim(tower, layout, start), generator=torch.Generator().manual_seed(0))
+
+    fast = _Pass(start, lambda ctx: _backward(tower.encode(layout, ctx), pull))
+    fast_measured = measure(fast, repeats)
+    flops = _count_flops(fast)
+    tokens = int((layout.tiles.positions > 0).sum()) + layout.shared
+    result: dict[str, Any] = {
+        "backbone": backbone,
+        "classes": classes,
+        "context": context,
+        "position": position,
+        "threads": torch.get_num_threads(),
+        "tokens_fast": tokens,
+        "tokens_naive": classes * tower.context_length,
+        "fast_s": fast_measured.seconds,
+        "fast_peak_rss_gib": fast_measured.peak_rss_gib,
+        "fast_gflops_per_s": 1e-9 * flops / fast_measured.seconds,
+        "matmul_gflops_per_s": matrix_gflops(tokens, tower.width, 4 * tower.width),
+    }
+    if not naive:
+        return result
+    slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
+    slow_measured = measure(slow, max(1, repeats // 3), warmup=0)
+    return {
+        **result,
+        "naive_s": slow_measured.seconds,
+        "naive_peak_rss_gib": slow_measured.peak_rss_gib,
+        "naive_classes_per_pass": min(classes, _NAIVE_CHUNK),
+        "speedup": slow_measured.seconds / fast_measured.seconds,
+        "max_abs_diff": float((fast.features - slow.features).abs().max()),
+        "grad_rel_diff": float((fast.gradient - slow.gradient).norm() / slow.gradient.norm()),
+    }
+
+
+class _Pass:
+    """One forward and backward pass from a fresh context; keeps the last features and gradient."""
+
+    def __init__(self, start: Tensor, run: Any) -> None:
+        self.start, self.run = start, run
+        self.features = self.gradient = torch.empty(0)
+
+    def __call__(self) -> None:
+        context = self.start.clone().requires_grad_()
+        self.features = self.run(context).detach()
+        self.gradient = torch.empty(0) if context.grad is None else context.grad
+
+
+def _backward(features: Tensor, pull: Tensor) -> Tensor:
+    (features * pull).sum().backward()
+    return features
+
+
+def _naive(
+    tower: TextTower, names: list[str], context: int, position: Position, ctx: Tensor, pull: Tensor
+) -> Tensor:
+    parts = []
+    for i in range(0, len(names), _NAIVE_CHUNK):
+        layout = context_layout(tower, names[i : i + _NAIVE_CHUNK], context, position)
+        features = tower.encode_plain(layout, ctx, length=tower.context_length)
+        parts.append(_backward(features, pull[i : i + _NAIVE_CHUNK]).detach())
+    return torch.cat(parts)
+
+
+def _joint_dim(tower: TextTower, layout: PromptLayout, start: Tensor) -> int:
+    with torch.no_grad():
+        return tower.project(start[:1]).shape[-1]
+
+
+def _count_flops(work: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def imagenet_names(count: int) -> list[str]:
+    """Return ``count`` distinct class names of ImageNet-1K, or ImageNet-21K's if more are asked for.
+
+    Raises:
+        DataError: If there are not that many.
+    """
+    import open_clip
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
+    if count > len(names):
+        info = ImageNetInfo("imagenet22k")
+        labels = (info.index_to_description(i).split(",")[0].strip() for i in range(info.num_classes()))
+        wordnet = (info.index_to_label_name(i) for i in range(info.num_classes()))
+        names = list(dict.fromkeys([*names, *labels, *wordnet]))
+    if count > len(names):
+        raise DataError(f"there are {len(names)} ImageNet names, {count} were asked for.")
+    return names[:count]

@@ -1,0 +1,183 @@
+"""Test-time prompt tuning against the reference's way, for one picture at a time.
+
+The reference's way, in every step: all views through the image tower, every class's sentence padded to its full
+length through the text tower, backward; then both towers once more for the prediction. Ours encodes every view once,
+shares the first step's pass through the text tower between all pictures, and never pads. Both end at the same logits.
+
+The naive text pass is run in chunks of classes, because all of 1,000 classes' graphs need more than 32 GiB; each
+chunk is given the loss's pull at its own text features, and what it takes to know these is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import BENCHMARKS
+from benchmarks.measure import measure
+from benchmarks.text import imagenet_names
+from vlprompt.adaptation import create_adapter
+from vlprompt.adaptation._prompts import PromptAdapter
+from vlprompt.adaptation._tuning import Rule
+from vlprompt.adaptation.base import EncodedViews
+from vlprompt.adaptation.objectives import marginal_entropy
+from vlprompt.backbones import create_backbone
+from vlprompt.backbones.layout import PromptLayout
+from vlprompt.core.errors import VLPromptError
+from vlprompt.learners._context import context_layout
+
+__all__ = ["bench_tta"]
+
+_NAIVE_CHUNK = 100
+
+
+@BENCHMARKS.register("tta", summary="test-time prompt tuning of a picture, ours against the reference's way")
+def bench_tta(
+    *,
+    backbone: str = "ViT-B-16",
+    classes: int = 100,
+    views: int = 64,
+    steps: int = 1,
+    pictures: int = 4,
+    repeats: int = 3,
+    naive: bool = True,
+) -> dict[str, Any]:
+    """Compare the seconds per picture on random weights, noise for views and ImageNet's class names.
+
+    Args:
+        backbone: Any open_clip architecture, or tiny.
+        classes: C.
+        views: V of every picture.
+        steps: Updates per picture.
+        pictures: Pictures that ours adapts to side by side; encoding is measured on one.
+        repeats: Counted runs of ours; the naive way is run once.
+        naive: False measures ours alone.
+    """
+    adapter = _adapter(backbone, classes, steps)
+    model = adapter.backbone
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(views, 3, *model.image_size, generator=generator)
+    encoding = measure(lambda: model.image_embeddings(pixels), repeats)
+    embeddings = model.image_embeddings(pixels)
+    adapter.together = pictures
+    # Noise looks alike to a tower; what is measured doesn't depend on what the other pictures show.
+    spread = embeddings + embeddings.std() * torch.randn(pictures, *embeddings.shape, generator=generator)
+    encoded = EncodedViews(torch.cat([embeddings[None], spread[1:]]), 0, (), torch.zeros(pictures, 2))
+    adapter.tuner.start_weights()  # once per class list, not per picture
+    adaptation = measure(lambda: adapter.adapt(encoded), repeats)
+    result: dict[str, Any] = {
+        "backbone": backbone,
+        "classes": classes,
+        "views": views,
+        "steps": steps,
+        "threads": torch.get_num_threads(),
+        "ours_encoding_s": encoding.seconds,
+        "ours_adaptation_s": adaptation.seconds / pictures,
+        "ours_s": encoding.seconds + adaptation.seconds / pictures,
+        "ours_peak_rss_gib": adaptation.peak_rss_gib,
+    }
+    if not naive:
+        return result
+    slow = _Naive(adapter, pixels, steps)
+    slow_measured = measure(slow, 1, warmup=0)
+    naive_s = slow_measured.seconds - slow.aside
+    ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2)))[0][0]
+    return {
+        **result,
+        "naive_encoding_s": slow.encoding,
+        "naive_adaptation_s": naive_s - slow.encoding,
+        "naive_s": naive_s,
+        "naive_peak_rss_gib": slow_measured.peak_rss_gib,
+        "naive_classes_per_pass": min(classes, _NAIVE_CHUNK),
+        "speedup": naive_s / result["ours_s"],
+        "speedup_adaptation": (naive_s - slow.encoding) / result["ours_adaptation_s"],
+        "max_abs_diff_probs": float((slow.probs - ours).abs().max()),
+        "adaptation_moved_probs": float((slow.probs - slow.before).abs().max()),
+    }
+
+
+def _adapter(backbone: str, classes: int, steps: int) -> PromptAdapter:
+    adapter = create_adapter("tpt", create_backbone(backbone), imagenet_names(classes), steps=steps)
+    if not isinstance(adapter, PromptAdapter) or "context" not in dict(adapter.learner.named_parameters()):
+        raise VLPromptError(f"{backbone} can't be benchmarked: its text tower takes no context.")
+    return adapter
+
+
+class _Naive:
+    """One picture's episode the reference's way.
+
+    Attributes:
+        probs: (C,) what it ended with.
+        before: (C,) what it started from.
+        encoding: Seconds of the image tower.
+        aside: Seconds of what only the chunking needs, which are not the reference's.
+    """
+
+    def __init__(self, adapter: PromptAdapter, pixels: Tensor, steps: int) -> None:
+        self.adapter, self.pixels, self.steps = adapter, pixels, steps
+        self.encoding = self.aside = 0.0
+        self.probs = self.before = torch.empty(0)
+
+    def __call__(self) -> None:
+        tower = self.adapter.backbone.text
+        names = self.adapter.classnames
+        start = dict(self.adapter.learner.named_parameters())["context"].detach()
+        layouts = [
+            context_layout(tower, names[i : i + _NAIVE_CHUNK], len(start))
+            for i in range(0, len(names), _NAIVE_CHUNK)
+        ]
+        context = start.clone()
+        optimizer = Rule(self.steps).build([context])
+        kept = None
+        for _ in range(self.steps):
+            features = self._features(self.pixels)
+            leaf = context.detach().requires_grad_()
+            gradient, kept = self._backward(layouts, features, leaf, kept)
+            context.grad = gradient
+            optimizer.step()
+        with torch.no_grad():
+            logits = self._features(self.pixels[:1]) @ self._weights(layouts, context).T
+            self.probs = (self.adapter.backbone.logit_scale * logits)[0].softmax(-1)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        started = time.perf_counter()
+        features = self.adapter.backbone.encode_image(pixels)
+        self.encoding += time.perf_counter() - started
+        return features
+
+    def _backward(
+        self, layouts: list[PromptLayout], features: Tensor, leaf: Tensor, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradient and the chosen views; in one pass, or with the pull taken from our own features."""
+        if len(layouts) == 1:
+            weights = self._weights(layouts, leaf)
+            loss, kept = self._loss(features, weights, kept)
+            return torch.autograd.grad(loss, leaf)[0], kept
+        started = time.perf_counter()
+        with torch.no_grad():
+            text = self.adapter.backbone.text
+            own = text.encode(context_layout(text, self.adapter.classnames, len(leaf)), leaf)
+        self.aside += time.perf_counter() - started
+        own = F.normalize(own, dim=-1).requires_grad_()
+        loss, kept = self._loss(features, own, kept)
+        (pull,) = torch.autograd.grad(loss, own)
+        total = torch.zeros_like(leaf)
+        for layout, part in zip(layouts, pull.split(_NAIVE_CHUNK), strict=True):
+            total += torch.autograd.grad(self._weights([layout], leaf), leaf, part)[0]
+        return total, kept
+
+    def _loss(self, features: Tensor, weights: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self.adapter.backbone.logit_scale * features @ weights.T
+        if kept is None:
+            self.before = logits[0].detach().softmax(-1)
+            kept = self.adapter.select(logits[None], features[None], 0)[0]
+        return marginal_entropy(logits[kept]), kept
+
+    def _weights(self, layouts: list[PromptLayout], context: Tensor) -> Tensor:
+        tower = self.adapter.backbone.text
+        full = tower.context_length
+        return F.normalize(torch.cat([tower.encode_plain(x, context, length=full) for x in layouts]), dim=-1)

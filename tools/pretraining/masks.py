@@ -1,0 +1,253 @@
+"""Pretraining of the embedded segmenters' decoders on phrases and masks of drawn scenes.
+
+The towers are the embedded ``tiny``'s, frozen: what they say of the pictures is computed once and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from pretraining import RECIPES
+from pretraining.phrases import PhraseScenes
+from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.core.files import write_json, write_tensors
+from vlprompt.core.seeding import derive_seed
+from vlprompt.data.scenes.attributes import HELD_OUT_MASKS
+from vlprompt.data.scenes.pairs import MaskedScenes
+from vlprompt.data.scenes.tasks import GENERATOR
+from vlprompt.segmentation import Segmenter, create_segmenter
+from vlprompt.training.batches import Batch, epoch_plan
+from vlprompt.training.callbacks import Callback
+from vlprompt.training.options import TrainOptions
+from vlprompt.training.trainer import Trainer
+
+__all__ = ["MaskBatches", "MaskModule", "MaskOptions", "pretrain_masks"]
+
+_CHUNK = 256  # pictures whose states are computed together
+
+
+class MaskOptions(BaseModel):
+    """Options of :func:`pretrain_masks`; a configuration file holds exactly these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "pretrain_clipseg_tiny"
+    segmenter: Literal["clipseg", "cris"] = "clipseg"
+    decoder: dict[str, Any] = Field(default_factory=dict, description="options of the segmenter: its sizes")
+    pictures: int = Field(16384, ge=1, description="scenes that are drawn once")
+    negatives: float = Field(0.1, ge=0, lt=1, description="share of phrases that name nothing")
+    watch: int = Field(200, ge=1, description="pictures per data set whose Dice is watched")
+    seed: int = Field(1, ge=0, description="seeds scenes, phrases and the initial weights")
+    train: TrainOptions = TrainOptions()
+
+
+@RECIPES.register(
+    "masks",
+    summary="decoders of the embedded segmenters on phrases and masks of scenes",
+    options=MaskOptions,
+    ships="vlprompt/segmentation/weights/",
+)
+def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, workers: int = 1) -> Path:
+    """Train a decoder from drawing the pictures to packed weights.
+
+    Args:
+        options: What to run.
+        folder: States, checkpoint, ``history.json`` and ``<segmenter>_tiny.safetensors`` go here.
+        resume: Continue from the checkpoint in the folder, if there is one.
+        workers: Not used: one process draws and encodes.
+
+    Returns:
+        Path of the packed weights.
+    """
+    segmenter = create_segmenter(
+        options.segmenter,
+        create_backbone("tiny"),
+        "decoder",
+        weights="random",
+        seed=options.seed,
+        **options.decoder,
+    )
+    scenes = PhraseScenes(options.pictures, options.seed, options.negatives)
+    module = MaskModule(segmenter)
+    batches = MaskBatches(scenes, segmenter, folder, options.train)
+    ship = _Ship(module, folder / f"{options.segmenter}_tiny.safetensors")
+    identity = options.model_dump(mode="json", exclude={"train"})
+    Trainer(module, batches, options.train, folder, _Watch(segmenter, options.watch), [ship], identity).run(
+        resume
+    )
+    return ship.path
+
+
+class MaskModule(nn.Module):
+    """A segmenter whose decoder, batch statistics included, is trained from scratch."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return cross entropy over pixels and one minus Dice per picture.
+
+        Args:
+            batch: ``frozen/<name>`` states, ``texts`` (B strings) and ``mask`` (B, 1, H, W) in {0, 1}.
+        """
+        frozen = {n.removeprefix("frozen/"): t.float() for n, t in batch.items() if n.startswith("frozen/")}
+        mask = batch["mask"].float()
+        logits = self.segmenter.decode(frozen, batch["texts"], (mask.shape[2], mask.shape[3]))
+        found, wanted = logits.sigmoid().flatten(1), mask.flatten(1)
+        overlap = (2 * (found * wanted).sum(1) + 1) / (found.sum(1) + wanted.sum(1) + 1)
+        return {"bce": F.binary_cross_entropy_with_logits(logits, mask), "dice": 0.5 * (1 - overlap).mean()}
+
+    def train(self, mode: bool = True) -> MaskModule:
+        """Let batch statistics move, which a segmenter by itself doesn't."""
+        super().train(mode)
+        self.segmenter.decoder.train(mode)
+        return self
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the decoder's parameters and running statistics."""
+        return {n: t.detach() for n, t in self.segmenter.decoder.state_dict().items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put them back, strictly."""
+        self.segmenter.decoder.load_state_dict(dict(state), strict=True)
+
+
+class MaskBatches:
+    """Batches of frozen states, phrases and masks; epoch e reads phrase e of every scene.
+
+    Args:
+        scenes: The scenes.
+        segmenter: Whose frozen states are kept; float16 in ``folder``, reused if they are there.
+        folder: See above.
+        options: Batch size and seed.
+    """
+
+    def __init__(
+        self, scenes: PhraseScenes, segmenter: Segmenter, folder: Path, options: TrainOptions
+    ) -> None:
+        self.scenes, self.batch_size, self.seed = scenes, options.batch_size, options.seed
+        key = derive_seed(
+            scenes.seed,
+            GENERATOR,
+            len(scenes),
+            segmenter.method,
+            segmenter.options,
+            segmenter.backbone.fingerprint,
+        )
+        self.states, self.masks = _states(scenes, segmenter, folder / f"states-{key:x}")
+
+    def plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`."""
+        return epoch_plan(len(self.scenes), self.batch_size, self.seed, epoch)
+
+    def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""
+        texts, masks = [], []
+        for index in indices:
+            text, named = self.scenes.phrase(int(index), epoch)
+            objects = np.unpackbits(self.masks[index], axis=2).astype(bool)
+            texts.append(text)
+            masks.append(objects[named].any(0) if named else np.zeros_like(objects[0]))
+        order = np.argsort(indices)  # a disk is read in one direction
+        back = np.argsort(order)
+        states = {
+            f"frozen/{n}": torch.from_numpy(np.ascontiguousarray(s[indices[order]][back]))
+            for n, s in self.states.items()
+        }
+        return {**states, "texts": texts, "mask": torch.from_numpy(np.stack(masks))[:, None]}
+
+
+def _states(
+    scenes: PhraseScenes, segmenter: Segmenter, folder: Path
+) -> tuple[dict[str, NDArray[np.float16]], NDArray[np.uint8]]:
+    """Draw and encode all scenes, or find them done; arrays are memory-mapped."""
+    done = folder / "masks.npy"
+    if not done.is_file():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        masks, maps = [], {}
+        for start in range(0, len(scenes), _CHUNK):
+            drawn = [scenes.rendered(i) for i in range(start, min(start + _CHUNK, len(scenes)))]
+            masks += [m for _, m in drawn]
+            pixels = normalised(segmenter.backbone, np.stack([image for image, _ in drawn]))
+            for name, state in segmenter.frozen(pixels).items():
+                if name not in maps:
+                    shape = (len(scenes), *state.shape[1:])
+                    maps[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+                maps[name][start : start + len(state)] = state.half().numpy()
+        for array in maps.values():
+            array.flush()
+        np.save(done.with_suffix(".part.npy"), np.stack(masks))
+        done.with_suffix(".part.npy").replace(done)
+    states = {
+        p.stem: np.load(p, mmap_mode="r")
+        for p in sorted(folder.glob("*.npy"))
+        if not p.stem.startswith("masks")
+    }
+    return states, np.load(done, mmap_mode="r")
+
+
+def normalised(backbone: Backbone, images: NDArray[np.uint8]) -> Tensor:
+    """Return (N, 3, H, W) normalised pixels of (N, H, W, 3) pictures that have the backbone's size already."""
+    facts = backbone.fingerprint["preprocess"]
+    mean, std = (torch.tensor(facts[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+class _Watch:
+    """Mean Dice per picture on scenes like the training's, in held-out styles, and of held-out objects."""
+
+    def __init__(self, segmenter: Segmenter, pictures: int) -> None:
+        self.segmenter, self.sets = segmenter, {}
+        for style in ("plain", "sketch", "inverted"):
+            scenes = MaskedScenes(10 * pictures, 0, "watch", style)
+            seen = [i for i in range(len(scenes)) if scenes.spec(i).objects[0].shape not in HELD_OUT_MASKS]
+            self.sets[style] = self._read(scenes, seen[:pictures])
+            if style == "plain":
+                other = sorted(set(range(len(scenes))) - set(seen))
+                self.sets["objects"] = self._read(scenes, other[:pictures])
+
+    def _read(self, scenes: MaskedScenes, chosen: list[int]) -> tuple[Tensor, list[str], Tensor]:
+        items = [scenes[i] for i in chosen]
+        pixels = normalised(self.segmenter.backbone, np.stack([np.asarray(x.image) for x in items]))
+        return pixels, [x.phrase for x in items], torch.from_numpy(np.stack([x.mask for x in items]))
+
+    def __call__(self) -> dict[str, float]:
+        """Return Dice by data set."""
+        found = {}
+        for name, (pixels, texts, masks) in self.sets.items():
+            guess = self.segmenter(pixels, texts)[:, 0] > 0
+            both, either = (guess & masks).sum((1, 2)), guess.sum((1, 2)) + masks.sum((1, 2))
+            found[f"dice_{name}"] = float((2 * both / either.clamp(min=1)).mean())
+        return found
+
+
+class _Ship(Callback):
+    """Writes the packed weights and the history after every epoch."""
+
+    def __init__(self, module: MaskModule, path: Path) -> None:
+        self.module, self.path = module, path
+
+    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Write both files and one line."""
+        segmenter: Any = self.module.segmenter
+        write_json(self.path.parent / "history.json", trainer.progress.history)
+        state = {
+            n: t.half() if t.is_floating_point() else t for n, t in self.module.trainable_state().items()
+        }
+        facts = {"sizes": segmenter.sizes, "backbone": segmenter.backbone.fingerprint["weights"]}
+        write_tensors(self.path, state, {**facts, "history": trainer.progress.history})
+        print(
+            " ".join(f"{k} {v:.4g}" for k, v in record.items()),
+            f"{trainer.progress.seconds:.0f} s",
+            flush=True,
+        )

@@ -1,0 +1,1 @@
+"""Classifying images: fitting, evaluating and predicting, protocols, experiments."""

@@ -1,0 +1,116 @@
+"""Scores of a learner on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprompt.core.errors import DataError
+from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.learners import Learner
+from vlprompt.learners._judgement import Detecting
+from vlprompt.metrics.backdoor import judgement_metrics
+from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
+
+__all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
+
+
+def evaluate(
+    learner: Learner,
+    data: ImageDataset,
+    *,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 100,
+    cache: FeatureCache | None = None,
+) -> dict[str, float]:
+    """Return metrics of a learner on a labelled data set, fractions in [0, 1] except ``nll`` (nats).
+
+    ``score`` is the data set's own measure, which its card names (accuracy if it has none); it comes on top of the
+    metrics asked for, under both names.
+
+    Args:
+        learner: See :func:`vlprompt.create_learner`.
+        data: Its class names must be the learner's, in the same order.
+        metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
+            kind of labels.
+        batch_size: Images per pass.
+        cache: Where image features are kept, if the learner leaves the image tower alone.
+
+    Raises:
+        DataError: If the class names differ.
+    """
+    cache = FeatureCache() if cache is None else cache
+    logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
+    if data.multi_label:
+        labels = torch.from_numpy(data.multi_hot())
+    own = str(data.info.get("metric", "accuracy"))
+    usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
+    numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
+    if metrics is None and "trigger" in data.targets and isinstance(learner, Detecting):
+        rows = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
+        numbers |= judgement_metrics(learner.judge(rows), data, learner.threshold)
+    return {**numbers, "score": numbers[own]}
+
+
+@torch.no_grad()
+def predict_logits(
+    learner: Learner, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (n, C) logits and (n,) labels on the CPU, in the data set's order; arguments as :func:`evaluate`.
+
+    The label of a picture that has several is its first; :meth:`ImageDataset.multi_hot` has all.
+    """
+    _check_classes(learner, data)
+    was_training = learner.training
+    learner.eval()
+    try:
+        if learner.static_images:
+            embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
+            parts = [learner.logits(part.to(learner.backbone.device)) for part in embeddings.split(4096)]
+        else:
+            parts = [
+                learner(batch.to(learner.backbone.device))
+                for batch in _image_batches(learner, data, batch_size)
+            ]
+    finally:
+        learner.train(was_training)
+    return torch.cat([p.float().cpu() for p in parts]), torch.tensor(data.labels)
+
+
+def image_embeddings(
+    learner: Any, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
+) -> Tensor:
+    """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
+    encode, fingerprint = encoder_of(learner)
+    return (cache or FeatureCache()).features(
+        data, encode, learner.backbone.preprocess, fingerprint=fingerprint, batch_size=batch_size
+    )
+
+
+def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Return what turns pictures into the rows that are cached for a learner, and the rows' fingerprint."""
+    backbone = learner.backbone
+    if learner.static_images:
+        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"
+    return backbone.image_embeddings, backbone.fingerprint["id"]
+
+
+def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(data), size):
+        images = [learner.backbone.preprocess(data[i][0]) for i in range(start, min(start + size, len(data)))]
+        yield torch.stack(images)
+
+
+def _check_classes(learner: Learner, data: ImageDataset) -> None:
+    own, given = learner.classnames, tuple(" ".join(n.replace("_", " ").split()) for n in data.classnames)
+    if own != given:
+        wrong = next(
+            (f"{a!r} and {b!r}" for a, b in zip(own, given, strict=False) if a != b), "one list is longer"
+        )
+        raise DataError(
+            f"{data.name} has {len(given)} classes, the learner {len(own)}, and they differ (first: {wrong}). "
+            "Use learner.with_classes(data.classnames)."
+        )

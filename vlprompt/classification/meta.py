@@ -1,0 +1,146 @@
+"""Meta-training: from pairs to prompts and a regulator, as one protocol of ``tools/train.py``.
+
+Store, clusters and episodes are built first and are functions of the configuration, so a killed run goes on with
+``--resume``: finished shards are kept, clustering repeats, training continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from vlprompt.backbones import Backbone
+from vlprompt.classification.config import RunConfig
+from vlprompt.classification.gram import save_start
+from vlprompt.classification.protocols import ProtocolResult, coop_fewshot
+from vlprompt.classification.stages import MetaRuns
+from vlprompt.core.files import write_json
+from vlprompt.data.captions.store import PairStore, build_store
+from vlprompt.learners import Learner
+from vlprompt.meta.clusters import Hierarchy, cluster_pairs
+from vlprompt.meta.episodes import EpisodeBatches, Episodes
+from vlprompt.meta.learning import MetaPrompts
+from vlprompt.meta.sheet import write_sheet
+from vlprompt.training.callbacks import default_callbacks
+from vlprompt.training.options import TrainOptions
+from vlprompt.core.processes import accelerator
+from vlprompt.training.trainer import Trainer
+
+__all__ = ["meta_train", "run_meta"]
+
+log = logging.getLogger("vlprompt.meta")
+
+
+def run_meta(runs: MetaRuns) -> ProtocolResult:
+    """Meta-train once per seed.
+
+    Returns:
+        Figures on episodes of held-out domains (see :meth:`MetaPrompts.evaluate`).
+    """
+    config = runs.config
+    shots = config.meta.episodes.support
+    result = coop_fewshot([config.meta.pairs], runs.run_meta_cell, [shots], config.protocol.seeds)
+    result.protocol = "meta"
+    return result
+
+
+def meta_train(
+    config: RunConfig, backbone: Backbone, learner: Learner, folder: Path, seed: int, resume: bool
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Meta-train one learner's prompts and a regulator, and write what fine-tuning starts from.
+
+    Args:
+        config: Its sections ``meta`` and ``train`` are read.
+        backbone: Encodes the pairs.
+        learner: Its prompts are the start; changed in place.
+        folder: ``prompt/`` (see :func:`save_start`), ``clusters.html`` and the checkpoint go here.
+        seed: Of clustering, episodes and training.
+        resume: Continue from the checkpoint.
+
+    Returns:
+        Figures on held-out domains, and the history.
+
+    Raises:
+        VLPromptError: See :func:`build_store`, :func:`cluster_pairs`, :class:`Episodes`, :class:`MetaPrompts`.
+    """
+    started, processes, meta = time.monotonic(), accelerator(), config.meta
+    options: TrainOptions = config.train.model_copy(update={"seed": seed})
+    learner.to(processes.device)
+    module = MetaPrompts(learner, meta)
+    place = Path(meta.store) if meta.store else _default_store(config, backbone)
+    with processes.main_process_first():
+        store = build_store(meta.pairs, backbone, place, shard=meta.shard)
+    built = time.monotonic()
+    least = 1 if meta.clusters.names == "pair" else meta.episodes.support + meta.episodes.query
+    hierarchy = cluster_pairs(store, meta.clusters, least, seed)
+    log.info(
+        "%d pairs in %.0f s, %d pseudo-classes (%d left out) in %.0f s",
+        *(len(store), built - started, len(hierarchy.classes), hierarchy.dropped, time.monotonic() - built),
+    )
+    episodes = _episodes(config, backbone, learner, store, hierarchy, seed)
+    if processes.is_main_process:
+        write_sheet(folder / "clusters.html", store, hierarchy, episodes.held_out)
+    watched = episodes.validation()
+    trainer = Trainer(
+        module,
+        EpisodeBatches(episodes, options.batch_size),
+        options,
+        folder,
+        validate=lambda: module.evaluate(watched),
+        callbacks=default_callbacks("meta", folder),
+        identity=_identity(config, learner, store, hierarchy),
+        accelerator=processes,
+    )
+    history = trainer.run(resume).history
+    learner.eval()
+    numbers = {**module.evaluate(watched), "train/seconds": time.monotonic() - started}
+    facts = {
+        "pairs": meta.pairs,
+        "store": store.digest,
+        "clusters": hierarchy.digest,
+        "seed": seed,
+        **numbers,
+    }
+    if processes.is_main_process:
+        save_start(learner, module.regulator, folder / "prompt", facts)
+        write_json(folder / "clusters.json", _summary(hierarchy, episodes))
+    return numbers, history
+
+
+def _episodes(
+    config: RunConfig, backbone: Backbone, learner: Learner, store: PairStore, hierarchy: Hierarchy, seed: int
+) -> Episodes:
+    pixels = None if learner.static_images else backbone.preprocess
+    every_pair = config.meta.clusters.names == "pair"
+    return Episodes(store, hierarchy, config.meta.episodes, seed, pixels, every_pair)
+
+
+def _default_store(config: RunConfig, backbone: Backbone) -> Path:
+    """One store per source and backbone, shared by the runs of an output folder."""
+    name = "".join(c if c.isalnum() else "-" for c in config.meta.pairs)
+    return Path(config.output) / "pairs" / f"{name[-60:]}_{backbone.fingerprint['id']}"
+
+
+def _identity(config: RunConfig, learner: Learner, store: PairStore, hierarchy: Hierarchy) -> dict[str, Any]:
+    return {
+        "learner": learner.method,
+        "learner_options": {k: str(v) for k, v in learner.options.items()},
+        "meta": config.meta.model_dump(mode="json", exclude={"store"}),
+        "store": store.digest,
+        "clusters": hierarchy.digest,
+    }
+
+
+def _summary(hierarchy: Hierarchy, episodes: Episodes) -> dict[str, Any]:
+    """What ``clusters.json`` holds: names and sizes by domain, and which domains are held out."""
+    return {
+        "digest": hierarchy.digest,
+        "left_out": hierarchy.dropped,
+        "held_out_domains": list(episodes.held_out),
+        "domains": {
+            str(d): [{"name": c.name, "pairs": len(c.rows), "coherence": c.coherence} for c in own]
+            for d, own in episodes.classes.items()
+        },
+    }

@@ -1,0 +1,83 @@
+"""Batches that mix several tasks in chosen proportions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.training.batches import Batch, Batches, epoch_plan
+
+__all__ = ["MultiTaskBatches", "task_quotas"]
+
+
+def task_quotas(sizes: Sequence[int], exponent: float) -> list[int]:
+    """Return how many samples of each task an epoch takes; together as many as there are.
+
+    Args:
+        sizes: Training samples per task.
+        exponent: alpha in the share n^alpha: 1 takes every sample once, 0 the same number of each task. Rounded by
+            largest remainder.
+    """
+    weights = np.asarray(sizes, dtype=float) ** exponent
+    exact = sum(sizes) * weights / weights.sum()
+    quotas = np.floor(exact + 1e-9).astype(int)
+    order = np.argsort(quotas - exact, kind="stable")
+    quotas[order[: sum(sizes) - quotas.sum()]] += 1
+    return quotas.tolist()
+
+
+class MultiTaskBatches:
+    """Batches that mix tasks, with random access like every other kind.
+
+    Args:
+        sources: One source of batches per task.
+        sizes: Training samples per task.
+        exponent: See :func:`task_quotas`.
+        batch_size: Samples per global batch.
+        seed: The run's seed.
+        drop_last: See :func:`epoch_plan`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Batches],
+        sizes: Sequence[int],
+        exponent: float,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = True,
+    ) -> None:
+        self.sources, self.sizes = list(sources), list(sizes)
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.quotas = task_quotas(sizes, exponent)
+        self.starts = np.cumsum([0, *sizes])
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`; a sample's number counts through all tasks."""
+        chosen = np.concatenate([self._draw(task, epoch) for task in range(len(self.sizes))])
+        parts = epoch_plan(len(chosen), self.batch_size, self.seed, epoch, self.drop_last)
+        return [chosen[part] for part in parts]
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`; samples come ordered by ``"task"``."""
+        owner = np.searchsorted(self.starts, indices, side="right") - 1
+        parts = []
+        for task in np.unique(owner):
+            part = self.sources[task].fetch(indices[owner == task] - self.starts[task], epoch)
+            count = len(part["label"])
+            parts.append({**part, "task": torch.full((count,), int(task))})
+        batch: Batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return {**batch, "index": torch.as_tensor(indices[np.argsort(owner, kind="stable")])}
+
+    def _draw(self, task: int, epoch: int) -> np.ndarray:
+        """Return this epoch's samples of a task; none comes a second time before all came once."""
+        size, quota = self.sizes[task], self.quotas[task]
+        passes = [
+            numpy_rng(self.seed, "task order", epoch, task, number).permutation(size)
+            for number in range(-(-quota // size))
+        ]
+        drawn = np.concatenate(passes)[:quota] if passes else np.empty(0, dtype=int)
+        return self.starts[task] + drawn

@@ -1,0 +1,91 @@
+"""Where prompts start from: saved prompts of other tasks, put into a learner of new classes, strictly.
+
+Paper: Shen et al., "Multitask Vision-Language Prompt Tuning", arXiv 2211.11720, section 3.3. Differs from the
+authors' code in that what does not fit is refused instead of ignored, and that what a learner started from is part
+of the result: one of their scripts forgets to pass the source prompts and tunes from scratch in silence.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprompt.core.errors import CheckpointError
+from vlprompt.core.options import options_model
+from vlprompt.learners import Learner
+from vlprompt.learners.base import misfits
+from vlprompt.saved.prompts import check_backbone, read
+
+__all__ = ["find_prompts", "start_from"]
+
+
+def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
+    """Return the folders of saved prompts that paths or patterns mean; a run's folder means its ``prompt``.
+
+    Raises:
+        CheckpointError: If a pattern matches nothing.
+    """
+    found: list[str] = []
+    for pattern in map(str, patterns):
+        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        both = [p for place in places for p in (Path(place), Path(place) / "prompt")]
+        kept = [str(p) for p in both if (p / "prompt.safetensors").is_file()]
+        if not kept:
+            raise CheckpointError(
+                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors."
+            )
+        found += kept
+    return found
+
+
+def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any]:
+    """Put saved prompts, or the element-wise mean of several, into a learner of other classes.
+
+    Args:
+        learner: Changed in place; what belongs to its classes stays its own.
+        prompts: Folders, see :func:`vlprompt.save`.
+
+    Returns:
+        What to record: the folders, the checksums of their tensors, and how many were averaged.
+
+    Raises:
+        CheckpointError: If a method, an option, the backbone, a tensor's name or its shape differs; each is named.
+            If there are several and they hold bits or numbers of classes.
+    """
+    states: list[dict[str, Tensor]] = []
+    checksums = []
+    for path in prompts:
+        card, state = read(path)
+        check_backbone(path, card, learner.backbone)
+        problems = _differences(learner, card.method, card.options)
+        problems = problems or misfits(learner.trainable_state(), state)
+        if problems:
+            raise CheckpointError(f"{path} can't start {learner.method}: {'; '.join(problems)}.")
+        states.append(state)
+        checksums.append(card.tensors[:12])
+    learner.load_trainable_state({n: _mean(n, [s[n] for s in states]) for n in states[0]})
+    return {"init_from": [str(p) for p in prompts], "init_checksums": checksums, "init_mean_of": len(states)}
+
+
+def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) > 1 and not tensors[0].is_floating_point():
+        raise CheckpointError(f"{name} holds {tensors[0].dtype}, which has no mean: start from one folder.")
+    return torch.stack(list(tensors)).mean(0) if len(tensors) > 1 else tensors[0]
+
+
+def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> list[str]:
+    """Compare the method and all options that decide what the tensors mean; a seed doesn't."""
+    if method != learner.method:
+        return [f"it holds prompts of {method}"]
+    default = {name: field.default for name, field in options_model(type(learner)).model_fields.items()}
+    theirs, ours = ({**default, **o} for o in (options, learner.options))
+    return [
+        f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted({*theirs, *ours} - {"seed"})
+        if str(theirs.get(name)) != str(ours.get(name))
+    ]

@@ -1,0 +1,124 @@
+"""Searching concepts for a frozen model: what the trainer trains, and which of the model's parameters may join.
+
+Paper: Yi et al., arXiv 2305.18993. Its second stage (tuning the model with the found concepts as language input) is
+known from the abstract alone; which parameters it tunes is for the user to say here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.core.errors import CheckpointError, ConfigError, nearest
+
+__all__ = ["ConceptSearch", "Found", "Unfrozen", "weights_id"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Found(Generic[Module]):
+    """What a search left behind.
+
+    Attributes:
+        module: The concepts, in their host.
+        history: One record per epoch.
+        seconds: Of all of it, encoding of the pictures included.
+    """
+
+    module: Module
+    history: list[dict[str, Any]] = field(repr=False)
+    seconds: float
+
+
+class Unfrozen(nn.Module):
+    """Parameters of a frozen model that learn, chosen by name; the model is changed in place.
+
+    Args:
+        host: The model; all its parameters are frozen, then those that match are not.
+        patterns: Shell patterns of parameter names (``"class_head.*"``).
+
+    Raises:
+        ConfigError: If a pattern matches no parameter; with the nearest names.
+    """
+
+    def __init__(self, host: nn.Module, patterns: Sequence[str] = ()) -> None:
+        super().__init__()
+        host.requires_grad_(False)
+        known = dict(host.named_parameters())
+        problems = []
+        for pattern in patterns:
+            found = [name for name in known if fnmatch(name, pattern)]
+            if not found:
+                close = ", ".join(nearest(pattern, known)) or "none alike"
+                problems.append(f"unfreeze: {pattern!r} matches no parameter; near it: {close}.")
+            for name in found:
+                known[name].requires_grad_(True)
+                self.register_parameter(name.replace(".", "/"), known[name])
+        if problems:
+            raise ConfigError(problems, "concept search")
+        self._before = {n: p.detach().clone() for n, p in self.named_parameters()}
+
+    def restore(self) -> None:
+        """Put back the values the model came with, and freeze it."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(self._before[name])
+                parameter.requires_grad_(False)
+
+
+class ConceptSearch(nn.Module):
+    """Base of all searches: concepts as the language input of a host, trained by the host's own loss.
+
+    The host is no part of the module's parameters, except for what ``unfreeze`` names.
+
+    Args:
+        concepts: What is learned in the place of language.
+        host: The frozen model.
+        unfreeze: See :class:`Unfrozen`.
+    """
+
+    def __init__(self, concepts: nn.Module, host: nn.Module, unfreeze: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.concepts = concepts
+        self.unfrozen = Unfrozen(host, unfreeze)
+        self._host = [host]  # in a list: its parameters and its training mode are its own
+
+    def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the host's losses of a batch."""
+        raise NotImplementedError
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return what is learned, by name."""
+        return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put learned tensors back.
+
+        Raises:
+            CheckpointError: If a tensor is missing, unknown or of another shape; names the first.
+        """
+        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        problems = [f"{n} is missing or unknown" for n in sorted({*own} ^ {*state})]
+        problems += [f"{n} has another shape" for n in own if n in state and own[n].shape != state[n].shape]
+        if problems:
+            raise CheckpointError(f"this state does not fit the search of concepts: {problems[0]}.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def weights_id(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """Return 12 hex digits of all weights but those whose names start with one of ``without``."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(without or ("\0",)):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""What every other package needs: errors, seeds, registries, files, names, options, the version."""

@@ -1,0 +1,91 @@
+"""Options of a constructor, checked against its own signature: the code is the one place that says what it takes."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from vlprompt.core.errors import ConfigError, nearest
+
+__all__ = ["check_options", "describe_options", "describe_problems", "options_model"]
+
+_SHORT = reprlib.Repr()  # what was given may be a whole hostile file
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def options_model(target: Callable[..., Any]) -> type[BaseModel]:
+    """Return a pydantic model of a callable's keyword-only parameters (types, defaults, ``Annotated`` bounds)."""
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {
+        name: (
+            hints.get(name, Any),
+            ... if parameter.default is inspect.Parameter.empty else parameter.default,
+        )
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return create_model(getattr(target, "__name__", "Options"), __config__=config, **fields)
+
+
+def check_options(target: Callable[..., Any], options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return ``options`` converted to the types the callable declares.
+
+    Raises:
+        ConfigError: With every unknown key and bad value, and the nearest valid key.
+    """
+    model = options_model(target)
+    try:
+        checked = model.model_validate(dict(options))
+    except ValidationError as error:
+        raise ConfigError(describe_problems(error, model), source) from error
+    return {name: getattr(checked, name) for name in options}
+
+
+def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """Return what a Google-style docstring says before its ``Args:``, and what it says of each argument."""
+    text, _, rest = inspect.cleandoc(target.__doc__ or "").partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in rest.split("\n\n")[0].splitlines():
+        if line.startswith("        "):  # goes on
+            found[name] += f" {line.strip()}"
+        else:
+            name, _, described = line.strip().partition(": ")
+            found[name] = described
+    return text.strip(), found
+
+
+def describe_problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Turn pydantic's findings into sentences: the key, the bad value, what is allowed, the nearest valid key."""
+    return [_describe(problem, model, prefix) for problem in error.errors()]
+
+
+def _describe(problem: Any, model: type[BaseModel], prefix: str) -> str:
+    path = [str(p) for p in problem["loc"]]
+    key = ".".join([*([prefix] if prefix else []), *path])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, path[:-1])
+        close = nearest(path[-1], known, count=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        return f"{key}: unknown key{hint} Known: {', '.join(sorted(known)) or 'none'}."
+    if problem["type"] == "missing":
+        return f"{key}: required, but missing."
+    message = problem["msg"]
+    if problem["type"] == "value_error":  # a validator of ours: a whole sentence that names the value
+        return f"{key}: {message.removeprefix('Value error, ')}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {_SHORT.repr(problem['input'])}."
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the field names of the (nested) model at ``path``."""
+    current: Any = model
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(part)
+        current = None if field is None else field.annotation
+    return list(getattr(current, "model_fields", {}))

@@ -1,0 +1,236 @@
+"""The pair store: features of pictures and captions, computed once, in shards that a killed build goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vlprompt.backbones import Backbone
+from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.core.files import read_tensors, write_json, write_tensors
+from vlprompt.data.captions import PairSource, open_pairs
+
+__all__ = ["PairStore", "Rows", "build_store"]
+
+log = logging.getLogger("vlprompt.pairs")
+
+_FORMAT = 1
+_BATCH = 64  # pictures per pass
+Progress = Callable[[str, int, int], None]
+
+
+class Rows:
+    """The rows of several shards as if they were one matrix; they stay pages of their files.
+
+    Args:
+        shards: Each (n, d) float16.
+    """
+
+    def __init__(self, shards: Sequence[Tensor]) -> None:
+        self.shards = list(shards)
+        self.starts = np.cumsum([0, *(len(s) for s in shards)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Return (m, d) float32 rows, unit length again after float16."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        owner = np.searchsorted(self.starts, wanted, side="right") - 1
+        found = torch.empty(len(wanted), self.shards[0].shape[1])
+        for number in np.unique(owner):
+            here = torch.from_numpy(owner == number)
+            found[here] = self.shards[number][wanted[owner == number] - self.starts[number]].float()
+        return F.normalize(found, dim=-1)
+
+    def all(self) -> Tensor:
+        """Return everything as float32, (N, d)."""
+        return F.normalize(torch.cat([s.float() for s in self.shards]), dim=-1)
+
+
+@dataclass(frozen=True)
+class PairStore:
+    """N pairs, in the order of their source.
+
+    Attributes:
+        folder: Where it lies.
+        source: Reads pictures again, for learners that need pixels.
+        index: (N,) number of each pair in the source; unreadable pictures are missing.
+        image: (N, d) unit-length features of the pictures.
+        text: (N, d) of the captions.
+        skipped: Source number to the reason why a picture could not be read.
+    """
+
+    folder: Path
+    source: PairSource
+    index: Tensor
+    image: Rows
+    text: Rows
+    skipped: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def caption(self, row: int) -> str:
+        """Return the caption of a pair."""
+        return self.source.caption(int(self.index[row]))
+
+    def pixels(self, row: int, preprocess: Any) -> Tensor:
+        """Return (3, H, W) preprocessed pixels of a pair."""
+        return preprocess(self.source.image(int(self.index[row])))
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of what the store was built from and with."""
+        return str(json.loads((self.folder / "store.json").read_text(encoding="utf-8"))["digest"])
+
+
+def build_store(
+    pairs: str,
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    shard: int = 4096,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> PairStore:
+    """Encode all pairs that are not encoded yet, and open the store.
+
+    A shard holds the features of ``shard`` consecutive pairs of the source and is written as a whole; a build that was
+    killed keeps the shards it finished. Features are float16: 2 KiB per pair at d = 512.
+
+    Args:
+        pairs: What :func:`open_pairs` takes.
+        backbone: Encodes both sides.
+        folder: Of the store; one store per source and backbone.
+        shard: Pairs per file.
+        workers: Threads that decode pictures.
+        progress: Called with ("pairs", done, total).
+
+    Raises:
+        CheckpointError: If the folder holds a store of other pairs or of another backbone; each difference is named.
+        DataError: If there are no pairs, or no picture can be read.
+        BackboneError: If the backbone reads no text.
+    """
+    source, folder = open_pairs(pairs), Path(folder)
+    facts = {
+        "format": _FORMAT,
+        "pairs": source.identity(),
+        "count": len(source),
+        "backbone": backbone.fingerprint["id"],
+        "shard": shard,
+    }
+    _claim(folder, facts)
+    parts: list[dict[str, Tensor]] = []
+    skipped: dict[int, str] = {}
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for number, start in enumerate(range(0, len(source), shard)):
+            path = folder / f"shard-{number:05d}.safetensors"
+            rows = range(start, min(start + shard, len(source)))
+            if not _is_whole(path):
+                _write_shard(path, source, rows, backbone, pool)
+            tensors, metadata = read_tensors(path)
+            parts.append(tensors)
+            skipped |= {int(k): v for k, v in metadata["skipped"].items()}
+            if progress is not None:
+                progress("pairs", rows.stop, len(source))
+    if skipped:
+        first = next(iter(skipped.values()))
+        log.warning("%s: %d of %d pictures can't be read, first: %s", pairs, len(skipped), len(source), first)
+    index = torch.cat([part["index"] for part in parts])
+    if not len(index):
+        raise DataError(
+            f"pairs {pairs!r}: no picture can be read, for example {next(iter(skipped.values()))}"
+        )
+    image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
+    return PairStore(folder, source, index, image, text, skipped)
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark a folder as the store of these pairs, or refuse another's."""
+    path = folder / "store.json"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            differs = [
+                f"{k} is {held.get(k)!r} there and {v!r} here" for k, v in facts.items() if held.get(k) != v
+            ]
+        except (ValueError, AttributeError):
+            differs = ["store.json is damaged"]
+        if differs:
+            raise CheckpointError(
+                f"{folder} holds another pair store: {'; '.join(differs)}. Give another folder, or remove this one."
+            )
+        return
+    write_json(path, {**facts, "digest": digest})
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {"index", "image", "text"} <= set(file.keys())
+    except (SafetensorError, OSError) as error:
+        log.warning("%s is damaged (%s): it is computed again.", path, error)
+        return False
+
+
+def _write_shard(
+    path: Path, source: PairSource, rows: range, backbone: Backbone, pool: ThreadPoolExecutor
+) -> None:
+    index: list[int] = []
+    images: list[Tensor] = []
+    skipped: dict[int, str] = {}
+    for part, pixels, errors in _batches(source, rows, backbone.preprocess, pool):
+        skipped |= errors
+        if part:
+            index += part
+            images.append(backbone.encode_image(torch.stack(pixels)).cpu())
+    texts = (
+        backbone.encode_text([source.caption(i) for i in index]).cpu()
+        if index
+        else torch.empty(0, backbone.dim)
+    )
+    image = torch.cat(images) if images else torch.empty(0, backbone.dim)
+    for what, rows_of in (("picture", image), ("caption", texts)):
+        bad = (~rows_of.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(f"the features of {what} {index[bad[0]]} of the pairs are not finite.")
+    tensors = {"index": torch.tensor(index, dtype=torch.long), "image": image.half(), "text": texts.half()}
+    write_tensors(path, tensors, {"skipped": skipped})
+
+
+def _batches(
+    source: PairSource, rows: range, preprocess: Any, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[int], list[Tensor], dict[int, str]]]:
+    """Yield (numbers, pixels, errors); the next batch decodes while the caller works on one."""
+
+    def load(number: int) -> Tensor | str:
+        try:
+            return preprocess(source.image(number))
+        except DataError as error:
+            return str(error)
+
+    starts = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+    waiting = [[pool.submit(load, i) for i in numbers] for numbers in starts[:1]]
+    for turn, numbers in enumerate(starts):
+        waiting += [[pool.submit(load, i) for i in following] for following in starts[turn + 1 : turn + 2]]
+        done = [future.result() for future in waiting.pop(0)]
+        good = [(i, x) for i, x in zip(numbers, done, strict=True) if isinstance(x, Tensor)]
+        errors = {i: x for i, x in zip(numbers, done, strict=True) if isinstance(x, str)}
+        yield [i for i, _ in good], [x for _, x in good], errors

@@ -1,0 +1,108 @@
+"""tar:PATTERN: tar files as webdataset writes them, pictures and captions side by side under one key."""
+
+from __future__ import annotations
+
+import glob
+import json
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from vlprompt.core.errors import DataError
+from vlprompt.data.base import hash_strings
+from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.images import EXTENSIONS, decode
+
+__all__ = ["TarPairs"]
+
+_CAPTIONS = (".txt", ".caption")
+
+
+@dataclass
+class _Sample:
+    """What one key of an archive holds."""
+
+    archive: Path
+    name: str
+    place: tuple[int, int] | None = None  # offset and length of the picture's bytes
+    captions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def caption(self) -> str:
+        """A text file's words; without one, the field ``caption`` of the JSON file."""
+        return self.captions.get("text") or self.captions.get("json", "")
+
+
+@PAIR_SOURCES.register(
+    "tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN"
+)
+class TarPairs:
+    """Archives with ``KEY.jpg`` (or another picture) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
+
+    Headers are read once; pictures are read where they are. Samples without a caption are left out.
+
+    Args:
+        argument: A path, or a pattern such as ``shards/*.tar``. Uncompressed archives only.
+
+    Raises:
+        DataError: If nothing matches, or an archive is damaged; names it.
+    """
+
+    def __init__(self, argument: str) -> None:
+        archives = sorted(glob.glob(str(Path(argument).expanduser())))
+        if not archives:
+            raise DataError(f"pairs tar:{argument}: no archive matches.")
+        samples = [s for archive in archives for s in _scan(Path(archive))]
+        self.samples = [s for s in samples if s.place is not None and s.caption]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def caption(self, index: int) -> str:
+        """See :meth:`PairSource.caption`."""
+        return self.samples[index].caption
+
+    def image(self, index: int) -> Image.Image:
+        """See :meth:`PairSource.image`."""
+        sample = self.samples[index]
+        assert sample.place is not None  # the constructor kept no other
+        with sample.archive.open("rb") as file:
+            file.seek(sample.place[0])
+            return decode(file.read(sample.place[1]), f"{sample.archive.name}@{sample.name}")
+
+    def identity(self) -> str:
+        """See :meth:`PairSource.identity`."""
+        return hash_strings(f"{s.archive.name}\t{s.name}\t{s.place}\t{s.caption}" for s in self.samples)
+
+
+def _scan(archive: Path) -> list[_Sample]:
+    """Return the samples of an archive, in its order."""
+    found: dict[str, _Sample] = {}
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                path = PurePosixPath(member.name)
+                key, dot, ending = path.name.partition(".")  # webdataset: a key ends at the first dot
+                sample = found.setdefault(f"{path.parent}/{key}", _Sample(archive, member.name))
+                suffix = f"{dot}{ending.lower()}"
+                if suffix in EXTENSIONS:
+                    sample.name, sample.place = member.name, (member.offset_data, member.size)
+                elif suffix in _CAPTIONS or suffix == ".json":
+                    data = tar.extractfile(member)
+                    kind = "json" if suffix == ".json" else "text"
+                    sample.captions[kind] = _caption(b"" if data is None else data.read(), kind)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{archive} is no readable tar file: {error}.") from None
+    return list(found.values())
+
+
+def _caption(data: bytes, kind: str) -> str:
+    text = data.decode("utf-8")
+    if kind == "json":
+        read = json.loads(text)
+        text = str(read.get("caption") or "") if isinstance(read, dict) else ""
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""What the experiments of all tasks share: configurations, folders, cells, statistics, tables, figures, pages."""

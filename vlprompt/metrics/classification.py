@@ -1,0 +1,189 @@
+"""Metrics as pure functions of logits and labels; every one is a fraction in [0, 1] except ``nll`` (nats).
+
+Logits are any scores whose softmax gives the probabilities, so a method that yields probabilities passes
+their logarithm and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import recall_score, roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlprompt.core.errors import DataError, NonFiniteError, UnknownNameError
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "METRICS",
+    "MULTI_LABEL_METRICS",
+    "accuracy",
+    "compute",
+    "ece",
+    "map_11_point",
+    "mean_per_class",
+    "nll",
+    "roc_auc",
+]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of samples whose highest score is the true class (top-1); of equal scores the first counts.
+
+    Args:
+        logits: Scores, (n, C).
+        labels: True classes, (n,); for multi-label truth, (n, C), any class the sample has is right.
+    """
+    guess = logits.argmax(1)
+    right = labels.gather(1, guess[:, None])[:, 0] > 0 if labels.ndim == 2 else guess == labels
+    return float(right.double().mean())
+
+
+def mean_per_class(logits: Tensor, labels: Tensor) -> float:
+    """Mean recall over the classes present in ``labels`` (balanced accuracy).
+
+    Args:
+        logits: Scores, (n, C).
+        labels: True classes, (n,); a class without a sample doesn't count.
+    """
+    truth, guess = labels.numpy(), logits.argmax(1).numpy()
+    return float(recall_score(truth, guess, labels=np.unique(truth), average="macro"))
+
+
+def nll(logits: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood of the true class, in nats.
+
+    Args:
+        logits: Scores, (n, C).
+        labels: True classes, (n,).
+    """
+    return float(F.cross_entropy(logits, labels))
+
+
+def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: mean |confidence - accuracy| over equal-width bins weighted by size.
+
+    Guo et al., "On calibration of modern neural networks" (ICML 2017), section 2.
+
+    Args:
+        logits: Scores, (n, C).
+        labels: True classes, (n,).
+        bins: Number of bins of the confidence.
+    """
+    # Importing torchmetrics takes seconds, and only this function needs it.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    probs = logits.softmax(1)
+    return float(
+        multiclass_calibration_error(probs, labels, num_classes=probs.shape[1], n_bins=bins, norm="l1")
+    )
+
+
+def roc_auc(logits: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve of a two-class task; the score is p(class 1) (ELEVATER's Hateful Memes).
+
+    Args:
+        logits: Scores, (n, 2).
+        labels: True classes 0 or 1, (n,).
+
+    Raises:
+        DataError: If there are not exactly two classes, or only one of them occurs.
+    """
+    if logits.shape[1] != 2:
+        raise DataError(f"roc_auc needs 2 classes, got {logits.shape[1]}. Use accuracy or mean_per_class.")
+    if labels.unique().numel() != 2:
+        raise DataError("roc_auc needs samples of both classes; the labels hold only one.")
+    return float(roc_auc_score(labels.numpy(), logits.softmax(1)[:, 1].numpy()))
+
+
+def map_11_point(logits: Tensor, labels: Tensor) -> float:
+    """Mean over classes of the 11-point average precision (PASCAL VOC 2007; ELEVATER's VOC metric).
+
+    Per class, the highest precision at any recall >= t, averaged over t = 0.0, 0.1 ... 1.0. Only ranks
+    matter.
+
+    Args:
+        logits: Scores, (n, C).
+        labels: Multi-label truth of zeros and ones, (n, C); or true classes, (n,).
+
+    Raises:
+        DataError: If no class has a positive sample.
+    """
+    truth = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
+    scores = [
+        _average_precision(logits[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()
+    ]
+    if not scores:
+        raise DataError("map_11_point needs at least one positive label; every label is 0.")
+    return float(np.mean(scores))
+
+
+Metric = Callable[[Tensor, Tensor], float]
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "mean_per_class": mean_per_class,
+    "nll": nll,
+    "ece": ece,
+    "roc_auc": roc_auc,
+    "map_11_point": map_11_point,
+}
+DEFAULT_METRICS = ("accuracy", "mean_per_class", "nll", "ece")
+MULTI_LABEL_METRICS = ("accuracy", "map_11_point")
+
+
+def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRICS) -> dict[str, float]:
+    """Compute several metrics in float64 on the CPU.
+
+    Args:
+        logits: Scores, (n, C), any float type and device.
+        labels: True classes, (n,); (n, C) of zeros and ones for a multi-label metric.
+        names: Keys of :data:`METRICS`.
+
+    Returns:
+        One float per name, in the order given.
+
+    Raises:
+        UnknownNameError: If a metric doesn't exist.
+        DataError: If there is nothing to score, or shapes or labels don't fit.
+        NonFiniteError: If a score is NaN or plus infinity.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise UnknownNameError("metric", name, METRICS)
+    scores = torch.as_tensor(logits).detach().cpu().double()
+    truth = torch.as_tensor(labels).detach().cpu().long()
+    _check(scores, truth)
+    if truth.ndim == 2 and (single := [n for n in names if n not in MULTI_LABEL_METRICS]):
+        raise DataError(f"{', '.join(single)} need one label per sample; these labels are multi-label.")
+    return {name: METRICS[name](scores, truth) for name in names}
+
+
+def _average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Return the 11-point average precision of one class with at least one positive, (n,) and (n,)."""
+    hits = truth[scores.argsort(descending=True, stable=True)].cumsum(0).double()
+    precision = hits / torch.arange(1, len(hits) + 1)
+    # Whole numbers of positives, because 7 * 0.1 > 0.7 in floating point.
+    needed = [math.ceil(tenths * int(hits[-1]) / 10) for tenths in range(11)]
+    return float(np.mean([float(precision[hits >= count].max()) for count in needed]))
+
+
+def _check(scores: Tensor, truth: Tensor) -> None:
+    if scores.ndim != 2 or truth.ndim not in (1, 2) or len(scores) != len(truth):
+        raise DataError(
+            f"logits must be (n, C) and labels (n,), got {tuple(scores.shape)} and {tuple(truth.shape)}."
+        )
+    if len(scores) == 0:
+        raise DataError("no samples to score.")
+    if truth.ndim == 2 and truth.shape != scores.shape:
+        raise DataError(f"multi-label truth must be {tuple(scores.shape)}, got {tuple(truth.shape)}.")
+    if truth.ndim == 1 and not 0 <= int(truth.min()) <= int(truth.max()) < scores.shape[1]:
+        raise DataError(
+            f"labels run from {truth.min()} to {truth.max()}, but there are {scores.shape[1]} classes."
+        )
+    # Minus infinity is the logarithm of a probability of 0 and welcome.
+    if bad := int((scores.isnan() | scores.isposinf()).any(1).sum()):
+        raise NonFiniteError(f"the logits of {bad} of {len(scores)} samples are NaN or infinite.")

@@ -1,0 +1,207 @@
+"""Saving and loading what was learned: two small files that say everything needed to use it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from vlprompt.backbones import BACKBONES, Backbone, create_backbone
+from vlprompt.core.errors import CheckpointError
+from vlprompt.core.files import read_tensors, write_json, write_tensors
+from vlprompt.core.options import describe_problems
+from vlprompt.core.version import package_version
+from vlprompt.learners import Learner, create_learner
+
+if TYPE_CHECKING:
+    from vlprompt.segmentation import Segmenter
+
+__all__ = ["PromptCard", "check_backbone", "load", "read", "save"]
+
+_FORMAT = 1
+_ARGUMENTS = {
+    "name",
+    "backbone",
+    "classnames",
+    "templates",
+}  # of create_learner, beside a method's own options
+
+
+class PromptCard(BaseModel):
+    """What ``prompt.json`` holds: all that is needed to use the tensors again, and their checksum."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    kind: Literal["learner", "segmenter"] = "learner"
+    method: str
+    options: dict[str, Any]
+    classnames: list[str]
+    templates: list[str]
+    backbone: dict[str, Any]
+    version: str
+    metrics: dict[str, float]
+    tensors: str
+
+
+def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+    """Write what was learned as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
+
+    Args:
+        learner: What was trained: a learner, or a segmentation model.
+        path: Folder, made if missing.
+        metrics: Figures to keep with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If it can't be written; an older artefact in the folder stays usable.
+    """
+    folder = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
+    digest = _digest(state)
+    classifies = isinstance(learner, Learner)
+    card = PromptCard(
+        format=_FORMAT,
+        kind="learner" if classifies else "segmenter",
+        method=learner.method,
+        options=learner.options,
+        classnames=list(learner.classnames) if isinstance(learner, Learner) else [],
+        templates=list(learner.templates) if isinstance(learner, Learner) else [],
+        backbone=learner.backbone.fingerprint,
+        version=package_version(),
+        metrics=dict(metrics or {}),
+        tensors=digest,
+    ).model_dump(exclude={"kind"} if classifies else None)  # older versions read learners still
+    # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
+    write_tensors(folder / "prompt.safetensors", state, {"card": card})
+    write_json(folder / "prompt.json", card)
+    return folder
+
+
+def load(
+    path: str | Path,
+    backbone: Backbone | None = None,
+    kind: Literal["learner", "segmenter"] | None = None,
+) -> Any:
+    """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
+
+    Args:
+        path: The folder.
+        backbone: The backbone it was trained on; None builds it from the name in the file.
+        kind: What it has to be; None takes either.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or hostile, of the other kind, or the backbone is another
+            one; names the difference.
+        BackboneError: If the backbone's weights can't be fetched.
+    """
+    card, tensors = read(path)
+    if kind not in (None, card.kind):
+        tool = "tools/segment.py" if card.kind == "segmenter" else "tools/predict.py"
+        raise CheckpointError(
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {tool}."
+        )
+    if backbone is None:
+        backbone = _rebuild(path, card.backbone)
+    check_backbone(path, card, backbone)
+    if card.kind == "segmenter":
+        return _segmenter(path, card, backbone, tensors)
+    learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
+    learner.load_trainable_state(tensors)
+    return learner.eval()
+
+
+def _segmenter(
+    path: str | Path, card: PromptCard, backbone: Backbone, tensors: Mapping[str, Tensor]
+) -> Segmenter:
+    from vlprompt.segmentation import create_segmenter  # those who classify need none of it
+
+    try:
+        segmenter = create_segmenter(card.method, backbone, **card.options)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
+    segmenter.load_trainable_state(tensors)
+    return segmenter.eval()
+
+
+def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:
+    """Return what :func:`save` wrote, without building anything from it.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or hostile.
+    """
+    folder = Path(path)
+    tensors, metadata = read_tensors(folder / "prompt.safetensors")
+    card = _parse(folder, metadata.get("card"))
+    if _digest(tensors) != card.tensors:
+        raise CheckpointError(
+            f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged."
+        )
+    return card, tensors
+
+
+def _parse(folder: Path, inner: Any) -> PromptCard:
+    """Read ``prompt.json``, or the copy inside the tensors' file if the JSON is missing or older."""
+    try:
+        outer = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if inner is None:
+            raise CheckpointError(f"no such file: {folder / 'prompt.json'}.") from None
+        outer = inner
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'prompt.json'} is not readable JSON: {error}.") from error
+    if isinstance(outer, dict) and isinstance(inner, dict) and outer.get("tensors") != inner.get("tensors"):
+        outer = inner  # a save was killed between its two files
+    try:
+        card = PromptCard.model_validate(outer)
+    except ValidationError as error:
+        problems = " ".join(describe_problems(error, PromptCard)[:5])
+        raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
+    if card.format > _FORMAT:
+        raise CheckpointError(
+            f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}."
+        )
+    if clash := sorted(_ARGUMENTS & card.options.keys()):
+        raise CheckpointError(
+            f"{folder / 'prompt.json'} is not a prompt card of ours: {clash[0]!r} is no option."
+        )
+    return card
+
+
+def _rebuild(path: str | Path, saved: Mapping[str, Any]) -> Backbone:
+    name, tag, activation = (saved.get(key) for key in ("architecture", "pretrained", "activation"))
+    if not isinstance(name, str) or not isinstance(tag, str | None):
+        raise CheckpointError(
+            f"{path} names no backbone that can be built (architecture {name!r}, pretrained {tag!r}). Pass backbone=..."
+        )
+    if name in BACKBONES or activation not in ("gelu", "quickgelu"):
+        return create_backbone(name, tag)
+    return create_backbone(
+        name, tag, quick_gelu=activation == "quickgelu"
+    )  # a file doesn't tell its activation
+
+
+def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> None:
+    """Refuse prompts of another backbone.
+
+    Raises:
+        CheckpointError: Names every difference of the two fingerprints.
+    """
+    saved, given = card.backbone, backbone.fingerprint
+    # The place weights were read from may differ; what they are may not.
+    differs = [k for k in sorted({*saved, *given} - {"id", "pretrained"}) if saved.get(k) != given.get(k)]
+    if differs:
+        lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {given.get(k)!r}" for k in differs)
+        raise CheckpointError(f"{path} was trained on another backbone than the one given:\n{lines}")
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(tensors_to_bytes(dict(sorted(state.items())))).hexdigest()

@@ -1,0 +1,274 @@
+"""Training a segmentation model on pairs, through the one trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from vlprompt.core.errors import ConfigError, DataError
+from vlprompt.core.options import describe_problems
+from vlprompt.data.base import hash_strings
+from vlprompt.data.segmentation.augment import JointAugmentation
+from vlprompt.data.segmentation.base import MaskDataset
+from vlprompt.data.segmentation.reading import resize_mask
+from vlprompt.segmentation.base import Segmenter
+from vlprompt.segmentation.evaluate import evaluate_segmenter
+from vlprompt.segmentation.losses import LossName, segmentation_loss
+from vlprompt.segmentation.states import PairStates
+from vlprompt.training.batches import Batch, Batches, epoch_plan
+from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.options import TrainOptions
+from vlprompt.core.processes import accelerator
+from vlprompt.training.trainer import Trainer
+
+__all__ = ["SegmentTrainOptions", "SegmentationFit", "SegmentationTask", "check_phrases", "fit_segmenter"]
+
+
+class SegmentTrainOptions(TrainOptions):
+    """Training options with TuneVLSeg's recipe as defaults (its section 4 and public configuration)."""
+
+    epochs: int = Field(20, ge=0, description="passes over the pairs; 0 evaluates only")
+    lr: float = Field(2e-4, gt=0, description="base learning rate per step")
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    weight_decay: float = Field(
+        1e-3, ge=0, description="of weight matrices; prompts, biases, norms have none"
+    )
+    schedule: Literal["coop", "cosine", "constant", "plateau"] = "plateau"
+    warmup_epochs: float = Field(0.0, ge=0)
+    drop_last: bool = False
+    select: Literal["last", "best"] = "best"
+    select_metric: str = "dice"
+    stop_patience: int | None = Field(12, ge=1)
+    min_epochs: int = Field(10, ge=0)
+
+
+@dataclass(frozen=True)
+class SegmentationFit:
+    """What training left behind.
+
+    Attributes:
+        metrics: Validation figures of the kept weights (``val/...``) and ``seconds``.
+        history: One record per epoch.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]] = field(repr=False)
+
+
+class SegmentationTask(nn.Module):
+    """A segmentation model and its loss, as the trainer wants them.
+
+    Args:
+        segmenter: What learns.
+        loss: See :func:`vlprompt.segmentation.losses.segmentation_loss`.
+    """
+
+    def __init__(self, segmenter: Segmenter, loss: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.segmenter, self.criterion = segmenter, loss
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """See :class:`vlprompt.training.trainer.Trainable`."""
+        frozen = {k.removeprefix("frozen/"): v for k, v in batch.items() if k.startswith("frozen/")}
+        if frozen:
+            logits = self.segmenter.decode(frozen, batch["texts"], batch["size"])
+        else:
+            logits = self.segmenter(batch["image"], batch["texts"])
+        return self.criterion(logits, batch["mask"])
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """See :meth:`Segmenter.trainable_state`."""
+        return self.segmenter.trainable_state()
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Segmenter.load_trainable_state`."""
+        self.segmenter.load_trainable_state(state)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what has weight decay, weight matrices of linear and convolution layers, and what hasn't."""
+        decayed = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if (name == "weight" and isinstance(module, nn.Linear | nn.modules.conv._ConvNd))
+            or name.endswith("proj_weight")
+        }
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"names": [n for n in learned if n in decayed]}]
+        groups.append({"names": [n for n in learned if n not in decayed], "weight_decay": 0.0})
+        return [group for group in groups if group["names"]]
+
+
+class _PairBatches:
+    """Batches of pairs: cached frozen states, or pixels where views differ or states don't fit."""
+
+    def __init__(
+        self, states: PairStates, augmentation: JointAugmentation, options: TrainOptions, cached: bool
+    ) -> None:
+        self.states, self.augmentation, self.options, self.cached = states, augmentation, options, cached
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`."""
+        options = self.options
+        return epoch_plan(len(self.states.data), options.batch_size, options.seed, epoch, options.drop_last)
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`."""
+        pairs = [int(i) for i in indices]
+        data = self.states.data
+        batch: Batch = {"texts": [data.samples[i].phrase for i in pairs]}
+        if self.cached:
+            frozen, size = self.states.frozen(pairs)
+            batch |= {f"frozen/{name}": state for name, state in frozen.items()}
+            return {**batch, "size": size, "mask": self.states.targets(pairs, size)}
+        images, masks = [], []
+        for i in pairs:
+            image, mask = self.augmentation.augment(data[i], self.options.seed, epoch)
+            images.append(self.states.segmenter.preprocess(image))
+            masks.append(resize_mask(mask, (images[-1].shape[-1], images[-1].shape[-2])))
+        return {**batch, "image": torch.stack(images), "mask": torch.from_numpy(np.stack(masks))}
+
+
+def fit_segmenter(
+    segmenter: Segmenter,
+    train: MaskDataset,
+    val: MaskDataset | None = None,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    augmentation: str = "none",
+    loss: LossName = "dice_bce",
+    cache_mb: float = 2000.0,
+    callbacks: Sequence[Callback] | None = None,
+    **options: Any,
+) -> SegmentationFit:
+    """Train what of a segmentation model is tuned; its parameters are changed in place.
+
+    Without augmentation, what training never changes is computed once per picture (``Segmenter.frozen``).
+
+    Args:
+        segmenter: See :func:`vlprompt.create_segmenter`.
+        train: Training pairs.
+        val: Validation pairs, for the schedule, early stopping and the choice of the epoch. Never test data. Without
+            them the rate is constant and the last epoch is kept.
+        folder: Where checkpoints and TensorBoard events go; None writes nothing.
+        resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
+        augmentation: See :class:`JointAugmentation`.
+        loss: See :func:`segmentation_loss`.
+        cache_mb: Memory for frozen states of training pictures, and as much again of validation pictures.
+        callbacks: Replaces the default ones (progress, TensorBoard).
+        **options: See :class:`SegmentTrainOptions`.
+
+    Raises:
+        ConfigError: For wrong options, all at once.
+        DataError: If there are no pairs, a pair can't be read, or a phrase is longer than the text tower reads.
+        NonFiniteError: If the loss or a gradient is NaN or infinite.
+        CheckpointError: If the checkpoint to resume is damaged or another run's.
+    """
+    started = time.monotonic()
+    processes = accelerator()
+    segmenter.to(processes.device)
+    checked = _options(options, val is not None)
+    _read_phrases(segmenter, [train] if val is None else [train, val])
+    criterion, views = segmentation_loss(loss), JointAugmentation(augmentation)
+    held = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
+
+    def validate() -> dict[str, float]:
+        assert val is not None
+        found = evaluate_segmenter(segmenter, val, boundary=False, loss=criterion, states=held).metrics
+        return {k: v for k, v in found.items() if "/" not in k}
+
+    history: list[dict[str, Any]] = []
+    if segmenter.num_trainable() and checked.epochs:
+        trainer = Trainer(
+            SegmentationTask(segmenter, criterion),
+            _batches(segmenter, train, views, checked, cache_mb),
+            checked,
+            None if folder is None else Path(folder),
+            validate=None if val is None else validate,
+            callbacks=default_callbacks(segmenter.method, None if folder is None else Path(folder))
+            if callbacks is None
+            else callbacks,
+            identity=_identity(segmenter, train, augmentation, loss),
+            accelerator=processes,
+        )
+        history = trainer.run(resume).history
+    segmenter.eval()
+    metrics = {} if val is None else {f"val/{k}": v for k, v in validate().items()}
+    return SegmentationFit({"seconds": time.monotonic() - started, **metrics}, history)
+
+
+def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
+    """Refuse phrases that the text tower can't read whole, before anything is computed.
+
+    Raises:
+        DataError: Names the longest one and its record.
+    """
+    tower, prompts = segmenter.backbone.text, 0
+    if segmenter.strategy.prompts_text:
+        with torch.no_grad():
+            feature = torch.zeros(1, segmenter.backbone.dim, device=segmenter.backbone.device)
+            rows = segmenter.strategy(feature).text
+        prompts = 0 if rows is None else rows.shape[-2]
+    lengths = {p: len(tower.sentence(p)) + prompts for p in dict.fromkeys(s.phrase for s in data.samples)}
+    longest = max(lengths, key=lambda p: lengths[p])
+    if lengths[longest] > tower.context_length:
+        record = next(s.record for s in data.samples if s.phrase == longest)
+        raise DataError(
+            f"{data.name}, {record}: the phrase {longest[:80]!r} takes {lengths[longest]} tokens with the "
+            f"{prompts} of the prompt; the text tower reads {tower.context_length}. Use shorter phrases "
+            "(prompt=1, phrase=...)."
+        )
+
+
+def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
+    """Check all phrases, and let a model with a frozen text side encode them now, together.
+
+    The last bits of a feature depend on what is encoded beside it, and a resumed run meets phrases in other company.
+    """
+    for data in parts:
+        if not len(data):
+            raise DataError(f"{data.name}: there are no {data.split} pairs.")
+        check_phrases(segmenter, data)
+    if segmenter.strategy.prompts_text or segmenter.strategy.tunes == "all":
+        return
+    phrases = list(dict.fromkeys(s.phrase for data in parts for s in data.samples))
+    with torch.no_grad():
+        segmenter.conditions(phrases, None, remember=True)
+
+
+def _options(given: Mapping[str, Any], validated: bool) -> SegmentTrainOptions:
+    unwatched = {} if validated else {"schedule": "constant", "select": "last", "stop_patience": None}
+    try:
+        return SegmentTrainOptions(**{**unwatched, **given})
+    except ValidationError as error:
+        raise ConfigError(describe_problems(error, SegmentTrainOptions), "training options") from error
+
+
+def _batches(
+    segmenter: Segmenter, data: MaskDataset, views: JointAugmentation, options: TrainOptions, cache_mb: float
+) -> Batches:
+    states = PairStates(segmenter, data, limit_mb=cache_mb)
+    cached = not views.is_random and states.prepare()
+    return _PairBatches(states, views, options, cached)
+
+
+def _identity(segmenter: Segmenter, train: MaskDataset, augmentation: str, loss: str) -> dict[str, Any]:
+    """Facts that a run and its continuation must share."""
+    return {
+        "segmenter": segmenter.method,
+        "segmenter_options": {k: str(v) for k, v in segmenter.options.items()},
+        "backbone": segmenter.backbone.fingerprint["id"],
+        "data": train.name,
+        "pairs": hash_strings(f"{s.record}\x1e{s.phrase}" for s in train.samples),
+        "augmentation": augmentation,
+        "loss": loss,
+    }

@@ -1,0 +1,106 @@
+"""Pairs of a data set as a segmentation model takes them: what training never changes is computed once per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlprompt.core.errors import DataError
+from vlprompt.data.segmentation.base import MaskDataset
+from vlprompt.data.segmentation.reading import resize_mask
+from vlprompt.segmentation.base import Frozen, Segmenter
+
+__all__ = ["PairStates"]
+
+
+class PairStates:
+    """A model's frozen states of a data set's pictures, kept in memory as far as they fit.
+
+    A picture is read, preprocessed and encoded once, whatever the number of its pairs; its masks stay too.
+
+    Args:
+        segmenter: The model.
+        data: The pairs.
+        batch_size: Pictures encoded at once.
+        limit_mb: Megabytes (10^6 bytes) of states to keep; beyond, states are computed when they are asked for.
+    """
+
+    def __init__(
+        self, segmenter: Segmenter, data: MaskDataset, batch_size: int = 16, limit_mb: float = 2000.0
+    ) -> None:
+        self.segmenter, self.data, self.batch_size = segmenter, data, batch_size
+        self.room = limit_mb * 1e6
+        self.sizes: dict[Any, tuple[int, int]] = {}  # (H, W) of a picture as the model sees it
+        self._originals: dict[Any, tuple[int, int]] = {}  # (width, height) of the file
+        self._states: dict[Any, Frozen] = {}
+        self._masks: dict[int, NDArray[np.uint8]] = {}
+
+    def prepare(self) -> bool:
+        """Encode every picture now; return whether all of them fit."""
+        sources = list(self.data.pictures())
+        for start in range(0, len(sources), self.batch_size):
+            self._encode(sources[start : start + self.batch_size])
+        return all(source in self._states for source in sources)
+
+    def frozen(self, pairs: Sequence[int]) -> tuple[Frozen, tuple[int, int]]:
+        """Return the states of some pairs' pictures, stacked, and the pictures' size (H, W).
+
+        Raises:
+            DataError: If the pictures have several sizes.
+        """
+        sources = [self.data.samples[i].source for i in pairs]
+        found = {s: self._states[s] for s in dict.fromkeys(sources) if s in self._states}
+        if missing := [s for s in dict.fromkeys(sources) if s not in found]:
+            found |= self._encode(missing)
+        sizes = {self.sizes[s] for s in sources}
+        if len(sizes) > 1:
+            raise DataError(
+                f"{self.data.name}: pictures of one batch have several sizes ({sorted(sizes)[:3]}); use batch_size 1."
+            )
+        names = found[sources[0]].keys()
+        return {n: torch.stack([found[s][n] for s in sources]) for n in names}, sizes.pop()
+
+    def mask(self, pair: int) -> NDArray[np.uint8]:
+        """Return a pair's mask at its own size."""
+        if pair not in self._masks:
+            sample, reader = self.data.samples[pair], self.data.reader
+            if sample.source not in self._originals:
+                self._originals[sample.source] = reader.read(sample.source).size
+            mask = reader.mask(sample, self._originals[sample.source])
+            if self.room < mask.nbytes:
+                return mask
+            self.room -= mask.nbytes
+            self._masks[pair] = mask
+        return self._masks[pair]
+
+    def targets(self, pairs: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Return (B, h, w) masks at the model's size, by the nearest pixel."""
+        masks = [resize_mask(self.mask(i), size[::-1]) for i in pairs]
+        return torch.from_numpy(np.stack(masks))
+
+    def _encode(self, sources: Sequence[Any]) -> dict[Any, Frozen]:
+        """Compute states of pictures of any sizes, and keep them while there is room."""
+        images = {}
+        for source in sources:
+            picture = self.data.reader.read(source)
+            self._originals[source] = picture.size
+            images[source] = self.segmenter.preprocess(picture)
+        groups: dict[tuple[int, int], list[Any]] = {}
+        for source, image in images.items():
+            self.sizes[source] = (int(image.shape[-2]), int(image.shape[-1]))
+            groups.setdefault(self.sizes[source], []).append(source)
+        found: dict[Any, Frozen] = {}
+        for group in groups.values():
+            states = self.segmenter.frozen(torch.stack([images[s] for s in group]))
+            found |= {s: {n: t[i] for n, t in states.items()} for i, s in enumerate(group)}
+        for source, state in found.items():
+            need = sum(t.numel() * t.element_size() for t in state.values())
+            if need <= self.room and source not in self._states:
+                self.room -= need
+                self._states[source] = {n: t.clone() for n, t in state.items()}
+        return found
