@@ -26,7 +26,7 @@ from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.training.batches import Batch, TensorBatches
 from vlprompt.training.callbacks import Callback
-from vlprompt.training.options import MultiTaskOptions
+from vlprompt.classification.options import MultiTaskOptions
 from vlprompt.training.trainer import Trainer
 
 ANIMALS = (["dog", "hummingbird", "cat"], ("a photo of a {}.",))

@@ -8,7 +8,14 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.registry import Registry
 
-__all__ = ["BACKBONES", "Backbone", "VisualPrompts", "create_backbone", "list_backbones"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "VisualPrompts",
+    "create_backbone",
+    "list_backbones",
+    "missing_weights",
+]
 
 BACKBONES: Registry[Any] = Registry("backbone", "vlprompt.backbones")
 """Embedded and plug-in backbones; open_clip's architectures are looked up when none of these matches."""
@@ -43,3 +50,20 @@ def list_backbones() -> list[str]:
     import open_clip
 
     return sorted({*BACKBONES.names(), *open_clip.list_models()})
+
+
+def missing_weights(name: str, pretrained: str | None = None, cache_dir: str | None = None) -> str | None:
+    """Return what must be fetched before a backbone can be built, as a sentence; None if nothing must.
+
+    Args:
+        name: See :func:`create_backbone`.
+        pretrained: See there.
+        cache_dir: Where downloaded weights are kept; None for the usual folders.
+    """
+    if name in BACKBONES or pretrained is None:
+        return None
+    from vlprompt.backbones.openclip import is_fetched
+
+    if is_fetched(name, pretrained, cache_dir):
+        return None
+    return f"the weights {pretrained!r} of {name} are not on this machine; the first run fetches them."

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
@@ -20,7 +21,7 @@ from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.core.errors import BackboneError, UnknownNameError
 
-__all__ = ["build_open_clip", "wrap_open_clip"]
+__all__ = ["build_open_clip", "is_fetched", "wrap_open_clip"]
 
 log = logging.getLogger("vlprompt.backbones")
 
@@ -206,3 +207,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+def is_fetched(name: str, pretrained: str, cache_dir: str | None = None) -> bool:
+    """Return whether weights are on this machine: a path, or a tag whose file lies in its cache."""
+    if Path(pretrained).exists():
+        return True
+    entry = open_clip.get_pretrained_cfg(name, pretrained)
+    hub_name = entry.get("hf_hub", "").rstrip("/")
+    if hub_name:
+        files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(hub_name, file, cache_dir), str) for file in files)
+    folder = Path(cache_dir or "~/.cache/clip").expanduser()
+    return bool(entry.get("url")) and (folder / Path(entry["url"]).name).is_file()

@@ -1,30 +1,39 @@
-"""Configurations: YAML with ``_base_`` composition and dotted overrides, validated as a whole before anything runs."""
+"""Configurations of classification: one learner or several methods, a protocol, and what they train on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from typing_extensions import Self
 
+from vlprompt.backbones import list_backbones
+from vlprompt.classification.options import MultiTaskOptions, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
+from vlprompt.data.catalog import check_name
 from vlprompt.data.transforms import Augmentation
-from vlprompt.experiments.old_config import BackboneOptions, read_yaml
+from vlprompt.experiments.config import (
+    STRICT,
+    BackboneOptions,
+    ExperimentConfig,
+    Seeds,
+    compose,
+    merge,
+)
 from vlprompt.learners import LEARNERS
 from vlprompt.meta.options import MetaOptions
 from vlprompt.meta.regulators import REGULATORS
-from vlprompt.training.options import MultiTaskOptions, TargetOptions, TrainOptions
+from vlprompt.training.options import TrainSection
 
-__all__ = [
-    "DataOptions",
-    "ProtocolOptions",
-    "RunConfig",
-    "load_config",
-]
+__all__ = ["BEFORE", "ClassificationConfig", "DataOptions", "ProtocolOptions", "Study", "load_config"]
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+BEFORE = "before"
+"""The setting of what runs first and is no method."""
+
 _ARGUMENTS = (
     "root",
     "sampling",
@@ -33,12 +42,16 @@ _ARGUMENTS = (
     "classnames",
     "templates",
 )  # of load_dataset
+_OF_A_METHOD = ("backbone", "learner", "train", "data", "meta", "target")  # sections that a row may change
+_OF_A_METHODS_DATA = ("augmentation", "views")
+_OF_A_SETTING = frozenset({"data", "protocol"})
+_ACROSS = ("cross-dataset", "domain-generalisation")
 
 
 class DataOptions(BaseModel):
     """The ``data:`` section: what to train and test on."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
     also_test: dict[str, str] = Field(
@@ -53,7 +66,7 @@ class DataOptions(BaseModel):
         "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"
     )
     views: int = Field(
-        1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching"
+        1, ge=0, description="fixed augmented views per image; 0: new ones every epoch, no caching"
     )
     cache_dir: str | None = Field(None, description="where image embeddings are kept between runs")
     classnames: list[str] | dict[str, str] | None = Field(
@@ -76,8 +89,17 @@ class DataOptions(BaseModel):
     @field_validator("options")
     @classmethod
     def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = {"name", "split", "shots", "seed", "classes", "download", "max_bad_share", *_ARGUMENTS}
-        if wrong := sorted(taken & value.keys()):
+        set_elsewhere = {
+            "name",
+            "split",
+            "shots",
+            "seed",
+            "classes",
+            "download",
+            "max_bad_share",
+            *_ARGUMENTS,
+        }
+        if wrong := sorted(set_elsewhere & value.keys()):
             raise ValueError(
                 f"{wrong[0]!r} is no option of one kind of data set; it is set elsewhere or not at all."
             )
@@ -90,13 +112,13 @@ class DataOptions(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`vlprompt.load_dataset` takes for every split."""
-        return {**{k: getattr(self, k) for k in _ARGUMENTS}, **self.options}
+        return {**{key: getattr(self, key) for key in _ARGUMENTS}, **self.options}
 
 
 class ProtocolOptions(BaseModel):
-    """The ``protocol:`` section: which runs make up the result."""
+    """The ``protocol:`` section: which cells make up the result."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: Literal[
         "coop-fewshot",
@@ -109,30 +131,87 @@ class ProtocolOptions(BaseModel):
         "meta",
     ] = "coop-fewshot"
     shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
+    seeds: Seeds = Field(default_factory=lambda: [1])
     targets: list[str] = Field(
         default_factory=list,
         description="cross-dataset, domain-generalisation: data sets to score what data.name taught",
     )
+    baseline: str | dict[str, str | list[str]] | None = Field(
+        None, description="method that the others' paired gains are over, or one or several for each method"
+    )
 
 
-class RunConfig(BaseModel):
-    """A whole run; what ``tools/train.py --cfg`` reads."""
+@dataclass(frozen=True)
+class Study:
+    """One learner under one protocol: a part of a configuration.
 
-    model_config = _STRICT
+    Attributes:
+        method: Label of the learner.
+        config: A configuration without ``methods``, ``settings`` and ``before``.
+        setting: Title of the setting it belongs to; None where there is only one.
+    """
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
-    output: str = "runs"
+    method: str
+    config: ClassificationConfig
+    setting: str | None = None
+
+
+class ClassificationConfig(ExperimentConfig):
+    """A whole experiment: one ``learner``, or several ``methods`` on the same data under the same protocol."""
+
+    expected_task: ClassVar[str] = "classification"
+
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     learner: dict[str, Any] = Field(
         default_factory=lambda: {"name": "coop"}, description="name and the method's options"
     )
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="several learners in place of one: label to a learner's options; name is the label unless it is "
+        "set. cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
+    )
     data: DataOptions = Field(default_factory=DataOptions)
-    train: TrainOptions = Field(default_factory=TrainOptions)
+    train: TrainSection = Field(default_factory=TrainSection)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
     meta: MetaOptions = Field(default_factory=MetaOptions)
+    settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="title to what differs in data and protocol: all methods run in each of these settings",
+    )
+    before: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="label to a run that comes first and is no method, for example a meta-training; cfg: its file, "
+        "other keys: what differs. A method starts from it by train.init=gram:LABEL",
+    )
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> Self:
+        """See :meth:`ExperimentConfig.parse`; a method takes its file, then the whole file, then its own keys.
+
+        What is written on the command line takes precedence over all of them.
+        """
+        content = dict(raw)
+        rows = content.get("methods")
+        if isinstance(rows, Mapping):
+            content["methods"] = {
+                label: _resolved_method(label, row or {}, content, overrides) for label, row in rows.items()
+            }
+        stages = content.get("before")
+        if isinstance(stages, Mapping):
+            content["before"] = {label: _resolved_stage(row or {}) for label, row in stages.items()}
+        return super().parse(content, overrides, source)
+
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """See :meth:`ExperimentConfig.raw_problems`: names and options of learners, backbones and data sets."""
+        problems = super().raw_problems(content)
+        if not content.get("methods"):
+            problems += _learner_problems(content.get("learner", {}))
+        elif "learner" in content:
+            problems.append("learner: a file has one learner or several methods, not both.")
+        return [*problems, *_name_problems(content)]
 
     @property
     def learner_name(self) -> str:
@@ -142,44 +221,145 @@ class RunConfig(BaseModel):
     @property
     def learner_options(self) -> dict[str, Any]:
         """The learner's own options."""
-        return {k: v for k, v in self.learner.items() if k != "name"}
+        return {key: value for key, value in self.learner.items() if key != "name"}
+
+    def studies(self) -> list[Study]:
+        """Return every learner under every protocol, in the order in which they run.
+
+        Raises:
+            ConfigError: With the mistakes of all of them.
+        """
+        studies: list[Study] = []
+        problems: list[str] = []
+        for setting, method, content in self._contents():
+            where = f"{setting}, {method}" if setting else method
+            mistakes = type(self).raw_problems(content)
+            try:
+                config = type(self).model_validate(content)
+            except ValidationError as error:
+                mistakes += describe_problems(error, type(self))
+            else:
+                mistakes += config._own_problems()
+                studies.append(Study(method, config, setting))
+            problems += [f"{where}: {mistake}" for mistake in mistakes]
+        if problems:
+            raise ConfigError(problems, self.name)
+        return studies
+
+    def baselines(self) -> dict[str, tuple[str, ...]]:
+        """Return method to the methods that its gains are over."""
+        baseline = self.protocol.baseline
+        if baseline is None:
+            return {}
+        if isinstance(baseline, str):
+            return {label: (baseline,) for label in self.methods if label != baseline}
+        return {
+            label: (others,) if isinstance(others, str) else tuple(others)
+            for label, others in baseline.items()
+        }
+
+    def problems(self) -> list[str]:
+        """See :meth:`ExperimentConfig.problems`."""
+        if not (self.methods or self.settings or self.before):
+            return self._own_problems()
+        problems: list[str] = []
+        if self.before and not self.methods:
+            problems.append("before: only methods start from it; name some.")
+        for title, changes in self.settings.items():
+            for key in changes.keys() - _OF_A_SETTING:
+                problems.append(
+                    f"settings.{title}.{key}: a setting changes {' and '.join(sorted(_OF_A_SETTING))} only."
+                )
+        for label, baselines in self.baselines().items():
+            for name in (label, *baselines):
+                if name not in self.methods:
+                    problems.append(f"protocol.baseline: {UnknownNameError('method', name, self.methods)}")
+        try:
+            self.studies()
+        except ConfigError as error:
+            problems += error.problems
+        return problems
+
+    def _contents(self) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
+        """Yield setting, method and content of every study's configuration."""
+        for label, stage in self.before.items():
+            yield BEFORE, label, {**stage, "task": self.task, "name": self.name}
+        whole = self.model_dump(mode="json", exclude={"methods", "settings", "before"})
+        whole["protocol"]["baseline"] = None
+        for title, changes in (self.settings or {None: {}}).items():
+            content = merge(whole, changes)
+            if not self.methods:
+                yield title, self.learner_name, content
+            for label, row in self.methods.items():
+                yield title, label, _with_method(content, label, row)
+
+    def _own_problems(self) -> list[str]:
+        return [*_stage_problems(self), *_meta_problems(self)]
 
 
-def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, compose, override and validate a configuration.
+def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> ClassificationConfig:
+    """Read, compose, override and validate a configuration of classification.
 
     Args:
-        cfg: A path, or the name of a file in the configs folder.
-        overrides: ``dotted.key=value`` strings; values are YAML (``train.lr=0.01``,
-            ``protocol.seeds=[1,2,3]``).
+        cfg: A path, or the name of a shipped file.
+        overrides: See :meth:`ExperimentConfig.read`.
 
     Raises:
         ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
         UnknownNameError: If there is no such file.
     """
-    raw = read_yaml(cfg, overrides, "train")
-    problems: list[str] = []
-    config: RunConfig | None = None
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        problems += describe_problems(error, RunConfig)
-    problems += _learner_problems(raw.get("learner", {}))
-    problems += _name_problems(raw)
-    problems += _stage_problems(config) if config is not None else []
-    if problems or config is None:
-        raise ConfigError(problems, str(cfg))
-    return config
+    return ClassificationConfig.read(cfg, overrides)
+
+
+def _resolved_method(
+    label: str, row: Mapping[str, Any], content: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a method that needs no other file.
+
+    Later levels take precedence: the method's file, the sections of the whole, its own keys, the command line.
+    """
+    options = {key: value for key, value in row.items() if key not in (*_OF_A_METHOD, "cfg")}
+    sections: dict[str, Any] = {}
+    if "cfg" in row:
+        file = compose(str(row["cfg"]))
+        sections = {key: file[key] for key in _OF_A_METHOD if key in file}
+    elif "name" not in options:
+        options["name"] = label
+    levels = (content, row, overrides)
+    for level in levels:
+        sections = merge(
+            sections, {key: level[key] for key in _OF_A_METHOD if key in level and key != "learner"}
+        )
+    learner = merge({"learner": sections.pop("learner", {})}, {"learner": options})["learner"]
+    if "data" in sections:  # what a method trains on is the whole's; how images are augmented may be its own
+        sections["data"] = {
+            key: value for key, value in sections["data"].items() if key in _OF_A_METHODS_DATA
+        }
+    return {**learner, **{key: value for key, value in sections.items() if value}}
+
+
+def _resolved_stage(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage that comes first, as the whole content of its configuration."""
+    own = {key: value for key, value in row.items() if key != "cfg"}
+    return merge(compose(str(row["cfg"])), own) if "cfg" in row else own
+
+
+def _with_method(content: Mapping[str, Any], label: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of one method's own configuration."""
+    sections = {key: value for key, value in row.items() if key in _OF_A_METHOD}
+    learner = {key: value for key, value in row.items() if key not in _OF_A_METHOD}
+    whole = {key: value for key, value in content.items() if key != "learner"}
+    return {**merge(whole, sections), "learner": {"name": label, **learner}}
 
 
 def _learner_problems(section: Any) -> list[str]:
-    if not isinstance(section, dict):
+    if not isinstance(section, Mapping):
         return []
     if "name" not in section:
         return ["learner.name: required, but missing."] if section else []
     try:
         target = LEARNERS.get(str(section["name"])).target
-        check_options(target, {k: v for k, v in section.items() if k != "name"}, "learner")
+        check_options(target, {key: value for key, value in section.items() if key != "name"}, "learner")
     except UnknownNameError as error:
         return [f"learner.name: {error}"]
     except ConfigError as error:
@@ -187,92 +367,112 @@ def _learner_problems(section: Any) -> list[str]:
     return []
 
 
-def _stage_problems(config: RunConfig) -> list[str]:
+def _stage_problems(config: ClassificationConfig) -> list[str]:
     """Check what only the protocols of several stages use, and only together."""
-    protocol, problems = config.protocol.name, []
-    groups, names = config.multitask.groups, config.data.names
-    if protocol != "multitask":
-        used = {"multitask.groups": groups, "target.names": config.target.names}
-        problems += [
-            f"{key}: only protocol.name=multitask uses it, not {protocol}." for key, v in used.items() if v
-        ]
-    elif groups and config.target.names:
-        problems.append("target.names: targets start from one source; leave multitask.groups empty.")
-    for group, members in groups.items():
-        strange = [m for m in members if m not in names]
-        problems += [
-            f"multitask.groups.{group}: {UnknownNameError('data set of data.name', m, names)}"
-            for m in strange
-        ]
-        problems += [f"multitask.groups.{group}: a group needs at least one data set."] if not members else []
+    protocol = config.protocol.name
+    names = config.data.names
+    problems = _multitask_problems(config)
     if protocol == "transfer" and (len(names) < 2 or len(config.protocol.shots) != 1):
         problems.append("protocol.name: transfer needs at least two data sets and one number of shots.")
-    across = protocol in ("cross-dataset", "domain-generalisation")
-    if across != bool(config.protocol.targets):
-        problems.append(
-            f"protocol.targets: {protocol} needs at least one data set to score."
-            if across
-            else f"protocol.targets: only cross-dataset and domain-generalisation use it, not {protocol}."
-        )
-    if across and names == config.protocol.targets[:1] == config.protocol.targets:
-        problems.append(f"protocol.targets: {names[0]} is what {protocol} trains on; name another data set.")
     if protocol == "elevater" and config.data.sampling == "coop_compat":
         problems.append("data.sampling: elevater draws in its own way; leave it out.")
     if config.target.compare_scratch and protocol != "multitask" and not config.target.patterns:
         problems.append("target.compare_scratch: without target.init_from everything starts from scratch.")
-    problems += _meta_problems(config)
     if config.target.shots and not config.target.names:
         problems.append("target.shots: they are the shots of target.names, which is empty.")
+
+    targets = config.protocol.targets
+    if protocol in _ACROSS and not targets:
+        problems.append(f"protocol.targets: {protocol} needs at least one data set to score.")
+    if protocol not in _ACROSS and targets:
+        problems.append(
+            f"protocol.targets: only cross-dataset and domain-generalisation use it, not {protocol}."
+        )
+    if protocol in _ACROSS and len(targets) == 1 and names == targets:
+        problems.append(f"protocol.targets: {names[0]} is what {protocol} trains on; name another data set.")
     return problems
 
 
-def _meta_problems(config: RunConfig) -> list[str]:
+def _multitask_problems(config: ClassificationConfig) -> list[str]:
+    protocol = config.protocol.name
+    names = config.data.names
+    groups = config.multitask.groups
+    problems = []
+    if protocol != "multitask":
+        used = {"multitask.groups": groups, "target.names": config.target.names}
+        problems += [
+            f"{key}: only protocol.name=multitask uses it, not {protocol}."
+            for key, value in used.items()
+            if value
+        ]
+    elif groups and config.target.names:
+        problems.append("target.names: targets start from one source; leave multitask.groups empty.")
+    for group, members in groups.items():
+        if not members:
+            problems.append(f"multitask.groups.{group}: a group needs at least one data set.")
+        for member in members:
+            if member not in names:
+                unknown = UnknownNameError("data set of data.name", member, names)
+                problems.append(f"multitask.groups.{group}: {unknown}")
+    return problems
+
+
+def _meta_problems(config: ClassificationConfig) -> list[str]:
     """Check what only meta-training uses, and what starts from it."""
-    problems, init = [], config.train.init
-    if (config.protocol.name == "meta") != bool(config.meta.pairs):
+    problems = []
+    protocol = config.protocol.name
+    if protocol == "meta" and not config.meta.pairs:
         problems.append(
             "meta.pairs: required by protocol.name=meta (scenes:COUNT, folder:PATH, csv:PATH or tar:PATTERN)."
-            if not config.meta.pairs
-            else f"meta.pairs: only protocol.name=meta uses it, not {config.protocol.name}."
         )
+    if protocol != "meta" and config.meta.pairs:
+        problems.append(f"meta.pairs: only protocol.name=meta uses it, not {protocol}.")
+
+    regulator = dict(config.meta.regulator)
     try:
-        regulator = dict(config.meta.regulator)
         check_options(REGULATORS.get(str(regulator.pop("name", ""))).target, regulator, "regulator")
     except UnknownNameError as error:
         problems.append(f"meta.regulator.name: {error}")
     except ConfigError as error:
         problems += [f"meta.regulator.{problem}" for problem in error.problems]
+
+    init = config.train.init
     if init and not init.startswith("gram:"):
         problems.append(f"train.init: got {init!r}; write gram:PATH. Other saved prompts: target.init_from.")
-    if init and (config.target.patterns or config.protocol.name in ("meta", "transfer")):
+    if init and (config.target.patterns or protocol in ("meta", "transfer")):
         problems.append("train.init: one start only; leave target.init_from, protocol meta and transfer out.")
     return problems
 
 
-def _name_problems(raw: dict[str, Any]) -> list[str]:
+def _name_problems(content: Mapping[str, Any]) -> list[str]:
     """Check names of backbones and data sets, without building any."""
-    from vlprompt.backbones import list_backbones
-    from vlprompt.data.catalog import check_name
-
     problems = []
-    section = raw.get("backbone") or {}
-    backbone = section.get("name", "tiny") if isinstance(section, dict) else None
-    if isinstance(backbone, str) and backbone not in (known := list_backbones()):
-        problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, known)}")
-    section = raw.get("data") or {}
-    names = section.get("name", []) if isinstance(section, dict) else []
-    also = section.get("also_test", {}) if isinstance(section, dict) else {}
-    listed = [names] if isinstance(names, str) else names if isinstance(names, list) else []
-    listed = [*listed, *(also.values() if isinstance(also, dict) else [])]
-    target = raw.get("target") or {}
-    targets = target.get("names") or [] if isinstance(target, dict) else []
-    protocol = raw.get("protocol") or {}
-    scored = protocol.get("targets") or [] if isinstance(protocol, dict) else []
-    places = [("data.name", listed), ("target.names", targets if isinstance(targets, list) else [])]
-    places.append(("protocol.targets", scored if isinstance(scored, list) else []))
-    for key, name in ((key, name) for key, names in places for name in names):
+    backbone = _section(content, "backbone").get("name", "tiny")
+    backbones = list_backbones()
+    if isinstance(backbone, str) and backbone not in backbones:
+        problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, backbones)}")
+
+    also_test = _section(content, "data").get("also_test", {})
+    names = [("data.name", name) for name in _listed(_section(content, "data").get("name", []))]
+    names += [("data.name", name) for name in (also_test.values() if isinstance(also_test, Mapping) else ())]
+    names += [("target.names", name) for name in _listed(_section(content, "target").get("names", []))]
+    names += [
+        ("protocol.targets", name) for name in _listed(_section(content, "protocol").get("targets", []))
+    ]
+    for key, name in names:
         try:
             check_name(str(name))
         except VLPromptError as error:
             problems.append(f"{key}: {error}")
     return problems
+
+
+def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = content.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, list) else []

@@ -1,26 +1,20 @@
-"""Running a configuration: every cell of its protocol, then the figures, the artefacts and the report.
-
-A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the resolved configuration, so
-``--resume`` finds what the same command left behind: finished cells are kept, an unfinished one continues
-from its checkpoint.
-"""
+"""Experiments of classification: which cells there are, how one is trained and scored, and what the report shows."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.classification import page as pages
-from vlprompt.classification.config import RunConfig
+from vlprompt.backbones import Backbone, create_backbone, missing_weights
+from vlprompt.classification import page
+from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
 from vlprompt.classification.gram import read_start
-from vlprompt.classification.meta import meta_train, run_meta
+from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
     common_templates,
@@ -28,265 +22,417 @@ from vlprompt.classification.multitask import (
     mean_over_tasks,
     union_of_classes,
 )
-from vlprompt.classification.protocols import (
-    Cell,
-    ProtocolResult,
-    across,
-    base_to_new,
-    coop_fewshot,
-    elevater,
-)
-from vlprompt.classification.stages import run_from_scratch_too, run_multitask, run_transfer
-from vlprompt.classification.tables import protocol_table
-from vlprompt.classification.transfer import find_prompts, start_from
-from vlprompt.classification.transfer_matrix import TransferMatrix
-from vlprompt.core.errors import DataError
-from vlprompt.core.files import write_json
-from vlprompt.data import FeatureCache, ImageDataset, load_dataset
-from vlprompt.experiments.old_folder import failures, open_folder, write_history
-from vlprompt.experiments.report import RunRecord, write_report
-from vlprompt.learners import Learner, create_learner
-from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.saved.prompts import load, save
-from vlprompt.saved.weight_masks import fold, read_masks
+from vlprompt.classification.protocols import protocol_of
+from vlprompt.classification.protocols.base import SCRATCH
+from vlprompt.classification.protocols.base_to_new import split_base_new
+from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_of
+from vlprompt.classification.protocols.transfer import matrix_of
+from vlprompt.classification.tables import protocol_tables
+from vlprompt.classification.transfer import start_from
+from vlprompt.core.errors import ConfigError
+from vlprompt.core.files import path_fingerprint, write_json, write_jsonl
+from vlprompt.core.options import options_model
 from vlprompt.core.processes import process_state
+from vlprompt.data import FeatureCache, ImageDataset, load_dataset
+from vlprompt.data.fingerprint import data_fingerprint, missing_data
+from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.config import parse_overrides
+from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.layout import Layout
+from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
+from vlprompt.experiments.statistics import harmonic_mean
+from vlprompt.experiments.tables import Table
+from vlprompt.learners import LEARNERS, Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.saved.prompts import find_prompts, load, save
+from vlprompt.saved.weight_masks import fold, read_masks
 
-__all__ = ["Outcome", "run"]
-
-_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
+__all__ = ["ClassificationExperiment", "build"]
 
 log = logging.getLogger("vlprompt.run")
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run produced.
-
-    Attributes:
-        folder: The run's folder.
-        metrics: The content of ``metrics.json``.
-        headline: Key of the number to print first.
-        failures: One sentence per reason for which cells failed.
-    """
-
-    folder: Path
-    metrics: dict[str, Any]
-    headline: str
-    failures: list[str]
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
+_GRAM = "gram:"
 
 
-def run(config: RunConfig, resume: bool = False, command: str = "") -> Outcome:
-    """Carry a configuration out.
-
-    Args:
-        config: See :func:`vlprompt.classification.config.load_config`.
-        resume: Keep finished cells and continue an unfinished one; otherwise the folder is emptied first.
-        command: Shown in the report.
-
-    Raises:
-        VLPromptError: If the backbone or (with a single cell) the cell itself can't be run.
-    """
-    folder = open_folder(config, resume)
-    backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
-    if config.backbone.masks is not None:
-        backbone = fold(backbone, read_masks(config.backbone.masks, backbone))
-    log.info("backbone %s (%s), run folder %s", backbone.name, backbone.fingerprint["id"], folder)
-    session = _Session(config, backbone, folder, resume)
-    result = session.run_protocol()
-    if result.failures and not result.cells and len(result.failures) == 1:
-        raise result.failures[0].error
-    metrics = pages.metrics(config, backbone, result, session.facts)
-    if process_state().is_main_process:
-        write_json(folder / "metrics.json", metrics)
-        write_json(folder / "cells.json", result.record())
-        if session.matrix is not None:
-            session.matrix.write(folder)
-        elif result.cells and result.protocol not in ("multitask", "meta"):
-            protocol_table([metrics]).write(folder)
-        write_report(folder / "report.html", session.page(result, metrics, command))
-    return Outcome(folder, metrics, result.headline, failures(result))
+def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
+    """Return the experiment that a configuration of this task describes (see :class:`Build`)."""
+    content = parse_overrides(overrides, ClassificationConfig)
+    return ClassificationExperiment(ClassificationConfig.parse(raw, content, source))
 
 
-class _Session:
-    """The cells of one run, sharing a backbone and the features of the test sets."""
+class ClassificationExperiment(Experiment):
+    """One learner or several, on the same data under the same protocol."""
 
-    def __init__(self, config: RunConfig, backbone: Backbone, folder: Path, resume: bool) -> None:
-        self.config, self.backbone, self.folder, self.resume = config, backbone, folder, resume
-        # Only whole test sets share a cache: rows of a few-shot draw would depend, in their last bits, on
-        # which other draws were encoded before, and a resumed run must not differ from an uninterrupted one.
-        self.test_cache = FeatureCache(config.data.cache_dir)
-        self.shown: pages.Shown | None = None
-        self.matrix: TransferMatrix | None = None
-        self.history: list[dict[str, Any]] = []
-        self.origin = find_prompts(config.target.patterns)
-        self.facts: dict[str, Any] = {"init_from": self.origin} if self.origin else {}
-        if config.train.init:
-            start = read_start(config.train.init)
-            self.facts |= {"init": str(start.folder), "init_checksum": start.checksum}
+    config: ClassificationConfig
 
-    def run_protocol(self) -> ProtocolResult:
-        """Run every cell of the configured protocol."""
-        protocol, names = self.config.protocol, self.config.data.names
-        if protocol.name == "multitask":
-            return run_multitask(self)
-        if protocol.name == "transfer":
-            return run_transfer(self)
-        if protocol.name == "meta":
-            return run_meta(self)
-        if protocol.name in ("cross-dataset", "domain-generalisation"):
-            most = max(protocol.shots)
-            return across(protocol.name, names, protocol.targets, self.run_cell, most, protocol.seeds)
-        if protocol.name == "base-to-new":
-            most, seeds = max(protocol.shots), protocol.seeds
-            return run_from_scratch_too(
-                self, lambda run: base_to_new(names, self._count_classes, run, most, seeds)
-            )
-        few_shot = elevater if protocol.name == "elevater" else coop_fewshot
-        return run_from_scratch_too(self, lambda run: few_shot(names, run, protocol.shots, protocol.seeds))
+    def __init__(self, config: ClassificationConfig) -> None:
+        super().__init__(config)
+        self._backbones: dict[str, Backbone] = {}
+        # Only whole parts of test sets share a cache: rows of a few-shot draw would depend, in their last bits, on
+        # which other draws were encoded before, and a cell must not depend on which cells ran before it.
+        self._test_caches: dict[tuple[str, str], FeatureCache] = {}
 
-    def run_cell(self, cell: Cell, start: Sequence[str] | None = None) -> Mapping[str, float]:
-        """Train and score one cell, or return what a finished one left behind.
+    @cached_property
+    def studies(self) -> list[Study]:
+        """Every learner under every protocol."""
+        return self.config.studies()
 
-        Args:
-            cell: What to train.
-            start: Saved prompts to start from; none for from scratch. None: what ``target.init_from`` means.
-        """
-        folder = self.prompt_folder(cell).parent
-        if (folder / "cell.json").is_file():
-            return json.loads((folder / "cell.json").read_text())
-        if cell.target is not None:
-            return self._run_target(cell, folder)
-        train, val = self._part(cell, "train"), self._validation(cell)
-        learner = self._learner(train.classnames, train.templates, cell.seed)
-        self._start(learner, folder, self.origin if start is None else start)
-        log.info(
-            "%s: %s on %d samples of %d classes", cell.name, learner.method, len(train), len(train.classnames)
+    def cells(self) -> list[Cell]:
+        """See :meth:`Experiment.cells`."""
+        cells = []
+        for study in self.studies:
+            for cell in protocol_of(study.config.protocol.name).planned(study):
+                start = self._start_cell(study, cell)
+                needs = cell.needs if start is None else (*cell.needs, start.name)
+                cells.append(Cell(cell.coordinates, needs))
+        return cells
+
+    def run(self, cell: Cell, folder: Path) -> CellResult:
+        """See :meth:`Experiment.run`."""
+        study = next(
+            s for s in self.studies if (s.setting, s.method) == (cell.get("setting"), cell["method"])
         )
-        result = fit(learner, train, val, **self._fit_options(cell, folder))
-        return self._keep(folder, learner, result, self._score(cell, learner, result))
+        return _StudyCell(self, study, cell, folder).run()
 
-    def _run_target(self, cell: Cell, folder: Path) -> Mapping[str, float]:
-        """Score what the cell's source run learned on another data set."""
-        source = replace(cell, target=None)
-        process_state().wait_for_everyone()  # the source's files are written by one process
-        if not (self.prompt_folder(source).parent / "cell.json").is_file():
-            raise DataError(f"{source.name} did not finish, so there is nothing to score on {cell.target}.")
-        learner = load(self.prompt_folder(source), self.backbone)
-        numbers = self._scores(learner, self._load(str(cell.target), "test"))
-        if process_state().is_main_process:
-            write_json(folder / "cell.json", numbers)
-        return numbers
+    def layout(self) -> Layout:
+        """See :meth:`Experiment.layout`."""
+        study = self._shown_studies[0]
+        protocol = protocol_of(study.config.protocol.name)
+        headline = protocol.headline
+        if len(self._shown_studies) > 1:
+            headline = f"{_label(self._shown_studies[-1])}/{headline}"
+        return Layout(headline, protocol.metric)
 
-    def run_group(self, cell: Cell, names: Sequence[str]) -> Mapping[str, float]:
-        """Train several data sets together and score each on its own classes; otherwise as :meth:`run_cell`."""
-        folder = self.prompt_folder(cell).parent
-        if (folder / "cell.json").is_file():
-            return json.loads((folder / "cell.json").read_text())
-        cells = {name: replace(cell, dataset=name) for name in names}
-        tasks = {n: TaskData(self._part(c, "train"), self._validation(c)) for n, c in cells.items()}
+    def sources(self) -> dict[str, str]:
+        """See :meth:`Experiment.sources`."""
+        fingerprints: dict[str, str] = {}
+        for study in self.studies:
+            for name in _data_names(study.config):
+                fingerprints[name] = data_fingerprint(name, study.config.data.root)
+            for path in self._paths(study.config):
+                fingerprints[path] = path_fingerprint(path)
+        return {name: value for name, value in fingerprints.items() if value}
+
+    def missing(self) -> list[str]:
+        """See :meth:`Experiment.missing`."""
+        sentences: list[str | None] = []
+        for study in self.studies:
+            config = study.config
+            sentences += [missing_data(name, config.data.root) for name in _data_names(config)]
+            sentences.append(missing_weights(config.backbone.name, config.backbone.pretrained))
+            for path in self._paths(config):
+                if path_fingerprint(path) == "absent":
+                    sentences.append(f"{path} does not exist.")
+        return list(dict.fromkeys(sentence for sentence in sentences if sentence))
+
+    def facts(self) -> dict[str, Any]:
+        """See :meth:`Experiment.facts`."""
+        if len(self.studies) == 1:
+            return page.study_facts(self.studies[0].config)
+        return {_label(study): page.study_facts(study.config) for study in self.studies}
+
+    def summary(self, results: Results) -> dict[str, float]:
+        """See :meth:`Experiment.summary`; of several studies, each has its figures below its name."""
+        figures: dict[str, float] = {}
+        for study in self.studies:
+            own = _lines_of(results, study)
+            if len(own):
+                prefix = f"{_label(study)}/" if len(self.studies) > 1 else ""
+                numbers = protocol_of(study.config.protocol.name).summary(own, study)
+                figures |= {f"{prefix}{key}": value for key, value in numbers.items()}
+        return figures
+
+    def tables(self, results: Results) -> list[Table]:
+        """See :meth:`Experiment.tables`: one for each setting, as papers print it, then paired gains."""
+        tables: list[Table] = []
+        for setting in dict.fromkeys(study.setting for study in self._shown_studies):
+            studies = [study for study in self._shown_studies if study.setting == setting]
+            own = results.select(setting=setting)
+            tables += protocol_tables(own, studies, setting or "", self.config.baselines())
+        return tables
+
+    def page(self, record: RunRecord, results: Results, folder: Path) -> None:
+        """See :meth:`Experiment.page`."""
+        finished = [cell for cell in self.cells() if (folder / "cells" / cell.name / "cell.json").is_file()]
+        page.describe(record, self.config, self.studies, results)
+        if len(self.studies) == 1:
+            page.add_curves(record, self.studies[0], results)
+        trained = [cell for cell in finished if (folder / "cells" / cell.name / "history.jsonl").is_file()]
+        if trained:
+            last = trained[-1]
+            page.add_history(record, folder / "cells" / last.name)
+            study = next(
+                s for s in self.studies if (s.setting, s.method) == (last.get("setting"), last["method"])
+            )
+            cell = _StudyCell(self, study, last, folder / "cells" / last.name)
+            if cell.is_single_task:
+                learner, test, cache = cell.trained()
+                page.add_predictions(record, learner, test, cache)
+
+    def write_files(self, results: Results, folder: Path) -> None:
+        """See :meth:`Experiment.write_files`: the matrix of a transfer study."""
+        for study in self.studies:
+            if study.config.protocol.name == "transfer":
+                matrix_of(_lines_of(results, study), study.config).write(folder)
+
+    def backbone(self, config: ClassificationConfig) -> Backbone:
+        """Return the backbone of a study, built once."""
+        section = config.backbone
+        key = section.model_dump_json()
+        if key not in self._backbones:
+            backbone = create_backbone(section.name, **section.arguments())
+            if section.masks is not None:
+                backbone = fold(backbone, read_masks(section.masks, backbone))
+            self._backbones[key] = backbone
+        return self._backbones[key]
+
+    def test_cache(self, config: ClassificationConfig, data: str, part: str) -> FeatureCache:
+        """Return the cache of one part of a test set."""
+        return self._test_caches.setdefault((data, part), FeatureCache(config.data.cache_dir))
+
+    def init(self, study: Study, cell: Cell, folder: Path) -> str:
+        """Return ``train.init`` with the label of a stage that ran before replaced by its folder."""
+        start = self._start_cell(study, cell)
+        return study.config.train.init if start is None else f"{_GRAM}{folder.parent / start.name}"
+
+    def fact_prefix(self, study: Study) -> str:
+        """Return what is put before facts of a learner, so that those of several learners keep apart."""
+        return f"{_label(study)}/" if len(self.studies) > 1 else ""
+
+    def _start_cell(self, study: Study, cell: Cell) -> Cell | None:
+        """Return the cell of ``before`` that a study's learner starts from, if it starts from one."""
+        label = study.config.train.init.removeprefix(_GRAM)
+        if study.setting == BEFORE or label not in self.config.before:
+            return None
+        stage = next(s for s in self.studies if (s.setting, s.method) == (BEFORE, label))
+        starts = protocol_of(stage.config.protocol.name).cells(stage)
+        same_seed = [start for start in starts if start["seed"] == cell["seed"]]
+        if len(starts) == 1 or same_seed:
+            return starts[0] if len(starts) == 1 else same_seed[0]
+        raise ConfigError(
+            [f"before.{label}: it has {len(starts)} seeds, none of which is {cell['seed']}; give it one seed, or those "
+             "of the protocol."], self.config.name,
+        )  # fmt: skip
+
+    @property
+    def _shown_studies(self) -> list[Study]:
+        """Those that tables show: not what only comes before."""
+        return [study for study in self.studies if study.setting != BEFORE] or self.studies
+
+    def _paths(self, config: ClassificationConfig) -> list[str]:
+        """Return the files and folders that a study starts from."""
+        paths = [*config.target.patterns]
+        paths += [
+            path
+            for path in (config.backbone.masks, config.backbone.pretrained)
+            if path and Path(path).exists()
+        ]
+        init = config.train.init.removeprefix(_GRAM)
+        if init and init not in self.config.before:
+            paths.append(init)
+        return paths
+
+
+class _StudyCell:
+    """One cell of a study, with what it needs of the experiment."""
+
+    def __init__(self, experiment: ClassificationExperiment, study: Study, cell: Cell, folder: Path) -> None:
+        self.experiment = experiment
+        self.study = study
+        self.config = study.config
+        self.cell = cell
+        self.folder = folder
+        self.result = CellResult()
+
+    @property
+    def is_single_task(self) -> bool:
+        """Whether it trains on one data set, and its learner can be loaded and shown."""
+        return self.config.protocol.name != "meta" and self.cell.get("stage") != SOURCE
+
+    def run(self) -> CellResult:
+        """Train and score."""
+        backbone = self.experiment.backbone(self.config)
+        prefix = self.experiment.fact_prefix(self.study)
+        self.result.facts |= {
+            f"{prefix}backbone": backbone.name,
+            f"{prefix}backbone_fingerprint": backbone.fingerprint,
+        }
+        if self.config.protocol.name == "meta":
+            self._run_meta(backbone)
+        elif self.cell.get("stage") == SOURCE:
+            self._run_group(backbone)
+        elif self.cell.get("target") is not None:
+            self._score_target(backbone)
+        else:
+            self._run_task(backbone)
+        return self.result
+
+    def trained(self) -> tuple[Learner, ImageDataset, FeatureCache]:
+        """Return the saved learner of a finished cell, the first part that it was tested on, and its cache."""
+        backbone = self.experiment.backbone(self.config)
+        learner = cast(Learner, load(self.folder / "prompt", backbone))
+        part, test = next(iter(self._tests(self.cell["data"]).items()))
+        return learner, test, self._cache(test, part)
+
+    def _run_task(self, backbone: Backbone) -> None:
+        """Train on one data set and score what was learned."""
+        name = self.cell["data"]
+        train = self._part(name, "train")
+        val = self._validation(name)
+        learner = self._learner(backbone, train.classnames, train.templates)
+        self._start(learner)
+        log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
+
+        trained = fit(learner, train, val, **self._fit_options())
+        self._keep(learner, trained)
+        self._add_training(trained)
+        self._score(learner, name)
+        self._save_metrics(learner)
+
+    def _run_group(self, backbone: Backbone) -> None:
+        """Train several data sets together and score each on its own classes."""
+        names = groups_of(self.config)[self.cell["group"]]
+        tasks = {name: TaskData(self._part(name, "train"), self._validation(name)) for name in names}
         classes, _ = union_of_classes([task.train.classnames for task in tasks.values()])
         templates = common_templates([task.train.templates for task in tasks.values()])
-        learner = self._learner(classes, templates, cell.seed)
-        self._start(learner, folder, self.origin)
-        log.info("%s: %s on %d tasks of %d classes", cell.name, learner.method, len(tasks), len(classes))
-        options = self._fit_options(cell, folder)
-        result, together = fit_multitask(learner, tasks, self.config.multitask, **options)
-        scores = {n: self._score(c, together.tasks[n], result) for n, c in cells.items()}
-        own = {n: {k: v for k, v in s.items() if not k.startswith("train/")} for n, s in scores.items()}
-        numbers = {f"train/{k}": v for k, v in result.metrics.items()} | mean_over_tasks(own)
-        numbers |= {f"{name}/{k}": v for name, s in own.items() for k, v in s.items()}
-        return self._keep(folder, learner, result, numbers)
+        learner = self._learner(backbone, classes, templates)
+        self._start(learner)
+        log.info("%s on %d tasks of %d classes", learner.method, len(tasks), len(classes))
 
-    def run_meta_cell(self, cell: Cell) -> Mapping[str, float]:
-        """Meta-train once, for the cell's seed; otherwise as :meth:`run_cell`."""
-        folder = self.prompt_folder(cell).parent
-        if (folder / "cell.json").is_file():
-            return json.loads((folder / "cell.json").read_text())
-        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES, cell.seed)
-        self._start(learner, folder, self.origin)
-        numbers, history = meta_train(self.config, self.backbone, learner, folder, cell.seed, self.resume)
-        self.history = history
+        trained, together = fit_multitask(learner, tasks, self.config.multitask, **self._fit_options())
+        self._keep(learner, trained)
+        self._add_training(trained)
+        scores: dict[str, dict[str, float]] = {}
+        for name in names:
+            scores[name] = self._score(together.tasks[name], name, data=name)
+        self.result.add(mean_over_tasks(scores))
+        self._save_metrics(learner)
+
+    def _run_meta(self, backbone: Backbone) -> None:
+        """Meta-train the learner's prompts and a regulator."""
+        learner = self._learner(backbone, _ANY_CLASSES, DEFAULT_TEMPLATES)
+        self._start(learner)
+        numbers, history = meta_train(self.config, backbone, learner, self.folder, self.cell["seed"])
         if process_state().is_main_process:
-            write_history(folder / "history.jsonl", history)
-            write_json(folder / "cell.json", numbers)
-        return numbers
+            write_jsonl(self.folder / "history.jsonl", history)
+        seconds = numbers.pop("train/seconds")
+        self.result.timings["training"] = seconds
+        self.result.add(numbers)
 
-    def prompt_folder(self, cell: Cell) -> Path:
-        """Return where a cell's prompts are saved."""
-        folder = self.folder if self._single else self.folder / "cells" / cell.name
-        return folder / "prompt"
+    def _score_target(self, backbone: Backbone) -> None:
+        """Score on another data set what the source cell learned."""
+        process_state().wait_for_everyone()  # the source's files are written by one process
+        source = self.cell.sibling(target=None)
+        learner = cast(Learner, load(self.folder.parent / source.name / "prompt", backbone))
+        self.result.add(self._scores(learner, self._load(self.cell["target"], "test"), ""))
 
-    def _start(self, learner: Learner, folder: Path, prompts: Sequence[str]) -> None:
-        """Put saved prompts into a learner and note it beside the cell and in the run's facts."""
-        if not prompts:
-            return
-        origin = start_from(learner, prompts)
-        if prompts is self.origin:
-            self.facts |= origin
-        if process_state().is_main_process:
-            write_json(folder / "start.json", origin)
+    def _start(self, learner: Learner) -> None:
+        """Put saved prompts into the learner, and note it beside the cell and in the run's facts."""
+        stage = self.cell.get("stage")
+        prompts: list[str] = []
+        if stage in (TARGET, "from"):
+            prompts = [str(self.folder.parent / name / "prompt") for name in self.cell.needs]
+        elif stage != SCRATCH:
+            prompts = find_prompts(self.config.target.patterns)
+        prefix = self.experiment.fact_prefix(self.study)
+        if prompts:
+            origin = start_from(learner, prompts)
+            if process_state().is_main_process:
+                write_json(self.folder / "start.json", origin)
+            if stage not in (TARGET, "from"):
+                self.result.facts |= {f"{prefix}{key}": value for key, value in origin.items()}
+        init = self.experiment.init(self.study, self.cell, self.folder)
+        if init:
+            start = read_start(init)
+            self.result.facts |= {
+                f"{prefix}init": start.folder.name,
+                f"{prefix}init_checksum": start.checksum,
+            }
 
-    def _fit_options(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def _fit_options(self) -> dict[str, Any]:
         data = self.config.data
+        train = self.config.train.model_dump()
+        train["init"] = self.experiment.init(self.study, self.cell, self.folder)
         return {
-            **self.config.train.model_dump(),
-            "seed": cell.seed,
-            "folder": folder,
-            "resume": self.resume,
+            **train,
+            "seed": self.cell["seed"],
+            "folder": self.folder,
+            "resume": True,
             "augmentation": data.augmentation,
             "views": data.views,
             "cache_dir": data.cache_dir,
         }
 
-    def _keep(
-        self, folder: Path, learner: Learner, result: RunResult, numbers: dict[str, float]
-    ) -> dict[str, float]:
-        """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
+    def _keep(self, learner: Learner, trained: RunResult) -> None:
         if process_state().is_main_process:
-            write_history(folder / "history.jsonl", result.history)
-            save(learner, folder / "prompt", {k: v for k, v in numbers.items() if isinstance(v, float)})
-            write_json(folder / "cell.json", numbers)
-        return numbers
+            write_jsonl(self.folder / "history.jsonl", trained.history)
 
-    def _score(self, cell: Cell, learner: Learner, result: RunResult) -> dict[str, float]:
-        """Test metrics of the learner and of zero-shot, by part ("", "base/", "new/", "<also_test>/")."""
-        numbers: dict[str, float] = {f"train/{k}": v for k, v in result.metrics.items()}
-        for prefix, test in self._tests(cell).items():
+    def _save_metrics(self, learner: Learner) -> None:
+        """Save the prompt with the figures that it reached."""
+        if process_state().is_main_process:
+            numbers = {
+                m.metric if not m.where.get("part") else f"{m.where['part']}/{m.metric}": m.value
+                for m in self.result.measurements
+                if "data" not in m.where
+            }
+            save(learner, self.folder / "prompt", numbers)
+
+    def _add_training(self, trained: RunResult) -> None:
+        numbers = dict(trained.metrics)
+        self.result.timings["training"] = numbers.pop("seconds")
+        self.result.add(numbers, part="train")
+
+    def _score(self, learner: Learner, name: str, **where: str) -> dict[str, float]:
+        """Add test metrics of the learner and of zero-shot, by part; return them with the parts in their names."""
+        numbers: dict[str, float] = {}
+        for part, test in self._tests(name).items():
             fitting = learner
             if test.classnames != learner.classnames:
                 fitting = learner.with_classes(test.classnames)
-            numbers |= {f"{prefix}{k}": v for k, v in self._scores(fitting, test).items()}
-            if prefix in ("", "base/"):
-                self.shown = (fitting, test, result)
+            scores = self._scores(fitting, test, part)
+            place = {**where, "part": part} if part else where
+            self.result.add(scores, **place)
+            numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
+        if self.config.protocol.name == "base-to-new":
+            mean = harmonic_mean(numbers["base/accuracy"], numbers["new/accuracy"])
+            self.result.add({"harmonic_mean": mean}, **where)
         return numbers
 
-    def _scores(self, learner: Learner, test: ImageDataset) -> dict[str, float]:
-        """Test metrics of a learner on any classes, and what zero-shot reaches on them."""
+    def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
+        """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""
         if test.classnames != learner.classnames:
             learner = learner.with_classes(test.classnames, test.templates)
-        zero = create_learner("zero_shot", self.backbone, test.classnames, test.templates)
-        baseline = evaluate(zero, test, cache=self.test_cache)
-        self.facts |= {f"{test.name}/{k}": v for k, v in test.fingerprint().items()}
-        self.facts[f"{test.name}/metric"] = test.info.get("metric", "accuracy")
-        zero_shot = {f"zero_shot_{k}": baseline[k] for k in ("accuracy", "score")}
-        return {**evaluate(learner, test, cache=self.test_cache), **zero_shot}
+        cache = self._cache(test, part)
+        zero_shot = create_learner("zero_shot", learner.backbone, test.classnames, test.templates)
+        baseline = evaluate(zero_shot, test, cache=cache)
+        self.result.facts |= {f"{test.name}/{key}": value for key, value in test.fingerprint().items()}
+        self.result.facts[f"{test.name}/metric"] = test.info.get("metric", "accuracy")
+        scores = evaluate(learner, test, cache=cache)
+        return {**scores, **{f"zero_shot_{key}": baseline[key] for key in ("accuracy", "score")}}
 
-    def _count_classes(self, name: str) -> int:
-        return len(self._load(name, "test").classnames)
+    def _tests(self, name: str) -> dict[str, ImageDataset]:
+        """Return the test sets by part: the whole ("") and further data sets, or the base and the new classes."""
+        test = self._load(name, "test")
+        if self.config.protocol.name == "base-to-new":
+            base, new = split_base_new(len(test.classnames))
+            return {"base": test.keep_classes(base), "new": test.keep_classes(new)}
+        tests = {"": test}
+        for label, other in self.config.data.also_test.items():
+            tests[label] = self._load(other, "test")
+        return tests
 
-    def _tests(self, cell: Cell) -> dict[str, ImageDataset]:
-        if cell.base is not None and cell.new is not None:
-            test = self._load(cell.dataset, "test")
-            return {"base/": test.keep_classes(cell.base), "new/": test.keep_classes(cell.new)}
-        also = {f"{label}/": self._load(name, "test") for label, name in self.config.data.also_test.items()}
-        return {"": self._load(cell.dataset, "test"), **also}
+    def _part(self, name: str, split: str) -> ImageDataset:
+        """Return the samples of one split that the cell draws."""
+        data = self._load(name, split, shots=self.cell["shots"], seed=self.cell["seed"])
+        if self.config.protocol.name == "base-to-new":
+            base, _ = split_base_new(len(self._load(name, "test").classnames))
+            return data.keep_classes(base)
+        return data
 
-    def _part(self, cell: Cell, split: str) -> ImageDataset:
-        data = self._load(cell.dataset, split, shots=cell.shots, seed=cell.seed)
-        return data if cell.base is None else data.keep_classes(cell.base)
-
-    def _validation(self, cell: Cell) -> ImageDataset | None:
-        return self._part(cell, "val") if self.config.data.validate_on == "val" else None
+    def _validation(self, name: str) -> ImageDataset | None:
+        return self._part(name, "val") if self.config.data.validate_on == "val" else None
 
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         arguments = self.config.data.arguments()
@@ -294,35 +440,33 @@ class _Session:
             arguments["sampling"] = "elevater"
         return load_dataset(name, split, **draw, **arguments)
 
-    def _learner(self, classnames: Sequence[str], templates: Sequence[str], seed: int) -> Learner:
+    def _cache(self, test: ImageDataset, part: str) -> FeatureCache:
+        return self.experiment.test_cache(self.config, test.name, part)
+
+    def _learner(self, backbone: Backbone, classnames: Sequence[str], templates: Sequence[str]) -> Learner:
         options = dict(self.config.learner_options)
-        if "seed" not in options and _takes_seed(self.config.learner_name):
-            options["seed"] = seed
-        return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
-
-    @property
-    def _single(self) -> bool:
-        protocol = self.config.protocol
-        if (
-            protocol.name in ("multitask", "transfer")
-            or protocol.targets
-            or self.config.target.compare_scratch
-        ):
-            return False
-        shots = 1 if protocol.name == "base-to-new" else len(protocol.shots)
-        return len(self.config.data.names) * shots * len(protocol.seeds) == 1
-
-    def page(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
-        """Gather what the page shows; pictures come from the last cell that was trained in this session."""
-        page = pages.record(self.config, self.backbone, result, metrics, command, self.matrix)
-        page.history = self.history
-        if self.shown is not None:
-            pages.show(page, self.shown, self.test_cache)
-        return page
+        fields = options_model(LEARNERS.get(self.config.learner_name).target).model_fields
+        if "seed" in fields and "seed" not in options:
+            options["seed"] = self.cell["seed"]
+        return create_learner(self.config.learner_name, backbone, classnames, templates, **options)
 
 
-def _takes_seed(learner: str) -> bool:
-    from vlprompt.core.options import options_model
-    from vlprompt.learners import LEARNERS
+def _label(study: Study) -> str:
+    return f"{study.setting}/{study.method}" if study.setting else study.method
 
-    return "seed" in options_model(LEARNERS.get(learner).target).model_fields
+
+def _lines_of(results: Results, study: Study) -> Results:
+    return results.select(setting=study.setting, method=study.method)
+
+
+def _data_names(config: ClassificationConfig) -> list[str]:
+    """Return every data set that a study reads."""
+    if config.protocol.name == "meta":
+        return []
+    names = [
+        *config.data.names,
+        *config.data.also_test.values(),
+        *config.target.names,
+        *config.protocol.targets,
+    ]
+    return list(dict.fromkeys(names))

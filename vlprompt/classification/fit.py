@@ -17,13 +17,13 @@ from vlprompt.classification.evaluate import encoder_of, evaluate, image_embeddi
 from vlprompt.classification.gram import GramStart, regulated, start_learner
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.processes import accelerator
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
 from vlprompt.learners import Learner
 from vlprompt.training.batches import Batch, Batches, TensorBatches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions
-from vlprompt.core.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["ImageBatches", "RunResult", "TrainingSource", "fit", "parse_options", "run_identity"]

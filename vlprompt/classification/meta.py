@@ -1,7 +1,7 @@
-"""Meta-training: from pairs to prompts and a regulator, as one protocol of ``tools/train.py``.
+"""Meta-training: from images with captions to prompts and a regulator.
 
 Store, clusters and episodes are built first and are functions of the configuration, so a killed run goes on with
-``--resume``: finished shards are kept, clustering repeats, training continues from its checkpoint.
+the same command: finished shards are kept, clustering repeats, training continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones import Backbone
-from vlprompt.classification.config import RunConfig
+from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.gram import save_start
-from vlprompt.classification.protocols import ProtocolResult, coop_fewshot
-from vlprompt.classification.stages import MetaRuns
 from vlprompt.core.files import write_json
+from vlprompt.core.processes import accelerator
 from vlprompt.data.captions.store import PairStore, build_store
 from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
@@ -25,29 +24,15 @@ from vlprompt.meta.learning import MetaPrompts
 from vlprompt.meta.sheet import write_sheet
 from vlprompt.training.callbacks import default_callbacks
 from vlprompt.training.options import TrainOptions
-from vlprompt.core.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["meta_train", "run_meta"]
+__all__ = ["meta_train"]
 
 log = logging.getLogger("vlprompt.meta")
 
 
-def run_meta(runs: MetaRuns) -> ProtocolResult:
-    """Meta-train once per seed.
-
-    Returns:
-        Figures on episodes of held-out domains (see :meth:`MetaPrompts.evaluate`).
-    """
-    config = runs.config
-    shots = config.meta.episodes.support
-    result = coop_fewshot([config.meta.pairs], runs.run_meta_cell, [shots], config.protocol.seeds)
-    result.protocol = "meta"
-    return result
-
-
 def meta_train(
-    config: RunConfig, backbone: Backbone, learner: Learner, folder: Path, seed: int, resume: bool
+    config: ClassificationConfig, backbone: Backbone, learner: Learner, folder: Path, seed: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Meta-train one learner's prompts and a regulator, and write what fine-tuning starts from.
 
@@ -57,7 +42,6 @@ def meta_train(
         learner: Its prompts are the start; changed in place.
         folder: ``prompt/`` (see :func:`save_start`), ``clusters.html`` and the checkpoint go here.
         seed: Of clustering, episodes and training.
-        resume: Continue from the checkpoint.
 
     Returns:
         Figures on held-out domains, and the history.
@@ -66,7 +50,7 @@ def meta_train(
         VLPromptError: See :func:`build_store`, :func:`cluster_pairs`, :class:`Episodes`, :class:`MetaPrompts`.
     """
     started, processes, meta = time.monotonic(), accelerator(), config.meta
-    options: TrainOptions = config.train.model_copy(update={"seed": seed})
+    options = TrainOptions(**config.train.model_dump(), seed=seed)
     learner.to(processes.device)
     module = MetaPrompts(learner, meta)
     place = Path(meta.store) if meta.store else _default_store(config, backbone)
@@ -93,7 +77,7 @@ def meta_train(
         identity=_identity(config, learner, store, hierarchy),
         accelerator=processes,
     )
-    history = trainer.run(resume).history
+    history = trainer.run(resume=True).history
     learner.eval()
     numbers = {**module.evaluate(watched), "train/seconds": time.monotonic() - started}
     facts = {
@@ -110,20 +94,27 @@ def meta_train(
 
 
 def _episodes(
-    config: RunConfig, backbone: Backbone, learner: Learner, store: PairStore, hierarchy: Hierarchy, seed: int
+    config: ClassificationConfig,
+    backbone: Backbone,
+    learner: Learner,
+    store: PairStore,
+    hierarchy: Hierarchy,
+    seed: int,
 ) -> Episodes:
     pixels = None if learner.static_images else backbone.preprocess
     every_pair = config.meta.clusters.names == "pair"
     return Episodes(store, hierarchy, config.meta.episodes, seed, pixels, every_pair)
 
 
-def _default_store(config: RunConfig, backbone: Backbone) -> Path:
+def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
     """One store per source and backbone, shared by the runs of an output folder."""
     name = "".join(c if c.isalnum() else "-" for c in config.meta.pairs)
     return Path(config.output) / "pairs" / f"{name[-60:]}_{backbone.fingerprint['id']}"
 
 
-def _identity(config: RunConfig, learner: Learner, store: PairStore, hierarchy: Hierarchy) -> dict[str, Any]:
+def _identity(
+    config: ClassificationConfig, learner: Learner, store: PairStore, hierarchy: Hierarchy
+) -> dict[str, Any]:
     return {
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},

@@ -22,16 +22,16 @@ from torch import Tensor
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, TrainingSource, parse_options, run_identity
 from vlprompt.classification.gram import GramStart, regulated, start_learner
+from vlprompt.classification.options import LabelSpace, MultiTaskOptions
 from vlprompt.classification.task_batches import MultiTaskBatches
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import check_classnames
+from vlprompt.core.processes import accelerator
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
-from vlprompt.training.options import LabelSpace, MultiTaskOptions
-from vlprompt.core.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
 __all__ = [

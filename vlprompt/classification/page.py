@@ -1,130 +1,108 @@
-"""What a run says at its end: the flat figures of ``metrics.json`` and the page that shows them."""
+"""What the report of classification shows beside tables: headline figures, curves, predictions, images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlprompt.backbones import Backbone
-from vlprompt.classification.config import RunConfig
+from vlprompt.classification.config import ClassificationConfig, Study
 from vlprompt.classification.evaluate import predict_logits
-from vlprompt.classification.fit import RunResult
-from vlprompt.classification.protocols import ProtocolResult
-from vlprompt.classification.transfer_matrix import TransferMatrix
+from vlprompt.classification.protocols import protocol_of
+from vlprompt.classification.protocols.transfer import matrix_of
+from vlprompt.core.files import read_jsonl
 from vlprompt.data import FeatureCache, ImageDataset
-from vlprompt.experiments.old_folder import environment, failures, yaml_text
 from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
 from vlprompt.learners import Learner
 
-__all__ = ["Shown", "metrics", "record", "show"]
-
-# A learner, what it was tested on, and how it was trained: what the page shows pictures of.
-Shown = tuple[Learner, ImageDataset, RunResult]
+__all__ = ["add_curves", "add_history", "add_predictions", "describe", "study_facts"]
 
 
-def metrics(
-    config: RunConfig, backbone: Backbone, result: ProtocolResult, facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the flat content of metrics.json: figures first, then what they were measured under."""
-    return {
-        **result.metrics,
-        "protocol": result.protocol,
+def study_facts(config: ClassificationConfig) -> dict[str, Any]:
+    """Return what the figures of a study were measured under."""
+    protocol = config.protocol
+    facts: dict[str, Any] = {
+        "protocol": protocol.name,
         "learner": config.learner_name,
-        "data": config.meta.pairs if config.protocol.name == "meta" else config.data.name,
-        **({"targets": config.protocol.targets} if config.protocol.targets else {}),
-        "shots": config.protocol.shots,
-        "seeds": config.protocol.seeds,
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        **facts,
-        **environment(),
+        "data": config.meta.pairs if protocol.name == "meta" else config.data.name,
+        "shots": protocol.shots,
+        "seeds": protocol.seeds,
     }
+    if protocol.targets or config.target.names:
+        facts["targets"] = protocol.targets or config.target.names
+    if config.target.names:
+        facts["target_start"] = f"{config.target.start} of the source prompts of this run"
+    return facts
 
 
-def record(
-    config: RunConfig,
-    backbone: Backbone,
-    result: ProtocolResult,
-    found: Mapping[str, Any],
-    command: str,
-    matrix: TransferMatrix | None,
-) -> RunRecord:
-    """Return what the page says in figures and lines.
-
-    Args:
-        config: Of the run.
-        backbone: Of the run.
-        result: Of its protocol.
-        found: See :func:`metrics`.
-        command: Which started it.
-        matrix: Of a transfer study.
-    """
-    numbers = {
-        k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-    }
-    base = "base/" if "base/accuracy" in numbers else ""
-    headline = {
-        "zero-shot": numbers.get(f"{base}zero_shot_accuracy"),
-        "from scratch": numbers.get(f"scratch/{base}accuracy"),
-        "learned": numbers.get(f"{base}accuracy"),
-    }
-    page = RunRecord(
-        title=f"{config.learner_name} on {_subject(config)}",
-        headline={k: v for k, v in headline.items() if v is not None},
-        summary=f"{backbone.name}, {result.protocol}, {_describe(config)}.",
-        metrics=numbers,
-        curves=_curves(config, numbers),
-        failures=failures(result),
-        config=yaml_text(config),
-        command=command,
-        environment={**environment(), "backbone": backbone.fingerprint["id"]},
+def describe(
+    record: RunRecord, config: ClassificationConfig, studies: Sequence[Study], results: Results
+) -> None:
+    """Set the title, the summary and the figures that open the page."""
+    if len(studies) > 1:
+        record.title = config.name
+        methods = list(dict.fromkeys(study.method for study in studies))
+        record.summary = f"{', '.join(methods)}."
+        return
+    own = studies[0].config
+    data = own.meta.pairs if own.protocol.name == "meta" else ", ".join(own.data.names)
+    record.title = f"{own.learner_name} on {data}"
+    shots = "/".join(map(str, own.protocol.shots))
+    seeds = len(own.protocol.seeds)
+    plural = "s" if seeds > 1 else ""
+    record.summary = (
+        f"{own.backbone.name}, {own.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
     )
-    if matrix is not None:
-        explanation = (
-            "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
-        )
-        page.drawings = {"What helps what": (explanation, matrix.figure())}
-    return page
+    base = "base/" if "base/accuracy" in record.metrics else ""
+    headline = {
+        "zero-shot": record.metrics.get(f"{base}zero_shot_accuracy"),
+        "from scratch": record.metrics.get(f"scratch/{base}accuracy"),
+        "learned": record.metrics.get(f"{base}accuracy"),
+    }
+    record.headline = {label: value for label, value in headline.items() if value is not None}
+    if own.protocol.name == "transfer":
+        text = "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
+        record.drawings = {"What helps what": (text, matrix_of(results, own).figure())}
 
 
-def show(page: RunRecord, shown: Shown, cache: FeatureCache) -> None:
-    """Put a trained learner's history, predictions and pictures on the page."""
-    learner, test, trained = shown
-    logits, labels = predict_logits(learner, test, cache=cache)
-    page.history = trained.history
-    page.classnames, page.labels = list(test.classnames), np.asarray(labels)
-    page.probs, page.image = logits.softmax(-1).numpy(), lambda i: test[i][0]
-
-
-def _subject(config: RunConfig) -> str:
-    return config.meta.pairs if config.protocol.name == "meta" else ", ".join(config.data.names)
-
-
-def _curves(
-    config: RunConfig, numbers: Mapping[str, float]
-) -> dict[str, list[tuple[int, float, float | None]]]:
+def add_curves(record: RunRecord, study: Study, results: Results) -> None:
+    """Add accuracy against shots, where there are several numbers of shots."""
+    config = study.config
     shots = config.target.shots or config.protocol.shots
     if config.protocol.name not in ("coop-fewshot", "multitask") or len(shots) < 2:
-        return {}
-    lines = {
-        config.learner_name: "shots{}/accuracy",
+        return
+    figures = protocol_of(config.protocol.name).summary(results, study)
+    keys = {
+        study.method: "shots{}/accuracy",
         "from scratch": "scratch/shots{}/accuracy",
         "zero-shot": "shots{}/zero_shot_accuracy",
     }
-    curves = {
-        label: [
-            (k, numbers[key.format(k)], numbers.get(f"{key.format(k)}_ci95"))
-            for k in shots
-            if key.format(k) in numbers
-        ]
-        for label, key in lines.items()
-    }
-    return {label: points for label, points in curves.items() if points}
+    curves = {}
+    for label, key in keys.items():
+        points = []
+        for k in shots:
+            name = key.format(k)
+            if name in figures:
+                points.append((k, figures[name], figures.get(f"{name}_ci95")))
+        if points:
+            curves[label] = points
+    record.curves = curves
 
 
-def _describe(config: RunConfig) -> str:
-    shots = "/".join(map(str, config.protocol.shots))
-    seeds = len(config.protocol.seeds)
-    return f"{shots} shots per class, {seeds} seed{'s' if seeds > 1 else ''}"
+def add_history(record: RunRecord, folder: Path) -> None:
+    """Add the learning curves of a cell."""
+    record.history = read_jsonl(folder / "history.jsonl")
+
+
+def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cache: FeatureCache) -> None:
+    """Add predictions on a test set, with sample images."""
+    if test.classnames != learner.classnames:
+        learner = learner.with_classes(test.classnames)
+    logits, labels = predict_logits(learner, test, cache=cache)
+    record.classnames = list(test.classnames)
+    record.labels = np.asarray(labels)
+    record.probs = logits.softmax(-1).numpy()
+    record.image = lambda index: test[index][0]

@@ -7,7 +7,6 @@ of the result: one of their scripts forgets to pass the source prompts and tunes
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,7 @@ from vlprompt.learners import Learner
 from vlprompt.learners.base import misfits
 from vlprompt.saved.prompts import check_backbone, read
 
-__all__ = ["find_prompts", "start_from"]
-
-
-def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
-    """Return the folders of saved prompts that paths or patterns mean; a run's folder means its ``prompt``.
-
-    Raises:
-        CheckpointError: If a pattern matches nothing.
-    """
-    found: list[str] = []
-    for pattern in map(str, patterns):
-        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        both = [p for place in places for p in (Path(place), Path(place) / "prompt")]
-        kept = [str(p) for p in both if (p / "prompt.safetensors").is_file()]
-        if not kept:
-            raise CheckpointError(
-                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors."
-            )
-        found += kept
-    return found
+__all__ = ["start_from"]
 
 
 def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any]:

@@ -33,8 +33,9 @@ class Cell:
 
     @classmethod
     def at(cls, needs: Sequence[str] = (), **coordinates: Coordinate) -> Cell:
-        """Return the cell at the coordinates that are given as keywords."""
-        return cls(tuple(coordinates.items()), tuple(needs))
+        """Return the cell at the coordinates that are given as keywords; one that is None is left out."""
+        present = tuple((name, value) for name, value in coordinates.items() if value is not None)
+        return cls(present, tuple(needs))
 
     @property
     def where(self) -> dict[str, Coordinate]:
@@ -44,7 +45,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for logs and for the cell's folder, for example ``"coop_scenes-shape_16shots_seed1"``."""
-        words = [_word(key, value) for key, value in self.coordinates if value is not None]
+        words = [_word(key, value) for key, value in self.coordinates]
         name = "_".join(words) or "cell"
         if len(name) <= _LONGEST_NAME:
             return name

@@ -13,11 +13,10 @@ import torch
 import yaml
 
 from vlprompt.core.files import write_text
-from vlprompt.core.version import package_version
-from vlprompt.experiments.cells import ProtocolResult
 from vlprompt.core.processes import process_state
+from vlprompt.core.version import package_version
 
-__all__ = ["environment", "failures", "open_folder", "write_history", "yaml_text"]
+__all__ = ["environment", "open_folder", "write_history", "yaml_text"]
 
 
 def open_folder(config: Any, resume: bool) -> Path:
@@ -47,14 +46,3 @@ def yaml_text(config: Any) -> str:
 def environment() -> dict[str, str]:
     """Return the versions that figures depend on."""
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def failures(result: ProtocolResult) -> list[str]:
-    """Return one sentence per reason: what stops all runs of a data set is said once."""
-    stopped: dict[str, list[str]] = {}
-    for failure in result.failures:
-        stopped.setdefault(failure.message, []).append(failure.cell.name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {message}"
-        for message, names in stopped.items()
-    ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from vlprompt.learners import Learner, create_learner
 if TYPE_CHECKING:
     from vlprompt.segmentation import Segmenter
 
-__all__ = ["PromptCard", "check_backbone", "load", "read", "save"]
+__all__ = ["PromptCard", "check_backbone", "find_prompts", "load", "read", "save"]
 
 _FORMAT = 1
 _ARGUMENTS = {
@@ -205,3 +206,22 @@ def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> No
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(tensors_to_bytes(dict(sorted(state.items())))).hexdigest()
+
+
+def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
+    """Return the folders of saved prompts that paths or patterns mean; a run's folder means its ``prompt``.
+
+    Raises:
+        CheckpointError: If a pattern matches nothing.
+    """
+    found: list[str] = []
+    for pattern in map(str, patterns):
+        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        both = [p for place in places for p in (Path(place), Path(place) / "prompt")]
+        kept = [str(p) for p in both if (p / "prompt.safetensors").is_file()]
+        if not kept:
+            raise CheckpointError(
+                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors."
+            )
+        found += kept
+    return found

@@ -17,6 +17,7 @@ from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.files import write_json
 from vlprompt.core.options import options_model
+from vlprompt.core.processes import accelerator
 from vlprompt.data.segmentation import MaskDataset, load_segmentation, overlaps
 from vlprompt.experiments.cells import Cell, ProtocolResult, run_cells
 from vlprompt.experiments.old_folder import environment, failures, open_folder, write_history
@@ -27,7 +28,6 @@ from vlprompt.segmentation.evaluate import evaluate_segmenter, load_trained
 from vlprompt.segmentation.fit import check_phrases, fit_segmenter
 from vlprompt.segmentation.tables import summary, write_results
 from vlprompt.training.callbacks import Callback
-from vlprompt.core.processes import accelerator
 
 __all__ = ["SegmentCell", "SegmentOutcome", "Session", "one_cell", "run_segmentation"]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.processes import accelerator
 from vlprompt.data.base import hash_strings
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
@@ -26,7 +27,6 @@ from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, Batches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions
-from vlprompt.core.processes import accelerator
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["SegmentTrainOptions", "SegmentationFit", "SegmentationTask", "check_phrases", "fit_segmenter"]

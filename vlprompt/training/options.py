@@ -6,13 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["LabelSpace", "MultiTaskOptions", "TargetOptions", "TrainOptions"]
-
-LabelSpace = Literal["per_task", "joint", "joint_dedup"]
+__all__ = ["TrainOptions", "TrainSection"]
 
 
-class TrainOptions(BaseModel):
-    """The ``train:`` section, options of :class:`vlprompt.training.trainer.Trainer`; CoOp's recipe by default.
+class TrainSection(BaseModel):
+    """The ``train:`` section of a configuration; CoOp's recipe by default.
 
     Defaults are CoOp's (Zhou et al., IJCV 2022): SGD, lr 0.002, batch 32, per-epoch cosine after one warm-up
     epoch.
@@ -68,58 +66,9 @@ class TrainOptions(BaseModel):
     select_metric: str = "accuracy"
     eval_every: int = Field(1, ge=1, description="epochs between validations")
     checkpoint_seconds: float = Field(60.0, ge=0, description="time between checkpoints inside an epoch")
+
+
+class TrainOptions(TrainSection):
+    """Options of :class:`vlprompt.training.trainer.Trainer`: the section, and the seed of the run."""
+
     seed: int = Field(1, ge=0)
-
-
-class MultiTaskOptions(BaseModel):
-    """The ``multitask:`` section of a configuration: how tasks share training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    label_space: LabelSpace = Field(
-        "per_task",
-        description="classes a sample competes against: its task's, all tasks' (equal names kept apart, as in the "
-        "authors' code), or all tasks' with equal names merged",
-    )
-    sampler: Literal["proportional", "balanced", "temperature"] = Field(
-        "proportional", description="share of a task with n samples: n (the authors'), 1, or n^alpha"
-    )
-    alpha: float = Field(0.5, ge=0, le=1, description="sampler temperature only")
-    groups: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="group to data sets that are tuned together; empty: all of data.name",
-    )
-
-    @property
-    def exponent(self) -> float:
-        """The alpha that the sampler stands for."""
-        return {"proportional": 1.0, "balanced": 0.0}.get(self.sampler, self.alpha)
-
-
-class TargetOptions(BaseModel):
-    """The ``target:`` section of a configuration: prompts that start from other prompts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    init_from: str | list[str] = Field(
-        default_factory=list,
-        description="saved prompts every learner of the run starts from (folders, or patterns with *); of several the "
-        "element-wise mean",
-    )
-    names: list[str] = Field(
-        default_factory=list,
-        description="protocol multitask: data sets that are tuned from the source prompts",
-    )
-    shots: list[int] = Field(default_factory=list, description="of target.names; empty: those of the source")
-    start: Literal["mean", "seed"] = Field(
-        "mean",
-        description="target.names start from the mean over the source's seeds, or from their own seed's",
-    )
-    compare_scratch: bool = Field(
-        False, description="train the same from scratch too, and report paired gains"
-    )
-
-    @property
-    def patterns(self) -> list[str]:
-        """``init_from`` as a list."""
-        return [self.init_from] if isinstance(self.init_from, str) else list(self.init_from)

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlprompt.core.errors import NonFiniteError, VLPromptError
+from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.core.seeding import derive_seed
 from vlprompt.training.batches import Batch, Batches, prefetch
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
-from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 

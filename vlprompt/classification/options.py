@@ -1,0 +1,65 @@
+"""What a user may set of training on several tasks: sections of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["LabelSpace", "MultiTaskOptions", "TargetOptions"]
+
+LabelSpace = Literal["per_task", "joint", "joint_dedup"]
+
+
+class MultiTaskOptions(BaseModel):
+    """The ``multitask:`` section of a configuration: how tasks share training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label_space: LabelSpace = Field(
+        "per_task",
+        description="classes a sample competes against: its task's, all tasks' (equal names kept apart, as in the "
+        "authors' code), or all tasks' with equal names merged",
+    )
+    sampler: Literal["proportional", "balanced", "temperature"] = Field(
+        "proportional", description="share of a task with n samples: n (the authors'), 1, or n^alpha"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="sampler temperature only")
+    groups: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="group to data sets that are tuned together; empty: all of data.name",
+    )
+
+    @property
+    def exponent(self) -> float:
+        """The alpha that the sampler stands for."""
+        return {"proportional": 1.0, "balanced": 0.0}.get(self.sampler, self.alpha)
+
+
+class TargetOptions(BaseModel):
+    """The ``target:`` section of a configuration: prompts that start from other prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    init_from: str | list[str] = Field(
+        default_factory=list,
+        description="saved prompts every learner of the run starts from (folders, or patterns with *); of several the "
+        "element-wise mean",
+    )
+    names: list[str] = Field(
+        default_factory=list,
+        description="protocol multitask: data sets that are tuned from the source prompts",
+    )
+    shots: list[int] = Field(default_factory=list, description="of target.names; empty: those of the source")
+    start: Literal["mean", "seed"] = Field(
+        "mean",
+        description="target.names start from the mean over the source's seeds, or from their own seed's",
+    )
+    compare_scratch: bool = Field(
+        False, description="train the same from scratch too, and report paired gains"
+    )
+
+    @property
+    def patterns(self) -> list[str]:
+        """``init_from`` as a list."""
+        return [self.init_from] if isinstance(self.init_from, str) else list(self.init_from)
