@@ -17,7 +17,7 @@ from vlprompt.classification.gram import save_start
 from vlprompt.classification.protocols import ProtocolResult, coop_fewshot
 from vlprompt.classification.stages import MetaRuns
 from vlprompt.core.files import write_json
-from vlprompt.data.captions.store import PairStore, build_store
+from vlprompt.data.captions.store import CaptionStore, build_store
 from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
@@ -110,7 +110,12 @@ def meta_train(
 
 
 def _episodes(
-    config: RunConfig, backbone: Backbone, learner: Learner, store: PairStore, hierarchy: Hierarchy, seed: int
+    config: RunConfig,
+    backbone: Backbone,
+    learner: Learner,
+    store: CaptionStore,
+    hierarchy: Hierarchy,
+    seed: int,
 ) -> Episodes:
     pixels = None if learner.static_images else backbone.preprocess
     every_pair = config.meta.clusters.names == "pair"
@@ -123,7 +128,9 @@ def _default_store(config: RunConfig, backbone: Backbone) -> Path:
     return Path(config.output) / "pairs" / f"{name[-60:]}_{backbone.fingerprint['id']}"
 
 
-def _identity(config: RunConfig, learner: Learner, store: PairStore, hierarchy: Hierarchy) -> dict[str, Any]:
+def _identity(
+    config: RunConfig, learner: Learner, store: CaptionStore, hierarchy: Hierarchy
+) -> dict[str, Any]:
     return {
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},
