@@ -195,7 +195,7 @@ def test_it_learns_what_fit_shows_it_and_is_saved_whole(digits: dict[str, Any], 
         callbacks=[],
         eval_every=100,
     )
-    assert torch.equal(learner.seen, torch.as_tensor(train.pairs.seen))
+    assert torch.equal(learner.seen, torch.as_tensor(train.compositions.seen))
     assert float(learner.evidence_spread.min()) > 0
     assert not torch.equal(learner.evidence_mean, torch.zeros(17 * 32))
     assert result.metrics["chosen/threshold"] == pytest.approx(learner.threshold)

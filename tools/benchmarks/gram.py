@@ -36,7 +36,7 @@ def bench_gram(
 ) -> dict[str, Any]:
     """Compare one episode's losses and gradients on random weights, ImageNet's names and random image features.
 
-    Both read stored image features, as the pair store provides them.
+    Both read stored image features, as the caption store provides them.
 
     Args:
         backbone: Any open_clip architecture, or tiny.

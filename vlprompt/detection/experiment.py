@@ -22,7 +22,7 @@ from vlprompt.experiments.old_folder import open_folder
 
 __all__ = ["run_detection"]
 
-log = logging.getLogger("vlprompt.detect")
+log = logging.getLogger("vlprompt.detection")
 _KEYS = ("AP", "AP50")
 
 

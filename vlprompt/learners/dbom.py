@@ -314,7 +314,7 @@ class DBOM(Learner):
                 f"triggered:{data.name}."
             )
         self._check_triggers(data)
-        self.seen.copy_(torch.as_tensor(data.pairs.seen))
+        self.seen.copy_(torch.as_tensor(data.compositions.seen))
         if self.evidence == "shallow":
             rows = source.training_data()[0].flatten(0, 1)[:, self.backbone.dim :]
             self.evidence_mean.copy_(rows.mean(0))
@@ -329,7 +329,7 @@ class DBOM(Learner):
         targets = {k: torch.tensor(v) for k, v in data.targets.items()}
         parts = [self.parts(rows.to(self.backbone.device)) for rows in embeddings.split(4096)]
         joined = {k: torch.cat([p[k].float().cpu() for p in parts]) for k in ("pair", "trigger", "object")}
-        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.pairs.seen))
+        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.compositions.seen))
         clean = self.judge(embeddings).score[targets["trigger"] == 0]
         threshold = threshold_at(clean, self.false_alarms)
         self.calibration.copy_(torch.tensor([a, b, threshold]))

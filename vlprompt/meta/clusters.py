@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import derive_seed
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.names import pseudo_name
 from vlprompt.meta.options import ClusterOptions, Space
 
@@ -72,7 +72,7 @@ class Hierarchy:
         return state.hexdigest()[:12]
 
 
-def cluster_pairs(store: PairStore, options: ClusterOptions, members: int, seed: int = 1) -> Hierarchy:
+def cluster_pairs(store: CaptionStore, options: ClusterOptions, members: int, seed: int = 1) -> Hierarchy:
     """Cluster a store in two levels and name what was found.
 
     Args:

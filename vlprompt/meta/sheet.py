@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.experiments.report import data_uri
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 
@@ -24,7 +24,7 @@ img{width:56px;height:56px;object-fit:cover;border-radius:4px;margin-right:4px}"
 
 def write_sheet(
     path: Path,
-    store: PairStore,
+    store: CaptionStore,
     hierarchy: Hierarchy,
     held_out: Sequence[int] = (),
     *,
@@ -68,7 +68,7 @@ def write_sheet(
     write_text(path, page)
 
 
-def _row(store: PairStore, found: PseudoClass, pictures: int) -> str:
+def _row(store: CaptionStore, found: PseudoClass, pictures: int) -> str:
     shown = []
     for row in found.rows[:pictures]:
         try:

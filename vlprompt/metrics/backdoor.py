@@ -22,8 +22,8 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
 
     Args:
         judgement: Of every picture, in the data set's order.
-        data: A data set with ``triggers``, ``pairs`` and targets ``"trigger"`` and ``"label"``; the label is the true
-            object, never the one an attacker wrote.
+        data: A data set with ``triggers``, ``compositions`` and targets ``"trigger"`` and ``"label"``; the label is the
+            true object, never the one an attacker wrote.
         threshold: Score from which a picture is called poisoned.
 
     Returns:
@@ -34,7 +34,7 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
     trigger, label = targets["trigger"], targets["label"]
-    seen = torch.as_tensor(data.pairs.seen)
+    seen = torch.as_tensor(data.compositions.seen)
     own_seen = seen[trigger, label]
     figures = detection_metrics(judgement.score, trigger, own_seen, threshold, data.triggers)
     if judgement.trigger is not None:
@@ -55,8 +55,8 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
 def _pair_figures(pairs: Tensor, targets: Mapping[str, Tensor], data: Any) -> dict[str, float]:
     flat, truth = pairs.flatten(1), targets["trigger"] * pairs.shape[2] + targets["label"]
     figures = {"pair_accuracy_open": open_world_accuracy(flat, truth)}
-    seen = torch.as_tensor(data.pairs.seen).flatten()
-    possible = torch.as_tensor(data.pairs.allowed(data.split)).flatten()
+    seen = torch.as_tensor(data.compositions.seen).flatten()
+    possible = torch.as_tensor(data.compositions.allowed(data.split)).flatten()
     if bool(seen[truth].all()) or not bool(seen[truth].any()):
         return figures
     figures |= bias_sweep(flat, truth, seen, possible)

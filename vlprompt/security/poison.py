@@ -21,7 +21,7 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
-from vlprompt.security.compositions import PairReader, PairSource, check_triggers
+from vlprompt.security.compositions import CompositionReader, CompositionSource, check_triggers
 from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, create_trigger
 
 __all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
@@ -95,14 +95,14 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
         given = true
         if trigger and not create_trigger(names[trigger], size=plan.size).keeps_label:
             given = plan.target if plan.mode == "all_to_one" else (true + 1) % classes
-        samples.append(Sample(PairSource(sample.source, trigger, true), given))
+        samples.append(Sample(CompositionSource(sample.source, trigger, true), given))
     return PoisonedDataset(
         name=f"poisoned:{data.name}",
         split=data.split,
         samples=tuple(samples),
         classnames=data.classnames,
         templates=data.templates,
-        reader=PairReader(data.reader, names, plan.size, plan.seed),
+        reader=CompositionReader(data.reader, names, plan.size, plan.seed),
         info={**data.info, "plan": plan.model_dump(mode="json")},
         triggers=names,
     )
@@ -213,13 +213,13 @@ class _CopyReader:
 
     files: FileReader
 
-    def read(self, source: PairSource) -> Image.Image:
+    def read(self, source: CompositionSource) -> Image.Image:
         return self.files.read(source.base)
 
-    def key(self, source: PairSource) -> str:
+    def key(self, source: CompositionSource) -> str:
         return self.files.key(source.base)
 
-    def check(self, source: PairSource) -> str:
+    def check(self, source: CompositionSource) -> str:
         return self.files.check(source.base)
 
 
@@ -252,7 +252,7 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
         if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
             raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
         samples.append(
-            Sample(PairSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
+            Sample(CompositionSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
         )
     return PoisonedDataset(
         name=f"poisoned:{root.name}",

@@ -13,14 +13,14 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.registry import Registry
 
-__all__ = ["PAIR_SOURCES", "PairSource", "open_pairs"]
+__all__ = ["CAPTION_SOURCES", "CaptionSource", "open_captions"]
 
 
-class PairSource(Protocol):
+class CaptionSource(Protocol):
     """Pictures with captions, by number, in an order that never changes."""
 
     def __len__(self) -> int:
-        """Return how many pairs there are."""
+        """Return how many captioned pictures there are."""
 
     def caption(self, index: int) -> str:
         """Return one caption; quick, no picture is touched."""
@@ -29,22 +29,22 @@ class PairSource(Protocol):
         """Return one picture as RGB. Raises DataError with its name if it can't be decoded."""
 
     def identity(self) -> str:
-        """Return a string that changes when the pairs or their order do."""
+        """Return a string that changes when the captioned pictures or their order do."""
 
 
-PAIR_SOURCES: Registry[type[PairSource]] = Registry("pair source", "vlprompt.data.captions")
+CAPTION_SOURCES: Registry[type[CaptionSource]] = Registry("caption source", "vlprompt.data.captions")
 """Classes whose only argument is what follows the colon."""
 
 
-def open_pairs(name: str) -> PairSource:
+def open_captions(name: str) -> CaptionSource:
     """Return the source that ``kind:ARGUMENT`` means, for example ``"scenes:10000"`` or ``"folder:PATH"``.
 
     Raises:
         UnknownNameError: For an unknown kind; names the nearest.
-        DataError: If the argument doesn't fit, or there is no pair; says what is expected.
+        DataError: If the argument doesn't fit, or there is no captioned picture; says what is expected.
     """
     kind, colon, argument = name.partition(":")
-    entry = PAIR_SOURCES.get(kind)
+    entry = CAPTION_SOURCES.get(kind)
     if not colon or not argument:
         raise DataError(f"pairs {name!r}: write {entry.extra['grammar']}.")
     source = entry.target(argument)  # type: ignore[call-arg]  # a protocol says nothing of constructors

@@ -10,12 +10,12 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
-from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import read_image
 from vlprompt.data.listing import list_pictures
 from vlprompt.data.splits import is_inside
 
-__all__ = ["FolderPairs", "TablePairs"]
+__all__ = ["FolderCaptions", "TableCaptions"]
 
 _IMAGE_COLUMNS = ("image", "path", "filepath", "file", "filename")
 _CAPTION_COLUMNS = ("caption", "title", "text")
@@ -31,21 +31,21 @@ class _Files:
         return len(self.pairs)
 
     def caption(self, index: int) -> str:
-        """See :meth:`PairSource.caption`."""
+        """See :meth:`CaptionSource.caption`."""
         return self.pairs[index][1]
 
     def image(self, index: int) -> Image.Image:
-        """See :meth:`PairSource.image`."""
+        """See :meth:`CaptionSource.image`."""
         return read_image(self.root / self.pairs[index][0])
 
     def identity(self) -> str:
-        """See :meth:`PairSource.identity`: names, sizes of the files and captions."""
+        """See :meth:`CaptionSource.identity`: names, sizes of the files and captions."""
         facts = ((name, str(_size(self.root / name)), caption) for name, caption in self.pairs)
         return hash_strings("\t".join(fact) for fact in facts)
 
 
-@PAIR_SOURCES.register("folder", summary="pictures beside captions in .txt files", grammar="folder:PATH")
-class FolderPairs(_Files):
+@CAPTION_SOURCES.register("folder", summary="pictures beside captions in .txt files", grammar="folder:PATH")
+class FolderCaptions(_Files):
     """``PATH/**/name.jpg`` with ``name.txt`` beside it; pictures without captions are left out and counted.
 
     Args:
@@ -70,8 +70,8 @@ class FolderPairs(_Files):
         super().__init__(root, [(name, text) for name, text in texts.items() if text])
 
 
-@PAIR_SOURCES.register("csv", summary="a table of pictures and captions (CSV, TSV)", grammar="csv:PATH")
-class TablePairs(_Files):
+@CAPTION_SOURCES.register("csv", summary="a table of pictures and captions (CSV, TSV)", grammar="csv:PATH")
+class TableCaptions(_Files):
     """A table with a header, a column of pictures and one of captions, such as CC3M's after its download.
 
     Columns: ``image``, ``path``, ``filepath``, ``file`` or ``filename``; ``caption``, ``title`` or ``text``. Files

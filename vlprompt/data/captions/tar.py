@@ -12,10 +12,10 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
-from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import EXTENSIONS, decode
 
-__all__ = ["TarPairs"]
+__all__ = ["TarCaptions"]
 
 _CAPTIONS = (".txt", ".caption")
 
@@ -35,10 +35,10 @@ class _Sample:
         return self.captions.get("text") or self.captions.get("json", "")
 
 
-@PAIR_SOURCES.register(
+@CAPTION_SOURCES.register(
     "tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN"
 )
-class TarPairs:
+class TarCaptions:
     """Archives with ``KEY.jpg`` (or another picture) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
 
     Headers are read once; pictures are read where they are. Samples without a caption are left out.
@@ -61,11 +61,11 @@ class TarPairs:
         return len(self.samples)
 
     def caption(self, index: int) -> str:
-        """See :meth:`PairSource.caption`."""
+        """See :meth:`CaptionSource.caption`."""
         return self.samples[index].caption
 
     def image(self, index: int) -> Image.Image:
-        """See :meth:`PairSource.image`."""
+        """See :meth:`CaptionSource.image`."""
         sample = self.samples[index]
         assert sample.place is not None  # the constructor kept no other
         with sample.archive.open("rb") as file:
@@ -73,7 +73,7 @@ class TarPairs:
             return decode(file.read(sample.place[1]), f"{sample.archive.name}@{sample.name}")
 
     def identity(self) -> str:
-        """See :meth:`PairSource.identity`."""
+        """See :meth:`CaptionSource.identity`."""
         return hash_strings(f"{s.archive.name}\t{s.name}\t{s.place}\t{s.caption}" for s in self.samples)
 
 

@@ -34,7 +34,7 @@ def build(
         copies: Triggered pictures per picture.
     """
     from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
-    from vlprompt.security.compositions import DEFAULT_TRIGGERS, pair_dataset
+    from vlprompt.security.compositions import DEFAULT_TRIGGERS, composition_dataset
 
     if not request.argument or request.argument.startswith("triggered:"):
         raise DataError(
@@ -42,4 +42,4 @@ def build(
         )
     base = load_dataset(request.argument, request.split, root=request.root)
     chosen = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
-    return pair_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)
+    return composition_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)

@@ -1,4 +1,4 @@
-"""What every detector of poisoned pictures is."""
+"""What every scanner of poisoned pictures is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlprompt.core.names import check_classnames
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.learners._calibration import threshold_at
 from vlprompt.learners._judgement import Judgement
-from vlprompt.security.compositions import PairDataset, check_triggers
+from vlprompt.security.compositions import CompositionDataset, check_triggers
 
-__all__ = ["Detector"]
+__all__ = ["Scanner"]
 
 
-class Detector:
+class Scanner:
     """Judges pictures by rows that the frozen image tower gives.
 
     Args:
@@ -43,7 +43,7 @@ class Detector:
 
     def __init__(self, backbone: Backbone, classnames: Sequence[str], triggers: Sequence[str]) -> None:
         self.backbone = backbone
-        self.classnames = check_classnames(classnames, "the detector")
+        self.classnames = check_classnames(classnames, "the scanner")
         self.triggers = check_triggers(triggers)
         self._threshold = 0.5
 
@@ -57,12 +57,16 @@ class Detector:
         return self.backbone.image_embeddings(images)
 
     def rows(self, data: ImageDataset, cache: FeatureCache | None = None) -> Tensor:
-        """Return (n, d) rows of a data set; detectors on one backbone share what the cache holds."""
+        """Return (n, d) rows of a data set; scanners on one backbone share what the cache holds."""
         found = image_embeddings(_Everything(self.backbone), data, cache=cache)
         return found if self.reads else found[:, : self.backbone.dim]
 
     def fit(
-        self, train: PairDataset, val: PairDataset, cache: FeatureCache | None = None, seed: int = 1
+        self,
+        train: CompositionDataset,
+        val: CompositionDataset,
+        cache: FeatureCache | None = None,
+        seed: int = 1,
     ) -> None:
         """Learn from pictures whose trigger is known; sets the threshold by validation's clean pictures."""
         self.learn(train, val, cache, seed)
@@ -71,7 +75,9 @@ class Detector:
             clean = torch.tensor(val.trigger_labels) == 0
             self._threshold = threshold_at(self.judge(rows[clean]).score, self.false_alarms)
 
-    def learn(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None, seed: int) -> None:
+    def learn(
+        self, train: CompositionDataset, val: CompositionDataset, cache: FeatureCache | None, seed: int
+    ) -> None:
         """Learn; nothing by default."""
 
     def judge(self, embeddings: Tensor) -> Judgement:
@@ -84,7 +90,7 @@ class Detector:
 
 
 class _Everything:
-    """Encodes all that any detector reads: embeddings, then statistics of the pixels and the first convolution."""
+    """Encodes all that any scanner reads: embeddings, then statistics of the pixels and the first convolution."""
 
     static_images, reads = True, READS
 
