@@ -195,9 +195,9 @@ def test_elevater_is_the_mean_of_each_data_sets_own_measure() -> None:
 
 
 def test_names_of_folders_make_names_of_files() -> None:
-    first, second = (Cell(f"folder:/some/{x}/my pictures/", 1, 1).name for x in "ab")
+    first, second = (Cell(f"folder:/some/{x}/my images/", 1, 1).name for x in "ab")
     assert first != second
-    assert first.startswith("folder-my-pictures-")
+    assert first.startswith("folder-my-images-")
     assert "/" not in first
     assert ":" not in first
     assert Cell("scenes/shape", 4, 2, target="scenes/shape@sketch").name == (

@@ -53,7 +53,7 @@ class DataOptions(BaseModel):
         "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"
     )
     views: int = Field(
-        1, ge=0, description="fixed augmented views per picture; 0: new ones every epoch, no caching"
+        1, ge=0, description="fixed augmented views per image; 0: new ones every epoch, no caching"
     )
     cache_dir: str | None = Field(None, description="where image embeddings are kept between runs")
     classnames: list[str] | dict[str, str] | None = Field(

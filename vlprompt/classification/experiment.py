@@ -313,7 +313,7 @@ class _Session:
         return len(self.config.data.names) * shots * len(protocol.seeds) == 1
 
     def page(self, result: ProtocolResult, metrics: Mapping[str, Any], command: str) -> RunRecord:
-        """Gather what the page shows; pictures come from the last cell that was trained in this session."""
+        """Gather what the page shows; images come from the last cell that was trained in this session."""
         page = pages.record(self.config, self.backbone, result, metrics, command, self.matrix)
         page.history = self.history
         if self.shown is not None:

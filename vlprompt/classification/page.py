@@ -20,7 +20,7 @@ from vlprompt.learners import Learner
 
 __all__ = ["Shown", "metrics", "record", "show"]
 
-# A learner, what it was tested on, and how it was trained: what the page shows pictures of.
+# A learner, what it was tested on, and how it was trained: what the page shows images of.
 Shown = tuple[Learner, ImageDataset, RunResult]
 
 
@@ -90,7 +90,7 @@ def record(
 
 
 def show(page: RunRecord, shown: Shown, cache: FeatureCache) -> None:
-    """Put a trained learner's history, predictions and pictures on the page."""
+    """Put a trained learner's history, predictions and images on the page."""
     learner, test, trained = shown
     logits, labels = predict_logits(learner, test, cache=cache)
     page.history = trained.history
