@@ -126,7 +126,7 @@ def test_saved_prompts_start_an_ordinary_run_beside_scratch(tmp_path: Path) -> N
     assert "option position is 'middle' there and 'end' here" in mismatch.failures[0]
 
 
-def test_the_transfer_study_writes_a_matrix_a_picture_and_continues(tmp_path: Path) -> None:
+def test_the_transfer_study_writes_a_matrix_an_image_and_continues(tmp_path: Path) -> None:
     text = "protocol: {name: transfer, shots: [1], seeds: [1]}"
     outcome = _run(tmp_path, text)
     assert outcome.metrics["runs"] == 2 + 4
