@@ -77,7 +77,7 @@ class Toy(ConceptExperiment):
     def score(self, module: ConceptSearch) -> Scores:
         if self.fail and len(list(module.unfrozen.parameters())):
             raise DataError("scoring fails.")
-        return self._scores(float(module.concepts().mean()))
+        return self._scores(float(module.concepts().detach().mean()))
 
     def _scores(self, value: float) -> Scores:
         score = value + float(self.host.weight.detach())

@@ -250,7 +250,7 @@ class ConceptExperiment(Experiment):
         return figures
 
     def tables(self, results: Results) -> list[Table]:
-        """See :meth:`Experiment.tables`: rows are methods with their images and stages, columns test sets and metrics."""
+        """See :meth:`Experiment.tables`: methods with their images by test sets and metrics."""
         lines = []
         for line in results.lines:
             where = line.where
