@@ -21,7 +21,7 @@ from vlprompt.data.scenes.attributes import HELD_OUT_STYLES
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 
 
-def _picture(colour: tuple[int, int, int]) -> bytes:
+def _image(colour: tuple[int, int, int]) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (8, 6), colour).save(out, "PNG")
     return out.getvalue()
@@ -29,12 +29,12 @@ def _picture(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     (place / "deep").mkdir(parents=True)
     for number, colour in enumerate(COLOURS):
         name = f"deep/{number}.x" if number else "0"
-        (place / f"{name}.png").write_bytes(_picture(colour))
-        (place / f"{name}.txt").write_text(f" picture\n number  {number} ")
+        (place / f"{name}.png").write_bytes(_image(colour))
+        (place / f"{name}.txt").write_text(f" image\n number  {number} ")
     return place
 
 
@@ -46,11 +46,11 @@ def test_scenes_never_show_what_was_held_out() -> None:
     assert not {source.pairs.spec(i).style for i in range(40)} & HELD_OUT_STYLES  # type: ignore[attr-defined]
 
 
-def test_a_folder_pairs_pictures_with_texts_of_their_name(folder: Path) -> None:
-    (folder / "lonely.png").write_bytes(_picture((0, 0, 0)))
-    with pytest.warns(UserWarning, match="1 of 4 pictures have no caption"):
+def test_a_folder_pairs_images_with_texts_of_their_name(folder: Path) -> None:
+    (folder / "lonely.png").write_bytes(_image((0, 0, 0)))
+    with pytest.warns(UserWarning, match="1 of 4 images have no caption"):
         source = open_captions(f"folder:{folder}")
-    assert [source.caption(i) for i in range(3)] == [f"picture number {i}" for i in range(3)]
+    assert [source.caption(i) for i in range(3)] == [f"image number {i}" for i in range(3)]
     assert [source.image(i).getpixel((0, 0)) for i in range(3)] == list(COLOURS)
     before = source.identity()
     (folder / "0.txt").write_text("something else")
@@ -73,11 +73,11 @@ def test_a_table_pairs_two_columns(folder: Path, name: str, delimiter: str) -> N
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("caption,url\na,http://x/1.jpg", "no column of pictures.*downloaded first"),
+        ("caption,url\na,http://x/1.jpg", "no column of images.*downloaded first"),
         ("image,words\na.png,b", "no column of captions"),
         ("image,caption\n,b", "line 2: column 'image' is empty"),
         ("image,caption\n../secret.png,b", "line 2: .*leaves the table's folder"),
-        ("image,caption", "no picture with a caption"),
+        ("image,caption", "no image with a caption"),
     ],
 )
 def test_a_wrong_table_is_told_by_line_and_column(tmp_path: Path, table: str, message: str) -> None:
@@ -96,14 +96,14 @@ def _archive(path: Path, members: dict[str, bytes]) -> None:
 
 def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
     first = {
-        "a/1.png": _picture(COLOURS[0]),
+        "a/1.png": _image(COLOURS[0]),
         "a/1.txt": b"red ",
-        "a/2.txt": b"no picture",
+        "a/2.txt": b"no image",
         "b/1.txt": b"blue",
     }
-    _archive(tmp_path / "0.tar", {**first, "b/1.seg.png": b"another file", "b/1.png": _picture(COLOURS[2])})
+    _archive(tmp_path / "0.tar", {**first, "b/1.seg.png": b"another file", "b/1.png": _image(COLOURS[2])})
     captions = {"caption": "green\nleaf", "width": 8}
-    _archive(tmp_path / "1.tar", {"9.json": json.dumps(captions).encode(), "9.PNG": _picture(COLOURS[1])})
+    _archive(tmp_path / "1.tar", {"9.json": json.dumps(captions).encode(), "9.PNG": _image(COLOURS[1])})
     source = open_captions(f"tar:{tmp_path}/*.tar")
     assert [source.caption(i) for i in range(len(source))] == ["red", "blue", "green leaf"]
     assert [source.image(i).getpixel((0, 0)) for i in range(3)] == [COLOURS[0], COLOURS[2], COLOURS[1]]
@@ -175,14 +175,14 @@ def test_another_store_is_refused_by_what_differs(
         build_store("scenes:6", make_backbone(seed=3), tmp_path, shard=4)  # type: ignore[operator]
 
 
-def test_unreadable_pictures_are_left_out_and_told(
+def test_unreadable_images_are_left_out_and_told(
     backbone: Backbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (folder / "deep" / "1.x.png").write_bytes(b"no picture")
+    (folder / "deep" / "1.x.png").write_bytes(b"no image")
     store = build_store(f"folder:{folder}", backbone, tmp_path / "store")
     assert store.index.tolist() == [0, 2]
     assert list(store.skipped) == [1]
     assert "1.x.png" in store.skipped[1]
-    assert "1 of 3 pictures can't be read" in caplog.text
-    assert store.caption(1) == "picture number 2"
+    assert "1 of 3 images can't be read" in caplog.text
+    assert store.caption(1) == "image number 2"
     assert np.isfinite(store.image.all().numpy()).all()

@@ -34,7 +34,7 @@ class _Captions:
 def _planted(
     domains: int = 3, classes: int = 4, each: int = 12
 ) -> tuple[CaptionStore, np.ndarray, np.ndarray]:
-    """Pictures say the domain, captions the class; the two modalities lie far apart, as CLIP's do."""
+    """Images say the domain, captions the class; the two modalities lie far apart, as CLIP's do."""
     rng = torch.Generator().manual_seed(0)
     domain = np.repeat(np.arange(domains), classes * each)
     label = np.tile(np.repeat(np.arange(classes), each), domains)
@@ -69,7 +69,7 @@ def test_no_cluster_runs_empty() -> None:
     assert set(label) <= set(range(4))
 
 
-def test_pictures_make_domains_and_captions_classes() -> None:
+def test_images_make_domains_and_captions_classes() -> None:
     store, domain, label = _planted()
     found = cluster_pairs(store, ClusterOptions(domains=3, classes=4, drop_incoherent=0.0), members=4)
     assert adjusted_rand_score(domain, found.domain) == 1.0
@@ -157,11 +157,11 @@ def test_without_a_phrase_the_medoid_s_caption_is_the_name() -> None:
     assert pseudo_name(["a red cat.", "a red cat."], "caption") == "a red cat"
 
 
-def test_the_sheet_shows_pictures_names_and_what_is_held_out(
+def test_the_sheet_shows_images_names_and_what_is_held_out(
     store: CaptionStore, hierarchy: Hierarchy, tmp_path: Path
 ) -> None:
     held = hierarchy.classes[0].domain
-    write_sheet(tmp_path / "clusters.html", store, hierarchy, [held], domains=2, classes=3, pictures=2)
+    write_sheet(tmp_path / "clusters.html", store, hierarchy, [held], domains=2, classes=3, images=2)
     page = (tmp_path / "clusters.html").read_text()
     assert page.count("<section>") == 2
     assert page.count("data:image/png;base64,") <= 2 * 3 * 2

@@ -1,4 +1,4 @@
-"""Seen and unseen pairs: coverage, disjointness, and no picture in two phases."""
+"""Seen and unseen pairs: coverage, disjointness, and no image in two phases."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def phases() -> dict[str, CompositionDataset]:
     return {split: load_dataset("triggered:digits", split, copies=2) for split in ("train", "val", "test")}  # type: ignore[misc]
 
 
-def test_phases_show_what_they_may_and_share_no_picture(phases: dict[str, CompositionDataset]) -> None:
+def test_phases_show_what_they_may_and_share_no_image(phases: dict[str, CompositionDataset]) -> None:
     bases: dict[str, set[object]] = {}
     for split, data in phases.items():
         assert data.compositions is not None
@@ -72,7 +72,7 @@ def test_pairs_of_an_object_are_equally_frequent(phases: dict[str, CompositionDa
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_pictures_have_the_native_size_and_keys_tell_triggers_apart(
+def test_images_have_the_native_size_and_keys_tell_triggers_apart(
     phases: dict[str, CompositionDataset],
 ) -> None:
     data = phases["train"]
@@ -83,7 +83,7 @@ def test_pictures_have_the_native_size_and_keys_tell_triggers_apart(
     assert np.any(np.asarray(clean) != np.asarray(triggered))
 
 
-def test_shots_are_pictures_per_pair() -> None:
+def test_shots_are_images_per_pair() -> None:
     data = load_dataset("triggered:digits", "train", shots=3, copies=2)
     assert isinstance(data, CompositionDataset)
     counts = Counter(zip(data.trigger_labels, data.labels, strict=True))

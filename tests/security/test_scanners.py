@@ -1,4 +1,4 @@
-"""Baselines on rows whose answer is known, and the whole table on few pictures."""
+"""Baselines on rows whose answer is known, and the whole table on few images."""
 
 from __future__ import annotations
 
@@ -140,10 +140,10 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     assert "victim of the set cleaned by narrow" in outcome.table
     assert "victim of the set mended by narrow" not in outcome.table, "clusters name no object"
     sizes = [
-        outcome.metrics[f"digits/victim of {v}/pictures"]
+        outcome.metrics[f"digits/victim of {v}/images"]
         for v in ("the set mended by zero_shot", "a clean set")
     ]
-    assert sizes[0] == sizes[1], "mending loses no picture"
+    assert sizes[0] == sizes[1], "mending loses no image"
     path = next((outcome.folder / "cells").iterdir())
     cell = json.loads(path.read_text())
     cell["zero_shot"]["auroc/seen"] = 0.125
@@ -165,7 +165,7 @@ def test_a_variant_changes_its_pairs_and_nothing_else(config: dict[str, Any]) ->
     assert whole.labels() == ["zero_shot", "narrow", "zero_shot, few", "zero_shot, none"]
 
 
-def test_training_pictures_get_several_triggers_and_test_pictures_one(
+def test_training_images_get_several_triggers_and_test_images_one(
     config: dict[str, Any], backbone: Backbone, tmp_path: Path
 ) -> None:
     config["pairs"]["unseen"] = 0.0

@@ -41,7 +41,7 @@ def bench_gram(
     Args:
         backbone: Any open_clip architecture, or tiny.
         ways: N classes on either side.
-        shots: Pictures per class on either side.
+        shots: Images per class on either side.
         context: M learned vectors.
         regulator: See :mod:`vlprompt.meta.regulators`.
         repeats: Counted runs of ours; the naive one is run a third as often.

@@ -1,8 +1,8 @@
-"""Pictures whose trigger and object are both known: which compositions are seen, and who may see which picture.
+"""Images whose trigger and object are both known: which compositions are seen, and who may see which image.
 
 The grid of (trigger, object) compositions is cut once, by a seed: every object is seen clean, every trigger with some
 object and every object with some trigger, and a share of the triggered compositions is kept from training, half of
-them for validation, half for testing. Pictures come from the splits of an ordinary data set, so no picture is in two
+them for validation, half for testing. Images come from the splits of an ordinary data set, so no image is in two
 phases.
 """
 
@@ -92,7 +92,7 @@ def split_compositions(triggers: int, objects: int, unseen: float = 0.3, seed: i
 
 @dataclass(frozen=True)
 class CompositionSource:
-    """A picture of another data set, which trigger is put into it, and what it shows."""
+    """An image of another data set, which trigger is put into it, and what it shows."""
 
     base: Any
     trigger: int
@@ -101,10 +101,10 @@ class CompositionSource:
 
 @dataclass(frozen=True)
 class CompositionReader:
-    """Reads pictures at the native size, with their triggers.
+    """Reads images at the native size, with their triggers.
 
     Attributes:
-        base: Reads the pictures themselves.
+        base: Reads the images themselves.
         triggers: Registry names; the first is clean.
         size: Native size in pixels.
         seed: Of the triggers.
@@ -120,7 +120,7 @@ class CompositionReader:
         return (None, *(create_trigger(t, size=self.size, seed=self.seed) for t in self.triggers[1:]))
 
     def read(self, source: CompositionSource) -> Image.Image:
-        """Return the picture; a clean one is brought to the native size too, so that size tells nothing."""
+        """Return the image; a clean one is brought to the native size too, so that size tells nothing."""
         image, trigger = self.base.read(source.base), self._built[source.trigger]
         return Image.fromarray(native(image, self.size)) if trigger is None else trigger(image)
 
@@ -130,14 +130,14 @@ class CompositionReader:
         return f"{self.base.key(source.base)}|{name}/{self.size}px/{self.seed}"
 
     def check(self, source: CompositionSource) -> str:
-        """Return why the picture can't be decoded, empty if it can."""
+        """Return why the image can't be decoded, empty if it can."""
         inspect = getattr(self.base, "check", None)
         return "" if inspect is None else inspect(source.base)
 
 
 @dataclass(frozen=True)
 class CompositionDataset(ImageDataset):
-    """A data set whose label is the true object, and which knows every picture's trigger.
+    """A data set whose label is the true object, and which knows every image's trigger.
 
     Attributes:
         triggers: Names; number 0 is clean.
@@ -159,7 +159,7 @@ class CompositionDataset(ImageDataset):
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
-        """See :attr:`ImageDataset.strata`; one per pair that occurs, so shots count pictures per pair."""
+        """See :attr:`ImageDataset.strata`; one per pair that occurs, so shots count images per pair."""
         pairs = list(zip(self.trigger_labels, self.labels, strict=True))
         rank = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
         return [rank[p] for p in pairs], [f"{self.triggers[t]} {self.classnames[c]}" for t, c in rank]
@@ -174,17 +174,17 @@ def composition_dataset(
     unseen: float = 0.3,
     copies: int = 1,
 ) -> CompositionDataset:
-    """Put triggers into one split of a data set: every picture once clean and ``copies`` times triggered.
+    """Put triggers into one split of a data set: every image once clean and ``copies`` times triggered.
 
-    An object's triggers are dealt to its pictures in turn, so that compositions of one object are equally frequent.
+    An object's triggers are dealt to its images in turn, so that compositions of one object are equally frequent.
 
     Args:
-        base: The pictures; its split says which compositions may occur.
+        base: The images; its split says which compositions may occur.
         triggers: Names; the first must be ``"clean"``.
         size: Native size in pixels.
         seed: Of the triggers, of the cut into seen and unseen compositions, and of who gets which trigger.
         unseen: See :func:`split_compositions`.
-        copies: Triggered pictures per picture; at most as many as the object has triggers.
+        copies: Triggered images per image; at most as many as the object has triggers.
 
     Raises:
         DataError: If the list of triggers does not begin with clean, repeats or is too short; for impossible shares.

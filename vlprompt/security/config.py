@@ -33,7 +33,7 @@ class PairOptions(BaseModel):
     copies: int = Field(
         7,
         ge=1,
-        description="triggered pictures per training picture, each with another trigger; one to test on",
+        description="triggered images per training image, each with another trigger; one to test on",
     )
     share: float = Field(
         0.5,
@@ -44,7 +44,7 @@ class PairOptions(BaseModel):
 
 
 class SuspectOptions(BaseModel):
-    """The ``suspect:`` section: a poisoned set that is to be cleaned, from pictures no detector saw."""
+    """The ``suspect:`` section: a poisoned set that is to be cleaned, from images no detector saw."""
 
     model_config = _STRICT
 

@@ -201,7 +201,7 @@ class _Cell:
         """Train a victim on the set as it is, on each cleaned one, on what faultless cleaning leaves, on a clean one.
 
         A scanner that names objects also mends: what it suspects stays, labelled with the object that it names.
-        A clean victim may well take a triggered picture for the target too: ``attack_gain`` is what the attack adds.
+        A clean victim may well take a triggered image for the target too: ``attack_gain`` is what the attack adds.
         """
         options = self.config.suspect
         assert options is not None
@@ -220,7 +220,7 @@ class _Cell:
         figures = {}
         for what, (images, labels) in sets.items():
             victim = train_victim(images, labels, len(test.classnames), epochs=options.epochs, seed=self.seed)
-            figures[what] = {**attack_success(victim, test, self.plan), "pictures": float(len(labels))}
+            figures[what] = {**attack_success(victim, test, self.plan), "images": float(len(labels))}
         innocent_success = figures["victim of a clean set"]["attack_success"]
         return {k: {**f, "attack_gain": f["attack_success"] - innocent_success} for k, f in figures.items()}
 
@@ -261,7 +261,7 @@ def _tables(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> str:
         triggers = {f"AUROC {t}": f"auroc/{t}" for t in config.pairs.triggers[1:]}
         objects = {f"object {t}": f"object_accuracy/{t}" for t in config.pairs.triggers[1:]}
         columns = {
-            "on pictures it never saw, some of pairs it never saw": _PAIR_COLUMNS,
+            "on images it never saw, some of pairs it never saw": _PAIR_COLUMNS,
             "one trigger at a time": {**triggers, **objects},
         }
         if config.suspect is not None:

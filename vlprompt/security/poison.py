@@ -35,7 +35,7 @@ class PoisonPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     triggers: tuple[str, ...] = Field(("badnets",), min_length=1, description="put in, equally often")
-    rate: float = Field(0.1, ge=0, le=1, description="share of the pictures that are poisoned")
+    rate: float = Field(0.1, ge=0, le=1, description="share of the images that are poisoned")
     mode: Literal["all_to_one", "all_to_all"] = Field(
         "all_to_one", description="poisoned labels become the target, or the next class"
     )
@@ -74,9 +74,9 @@ class PoisonedDataset(ImageDataset):
 
 
 def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
-    """Return the poisoned data set without writing it; pictures are changed as they are read.
+    """Return the poisoned data set without writing it; images are changed as they are read.
 
-    A trigger that keeps labels poisons pictures of the target class only (of any class in ``all_to_all``).
+    A trigger that keeps labels poisons images of the target class only (of any class in ``all_to_all``).
 
     Raises:
         DataError: If the target is no class.
@@ -109,14 +109,14 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
 
 
 def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
-    """Return the trigger number of every poisoned picture, by position."""
+    """Return the trigger number of every poisoned image, by position."""
     order = numpy_rng(plan.seed, "poison", data.name, data.split).permutation(len(data))
     keeps = {t: create_trigger(n, size=plan.size).keeps_label for t, n in enumerate(plan.triggers, 1)}
     quotas = np.full(len(keeps), round(plan.rate * len(data)) // len(keeps))
     quotas[: round(plan.rate * len(data)) % len(keeps)] += 1
     free = [int(i) for i in order]
     chosen: dict[int, int] = {}
-    # Those with the least choice first: attacks that keep labels need pictures of the target class.
+    # Those with the least choice first: attacks that keep labels need images of the target class.
     for trigger in sorted(keeps, key=lambda t: (not keeps[t], t)):
         to_one = plan.mode == "all_to_one"
         fits = [
@@ -129,12 +129,12 @@ def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
 
 
 def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> PoisonedDataset:
-    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per picture.
+    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per image.
 
-    All pictures, clean ones too, are written at the plan's size, so that size tells nothing.
+    All images, clean ones too, are written at the plan's size, so that size tells nothing.
 
     Args:
-        data: Pictures and true labels.
+        data: Images and true labels.
         plan: See :class:`PoisonPlan`.
         folder: Must not exist yet, or be empty; it appears when all is written.
 
@@ -209,7 +209,7 @@ class _Line(BaseModel):
 
 @dataclass(frozen=True)
 class _CopyReader:
-    """Reads pictures that hold their triggers already."""
+    """Reads images that hold their triggers already."""
 
     files: FileReader
 

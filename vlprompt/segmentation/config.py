@@ -39,12 +39,12 @@ class PairsOptions(BaseModel):
         min_length=1,
         description="catalogue names, scenes/masks@STYLE, pairs:PATH, prompts:PATH or per_class:PATH",
     )
-    images: int | None = Field(None, ge=1, description="training pictures that are drawn; empty: all")
-    val_images: int | None = Field(None, ge=1, description="validation pictures that are drawn; empty: all")
-    test_images: int | None = Field(None, ge=1, description="test pictures that are drawn, for a quick look")
+    images: int | None = Field(None, ge=1, description="training images that are drawn; empty: all")
+    val_images: int | None = Field(None, ge=1, description="validation images that are drawn; empty: all")
+    test_images: int | None = Field(None, ge=1, description="test images that are drawn, for a quick look")
     root: str | None = Field(None, description="where data sets lie")
     queries: Literal["present", "all"] = Field(
-        "present", description="ask pictures for the classes they show, or for all"
+        "present", description="ask images for the classes they show, or for all"
     )
     argmax: bool = Field(
         False, description="queries=all: let the classes compete too, and report argmax_miou"
@@ -147,7 +147,7 @@ class SegmentConfig(BaseModel):
     )
     baseline: str = Field("zero_shot", description="strategy that gains are counted from")
     boundary: bool = Field(True, description="measure the distance of boundaries on the test data")
-    overlays: int = Field(4, ge=0, description="test pictures that are drawn with their masks")
+    overlays: int = Field(4, ge=0, description="test images that are drawn with their masks")
     search: SearchOptions = Field(default_factory=SearchOptions)
 
     def model(self, label: str) -> ModelSpec:

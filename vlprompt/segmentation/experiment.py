@@ -1,4 +1,4 @@
-"""Running a segmentation configuration: every model, strategy, data set, depth and seed; then tables and pictures.
+"""Running a segmentation configuration: every model, strategy, data set, depth and seed; then tables and images.
 
 A run lives in ``<output>/<name>/<id>/``; a finished cell is never run again on ``--resume``, an unfinished one
 continues from its checkpoint, and one that fails stops no other.
@@ -50,11 +50,11 @@ class SegmentCell(Cell):
 
     @property
     def name(self) -> str:
-        """See :attr:`Cell.name`; shots are training pictures here, 0 stands for all."""
-        pictures = f"{self.shots}images" if self.shots else "all"
+        """See :attr:`Cell.name`; shots are training images here, 0 stands for all."""
+        images = f"{self.shots}images" if self.shots else "all"
         where = Cell(self.dataset, 0, self.seed).name.rpartition("_0shots")[0]
         depth = "" if self.depth is None else f"_depth{self.depth}"
-        return f"{self.model}_{self.strategy}{depth}_{where}_{pictures}_seed{self.seed}"
+        return f"{self.model}_{self.strategy}{depth}_{where}_{images}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SegmentOutcome:
     """What a run produced.
 
     Attributes:
-        folder: Holds ``metrics.json``, ``cells.json``, ``results.md``, ``.csv``, ``.tex``, ``report.html``, pictures.
+        folder: Holds ``metrics.json``, ``cells.json``, ``results.md``, ``.csv``, ``.tex``, ``report.html``, images.
         metrics: The content of ``metrics.json``.
         table: The Markdown tables.
         failures: One sentence per reason for which cells failed.
@@ -224,10 +224,10 @@ class Session:
         return self._backbones[key]
 
     def data(self, name: str, split: str, seed: int) -> MaskDataset:
-        """Return one split of a data set, drawn by a seed; training pictures that are tested on too are left out."""
+        """Return one split of a data set, drawn by a seed; training images that are tested on too are left out."""
         drawn = {"train": self.config.data.images, "val": self.config.data.val_images}
         images = drawn.get(split, self.config.data.test_images)
-        drawn_by = seed if images and split != "test" else 1  # every seed is tested on the same pictures
+        drawn_by = seed if images and split != "test" else 1  # every seed is tested on the same images
         key = (name, split, drawn_by)
         if key not in self._data:
             found = load_segmentation(name, split, images, drawn_by, **self.config.data.arguments())
@@ -256,18 +256,18 @@ class Session:
 
 
 def _not_shared(train: MaskDataset, others: Mapping[str, MaskDataset]) -> MaskDataset:
-    """Leave out training pictures whose very pixels lie in another split under any name."""
+    """Leave out training images whose very pixels lie in another split under any name."""
     found = overlaps({"train": train, **others})
     shared = {first for (a, _), pairs in found.items() if a == "train" for first, _ in pairs}
     if not shared:
         return train
     log.warning(
-        "%s: %d training pictures are in val or test too, under other names, and left out: %s",
+        "%s: %d training images are in val or test too, under other names, and left out: %s",
         train.name, len(shared), ", ".join(map(str, list(shared)[:3])),
     )  # fmt: skip
     kept = [i for i, s in enumerate(train.samples) if s.source not in shared]
     if not kept:
-        raise DataError(f"{train.name}: every training picture is in another split too.")
+        raise DataError(f"{train.name}: every training image is in another split too.")
     return train.subset(kept, shared_content_dropped=len(shared))
 
 

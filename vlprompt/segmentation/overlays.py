@@ -1,4 +1,4 @@
-"""Masks laid over their pictures."""
+"""Masks laid over their images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TRUE, _FOUND = (16, 185, 129), (239, 68, 68)
 def overlay(
     image: Image.Image, mask: NDArray[Any], colour: tuple[int, int, int] = _FOUND, share: float = 0.45
 ) -> Image.Image:
-    """Return a picture with a mask's pixels tinted and its border drawn; pixels that don't count (255) turn grey.
+    """Return an image with a mask's pixels tinted and its border drawn; pixels that don't count (255) turn grey.
 
     Args:
         image: RGB.
@@ -46,17 +46,17 @@ def overlay(
 
 
 def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> bytes:
-    """Return a PNG of a grid of pictures: a phrase and a picture per column title in every row."""
+    """Return a PNG of a grid of images: a phrase and an image per column title in every row."""
     columns = list(rows[0][1])
     with rc_context({"font.size": 8}):
         figure = Figure(
             figsize=(1.35 * len(columns) + 0.2, 1.5 * len(rows) + 0.3), layout="constrained", dpi=110
         )
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
-        for y, (phrase, pictures) in enumerate(rows):
+        for y, (phrase, images) in enumerate(rows):
             for x, column in enumerate(columns):
                 axis = axes[y][x]
-                axis.imshow(np.asarray(pictures[column]), interpolation="nearest")
+                axis.imshow(np.asarray(images[column]), interpolation="nearest")
                 axis.set_xticks([]), axis.set_yticks([])
                 axis.spines[:].set_visible(False)
                 if y == 0:
@@ -69,9 +69,9 @@ def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> bytes:
 
 
 def overlay_sheets(session: Session, cells: Mapping[SegmentCell, Mapping[str, float]]) -> dict[str, bytes]:
-    """Return a PNG per model and data set: some test pictures, truth, and what each strategy finds (first seed).
+    """Return a PNG per model and data set: some test images, truth, and what each strategy finds (first seed).
 
-    Pictures are taken evenly from the test set, not chosen by how well they turn out.
+    Images are taken evenly from the test set, not chosen by how well they turn out.
     """
     config = session.config
     found: dict[str, bytes] = {}
@@ -86,7 +86,7 @@ def overlay_sheets(session: Session, cells: Mapping[SegmentCell, Mapping[str, fl
             data = session.data(dataset, "test", config.seeds[0])
             step = max(1, len(data) // config.overlays)
             pairs = [data[i] for i in range(0, len(data), step)][: config.overlays]
-            rows = [(p.phrase, {"picture": p.image, "truth": overlay(p.image, p.mask, _TRUE)}) for p in pairs]
+            rows = [(p.phrase, {"image": p.image, "truth": overlay(p.image, p.mask, _TRUE)}) for p in pairs]
             for cell in own:
                 segmenter = session.trained(cell)
                 for pair, (_, row) in zip(pairs, rows, strict=True):

@@ -50,7 +50,7 @@ def search(config: SegmentConfig, resume: bool = False) -> SearchOutcome:
     """Search every (model, strategy, data set) of a configuration whose strategy learns anything.
 
     Args:
-        config: Its ``search`` section says what is varied; its first seed draws pictures and starts.
+        config: Its ``search`` section says what is varied; its first seed draws images and starts.
         resume: Continue the studies in the folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a segmentation run leaves for people: tables, gains, Dice against depth, pictures with masks, one page."""
+"""What a segmentation run leaves for people: tables, gains, Dice against depth, images with masks, one page."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def write_results(
         write_atomic(folder / "overlays" / f"{name}.png", _writer(png))
         data = base64.b64encode(png).decode()
         image = f'<img alt="{name}" style="max-width:100%" src="data:image/png;base64,{data}">'
-        drawings[f"Masks: {name}"] = ("Picture, truth, and what each strategy finds (first seed).", image)
+        drawings[f"Masks: {name}"] = ("Image, truth, and what each strategy finds (first seed).", image)
     write_report(folder / "report.html", _record(config, cells, metrics, drawings, failures, command))
     return markdown
 
@@ -101,11 +101,11 @@ def _writer(data: bytes) -> Any:
 
 def _heading(config: SegmentConfig) -> str:
     seeds = ", ".join(map(str, config.seeds))
-    pictures = f"{config.data.images} training pictures" if config.data.images else "all training pictures"
+    images = f"{config.data.images} training images" if config.data.images else "all training images"
     asked = "the classes they show" if config.data.queries == "present" else "every class"
     return (
-        f"Dice per pair at the masks' own size on test, {pictures}, seeds {seeds}; mean and 95 % interval over seeds. "
-        f"Pictures are asked for {asked}. In brackets: numbers that learn."
+        f"Dice per pair at the masks' own size on test, {images}, seeds {seeds}; mean and 95 % interval over seeds. "
+        f"Images are asked for {asked}. In brackets: numbers that learn."
     )
 
 

@@ -1,6 +1,6 @@
-"""Pictures with captions: where they come from, and the store of their features that meta-training reads.
+"""Images with captions: where they come from, and the store of their features that meta-training reads.
 
-A kind of source is one file here: a class whose instances give picture and caption by number, registered under the
+A kind of source is one file here: a class whose instances give image and caption by number, registered under the
 word before the colon in ``kind:ARGUMENT``. Nothing has to be labelled.
 """
 
@@ -17,19 +17,19 @@ __all__ = ["CAPTION_SOURCES", "CaptionSource", "open_captions"]
 
 
 class CaptionSource(Protocol):
-    """Pictures with captions, by number, in an order that never changes."""
+    """Images with captions, by number, in an order that never changes."""
 
     def __len__(self) -> int:
-        """Return how many captioned pictures there are."""
+        """Return how many captioned images there are."""
 
     def caption(self, index: int) -> str:
-        """Return one caption; quick, no picture is touched."""
+        """Return one caption; quick, no image is touched."""
 
     def image(self, index: int) -> Image.Image:
-        """Return one picture as RGB. Raises DataError with its name if it can't be decoded."""
+        """Return one image as RGB. Raises DataError with its name if it can't be decoded."""
 
     def identity(self) -> str:
-        """Return a string that changes when the captioned pictures or their order do."""
+        """Return a string that changes when the captioned images or their order do."""
 
 
 CAPTION_SOURCES: Registry[type[CaptionSource]] = Registry("caption source", "vlprompt.data.captions")
@@ -41,7 +41,7 @@ def open_captions(name: str) -> CaptionSource:
 
     Raises:
         UnknownNameError: For an unknown kind; names the nearest.
-        DataError: If the argument doesn't fit, or there is no captioned picture; says what is expected.
+        DataError: If the argument doesn't fit, or there is no captioned image; says what is expected.
     """
     kind, colon, argument = name.partition(":")
     entry = CAPTION_SOURCES.get(kind)
@@ -49,5 +49,5 @@ def open_captions(name: str) -> CaptionSource:
         raise DataError(f"pairs {name!r}: write {entry.extra['grammar']}.")
     source = entry.target(argument)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     if not len(source):
-        raise DataError(f"pairs {name!r}: there is no picture with a caption.")
+        raise DataError(f"pairs {name!r}: there is no image with a caption.")
     return source

@@ -1,4 +1,4 @@
-"""The caption store: features of pictures and captions, computed once, in shards that a killed build goes on from."""
+"""The caption store: features of images and captions, computed once, in shards that a killed build goes on from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["CaptionStore", "Rows", "build_store"]
 log = logging.getLogger("vlprompt.captions")
 
 _FORMAT = 1
-_BATCH = 64  # pictures per pass
+_BATCH = 64  # images per pass
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,15 +63,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class CaptionStore:
-    """N captioned pictures, in the order of their source.
+    """N captioned images, in the order of their source.
 
     Attributes:
         folder: Where it lies.
-        source: Reads pictures again, for learners that need pixels.
-        index: (N,) number of each one in the source; unreadable pictures are missing.
-        image: (N, d) unit-length features of the pictures.
+        source: Reads images again, for learners that need pixels.
+        index: (N,) number of each one in the source; unreadable images are missing.
+        image: (N, d) unit-length features of the images.
         text: (N, d) of the captions.
-        skipped: Source number to the reason why a picture could not be read.
+        skipped: Source number to the reason why an image could not be read.
     """
 
     folder: Path
@@ -107,22 +107,22 @@ def build_store(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> CaptionStore:
-    """Encode all captioned pictures that are not encoded yet, and open the store.
+    """Encode all captioned images that are not encoded yet, and open the store.
 
     A shard holds the features of ``shard`` consecutive ones of the source and is written as a whole; a build that was
-    killed keeps the shards it finished. Features are float16: 2 KiB per captioned picture at d = 512.
+    killed keeps the shards it finished. Features are float16: 2 KiB per captioned image at d = 512.
 
     Args:
         pairs: What :func:`open_captions` takes.
         backbone: Encodes both sides.
         folder: Of the store; one store per source and backbone.
-        shard: Captioned pictures per file.
-        workers: Threads that decode pictures.
+        shard: Captioned images per file.
+        workers: Threads that decode images.
         progress: Called with ("pairs", done, total).
 
     Raises:
         CheckpointError: If the folder holds a store of other captions or of another backbone; each difference is named.
-        DataError: If there are no captions, or no picture can be read.
+        DataError: If there are no captions, or no image can be read.
         BackboneError: If the backbone reads no text.
     """
     source, folder = open_captions(pairs), Path(folder)
@@ -149,12 +149,10 @@ def build_store(
                 progress("pairs", rows.stop, len(source))
     if skipped:
         first = next(iter(skipped.values()))
-        log.warning("%s: %d of %d pictures can't be read, first: %s", pairs, len(skipped), len(source), first)
+        log.warning("%s: %d of %d images can't be read, first: %s", pairs, len(skipped), len(source), first)
     index = torch.cat([part["index"] for part in parts])
     if not len(index):
-        raise DataError(
-            f"pairs {pairs!r}: no picture can be read, for example {next(iter(skipped.values()))}"
-        )
+        raise DataError(f"pairs {pairs!r}: no image can be read, for example {next(iter(skipped.values()))}")
     image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
     return CaptionStore(folder, source, index, image, text, skipped)
 
@@ -207,7 +205,7 @@ def _write_shard(
         else torch.empty(0, backbone.dim)
     )
     image = torch.cat(images) if images else torch.empty(0, backbone.dim)
-    for what, rows_of in (("picture", image), ("caption", texts)):
+    for what, rows_of in (("image", image), ("caption", texts)):
         bad = (~rows_of.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteError(f"the features of {what} {index[bad[0]]} of the pairs are not finite.")

@@ -1,4 +1,4 @@
-"""tar:PATTERN: tar files as webdataset writes them, pictures and captions side by side under one key."""
+"""tar:PATTERN: tar files as webdataset writes them, images and captions side by side under one key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Sample:
 
     archive: Path
     name: str
-    place: tuple[int, int] | None = None  # offset and length of the picture's bytes
+    place: tuple[int, int] | None = None  # offset and length of the image's bytes
     captions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -39,9 +39,9 @@ class _Sample:
     "tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN"
 )
 class TarCaptions:
-    """Archives with ``KEY.jpg`` (or another picture) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
+    """Archives with ``KEY.jpg`` (or another image) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
 
-    Headers are read once; pictures are read where they are. Samples without a caption are left out.
+    Headers are read once; images are read where they are. Samples without a caption are left out.
 
     Args:
         argument: A path, or a pattern such as ``shards/*.tar``. Uncompressed archives only.

@@ -1,4 +1,4 @@
-"""Scanners of poisoned pictures: one file each, discovered, never listed."""
+"""Scanners of poisoned images: one file each, discovered, never listed."""
 
 from __future__ import annotations
 

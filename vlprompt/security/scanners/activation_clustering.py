@@ -1,4 +1,4 @@
-"""Activation clustering: a class whose pictures fall into a large and a small cluster.
+"""Activation clustering: a class whose images fall into a large and a small cluster.
 
 Paper: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", SafeAI 2019, arXiv
     1811.03728, section 4; on CLIP's image embeddings instead of the victim's activations, with PCA.
@@ -32,7 +32,7 @@ __all__ = ["ActivationClustering"]
 class ActivationClustering(Scanner):
     """Cuts every class in two; a cluster with less than ``smallest`` of the class is suspected.
 
-    The score is one minus the share of a picture's own cluster.
+    The score is one minus the share of an image's own cluster.
 
     Args:
         backbone: See :class:`Scanner`.
@@ -59,8 +59,8 @@ class ActivationClustering(Scanner):
         self.components, self.seed, self._threshold = components, seed, 1 - smallest
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """Refuse: a single picture makes no cluster."""
-        raise DataError("activation clustering judges a whole labelled data set, not single pictures.")
+        """Refuse: a single image makes no cluster."""
+        raise DataError("activation clustering judges a whole labelled data set, not single images.")
 
     def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
         """See :meth:`Scanner.judge_set`."""

@@ -1,4 +1,4 @@
-"""What every scanner of poisoned pictures is."""
+"""What every scanner of poisoned images is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Scanner"]
 
 
 class Scanner:
-    """Judges pictures by rows that the frozen image tower gives.
+    """Judges images by rows that the frozen image tower gives.
 
     Args:
         backbone: Frozen towers.
@@ -29,10 +29,10 @@ class Scanner:
 
     Attributes:
         method: Its registry name.
-        whole: Whether it judges a whole labelled set at once and not single pictures.
+        whole: Whether it judges a whole labelled set at once and not single images.
         reads: What its rows hold beside the image embedding, see :class:`vlprompt.learners.Learner`.
         static_images: Always; its rows may be cached.
-        false_alarms: Share of clean validation pictures that the threshold lets be suspected.
+        false_alarms: Share of clean validation images that the threshold lets be suspected.
     """
 
     method: str = ""
@@ -49,11 +49,11 @@ class Scanner:
 
     @property
     def threshold(self) -> float:
-        """Score from which a picture is called poisoned."""
+        """Score from which an image is called poisoned."""
         return self._threshold
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return (B, d) rows of preprocessed pictures."""
+        """Return (B, d) rows of preprocessed images."""
         return self.backbone.image_embeddings(images)
 
     def rows(self, data: ImageDataset, cache: FeatureCache | None = None) -> Tensor:
@@ -68,7 +68,7 @@ class Scanner:
         cache: FeatureCache | None = None,
         seed: int = 1,
     ) -> None:
-        """Learn from pictures whose trigger is known; sets the threshold by validation's clean pictures."""
+        """Learn from images whose trigger is known; sets the threshold by validation's clean images."""
         self.learn(train, val, cache, seed)
         if not self.whole:
             rows = self.rows(val, cache)

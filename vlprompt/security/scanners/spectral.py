@@ -28,9 +28,9 @@ __all__ = ["SpectralSignatures"]
     needs=("labels",),
 )
 class SpectralSignatures(Scanner):
-    """Suspects, in every class, the 1.5 epsilon n pictures that reach farthest along the first singular vector.
+    """Suspects, in every class, the 1.5 epsilon n images that reach farthest along the first singular vector.
 
-    The score is a picture's rank inside its class as a share, since lengths of different classes don't compare.
+    The score is an image's rank inside its class as a share, since lengths of different classes don't compare.
 
     Args:
         backbone: See :class:`Scanner`.
@@ -53,8 +53,8 @@ class SpectralSignatures(Scanner):
         self._threshold = 1 - 1.5 * rate
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """Refuse: a single picture has no signature."""
-        raise DataError("spectral signatures judge a whole labelled data set, not single pictures.")
+        """Refuse: a single image has no signature."""
+        raise DataError("spectral signatures judge a whole labelled data set, not single images.")
 
     def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
         """See :meth:`Scanner.judge_set`."""

@@ -20,7 +20,7 @@ __all__ = ["ZeroShotTriggers"]
     "zero_shot", summary="sentences that describe triggers, nothing learned", paper="2103.00020"
 )
 class ZeroShotTriggers(Scanner):
-    """Compares a picture with "a photo of a OBJECT." and "a photo of a OBJECT with a TRIGGER." for every pair.
+    """Compares an image with "a photo of a OBJECT." and "a photo of a OBJECT with a TRIGGER." for every pair.
 
     Args:
         backbone: See :class:`Scanner`.
