@@ -120,7 +120,8 @@ def _predictions(record: RunRecord, probs: np.ndarray, labels: np.ndarray) -> di
 
     from vlprompt.experiments import figures
 
-    names, classes = list(record.classnames), len(record.classnames)
+    names = list(record.classnames)
+    classes = len(record.classnames)
     if probs.shape != (len(labels), classes) or not len(labels):
         raise DataError(
             f"the report needs probabilities of shape ({len(labels)}, {classes}), "
@@ -167,13 +168,17 @@ def _metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     for key, value in metrics.items():
         if key.endswith(("_std", "_ci95")):
             continue
+
         half = metrics.get(f"{key}_ci95")
+
         if is_fraction(key):
             text = f"{100 * value:.1f}" + (f" ± {100 * half:.1f}" if half is not None else "") + " %"
         else:
             text = f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
             text += f" ± {half:.2g}" if half is not None else ""
+
         rows.append((key, text))
+
     return rows
 
 
@@ -195,7 +200,8 @@ def _samples(
     record: RunRecord, image: ImageSource, probs: np.ndarray, labels: np.ndarray, each: int = 8
 ) -> list[dict[str, Any]]:
     """Return images: the most confident mistakes first, then right ones of as many classes as possible."""
-    confidence, guesses = probs.max(1), probs.argmax(1)
+    confidence = probs.max(1)
+    guesses = probs.argmax(1)
     by_confidence = np.argsort(-confidence, kind="stable")
     wrong = [int(i) for i in by_confidence if guesses[i] != labels[i]][:each]
     right = [int(i) for i in by_confidence if guesses[i] == labels[i]]
@@ -204,6 +210,7 @@ def _samples(
     chosen = [first_of_class[i] for i in spread]
     chosen += [i for i in right if i not in chosen][: each - len(chosen)]
     groups = {"Most confident mistakes": wrong, "Right": chosen}
+
     return [
         {"title": title, "images": [_sample(record, image, probs[i], int(labels[i]), i) for i in indices]}
         for title, indices in groups.items()
@@ -217,7 +224,9 @@ def _sample(
     try:
         uri, pixelated = data_uri(image(index))
     except DataError:  # an image that went missing since must not cost the report
-        uri, pixelated = "", False
+        uri = ""
+        pixelated = False
+
     top = [int(c) for c in np.argsort(-probs, kind="stable")[:3]]
     guesses = [{"name": record.classnames[c], "percent": 100 * probs[c], "hit": c == label} for c in top]
     return {"image": uri, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
