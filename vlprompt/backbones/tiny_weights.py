@@ -67,14 +67,14 @@ def pack_state(model: CLIP, seen_ids: Sequence[int]) -> dict[str, Tensor]:
     return {**state, _ROWS: table[ids.long()].clone(), _IDS: ids}
 
 
-def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", given: str = "-") -> None:
+def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", elsewhere: str = "-") -> None:
     """Put shipped weights into a model of their architecture, in place.
 
     Args:
         model: The CLIP to fill; keeps its dtype and device.
         path: A packed file; default: that of ``tiny``, a model of :func:`model_config`.
         what: What to call the model in error messages, and what seeds embeddings that are not stored.
-        given: Beginning of the names of parameters that come from elsewhere.
+        elsewhere: Beginning of the names of parameters that come from elsewhere.
 
     Raises:
         BackboneError: If the file does not fit the architecture.
@@ -84,7 +84,7 @@ def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", given:
     state = {**packed, **_unpack_table(packed, model, path or WEIGHTS, what)}
     state.pop(_ROWS, None), state.pop(_IDS, None)
 
-    wanted = {name for name, _ in model.named_parameters() if not name.startswith(given)}
+    wanted = {name for name, _ in model.named_parameters() if not name.startswith(elsewhere)}
     if problem := sorted(wanted ^ (set(state) & wanted)) or sorted(set(state) - set(model.state_dict())):
         raise BackboneError(
             f"{path or WEIGHTS} does not fit the {what} CLIP: {problem[0]!r} is missing or unknown."
