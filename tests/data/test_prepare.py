@@ -130,7 +130,7 @@ def test_only_the_split_file_is_missing(mine: Path, site: Site, tool: Tool) -> N
     (mine / "mine" / "split_mine.json").unlink()
     site.asked.clear()
     with pytest.raises(
-        DataError, match=r"split_mine\.json is missing\. Fetch it with tools/prepare\.py mine"
+        DataError, match=r"split_mine\.json is missing\. Fetch it with `vlprompt data prepare mine`"
     ):
         load_dataset("mine", root=mine)
     assert tool("mine", "--root", mine)[0] == 0
