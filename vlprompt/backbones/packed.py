@@ -10,7 +10,7 @@ packed matrix, attention sees tiles of tokens with a mask that keeps sentences a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vlprompt.backbones.layout import PromptLayout, Tiles, insert_rows
 
-if TYPE_CHECKING:
-    from vlprompt.backbones.text import TextTower
-
 __all__ = ["Adapter", "encode_packed", "is_packable_block", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
@@ -29,6 +26,28 @@ KeyValue = tuple[Tensor, Tensor]
 # and values. It says what an update of the weight would (LoRA), and what none can: dropout before the update.
 Adapter = Callable[[Tensor], Tensor]
 Adapters = Sequence[Adapter | None]
+
+
+class PackableTower(Protocol):
+    """What packing asks of a text tower (see :class:`vlprompt.backbones.text.TextTower`).
+
+    Attributes:
+        blocks: Its residual blocks.
+        layers: L, their number.
+        width: W.
+        memory: Bytes that the states of one pass may take.
+    """
+
+    blocks: Any
+    layers: int
+    width: int
+    memory: int
+
+    def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
+        """Return (G or 1, R, W) embeddings plus positions of a flat list of R sources."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return features of the joint space for (..., W) states."""
 
 
 def is_packable_block(block: nn.Module) -> bool:
@@ -44,13 +63,13 @@ def is_packable_block(block: nn.Module) -> bool:
 
 
 def encode_packed(
-    tower: TextTower,
+    tower: PackableTower,
     layout: PromptLayout,
     context: Tensor | None,
     deep: Tensor | None,
     adapters: Adapters | None = None,
 ) -> Tensor:
-    """Compute (G, C, d) features; arguments as in :meth:`TextTower.encode`, with a group axis.
+    """Compute (G, C, d) features; arguments as in :meth:`vlprompt.backbones.text.TextTower.encode`, with a group axis.
 
     When the activations of all classes would exceed ``tower.memory``, tiles (and groups) are processed in
     chunks whose activations are recomputed in the backward pass.
@@ -74,7 +93,7 @@ def encode_packed(
     return tower.project(ends[:, tiles.end_slots.to(ends.device)])
 
 
-def _chunks(tower: TextTower, groups: int, tiles: Tiles) -> tuple[list[slice], list[slice]]:
+def _chunks(tower: PackableTower, groups: int, tiles: Tiles) -> tuple[list[slice], list[slice]]:
     """Cut groups and tiles into slices whose activations stay below ``tower.memory`` bytes."""
     count, size = tiles.sources.shape
     # Per token and layer autograd keeps about 17 widths: norms, q, k, v, attention, and three of the 4x MLP.
@@ -95,7 +114,7 @@ def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | Non
 
 
 def _run_prefix(
-    tower: TextTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
+    tower: PackableTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
 ) -> list[KeyValue]:
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh)."""
     past: list[KeyValue] = []
@@ -117,7 +136,7 @@ def _run_prefix(
 
 
 def _run_tiles(
-    tower: TextTower,
+    tower: PackableTower,
     remainders: Tensor,
     tiles: Tiles,
     past: list[KeyValue],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +12,12 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
+from vlprompt.data.thumbnails import data_uri
 from vlprompt.experiments.tables import Table, is_fraction, percent
 
-__all__ = ["RunRecord", "data_uri", "write_report"]
+__all__ = ["RunRecord", "write_report"]
 
 MATRIX_CLASSES = 40  # above this a confusion matrix can't be read, and a list of confusions can
-THUMBNAIL = 144  # longest side of a sample image, pixels
 ImageSource = Callable[[int], Image.Image]
 
 
@@ -230,12 +228,3 @@ def _sample(
     top = [int(c) for c in np.argsort(-probs, kind="stable")[:3]]
     guesses = [{"name": record.classnames[c], "percent": 100 * probs[c], "hit": c == label} for c in top]
     return {"image": uri, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
-
-
-def data_uri(image: Image.Image) -> tuple[str, bool]:
-    """Return an image as a PNG data URI, and whether its pixels should stay sharp when enlarged."""
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    small.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode(), max(small.size) <= 32

@@ -22,7 +22,6 @@ from vlprompt.backbones.base import content_id
 from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.backbones.weight_masks import maskable, pack, unpack
 from vlprompt.core.errors import CheckpointError, UnknownNameError
-from vlprompt.experiments.figures import shares_by_layer
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["MaskDifference", "Masks", "TaskMasks", "fold", "read_masks"]
@@ -112,12 +111,6 @@ class Masks(Mapping[str, Tensor]):
             )
 
         return differences
-
-    def figure(self, label: str = "", others: Mapping[str, Masks] | None = None) -> str:
-        """Draw the share of switched-off weights per layer as an SVG element, beside others by their labels."""
-        return shares_by_layer(
-            {label: self.sparsity(), **{k: m.sparsity() for k, m in (others or {}).items()}}
-        )
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}
