@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Predictions:
         seconds: (B, 3) wall time per image of generating views by diffusion, making and encoding all views,
             and adapting.
     """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("probs", "before", "kept", "seconds")
 
     classnames: tuple[str, ...]
     probs: Tensor
@@ -65,5 +68,10 @@ class Predictions:
     @classmethod
     def cat(cls, parts: Sequence[Predictions]) -> Predictions:
         """Return the predictions of several runs of images as one."""
-        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)[1:]}
-        return cls(parts[0].classnames, **tensors)
+        rows = [part.tensors() for part in parts]
+        joined = {name: torch.cat([row[name] for row in rows]) for name in cls.TENSORS}
+        return cls(parts[0].classnames, **joined)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, as they are written to files."""
+        return {"probs": self.probs, "before": self.before, "kept": self.kept, "seconds": self.seconds}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +13,7 @@ from vlprompt.core.seeding import derive_seed
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion.store import ViewStore
 
-__all__ = ["Generator", "ViewSource", "import_diffusers"]
+__all__ = ["Generator", "ViewSource", "import_diffusers", "missing_diffusers"]
 
 Done = Callable[[int, int, Image.Image], None]
 
@@ -29,6 +30,15 @@ class Generator:
     identity: dict[str, Any]
     title: str = ""
     batch: int = 8
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """Return what must be fetched or installed before the generator can be built, as a sentence; None if nothing.
+
+        Args:
+            options: Of the constructor.
+        """
+        return None
 
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
         """Return one variation per RGB image and 63-bit seed, which depends on nothing else."""
@@ -114,10 +124,17 @@ class ViewSource:
             self.generator.fill(images, missing, self.seed, lambda i, k, made: store.put(keys[i], k, made))
         elif count := sum(map(len, missing)):
             raise DataError(
-                f"{count} of {n * len(images)} generated views are not in {store.root}. Generate them with "
-                "tools/generate.py, or name a generator that makes them on the fly."
+                f"{count} of {n * len(images)} generated views are not in {store.root}. Give the source a generator; "
+                "in a configuration: diffusion.on_the_fly=true."
             )
         return [store.get(key, n) for key in keys]
+
+
+def missing_diffusers() -> str | None:
+    """Return how to install the package diffusers, as a sentence; None if it is installed."""
+    if importlib.util.find_spec("diffusers") is not None:
+        return None
+    return "the packages of diffusion are not installed: pip install 'vlprompt[diffusion]'."
 
 
 def import_diffusers() -> Any:

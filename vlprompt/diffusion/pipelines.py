@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -17,7 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.core.errors import BackboneError
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator, import_diffusers
+from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
 
 __all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
@@ -60,6 +62,20 @@ class _Pipeline(Generator):
             "scheduler": type(self.pipe.scheduler).__name__,
             "precision": str(dtype).removeprefix("torch."),
         }
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """See :meth:`Generator.missing`: the pipeline must be a local folder, or in the cache of the Hugging Face Hub."""
+        pipeline = str(options["pipeline"])
+        if Path(pipeline).is_dir():
+            return missing_diffusers()
+        try:
+            path = try_to_load_from_cache(pipeline, "model_index.json", revision=options.get("revision"))
+        except HFValidationError:  # a path, and no name on the Hub
+            return f"the diffusion pipeline {pipeline} does not exist."
+        if not isinstance(path, str):
+            return f"the diffusion pipeline {pipeline!r} is not on this machine; the first run fetches it."
+        return missing_diffusers()
 
     @torch.no_grad()
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:

@@ -7,9 +7,9 @@ per image, whatever they were learned from; :attr:`TinyDiffusion.denoiser` is di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from vlprompt.backbones import create_backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import derive_seed
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator
+from vlprompt.diffusion.base import Generator, missing_diffusers
 from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
 
 __all__ = ["TinyDiffusion"]
@@ -77,6 +77,14 @@ class TinyDiffusion(Generator):
             "guidance": guidance,
             "scheduler": scheduler,
         }
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """See :meth:`Generator.missing`."""
+        weights = options.get("weights")
+        if weights and not Path(weights).is_file():
+            return f"the weights {weights} of tiny-diffusion do not exist."
+        return missing_diffusers()
 
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
         """See :meth:`Generator.draw`."""
