@@ -36,7 +36,9 @@ def _write(folder: Path, methods: str, more: str = "", baseline: str = "") -> Pa
 
 
 def test_a_table_holds_every_method_and_its_paired_gains(tmp_path: Path) -> None:
-    methods = "  words: {{cfg: {folder}/one.yaml}}\n  frozen: {{cfg: {folder}/one.yaml, train: {{epochs: 0}}}}\n"
+    methods = (
+        "  words: {{cfg: {folder}/one.yaml}}\n  frozen: {{cfg: {folder}/one.yaml, train: {{epochs: 0}}}}\n"
+    )
     outcome = run(_write(tmp_path, methods, baseline=", baseline: frozen"))
     assert outcome.failures == []
     for text in ("words 2-shot", "frozen 2-shot", "scenes/kind", "average", "Gain over frozen"):
@@ -50,7 +52,9 @@ def test_a_table_holds_every_method_and_its_paired_gains(tmp_path: Path) -> None
 
 
 def test_a_method_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
-    methods = "  good: {{cfg: {folder}/one.yaml}}\n  bad: {{name: coop, backbone: {{masks: {folder}/nowhere}}}}\n"
+    methods = (
+        "  good: {{cfg: {folder}/one.yaml}}\n  bad: {{name: coop, backbone: {{masks: {folder}/nowhere}}}}\n"
+    )
     outcome = run(_write(tmp_path, methods, more="backbone: {name: tiny, pretrained: random}"))
     assert "good 2-shot" in outcome.text
     assert outcome.exit_code == 1
@@ -61,7 +65,9 @@ def test_a_method_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) ->
 
 
 def test_mistakes_of_all_methods_are_reported_before_the_first_one_starts(tmp_path: Path) -> None:
-    methods = "  a: {{cfg: {folder}/one.yaml, contxt: 3}}\n  b: {{cfg: {folder}/one.yaml, train: {{epoch: 2}}}}\n"
+    methods = (
+        "  a: {{cfg: {folder}/one.yaml, contxt: 3}}\n  b: {{cfg: {folder}/one.yaml, train: {{epoch: 2}}}}\n"
+    )
     with pytest.raises(ConfigError) as caught:
         load_config(_write(tmp_path, methods))
     assert len(caught.value.problems) == 2

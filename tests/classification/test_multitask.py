@@ -20,13 +20,13 @@ from vlprompt.classification.multitask import (
     fit_multitask,
     union_of_classes,
 )
+from vlprompt.classification.options import MultiTaskOptions
 from vlprompt.classification.task_batches import MultiTaskBatches, task_quotas
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.training.batches import Batch, TensorBatches
 from vlprompt.training.callbacks import Callback
-from vlprompt.classification.options import MultiTaskOptions
 from vlprompt.training.trainer import Trainer
 
 ANIMALS = (["dog", "hummingbird", "cat"], ("a photo of a {}.",))

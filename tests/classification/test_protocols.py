@@ -125,7 +125,13 @@ def test_across_trains_once_and_averages_the_targets() -> None:
 
 def test_across_several_sources_averages_over_them_and_scores_none_on_itself() -> None:
     size, count = CROSS["targets"]
-    values = {("digits", None): 0.9, (size, None): 0.7, ("digits", size): 0.4, ("digits", count): 0.6, (size, count): 0.2}
+    values = {
+        ("digits", None): 0.9,
+        (size, None): 0.7,
+        ("digits", size): 0.4,
+        ("digits", count): 0.6,
+        (size, count): 0.2,
+    }
     planned = study({**CROSS, "seeds": [1]}, ["digits", size])
     assert len(protocol_of("cross-dataset").planned(planned)) == len(values)
     numbers = figures(planned, lambda cell: {"score": values[cell["data"], cell.get("target")]})

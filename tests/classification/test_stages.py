@@ -54,7 +54,9 @@ def test_targets_start_from_the_mean_of_the_sources_and_scratch_does_not(tmp_pat
         torch.testing.assert_close(target, mean)
         scratch = _prompt(outcome, f"mvlpt_scratch_scenes-size_1shots_seed{seed}")["context"]
         assert torch.equal(scratch, sources[seed - 1])
-    start = json.loads((outcome.folder / "cells/mvlpt_target_scenes-size_1shots_seed1/start.json").read_text())
+    start = json.loads(
+        (outcome.folder / "cells/mvlpt_target_scenes-size_1shots_seed1/start.json").read_text()
+    )
     assert start["init_mean_of"] == 2
     assert outcome.metrics["target_start"] == "mean of the source prompts of this run"
 
@@ -139,7 +141,9 @@ def test_the_transfer_study_writes_a_matrix_an_image_and_continues(tmp_path: Pat
     assert (outcome.folder / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert "What helps what" in (outcome.folder / "report.html").read_text()
     start = json.loads(
-        (outcome.folder / "cells/mvlpt_1shots_from_scenes-arrangement_scenes-kind_seed1/start.json").read_text()
+        (
+            outcome.folder / "cells/mvlpt_1shots_from_scenes-arrangement_scenes-kind_seed1/start.json"
+        ).read_text()
     )
     assert start["init_from"] == [
         str(outcome.folder / "cells/mvlpt_1shots_scratch_scenes-arrangement_seed1/prompt")

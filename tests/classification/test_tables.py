@@ -30,7 +30,9 @@ def cross(method: str, gain: float) -> tuple[Study, Results]:
     return planned, measured(planned, measure)
 
 
-def tables(*studies: tuple[Study, Results], published: Sequence[Row] = (), **baselines: tuple[str, ...]) -> list[Table]:
+def tables(
+    *studies: tuple[Study, Results], published: Sequence[Row] = (), **baselines: tuple[str, ...]
+) -> list[Table]:
     results = Results()
     for _, own in studies:
         results = results + own

@@ -114,7 +114,9 @@ class ExperimentConfig(BaseModel):
         try:
             config = cls.model_validate(content)
         except ValidationError as error:
-            raise ConfigError([*describe_problems(error, cls), *problems], source) from error
+            keys = {problem.partition(": ")[0] for problem in problems}  # each mistake is said once
+            others = [text for text in describe_problems(error, cls) if text.partition(": ")[0] not in keys]
+            raise ConfigError([*others, *problems], source) from error
         problems += config.problems()
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)), source)
@@ -281,7 +283,8 @@ def _literal(value: str) -> str:
 def _takes_text(model: type[BaseModel], key: str, value: str) -> bool:
     """Return whether a key's value is to be taken as written.
 
-    A key that takes text or a list takes ``[a, b]`` as a list; one that takes text or nothing takes ``null`` as nothing.
+    A key that takes text or a list takes ``[a, b]`` as a list; one that takes text or nothing takes ``null`` as
+    nothing.
     """
     kinds = set(_kinds(_annotation(model, key.split("."))))
     if str not in kinds:
