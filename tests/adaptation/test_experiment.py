@@ -168,6 +168,7 @@ def test_a_data_set_that_is_missing_stops_no_other(tmp_path: Path) -> None:
     assert "mta/average/accuracy" not in outcome.metrics
 
 
+@pytest.mark.slow
 def test_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     asked = experiment(tmp_path)
     one = run_experiment(asked)

@@ -352,11 +352,9 @@ def _start_name(adapter: Adapter) -> str:
 
 
 def _plain_options(adapter: Adapter) -> dict[str, Any]:
-    """Return the options that an adapter runs with, defaults included, where JSON can hold them; its seed is the cell's."""
+    """Return an adapter's options, defaults included, where JSON can hold them; its seed is that of the cell."""
     fields = options_model(ADAPTERS.get(adapter.method).target).model_fields
     options = {name: field.default for name, field in fields.items()}
     options |= adapter.options
     plain = (str, int, float, bool, list, tuple, type(None))
-    return {
-        name: value for name, value in options.items() if name != "seed" and isinstance(value, plain)
-    }
+    return {name: value for name, value in options.items() if name != "seed" and isinstance(value, plain)}

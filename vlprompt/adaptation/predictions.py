@@ -1,4 +1,4 @@
-"""What an adapter says of images, and what it took."""
+"""Predictions of an adapter, with the seconds that they took."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Predictions:
         classnames: C names.
         probs: (B, C) probabilities after adaptation; their highest is the prediction.
         before: (B, C) probabilities of the same classifier before adaptation.
-        kept: (B, V) which views the adaptation listened to; view 0 is the image itself.
-        seconds: (B, 3) wall time per image of generating views by diffusion, making and encoding all views,
-            and adapting.
+        kept: (B, V) mask of the views that the adaptation used; view 0 is the image itself.
+        seconds: (B, 3) wall time per image, in seconds: generating views by diffusion, making and encoding all views,
+            adapting.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("probs", "before", "kept", "seconds")
@@ -58,7 +58,7 @@ class Predictions:
 
     @property
     def views_kept(self) -> Tensor:
-        """(B,) number of views the adaptation listened to."""
+        """(B,) number of views that the adaptation used."""
         return self.kept.sum(-1)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Generated views that are made before the methods run: filling a store, and whether the views look like their image."""
+"""Generated views that are made before the methods run: filling a store, and whether views look like their image."""
 
 from __future__ import annotations
 

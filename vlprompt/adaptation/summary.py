@@ -44,8 +44,8 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
     for label in config.methods:
         for data in _columns(config):
             for metric in METRICS:
-                after = _by_seed(results.select(metric, method=label), data)
-                before = _by_seed(results.select(_BEFORE + metric, method=label), data)
+                after = _by_seed(results.select(metric, method=label), data, config)
+                before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
                 if not after:
                     continue
                 gains = paired_difference(list(after.values()), list(before.values()))
@@ -87,8 +87,9 @@ def _columns(config: AdaptationConfig) -> list[str]:
     return [*names, AVERAGE] if len(names) > 1 else list(names)
 
 
-def _by_seed(lines: Results, data: str) -> dict[Coordinate, float]:
+def _by_seed(lines: Results, data: str, config: AdaptationConfig) -> dict[Coordinate, float]:
     """Return one value for each seed; of the average only for seeds that have every data set."""
-    if data == AVERAGE:
-        return complete_means(lines, "seed", "data")
-    return lines.select(data=data).value_by("seed")
+    if data != AVERAGE:
+        return lines.select(data=data).value_by("seed")
+    complete = set(lines.coordinates("data")) == set(config.data.names)
+    return complete_means(lines, "seed", "data") if complete else {}

@@ -13,7 +13,15 @@ from vlprompt.core.registry import Registry
 from vlprompt.diffusion.base import Generator, ViewSource
 from vlprompt.diffusion.store import ViewStore
 
-__all__ = ["GENERATORS", "Generator", "ViewSource", "ViewStore", "create_generator", "list_generators", "missing_generator"]
+__all__ = [
+    "GENERATORS",
+    "Generator",
+    "ViewSource",
+    "ViewStore",
+    "create_generator",
+    "list_generators",
+    "missing_generator",
+]
 
 GENERATORS: Registry[type[Generator]] = Registry("generator", "vlprompt.diffusion")
 """Every kind of generator by name."""
