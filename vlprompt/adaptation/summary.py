@@ -54,8 +54,9 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
                 figures |= gains.flat(f"{label}/{data}/{metric}_gain")
 
     for metric in _ALIKE:
-        for (data,), lines in results.select(metric).by("data").items():
-            figures |= summarise(lines.values()).flat(f"views/{data}/{metric}")
+        for name in results.select(metric).coordinates("data"):
+            shares = results.select(metric, data=name).values()
+            figures |= summarise(shares).flat(f"views/{name}/{metric}")
     return figures
 
 

@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
     """Predicts a clean image from a noisy one and a condition.
 
     The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps. The network predicts the clean
-    image itself: one as small as this would leave noise in place if it had to name the noise.
+    image: a network as small as this that predicts the noise would leave some of it in the image.
 
     Args:
         seed: Of the random weights.

@@ -51,17 +51,17 @@ class ViewStore:
         Raises:
             CheckpointError: If it holds views of another one; names every difference.
         """
-        asked = json.loads(json.dumps({**identity, "seed": seed}))
+        wanted = json.loads(json.dumps({**identity, "seed": seed}))
         if not self._card:
-            self._card = {"format": _FORMAT, "title": title, "made_by": asked}
+            self._card = {"format": _FORMAT, "title": title, "made_by": wanted}
             write_json(self.root / "store.json", self._card)
             return
 
         stored = self._card["made_by"]
         differences = []
-        for key in sorted({*stored, *asked}):
-            if stored.get(key) != asked.get(key):
-                differences.append(f"  - {key}: stored {stored.get(key)!r}, asked for {asked.get(key)!r}")
+        for key in sorted({*stored, *wanted}):
+            if stored.get(key) != wanted.get(key):
+                differences.append(f"  - {key}: stored {stored.get(key)!r}, asked for {wanted.get(key)!r}")
         if differences:
             lines = "\n".join(differences)
             raise CheckpointError(
