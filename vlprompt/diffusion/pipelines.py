@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -76,7 +75,7 @@ class _Pipeline(Generator):
             return missing_diffusers()
         try:
             path = try_to_load_from_cache(pipeline, "model_index.json", revision=options.get("revision"))
-        except HFValidationError:  # a path, and no name on the Hub
+        except ValueError:  # a path, and no name on the Hub
             return f"the diffusion pipeline {pipeline} does not exist."
         if not isinstance(path, str):
             return f"the diffusion pipeline {pipeline!r} is not on this machine; the first run fetches it."
