@@ -95,6 +95,31 @@ def test_seconds_stand_in_timings_alone(tmp_path: Path) -> None:
     assert "second" not in (outcome.folder / "results.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "backbone.pretrained=null",
+        "data.split=test",
+        "data.test_images=4",
+        "data.templates=['one {}.']",
+        "data.classnames={small: little}",
+        "protocol.seeds=[3]",
+        "methods.voting.share=1.0",
+    ],
+)
+def test_a_key_that_is_accepted_changes_the_results(tmp_path: Path, override: str) -> None:
+    overrides = ["data.name=scenes/size@sketch", "protocol.seeds=[1]"]
+    usual, changed = run(tmp_path, *overrides), run(tmp_path, *overrides, override)
+    assert changed.folder != usual.folder
+    assert changed.metrics != usual.metrics
+
+
+def test_batches_are_written_one_by_one(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "data.batch_size=2", "data.name=scenes/size@sketch", "protocol.seeds=[1]")
+    files = sorted(path.name for path in outcome.folder.glob("cells/*/predictions/*"))
+    assert files == [f"{first:07d}.safetensors" for first in (0, 2, 4)]
+
+
 def test_subsets_follow_the_seed(tmp_path: Path) -> None:
     config = experiment(tmp_path).config
     first, same, other = (draw_stream(config, "scenes/size@night", seed) for seed in (1, 1, 2))
