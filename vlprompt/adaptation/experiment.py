@@ -35,7 +35,8 @@ from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
 from vlprompt.learners import Learner, create_learner
 from vlprompt.metrics.classification import compute
-from vlprompt.saved.prompts import find_prompts, load
+from vlprompt.saved.paths import find_prompts
+from vlprompt.saved.prompts import load
 
 __all__ = ["AdaptationExperiment", "build", "draw_stream"]
 
