@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from vlprompt.adaptation import ADAPTERS
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import describe_problems, options_model
-from vlprompt.data.catalog import check_name
+from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
 from vlprompt.experiments.backbone import backbone_problems
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds
