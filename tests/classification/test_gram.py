@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlprompt import create_adapter, create_learner, fit, load, load_dataset
 from vlprompt.backbones import Backbone
-from vlprompt.classification.gram import Regulated, read_start, save_start
+from vlprompt.meta.regulated import Regulated
+from vlprompt.meta.start import read_start, save_start
 from vlprompt.classification.multitask import TaskData, fit_multitask
 from vlprompt.core.errors import CheckpointError, DataError, UnknownNameError
 from vlprompt.core.files import read_tensors, write_tensors

@@ -10,7 +10,7 @@ import torch
 
 from tests.classification.studies import run
 from vlprompt.classification.config import load_config
-from vlprompt.classification.gram import read_start
+from vlprompt.meta.start import read_start
 from vlprompt.core.errors import ConfigError
 
 META = """

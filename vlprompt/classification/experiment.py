@@ -13,7 +13,7 @@ from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
-from vlprompt.classification.gram import read_start
+from vlprompt.meta.start import read_start
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,

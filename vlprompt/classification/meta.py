@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones import Backbone
+from vlprompt.classification.cluster_sheet import write_sheet
 from vlprompt.classification.config import ClassificationConfig
-from vlprompt.classification.gram import save_start
 from vlprompt.core.files import write_json
 from vlprompt.core.processes import accelerator
 from vlprompt.data.captions.store import CaptionStore, build_store
@@ -21,7 +21,7 @@ from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.learning import MetaPrompts
-from vlprompt.meta.sheet import write_sheet
+from vlprompt.meta.start import save_start
 from vlprompt.training.callbacks import default_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.options import options_model
 from vlprompt.learners import Learner
-from vlprompt.learners.base import misfits
+from vlprompt.core.trainable import misfits
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["start_from"]

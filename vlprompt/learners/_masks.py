@@ -25,6 +25,7 @@ __all__ = [
     "gradient_dropout",
     "group_of",
     "importance",
+    "mean_importance",
 ]
 
 Group = Literal["attention", "mlp", "all"]
@@ -141,6 +142,16 @@ def importance(
             salience = float((gradient * leaf.detach()).abs().mean())
             sums[name] = plain + float(gradient.abs().mean()), salient + salience
     return {n: Importance(g / count, s / count, leaves[n].numel()) for n, (g, s) in sums.items()}
+
+
+def mean_importance(by_task: Sequence[Mapping[str, Importance]]) -> dict[str, Importance]:
+    """Return the mean over tasks of each weight's importance."""
+    means = {}
+    for name, first in by_task[0].items():
+        gradient = sum(task[name].gradient for task in by_task) / len(by_task)
+        saliency = sum(task[name].saliency for task in by_task) / len(by_task)
+        means[name] = Importance(gradient, saliency, first.count)
+    return means
 
 
 def choose(

@@ -63,6 +63,8 @@ class ConES(Learner):
         BackboneError: If ``space`` is ``text`` and there is no text projection that is a plain matrix.
     """
 
+    prepares = True
+
     def __init__(
         self,
         backbone: Backbone,

@@ -41,6 +41,7 @@ class LinearProbe(Learner):
     """
 
     class_bound = True
+    solves = True
 
     def __init__(
         self,

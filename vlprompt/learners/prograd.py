@@ -55,6 +55,7 @@ class ProGrad(Learner):
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
 
+    combines_gradients = True
     zero_shot: Tensor
 
     def __init__(
@@ -99,7 +100,7 @@ class ProGrad(Learner):
         }
 
     def combine_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """Return the update's gradients, parameter by parameter; called by the trainer."""
+        """See :meth:`Hooks.combine_gradients`."""
         pairs = zip(gradients["cross_entropy"], gradients["kl"], strict=True)
         return [project_conflict(task, general, self.strength) for task, general in pairs]
 

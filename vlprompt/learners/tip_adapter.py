@@ -22,6 +22,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import ValidationSamples
 
 __all__ = ["TipAdapter", "TipAdapterF"]
 
@@ -50,6 +51,7 @@ class TipAdapter(Learner):
     """
 
     class_bound = True
+    prepares = True
     fine_tuned: ClassVar[bool] = False
     keys: nn.Parameter
     values: Tensor
@@ -103,22 +105,23 @@ class TipAdapter(Learner):
         self.beta.fill_(self.start[1])
 
     @torch.no_grad()
-    def calibrate(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-        """Choose alpha and beta; called by ``fit`` after training, with validation data.
-
-        Args:
-            embeddings: (n, d).
-            labels: (n,) class numbers.
+    def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
+        """Choose alpha and beta on the validation samples of the one task.
 
         Returns:
             ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
         """
         if not self.alphas or not self.betas:
             return {}
+
+        (source,) = sources  # a cache belongs to its classes, so there is one task
+        embeddings, labels = source.validation_data()
+
         right = np.zeros((len(self.betas), len(self.alphas)), dtype=np.int64)
         rows = max(1, _CHUNK // max(1, len(self.keys), len(self.classnames) * len(self.alphas)))
         for part, target in zip(embeddings.split(rows), labels.split(rows), strict=True):
             right += self._count_right(part.to(self.keys), target.to(self.keys.device))
+
         b, a = divmod(int(right.argmax()), len(self.alphas))  # the first of the best
         self.alpha.fill_(self.alphas[a])
         self.beta.fill_(self.betas[b])
@@ -126,7 +129,8 @@ class TipAdapter(Learner):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the cache (``keys`` (N, d), ``values`` (N,)) and ``alpha`` and ``beta``, trained or not."""
-        return {name: getattr(self, name).detach() for name in ("keys", "values", "alpha", "beta")}
+        tensors = {"keys": self.keys, "values": self.values, "alpha": self.alpha, "beta": self.beta}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put a cache back.

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
+from vlprompt.core.trainable import Batch
 from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
-from vlprompt.meta.functional import Batch
 from vlprompt.meta.options import EpisodeOptions
 
 __all__ = ["Episode", "EpisodeBatches", "Episodes", "Side"]
