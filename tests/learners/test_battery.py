@@ -26,7 +26,7 @@ def build(backbone: Backbone, images: Tensor) -> Build:
 
     def make(name: str, **options: Any) -> Learner:
         learner = create_learner(name, backbone, NAMES, **options)
-        if hasattr(learner, "prepare"):
+        if learner.prepares:
             learner.prepare(backbone.image_embeddings(images)[None], LABELS)
         return learner
 
@@ -120,7 +120,7 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
         pytest.skip("nothing is learned by gradient")
     if not learner.smooth:
         pytest.skip("small steps change no output")
-    if hasattr(learner, "combine_gradients"):
+    if learner.combines_gradients:
         measure = lambda: learner.loss(batch)["cross_entropy"]  # noqa: E731 - the update follows no one loss
         direction = learner.combine_gradients(
             {
@@ -145,7 +145,7 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
     assert 0.5 * expected < fall < 1.5 * expected
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if hasattr(LEARNERS.get(n).target, "solve")])
+@pytest.mark.parametrize("name", [n for n in ALL if LEARNERS.get(n).target.solves])
 def test_a_solver_fits_what_it_saw(name: str, build: Build, images: Tensor) -> None:
     learner = build(name)
     generator = torch.Generator().manual_seed(0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.options import options_model
-from vlprompt.learners import Learner
 from vlprompt.core.trainable import misfits
+from vlprompt.learners import Learner
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["start_from"]

@@ -328,11 +328,11 @@ class DBOM(Learner):
             DataError: If the training data don't say their triggers, or say others.
         """
         for source in sources:
-            self._check_triggers(source.data)
             source.learner.seen.zero_()
 
-        for source in sources:
-            shown = torch.as_tensor(source.data.compositions.seen).to(source.learner.seen)
+        for source in sources:  # a classifier of several tasks appears several times
+            data = self._composed(source.data)
+            shown = torch.as_tensor(data.compositions.seen).to(source.learner.seen)
             source.learner.seen[:, source.positions] |= shown
 
         if self.evidence == "shallow":
@@ -353,7 +353,7 @@ class DBOM(Learner):
             data = source.data
             if not isinstance(data, ComposedData):
                 continue
-            self._check_triggers(data)
+            compositions = self._composed(data).compositions
 
             embeddings = source.validation_data()[0]
             targets = {name: torch.tensor(values) for name, values in data.targets.items()}
@@ -362,7 +362,7 @@ class DBOM(Learner):
                 kind: torch.cat([part[kind].float().cpu() for part in parts])
                 for kind in ("pair", "trigger", "object")
             }
-            tasks.append(MixingTask(logits, targets, torch.as_tensor(data.compositions.seen)))
+            tasks.append(MixingTask(logits, targets, torch.as_tensor(compositions.seen)))
             clean.append(source.learner.judge(embeddings).score[targets["trigger"] == 0])
 
         if not tasks:
@@ -373,7 +373,8 @@ class DBOM(Learner):
         self.calibration.copy_(torch.tensor([a, b, threshold]))
         return {"trigger_weight": a, "object_weight": b, "harmonic_mean": score, "threshold": threshold}
 
-    def _check_triggers(self, data: ImageDataset) -> None:
+    def _composed(self, data: ImageDataset) -> ComposedData:
+        """Return the data set, checked to know the triggers that this learner was built for."""
         if not isinstance(data, ComposedData):
             raise DataError(
                 f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
@@ -385,6 +386,7 @@ class DBOM(Learner):
                 f"{', '.join(data.triggers)}. "
                 "Give both the same list (learner.triggers and data.options.triggers)."
             )
+        return data
 
     def _measured(self) -> dict[str, Tensor]:
         """Return what is measured on training and validation data instead of learned."""

@@ -204,16 +204,6 @@ class MetaPrompts(nn.Module, Wrapper):
         """Return the prompts, and whatever else of the learner is learned, by name."""
         return dict(self.learner.learned_parameters())
 
-    # --- parameters and state: those of prompts and regulator together
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return prompts and regulator by name."""
-        return Trainable.trainable_state(self)
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put prompts and regulator back, strictly."""
-        Trainable.load_trainable_state(self, state)
-
     def title(self) -> str:
         """See :meth:`Trainable.title`."""
         return "the prompts and regulator"
