@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from vlprompt.learners import Learner
 GOLDEN = read_golden("tip_adapter_small")
 NAMES = ["dog", "red circle", "hummingbird"]
 BOTH = ("tip_adapter", "tip_adapter_f")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation samples as a learner's calibrate sees them."""
+
+    embeddings: Tensor
+    labels: Tensor
+
+    def validation_data(self) -> tuple[Tensor, Tensor]:
+        return self.embeddings, self.labels
 
 
 @pytest.fixture(scope="module")
