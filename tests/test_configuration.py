@@ -18,7 +18,7 @@ SYNONYMS = {  # the word of one task for what all call otherwise
 }  # fmt: skip
 
 
-def _keys_module():  # noqa: ANN202 - a module of docs/, which is no package
+def _keys_module():
     spec = importlib.util.spec_from_file_location("keys", ROOT / "docs" / "keys.py")
     assert spec is not None
     assert spec.loader is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError, VLPromptError
 from vlprompt.learners import LEARNERS, Learner, create_learner
+from vlprompt.learners.hooks import overridden_hooks
 
 ALL = LEARNERS.names()
 NAMES = ("dog", "red circle", "hummingbird", "boeing 737-800")
@@ -278,3 +279,13 @@ def test_options_it_does_not_have(name: str, backbone: Backbone) -> None:
     with pytest.raises(ConfigError, match=rf"learner '{name}': 2 problems") as caught:
         create_learner(name, backbone, NAMES, **wrong)
     assert all(f"{key}: unknown key" in str(caught.value) for key in wrong)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hooks_that_steer_training_are_declared(name: str, build: Build) -> None:
+    """Three hooks are only called where a learner says that it has them."""
+    learner = build(name)
+    hooks = overridden_hooks(type(learner))
+    assert learner.combines_gradients == ("combine_gradients" in hooks)
+    assert learner.solves == ("solve" in hooks)
+    assert learner.prepares == ("prepare" in hooks)

@@ -14,6 +14,7 @@ from typing import Any
 from vlprompt.backbones import Backbone
 from vlprompt.classification.cluster_sheet import write_sheet
 from vlprompt.classification.config import ClassificationConfig
+from vlprompt.classification.fit import describe
 from vlprompt.core.files import write_json
 from vlprompt.core.processes import accelerator
 from vlprompt.data.captions.store import CaptionStore, build_store
@@ -79,7 +80,11 @@ def meta_train(
     )
     history = trainer.run(resume=True).history
     learner.eval()
-    numbers = {**module.evaluate(watched), "train/seconds": time.monotonic() - started}
+    numbers = {
+        **module.evaluate(watched),
+        **describe(learner),
+        "train/seconds": time.monotonic() - started,
+    }
     facts = {
         "pairs": meta.pairs,
         "store": store.digest,

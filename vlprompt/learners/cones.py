@@ -213,12 +213,20 @@ def _identity(fingerprint: Mapping[str, object]) -> dict[str, object]:
 
 
 def _projection(backbone: Backbone) -> Tensor:
-    found = getattr(backbone.text, "projection", None)
-    if isinstance(found, nn.Linear) and found.bias is None:
-        found = found.weight.T
-    if not isinstance(found, Tensor):
+    """Return the text tower's (Dt, d) projection.
+
+    Raises:
+        BackboneError: If there is none that is a plain matrix.
+    """
+    text = backbone.text
+    projection = None if text.refusal is not None else text.projection
+
+    if isinstance(projection, nn.Linear) and projection.bias is None:
+        projection = projection.weight.T
+    if not isinstance(projection, Tensor):
         raise BackboneError(
             f"space='text' needs a text projection that is a plain matrix; {backbone.name} has "
-            f"{'none' if found is None else 'one with a bias'}. Use space='joint'."
+            f"{'none' if projection is None else 'one with a bias'}. Use space='joint'."
         )
-    return found.detach().float()
+
+    return projection.detach().float()

@@ -80,9 +80,7 @@ class TensorBatches:
         return {**batch, "index": index}
 
 
-def prefetch(
-    batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2
-) -> Iterator[Batch]:
+def prefetch(batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2) -> Iterator[Batch]:
     """Yield the batch of every part while a thread reads the next ones.
 
     Args:
