@@ -42,14 +42,14 @@ class MixingTask:
         mixed = pairs + a * self.logits["trigger"][..., None] + b * self.logits["object"][:, None]
 
         truth = self.targets["trigger"] * self.seen.shape[1] + self.targets["label"]
-        right = (mixed.flatten(1).argmax(1) == truth).double()
+        correct = (mixed.flatten(1).argmax(1) == truth).double()
 
         is_seen = self.seen.flatten()[truth]
         if bool(is_seen.all()) or not bool(is_seen.any()):
-            return float(right.mean())
+            return float(correct.mean())
 
-        first = float(right[is_seen].mean())
-        second = float(right[~is_seen].mean())
+        first = float(correct[is_seen].mean())
+        second = float(correct[~is_seen].mean())
         return 2 * first * second / (first + second) if first + second else 0.0
 
 

@@ -148,6 +148,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
 
 
 def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:
+    """Return normalised class names; a classifier needs at least two."""
     names = check_classnames(classnames, "the learner")
     if len(names) < 2:
         raise DataError(

@@ -197,13 +197,13 @@ class MaskTuning(Learner):
         for source in sources:
             weights = source.learner.zero_shot_weights()
             by_task.append(importance(self.backbone, weights, self._labelled(source), self.kinds))
-        found = mean_importance(by_task)
+        importances = mean_importance(by_task)
 
         for classifier in (self, *(source.learner for source in sources)):
-            classifier.importance = found
+            classifier.importance = importances
 
         how, share, count = self.selection
-        chosen = choose(found, self.kinds, how, share, count)
+        chosen = choose(importances, self.kinds, how, share, count)
         for name in self.kinds:
             self.scores.of(name).requires_grad_(name in chosen)
         log.info("masks on %d of %d weights: %s", len(chosen), len(self.kinds), ", ".join(chosen))

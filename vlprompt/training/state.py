@@ -114,13 +114,13 @@ def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _check_identity(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_identity(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose run differs; every difference is named."""
-    keys = sorted({*saved, *wanted})
-    different = [key for key in keys if _plain(saved.get(key)) != _plain(wanted.get(key))]
+    keys = sorted({*saved, *now})
+    different = [key for key in keys if _plain(saved.get(key)) != _plain(now.get(key))]
 
     if different:
-        lines = [f"  - {key}: checkpoint {saved.get(key)!r}, now {wanted.get(key)!r}" for key in different]
+        lines = [f"  - {key}: checkpoint {saved.get(key)!r}, now {now.get(key)!r}" for key in different]
         raise CheckpointError(
             f"{path} belongs to another run; it can't be resumed with these settings:\n" + "\n".join(lines)
         )

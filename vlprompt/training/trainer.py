@@ -121,12 +121,14 @@ class Trainer:
     # --- epochs
 
     def _finished(self) -> bool:
+        """Return whether the last epoch is done, or the run stops early."""
         progress = self.progress
         if progress.epoch >= self.options.epochs:
             return True
         return progress.step == 0 and stops(self.options, progress.history)
 
     def _run_epoch(self) -> None:
+        """Train the rest of the present epoch, with checkpoints on the way."""
         progress = self.progress
         epoch = progress.epoch
         started = time.monotonic()
@@ -155,6 +157,7 @@ class Trainer:
         self._finish_epoch(lr)
 
     def _finish_epoch(self, lr: float) -> None:
+        """Validate, write the epoch into the history and move on to the next."""
         progress = self.progress
         epoch = progress.epoch
         samples = progress.sums.pop("samples", 0.0) or 1.0
@@ -296,6 +299,7 @@ class Trainer:
             totals[name] = self.accelerator.reduce(totals[name], reduction="sum")
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass in the run's precision."""
         dtype = _DTYPES.get(self.options.precision)
         if dtype is None:
             return contextlib.nullcontext()
@@ -314,6 +318,7 @@ class Trainer:
     # --- checks
 
     def _check_finite(self, losses: Mapping[str, float], epoch: int, step: int) -> None:
+        """Refuse to go on with a loss or gradient that is NaN or infinite."""
         where = f"at epoch {epoch}, step {step}"
 
         bad = [name for name, value in losses.items() if not np.isfinite(value)]
@@ -350,6 +355,7 @@ class Trainer:
     # --- what survives
 
     def _remember_best(self, record: Mapping[str, Any]) -> None:
+        """Copy the weights if this epoch validates better than all before."""
         if self.options.select != "best":
             return
 
@@ -364,6 +370,7 @@ class Trainer:
         return time.monotonic() - self._saved_at > self.options.checkpoint_seconds
 
     def _save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
         self._saved_at = time.monotonic()
         if self.folder is None or not self.accelerator.is_main_process:
             return
@@ -377,6 +384,7 @@ class Trainer:
         save_checkpoint(self.folder, self.progress, states, self.optimizer, self.identity, scaler)
 
     def _restore(self) -> None:
+        """Continue from the checkpoint, if there is one."""
         if self.folder is None:
             return
         loaded = load_checkpoint(self.folder, self.optimizer, self.identity)
