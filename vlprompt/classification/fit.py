@@ -152,6 +152,7 @@ def describe(learner: Learner) -> dict[str, float]:
 
 
 def _check_samples(learner: Learner, train: ImageDataset) -> None:
+    """Refuse an empty data set, and one with another number of classes."""
     if not len(train):
         raise DataError(f"{train.name}: there are no training samples.")
 

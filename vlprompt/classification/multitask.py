@@ -177,6 +177,7 @@ class MultiTask(TransparentWrapper):
         return total
 
     def _joint_loss(self, joint: Learner, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses over the classes of all tasks together."""
         labelled = list(zip(batch["task"].tolist(), batch["label"].tolist(), strict=True))
         part = {name: value for name, value in batch.items() if name not in ("task", "label")}
 

@@ -117,6 +117,7 @@ class GramStart:
     def _problems(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return which regulated prompts a learner's state has no tensor for, and why."""
         problems = []
+
         for name, tensor in self.prompts.items():
             if name not in self.regulator.shapes:
                 continue
@@ -126,6 +127,7 @@ class GramStart:
                 problems.append(
                     f"its {name} has shape {tuple(state[name].shape)}, the meta-learned one {tuple(tensor.shape)}"
                 )
+
         return problems
 
     def _different_meaning(self, learner: Learner) -> list[str]:
