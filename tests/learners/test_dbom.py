@@ -15,7 +15,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import load_dataset
 from vlprompt.learners import create_learner
-from vlprompt.learners._calibration import best_mixing, threshold_at
+from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._repository import Bank, diversity, separation
 from vlprompt.learners.dbom import DBOM
 
@@ -147,7 +147,7 @@ def test_mixing_is_the_best_of_the_grid() -> None:
         "trigger": torch.randn(60, 2, generator=generator) + 2 * F.one_hot(trigger, 2),
         "object": torch.randn(60, 2, generator=generator),
     }
-    a, b, score = best_mixing(logits, {"trigger": trigger, "label": label}, seen)
+    a, b, score = best_mixing([MixingTask(logits, {"trigger": trigger, "label": label}, seen)])
     grid = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     found = {}
     for i in grid:

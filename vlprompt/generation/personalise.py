@@ -18,7 +18,7 @@ from vlprompt.core.options import check_options
 from vlprompt.generation import PERSONALISERS
 from vlprompt.generation.base import NoisedBatches, Personaliser
 from vlprompt.generation.hosts import Host
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -128,11 +128,11 @@ class _Watch(Callback):
         self.module, self.measure, self.every = module, measure, every
         self.records: list[dict[str, float]] = []
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainingView) -> None:
         """Measure the start."""
         self._record(0, 0.0)
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Measure after every so many steps, and after the last one."""
         step = int(record["epoch"]) + 1
         if step % self.every == 0 or step == trainer.options.epochs:

@@ -12,7 +12,7 @@ Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,33 @@ from vlprompt.backbones.layout import slot
 from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.trainable import misfits
+from vlprompt.data import ImageDataset
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._calibration import best_mixing, threshold_at
+from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
 from vlprompt.learners._judgement import Judgement
 from vlprompt.learners._repository import Bank, diversity, separation
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
 
 __all__ = ["DBOM", "DEFAULT_TRIGGERS"]
 
 DEFAULT_TRIGGERS = ("clean", "badnets", "blended", "bpp", "ftrojan", "sig", "trojan", "wanet")
 _SENTENCES = 1 << 12  # of prefixes that depend on the image, in one pass without gradient
+
+
+@runtime_checkable
+class ComposedData(Protocol):
+    """A data set that knows every image's trigger."""
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """T names of triggers, the first for none."""
+
+    @property
+    def compositions(self) -> Any:
+        """Which compositions occur where; ``seen`` (T, C) is True where training shows one."""
 
 
 @LEARNERS.register(
@@ -300,72 +316,103 @@ class DBOM(Learner):
         """Score from which an image is called poisoned."""
         return float(self.calibration[2])
 
-    def survey(self, source: Any) -> None:
-        """Standardise the evidence, and learn which pairs training shows; called by ``fit``.
+    @property
+    def needs_survey(self) -> bool:
+        """Whether training must not begin before :meth:`survey`: always."""
+        return True
+
+    def survey(self, sources: Sequence[TrainingSamples]) -> None:
+        """Standardise the evidence over all tasks, and learn which pairs training shows in each.
 
         Raises:
             DataError: If the training data don't say their triggers, or say others.
         """
-        data = source.data
-        held = getattr(data, "triggers", None)
-        if held is None:
-            raise DataError(
-                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
-                f"triggered:{data.name}."
-            )
-        self._check_triggers(data)
-        self.seen.copy_(torch.as_tensor(data.compositions.seen))
+        for source in sources:
+            source.learner.seen.zero_()
+
+        for source in sources:  # a classifier of several tasks appears several times
+            data = self._composed(source.data)
+            shown = torch.as_tensor(data.compositions.seen).to(source.learner.seen)
+            source.learner.seen[:, source.positions] |= shown
+
         if self.evidence == "shallow":
-            rows = source.training_data()[0].flatten(0, 1)[:, self.backbone.dim :]
+            d = self.backbone.dim
+            rows = torch.cat([source.training_data()[0].flatten(0, 1)[:, d:] for source in sources])
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
 
     @torch.no_grad()
-    def calibrate_on(self, data: Any, embeddings: Tensor) -> dict[str, float]:
-        """Choose a and b by the harmonic mean of seen and unseen pairs, and the threshold by false alarms."""
-        if getattr(data, "triggers", None) is None:
+    def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
+        """Choose a and b by the harmonic mean of seen and unseen pairs, and the threshold by false alarms.
+
+        Several tasks share the choice: a and b by their mean score, the threshold by all clean images together.
+        """
+        tasks = []
+        clean = []
+        for source in sources:
+            data = source.data
+            if not isinstance(data, ComposedData):
+                continue
+            compositions = self._composed(data).compositions
+
+            embeddings = source.validation_data()[0]
+            targets = {name: torch.tensor(values) for name, values in data.targets.items()}
+            parts = [source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(4096)]
+            logits = {
+                kind: torch.cat([part[kind].float().cpu() for part in parts])
+                for kind in ("pair", "trigger", "object")
+            }
+            tasks.append(MixingTask(logits, targets, torch.as_tensor(compositions.seen)))
+            clean.append(source.learner.judge(embeddings).score[targets["trigger"] == 0])
+
+        if not tasks:
             return {}
-        self._check_triggers(data)
-        targets = {k: torch.tensor(v) for k, v in data.targets.items()}
-        parts = [self.parts(rows.to(self.backbone.device)) for rows in embeddings.split(4096)]
-        joined = {k: torch.cat([p[k].float().cpu() for p in parts]) for k in ("pair", "trigger", "object")}
-        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.compositions.seen))
-        clean = self.judge(embeddings).score[targets["trigger"] == 0]
-        threshold = threshold_at(clean, self.false_alarms)
+
+        a, b, score = best_mixing(tasks)
+        threshold = threshold_at(torch.cat(clean), self.false_alarms)
         self.calibration.copy_(torch.tensor([a, b, threshold]))
         return {"trigger_weight": a, "object_weight": b, "harmonic_mean": score, "threshold": threshold}
 
-    def _check_triggers(self, data: Any) -> None:
+    def _composed(self, data: ImageDataset) -> ComposedData:
+        """Return the data set, checked to know the triggers that this learner was built for."""
+        if not isinstance(data, ComposedData):
+            raise DataError(
+                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
+                f"triggered:{data.name}."
+            )
         if tuple(data.triggers) != self.triggers:
             raise DataError(
                 f"dbom was built for the triggers {', '.join(self.triggers)}; {data.name} has "
                 f"{', '.join(data.triggers)}. "
                 "Give both the same list (learner.triggers and data.options.triggers)."
             )
+        return data
+
+    def _measured(self) -> dict[str, Tensor]:
+        """Return what is measured on training and validation data instead of learned."""
+        return {
+            "calibration": self.calibration,
+            "evidence_mean": self.evidence_mean,
+            "evidence_spread": self.evidence_spread,
+        }
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return what is learned, and what was measured on training and validation data."""
-        kept = ("calibration", "evidence_mean", "evidence_spread")
-        return {**super().trainable_state(), **{name: getattr(self, name).detach() for name in kept}}
+        measured = {name: tensor.detach() for name, tensor in self._measured().items()}
+        return {**super().trainable_state(), **measured}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Learner.load_trainable_state`."""
-        kept = ("calibration", "evidence_mean", "evidence_spread")
-        problems = []
-        for name in kept:
-            own = getattr(self, name)
-            if name not in state:
-                problems.append(f"{name} is missing")
-            elif state[name].shape != own.shape:
-                problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own.shape)}")
-            elif not bool(state[name].isfinite().all()):
-                problems.append(f"{name} is not finite")
+        measured = self._measured()
+
+        problems = misfits(measured, {name: state[name] for name in measured if name in state})
         if problems:
             raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
-        super().load_trainable_state({k: v for k, v in state.items() if k not in kept})
+
+        super().load_trainable_state({name: t for name, t in state.items() if name not in measured})
         with torch.no_grad():
-            for name in kept:
-                getattr(self, name).copy_(state[name])
+            for name, tensor in measured.items():
+                tensor.copy_(state[name])
 
 
 def _start_at_zero(layer: Any) -> None:

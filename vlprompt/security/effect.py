@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.trainable import Trainable
 from vlprompt.data.base import ImageDataset
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan
 from vlprompt.security.triggers import create_trigger
@@ -22,7 +23,7 @@ from vlprompt.training.trainer import Trainer
 __all__ = ["Victim", "attack_success", "pixels_of", "train_victim"]
 
 
-class Victim(nn.Module):
+class Victim(nn.Module, Trainable):
     """A small convolutional classifier of (B, 3, S, S) pixels in [0, 1].
 
     Args:

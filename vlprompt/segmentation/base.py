@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.trainable import Trainable
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
@@ -26,7 +27,7 @@ Texts: TypeAlias = Sequence[str] | Tensor
 LastLayer: TypeAlias = Literal["frozen", "new", "tuned"]
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, Trainable):
     """Base of all models: ``segmenter(images, texts)`` gives one logit per pixel for "this pixel is what is named".
 
     A model builds ``decoder``, calls :meth:`settle`, and defines :meth:`frozen` and :meth:`decode`. Keyword-only
@@ -149,34 +150,14 @@ class Segmenter(nn.Module):
         self._forget()
         return self
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return what is learned, by name, and nothing else."""
-        return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
-
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put learned tensors back.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unknown, not finite or of another shape; each is named.
-        """
-        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{n} is missing" for n in own if n not in state]
-        problems += [f"{n} is unknown" for n in state if n not in own]
-        for name in own.keys() & state.keys():
-            if state[name].shape != own[name].shape:
-                problems.append(
-                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-                )
-            elif not bool(state[name].isfinite().all()):
-                problems.append(f"{name} is not finite")
-        if problems:
-            raise CheckpointError(
-                f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        """See :meth:`Trainable.load_trainable_state`."""
+        super().load_trainable_state(state)
         self._forget()
+
+    def title(self) -> str:
+        """Return its registry name, or that of its class if it was not built by name."""
+        return self.method or type(self).__name__
 
     def num_trainable(self) -> int:
         """Return how many numbers are learned."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.processes import accelerator
+from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
@@ -63,7 +64,7 @@ class SegmentationFit:
     history: list[dict[str, Any]] = field(repr=False)
 
 
-class SegmentationTask(nn.Module):
+class SegmentationTask(nn.Module, Wrapper):
     """A segmentation model and its loss, as the trainer wants them.
 
     Args:
@@ -75,8 +76,13 @@ class SegmentationTask(nn.Module):
         super().__init__()
         self.segmenter, self.criterion = segmenter, loss
 
+    @property
+    def wrapped(self) -> Trainable:
+        """See :attr:`Wrapper.wrapped`."""
+        return self.segmenter
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """See :class:`vlprompt.training.trainer.Trainable`."""
+        """See :meth:`vlprompt.core.trainable.Trainable.loss`."""
         frozen = {k.removeprefix("frozen/"): v for k, v in batch.items() if k.startswith("frozen/")}
         if frozen:
             logits = self.segmenter.decode(frozen, batch["texts"], batch["size"])
@@ -92,7 +98,7 @@ class SegmentationTask(nn.Module):
         """See :meth:`Segmenter.load_trainable_state`."""
         self.segmenter.load_trainable_state(state)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         """Return what has weight decay, weight matrices of linear and convolution layers, and what hasn't."""
         decayed = {
             f"{prefix}.{name}" if prefix else name
@@ -102,7 +108,7 @@ class SegmentationTask(nn.Module):
             or name.endswith("proj_weight")
         }
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"names": [n for n in learned if n in decayed]}]
+        groups: list[ParameterGroup] = [{"names": [n for n in learned if n in decayed]}]
         groups.append({"names": [n for n in learned if n not in decayed], "weight_decay": 0.0})
         return [group for group in groups if group["names"]]
 

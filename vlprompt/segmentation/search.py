@@ -25,8 +25,7 @@ from vlprompt.experiments.old_folder import open_folder
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
 from vlprompt.segmentation.config import Dimension, SegmentConfig
 from vlprompt.segmentation.experiment import SegmentCell, Session
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.trainer import Trainer
+from vlprompt.training.callbacks import Callback, TrainingView
 
 __all__ = ["SearchOutcome", "search"]
 
@@ -188,7 +187,7 @@ class _Watch(Callback):
         self.optuna, self.trial = optuna, trial
         self.best, self.epoch = float("inf"), 0
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """See :meth:`Callback.on_epoch`."""
         self.epoch = record["epoch"]
         if "val/loss" not in record:

@@ -37,7 +37,7 @@ def write_sheet(
     Args:
         path: A name ending in ``.html``.
         store: The pairs.
-        hierarchy: What was found.
+        hierarchy: The domains and pseudo-classes.
         held_out: Domains that are validated on, to mark them.
         domains: How many are shown, the largest ones.
         classes: Pseudo-classes per domain.
@@ -47,16 +47,18 @@ def write_sheet(
         CheckpointError: If the file can't be written.
     """
     numbers = sorted({c.domain for c in hierarchy.classes}, key=lambda d: -int((hierarchy.domain == d).sum()))
+
     sections = []
     for number in numbers[:domains]:
-        own = sorted(hierarchy.of(number), key=lambda c: -len(c.rows))
+        members = sorted(hierarchy.of(number), key=lambda c: -len(c.rows))
         mark = ", held out" if number in held_out else ""
         size = int((hierarchy.domain == number).sum())
-        rows = "".join(_row(store, found, images) for found in own[:classes])
+        rows = "".join(_row(store, member, images) for member in members[:classes])
         sections.append(
-            f"<section><h2>Domain {number} <small>{size} pairs, {len(own)} pseudo-classes{mark}</small></h2>"
+            f"<section><h2>Domain {number} <small>{size} pairs, {len(members)} pseudo-classes{mark}</small></h2>"
             f"<table>{rows}</table></section>"
         )
+
     text = (
         f"{len(store)} pairs, {len(numbers)} domains, {len(hierarchy.classes)} pseudo-classes; {hierarchy.dropped} "
         "left out because they are too small or their images and captions don't agree."
@@ -68,14 +70,17 @@ def write_sheet(
     write_text(path, page)
 
 
-def _row(store: CaptionStore, found: PseudoClass, images: int) -> str:
-    shown = []
-    for row in found.rows[:images]:
+def _row(store: CaptionStore, pseudo_class: PseudoClass, images: int) -> str:
+    """Return a table row: the name, the size, and the first images."""
+    pieces = []
+    for row in pseudo_class.rows[:images]:
         try:
             image = store.source.image(int(store.index[row]))
         except DataError:  # it could be read when the store was built, and is gone now
             continue
         source, _ = data_uri(image)
-        shown.append(f'<img src="{source}" alt="" title="{html.escape(store.caption(row), quote=True)}">')
-    name = html.escape(found.name)
-    return f"<tr><td>{name}<br><small>{len(found.rows)} pairs</small></td><td>{''.join(shown)}</td></tr>"
+        pieces.append(f'<img src="{source}" alt="" title="{html.escape(store.caption(row), quote=True)}">')
+
+    name = html.escape(pseudo_class.name)
+    count = len(pseudo_class.rows)
+    return f"<tr><td>{name}<br><small>{count} pairs</small></td><td>{''.join(pieces)}</td></tr>"
