@@ -140,7 +140,7 @@ class _Session:
         backbone: Backbone = create_backbone(config.backbone.name, **_without_name(config)).to(device)
         self.start: Backbone | Learner = backbone
         if config.prompt is not None:
-            self.start = load(config.prompt, backbone, kind="learner").to(device)
+            self.start = load(config.prompt, backbone).to(device)
         self.backbone = backbone
         self.source = view_source(config, config.diffusion.on_the_fly) if config.diffusion else None
         self.statistics: Any = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.saved.prompts import Kind
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
@@ -38,11 +39,13 @@ class Segmenter(nn.Module):
         words: Whether the decoder reads every word's state beside the phrase's feature.
 
     Attributes:
+        kind: What cards of saved prompts call it.
         method: Its registry name.
         options: The strategy's name and all options it was built with.
         decoder: What turns tower states and a phrase into logits.
     """
 
+    kind: Kind = "segmenter"
     method: str = ""
     options: dict[str, Any]
     decoder: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,19 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.data.segmentation.base import IGNORE, MaskDataset
 from vlprompt.metrics.masks import PairScore, mean_iou_of_maps, score_pair, summarise_pairs
-from vlprompt.saved.prompts import load
+from vlprompt.saved.prompts import PromptCard, backbone_of, check_kind, read
+from vlprompt.segmentation import create_segmenter
 from vlprompt.segmentation.base import Segmenter
 from vlprompt.segmentation.states import PairStates
 
-__all__ = ["SegmentationScores", "evaluate_segmenter", "load_trained", "predict_mask", "probabilities"]
+__all__ = [
+    "SegmentationScores",
+    "build_segmenter",
+    "evaluate_segmenter",
+    "load_trained",
+    "predict_mask",
+    "probabilities",
+]
 
 Loss = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -111,17 +119,32 @@ def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
 
 
 def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
-    """Return a saved segmentation model; arguments and errors as :func:`vlprompt.load`.
+    """Return a saved segmentation model. No code in the files can run.
+
+    Args:
+        path: The folder that :func:`vlprompt.save` wrote.
+        backbone: The backbone it was trained on; None builds it from the name in the file.
 
     Raises:
-        CheckpointError: If the folder holds a classifier.
+        CheckpointError: If a file is missing, damaged or hostile, holds a classifier, or the backbone is another one.
+        BackboneError: If the backbone's weights can't be fetched.
     """
-    found = load(path, backbone)
-    if not isinstance(found, Segmenter):
-        raise CheckpointError(
-            f"{path} holds the learner {found.method!r}, which classifies; a segmentation model is needed."
-        )
-    return found
+    card, tensors = read(path)
+    return build_segmenter(path, card, tensors, backbone)
+
+
+def build_segmenter(
+    path: str | Path, card: PromptCard, tensors: Mapping[str, Tensor], backbone: Backbone | None = None
+) -> Segmenter:
+    """Return the model of a card and tensors that were read already; arguments and errors as :func:`load_trained`."""
+    check_kind(path, card, "segmenter")
+    backbone = backbone_of(path, card, backbone)
+    try:
+        segmenter = create_segmenter(card.method, backbone, **card.options)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
+    segmenter.load_trainable_state(tensors)
+    return segmenter.eval()
 
 
 @torch.no_grad()
