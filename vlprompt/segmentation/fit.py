@@ -26,14 +26,21 @@ from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, Batches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
-from vlprompt.training.options import TrainOptions
+from vlprompt.training.options import TrainOptions, TrainSection
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["SegmentTrainOptions", "SegmentationFit", "SegmentationTask", "check_phrases", "fit_segmenter"]
+__all__ = [
+    "SegmentTrainOptions",
+    "SegmentTrainSection",
+    "SegmentationFit",
+    "SegmentationTask",
+    "check_phrases",
+    "fit_segmenter",
+]
 
 
-class SegmentTrainOptions(TrainOptions):
-    """Training options with TuneVLSeg's recipe as defaults (its section 4 and public configuration)."""
+class SegmentTrainSection(TrainSection):
+    """The ``train:`` section with TuneVLSeg's recipe as defaults (its section 4 and public configuration)."""
 
     epochs: int = Field(20, ge=0, description="passes over the pairs; 0 evaluates only")
     lr: float = Field(2e-4, gt=0, description="base learning rate per step")
@@ -48,6 +55,10 @@ class SegmentTrainOptions(TrainOptions):
     select_metric: str = "dice"
     stop_patience: int | None = Field(12, ge=1)
     min_epochs: int = Field(10, ge=0)
+
+
+class SegmentTrainOptions(SegmentTrainSection, TrainOptions):
+    """The section, and the seed of the run."""
 
 
 @dataclass(frozen=True)
