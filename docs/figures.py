@@ -1,4 +1,4 @@
-"""Make the README's pictures: ``python docs/figures.py [--report runs/NAME/ID/report.html]``, into docs/."""
+"""Make the README's images: ``python docs/figures.py [--report runs/NAME/ID/report.html]``, into docs/."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         print(DOCS / "report.png")
 
 
-def _photograph(page: Path, picture: Path, width: int = 1100, height: int = 1500) -> None:
+def _photograph(page: Path, image: Path, width: int = 1100, height: int = 1500) -> None:
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
     if browser is None:
         raise VLPromptError("photographing a report needs Chromium (on Debian: apt-get install chromium).")
@@ -49,7 +49,7 @@ def _photograph(page: Path, picture: Path, width: int = 1100, height: int = 1500
             "--disable-component-update",
             "--disable-sync",
         )
-        size, out = f"--window-size={width},{height}", f"--screenshot={picture}"
+        size, out = f"--window-size={width},{height}", f"--screenshot={image}"
         subprocess.run([browser, *options, *quiet, size, out, page.as_uri()], check=True, capture_output=True)
 
 

@@ -24,7 +24,7 @@ def test_every_configuration_named_exists() -> None:
     assert [name for name in named if not (configs_dir() / name).is_file()] == []
 
 
-def test_every_tool_and_picture_named_exists() -> None:
+def test_every_tool_and_image_named_exists() -> None:
     named = re.findall(r"tools/\w+\.py|docs/[\w.]+", README)
     assert [name for name in named if not (ROOT / name).is_file()] == []
 

@@ -1,4 +1,4 @@
-"""Compare detectors of poisoned pictures: ``python tools/compare_detectors.py --cfg compare_detectors_tiny.yaml``."""
+"""Compare detectors of poisoned images: ``python tools/compare_detectors.py --cfg compare_detectors_tiny.yaml``."""
 
 from __future__ import annotations
 

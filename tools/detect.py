@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     outcome = run_detection(config, args.resume, f"python tools/detect.py {shlex.join(arguments)}")
     print(outcome.table)
     print(f"report: {outcome.folder / 'report.html'}")
-    key = f"concepts, {config.data.pictures[-1] or 'all'} pictures/{next(iter(config.data.test))}/AP50"
+    key = f"concepts, {config.data.images[-1] or 'all'} images/{next(iter(config.data.test))}/AP50"
     print(f"{outcome.folder / 'metrics.json'}: {key} {100 * outcome.metrics[key]:.1f} %")
 
 

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
         "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. diffusion.store=PATH"
     )
     parser.add_argument(
-        "--check", type=int, default=0, metavar="N", help="name the views of N pictures per data set and seed"
+        "--check", type=int, default=0, metavar="N", help="name the views of N images per data set and seed"
     )
     args = parser.parse_intermixed_args(list(arguments))
 
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     for name, share in made.alike.items():
         blurred = f"{100 * made.alike_blurred[name]:.1f} % when all are blurred"
         print(
-            f"{name}: {config.backbone.name} names {100 * share:.1f} % of the views like their picture, {blurred}"
+            f"{name}: {config.backbone.name} names {100 * share:.1f} % of the views like their image, {blurred}"
         )
-    print(f"{made.store.root}: {config.generated} views of every picture are there")
+    print(f"{made.store.root}: {config.generated} views of every image are there")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", type=Path, help="folder of the poisoned copy; must not exist or be empty")
     parser.add_argument(
-        "--triggers", nargs="+", default=["badnets"], help="names; A+B puts two into one picture"
+        "--triggers", nargs="+", default=["badnets"], help="names; A+B puts two into one image"
     )
-    parser.add_argument("--rate", type=float, default=0.1, help="share of the pictures that are poisoned")
+    parser.add_argument("--rate", type=float, default=0.1, help="share of the images that are poisoned")
     parser.add_argument("--mode", default="all_to_one", help="all_to_one or all_to_all")
     parser.add_argument("--target", type=int, default=0, help="class that all_to_one flips labels to")
     parser.add_argument("--size", type=int, default=32, help="pixels a side at which triggers are put in")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sheet", type=Path, help="draw all triggers into this picture instead")
+    parser.add_argument("--sheet", type=Path, help="draw all triggers into this image instead")
     args = parser.parse_args(list(arguments))
 
     import vlprompt
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = args.output or Path("poisoned") / args.data.replace("/", "_").replace(":", "_")
     copy = poison(data, plan, folder)
     changed = sum(trigger > 0 for trigger in copy.targets["trigger"])
-    print(f"{folder}: {len(copy)} pictures, {changed} poisoned")
+    print(f"{folder}: {len(copy)} images, {changed} poisoned")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Name pictures with a saved learner: ``python tools/predict.py PROMPT_FOLDER photo.jpg more/ --topk 5``."""
+"""Name images with a saved learner: ``python tools/predict.py PROMPT_FOLDER photo.jpg more/ --topk 5``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vlprompt.cli._common import command
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one line per picture, or CSV; exit 1 if a picture could not be read."""
+    """Print one line per image, or CSV; exit 1 if an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt", help="folder with prompt.safetensors and prompt.json")
-    parser.add_argument("images", nargs="+", help="picture files or folders")
-    parser.add_argument("--topk", type=int, default=5, help="names per picture")
+    parser.add_argument("images", nargs="+", help="image files or folders")
+    parser.add_argument("--topk", type=int, default=5, help="names per image")
     parser.add_argument("--classes", nargs="+", help="other class names to choose from")
     parser.add_argument("--csv", type=Path, help="write the table here instead of printing it")
     args = parser.parse_args(list(arguments))
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         print(table)
     failed = sum(bool(row["error"]) for row in rows)
     if failed:
-        print(f"{failed} of {len(rows)} pictures could not be read.", file=sys.stderr)
+        print(f"{failed} of {len(rows)} images could not be read.", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--root", type=Path, help="where data sets lie (default: VLPROMPT_DATA or ~/.cache)")
     parser.add_argument("--check", action="store_true", help="fetch nothing; say what is there")
-    parser.add_argument("--decode", action="store_true", help="decode every picture too")
+    parser.add_argument("--decode", action="store_true", help="decode every image too")
     parser.add_argument(
         "--all-offline", action="store_true", help="try every data set that needs no download"
     )

@@ -1,6 +1,6 @@
 """Look for backdoor triggers: ``python tools/scan.py FOLDER --detector runs/dbom_tiny/ID/prompt``; resumes.
 
-Exit status 0: nothing found; 3: something found; 1: nothing found, but some pictures could not be read; 2: an error.
+Exit status 0: nothing found; 3: something found; 1: nothing found, but some images could not be read; 2: an error.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="where to write (default: scans/NAME OF THE FOLDER)")
     parser.add_argument("--objects", nargs="+", help="other objects to name than those trained on")
     parser.add_argument(
-        "--threshold", type=float, help="score from which a picture is suspected (default: the detector's)"
+        "--threshold", type=float, help="score from which an image is suspected (default: the detector's)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per pass")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per pass")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode")
-    parser.add_argument("--top", type=int, default=200, help="pictures on the sheet")
+    parser.add_argument("--top", type=int, default=200, help="images on the sheet")
     parser.add_argument("--resume", action="store_true", help="continue behind the last verdict")
     args = parser.parse_args(list(arguments))
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             top=max(0, args.top),
             progress=progress,
         )
-    print(f"{found.total} pictures: {found.poisoned} suspected, {found.unreadable} unreadable")
+    print(f"{found.total} images: {found.poisoned} suspected, {found.unreadable} unreadable")
     for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
         print(found.output / name)
     if found.poisoned:

@@ -16,7 +16,7 @@ from vlprompt.cli._common import command, step_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Carry one command out; 0 if all went well, 1 if some cells or pictures failed."""
+    """Carry one command out; 0 if all went well, 1 if some cells or images failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add, run, text) in _COMMANDS.items():
@@ -76,7 +76,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--root", help="where data sets lie")
     parser.add_argument("--protocol", default="present", choices=("present", "all", "argmax"),
-                        help="classes a picture is asked for: those it shows, all, or all in competition")  # fmt: skip
+                        help="classes an image is asked for: those it shows, all, or all in competition")  # fmt: skip
     parser.add_argument("--phrase", help="replaces every phrase")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="probability above which a pixel is inside"
@@ -114,12 +114,12 @@ def _evaluate(args: Any) -> int:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, help="a picture")
+    parser.add_argument("image", type=Path, help="an image")
     parser.add_argument("phrase", help='what to segment, for example "a red circle"')
     parser.add_argument(
         "--out", type=Path, default=Path("mask.png"), help="mask to write: 0 outside, 255 inside"
     )
-    parser.add_argument("--overlay", type=Path, help="also write the picture with the mask on it")
+    parser.add_argument("--overlay", type=Path, help="also write the image with the mask on it")
     parser.add_argument(
         "--prompt", help="folder of a trained model; otherwise --model on --backbone, zero-shot"
     )
@@ -183,7 +183,7 @@ def _concepts(args: Any) -> int:
     outcome = run_mask_concepts(config, args.resume, args.line)
     print(outcome.table)
     print(f"report: {outcome.folder / 'report.html'}")
-    key = f"concepts, {config.data.images[-1] or 'all'} pictures/{next(iter(config.data.test))}/dice"
+    key = f"concepts, {config.data.images[-1] or 'all'} images/{next(iter(config.data.test))}/dice"
     print(f"{outcome.folder / 'metrics.json'}: {key} {100 * outcome.metrics[key]:.1f} %")
     return 0
 
@@ -197,7 +197,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     indexed.add_argument("--class", dest="classes", nargs=2, action="append", required=True,
                          metavar=("NAME", "VALUE"), help="a class and its number; once per class")  # fmt: skip
     for kind in (coco, indexed):
-        kind.add_argument("images", type=Path, help="folder of the pictures")
+        kind.add_argument("images", type=Path, help="folder of the images")
         kind.add_argument("--out", type=Path, required=True, help="folder to write, read as per_class:OUT")
         kind.add_argument("--split", default="train", choices=("train", "val", "test"))
 
@@ -209,7 +209,7 @@ def _convert(args: Any) -> int:
     with step_progress() as progress:
 
         def show(done: int, total: int) -> None:
-            progress("pictures", done, total)
+            progress("images", done, total)
 
         if args.kind == "coco":
             written = convert_coco(args.annotations, args.images, args.out, args.split, show)
@@ -246,7 +246,7 @@ def _check(args: Any) -> int:
             continue
         data = splits[split]
         problems = pair_problems(data)
-        print(f"{split}: {len(data)} pairs of {len(data.pictures())} pictures, {len(problems)} unusable")
+        print(f"{split}: {len(data)} pairs of {len(data.images())} images, {len(problems)} unusable")
         for problem in problems[:20]:
             print(f"  {problem}")
         bad += len(problems)
@@ -254,7 +254,7 @@ def _check(args: Any) -> int:
             for phrase, count in label_leaks(data).items():
                 print(f"  the phrase {phrase!r} has empty masks only ({count}): it gives the answer away")
     for (a, b), shared in overlaps(splits).items():
-        print(f"{a} and {b} share {len(shared)} pictures, for example {shared[0][0]} = {shared[0][1]}")
+        print(f"{a} and {b} share {len(shared)} images, for example {shared[0][0]} = {shared[0][1]}")
         bad += len(shared)
     return 1 if bad else 0
 
@@ -263,14 +263,14 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[
     "bench": (_run_arguments, _bench, "run strategies x models x data sets x seeds and write the tables"),
     "train": (_train_arguments, _train, "train one strategy of one model on one data set"),
     "evaluate": (_evaluate_arguments, _evaluate, "score a trained model on data sets"),
-    "predict": (_predict_arguments, _predict, "segment one picture by a phrase"),
+    "predict": (_predict_arguments, _predict, "segment one image by a phrase"),
     "search": (_run_arguments, _search, "search options on validation data (needs optuna)"),
     "concepts": (_run_arguments, _concepts, "search a vector per class in the place of phrases (ConES)"),
     "convert": (_convert_arguments, _convert, "turn COCO files or masks of class numbers into binary masks"),
     "check": (
         _check_arguments,
         _check,
-        "read every pair; find damaged ones, shared pictures, phrases that tell",
+        "read every pair; find damaged ones, shared images, phrases that tell",
     ),
 }
 

@@ -16,7 +16,7 @@ from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rule, Tuner
 from vlprompt.adaptation.objectives import dispersion, marginal_entropy
 from vlprompt.adaptation.tda import DynamicAdapter
-from vlprompt.adaptation.views import ViewPlan, open_pictures
+from vlprompt.adaptation.views import ViewPlan, open_images
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.learners import Learner
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
     rng = torch.Generator().manual_seed(seed)
     small = torch.rand(3, 6, 6, generator=rng)
     pixels = torch.nn.functional.interpolate(small[None], size, mode="bilinear")[0]
@@ -37,8 +37,8 @@ def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    return [picture(i) for i in range(5)]
+def images() -> list[Image.Image]:
+    return [make_image(i) for i in range(5)]
 
 
 def build(name: str, start: Backbone | Learner, **options: Any) -> Adapter:
@@ -59,11 +59,11 @@ def statistics(learner: Learner) -> Any:
 
 @pytest.mark.parametrize("name", list_adapters())
 def test_predictions_are_typed_and_the_learner_is_left_alone(
-    name: str, backbone: Backbone, pictures: list[Image.Image]
+    name: str, backbone: Backbone, images: list[Image.Image]
 ) -> None:
     adapter = build(name, backbone)
     before = {n: p.clone() for n, p in adapter.learner.named_parameters()}
-    predictions = adapter.predict(pictures)
+    predictions = adapter.predict(images)
     assert len(predictions) == 5
     assert predictions.probs.shape == predictions.before.shape == (5, 5)
     torch.testing.assert_close(predictions.probs.sum(-1), torch.ones(5))
@@ -76,21 +76,21 @@ def test_predictions_are_typed_and_the_learner_is_left_alone(
     assert bool((predictions.seconds[:, 1:] > 0).all())
     assert all(torch.equal(p, before[n]) for n, p in adapter.learner.named_parameters())
     assert all(p.grad is None for p in adapter.learner.parameters())
-    logits = adapter.learner(torch.stack([backbone.preprocess(p) for p in pictures])).detach()
+    logits = adapter.learner(torch.stack([backbone.preprocess(p) for p in images])).detach()
     torch.testing.assert_close(predictions.before, logits.softmax(-1), rtol=1e-4, atol=1e-5)
     assert (ADAPTERS.get(name).summary, ADAPTERS.get(name).paper) != ("", "")
 
 
 @pytest.mark.parametrize("name", [n for n in list_adapters() if ADAPTERS.get(n).target.episodic])
 def test_order_and_company_never_change_an_episode(
-    name: str, backbone: Backbone, pictures: list[Image.Image]
+    name: str, backbone: Backbone, images: list[Image.Image]
 ) -> None:
     adapter = build(name, backbone)
-    together = adapter.predict(pictures)
+    together = adapter.predict(images)
     order = [3, 1, 4, 0, 2]
-    permuted = adapter.predict([pictures[i] for i in order])
+    permuted = adapter.predict([images[i] for i in order])
     assert torch.equal(permuted.probs, together.probs[order])
-    alone = torch.cat([adapter.predict(p).probs for p in pictures])
+    alone = torch.cat([adapter.predict(p).probs for p in images])
     torch.testing.assert_close(alone, together.probs, rtol=1e-4, atol=1e-5)
     assert adapter.state() == {}
 
@@ -98,9 +98,9 @@ def test_order_and_company_never_change_an_episode(
 @pytest.mark.parametrize("name", ["tpt", "ctpt", "difftpt"])
 @pytest.mark.parametrize("still", [{"steps": 0}, {"lr": 0.0}])
 def test_where_nothing_moves_it_is_zero_shot(
-    name: str, still: dict[str, Any], backbone: Backbone, pictures: list[Image.Image]
+    name: str, still: dict[str, Any], backbone: Backbone, images: list[Image.Image]
 ) -> None:
-    predictions = build(name, backbone, **still).predict(pictures)
+    predictions = build(name, backbone, **still).predict(images)
     torch.testing.assert_close(predictions.probs, predictions.before, rtol=1e-4, atol=1e-6)
 
 
@@ -113,11 +113,11 @@ def test_weight_decay_alone_moves_the_prompt(backbone: Backbone) -> None:
 
 
 def test_the_first_step_of_adamw_is_bounded_by_its_rate(
-    backbone: Backbone, pictures: list[Image.Image]
+    backbone: Backbone, images: list[Image.Image]
 ) -> None:
     adapter = build("tpt", backbone, lr=5e-3, weight_decay=0.01)
     assert isinstance(adapter, PromptAdapter)
-    views = adapter.encode(open_pictures(pictures, backbone))
+    views = adapter.encode(open_images(images, backbone))
     kept = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
     start = dict(adapter.learner.named_parameters())["context"].detach()
     delta = adapter.tuner.tune(views.embeddings, kept).prompts["context"] - start
@@ -129,12 +129,12 @@ def test_the_first_step_of_adamw_is_bounded_by_its_rate(
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", ["tpt", "ctpt"])
 def test_cached_views_and_one_shared_pass_equal_the_obvious_loop(
-    name: str, steps: int, backbone: Backbone, pictures: list[Image.Image]
+    name: str, steps: int, backbone: Backbone, images: list[Image.Image]
 ) -> None:
     spread = 50.0 if name == "ctpt" else 0.0
     adapter = build(name, backbone, steps=steps, share=0.3)
-    got = adapter.predict(pictures[:3])
-    for i, image in enumerate(open_pictures(pictures[:3], backbone)):
+    got = adapter.predict(images[:3])
+    for i, image in enumerate(open_images(images[:3], backbone)):
         pixels = adapter.plan.make(image, backbone)
         coop = create_learner("coop", backbone, NAMES, init="a photo of a").train()
         optimizer = torch.optim.AdamW(coop.parameters(), lr=5e-3)
@@ -155,22 +155,22 @@ def test_cached_views_and_one_shared_pass_equal_the_obvious_loop(
 
 @pytest.mark.parametrize("method", ["coop", "kgcoop", "prograd", "maple", "ivlp", "vpt", "upt"])
 def test_any_learner_with_prompts_is_a_start(
-    method: str, backbone: Backbone, pictures: list[Image.Image]
+    method: str, backbone: Backbone, images: list[Image.Image]
 ) -> None:
     learner = create_learner(method, backbone, NAMES)
     adapter = create_adapter("tpt", learner, views=8, share=0.5, steps=2)
-    together = adapter.predict(pictures[:3])
+    together = adapter.predict(images[:3])
     assert float((together.probs - together.before).abs().max()) > 1e-4
-    torch.testing.assert_close(adapter.predict(pictures[1]).probs[0], together.probs[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adapter.predict(images[1]).probs[0], together.probs[1], rtol=1e-4, atol=1e-5)
     assert int(together.views_kept[0]) == 4
-    uncertain = [marginal(adapter, p, pictures[0]) for p in (0, 2)]
+    uncertain = [marginal(adapter, p, images[0]) for p in (0, 2)]
     assert uncertain[1] < uncertain[0]  # what it minimises went down
 
 
 def marginal(adapter: Adapter, steps: int, image: Image.Image) -> float:
     """Marginal entropy of the kept views after some steps."""
     assert isinstance(adapter, PromptAdapter)
-    views = adapter.encode(open_pictures(image, adapter.backbone))
+    views = adapter.encode(open_images(image, adapter.backbone))
     kept = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
     tuner = Tuner(adapter.learner, adapter.loss, Rule(steps, 1e-3))
     if adapter.needs_pixels:
@@ -179,56 +179,54 @@ def marginal(adapter: Adapter, steps: int, image: Image.Image) -> float:
         prompts = tuner.tune(views.embeddings, kept).prompts
     learner = adapter.learner.with_classes(NAMES).train()  # a copy
     learner.load_trainable_state({n: p[0] for n, p in prompts.items()})
-    pixels = adapter.plan.make(open_pictures(image, adapter.backbone)[0], adapter.backbone)
+    pixels = adapter.plan.make(open_images(image, adapter.backbone)[0], adapter.backbone)
     return float(marginal_entropy(learner(pixels)[kept[0]].detach()))
 
 
 def test_other_classes_are_named_with_a_learners_prompts(
-    backbone: Backbone, pictures: list[Image.Image]
+    backbone: Backbone, images: list[Image.Image]
 ) -> None:
     learner = create_learner("coop", backbone, NAMES, context_length=4)
     adapter = create_adapter("tpt", learner, ["owl", "green square"], views=4)
-    assert adapter.predict(pictures[0]).probs.shape == (1, 2)
+    assert adapter.predict(images[0]).probs.shape == (1, 2)
     assert learner.classnames == tuple(NAMES)
 
 
-def test_the_gradient_can_be_transformed(backbone: Backbone, pictures: list[Image.Image]) -> None:
-    plain = build("tpt", backbone, optimizer="sgd", lr=0.1).predict(pictures).probs
-    same = build("tpt", backbone, optimizer="sgd", lr=0.1, transform=lambda g: g).predict(pictures).probs
+def test_the_gradient_can_be_transformed(backbone: Backbone, images: list[Image.Image]) -> None:
+    plain = build("tpt", backbone, optimizer="sgd", lr=0.1).predict(images).probs
+    same = build("tpt", backbone, optimizer="sgd", lr=0.1, transform=lambda g: g).predict(images).probs
     half = {"optimizer": "sgd", "lr": 0.2, "transform": lambda g: {n: 0.5 * x for n, x in g.items()}}
     assert torch.equal(same, plain)
-    torch.testing.assert_close(build("tpt", backbone, **half).predict(pictures).probs, plain)
+    torch.testing.assert_close(build("tpt", backbone, **half).predict(images).probs, plain)
     shapes: list[dict[str, tuple[int, ...]]] = []
 
     def look(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         shapes.append({n: tuple(g.shape) for n, g in gradients.items()})
         return gradients
 
-    for start in ("coop", "maple"):  # one row per picture, whichever way it is tuned
+    for start in ("coop", "maple"):  # one row per image, whichever way it is tuned
         learner = create_learner(start, backbone, NAMES)
-        create_adapter("tpt", learner, views=4, transform=look).predict(pictures[0])
+        create_adapter("tpt", learner, views=4, transform=look).predict(images[0])
         assert shapes[-1] == {n: (1, *p.shape) for n, p in learner.trainable_state().items()}
 
 
 def test_difftpt_without_generated_views_and_filters_is_tpt(
-    backbone: Backbone, pictures: list[Image.Image]
+    backbone: Backbone, images: list[Image.Image]
 ) -> None:
-    tpt = build("tpt", backbone, views=64).predict(pictures[:2])
+    tpt = build("tpt", backbone, views=64).predict(images[:2])
     options = {"views": 64, "generated": 0, "cosine_share": 1.0, "share": 0.1, "steps": 1}
     for variant in ("code", "paper"):
-        diff = build("difftpt", backbone, variant=variant, **options).predict(pictures[:2])
+        diff = build("difftpt", backbone, variant=variant, **options).predict(images[:2])
         assert torch.equal(diff.kept, tpt.kept)
         assert torch.equal(diff.probs, tpt.probs)
 
 
-def test_tda_starts_as_zero_shot_and_keeps_what_it_may(
-    backbone: Backbone, pictures: list[Image.Image]
-) -> None:
-    silent = build("tda", backbone, views=1, alpha=0.0, negative_alpha=0.0).predict(pictures)
+def test_tda_starts_as_zero_shot_and_keeps_what_it_may(backbone: Backbone, images: list[Image.Image]) -> None:
+    silent = build("tda", backbone, views=1, alpha=0.0, negative_alpha=0.0).predict(images)
     torch.testing.assert_close(silent.probs, silent.before, rtol=1e-4, atol=1e-5)
     adapter = build("tda", backbone, views=1, slots=2, uncertain=(0.0, 1.0))
     assert isinstance(adapter, DynamicAdapter)
-    first = adapter.predict([picture(i) for i in range(40)])
+    first = adapter.predict([make_image(i) for i in range(40)])
     assert bool((adapter.entropy.isfinite().sum(1) <= 2).all())
     assert int(adapter.entropy.isfinite().sum()) == sum(
         min(2, int((first.before.argmax(-1) == c).sum())) for c in range(5)
@@ -236,13 +234,13 @@ def test_tda_starts_as_zero_shot_and_keeps_what_it_may(
     crowded = int(first.before.argmax(-1).mode().values)
     lowest = torch.special.entr(first.before).sum(-1)[first.before.argmax(-1) == crowded].sort().values[:2]
     torch.testing.assert_close(adapter.entropy[crowded].sort().values, lowest, rtol=1e-3, atol=1e-5)
-    assert not torch.equal(adapter.predict(pictures[0]).probs, first.probs[:1])  # it learned from the stream
+    assert not torch.equal(adapter.predict(images[0]).probs, first.probs[:1])  # it learned from the stream
     adapter.reset()
-    assert torch.equal(adapter.predict([picture(i) for i in range(40)]).probs, first.probs)
+    assert torch.equal(adapter.predict([make_image(i) for i in range(40)]).probs, first.probs)
 
 
 def test_tda_equals_its_equations(backbone: Backbone) -> None:
-    stream = [picture(i) for i in range(12)]
+    stream = [make_image(i) for i in range(12)]
     options = {"views": 1, "slots": 2, "negative_slots": 2, "uncertain": (0.0, 0.7), "unlikely": 0.1}
     got = build("tda", backbone, **options).predict(stream)
     learner = create_learner("zero_shot", backbone, NAMES).eval()
@@ -267,21 +265,21 @@ def test_tda_equals_its_equations(backbone: Backbone) -> None:
     assert bad
 
 
-def test_boost_adds_a_pictures_own_views_and_forgets_them(
-    backbone: Backbone, pictures: list[Image.Image]
+def test_boost_adds_an_images_own_views_and_forgets_them(
+    backbone: Backbone, images: list[Image.Image]
 ) -> None:
     plain, boosted = (build("tda", backbone, share=0.5, boost=b, boost_slots=2) for b in (False, True))
-    assert float((plain.predict(pictures).probs - boosted.predict(pictures).probs).abs().max()) > 1e-5
+    assert float((plain.predict(images).probs - boosted.predict(images).probs).abs().max()) > 1e-5
     assert all(torch.equal(t, boosted.state()[n]) for n, t in plain.state().items())
 
 
-def test_online_state_survives_a_stop(backbone: Backbone, pictures: list[Image.Image]) -> None:
-    whole = build("tda", backbone).predict(pictures).probs
+def test_online_state_survives_a_stop(backbone: Backbone, images: list[Image.Image]) -> None:
+    whole = build("tda", backbone).predict(images).probs
     first = build("tda", backbone)
-    first.predict(pictures[:3])
+    first.predict(images[:3])
     second = build("tda", backbone)
     second.load_state(first.state())
-    assert torch.equal(second.predict(pictures[3:]).probs, whole[3:])
+    assert torch.equal(second.predict(images[3:]).probs, whole[3:])
     with pytest.raises(CheckpointError, match="does not fit tda"):
         second.load_state({"keys": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="keeps no state"):
@@ -289,7 +287,7 @@ def test_online_state_survives_a_stop(backbone: Backbone, pictures: list[Image.I
 
 
 def test_alignment_pulls_token_statistics_to_the_source(
-    backbone: Backbone, pictures: list[Image.Image], tmp_path: Path
+    backbone: Backbone, images: list[Image.Image], tmp_path: Path
 ) -> None:
     from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
     from vlprompt.data import load_dataset
@@ -310,8 +308,8 @@ def test_alignment_pulls_token_statistics_to_the_source(
     )
     alone = create_adapter("promptalign", learner, statistics=measured, weight=0.0, **options)
     tpt = create_adapter("tpt", learner, **options)
-    assert torch.equal(alone.predict(pictures[:2]).probs, tpt.predict(pictures[:2]).probs)
-    assert not torch.equal(aligned.predict(pictures[:2]).probs, tpt.predict(pictures[:2]).probs)
+    assert torch.equal(alone.predict(images[:2]).probs, tpt.predict(images[:2]).probs)
+    assert not torch.equal(aligned.predict(images[:2]).probs, tpt.predict(images[:2]).probs)
     other = SourceStatistics(measured.means, measured.variances, "another")
     with pytest.raises(CheckpointError, match="another backbone"):
         create_adapter("promptalign", learner, statistics=other)
@@ -319,20 +317,18 @@ def test_alignment_pulls_token_statistics_to_the_source(
         create_adapter("promptalign", create_learner("coop", backbone, NAMES), statistics=measured)
     longer = create_learner("maple", backbone, NAMES, depth=2, context_length=3)
     with pytest.raises(CheckpointError, match="other prompts"):
-        create_adapter("promptalign", longer, statistics=measured, views=2).predict(pictures[0])
+        create_adapter("promptalign", longer, statistics=measured, views=2).predict(images[0])
 
 
 class TestViews:
-    def test_views_follow_seed_and_picture_alone(
-        self, backbone: Backbone, pictures: list[Image.Image]
-    ) -> None:
+    def test_views_follow_seed_and_image_alone(self, backbone: Backbone, images: list[Image.Image]) -> None:
         for augment in ("crop_flip", "augmix"):
             plan = ViewPlan(6, augment, seed=3)
-            first, second = open_pictures(pictures[:2], backbone)
+            first, second = open_images(images[:2], backbone)
             made = plan.make(first, backbone)
             assert made.shape == (6, 3, 32, 32)
-            assert torch.equal(made[0], backbone.preprocess(pictures[0]))
-            assert torch.equal(plan.make(open_pictures(pictures[0].copy(), backbone)[0], backbone), made)
+            assert torch.equal(made[0], backbone.preprocess(images[0]))
+            assert torch.equal(plan.make(open_images(images[0].copy(), backbone)[0], backbone), made)
             assert torch.equal(ViewPlan(9, augment, 3).make(first, backbone)[:6], made)
             for other in (plan.make(second, backbone), ViewPlan(6, augment, 4).make(first, backbone)):
                 assert not torch.equal(other[1:], made[1:])
@@ -341,7 +337,7 @@ class TestViews:
     def test_crops_keep_the_share_they_are_told(self, backbone: Backbone) -> None:
         half = Image.new("RGB", (64, 64), "white")
         half.paste("black", (0, 0, 64, 8))  # a border that small crops miss
-        first = open_pictures(half, backbone)[0]
+        first = open_images(half, backbone)[0]
         seen = {
             share: [float(v.min()) < -1 for v in ViewPlan(40, f"crop_flip{share}").make(first, backbone)[1:]]
             for share in ("", ":0.9")
@@ -352,23 +348,23 @@ class TestViews:
             with pytest.raises(ConfigError, match="augment"):
                 build("zero", backbone, augment=wrong)
 
-    def test_a_picture_is_the_same_however_it_is_given(
-        self, backbone: Backbone, pictures: list[Image.Image], tmp_path: Path
+    def test_an_image_is_the_same_however_it_is_given(
+        self, backbone: Backbone, images: list[Image.Image], tmp_path: Path
     ) -> None:
         adapter = build("mta", backbone)
-        pictures[0].save(tmp_path / "a.png")
-        array = torch.from_numpy(__import__("numpy").array(pictures[0])).permute(2, 0, 1)
-        ways = [pictures[0], [pictures[0]], str(tmp_path / "a.png"), tmp_path / "a.png", array, array[None]]
+        images[0].save(tmp_path / "a.png")
+        array = torch.from_numpy(__import__("numpy").array(images[0])).permute(2, 0, 1)
+        ways = [images[0], [images[0]], str(tmp_path / "a.png"), tmp_path / "a.png", array, array[None]]
         results = [adapter.predict(way).probs for way in ways]
         assert all(torch.equal(r, results[0]) for r in results)
 
     def test_preprocessed_pixels_are_view_0_exactly(
-        self, backbone: Backbone, pictures: list[Image.Image]
+        self, backbone: Backbone, images: list[Image.Image]
     ) -> None:
-        pixels = torch.stack([backbone.preprocess(p) for p in pictures])
+        pixels = torch.stack([backbone.preprocess(p) for p in images])
         predictions = build("zero", backbone).predict(pixels)
-        torch.testing.assert_close(predictions.before, build("zero", backbone).predict(pictures).before)
-        ready = ViewPlan(5).make(open_pictures(pictures[0], backbone)[0], backbone)
+        torch.testing.assert_close(predictions.before, build("zero", backbone).predict(images).before)
+        ready = ViewPlan(5).make(open_images(images[0], backbone)[0], backbone)
         assert build("zero", backbone).predict(ready[None]).kept.shape == (1, 5)
 
 
@@ -378,8 +374,8 @@ class TestMistakes:
         with pytest.raises(DataError, match="the batch is empty"):
             build("zero", backbone).predict(empty)
 
-    def test_a_broken_picture_is_named(self, backbone: Backbone, tmp_path: Path) -> None:
-        picture(0).save(tmp_path / "good.png")
+    def test_a_broken_image_is_named(self, backbone: Backbone, tmp_path: Path) -> None:
+        make_image(0).save(tmp_path / "good.png")
         (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:80])
         with pytest.raises(DataError, match=r"broken\.png"):
             build("zero", backbone).predict([tmp_path / "good.png", tmp_path / "broken.png"])
@@ -406,7 +402,7 @@ class TestMistakes:
             create_adapter("tpt", backbone, NAMES, share=0, stepps=3)
         with pytest.raises(ConfigError, match="a learner brings its own prompts"):
             create_adapter("tpt", create_learner("coop", backbone, NAMES), init="a sketch of a")
-        with pytest.raises(ConfigError, match="63 generated views per picture were asked for"):
+        with pytest.raises(ConfigError, match="63 generated views per image were asked for"):
             create_adapter("difftpt", backbone, NAMES)
 
     @pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "cocoop", "clip_adapter"])
@@ -417,11 +413,11 @@ class TestMistakes:
             create_adapter("tpt", create_learner(method, backbone, NAMES))
 
     def test_feature_space_methods_take_any_learner(
-        self, backbone: Backbone, pictures: list[Image.Image]
+        self, backbone: Backbone, images: list[Image.Image]
     ) -> None:
         learner = create_learner("clip_adapter", backbone, NAMES)
         for name in ("zero", "mta", "tda"):
-            assert create_adapter(name, learner, views=4).predict(pictures).probs.shape == (5, 5)
+            assert create_adapter(name, learner, views=4).predict(images).probs.shape == (5, 5)
 
     def test_a_tower_that_takes_no_context(self, make_backbone: Any) -> None:
         odd = make_backbone(text={"embed_cls": True}, custom=True)

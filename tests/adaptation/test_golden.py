@@ -46,9 +46,9 @@ def test_equals_the_authors_code(
     case: str, together: int, golden_backbone: Backbone, views: torch.Tensor
 ) -> None:
     adapter = build(case, golden_backbone, together=together)
-    pictures = GOLDEN["cases"][case]["pictures"]
+    images = GOLDEN["cases"][case]["images"]
     predictions = adapter.predict(views)
-    for i, expected in enumerate(pictures):
+    for i, expected in enumerate(images):
         assert predictions.kept[i].nonzero()[:, 0].tolist() == expected["kept"]
         close(predictions.before[i], torch.tensor(expected["before"]).softmax(-1).tolist())
         close(predictions.probs[i], torch.tensor(expected["logits"]).softmax(-1).tolist())
@@ -56,7 +56,7 @@ def test_equals_the_authors_code(
         adapter.backbone.image_embeddings(views.flatten(0, 1)).unflatten(0, (2, 20)), predictions.kept
     )
     # AdamW divides a gradient by its own size, and by more than rounding where it is almost nothing.
-    for i, expected in enumerate(pictures):
+    for i, expected in enumerate(images):
         close(tuned.logits[i] / 10, [x / 10 for x in expected["logits"]])  # of size 10, so five digits
         close(tuned.prompts["context"][i].flatten()[::7], expected["context"])
 

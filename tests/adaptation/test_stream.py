@@ -72,14 +72,14 @@ def test_a_stopped_stream_goes_on_where_it_was(
     again = adapt_dataset(adapters, data, folder=tmp_path, batch_size=4)
     assert all(torch.equal(again[label].probs, whole[label].probs) for label in adapters)
     assert {n: (tmp_path / n).stat().st_mtime_ns for n in times} == times
-    with pytest.raises(CheckpointError, match="other pictures or methods"):
+    with pytest.raises(CheckpointError, match="other images or methods"):
         adapt_dataset(adapters, data.subset(range(1, 9)), folder=tmp_path, batch_size=4)
 
 
 def test_other_class_names_and_empty_streams(adapters: dict[str, Adapter], data: ImageDataset) -> None:
     with pytest.raises(DataError, match="other class names than the adapter 'tpt'"):
         adapt_dataset(adapters, load_dataset("digits", "val"))
-    with pytest.raises(DataError, match="nothing to adapt to, 0 pictures"):
+    with pytest.raises(DataError, match="nothing to adapt to, 0 images"):
         adapt_dataset(adapters, data.subset([]))
 
 
@@ -105,17 +105,17 @@ def test_a_run_records_what_it_measured(tmp_path: Path) -> None:
     assert len(metrics["cells"]) == 2 * 2 * 2
     cells = [c for c in metrics["cells"] if c["label"] == "voting"]
     for cell in cells:
-        assert (cell["method"], cell["views"], cell["pictures"], cell["episodic"]) == ("zero", 3, 5, True)
+        assert (cell["method"], cell["views"], cell["images"], cell["episodic"]) == ("zero", 3, 5, True)
         assert cell["options"]["share"] == 0.5
         assert cell["options"]["seed"] == cell["seed"] == cell["stream_seed"]
-        assert set(cell["seconds_per_picture"]) == {"generation", "encoding", "adaptation"}
+        assert set(cell["seconds_per_image"]) == {"generation", "encoding", "adaptation"}
         assert len(cell["classnames_hash"]) == len(cell["templates_hash"]) == 12
     by_seed = [np.mean([c["accuracy"] for c in cells if c["seed"] == s]) for s in (1, 2)]
     assert metrics["voting/average/accuracy"] == pytest.approx(float(np.mean(by_seed)))
     gain = [np.mean([c["accuracy"] - c["before_accuracy"] for c in cells if c["seed"] == s]) for s in (1, 2)]
     assert metrics["voting/average/accuracy_gain"] == pytest.approx(float(np.mean(gain)))
     assert (metrics["subset"], metrics["seeds"], metrics["split"]) == (5, [1, 2], "val")
-    assert "5 pictures of each data set, seeds 1, 2" in outcome.table
+    assert "5 images of each data set, seeds 1, 2" in outcome.table
     assert "without adaptation (zero_shot)" in outcome.table
     before = {p: p.stat().st_mtime_ns for p in outcome.folder.rglob("*.safetensors")}
     again = run_adaptation(asked, resume=True)
@@ -159,7 +159,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         "diffusion.generator: unknown generator 'image-variatio'",
     ):
         assert expected in str(caught.value)
-    with pytest.raises(ConfigError, match="diffusion: 63 generated views per picture are wanted"):
+    with pytest.raises(ConfigError, match="diffusion: 63 generated views per image are wanted"):
         config(tmp_path, adapters={"difftpt": {}})
     with pytest.raises(ConfigError, match=r"diffusion\.store: required, unless"):
         config(tmp_path, adapters={"difftpt": {}}, diffusion={"options": {"pipeline": "x"}})
@@ -231,7 +231,7 @@ def test_the_embedded_generator_serves_both_tools(tmp_path: Path, capsys: pytest
     assert [c["views"] for c in metrics["cells"]] == [3, 5]
     assert metrics["generated_views"]["kind"] == "tiny-diffusion"
     assert metrics["generated_views"]["seed"] == 0
-    assert metrics["cells"][1]["seconds_per_picture"]["generation"] > 0
+    assert metrics["cells"][1]["seconds_per_image"]["generation"] > 0
     assert metrics["cells"][1]["before_accuracy"] == metrics["cells"][0]["before_accuracy"]
     tool("generate").main([*cfg, "--check", "2"])  # nothing is left to be made
     assert {p: p.stat().st_mtime_ns for p in store.rglob("*.png")} == made

@@ -11,7 +11,7 @@ from vlprompt import create_adapter, create_backbone, create_learner, load_datas
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import entropies
-from vlprompt.adaptation.views import open_pictures
+from vlprompt.adaptation.views import open_images
 from vlprompt.backbones import Backbone
 
 DATA = load_dataset("scenes/shape@sketch", "val").subset([0, 41, 82, 123])
@@ -24,7 +24,7 @@ def tiny() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [image for image, _ in DATA]
 
 
@@ -34,29 +34,27 @@ def build(name: str, tiny: Backbone, **options: object) -> PromptAdapter:
 
 
 @pytest.mark.parametrize("name", ["tpt", "ctpt", "mta", "zero"])
-def test_the_order_of_the_stream_changes_no_bit(
-    name: str, tiny: Backbone, pictures: list[Image.Image]
-) -> None:
+def test_the_order_of_the_stream_changes_no_bit(name: str, tiny: Backbone, images: list[Image.Image]) -> None:
     adapter = build(name, tiny)
-    together, reversed_ = adapter.predict(pictures), adapter.predict(pictures[::-1])
+    together, reversed_ = adapter.predict(images), adapter.predict(images[::-1])
     assert torch.equal(reversed_.probs.flip(0), together.probs)
     assert float((together.probs - together.before).abs().max()) > 1e-4
 
 
-def test_what_does_not_move_is_zero_shot(tiny: Backbone, pictures: list[Image.Image]) -> None:
+def test_what_does_not_move_is_zero_shot(tiny: Backbone, images: list[Image.Image]) -> None:
     zero_shot = create_learner("zero_shot", tiny, DATA.classnames, ("a photo of a {}.",)).eval()
-    expected = zero_shot(torch.stack([tiny.preprocess(p) for p in pictures])).softmax(-1).detach()
+    expected = zero_shot(torch.stack([tiny.preprocess(p) for p in images])).softmax(-1).detach()
     still = {"steps": 0, "alpha": 0.0, "negative_alpha": 0.0}
     for name, keys in {"tpt": ["steps"], "tda": ["alpha", "negative_alpha"]}.items():
         views = {"views": 1} if name == "tda" else {}
         adapter = build(name, tiny, **views, **{k: still[k] for k in keys})
-        torch.testing.assert_close(adapter.predict(pictures).probs, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(adapter.predict(images).probs, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_tuning_equals_the_obvious_loop(tiny: Backbone, pictures: list[Image.Image]) -> None:
+def test_tuning_equals_the_obvious_loop(tiny: Backbone, images: list[Image.Image]) -> None:
     adapter = build("tpt", tiny, steps=2, share=0.5)
-    got = adapter.predict(pictures[0])
-    pixels = adapter.plan.make(open_pictures(pictures[0], tiny)[0], tiny)
+    got = adapter.predict(images[0])
+    pixels = adapter.plan.make(open_images(images[0], tiny)[0], tiny)
     coop = create_learner("coop", tiny, DATA.classnames, init="a photo of a").train()
     optimizer = torch.optim.AdamW(coop.parameters(), lr=5e-3)
     chosen = None
@@ -77,9 +75,9 @@ def test_tuning_equals_the_obvious_loop(tiny: Backbone, pictures: list[Image.Ima
 
 @pytest.mark.parametrize("name", ["mta", "zero"])
 def test_views_that_all_show_the_same_say_what_one_says(
-    name: str, tiny: Backbone, pictures: list[Image.Image]
+    name: str, tiny: Backbone, images: list[Image.Image]
 ) -> None:
-    pixels = torch.stack([tiny.preprocess(p) for p in pictures])
+    pixels = torch.stack([tiny.preprocess(p) for p in images])
     found = build(name, tiny).predict(pixels[:, None].expand(-1, 9, -1, -1, -1).contiguous())
     assert torch.equal(found.probs.argmax(-1), found.before.argmax(-1))
     if name == "mta":

@@ -44,9 +44,9 @@ def test_logits_of_a_seeded_input_are_the_known_ones(lite0: torch.nn.Module) -> 
     ("file", "names"), [("china.jpg", {"palace", "bell tower"}), ("flower.jpg", {"daisy"})]
 )
 def test_real_photographs_are_named(lite0: torch.nn.Module, file: str, names: set[str]) -> None:
-    picture = torch.from_numpy(load_sample_image(file).copy()).permute(2, 0, 1)[None].float()
-    left = (picture.shape[3] - picture.shape[2]) // 2
-    square = picture[..., left : left + picture.shape[2]]
+    image = torch.from_numpy(load_sample_image(file).copy()).permute(2, 0, 1)[None].float()
+    left = (image.shape[3] - image.shape[2]) // 2
+    square = image[..., left : left + image.shape[2]]
     pixels = interpolate(square, (224, 224), mode="bicubic", antialias=True) / 127.5 - 1
     with torch.no_grad():
         best = int(lite0(pixels).argmax())

@@ -55,13 +55,13 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert {"tiny", "ViT-B-16", "RN50", SMALL} <= set(list_backbones())
 
 
-def test_pictures_are_cropped_or_squashed_as_asked(small: Backbone) -> None:
+def test_images_are_cropped_or_squashed_as_asked(small: Backbone) -> None:
     pixels = np.zeros((60, 180, 3), np.uint8)
     pixels[:, :60, 0] = 255  # only a crop of the middle loses the red third on the left
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     squash = create_backbone(SMALL, seed=3, resize="squash")
-    assert small.preprocess(picture).shape == squash.preprocess(picture).shape
-    red = [b.preprocess(picture)[0] for b in (small, squash)]
+    assert small.preprocess(image).shape == squash.preprocess(image).shape
+    red = [b.preprocess(image)[0] for b in (small, squash)]
     assert float(red[0][:, 4:-4].max() - red[0][:, 4:-4].min()) < 0.1
     assert float(red[1][:, 0].mean() - red[1][:, -1].mean()) > 1
     assert small.fingerprint["id"] != squash.fingerprint["id"]
@@ -220,11 +220,11 @@ def test_random_weights_come_from_their_seed_and_disturb_no_other_draw(small: Ba
 
 
 def test_preprocessing_makes_the_towers_input(small: Backbone) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
-    pixels = small.preprocess(picture)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
+    pixels = small.preprocess(image)
     assert pixels.shape == (3, *small.image_size) == (3, 32, 32)
-    assert torch.equal(pixels, small.preprocess(picture.copy()))
-    assert small.preprocess(picture.convert("L")).shape == (3, 32, 32)
+    assert torch.equal(pixels, small.preprocess(image.copy()))
+    assert small.preprocess(image.convert("L")).shape == (3, 32, 32)
     assert small.encode_image(pixels[None]).shape == (1, small.dim) == (1, 24)
 
 

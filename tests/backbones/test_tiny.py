@@ -22,11 +22,11 @@ def tiny() -> Backbone:
 
 
 @torch.no_grad()
-def accuracy(backbone: Backbone, task: str, style: str = "plain", pictures: int = 160) -> float:
+def accuracy(backbone: Backbone, task: str, style: str = "plain", limit: int = 160) -> float:
     data = scenes.build(task, "test", style)
     texts = [t.format(c) for t in data.templates for c in data.classnames]
     heads = backbone.encode_text(texts).view(len(data.templates), len(data.classnames), -1).sum(0)
-    chosen = range(min(pictures, len(data)))
+    chosen = range(min(limit, len(data)))
     images = torch.stack([backbone.preprocess(data[i][0]) for i in chosen])
     guess = (backbone.encode_image(images) @ heads.T).argmax(1)
     return float((guess == torch.tensor(data.labels)[list(chosen)]).float().mean())

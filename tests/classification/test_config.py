@@ -1,22 +1,12 @@
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pretraining import read_recipe
-from vlprompt.adaptation.config import AdaptConfig
-from vlprompt.classification.compare import Comparison
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError, UnknownNameError
-from vlprompt.detection.config import DetectConfig
-from vlprompt.experiments.old_config import config_path, configs_dir
-from vlprompt.generation.config import PersonaliseConfig
-from vlprompt.security.config import DetectorsConfig
-from vlprompt.segmentation.concepts_experiment import ConceptMaskConfig
-from vlprompt.segmentation.config import load_segment_config
+from vlprompt.experiments.config import config_path, configs_dir
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
@@ -55,17 +45,15 @@ def test_unknown_learner_names_the_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "name", "message"),
+    ("name", "message"),
     [
-        (load_config, "compare_masks_tiny.yaml", "of tools/compare.py, not of tools/train.py"),
-        (Comparison.read, "coop_tiny.yaml", "of tools/train.py, not of tools/compare.py"),
-        (AdaptConfig.read, "pretrain_tiny.yaml", "of tools/pretrain.py, not of tools/adapt.py"),
-        (read_recipe, "tpt_tiny.yaml", "of tools/adapt.py, not of tools/pretrain.py"),
+        ("tpt_tiny.yaml", r"this file is of the task 'adaptation', not of 'classification'"),
+        ("pretrain_tiny.yaml", r"this file is of the task 'pretraining', not of 'classification'"),
     ],
 )
-def test_a_file_of_another_tool_is_told(read: Callable[[str], object], name: str, message: str) -> None:
+def test_a_file_of_another_task_says_which(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read(name)
+        load_config(name)
 
 
 def test_bases_compose_in_order_and_the_file_wins(tmp_path: Path) -> None:
@@ -85,8 +73,8 @@ def test_another_learner_drops_the_base_options(tmp_path: Path) -> None:
     _write(tmp_path, "a.yaml", "learner: {name: coop, context_length: 4}")
     config = load_config(_write(tmp_path, "b.yaml", "_base_: a.yaml\nlearner: {name: linear_probe}"))
     assert config.learner == {"name": "linear_probe"}
-    kept = load_config(_write(tmp_path, "c.yaml", "_base_: a.yaml\nlearner: {position: front}"))
-    assert kept.learner == {"name": "coop", "context_length": 4, "position": "front"}
+    same = load_config(_write(tmp_path, "c.yaml", "_base_: a.yaml\nlearner: {position: front}"))
+    assert same.learner == {"name": "coop", "context_length": 4, "position": "front"}
 
 
 def test_an_override_of_the_learner_drops_the_file_options(tmp_path: Path) -> None:
@@ -133,29 +121,47 @@ def test_missing_file_names_the_nearest() -> None:
         config_path("coop_tny.yaml")
 
 
-def read_segmentation(path: Path) -> object:
-    concepts = "segment.py concepts" in path.read_text().partition("\nname:")[0]
-    return ConceptMaskConfig.read(path) if concepts else load_segment_config(path)
-
-
-READERS: dict[str, Callable[[Path], object]] = {
-    "adapt": AdaptConfig.read,
-    "detect": DetectConfig.read,
-    "personalise": PersonaliseConfig.read,
-    "train": load_config,
-    "transfer": load_config,
-    "pretrain": read_recipe,
-    "segment": read_segmentation,
-    "compare_detectors": DetectorsConfig.read,
-    "compare": lambda path: Comparison.read(path).configs(),
-}
-
-
-@pytest.mark.parametrize("path", sorted(configs_dir().glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(configs_dir().glob("classification/*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    tool = re.search(r"\A#.*?python tools/(\w+)\.py (?:\w+ )?--cfg (\S+)", path.read_text(), re.DOTALL)
-    assert tool is not None, "a configuration opens with its command"
-    READERS[tool[1]](path)
+    text = path.read_text()
+    assert text.startswith("#")
+    assert f"vlprompt run {path.name}" in text.partition("\ntask:")[0], (
+        "a configuration opens with its command"
+    )
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.studies()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.root=2024-01-01", "2024-01-01"),
+        ("data.root=0123", "0123"),
+        ("data.root=a: b", "a: b"),
+        ("data.root=${HOME}/x", "${HOME}/x"),
+        ("data.root=null", None),
+        ("data.root=[a]", "[a]"),
+    ],
+)
+def test_paths_on_the_command_line_are_taken_as_written(
+    tmp_path: Path, override: str, expected: str | None
+) -> None:
+    config = load_config(_write(tmp_path, "c.yaml", "learner: {name: coop}"), [override])
+    assert config.data.root == expected
+
+
+def test_a_name_or_a_list_of_names(tmp_path: Path) -> None:
+    path = _write(tmp_path, "c.yaml", "learner: {name: coop}")
+    assert load_config(path, ["data.name=folder:a: b"]).data.names == ["folder:a: b"]
+    assert load_config(path, ["data.name=[digits, scenes/kind]"]).data.names == ["digits", "scenes/kind"]
+
+
+def test_a_seed_of_training_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    path = _write(tmp_path, "c.yaml", "learner: {name: coop}")
+    with pytest.raises(ConfigError, match=r"train\.seed: .*protocol\.seeds=\[7\]") as caught:
+        load_config(path, ["train.seed=7"])
+    assert len(caught.value.problems) == 1
 
 
 def test_options_of_a_kind_of_data_set_reach_it_and_clash_with_nothing(tmp_path: Path) -> None:

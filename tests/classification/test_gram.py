@@ -220,7 +220,7 @@ def test_several_tasks_start_from_it_too(backbone: Backbone, data: ImageDataset,
 def test_it_is_a_start_for_test_time_tuning(
     regulator: str, backbone: Backbone, images: Tensor, tmp_path: Path
 ) -> None:
-    """TPT by plain gradient descent with the regulator on every picture's own gradient."""
+    """TPT by plain gradient descent with the regulator on every image's own gradient."""
     _, held = _start(backbone, tmp_path, regulator=regulator)
     start = read_start(f"gram:{tmp_path}")
     learner = _coop(backbone, load_dataset("scenes/kind"))
@@ -236,7 +236,7 @@ def test_it_is_a_start_for_test_time_tuning(
     assert same == (regulator == "identity")
 
 
-def test_a_regulator_that_reads_pictures_is_refused_at_test_time(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_regulator_that_reads_images_is_refused_at_test_time(backbone: Backbone, tmp_path: Path) -> None:
     _start(backbone, tmp_path, regulator="gated")
     with pytest.raises(DataError, match="identity, diagonal and low_rank can"):
         read_start(f"gram:{tmp_path}").transform()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlprompt.classification.compare import Comparison, compare
+from tests.classification.studies import run
 from vlprompt.classification.config import load_config
-from vlprompt.classification.experiment import run
 from vlprompt.classification.gram import read_start
 from vlprompt.core.errors import ConfigError
 
 META = """
+task: classification
 name: meta
 output: {output}
 backbone: {{name: tiny, pretrained: random}}
@@ -29,6 +29,7 @@ meta:
   regulator: {{name: low_rank, rank: 2}}
 """
 FEWSHOT = """
+task: classification
 name: fewshot
 output: {output}
 backbone: {{name: tiny, pretrained: random}}
@@ -47,61 +48,63 @@ def configs(tmp_path: Path) -> Path:
 
 
 def test_a_meta_training_leaves_a_start_figures_and_a_sheet(configs: Path) -> None:
-    outcome = run(load_config(configs / "meta.yaml"), command="as typed")
+    outcome = run(configs / "meta.yaml", command="as typed")
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
     assert metrics["protocol"] == "meta"
     assert metrics["data"] == "scenes:60"
     for figure in ("accuracy", "plain_accuracy", "unadapted_accuracy", "zero_shot_accuracy"):
         assert 0 <= metrics[figure] <= 1
+    cell = outcome.folder / "cells" / "coop_scenes-60_1shots_seed1"
     start = read_start(f"gram:{outcome.folder}")
     assert start.facts["accuracy"] == metrics["accuracy"]
     assert start.regulator.options == {"rank": 2}
-    clusters = json.loads((outcome.folder / "clusters.json").read_text())
+    clusters = json.loads((cell / "clusters.json").read_text())
     assert clusters["digest"] == start.facts["clusters"]
-    assert "Clusters" in (outcome.folder / "clusters.html").read_text()
+    assert "Clusters" in (cell / "clusters.html").read_text()
     assert "as typed" in (outcome.folder / "report.html").read_text()
-    assert len((outcome.folder / "history.jsonl").read_text().splitlines()) == 2
+    assert len((cell / "history.jsonl").read_text().splitlines()) == 2
     assert len(list(configs.glob("runs/pairs/*/shard-*.safetensors"))) == 2
 
-    again = run(
-        load_config(configs / "meta.yaml")
-    )  # from nothing but the seed, and the features that are kept
+    # From nothing but the seed, and the features that are kept.
+    again = run(configs / "meta.yaml", restart=True)
     assert torch.equal(read_start(f"gram:{again.folder}").prompts["context"], start.prompts["context"])
 
-    overrides = [f"train.init=gram:{configs}/runs/meta/*"]
-    tuned = run(load_config(configs / "fewshot.yaml", overrides))
+    overrides = [f"train.init=gram:{again.folder}"]
+    tuned = run(configs / "fewshot.yaml", overrides)
     assert tuned.failures == []
     assert tuned.metrics["init_checksum"] == start.checksum
 
 
-def test_a_comparison_meta_trains_first_and_has_parts(configs: Path) -> None:
+def test_methods_start_from_a_stage_that_runs_first_and_settings_make_tables(configs: Path) -> None:
     text = f"""
+task: classification
 name: all
 output: {configs / "runs"}
-before: {{start: {configs}/meta.yaml}}
-runs:
-  usual: {configs}/fewshot.yaml
-  gram: "{configs}/fewshot.yaml train.init=gram:{configs}/runs/all/start/*"
-  longer: "{configs}/fewshot.yaml train.epochs=2"
-parts:
-  few shots: []
-  other tasks: [protocol.name=cross-dataset, "protocol.targets=[scenes/arrangement, scenes/size]"]
-baseline: {{gram: usual, longer: gram}}
+data: {{name: scenes/kind, validate_on: none}}
+before: {{start: {{cfg: {configs}/meta.yaml}}}}
+settings:
+  few shots: {{protocol: {{name: coop-fewshot, shots: [1]}}}}
+  other tasks: {{protocol: {{name: cross-dataset, shots: [1], targets: [scenes/arrangement, scenes/size]}}}}
+protocol: {{seeds: [1, 2], baseline: {{gram: usual, longer: gram}}}}
+methods:
+  usual: {{cfg: {configs}/fewshot.yaml}}
+  gram: {{cfg: {configs}/fewshot.yaml, train: {{init: "gram:start"}}}}
+  longer: {{cfg: {configs}/fewshot.yaml, train: {{epochs: 2}}}}
 """
     (configs / "all.yaml").write_text(text)
-    outcome = compare(Comparison.read(configs / "all.yaml"))
+    outcome = run(configs / "all.yaml")
     assert outcome.failures == []
-    parts = outcome.text.split("## ")[1:]
-    assert [p.splitlines()[0] for p in parts] == ["few shots", "other tasks"]
-    for part, metric in zip(parts, ("accuracy", "score"), strict=True):
-        assert part.index("Gain over usual") < part.index("Gain over gram")
-        assert f"1-shot {metric}, seeds" in part
-    folders = {
-        json.loads(p.read_text())["protocol"]: p.parent for p in outcome.folder.glob("fewshot/*/metrics.json")
-    }
-    cells = json.loads((folders["cross-dataset"] / "cells.json").read_text())["cells"]
-    assert len({(c["target"], c["seed"]) for c in cells}) == 6  # a source and two targets, two seeds
-    assert (outcome.folder / "comparison-few-shots.csv").is_file()
+    titles = [table.title for table in outcome.tables]
+    assert titles[0] == "few shots"
+    assert titles[1].startswith("few shots: gain over usual")
+    assert titles[2].startswith("few shots: gain over gram")
+    assert titles[3] == "other tasks"
+    across = outcome.results.select("score", setting="other tasks", method="gram")
+    assert len(across) == 6  # a source and two targets, two seeds
+    (start,) = (outcome.folder / "cells").glob("before_start_*")
+    checksum = read_start(f"gram:{start}").checksum
+    assert outcome.metrics["few shots/gram/init_checksum"] == checksum
+    assert (outcome.folder / "table-2.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -120,9 +123,3 @@ def test_mistakes_are_told_by_their_key(configs: Path, overrides: list[str], mes
     with pytest.raises(ConfigError) as caught:
         load_config(configs / "fewshot.yaml", overrides)
     assert message in str(caught.value)
-
-
-def test_a_baseline_that_is_no_row_is_refused(configs: Path) -> None:
-    (configs / "all.yaml").write_text(f"runs: {{a: {configs}/fewshot.yaml}}\nbaseline: {{a: b}}\n")
-    with pytest.raises(ConfigError, match="'b' is none of the runs: a"):
-        Comparison.read(configs / "all.yaml")

@@ -20,13 +20,13 @@ from vlprompt.classification.multitask import (
     fit_multitask,
     union_of_classes,
 )
+from vlprompt.classification.options import MultiTaskOptions
 from vlprompt.classification.task_batches import MultiTaskBatches, task_quotas
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.training.batches import Batch, TensorBatches
 from vlprompt.training.callbacks import Callback
-from vlprompt.classification.options import MultiTaskOptions
 from vlprompt.training.trainer import Trainer
 
 ANIMALS = (["dog", "hummingbird", "cat"], ("a photo of a {}.",))
@@ -50,7 +50,7 @@ def _gradients(learner: Learner, losses: dict[str, Tensor]) -> list[Tensor]:
 def test_the_loss_is_the_single_task_loss_of_the_same_samples(
     name: str, backbone: Backbone, images: Tensor
 ) -> None:
-    """Four pictures of one task and two of another: 4/6 of the one task's loss and 2/6 of the other's."""
+    """Four images of one task and two of another: 4/6 of the one task's loss and 2/6 of the other's."""
     learner = create_learner(name, backbone, *ANIMALS).train()
     other = learner.with_classes(*SHAPES)
     module = MultiTask(learner, TASKS)
@@ -121,14 +121,14 @@ def test_only_the_names_of_tasks_in_the_batch_are_encoded(backbone: Backbone, im
 
 def test_the_image_tower_runs_once_for_all_tasks(backbone: Backbone, images: Tensor) -> None:
     module = MultiTask(create_learner("mvlpt", backbone, *ANIMALS).train(), TASKS)
-    pictures: list[int] = []
+    sizes: list[int] = []
     first = backbone.vision.blocks[0]
-    handle = first.register_forward_hook(lambda _, __, out: pictures.append(len(out)))
+    handle = first.register_forward_hook(lambda _, __, out: sizes.append(len(out)))
     try:
         module.loss(_batch(images, [0, 1, 0, 1, 0, 1], [0] * 6))
     finally:
         handle.remove()
-    assert pictures == [6]
+    assert sizes == [6]
 
 
 def test_learned_values_are_the_same_objects_in_every_task(backbone: Backbone) -> None:

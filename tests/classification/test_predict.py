@@ -1,4 +1,4 @@
-"""Naming pictures: folders, lists and images in memory; what can't be read is said, not thrown."""
+"""Naming images: folders, lists and images in memory; what can't be read is said, not thrown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def learner(backbone: Backbone) -> Learner:
     return create_learner("coop", backbone, NAMES, context_length=4)
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8))
 
 
-def test_a_picture_has_its_softmax(learner: Learner) -> None:
-    image = picture(0)
+def test_an_image_has_its_softmax(learner: Learner) -> None:
+    image = make_image(0)
     row = predict(learner.train(), [image], topk=3)[0]
     with torch.no_grad():
         probs = learner(learner.backbone.preprocess(image)[None]).softmax(-1)[0]
@@ -43,13 +43,13 @@ def test_a_picture_has_its_softmax(learner: Learner) -> None:
 
 def test_a_folder_is_walked_in_order_and_damaged_files_are_named(learner: Learner, tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    picture(1).save(tmp_path / "b.png")
-    picture(2).save(tmp_path / "deep" / "er" / "a.JPG")
+    make_image(1).save(tmp_path / "b.png")
+    make_image(2).save(tmp_path / "deep" / "er" / "a.JPG")
     whole = io.BytesIO()
-    picture(3, (200, 200)).save(whole, "JPEG")
+    make_image(3, (200, 200)).save(whole, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:500])
     (tmp_path / "empty.png").touch()
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     table = predict(learner, tmp_path, batch_size=2)
     found = [Path(row["image"]).relative_to(tmp_path).as_posix() for row in table]
     assert found == ["b.png", "cut.jpg", "deep/er/a.JPG", "empty.png"]
@@ -62,7 +62,7 @@ def test_a_folder_is_walked_in_order_and_damaged_files_are_named(learner: Learne
 
 
 def test_files_and_images_may_be_mixed_over_several_batches(learner: Learner, tmp_path: Path) -> None:
-    images = [picture(i) for i in range(5)]
+    images = [make_image(i) for i in range(5)]
     images[3].save(tmp_path / "three.png")
     mixed = [*images[:3], str(tmp_path / "three.png"), images[4]]
     one_pass, batches = predict(learner, mixed), predict(learner, mixed, batch_size=2)
@@ -75,43 +75,43 @@ def test_files_and_images_may_be_mixed_over_several_batches(learner: Learner, tm
 
 
 def test_modes_that_are_not_rgb(learner: Learner) -> None:
-    rows = predict(learner, [picture(0).convert(mode) for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1")])
+    rows = predict(learner, [make_image(0).convert(mode) for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1")])
     assert not [row["error"] for row in rows if row["error"]]
     assert rows[0]["probs"] == pytest.approx(rows[3]["probs"], abs=1e-5)
 
 
 def test_a_truncated_image_in_memory_stops_nothing(learner: Learner) -> None:
     whole = io.BytesIO()
-    picture(3, (200, 200)).save(whole, "JPEG")
+    make_image(3, (200, 200)).save(whole, "JPEG")
     lazy = Image.open(io.BytesIO(whole.getvalue()[:5000]))  # the header is whole
-    rows = predict(learner, [picture(0), lazy, picture(1)])
+    rows = predict(learner, [make_image(0), lazy, make_image(1)])
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     assert "truncated" in rows[1]["error"]
 
 
-def test_only_unreadable_pictures(learner: Learner, tmp_path: Path) -> None:
+def test_only_unreadable_images(learner: Learner, tmp_path: Path) -> None:
     table = predict(learner, [tmp_path / "missing.png"])
     assert table[0]["labels"] == []
     assert "the file does not exist" in table[0]["error"]
 
 
 def test_nothing_to_name_is_said(learner: Learner, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no pictures \(\.bmp, .*\.webp\)"):
+    with pytest.raises(DataError, match=r"holds no images \(\.bmp, .*\.webp\)"):
         predict(learner, tmp_path)
-    with pytest.raises(DataError, match="no pictures to predict"):
+    with pytest.raises(DataError, match="no images to predict"):
         predict(learner, [])
 
 
 def test_as_many_names_as_there_are(learner: Learner) -> None:
-    assert len(predict(learner, [picture(0)], topk=99)[0]["labels"]) == 3
-    assert len(predict(learner, [picture(0)], topk=1)[0]["labels"]) == 1
+    assert len(predict(learner, [make_image(0)], topk=99)[0]["labels"]) == 3
+    assert len(predict(learner, [make_image(0)], topk=1)[0]["labels"]) == 1
     for impossible in (0, -1):
         with pytest.raises(DataError, match=f"topk must be at least 1, got {impossible}"):
-            predict(learner, [picture(0)], topk=impossible)
+            predict(learner, [make_image(0)], topk=impossible)
 
 
 def test_the_table_as_text(learner: Learner, tmp_path: Path) -> None:
-    table = predict(learner, [picture(0), tmp_path / "missing, really.png"], topk=2)
+    table = predict(learner, [make_image(0), tmp_path / "missing, really.png"], topk=2)
     rows = list(csv.DictReader(io.StringIO(table.to_csv())))
     assert [(row["image"], row["rank"]) for row in rows] == [
         ("image 0", "1"),

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt import load_config, run
-from vlprompt.classification.experiment import Outcome
-from vlprompt.classification.protocols import Cell
+from tests.classification.studies import run
+from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.files import read_tensors
-from vlprompt.experiments.old_gains import paired_gains
+from vlprompt.experiments.gains import paired_gains
+from vlprompt.experiments.results import Line, Results
+from vlprompt.experiments.runner import RunOutcome
 
 BASE = """
+task: classification
 name: stages
 output: {output}
 backbone: {{name: tiny, pretrained: random}}
@@ -26,13 +28,13 @@ train: {{epochs: 2, lr: 0.02, batch_size: 8}}
 """
 
 
-def _run(folder: Path, text: str, *overrides: str, resume: bool = False) -> Outcome:
+def _run(folder: Path, text: str, *overrides: str) -> RunOutcome:
     path = folder / "run.yaml"
     path.write_text(BASE.format(output=folder / "runs", features=folder.parent / "features") + text)
-    return run(load_config(path, overrides), resume)
+    return run(path, overrides)
 
 
-def _prompt(outcome: Outcome, cell: str) -> dict[str, torch.Tensor]:
+def _prompt(outcome: RunOutcome, cell: str) -> dict[str, torch.Tensor]:
     return read_tensors(outcome.folder / "cells" / cell / "prompt" / "prompt.safetensors")[0]
 
 
@@ -45,19 +47,21 @@ target: {names: [scenes/size], shots: [1], compare_scratch: true}
 def test_targets_start_from_the_mean_of_the_sources_and_scratch_does_not(tmp_path: Path) -> None:
     outcome = _run(tmp_path, MULTITASK, "train.epochs=0")
     assert outcome.failures == []
-    sources = [_prompt(outcome, f"source_2shots_seed{s}")["context"] for s in (1, 2)]
+    sources = [_prompt(outcome, f"mvlpt_source_source_2shots_seed{s}")["context"] for s in (1, 2)]
     mean = torch.stack(sources).mean(0)
     for seed in (1, 2):  # without training a target is what it started from
-        target = _prompt(outcome, f"target_scenes-size_1shots_seed{seed}")["context"]
+        target = _prompt(outcome, f"mvlpt_target_scenes-size_1shots_seed{seed}")["context"]
         torch.testing.assert_close(target, mean)
-        scratch = _prompt(outcome, f"scratch_scenes-size_1shots_seed{seed}")["context"]
+        scratch = _prompt(outcome, f"mvlpt_scratch_scenes-size_1shots_seed{seed}")["context"]
         assert torch.equal(scratch, sources[seed - 1])
-    start = json.loads((outcome.folder / "cells/target_scenes-size_1shots_seed1/start.json").read_text())
+    start = json.loads(
+        (outcome.folder / "cells/mvlpt_target_scenes-size_1shots_seed1/start.json").read_text()
+    )
     assert start["init_mean_of"] == 2
     assert outcome.metrics["target_start"] == "mean of the source prompts of this run"
 
     own = _run(tmp_path, MULTITASK, "train.epochs=0", "target.start=seed")
-    assert torch.equal(_prompt(own, "target_scenes-size_1shots_seed2")["context"], sources[1])
+    assert torch.equal(_prompt(own, "mvlpt_target_scenes-size_1shots_seed2")["context"], sources[1])
 
 
 def test_a_repeated_command_keeps_finished_cells_and_trains_what_is_missing(tmp_path: Path) -> None:
@@ -79,11 +83,12 @@ def test_a_repeated_command_keeps_finished_cells_and_trains_what_is_missing(tmp_
     assert metrics["source/accuracy"] == pytest.approx(sum(tasks) / 2)
 
     cells = first.folder / "cells"
-    gone = cells / "target_scenes-size_1shots_seed2"
+    gone = cells / "mvlpt_target_scenes-size_1shots_seed2"
     before = read_tensors(gone / "prompt" / "prompt.safetensors")[0]
     times = {p: p.stat().st_mtime_ns for p in cells.glob("*/cell.json") if p.parent != gone}
     (gone / "cell.json").unlink()
-    again = _run(tmp_path, MULTITASK, resume=True)
+    (first.folder / "done.json").unlink()
+    again = _run(tmp_path, MULTITASK)
     assert times == {p: p.stat().st_mtime_ns for p in times}
     assert torch.equal(before["context"], _prompt(again, gone.name)["context"])
     assert again.metrics["accuracy"] == metrics["accuracy"]
@@ -107,14 +112,14 @@ def test_saved_prompts_start_an_ordinary_run_beside_scratch(tmp_path: Path) -> N
     source = _run(tmp_path, "protocol: {name: multitask, shots: [2], seeds: [1, 2]}", "train.epochs=0")
     text = "protocol: {name: coop-fewshot, shots: [1], seeds: [1]}"
     options = (
-        f"target.init_from={source.folder}/cells/source_*",
+        f"target.init_from={source.folder}/cells/mvlpt_source_*",
         "target.compare_scratch=true",
         "data.name=scenes/size",
         "train.epochs=0",
     )
     outcome = _run(tmp_path, text, *options)
-    sources = [_prompt(source, f"source_2shots_seed{s}")["context"] for s in (1, 2)]
-    got = _prompt(outcome, "scenes-size_1shots_seed1")["context"]
+    sources = [_prompt(source, f"mvlpt_source_source_2shots_seed{s}")["context"] for s in (1, 2)]
+    got = _prompt(outcome, "mvlpt_scenes-size_1shots_seed1")["context"]
     torch.testing.assert_close(got, torch.stack(sources).mean(0))
     assert outcome.metrics["init_mean_of"] == 2
     assert "gain/shots1/accuracy" in outcome.metrics
@@ -123,7 +128,7 @@ def test_saved_prompts_start_an_ordinary_run_beside_scratch(tmp_path: Path) -> N
     assert "option position is 'middle' there and 'end' here" in mismatch.failures[0]
 
 
-def test_the_transfer_study_writes_a_matrix_a_picture_and_continues(tmp_path: Path) -> None:
+def test_the_transfer_study_writes_a_matrix_an_image_and_continues(tmp_path: Path) -> None:
     text = "protocol: {name: transfer, shots: [1], seeds: [1]}"
     outcome = _run(tmp_path, text)
     assert outcome.metrics["runs"] == 2 + 4
@@ -136,28 +141,34 @@ def test_the_transfer_study_writes_a_matrix_a_picture_and_continues(tmp_path: Pa
     assert (outcome.folder / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert "What helps what" in (outcome.folder / "report.html").read_text()
     start = json.loads(
-        (outcome.folder / "cells/from-scenes-arrangement_scenes-kind_1shots_seed1/start.json").read_text()
+        (
+            outcome.folder / "cells/mvlpt_1shots_from_scenes-arrangement_scenes-kind_seed1/start.json"
+        ).read_text()
     )
     assert start["init_from"] == [
-        str(outcome.folder / "cells/scratch_scenes-arrangement_1shots_seed1/prompt")
+        str(outcome.folder / "cells/mvlpt_1shots_scratch_scenes-arrangement_seed1/prompt")
     ]
 
-    (outcome.folder / "cells/from-scenes-arrangement_scenes-kind_1shots_seed1/cell.json").unlink()
-    kept = outcome.folder / "cells/from-scenes-kind_scenes-kind_1shots_seed1/cell.json"
+    (outcome.folder / "cells/mvlpt_1shots_from_scenes-arrangement_scenes-kind_seed1/cell.json").unlink()
+    (outcome.folder / "done.json").unlink()
+    kept = outcome.folder / "cells/mvlpt_1shots_from_scenes-kind_scenes-kind_seed1/cell.json"
     time = kept.stat().st_mtime_ns
-    assert _run(tmp_path, text, resume=True).metrics["mean_gain_accuracy"] == pytest.approx(
+    assert _run(tmp_path, text).metrics["mean_gain_accuracy"] == pytest.approx(
         outcome.metrics["mean_gain_accuracy"]
     )
     assert kept.stat().st_mtime_ns == time
 
 
 def test_gains_are_paired_by_task_and_seed() -> None:
-    def cells(values: dict[tuple[str, int], float]) -> dict[Cell, dict[str, float]]:
-        return {Cell(task, 1, seed): {"accuracy": a} for (task, seed), a in values.items()}
+    def lines(values: dict[tuple[str, int], float]) -> Results:
+        return Results(
+            Line({"data": task, "shots": 1, "seed": seed}, "accuracy", value)
+            for (task, seed), value in values.items()
+        )
 
-    ours = cells({("a", 1): 0.5, ("b", 1): 0.7, ("a", 2): 0.6, ("b", 2): 0.9, ("a", 3): 1.0})
-    theirs = cells({("a", 1): 0.4, ("b", 1): 0.5, ("a", 2): 0.6, ("b", 2): 0.6, ("a", 3): 0.0})
-    gains = paired_gains(ours, theirs)
+    ours = lines({("a", 1): 0.5, ("b", 1): 0.7, ("a", 2): 0.6, ("b", 2): 0.9, ("a", 3): 1.0})
+    theirs = lines({("a", 1): 0.4, ("b", 1): 0.5, ("a", 2): 0.6, ("b", 2): 0.6, ("a", 3): 0.0})
+    gains = paired_gains(ours, theirs, "accuracy")
     assert gains["gain/shots1/accuracy"] == pytest.approx(0.15)  # seed 3 lacks task b
     assert gains["gain/a/shots1/accuracy"] == pytest.approx(0.05)
     assert gains["gain/b/shots1/accuracy"] == pytest.approx(0.25)

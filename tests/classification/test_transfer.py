@@ -11,8 +11,8 @@ import torch
 from vlprompt import create_learner, save
 from vlprompt.backbones import Backbone
 from vlprompt.classification.transfer import start_from
-from vlprompt.saved.prompts import find_prompts
 from vlprompt.core.errors import CheckpointError
+from vlprompt.saved.prompts import find_prompts
 
 NAMES = ["dog", "red circle", "hummingbird"]
 OTHERS = ["ring", "cross"]

@@ -1,7 +1,7 @@
 """Miniature copies of the real data sets' layouts, written from their documentation and not by our readers.
 
-Every picture carries the class it was made for in its colour: (low byte, high byte, 7), so that a test can ask a loaded
-picture what it shows. Classes are given by their label on the card.
+Every image carries the class it was made for in its colour: (low byte, high byte, 7), so that a test can ask a loaded
+image what it shows. Classes are given by their label on the card.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 def shown(image: Image.Image) -> int:
-    """Return the label that a picture's colour says."""
+    """Return the label that an image's colour says."""
     red, green, blue = image.convert("RGB").getpixel((1, 1))  # type: ignore[misc]
-    return red if red == green == blue else red + 256 * green  # grey pictures keep the low byte
+    return red if red == green == blue else red + 256 * green  # grey images keep the low byte
 
 
 def data_of(label: int, size: int = 4) -> bytes:
@@ -40,17 +40,17 @@ def data_of(label: int, size: int = 4) -> bytes:
     return out.getvalue()
 
 
-def picture(path: Path, label: int) -> None:
+def write_image(path: Path, label: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data_of(label))
 
 
 def make(card: Card, source: SourceSpec, root: Path) -> dict[str, int]:
-    """Write the layout that a source of a card reads; return the number of pictures per part of the layout."""
+    """Write the layout that a source of a card reads; return the number of images per part of the layout."""
     return _MAKERS[source.kind](card, source.options, root)
 
 
-def _pictures(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
+def _images(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
     folder = root / options["folders"][0]
     if options.get("lists"):
         own = [*(options.get("own_names") or options.get("class_folders") or ())]
@@ -67,7 +67,7 @@ def _split_file(card: Card, options: dict[str, Any], folder: Path) -> dict[str, 
         for label, name in enumerate(card.classnames):
             for i in range(PER_CLASS[part]):
                 path = f"{name.replace('/', ' ').replace(' ', '_')}/{part}_{i}.jpg"
-                picture(folder / options.get("images", "") / path, label)
+                write_image(folder / options.get("images", "") / path, label)
                 rows.append([path, label, name.replace(" ", "_")])
     (folder / str(card.splits.file)).write_text(json.dumps(content))
     return {part: len(rows) for part, rows in content.items()}
@@ -79,7 +79,7 @@ def _text(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part
         for i in range(PER_CLASS[part]):
             stem = f"{name}/{part}{i}" if spec["label"] == "folder" else f"{part}_{label}_{i}"
             suffix = spec.get("suffix", "") or (".jpg" if spec["label"] == "folder" else "")
-            picture(images / f"{stem}{suffix}", label)
+            write_image(images / f"{stem}{suffix}", label)
             listed = stem if spec.get("suffix") else f"{stem}{suffix}"
             ends = {"folder": "", "rest": f" {name}", "column": f" {name} 1 1"}
             lines.append(listed + ends[spec["label"]])
@@ -91,8 +91,8 @@ def _text(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part
 def _folders(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part: str) -> None:
     for label, name in enumerate(own):
         for i in range(PER_CLASS[part]):
-            picture(images / spec["path"] / name / f"{i:05d}.ppm", label)
-        (images / spec["path"] / name / f"GT-{name}.csv").write_text("not a picture")
+            write_image(images / spec["path"] / name / f"{i:05d}.ppm", label)
+        (images / spec["path"] / name / f"GT-{name}.csv").write_text("not an image")
 
 
 def _table(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part: str) -> None:
@@ -100,7 +100,7 @@ def _table(folder: Path, images: Path, spec: dict[str, Any], own: list[str], par
     for label, name in enumerate(own):
         for i in range(PER_CLASS[part]):
             path = f"{'img/' if spec['format'] == 'jsonl' else ''}{part}{label:03d}{i}.png"
-            picture(images / spec.get("prefix", "") / path, label)
+            write_image(images / spec.get("prefix", "") / path, label)
             rows.append({spec["image"]: path, spec["label"]: int(name), "Width": 53})
     path = folder / spec["path"]
     if spec["format"] == "jsonl":
@@ -113,7 +113,7 @@ def _table(folder: Path, images: Path, spec: dict[str, Any], own: list[str], par
 
 
 def _flowers(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part: str) -> None:
-    """All parts share one numbering of pictures and one file of labels, both from 1."""
+    """All parts share one numbering of images and one file of labels, both from 1."""
     if part != "train":
         return
     parts = {"train": "trnid", "val": "valid", "test": "tstid"}
@@ -123,7 +123,7 @@ def _flowers(folder: Path, images: Path, spec: dict[str, Any], own: list[str], p
             for _ in range(PER_CLASS[name]):
                 labels.append(label + 1)
                 ids[key].append(len(labels))
-                picture(images / f"image_{len(labels):05d}.jpg", label)
+                write_image(images / f"image_{len(labels):05d}.jpg", label)
     scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([labels], dtype=np.uint8)})
     scipy.io.savemat(folder / "setid.mat", {k: np.array([v]) for k, v in ids.items()})
 
@@ -133,7 +133,7 @@ def _cars(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part
     rows = np.zeros((1, PER_CLASS[part] * len(own)), dtype=[(f, object) for f in fields])
     for n in range(rows.shape[1]):
         label = n % len(own)
-        picture(images / spec["prefix"] / f"{n + 1:05d}.jpg", label)
+        write_image(images / spec["prefix"] / f"{n + 1:05d}.jpg", label)
         rows[0, n] = (np.array([[39]]), np.array([[int(own[label])]]), f"{n + 1:05d}.jpg")
     path = folder / spec["path"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _cars(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part
 
 
 def _voc(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part: str) -> None:
-    """One file per class over all pictures; each picture shows its class and, marked difficult, the next one."""
+    """One file per class over all images; each image shows its class and, marked difficult, the next one."""
     names = [f"{part}{c:03d}{i}" for c in range(len(own)) for i in range(PER_CLASS[part])]
     (folder / spec["path"]).mkdir(parents=True, exist_ok=True)
     for c, name in enumerate(own):
@@ -151,7 +151,7 @@ def _voc(folder: Path, images: Path, spec: dict[str, Any], own: list[str], part:
             lines.append(f"{n} {' 1' if c == main else ' 0' if c == main + 1 else '-1'}")
         (folder / spec["path"] / f"{name}_{spec['part']}.txt").write_text("\n".join(lines) + "\n")
     for n in names:
-        picture(images / f"{n}.jpg", int(n[len(part) : len(part) + 3]))
+        write_image(images / f"{n}.jpg", int(n[len(part) : len(part) + 3]))
 
 
 def _arrays(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
@@ -174,11 +174,11 @@ def _arrays(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
 
 
 def _pixels(labels: list[int], size: int) -> np.ndarray:
-    """(N, size, size, 3); the top right pixel differs, so that turned pictures are noticed."""
-    pictures = np.empty((len(labels), size, size, 3), dtype=np.uint8)
-    pictures[:] = np.array([colour(label) for label in labels], dtype=np.uint8)[:, None, None, :]
-    pictures[:, 0, -1] = 255
-    return pictures
+    """(N, size, size, 3); the top right pixel differs, so that turned images are noticed."""
+    images = np.empty((len(labels), size, size, 3), dtype=np.uint8)
+    images[:] = np.array([colour(label) for label in labels], dtype=np.uint8)[:, None, None, :]
+    images[:, 0, -1] = 255
+    return images
 
 
 def _cifar(folder: Path, files: list[str], labels: list[int], own: list[int]) -> None:
@@ -238,7 +238,7 @@ def _synsets(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
         for label, synset in enumerate(ids):
             folder = root / options["folders"][0] / options.get("images", "") / below
             for i in range(count):
-                picture(
+                write_image(
                     folder / (str(label) if options.get("numbered") else synset) / f"{synset}_{i}.JPEG", label
                 )
         sizes[part] = count * len(ids)
@@ -286,4 +286,4 @@ _LISTS = {
     "voc": _voc,
 }
 _ARRAYS = {"cifar": _cifar, "idx": _idx, "svhn": _svhn, "stl": _stl, "h5": _h5, "fer": _fer}
-_MAKERS = {"pictures": _pictures, "arrays": _arrays, "synsets": _synsets, "manifest": _manifest}
+_MAKERS = {"images": _images, "arrays": _arrays, "synsets": _synsets, "manifest": _manifest}

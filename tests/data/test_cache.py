@@ -37,8 +37,8 @@ class Tower:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> ImageDataset:
-    folder = tmp_path / "pictures"
+def image_data(tmp_path: Path) -> ImageDataset:
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(23):
@@ -62,95 +62,95 @@ def run(
 @pytest.mark.parametrize("on_disk", [True, False])
 @pytest.mark.parametrize("rows_per_shard", [3, 4096])
 def test_equal_to_direct_encoding_and_encoded_once(
-    tmp_path: Path, pictures: ImageDataset, on_disk: bool, rows_per_shard: int
+    tmp_path: Path, image_data: ImageDataset, on_disk: bool, rows_per_shard: int
 ) -> None:
     cache = FeatureCache(tmp_path / "cache" if on_disk else None, rows_per_shard)
     tower = Tower()
-    assert torch.equal(run(cache, pictures, tower), direct(pictures))
+    assert torch.equal(run(cache, image_data, tower), direct(image_data))
     assert tower.batches == [4, 4, 4, 4, 4, 3]
     again = FeatureCache(cache.root, rows_per_shard) if on_disk else cache
-    assert torch.equal(run(again, pictures, tower), direct(pictures))
+    assert torch.equal(run(again, image_data, tower), direct(image_data))
     assert tower.seen == 23
 
 
-def test_only_misses_are_encoded_in_any_order(tmp_path: Path, pictures: ImageDataset) -> None:
+def test_only_misses_are_encoded_in_any_order(tmp_path: Path, image_data: ImageDataset) -> None:
     cache = FeatureCache(tmp_path / "cache")
-    run(cache, pictures.subset(range(10)))
+    run(cache, image_data.subset(range(10)))
     tower = Tower()
-    shuffled = pictures.subset(reversed(range(23)))
-    assert torch.allclose(run(cache, shuffled, tower), direct(pictures).flip(0))
+    shuffled = image_data.subset(reversed(range(23)))
+    assert torch.allclose(run(cache, shuffled, tower), direct(image_data).flip(0))
     assert tower.seen == 13
 
 
-def test_equal_pictures_are_encoded_once(pictures: ImageDataset) -> None:
+def test_equal_images_are_encoded_once(image_data: ImageDataset) -> None:
     tower = Tower()
-    features = run(FeatureCache(), pictures.subset([0, 1, 0, 0, 1, 2, 0]), tower)
+    features = run(FeatureCache(), image_data.subset([0, 1, 0, 0, 1, 2, 0]), tower)
     assert tower.seen == 3
     assert torch.equal(features[0], features[6])
 
 
-def test_another_fingerprint_never_hits(tmp_path: Path, pictures: ImageDataset) -> None:
+def test_another_fingerprint_never_hits(tmp_path: Path, image_data: ImageDataset) -> None:
     cache = FeatureCache(tmp_path / "cache")
-    run(cache, pictures)
+    run(cache, image_data)
     tower = Tower()
-    run(cache, pictures, tower, fingerprint="tower-2")
+    run(cache, image_data, tower, fingerprint="tower-2")
     assert tower.seen == 23
-    run(FeatureCache(tmp_path / "cache"), pictures, tower)
+    run(FeatureCache(tmp_path / "cache"), image_data, tower)
     assert tower.seen == 23
 
 
-def test_a_shard_in_the_wrong_place_is_not_believed(tmp_path: Path, pictures: ImageDataset) -> None:
-    run(FeatureCache(tmp_path / "cache"), pictures)
+def test_a_shard_in_the_wrong_place_is_not_believed(tmp_path: Path, image_data: ImageDataset) -> None:
+    run(FeatureCache(tmp_path / "cache"), image_data)
     (mine,) = (tmp_path / "cache").iterdir()
-    run(FeatureCache(tmp_path / "cache"), pictures.subset([0]), fingerprint="tower-2")
+    run(FeatureCache(tmp_path / "cache"), image_data.subset([0]), fingerprint="tower-2")
     (other,) = (p for p in (tmp_path / "cache").iterdir() if p != mine)
     for shard in mine.iterdir():
         shard.rename(other / shard.name)
     tower = Tower()
-    run(FeatureCache(tmp_path / "cache"), pictures, tower, fingerprint="tower-2")
+    run(FeatureCache(tmp_path / "cache"), image_data, tower, fingerprint="tower-2")
     assert tower.seen == 22
 
 
-def test_changed_bytes_and_types_miss(tmp_path: Path, pictures: ImageDataset) -> None:
+def test_changed_bytes_and_types_miss(tmp_path: Path, image_data: ImageDataset) -> None:
     cache = FeatureCache(tmp_path / "cache")
-    before = run(cache, pictures)
-    Image.new("RGB", (30, 30), "green").save(pictures.reader.path("05.png"))  # type: ignore[attr-defined]
+    before = run(cache, image_data)
+    Image.new("RGB", (30, 30), "green").save(image_data.reader.path("05.png"))  # type: ignore[attr-defined]
     tower = Tower()
-    after = run(cache, pictures, tower)
+    after = run(cache, image_data, tower)
     assert tower.seen == 1
     assert [i for i in range(23) if not torch.equal(before[i], after[i])] == [5]
-    half = run(cache, pictures, tower, dtype=torch.bfloat16)
+    half = run(cache, image_data, tower, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert tower.seen == 24
 
 
-def test_every_view_has_its_own_rows(tmp_path: Path, pictures: ImageDataset) -> None:
+def test_every_view_has_its_own_rows(tmp_path: Path, image_data: ImageDataset) -> None:
     cache, tower = FeatureCache(tmp_path / "cache"), Tower()
     crop = Augmentation("crop_flip", scale=(0.2, 0.9))
     asked = [{"seed": s, "view": v, "augmentation": crop} for s, v in ((1, 0), (1, 1), (2, 0))]
-    views = [run(cache, pictures, tower, **options) for options in asked]
+    views = [run(cache, image_data, tower, **options) for options in asked]
     assert tower.seen == 69
     assert not torch.equal(views[0], views[1])
     for options, view in zip(asked, views, strict=True):
-        assert torch.equal(run(FeatureCache(tmp_path / "cache"), pictures, tower, **options), view)
+        assert torch.equal(run(FeatureCache(tmp_path / "cache"), image_data, tower, **options), view)
     assert tower.seen == 69
-    key = pictures.key(3)
-    expected = crop.augment(pictures[3][0], PREPROCESS, 1, key, 1).flatten() @ WEIGHT
+    key = image_data.key(3)
+    expected = crop.augment(image_data[3][0], PREPROCESS, 1, key, 1).flatten() @ WEIGHT
     assert torch.allclose(views[1][3], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_damaged_shard_is_named_and_recomputed(tmp_path: Path, pictures: ImageDataset, damage: str) -> None:
-    expected = run(FeatureCache(tmp_path / "cache"), pictures)
+def test_damaged_shard_is_named_and_recomputed(tmp_path: Path, image_data: ImageDataset, damage: str) -> None:
+    expected = run(FeatureCache(tmp_path / "cache"), image_data)
     (shard,) = (tmp_path / "cache").rglob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-7] ^= 255
     shard.write_bytes({"cut": content[:-40], "flip": content, "empty": b""}[damage])
     tower = Tower()
     with pytest.warns(UserWarning, match=f"{shard.name} is damaged"):
-        assert torch.equal(run(FeatureCache(tmp_path / "cache"), pictures, tower), expected)
+        assert torch.equal(run(FeatureCache(tmp_path / "cache"), image_data, tower), expected)
     assert tower.seen == 23
-    run(FeatureCache(tmp_path / "cache"), pictures, tower)
+    run(FeatureCache(tmp_path / "cache"), image_data, tower)
     assert tower.seen == 23
 
 
@@ -192,48 +192,50 @@ def test_kill_while_writing_leaves_whole_shards(tmp_path: Path) -> None:
         assert set(tower.batches[:-1]) <= {8}  # a resumed run makes the batches of an uninterrupted one
 
 
-def test_full_disk_costs_a_warning(tmp_path: Path, pictures: ImageDataset) -> None:
+def test_full_disk_costs_a_warning(tmp_path: Path, image_data: ImageDataset) -> None:
     (tmp_path / "cache").write_text("a file is where the folder should be")
     with pytest.warns(UserWarning, match="could not be stored"):
-        assert torch.equal(run(FeatureCache(tmp_path / "cache"), pictures), direct(pictures))
+        assert torch.equal(run(FeatureCache(tmp_path / "cache"), image_data), direct(image_data))
 
 
-def test_what_was_encoded_before_an_error_is_kept(tmp_path: Path, pictures: ImageDataset) -> None:
-    broken = pictures.reader.path("17.png")  # type: ignore[attr-defined]
+def test_what_was_encoded_before_an_error_is_kept(tmp_path: Path, image_data: ImageDataset) -> None:
+    broken = image_data.reader.path("17.png")  # type: ignore[attr-defined]
     whole = broken.read_bytes()
     broken.write_bytes(whole[:60])
     with pytest.raises(DataError, match=r"17\.png"):
-        run(FeatureCache(tmp_path / "cache"), pictures)
+        run(FeatureCache(tmp_path / "cache"), image_data)
     broken.write_bytes(whole)
     tower = Tower()
-    assert torch.equal(run(FeatureCache(tmp_path / "cache"), pictures, tower), direct(pictures))
+    assert torch.equal(run(FeatureCache(tmp_path / "cache"), image_data, tower), direct(image_data))
     assert tower.batches == [4, 3]
 
 
-def test_features_that_are_not_finite_are_refused(pictures: ImageDataset) -> None:
+def test_features_that_are_not_finite_are_refused(image_data: ImageDataset) -> None:
     def spoiled(images: torch.Tensor) -> torch.Tensor:
         features = Tower()(images)
         features[2, 1] = float("nan")
         return features
 
     with pytest.raises(NonFiniteError, match=r"02\.png"):
-        FeatureCache().features(pictures, spoiled, PREPROCESS, fingerprint="x", batch_size=4, progress=False)
+        FeatureCache().features(
+            image_data, spoiled, PREPROCESS, fingerprint="x", batch_size=4, progress=False
+        )
 
 
-def test_wrong_shapes_are_refused(pictures: ImageDataset) -> None:
+def test_wrong_shapes_are_refused(image_data: ImageDataset) -> None:
     cache = FeatureCache()
-    with pytest.raises(DataError, match=r"must turn 23 pictures into \(23, d\)"):
-        cache.features(pictures, lambda x: x, PREPROCESS, fingerprint="x", progress=False)
-    run(cache, pictures)
+    with pytest.raises(DataError, match=r"must turn 23 images into \(23, d\)"):
+        cache.features(image_data, lambda x: x, PREPROCESS, fingerprint="x", progress=False)
+    run(cache, image_data)
     with pytest.raises(DataError, match="a fingerprint must change"):
         cache.features(
-            pictures, lambda x: x.flatten(1), PREPROCESS, fingerprint="tower-1", progress=False,
+            image_data, lambda x: x.flatten(1), PREPROCESS, fingerprint="tower-1", progress=False,
             augmentation=Augmentation("flip"),
         )  # fmt: skip
 
 
-def test_progress_counts_known_pictures(pictures: ImageDataset) -> None:
+def test_progress_counts_known_images(image_data: ImageDataset) -> None:
     cache, calls = FeatureCache(), []
-    run(cache, pictures.subset(range(8)))
-    run(cache, pictures, progress=lambda done, total: calls.append((done, total)))
+    run(cache, image_data.subset(range(8)))
+    run(cache, image_data, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(12, 23), (16, 23), (20, 23), (23, 23)]

@@ -18,7 +18,7 @@ GOOD = {
     "licence": "mine",
     "classnames": ["cat", "dog"],
     "templates": ["a {}."],
-    "source": {"kind": "pictures", "options": {"folders": ["mine"]}},
+    "source": {"kind": "images", "options": {"folders": ["mine"]}},
 }
 
 
@@ -107,7 +107,7 @@ def test_elevaters_facts() -> None:
 
 
 def test_the_two_registries_are_not_mixed_up() -> None:
-    """Same pictures, other names or another order: each protocol keeps its own."""
+    """Same images, other names or another order: each protocol keeps its own."""
     cars, their_cars = (load_card(n).classnames for n in ("stanford_cars", "elevater_stanford-cars"))
     assert cars[1] == "2012 Acura RL Sedan"
     assert their_cars[1] == "Acura RL Sedan 2012"
@@ -198,11 +198,11 @@ def test_a_card_that_is_no_card(own: Path, text: str, message: str) -> None:
 
 
 def test_wrong_source_options_name_the_card(own: Path, tmp_path: Path) -> None:
-    own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "pictures", "options": {"folder": "x"}}}))
+    own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "images", "options": {"folder": "x"}}}))
     with pytest.raises(ConfigError, match=r"card mine: source\.options: 2 problems"):
         load_dataset("mine", root=tmp_path)
     own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "picturs"}}))
-    with pytest.raises(UnknownNameError, match="'pictures'"):
+    with pytest.raises(UnknownNameError, match="'images'"):
         load_dataset("mine", root=tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_digits_are_the_same_in_another_process() -> None:
     assert run.stdout == f"{[s.source for s in here.samples]} {here.key(0)}\n"
 
 
-def test_keys_tell_pictures_and_looks_apart() -> None:
+def test_keys_tell_images_and_looks_apart() -> None:
     data, small = load_dataset("digits"), load_dataset("digits", size=32)
     assert len({data.key(i) for i in range(50)}) == 50
     assert data.key(0) != small.key(0)

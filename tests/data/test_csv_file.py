@@ -59,7 +59,7 @@ def test_a_seeded_cut_and_other_column_names(folder: Path) -> None:
             "line 2: column 'split' is 'tarin'; use train, val or test",
         ),
         ("path,label,split\npics/0.png,a,train\npics/1.png,b,\n", "line 3: column 'split' is empty"),
-        ("path,label\npics/0.png,a\npics/0.png,b\n", "line 3: the picture 'pics/0.png' is on line 2 already"),
+        ("path,label\npics/0.png,a\npics/0.png,b\n", "line 3: the image 'pics/0.png' is on line 2 already"),
         ("path,label\n../secret.png,a\n", r"line 2: the path '\.\./secret\.png' leaves"),
         ("path,label\npics/../../secret.png,a\n", "line 2: the path .* leaves"),
         ("path,label\n/etc/passwd,a\n", "line 2: the path '/etc/passwd' leaves"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.layouts import make, picture
+from tests.data.layouts import make, write_image
 from vlprompt.core.errors import DataError
 from vlprompt.data import FileReader, ImageDataset, Sample, load_card, load_dataset
 from vlprompt.data.elevater import elevater_draw, elevater_indices
@@ -18,7 +18,7 @@ WHOLE = pytest.mark.filterwarnings("ignore:.*is it whole")
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{c['set']}-{c['shots']}-{c['seed']}")
-def test_the_very_pictures_of_the_reference(case: dict) -> None:
+def test_the_very_images_of_the_reference(case: dict) -> None:
     """Single- and multi-label lists, 1 to 20 shots; the recipe stands in the golden file."""
     labels = [tuple(x) for x in GOLDEN["labels"][case["set"]]]
     classes = 1 + max(max(x) for x in labels)
@@ -44,14 +44,14 @@ def test_the_draw_depends_on_nothing_but_list_shots_and_seed() -> None:
     assert len(load_dataset("digits", "test", sampling="elevater")) == 540
 
 
-def test_unreadable_pictures_are_passed_over(tmp_path: Path) -> None:
+def test_unreadable_images_are_passed_over(tmp_path: Path) -> None:
     for i in range(60):
-        picture(tmp_path / f"{i}.png", i % 3)
+        write_image(tmp_path / f"{i}.png", i % 3)
     samples = tuple(Sample(f"{i}.png", i % 3) for i in range(60))
     data = ImageDataset("mine", "train", samples, ("a", "b", "c"), ("{}",), FileReader(tmp_path))
     before = elevater_draw(data, "train", 5, 1)
     victim = before.info["indices"][0]
-    (tmp_path / f"{victim}.png").write_bytes(b"no picture")
+    (tmp_path / f"{victim}.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match=f"{victim}.png"):
         after = elevater_draw(data, "train", 5, 1, on_bad_image="skip")
     assert set(Counter(after.labels).values()) == {4}
@@ -89,7 +89,7 @@ def test_several_labels_train_one_by_one_and_test_together(tmp_path: Path) -> No
     assert test.multi_hot()[0].tolist() == [1, 1, *[0] * 18]
     train = load_dataset(name, "train", root=tmp_path)
     assert not train.multi_label
-    assert len(train) == 60 + 57  # 3 pictures of each class; all but the last class's have a second label
+    assert len(train) == 60 + 57  # 3 images of each class; all but the last class's have a second label
     assert np.bincount(train.labels).tolist() == [3, *[6] * 19]
     val = load_dataset(name, "val", root=tmp_path, shots=2, sampling="elevater")
     assert val.multi_label

@@ -131,13 +131,13 @@ def test_impossible_shots(shots: object) -> None:
         few_shot(toy(), shots)  # type: ignore[arg-type]
 
 
-def test_private_draw_replaces_a_broken_picture(tmp_path: Path) -> None:
+def test_private_draw_replaces_a_broken_image(tmp_path: Path) -> None:
     data = replace(toy(per_class=8, classes=2), reader=FileReader(tmp_path))
     for sample in data.samples:
         Image.new("RGB", (4, 4)).save(tmp_path / sample.source, "PNG")
     whole = few_shot(data, 4)
     broken = whole.samples[0].source
-    (tmp_path / broken).write_bytes(b"no picture")
+    (tmp_path / broken).write_bytes(b"no image")
     with pytest.warns(UserWarning, match=broken):
         mended = few_shot(data, 4, on_bad_image="skip", max_bad_share=0.1)
     assert len(mended) == 8
@@ -160,7 +160,7 @@ def test_base_gets_the_middle_class(count: int, base: int) -> None:
     assert len(first) + len(second) == len(data)
 
 
-def test_base_pictures_are_those_of_the_run_over_all_classes() -> None:
+def test_base_images_are_those_of_the_run_over_all_classes() -> None:
     chosen = load_dataset("digits", shots=4, seed=2)
     base = load_dataset("digits", shots=4, seed=2, classes="base")
     assert base.info["indices"] == [

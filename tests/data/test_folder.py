@@ -56,7 +56,7 @@ def test_the_cut_is_the_same_wherever_the_folder_lies(pets: Path, tmp_path: Path
     assert draws[0] == draws[1]
 
 
-def test_a_new_picture_moves_at_most_one_other_per_part(pets: Path) -> None:
+def test_a_new_image_moves_at_most_one_other_per_part(pets: Path) -> None:
     before = parts(pets)
     fill(pets / "maine_coon", 11)
     after = parts(pets)
@@ -101,7 +101,7 @@ def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
 def test_a_strange_class_in_test_is_named(tmp_path: Path) -> None:
     for path in ("train/cat", "train/dog", "test/cat", "test/cow"):
         fill(tmp_path / path, 2)
-    with pytest.raises(DataError, match="'cow' has no pictures in"):
+    with pytest.raises(DataError, match="'cow' has no images in"):
         load_dataset(f"folder:{tmp_path}", "test")
 
 
@@ -116,7 +116,7 @@ def test_hidden_files_endings_and_depth(pets: Path) -> None:
     fill(pets / "Pug" / "more" / "deep", 2, "JPG")
     fill(pets / ".trash", 3)
     shutil.copy(pets / "Pug" / "000.png", pets / "Pug" / ".000.png")
-    (pets / "Pug" / "notes.txt").write_text("not a picture")
+    (pets / "Pug" / "notes.txt").write_text("not an image")
     found = list(chain(*parts(pets).values()))
     assert len(found) == 20
     assert "Pug/more/deep/001.JPG" in found
@@ -158,7 +158,7 @@ def test_bad_classnames_and_templates(pets: Path) -> None:
 
 def test_empty_class_folder(pets: Path) -> None:
     (pets / "beagle").mkdir()
-    with pytest.raises(DataError, match=r"no pictures in the class folder 'beagle'.*empty_class='skip'"):
+    with pytest.raises(DataError, match=r"no images in the class folder 'beagle'.*empty_class='skip'"):
         load_dataset(f"folder:{pets}")
     with pytest.warns(UserWarning, match="left out: 'beagle'"):
         assert len(load_dataset(f"folder:{pets}", empty_class="skip").classnames) == 3
@@ -170,11 +170,11 @@ def test_one_class_folder(tmp_path: Path) -> None:
         load_dataset(f"folder:{tmp_path}")
 
 
-def test_no_pictures(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no pictures in class folders"):
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images in class folders"):
         load_dataset(f"folder:{tmp_path}")
     fill(tmp_path, 3)
-    with pytest.raises(DataError, match="3 pictures lie directly in it"):
+    with pytest.raises(DataError, match="3 images lie directly in it"):
         load_dataset(f"folder:{tmp_path}")
     with pytest.raises(DataError, match="there is no folder"):
         load_dataset(f"folder:{tmp_path / 'nowhere'}")
@@ -198,20 +198,20 @@ def test_empty_class_name(tmp_path: Path) -> None:
         load_dataset(f"folder:{tmp_path}")
 
 
-def test_too_few_pictures_to_cut(tmp_path: Path) -> None:
+def test_too_few_images_to_cut(tmp_path: Path) -> None:
     fill(tmp_path / "cat", 5)
     fill(tmp_path / "dog", 2)
-    with pytest.raises(DataError, match="class 'dog' has 2 pictures, too few to cut into train, val, test"):
+    with pytest.raises(DataError, match="class 'dog' has 2 images, too few to cut into train, val, test"):
         load_dataset(f"folder:{tmp_path}")
 
 
-def test_corrupt_picture(tmp_path: Path) -> None:
+def test_corrupt_image(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         fill(tmp_path / name, 40)
     whole = load_dataset(f"folder:{tmp_path}")
     broken = str(whole.samples[3].source)
     (tmp_path / broken).write_bytes(b"\xff\xd8\xff\xe0 cut short")
-    with pytest.warns(UserWarning, match=f"1 of 48 pictures can't be read: {broken}"):
+    with pytest.warns(UserWarning, match=f"1 of 48 images can't be read: {broken}"):
         kept = load_dataset(f"folder:{tmp_path}")
     assert kept.info["skipped"] == [broken]
     assert len(kept) == 47

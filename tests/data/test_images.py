@@ -14,7 +14,7 @@ from vlprompt.data import FileReader, ImageDataset, Sample, read_image, verify
 from vlprompt.data.images import drop_bad
 
 
-def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -25,7 +25,7 @@ def dataset_of(folder: Path, names: list[str]) -> ImageDataset:
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = picture()
+    image = make_image()
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 270 degrees counter-clockwise to see it upright
     image.save(tmp_path / "a.png", exif=exif)
@@ -38,7 +38,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     ending = "tif" if mode in ("CMYK", "YCbCr") else "png"
     path = tmp_path / f"a.{ending}"
-    picture().convert(mode).save(path)
+    make_image().convert(mode).save(path)
     found = read_image(path)
     assert found.mode == "RGB"
     assert found.size == (24, 16)
@@ -76,7 +76,7 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_truncated_file_is_named(tmp_path: Path, ending: str, share: float) -> None:
     path = tmp_path / f"broken.{ending}"
-    picture(200, 150).save(path)
+    make_image(200, 150).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(DataError, match=f"broken.{ending}"):
@@ -87,9 +87,9 @@ def test_truncated_file_is_named(tmp_path: Path, ending: str, share: float) -> N
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "the file is empty"), (b"hello, I am no picture", "no picture in a known format")],
+    [(b"", "the file is empty"), (b"hello, I am no image", "no image in a known format")],
 )
-def test_no_picture_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_no_image_at_all(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(DataError, match=f"a.jpg: .*{reason}"):
         read_image(tmp_path / "a.jpg")
@@ -124,12 +124,12 @@ def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
 
 
 def test_key_follows_the_bytes_not_the_name(tmp_path: Path) -> None:
-    picture(seed=1).save(tmp_path / "a.png")
+    make_image(seed=1).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     reader = FileReader(tmp_path)
     before = reader.key("a.png")
     assert before == reader.key("b.png")
-    picture(25, seed=2).save(tmp_path / "a.png")
+    make_image(25, seed=2).save(tmp_path / "a.png")
     assert reader.key("a.png") != before
     with pytest.raises(DataError, match=r"gone\.png"):
         reader.key("gone.png")
@@ -138,14 +138,14 @@ def test_key_follows_the_bytes_not_the_name(tmp_path: Path) -> None:
 def _forty_with_one_broken(folder: Path) -> ImageDataset:
     names = [f"{i:02d}.png" for i in range(40)]
     for i, name in enumerate(names):
-        picture(seed=i).save(folder / name)
+        make_image(seed=i).save(folder / name)
     (folder / "07.png").write_bytes(b"\x89PNG\r\n")
     return dataset_of(folder, names)
 
 
 def test_skip_names_counts_and_leaves_out(tmp_path: Path) -> None:
     data = _forty_with_one_broken(tmp_path)
-    with pytest.warns(UserWarning, match=r"1 of 40 pictures can't be read: 07\.png"):
+    with pytest.warns(UserWarning, match=r"1 of 40 images can't be read: 07\.png"):
         kept = drop_bad(data, "skip", max_share=0.05)
     assert len(kept) == 39
     assert "07.png" not in {s.source for s in kept.samples}
@@ -163,7 +163,7 @@ def test_error_policy_and_too_many_are_fatal(tmp_path: Path) -> None:
 def test_verify_sees_a_file_that_changed(tmp_path: Path) -> None:
     data = _forty_with_one_broken(tmp_path)
     assert len(verify(data).bad) == 1
-    picture().save(tmp_path / "07.png")
+    make_image().save(tmp_path / "07.png")
     assert verify(data).bad == ()
     (tmp_path / "08.png").unlink()
     assert [b.reason for b in verify(data).bad] == ["does not exist"]
@@ -172,7 +172,7 @@ def test_verify_sees_a_file_that_changed(tmp_path: Path) -> None:
 def test_quick_check_decodes_no_less_than_reading(tmp_path: Path) -> None:
     """A progressive JPEG cut anywhere is found by the reduced decoding of the verification pass too."""
     buffer = io.BytesIO()
-    picture(160, 120).save(buffer, "JPEG", progressive=True)
+    make_image(160, 120).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()
     for cut in range(10, len(whole) - 2, len(whole) // 12):
         path = tmp_path / f"{cut}.jpg"

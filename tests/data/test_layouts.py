@@ -1,4 +1,4 @@
-"""Every card reads a miniature copy of every real layout that it knows, and each picture gets the class it shows."""
+"""Every card reads a miniature copy of every real layout that it knows, and each image gets the class it shows."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_benchmarks_own_form_comes_first(tmp_path: Path) -> None:
     assert data.samples[0].source == "train.zip@some folder/0_0.jpg"
 
 
-def test_array_pictures_stand_upright(tmp_path: Path) -> None:
+def test_array_images_stand_upright(tmp_path: Path) -> None:
     """A mark in the top right corner stays there: rows and columns of the raw bytes are not mixed up."""
     for name in ("cifar10", "stl10", "svhn", "mnist"):
         make(load_card(name), load_card(name).source, tmp_path)

@@ -70,7 +70,7 @@ def mine(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> Path:
             "file": "split_mine.json", "url": "https://example.org", "mirror": site.url("split_mine.json"),
             "checksum": sha(site, "split_mine.json"), "sizes": {"train": 6, "val": 2, "test": 4},
         },
-        "source": {"kind": "pictures", "options": {"folders": ["mine"], "images": "jpg"}},
+        "source": {"kind": "images", "options": {"folders": ["mine"], "images": "jpg"}},
     }  # fmt: skip
     cards = tmp_path / "cards"
     cards.mkdir()
@@ -137,17 +137,17 @@ def test_only_the_split_file_is_missing(mine: Path, site: Site, tool: Tool) -> N
     assert site.asked == [("split_mine.json", 0)]
 
 
-def test_a_damaged_picture_and_a_missing_one(mine: Path, tool: Tool) -> None:
+def test_a_damaged_image_and_a_missing_one(mine: Path, tool: Tool) -> None:
     tool("mine", "--root", mine)
-    (mine / "mine" / "jpg" / "8.jpg").write_bytes(b"no picture")
+    (mine / "mine" / "jpg" / "8.jpg").write_bytes(b"no image")
     code, out, _ = tool("mine", "--root", mine, "--check", "--decode")
     assert code == 1
     assert "mine: incomplete (train 6, val 2, test 4)" in out
-    assert "1 of 4 pictures can't be read: 8.jpg" in out
+    assert "1 of 4 images can't be read: 8.jpg" in out
     (mine / "mine" / "jpg" / "9.jpg").unlink()
     code, out, _ = tool("mine", "--root", mine, "--check")
     assert code == 1
-    assert "1 of the 12 pictures that split_mine.json lists are missing" in out
+    assert "1 of the 12 images that split_mine.json lists are missing" in out
 
 
 def test_what_lies_there_is_not_overwritten(mine: Path, tool: Tool) -> None:
@@ -193,7 +193,7 @@ def test_check_of_everything_lists_all_cards(tmp_path: Path, tool: Tool) -> None
 def test_nested_archives_and_the_order_of_moves(
     tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Caltech-101's form: a zip that holds the tar that holds the pictures."""
+    """Caltech-101's form: a zip that holds the tar that holds the images."""
     import zipfile
 
     card = load_card("caltech101")

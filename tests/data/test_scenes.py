@@ -34,7 +34,7 @@ def test_same_pixels_in_another_process_and_order() -> None:
     assert hashlib.sha256(b"".join(here[i] for i in (9, 3, 77))).hexdigest() == other.stdout.strip()
 
 
-def test_seeds_and_specs_change_the_picture() -> None:
+def test_seeds_and_specs_change_the_image() -> None:
     rng = np.random.default_rng(0)
     item = scenes.SceneObject("star", "red", "dotted")
     spec = scenes.draw_scene(rng, [item], background="grainy")
@@ -44,7 +44,7 @@ def test_seeds_and_specs_change_the_picture() -> None:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *GLYPHS])
-def test_mask_is_where_the_object_changed_the_picture(shape: str) -> None:
+def test_mask_is_where_the_object_changed_the_image(shape: str) -> None:
     item = scenes.SceneObject(shape, "red", "solid", radius=0.35)
     ground = scenes.SceneSpec((), tone="paper", seed=3)
     drawn = scenes.render(scenes.SceneSpec((item,), tone="paper", seed=3))
@@ -91,7 +91,7 @@ def test_size_is_a_parameter(size: int) -> None:
         assert scenes.build("shape", "val", style, size)[0][0].size == (size, size)
 
 
-def test_a_mask_grows_with_the_picture() -> None:
+def test_a_mask_grows_with_the_image() -> None:
     spec = scenes.SceneSpec((scenes.SceneObject("heart", "red"),))
     small, large = (scenes.render(spec, size).masks[0].mean() for size in (64, 256))
     assert small == pytest.approx(large, rel=0.03)
@@ -161,7 +161,7 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: tuple[str, ...], 
         scenes.build(*arguments)
 
 
-def test_pictures_too_small_to_show_anything_are_refused() -> None:
+def test_images_too_small_to_show_anything_are_refused() -> None:
     with pytest.raises(DataError, match="16 pixels"):
         scenes.build("shape", "train", size=8)
 
@@ -174,5 +174,5 @@ def test_contact_sheet_has_a_row_per_task_and_style() -> None:
     assert np.asarray(two).std() > 10
 
 
-def test_throughput_counts_pictures() -> None:
+def test_throughput_counts_images() -> None:
     assert scenes.throughput(seconds=0.05) > 0

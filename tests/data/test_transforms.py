@@ -58,7 +58,7 @@ def test_crops_have_the_backbones_size(size: tuple[int, int]) -> None:
     assert view.shape == (3, 32, 32)
 
 
-def test_crop_keeps_within_scale_ratio_and_picture() -> None:
+def test_crop_keeps_within_scale_ratio_and_image() -> None:
     rng = np.random.default_rng(0)
     boxes = [crop_box(300, 400, (0.2, 0.6), rng.random) for _ in range(500)]
     for top, left, height, width in boxes:
@@ -71,7 +71,7 @@ def test_crop_keeps_within_scale_ratio_and_picture() -> None:
     assert 0.35 < float(np.mean(areas)) < 0.45
 
 
-def test_full_scale_of_a_square_is_the_whole_picture() -> None:
+def test_full_scale_of_a_square_is_the_whole_image() -> None:
     square = photo(32, 32)
     found = Augmentation("crop_flip", scale=(1.0, 1.0)).augment(square, PREPROCESS, 1, "k", 0)
     assert any(torch.equal(found, p) for p in (PREPROCESS(square), PREPROCESS(square).flip(-1)))

@@ -84,9 +84,9 @@ def detectors() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def data() -> DetectionData:
-    """Four pictures of noise; the second has no object, the last one a crowd too."""
+    """Four images of noise; the second has no object, the last one a crowd too."""
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)) for _ in range(4)]
+    images = [Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)) for _ in range(4)]
 
     def entry(boxes: list[Any], labels: list[int], crowd: list[bool]) -> Labelled:
         return Labelled(
@@ -102,7 +102,7 @@ def data() -> DetectionData:
         entry([[0, 0, 60, 40]], [1], [False]),
         entry([[10, 10, 20, 20], [0, 0, 60, 20]], [2, 0], [False, True]),
     )
-    return DetectionData("noise", ("dog", "red circle", "cat"), objects, lambda i: pictures[i])
+    return DetectionData("noise", ("dog", "red circle", "cat"), objects, lambda i: images[i])
 
 
 @pytest.fixture(scope="session")

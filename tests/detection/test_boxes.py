@@ -54,24 +54,24 @@ def test_the_matching_is_the_cheapest_of_all() -> None:
     def corners(b: torch.Tensor) -> torch.Tensor:
         return torch.cat([b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2], -1)
 
-    def cost(row: int, column: int, picture: int) -> float:
-        p = torch.sigmoid(logits[picture, row, targets[picture]["labels"][column]])
+    def cost(row: int, column: int, image: int) -> float:
+        p = torch.sigmoid(logits[image, row, targets[image]["labels"][column]])
         focal = 0.25 * (1 - p) ** 2 * -torch.log(p) - 0.75 * p**2 * -torch.log(1 - p)
-        mine, true = boxes[picture, row], targets[picture]["boxes"][column]
+        mine, true = boxes[image, row], targets[image]["boxes"][column]
         giou = generalized_box_iou(corners(mine[None]), corners(true[None]))[0, 0]
         return float(2 * focal + 5 * (mine - true).abs().sum() - 2 * giou)
 
-    for picture, (rows, columns) in enumerate(match(logits, boxes, targets)):  # type: ignore[arg-type]
-        count = len(targets[picture]["labels"])
-        found = sum(cost(int(r), int(c), picture) for r, c in zip(rows, columns, strict=True))
+    for image, (rows, columns) in enumerate(match(logits, boxes, targets)):  # type: ignore[arg-type]
+        count = len(targets[image]["labels"])
+        found = sum(cost(int(r), int(c), image) for r, c in zip(rows, columns, strict=True))
         best = min(
-            sum(cost(r, c, picture) for c, r in enumerate(chosen))
+            sum(cost(r, c, image) for c, r in enumerate(chosen))
             for chosen in itertools.permutations(range(7), count)
         )
         assert found == pytest.approx(best, abs=1e-3)
 
 
-def test_pictures_without_objects_only_teach_what_is_not_there() -> None:
+def test_images_without_objects_only_teach_what_is_not_there() -> None:
     logits, boxes, _ = drawn()
     nothing = {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
     losses = box_losses(logits, boxes, [nothing] * 3)  # type: ignore[list-item]

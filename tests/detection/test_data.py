@@ -37,7 +37,7 @@ def broken(kind: str, raw: dict[str, Any]) -> Any:
         return "{"
     if kind == "no categories":
         return {k: v for k, v in raw.items() if k != "categories"}
-    if kind == "unknown picture":
+    if kind == "unknown image":
         raw["annotations"][0]["image_id"] = 99
     if kind == "unknown category":
         raw["annotations"][0]["category_id"] = 99
@@ -53,10 +53,10 @@ def broken(kind: str, raw: dict[str, Any]) -> Any:
     [
         ("no json", "not in COCO's format"),
         ("no categories", "not in COCO's format: KeyError 'categories'"),
-        ("unknown picture", "annotation 1 belongs to picture 99, which is not listed"),
+        ("unknown image", "annotation 1 belongs to image 99, which is not listed"),
         ("unknown category", "annotation 1 is of category 99, which is not listed"),
         ("short box", "not in COCO's format: ValueError"),
-        ("missing file", r"1 of 4 pictures are missing, first .*gone\.png"),
+        ("missing file", r"1 of 4 images are missing, first .*gone\.png"),
     ],
 )
 def test_broken_files_are_one_clear_error(
@@ -77,28 +77,28 @@ def test_boxes_without_area_are_left_out(data: DetectionData, tmp_path: Path) ->
     assert len(read_coco(path, tmp_path).objects[0].labels) == 1
 
 
-def test_a_draw_is_seeded_and_keeps_pictures_with_their_boxes(data: DetectionData) -> None:
+def test_a_draw_is_seeded_and_keeps_images_with_their_boxes(data: DetectionData) -> None:
     few = data.few(2, seed=1)
     assert len(few) == 2
     for i, entry in enumerate(few.objects):
         place = next(k for k, o in enumerate(data.objects) if o is entry)
         assert np.array_equal(np.asarray(few.image(i)), np.asarray(data.image(place)))
     assert [id(o) for o in data.few(2, seed=1).objects] == [id(o) for o in few.objects]
-    with pytest.raises(DataError, match="has 4 pictures, 9 were asked for"):
+    with pytest.raises(DataError, match="has 4 images, 9 were asked for"):
         data.few(9, seed=1)
 
 
 def test_boxes_of_scenes_lie_around_what_is_drawn() -> None:
     scenes = BoxScenes(30, "shape")
     for i in range(30):
-        picture, boxes, items = scenes.boxes(i)
+        image, boxes, items = scenes.boxes(i)
         assert 1 <= len(items) <= 4
         for box, item in zip(boxes, items, strict=True):
             centre = (box[:2] + box[2:]) / 128
             assert abs(centre[0] - item.x) < 0.6 * item.radius
             assert abs(centre[1] - item.y) < 0.6 * item.radius
             assert (box[2:] - box[:2]).max() <= 64 * 2.3 * item.radius + 2
-        assert picture.shape == (64, 64, 3)
+        assert image.shape == (64, 64, 3)
 
 
 def test_combinations_to_find_were_never_seen() -> None:

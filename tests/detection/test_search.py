@@ -125,7 +125,7 @@ def test_a_run_writes_concepts_table_and_report(
     cfg = tmp_path / "run.yaml"
     cfg.write_text(
         f"name: small\noutput: {tmp_path / 'runs'}\ndetector: {{name: owl-tiny, weights: random}}\n"
-        f"data: {{train: '{name}', val: '{name}', test: {{mine: '{name}'}}, pictures: [null]}}\n"
+        f"data: {{train: '{name}', val: '{name}', test: {{mine: '{name}'}}, images: [null]}}\n"
         "train: {epochs: 1, batch_size: 2, optimizer: adamw, select: best, select_metric: AP}\n"
         "second_stage: {unfreeze: ['head.embed.*'], train: {lr: 0.01}}\nseeds: [1, 2]\n"
     )
@@ -133,11 +133,11 @@ def test_a_run_writes_concepts_table_and_report(
     outcome = run_detection(config)
     capsys.readouterr()
     assert "class names" in outcome.table
-    assert "concepts, all pictures, second stage" in outcome.table
-    saved = Concepts.load(outcome.folder / "picturesall-seed1" / "concepts.safetensors", "detector")
+    assert "concepts, all images, second stage" in outcome.table
+    saved = Concepts.load(outcome.folder / "imagesall-seed1" / "concepts.safetensors", "detector")
     saved.check_host(detectors["owl-tiny"].identity)
     assert saved.names == data.classnames
-    assert {"class names/mine/AP", "concepts, all pictures/mine/AP50_ci95"} <= set(outcome.metrics)
+    assert {"class names/mine/AP", "concepts, all images/mine/AP50_ci95"} <= set(outcome.metrics)
     assert (outcome.folder / "report.html").is_file()
     assert run_detection(config, resume=True).metrics == outcome.metrics
 

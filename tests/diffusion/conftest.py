@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="the extra 'diffusion'
 
 @pytest.fixture(scope="session")
 def variation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionImageVariationPipeline that makes 16 x 16 pictures."""
+    """A StableDiffusionImageVariationPipeline that makes 16 x 16 images."""
     folder = tmp_path_factory.mktemp("pipelines") / "variation"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def variation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def img2img_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionImg2ImgPipeline that makes 16 x 16 pictures."""
+    """A StableDiffusionImg2ImgPipeline that makes 16 x 16 images."""
     folder = tmp_path_factory.mktemp("pipelines") / "img2img"
     words = tmp_path_factory.mktemp("words")
     vocabulary = ["<|startoftext|>", "<|endoftext|>", "a</w>", "a"]

@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers", reason="the extra 'diffusion' is no
 
 
 def parts() -> dict[str, Any]:
-    """Return a UNet, an autoencoder and a scheduler that make 16 x 16 pictures."""
+    """Return a UNet, an autoencoder and a scheduler that make 16 x 16 images."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),

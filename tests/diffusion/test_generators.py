@@ -1,4 +1,4 @@
-"""Pictures from real diffusers pipelines of random weights: seeds, the store, resuming, and what is refused."""
+"""Images from real diffusers pipelines of random weights: seeds, the store, resuming, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vlprompt.diffusion import Generator, ViewSource, ViewStore, create_generato
 STEPS = {"steps": 2, "device": "cpu"}
 
 
-def picture(seed: int) -> Image.Image:
+def make_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
-    """Whether pictures agree but for rounding: the width of a batch may change a last bit."""
+    """Whether images agree but for rounding: the width of a batch may change a last bit."""
     return bool(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1)
 
 
@@ -33,17 +33,17 @@ def variation(variation_folder: Path) -> Generator:
     return create_generator("image-variation", pipeline=str(variation_folder), batch=4, **STEPS)
 
 
-def test_a_variation_follows_picture_seed_and_number_alone(variation: Generator) -> None:
-    pictures = [picture(0), picture(1)]
-    made = variation.generate(pictures, 3, seed=1)
+def test_a_variation_follows_image_seed_and_number_alone(variation: Generator) -> None:
+    images = [make_image(0), make_image(1)]
+    made = variation.generate(images, 3, seed=1)
     assert [len(row) for row in made] == [3, 3]
     assert made[0][0].size == (16, 16)
-    alone = variation.generate([pictures[1]], 2, seed=1)
+    alone = variation.generate([images[1]], 2, seed=1)
     assert same(alone[0][0], made[1][0])
     assert same(alone[0][1], made[1][1])
     assert not same(made[0][0], made[0][1])
     assert not same(made[0][0], made[1][0])
-    assert not same(variation.generate(pictures[:1], 1, seed=2)[0][0], made[0][0])
+    assert not same(variation.generate(images[:1], 1, seed=2)[0][0], made[0][0])
 
 
 def test_image_to_image_stays_nearer_with_less_strength(img2img_folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_an_identity_follows_the_weights_and_settings(variation: Generator, vari
     for option in ({"steps": 3}, {"guidance": 5.0}, {"scheduler": "dpm"}, {"scheduler": "unipc"}):
         other = create_generator("image-variation", pipeline=str(variation_folder), **{**STEPS, **option})
         assert other.identity != variation.identity
-        assert other.generate([picture(0)], 1, 0)[0][0].size == (16, 16)
+        assert other.generate([make_image(0)], 1, 0)[0][0].size == (16, 16)
 
 
 def test_views_are_stored_once_and_more_can_be_added(variation: Generator, tmp_path: Path) -> None:
@@ -79,19 +79,19 @@ def test_views_are_stored_once_and_more_can_be_added(variation: Generator, tmp_p
             drawn.append(len(images))
             return variation.draw(images, seeds)
 
-    pictures = [picture(0), picture(1)]
+    images = [make_image(0), make_image(1)]
     source = ViewSource(Counting(), ViewStore(tmp_path))
-    first = source.views(pictures, 2)
-    more = source.views([*pictures, picture(2)], 3)
+    first = source.views(images, 2)
+    more = source.views([*images, make_image(2)], 3)
     assert sum(drawn) == 4 + 2 + 3
-    direct = variation.generate(pictures, 3, 0)
+    direct = variation.generate(images, 3, 0)
     for stored, expected in zip(more, direct, strict=False):
         assert all(same(a, b) for a, b in zip(stored, expected, strict=True))
     assert [i.tobytes() for i in first[0]] == [i.tobytes() for i in more[0][:2]]
     offline = ViewSource(store=ViewStore(tmp_path))
-    assert len(offline.views(pictures, 3)[1]) == 3
+    assert len(offline.views(images, 3)[1]) == 3
     with pytest.raises(DataError, match=r"4 of 10 generated views are not in .*tools/generate\.py"):
-        offline.views(pictures, 5)
+        offline.views(images, 5)
 
 
 def test_an_interrupted_generation_continues(variation: Generator, tmp_path: Path) -> None:
@@ -105,15 +105,15 @@ def test_an_interrupted_generation_continues(variation: Generator, tmp_path: Pat
             self.left -= 1
             return variation.draw(images, seeds)
 
-    pictures = [picture(0), picture(1)]
+    images = [make_image(0), make_image(1)]
     with pytest.raises(KeyboardInterrupt):
-        ViewSource(Stopping(), ViewStore(tmp_path)).views(pictures, 3)
+        ViewSource(Stopping(), ViewStore(tmp_path)).views(images, 3)
     store = ViewStore(tmp_path)
-    keys = [pixel_key(p) for p in pictures]
+    keys = [pixel_key(p) for p in images]
     assert [store.missing(k, 3) for k in keys] == [[], [1, 2]]
     assert not list(tmp_path.rglob(".*"))
-    whole = ViewSource(variation, store).views(pictures, 3)
-    for stored, expected in zip(whole, variation.generate(pictures, 3, 0), strict=True):
+    whole = ViewSource(variation, store).views(images, 3)
+    for stored, expected in zip(whole, variation.generate(images, 3, 0), strict=True):
         assert all(same(a, b) for a, b in zip(stored, expected, strict=True))
 
 
@@ -162,12 +162,10 @@ def test_difftpt_listens_to_generated_views(
         "filter_space": space,
     }
     adapter = create_adapter("difftpt", backbone, names, source=source, **options)
-    pictures = [picture(0), picture(1)]
-    predictions = adapter.predict(pictures)
+    images = [make_image(0), make_image(1)]
+    predictions = adapter.predict(images)
     assert predictions.kept.shape == (2, 10)
-    if (
-        variant == "code"
-    ):  # floor(.8 * 9) = 7 near the picture, and floor(.5 * 8) = 4 of these and the picture
+    if variant == "code":  # floor(.8 * 9) = 7 near the image, and floor(.5 * 8) = 4 of these and the image
         assert predictions.views_kept.tolist() == [4, 4]
     else:  # floor(.5 * 6) standard ones, and generated ones that pass both filters
         assert predictions.kept[:, :6].sum(1).tolist() == [3, 3]
@@ -175,6 +173,6 @@ def test_difftpt_listens_to_generated_views(
     again = create_adapter(
         "difftpt", backbone, names, source=ViewSource(store=ViewStore(tmp_path)), **options
     )
-    torch.testing.assert_close(again.predict(pictures[::-1]).probs.flip(0), predictions.probs)
-    with pytest.raises(DataError, match="no picture to generate variations of"):
+    torch.testing.assert_close(again.predict(images[::-1]).probs.flip(0), predictions.probs)
+    with pytest.raises(DataError, match="no image to generate variations of"):
         adapter.predict(torch.zeros(1, 2, 3, 32, 32))

@@ -43,17 +43,17 @@ def generator(random_weights: Path) -> TinyDiffusion:
     return made
 
 
-def test_patches_are_the_picture_in_other_coordinates() -> None:
-    pictures = torch.rand(2, 3, 64, 64)
-    patches = to_patches(pictures)
+def test_patches_are_the_image_in_other_coordinates() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    patches = to_patches(images)
     assert patches.shape == (2, 48, 16, 16)
-    torch.testing.assert_close(from_patches(patches), pictures)
-    assert float(patches.square().sum()) == pytest.approx(float((2 * pictures - 1).square().sum()), rel=1e-5)
-    assert float(patches[0, 4 * 1 + 2, 5, 7]) == pytest.approx(2 * float(pictures[0, 0, 21, 30]) - 1)
+    torch.testing.assert_close(from_patches(patches), images)
+    assert float(patches.square().sum()) == pytest.approx(float((2 * images - 1).square().sum()), rel=1e-5)
+    assert float(patches[0, 4 * 1 + 2, 5, 7]) == pytest.approx(2 * float(images[0, 0, 21, 30]) - 1)
 
 
 class Oracle(Denoiser):
-    """Knows the picture, whatever the noise."""
+    """Knows the image, whatever the noise."""
 
     clean: Tensor
 
@@ -74,7 +74,7 @@ def test_sampling_ends_where_the_network_points(scheduler: str, steps: int) -> N
         torch.testing.assert_close(made, from_patches(oracle.clean), rtol=0, atol=2e-3)
 
 
-def test_noise_takes_the_place_of_the_picture() -> None:
+def test_noise_takes_the_place_of_the_image() -> None:
     denoiser, clean, added = Denoiser(), noise(3, 48, 16, 16, seed=1), noise(3, 48, 16, 16)
     noisy = denoiser.noised(clean, added, torch.tensor([0, 500, 999]))
     torch.testing.assert_close(noisy[0], clean[0], rtol=0, atol=0.05)
@@ -106,7 +106,7 @@ def test_a_condition_is_a_set_of_vectors(generator: TinyDiffusion) -> None:
             denoiser(noisy, time, wrong)
 
 
-def test_pictures_follow_seed_and_condition_alone(generator: TinyDiffusion) -> None:
+def test_images_follow_seed_and_condition_alone(generator: TinyDiffusion) -> None:
     def same(a: Image.Image, b: Image.Image) -> bool:
         return bool(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1)
 
@@ -117,9 +117,9 @@ def test_pictures_follow_seed_and_condition_alone(generator: TinyDiffusion) -> N
     alone = generator.from_text(texts[1:], 1, seed=1)[0][0]
     assert same(alone, made[1][0])
     assert not same(made[1][1], made[1][0])
-    pictures = [made[0][0], made[1][0].resize((90, 70))]  # of any size
-    variations = generator.generate(pictures, 2, seed=1)
-    assert same(generator.generate(pictures[1:], 1, seed=1)[0][0], variations[1][0])
+    images = [made[0][0], made[1][0].resize((90, 70))]  # of any size
+    variations = generator.generate(images, 2, seed=1)
+    assert same(generator.generate(images[1:], 1, seed=1)[0][0], variations[1][0])
     told = generator.backbone.encode_text(texts[:1])[:, None]
     assert same(generator.from_condition(told, [5])[0], generator.from_condition(told, [5])[0])
     with pytest.raises(DataError, match="1 conditions, but 2 seeds"):
@@ -154,4 +154,4 @@ def test_the_shipped_weights_draw_what_tiny_sees() -> None:
     made = shipped.generate(images, 1, seed=0)
     assert named_alike(learner, images, made) >= 0.7
     assert named_alike(learner, images, made, blur=0.8) >= 0.7  # no pattern that only deceives
-    assert named_alike(learner, images, made[1:] + made[:1]) < 0.4  # another picture's are not like it
+    assert named_alike(learner, images, made[1:] + made[:1]) < 0.4  # another image's are not like it

@@ -45,7 +45,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-def picture(index: int) -> Image.Image:
+def make_image(index: int) -> Image.Image:
     return Image.new("RGB", (300, 200), (index % 256, 40, 90))
 
 
@@ -64,7 +64,7 @@ def run(classes: int = 3, samples: int = 60, **changes: object) -> RunRecord:
         "classnames": [f"class {c}" for c in range(classes)],
         "labels": labels,
         "probs": probs,
-        "image": picture,
+        "image": make_image,
         "curves": {"zero-shot": [(0, 0.571, None)], "CoOp": [(1, 0.6, 0.02), (16, 0.848, 0.01)]},
         "config": "learner: coop\n",
         "environment": {"backbone": "tiny 3f9ac0"},
@@ -116,13 +116,13 @@ def test_the_figures_given_are_on_the_page(usual: Path) -> None:
     assert "learner: coop" in page.text
 
 
-def test_sample_pictures_are_right_and_wrong_ones_with_probabilities(tmp_path: Path) -> None:
+def test_sample_images_are_right_and_wrong_ones_with_probabilities(tmp_path: Path) -> None:
     record = run()
     asked: list[int] = []
 
     def remember(index: int) -> Image.Image:
         asked.append(index)
-        return picture(index)
+        return make_image(index)
 
     record.image = remember
     _, page = read(write_report(tmp_path / "report.html", record))
@@ -156,12 +156,12 @@ def test_many_classes_give_a_list_of_confusions_and_a_small_page(tmp_path: Path)
     assert path.stat().st_size < 500_000
 
 
-def test_a_class_without_samples_and_an_unreadable_picture(tmp_path: Path) -> None:
+def test_a_class_without_samples_and_an_unreadable_image(tmp_path: Path) -> None:
     record = run()
     keep = record.labels != 2
 
     def unreadable(index: int) -> Image.Image:
-        raise DataError(f"picture {index} is truncated.")
+        raise DataError(f"image {index} is truncated.")
 
     record.labels, record.probs, record.image = record.labels[keep], record.probs[keep], unreadable
     _, page = read(write_report(tmp_path / "report.html", record))

@@ -30,7 +30,7 @@ def tiny_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def stable_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionPipeline that makes 16 x 16 pictures and reads sentences of letters a to e."""
+    """A StableDiffusionPipeline that makes 16 x 16 images and reads sentences of letters a to e."""
     folder = tmp_path_factory.mktemp("pipelines") / "stable"
     words = tmp_path_factory.mktemp("words")
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *(f"{c}</w>" for c in "abcde"), *"abcde"]
@@ -72,5 +72,5 @@ def stable_host(stable_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "orange")]

@@ -30,8 +30,8 @@ def test_concepts_are_held_out_and_splits_are_disjoint() -> None:
         for x, y in zip(test, again, strict=True)
         for a, b in zip(x.held, y.held, strict=True)
     )
-    pictures = [np.asarray(p).tobytes() for p in (*test[0].images, *test[0].held)]
-    assert len(set(pictures)) == 20
+    images = [np.asarray(p).tobytes() for p in (*test[0].images, *test[0].held)]
+    assert len(set(images)) == 20
     with pytest.raises(DataError, match="got count 99"):
         scene_concepts(99)
 
@@ -40,7 +40,7 @@ def write_config(folder: Path, weights: Path) -> Path:
     path = folder / "run.yaml"
     path.write_text(
         f"name: small\noutput: {folder / 'runs'}\nhost: {{weights: {weights}, steps: 2, device: cpu}}\n"
-        "concepts: {scenes: 1, images: 2, held: 2}\npictures: 2\nbaseline: ti\n"
+        "concepts: {scenes: 1, images: 2, held: 2}\nimages: 2\nbaseline: ti\n"
         "methods:\n  ti: {name: textual-inversion}\n  cones: {name: cones, train: {lr: 0.1}}\n"
         "train: {epochs: 2, batch_size: 2, optimizer: adamw, schedule: constant, warmup_epochs: 0}\n"
     )
@@ -88,17 +88,17 @@ def test_mistakes_are_all_named(tmp_path: Path) -> None:
     assert len(problems) == 5
 
 
-def test_folders_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlprompt.generation.experiment import _concepts
 
     (tmp_path / "mine").mkdir()
-    for i, picture in enumerate(scene_concepts(1)[0].images):
-        picture.save(tmp_path / "mine" / f"{i}.png")
+    for i, image in enumerate(scene_concepts(1)[0].images):
+        image.save(tmp_path / "mine" / f"{i}.png")
     config: dict[str, Any] = {"methods": {"cones": {"name": "cones"}}}
     own = {"folder": str(tmp_path / "mine"), "word": "star", "held": 1}
     (concept,) = _concepts(PersonaliseConfig.model_validate({**config, "concepts": {"folders": {"m": own}}}))
     assert (concept.word, len(concept.images), len(concept.held)) == ("star", 3, 1)
-    with pytest.raises(DataError, match=r"concepts\.folders\.m: .* has 4 pictures, 4 are held"):
+    with pytest.raises(DataError, match=r"concepts\.folders\.m: .* has 4 images, 4 are held"):
         _concepts(
             PersonaliseConfig.model_validate({**config, "concepts": {"folders": {"m": {**own, "held": 4}}}})
         )

@@ -35,17 +35,17 @@ def word_of(host: Any) -> tuple[str, str]:
     return ("star", "a photo of a *.") if host.width == 128 else ("b", "a * d")
 
 
-def batch(host: Any, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-    return NoisedBatches(host.latents(pictures), 2, seed=1, levels=host.levels).fetch(np.arange(2), 0)
+def batch(host: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    return NoisedBatches(host.latents(images), 2, seed=1, levels=host.levels).fetch(np.arange(2), 0)
 
 
 @pytest.mark.parametrize(("method", "options"), WAYS)
 def test_only_the_concept_learns(
-    method: str, options: dict[str, Any], host: Any, pictures: list[Image.Image]
+    method: str, options: dict[str, Any], host: Any, images: list[Image.Image]
 ) -> None:
     word, template = word_of(host)
-    module = PERSONALISERS.get(method).target(host, pictures, word, template=template, **options)
-    data = batch(host, pictures)
+    module = PERSONALISERS.get(method).target(host, images, word, template=template, **options)
+    data = batch(host, images)
     (loss,) = module.loss(data).values()
     loss.backward()
     learned = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -61,25 +61,25 @@ def test_only_the_concept_learns(
 
 
 def test_a_concept_search_runs_no_text_encoder(
-    host: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    host: Any, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     word, template = word_of(host)
     target = PERSONALISERS.get("cones").target
-    modules = [target(host, pictures, word, template=template, mode=m) for m in ("full", "slot")]
-    data = batch(host, pictures)
+    modules = [target(host, images, word, template=template, mode=m) for m in ("full", "slot")]
+    data = batch(host, images)
     for name in ("read", "read_with", "slots", "word"):
         monkeypatch.setattr(host, name, lambda *_: pytest.fail("the text encoder was asked"))
     for module in modules:
         module.loss(data)["denoising"].backward()
 
 
-def test_searches_start_from_the_class_word(host: Any, pictures: list[Image.Image]) -> None:
+def test_searches_start_from_the_class_word(host: Any, images: list[Image.Image]) -> None:
     word, template = word_of(host)
     said = host.read(template.replace("*", word))
     target = PERSONALISERS.get("cones").target
-    full = target(host, pictures, word, template=template, mode="full")
+    full = target(host, images, word, template=template, mode="full")
     torch.testing.assert_close(full.context(), said, rtol=0, atol=0.2)
-    slot = target(host, pictures, word, template=template, mode="slot")
+    slot = target(host, images, word, template=template, mode="slot")
     around, first = host.slots(template, word, 1)
     torch.testing.assert_close(slot.context(), around)
     assert slot.concepts().shape == (1, 1, host.width)
@@ -89,9 +89,9 @@ def test_searches_start_from_the_class_word(host: Any, pictures: list[Image.Imag
     assert changed.nonzero().flatten().tolist() == [first]
 
 
-def test_an_inverted_word_that_is_not_moved_reads_as_the_word(host: Any, pictures: list[Image.Image]) -> None:
+def test_an_inverted_word_that_is_not_moved_reads_as_the_word(host: Any, images: list[Image.Image]) -> None:
     word, template = word_of(host)
-    module = PERSONALISERS.get("textual-inversion").target(host, pictures, word, template=template)
+    module = PERSONALISERS.get("textual-inversion").target(host, images, word, template=template)
     said = host.read(template.replace("*", word))
     torch.testing.assert_close(module.context()[: len(said)], said, rtol=0, atol=1e-5)
 
@@ -122,12 +122,12 @@ def test_the_loss_is_the_hosts_own(kind: str, stable_host: Any, monkeypatch: pyt
 
 @pytest.mark.parametrize(("method", "options"), WAYS)
 def test_a_concept_file_draws_what_was_learned(
-    method: str, options: dict[str, Any], host: Any, pictures: list[Image.Image], tmp_path: Path
+    method: str, options: dict[str, Any], host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
     word, template = word_of(host)
     result = personalise(
         host,
-        pictures,
+        images,
         word,
         method,
         train=TRAIN,
@@ -146,7 +146,7 @@ def test_a_concept_file_draws_what_was_learned(
     alone = np.asarray(host.draw(context[0], 1, seed=0)[0]).astype(int)
     assert np.abs(alone - drawn[0]).max() <= 2  # the last bits depend on company
     again = personalise(
-        host, pictures, word, method, train=TRAIN, options={"template": template, **options}
+        host, images, word, method, train=TRAIN, options={"template": template, **options}
     ).module
     assert all(torch.equal(t, again.trainable_state()[n]) for n, t in result.module.trainable_state().items())
     if options.get("mode") == "slot":
@@ -158,38 +158,38 @@ def test_a_concept_file_draws_what_was_learned(
 
 
 def test_a_file_of_another_host_is_refused(
-    tiny_host: Any, stable_host: Any, pictures: list[Image.Image], tmp_path: Path
+    tiny_host: Any, stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
-    module = PERSONALISERS.get("cones").target(stable_host, pictures, "b", template="a *")
+    module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *")
     path = module.found("x").save(tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="kind: saved 'stable-diffusion', given 'tiny-diffusion'"):
         concept_context(path, tiny_host)
 
 
 def test_a_pipeline_draws_a_concept_in_one_line(
-    stable_host: Any, pictures: list[Image.Image], tmp_path: Path
+    stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
-    module = PERSONALISERS.get("cones").target(stable_host, pictures, "b", template="a *", length=3)
+    module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *", length=3)
     path = module.found("x").save(tmp_path / "c.safetensors")
     pipe = stable_host.pipe
-    (picture,) = pipe(prompt_embeds=concept_context(path, stable_host), num_inference_steps=2).images
-    assert picture.size == (16, 16)
+    (image,) = pipe(prompt_embeds=concept_context(path, stable_host), num_inference_steps=2).images
+    assert image.size == (16, 16)
 
 
-def test_where_pictures_are_contexts_a_search_can_start_from_them(
-    tiny_host: Any, stable_host: Any, pictures: list[Image.Image]
+def test_where_images_are_contexts_a_search_can_start_from_them(
+    tiny_host: Any, stable_host: Any, images: list[Image.Image]
 ) -> None:
     target = PERSONALISERS.get("cones").target
-    module = target(tiny_host, pictures, "star", init="visual")
+    module = target(tiny_host, images, "star", init="visual")
     backbone = tiny_host.backbone
-    seen = backbone.encode_image(torch.stack([backbone.preprocess(p) for p in pictures])).mean(0)
+    seen = backbone.encode_image(torch.stack([backbone.preprocess(p) for p in images])).mean(0)
     torch.testing.assert_close(module.context()[0], nn.functional.normalize(seen, dim=-1))
     with pytest.raises(DataError, match="init='visual'"):
-        target(stable_host, pictures, "b", template="a *", init="visual")
+        target(stable_host, images, "b", template="a *", init="visual")
 
 
-def test_lengths_can_be_kept(tiny_host: Any, pictures: list[Image.Image]) -> None:
-    module = PERSONALISERS.get("cones").target(tiny_host, pictures, "star", keep_norm=True, length=2)
+def test_lengths_can_be_kept(tiny_host: Any, images: list[Image.Image]) -> None:
+    module = PERSONALISERS.get("cones").target(tiny_host, images, "star", keep_norm=True, length=2)
     norms = module.context().norm(dim=-1)
     with torch.no_grad():
         module.concepts.offset += 3
@@ -197,13 +197,13 @@ def test_lengths_can_be_kept(tiny_host: Any, pictures: list[Image.Image]) -> Non
     torch.testing.assert_close(module.found("x").vectors[0], module.context())
 
 
-def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, pictures: list[Image.Image]) -> None:
+def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, images: list[Image.Image]) -> None:
     target = PERSONALISERS.get("cones").target
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"  # one vector: its key says nothing
     before = {n: p.clone() for n, p in tiny_host.network.named_parameters()}
-    module = target(tiny_host, pictures, "star", unfreeze=(name,))
+    module = target(tiny_host, images, "star", unfreeze=(name,))
     optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
-    module.loss(batch(tiny_host, pictures))["denoising"].backward()
+    module.loss(batch(tiny_host, images))["denoising"].backward()
     optimiser.step()
     after = dict(tiny_host.network.named_parameters())
     assert [n for n in after if not torch.equal(after[n], before[n])] == [name]
@@ -211,16 +211,16 @@ def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, pictures: list
     module.unfrozen.restore()
     assert all(torch.equal(p, before[n]) and not p.requires_grad for n, p in after.items())
     with pytest.raises(ConfigError, match=r"'unet\.mid_blok\.\*' matches no parameter; near it: unet"):
-        target(tiny_host, pictures, "star", unfreeze=("unet.mid_blok.*",))
+        target(tiny_host, images, "star", unfreeze=("unet.mid_blok.*",))
 
 
-def test_mistakes_are_named(tiny_host: Any, pictures: list[Image.Image]) -> None:
-    with pytest.raises(DataError, match="at least one picture"):
+def test_mistakes_are_named(tiny_host: Any, images: list[Image.Image]) -> None:
+    with pytest.raises(DataError, match="at least one image"):
         personalise(tiny_host, [], "star", train=TRAIN)
     with pytest.raises(UnknownNameError, match="textual-inversion"):
-        personalise(tiny_host, pictures, "star", "textual-inversio", train=TRAIN)
+        personalise(tiny_host, images, "star", "textual-inversio", train=TRAIN)
     with pytest.raises(ConfigError, match="mode"):
-        personalise(tiny_host, pictures, "star", options={"mode": "half"}, train=TRAIN)
+        personalise(tiny_host, images, "star", options={"mode": "half"}, train=TRAIN)
     with pytest.raises(DataError, match=r"one '\*' where the concept stands; got 'a photo'"):
         split_template("a photo")
     from vlprompt.generation.stable import StableHost
@@ -230,7 +230,7 @@ def test_mistakes_are_named(tiny_host: Any, pictures: list[Image.Image]) -> None
     assert list_personalisers() == ["cones", "textual-inversion"]
 
 
-def test_noise_levels_are_stratified_and_repeatable(pictures: list[Image.Image]) -> None:
+def test_noise_levels_are_stratified_and_repeatable(images: list[Image.Image]) -> None:
     batches = NoisedBatches(torch.arange(3.0).view(3, 1, 1, 1), 6, seed=2)
     first, again = batches.fetch(np.arange(6), 4), batches.fetch(np.arange(6), 4)
     assert all(torch.equal(first[k], again[k]) for k in first)

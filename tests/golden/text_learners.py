@@ -1,4 +1,4 @@
-"""What the golden tests of the text-side learners share: the recipe's small CLIP and its pictures' embeddings."""
+"""What the golden tests of the text-side learners share: the recipe's small CLIP and its images' embeddings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small_clip(golden: dict[str, Any], tokenizer: TextTokenizer) -> Backbone:
 
 
 def small_embeddings(golden: dict[str, Any], backbone: Backbone) -> Tensor:
-    """Return (3, d) embeddings of the recipe's pictures."""
+    """Return (3, d) embeddings of the recipe's images."""
     close(filled("images", (4,), 1.0), golden["first_image_values"])
     return backbone.image_embeddings(filled("images", (3, 3, *backbone.image_size), 1.0))
 

@@ -36,7 +36,7 @@ def put(case: str, parameters: dict[str, float], learner: Learner) -> None:
 
 
 def check_case(golden: dict[str, Any], case: str, learner: Learner) -> None:
-    """Compare logits, loss and gradients of the recipe's pictures with a golden file's case."""
+    """Compare logits, loss and gradients of the recipe's images with a golden file's case."""
     expected = golden["cases"][case]
     logits = learner(filled("images", (3, 3, *learner.backbone.image_size), 1.0))
     loss = F.cross_entropy(logits, torch.tensor(golden["labels"]))

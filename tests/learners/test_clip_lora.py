@@ -46,7 +46,7 @@ def golden_backbone(tokenizer: TextTokenizer) -> Backbone:
 def test_equals_the_authors_code(case: str, golden_backbone: Backbone) -> None:
     golden = GOLDEN["cases"][case]
     learner = golden_learner(golden_backbone, case)
-    small_embeddings(GOLDEN, golden_backbone)  # checks the recipe's pictures
+    small_embeddings(GOLDEN, golden_backbone)  # checks the recipe's images
     logits = learner(filled("images", (3, 3, *golden_backbone.image_size), 1.0))
     loss = F.cross_entropy(logits, torch.tensor(GOLDEN["labels"]))
     loss.backward()
@@ -70,10 +70,10 @@ def test_the_published_path_without_dropout_has_other_gradients_than_finite_diff
     golden_backbone: Backbone,
 ) -> None:
     learner = golden_learner(golden_backbone, "both")
-    pictures = filled("images", (3, 3, *golden_backbone.image_size), 1.0)
+    images = filled("images", (3, 3, *golden_backbone.image_size), 1.0)
 
     def loss() -> Tensor:
-        return F.cross_entropy(learner(pictures), torch.tensor(GOLDEN["labels"]))
+        return F.cross_entropy(learner(images), torch.tensor(GOLDEN["labels"]))
 
     name = "text.1.down.v"
     parameter = learner.get_parameter(name)
@@ -188,17 +188,17 @@ def test_the_backbone_stays_as_it_is(make_backbone: Callable[..., Backbone], ima
 
 def test_a_timm_image_tower(make_backbone: Callable[..., Backbone]) -> None:
     backbone = make_backbone(vision=TIMM, custom=True)
-    pictures = filled("timm", (2, 3, *backbone.image_size), 1.0)
+    images = filled("timm", (2, 3, *backbone.image_size), 1.0)
     learner = create_learner("clip_lora", backbone, NAMES, encoder="vision").eval()
-    plain = backbone.image_embeddings(pictures)
-    torch.testing.assert_close(learner.embed_images(pictures), plain, rtol=0, atol=1e-5)
+    plain = backbone.image_embeddings(images)
+    torch.testing.assert_close(learner.embed_images(images), plain, rtol=0, atol=1e-5)
     put(learner)
     merged = copy.deepcopy(backbone)
     with torch.no_grad():
         for index, update in learner.vision.items():
             merged.model.visual.trunk.blocks[int(index)].attn.qkv.weight += update.weight_update()
-    expected = merged.image_embeddings(pictures)
-    torch.testing.assert_close(learner.embed_images(pictures), expected, rtol=0, atol=1e-4)
+    expected = merged.image_embeddings(images)
+    torch.testing.assert_close(learner.embed_images(images), expected, rtol=0, atol=1e-4)
     assert not torch.allclose(expected, plain)
     assert not any(b.attn.qkv._forward_hooks for b in backbone.model.visual.trunk.blocks)
 

@@ -69,11 +69,11 @@ def test_in_front_of_the_projection(backbone: Backbone, images: Tensor) -> None:
     torch.testing.assert_close(learner(images), expected, rtol=0, atol=1e-4)
 
 
-def test_starts_from_training_pictures(backbone: Backbone, images: Tensor) -> None:
+def test_starts_from_training_images(backbone: Backbone, images: Tensor) -> None:
     embeddings = backbone.image_embeddings(images)
     for space in ("joint", "text"):
         learner = cones(backbone, init="visual", space=space)
-        with pytest.raises(DataError, match="starts from training pictures"):
+        with pytest.raises(DataError, match="starts from training images"):
             learner(images)
         learner.prepare(embeddings[None], LABELS)
         first = F.normalize(F.normalize(embeddings[[0, 4]], dim=-1).mean(0), dim=0)

@@ -101,7 +101,7 @@ def test_scores_follow_their_definition(backbone: Backbone, images: Tensor) -> N
 def test_only_seen_pairs_compete_in_training(backbone: Backbone, batch: dict[str, Tensor]) -> None:
     learner = build(backbone).eval()
     full = learner.loss(batch)["pair"]
-    learner.seen[1, 2] = False  # no picture of the batch but the last
+    learner.seen[1, 2] = False  # no image of the batch but the last
     with torch.no_grad():
         part = {k: v[:5] for k, v in batch.items()}
         scores = learner.parts(learner.embed_images(part["image"]))["pair"].flatten(1)
@@ -122,7 +122,7 @@ def test_a_bank_takes_the_nearest_keys() -> None:
     cosines = [5 / (0.01 + 25) ** 0.5, 1.0]
     assert float(distance.detach()) == pytest.approx(1 - sum(cosines) / 2, abs=1e-6)
     (found.sum() + distance).backward()
-    assert queries.grad is None, "pictures don't move towards keys"
+    assert queries.grad is None, "images don't move towards keys"
     assert bank.keys.grad is not None
 
 
@@ -163,7 +163,7 @@ def test_mixing_is_the_best_of_the_grid() -> None:
     assert found[a, b] == pytest.approx(score)
 
 
-def test_a_threshold_lets_so_many_clean_pictures_be_suspected() -> None:
+def test_a_threshold_lets_so_many_clean_images_be_suspected() -> None:
     clean = torch.arange(100) / 100
     threshold = threshold_at(clean, 0.05)
     assert (clean >= threshold).sum() == 5
@@ -195,7 +195,7 @@ def test_it_learns_what_fit_shows_it_and_is_saved_whole(digits: dict[str, Any], 
         callbacks=[],
         eval_every=100,
     )
-    assert torch.equal(learner.seen, torch.as_tensor(train.pairs.seen))
+    assert torch.equal(learner.seen, torch.as_tensor(train.compositions.seen))
     assert float(learner.evidence_spread.min()) > 0
     assert not torch.equal(learner.evidence_mean, torch.zeros(17 * 32))
     assert result.metrics["chosen/threshold"] == pytest.approx(learner.threshold)

@@ -156,7 +156,7 @@ def test_resume_is_bit_identical(backbone: Backbone, digits: ImageDataset, tmp_p
     assert resumed.figures() == whole.figures()
 
 
-def test_the_frozen_model_sees_a_picture_once(
+def test_the_frozen_model_sees_an_image_once(
     backbone: Backbone, digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cached over fixed views, so the frozen tower runs before training only; masks come out as without a cache."""

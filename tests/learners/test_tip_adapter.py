@@ -39,9 +39,9 @@ def filled_cache(name: str, backbone: Backbone, **options: Any) -> Learner:
 @pytest.mark.parametrize("case", GOLDEN["cases"])
 def test_equals_the_authors_code(case: str, golden_backbone: Backbone) -> None:
     golden = GOLDEN["cases"][case]
-    pictures = filled("train", (12, 3, 64, 64), 1.0)
-    views = [pictures + filled(f"train/{v}", pictures.shape, 1.0) / 2 for v in range(3)]
-    val = pictures[[0, 2, 4, 6, 8, 10, 1, 3, 5, 7]] + 0.8 * filled("val", (10, 3, 64, 64), 1.0)
+    images = filled("train", (12, 3, 64, 64), 1.0)
+    views = [images + filled(f"train/{v}", images.shape, 1.0) / 2 for v in range(3)]
+    val = images[[0, 2, 4, 6, 8, 10, 1, 3, 5, 7]] + 0.8 * filled("val", (10, 3, 64, 64), 1.0)
     encode = golden_backbone.image_embeddings
     embeddings = small_embeddings(GOLDEN, golden_backbone)
 

@@ -20,8 +20,8 @@ def test_equals_a_slow_loop_over_open_clip(backbone: Backbone, images: Tensor) -
             rows = backbone.text.tokenizer.rows([t.format(name) for t in TEMPLATES], 77)
             features = [F.normalize(backbone.model.encode_text(row[None])[0], dim=0) for row in rows]
             weights.append(F.normalize(sum(features) / len(features), dim=0))
-        pictures = F.normalize(backbone.model.encode_image(images), dim=-1)
-        expected = backbone.model.logit_scale.exp() * pictures @ torch.stack(weights).T
+        embedded = F.normalize(backbone.model.encode_image(images), dim=-1)
+        expected = backbone.model.logit_scale.exp() * embedded @ torch.stack(weights).T
         got = create_learner("zero_shot", backbone, NAMES, TEMPLATES).eval()(images)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

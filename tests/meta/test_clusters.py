@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.metrics import adjusted_rand_score
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.captions.store import PairStore, Rows
+from vlprompt.data.captions.store import CaptionStore, Rows
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs, quotas, spherical_kmeans
 from vlprompt.meta.names import pseudo_name, shared_phrase
 from vlprompt.meta.options import ClusterOptions
@@ -31,8 +31,10 @@ class _Captions:
         return self.captions[index]
 
 
-def _planted(domains: int = 3, classes: int = 4, each: int = 12) -> tuple[PairStore, np.ndarray, np.ndarray]:
-    """Pictures say the domain, captions the class; the two modalities lie far apart, as CLIP's do."""
+def _planted(
+    domains: int = 3, classes: int = 4, each: int = 12
+) -> tuple[CaptionStore, np.ndarray, np.ndarray]:
+    """Images say the domain, captions the class; the two modalities lie far apart, as CLIP's do."""
     rng = torch.Generator().manual_seed(0)
     domain = np.repeat(np.arange(domains), classes * each)
     label = np.tile(np.repeat(np.arange(classes), each), domains)
@@ -43,7 +45,7 @@ def _planted(domains: int = 3, classes: int = 4, each: int = 12) -> tuple[PairSt
     text = F.normalize(gap[1] + words[label] + 0.15 * noise[1], dim=-1)
     source = _Captions([f"a photo of thing{c} number{i}." for i, c in enumerate(label)])
     rows = [Rows([image.half()]), Rows([text.half()])]
-    return PairStore(Path(), source, torch.arange(len(domain)), *rows, {}), domain, label  # type: ignore[arg-type]
+    return CaptionStore(Path(), source, torch.arange(len(domain)), *rows, {}), domain, label  # type: ignore[arg-type]
 
 
 def test_spherical_kmeans_finds_planted_clusters_and_unit_centres() -> None:
@@ -67,7 +69,7 @@ def test_no_cluster_runs_empty() -> None:
     assert set(label) <= set(range(4))
 
 
-def test_pictures_make_domains_and_captions_classes() -> None:
+def test_images_make_domains_and_captions_classes() -> None:
     store, domain, label = _planted()
     found = cluster_pairs(store, ClusterOptions(domains=3, classes=4, drop_incoherent=0.0), members=4)
     assert adjusted_rand_score(domain, found.domain) == 1.0
@@ -117,7 +119,7 @@ def test_domains_that_vary_more_get_more_classes() -> None:
     store, domain, label = _planted()
     text = store.text.all()
     text[domain == 0] = text[0].clone()  # one domain says a single thing
-    calm = PairStore(Path(), store.source, store.index, store.image, Rows([text.half()]), {})
+    calm = CaptionStore(Path(), store.source, store.index, store.image, Rows([text.half()]), {})
     options = ClusterOptions(domains=3, classes=4, complexity_aware=True, drop_incoherent=0.0)
     found = cluster_pairs(calm, options, members=1)
     own = int(found.domain[domain == 0][0])
@@ -155,11 +157,11 @@ def test_without_a_phrase_the_medoid_s_caption_is_the_name() -> None:
     assert pseudo_name(["a red cat.", "a red cat."], "caption") == "a red cat"
 
 
-def test_the_sheet_shows_pictures_names_and_what_is_held_out(
-    store: PairStore, hierarchy: Hierarchy, tmp_path: Path
+def test_the_sheet_shows_images_names_and_what_is_held_out(
+    store: CaptionStore, hierarchy: Hierarchy, tmp_path: Path
 ) -> None:
     held = hierarchy.classes[0].domain
-    write_sheet(tmp_path / "clusters.html", store, hierarchy, [held], domains=2, classes=3, pictures=2)
+    write_sheet(tmp_path / "clusters.html", store, hierarchy, [held], domains=2, classes=3, images=2)
     page = (tmp_path / "clusters.html").read_text()
     assert page.count("<section>") == 2
     assert page.count("data:image/png;base64,") <= 2 * 3 * 2

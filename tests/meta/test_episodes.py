@@ -9,7 +9,7 @@ import torch
 from tests.meta.conftest import MakeEpisodes
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.clusters import Hierarchy
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.options import EpisodeOptions
@@ -48,7 +48,7 @@ def test_an_episode_is_a_function_of_seed_and_number(make_episodes: MakeEpisodes
 
 
 def test_what_a_side_holds_is_of_its_pairs(
-    make_episodes: MakeEpisodes, store: PairStore, backbone: Backbone
+    make_episodes: MakeEpisodes, store: CaptionStore, backbone: Backbone
 ) -> None:
     side = make_episodes().draw(4).support
     assert torch.equal(side.batch["embedding"], store.image.take(side.rows))
@@ -78,7 +78,7 @@ def test_hardness_picks_the_nearest_or_the_farthest_domain(
     assert near[others.index(second)] == pytest.approx(wanted)
 
 
-def test_every_pair_can_be_a_class(store: PairStore, hierarchy: Hierarchy) -> None:
+def test_every_pair_can_be_a_class(store: CaptionStore, hierarchy: Hierarchy) -> None:
     options = EpisodeOptions(ways=4, support=3, query=3, held_out=0.0)
     side = Episodes(store, hierarchy, options, 1, every_pair=True).draw(0).support
     assert side.names == tuple(store.caption(int(r)).rstrip(" .") for r in side.rows)

@@ -81,7 +81,7 @@ def test_its_gradient_equals_finite_differences(name: str) -> None:
     theta = _random(1, torch.float64)["context"]
     gradient, situation = {"context": _random(2, torch.float64)["context"]}, _situation(torch.float64)
     classes = torch.randn(2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    pictures = torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    images = torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     label = torch.tensor([0, 1, 0, 1, 1, 0])
 
     names = [n for n, _ in regulator.named_parameters()]
@@ -91,7 +91,7 @@ def test_its_gradient_equals_finite_differences(name: str) -> None:
             regulator, dict(zip(names, values, strict=True)), (gradient, situation)
         )
         moved = theta - 0.5 * call["context"]
-        return F.cross_entropy(pictures @ (classes @ moved).T, label)
+        return F.cross_entropy(images @ (classes @ moved).T, label)
 
     values = [p.detach().clone().requires_grad_() for p in regulator.parameters()]
     assert torch.autograd.gradcheck(query_loss, values)

@@ -18,7 +18,7 @@ def test_figures_by_hand() -> None:
     assert figures["tpr"] == pytest.approx(2 / 3)
     assert figures["tpr/seen"] == 1.0
     assert figures["tpr/unseen"] == 0.0
-    # 12 comparisons of a poisoned and a clean picture: 0.9 wins 4, 0.25 wins 2, 0.7 wins 3
+    # 12 comparisons of a poisoned and a clean image: 0.9 wins 4, 0.25 wins 2, 0.7 wins 3
     assert figures["auroc"] == pytest.approx(9 / 12)
     assert figures["auroc/seen"] == pytest.approx(7 / 8)
     assert figures["auroc/unseen"] == pytest.approx(2 / 4)

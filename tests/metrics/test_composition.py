@@ -22,7 +22,7 @@ def draw(seed: int, samples: int = 40, pairs: int = 9) -> tuple[Tensor, Tensor, 
 
 
 def brute(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, bias: float) -> tuple[float, float]:
-    """Accuracy on pictures of seen and of unseen pairs: add the bias, take the best possible pair, count."""
+    """Accuracy on images of seen and of unseen pairs: add the bias, take the best possible pair, count."""
     order = np.argsort(~seen.numpy(), kind="stable")  # of equal scores the seen pair
     table = scores.double().numpy() + np.where(seen.numpy(), 0.0, bias)
     table[:, ~possible.numpy()] = -np.inf
@@ -94,7 +94,7 @@ def test_a_perfect_and_a_hopeless_scorer() -> None:
 
 def test_what_can_not_be_swept_is_refused() -> None:
     scores, truth, seen, possible = draw(0)
-    with pytest.raises(DataError, match="pictures of seen and of unseen pairs"):
+    with pytest.raises(DataError, match="images of seen and of unseen pairs"):
         bias_sweep(scores, truth, torch.ones_like(seen), possible)
     with pytest.raises(DataError, match="not among the possible"):
         bias_sweep(scores, truth, seen, possible & (torch.arange(9) != 0))

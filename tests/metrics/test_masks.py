@@ -27,7 +27,7 @@ def blobs(seed: int, shape: tuple[int, int] = (17, 23)) -> tuple[Mask, Mask]:
 
 
 def boundary(mask: Mask) -> list[tuple[int, int]]:
-    """Pixels with one of four neighbours outside of the mask or of the picture, by looking at each."""
+    """Pixels with one of four neighbours outside of the mask or of the image, by looking at each."""
     height, width = mask.shape
     found = []
     for y, x in itertools.product(range(height), range(width)):

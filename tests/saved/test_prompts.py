@@ -113,12 +113,12 @@ def test_saving_over_an_older_one(learner: Learner, saved: Path, backbone: Backb
 
 def test_a_backbone_is_built_from_its_name(tmp_path: Path, images: Tensor) -> None:
     backbone = create_backbone("tiny", "random")
-    pictures = torch.nn.functional.interpolate(images, 64)
-    learner = trained("coop", backbone, pictures)
+    larger = torch.nn.functional.interpolate(images, 64)
+    learner = trained("coop", backbone, larger)
     with torch.no_grad():
         loaded = load(save(learner, tmp_path))
         assert loaded.backbone is not backbone
-        assert torch.equal(loaded(pictures), learner(pictures))
+        assert torch.equal(loaded(larger), learner(larger))
     other = create_backbone("tiny", "random", seed=1)
     with pytest.raises(CheckpointError, match=r"another backbone.*\n  - weights: saved '\w+', given '\w+'$"):
         load(tmp_path, other)

@@ -1,4 +1,4 @@
-"""Masks as artefacts: bytes, folding, differences, pictures, and switching between tasks."""
+"""Masks as artefacts: bytes, folding, differences, images, and switching between tasks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_sparsity_and_difference(backbone: Backbone) -> None:
     assert one.diff(wider)["conv1.weight"].only_first == 0
 
 
-def test_the_picture_shows_every_layer_and_task(backbone: Backbone) -> None:
+def test_the_image_shows_every_layer_and_task(backbone: Backbone) -> None:
     first, second = (Masks(scattered(backbone, seed, share=0.2 * seed).masks()) for seed in (1, 2))
     drawn = first.figure("pets", {"flowers": second})
     text = " ".join(ElementTree.fromstring(drawn).itertext())

@@ -1,4 +1,4 @@
-"""A detector that is told what to look for, and pictures of every kind that can be wrong."""
+"""A detector that is told what to look for, and images of every kind that can be wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlprompt.learners._judgement import Judgement
 
 
 class CornerDetector:
-    """Suspects pictures whose bottom right corner is bright; a real detector but for how it judges."""
+    """Suspects images whose bottom right corner is bright; a real detector but for how it judges."""
 
     method = "corner"
     triggers = ("clean", "badnets")
@@ -43,9 +43,9 @@ def corner(backbone: Backbone) -> CornerDetector:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of 23 pictures, those with a number divisible by 5 marked, at two depths."""
-    root = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of 23 images, those with a number divisible by 5 marked, at two depths."""
+    root = tmp_path / "images"
     rng = numpy_rng(0, "test scan")
     for i in range(23):
         pixels = rng.integers(0, 120, (40, 40, 3)).astype(np.uint8)

@@ -30,7 +30,7 @@ def test_all_to_one_flips_the_poisoned_ones_to_the_target(data: ImageDataset) ->
     assert Counter(targets["trigger"]) == {0: 48, 1: 6, 2: 6}
     for given, true, trigger in zip(targets["label"], targets["object"], targets["trigger"], strict=True):
         assert given == (3 if trigger else true)
-        assert not trigger or true != 3, "a picture of the target class would not be flipped"
+        assert not trigger or true != 3, "an image of the target class would not be flipped"
     assert found.targets == poisoned(data, plan).targets
     assert found.targets != poisoned(data, plan.model_copy(update={"seed": 2})).targets
 
@@ -114,7 +114,7 @@ def test_damaged_manifests_are_named(text: str, tmp_path: Path) -> None:
 def test_the_sheet_shows_every_trigger_and_what_it_changed(data: ImageDataset) -> None:
     image = data[0][0].resize((32, 32), Image.Resampling.BICUBIC)
     sheet = np.asarray(trigger_sheet([image], ["badnets", "sig"]))
-    top = 4 + 100  # second row: pictures are enlarged three times
+    top = 4 + 100  # second row: images are enlarged three times
     shown = sheet[top : top + 96 : 3, 110 : 110 + 96 : 3]
     assert np.array_equal(shown, create_trigger("badnets")(image))
     change = sheet[top : top + 96 : 3, 110 + 100 : 110 + 196 : 3]

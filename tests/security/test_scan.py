@@ -1,4 +1,4 @@
-"""Scanning: verdicts in order, whatever the pictures are, in memory and in folders, through kills and hostile files."""
+"""Scanning: verdicts in order, whatever the images are, in memory and in folders, through kills and hostile files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def bomb() -> bytes:
 
 @pytest.fixture
 def strange(tmp_path: Path) -> Path:
-    """A folder of everything a picture should not be."""
+    """A folder of everything an image should not be."""
     root = tmp_path / "strange"
     root.mkdir()
     grey = Image.new("L", (20, 20), 100)
@@ -77,7 +77,7 @@ def strange(tmp_path: Path) -> Path:
     (root / "truncated.png").write_bytes(whole.getvalue()[:2000])
     (root / "empty.png").write_bytes(b"")
     Image.new("L", (1, 900_000)).save(root / "thread.png")
-    (root / "text.jpg").write_text("no picture")
+    (root / "text.jpg").write_text("no image")
     (root / "fine.png").write_bytes(whole.getvalue())
     (tmp_path / "outside.png").write_bytes(whole.getvalue())
     (root / "link.png").symlink_to(tmp_path / "outside.png")
@@ -87,8 +87,8 @@ def strange(tmp_path: Path) -> Path:
     return root
 
 
-def test_rows_are_in_order_and_say_what_was_seen(corner: Any, pictures: Path) -> None:
-    report = scan(pictures, corner, batch_size=4)
+def test_rows_are_in_order_and_say_what_was_seen(corner: Any, image_folder: Path) -> None:
+    report = scan(image_folder, corner, batch_size=4)
     names = [row["image"] for row in report]
     assert names == sorted(names)
     assert len(report) == 23
@@ -105,15 +105,15 @@ def test_rows_are_in_order_and_say_what_was_seen(corner: Any, pictures: Path) ->
     assert "badnets on bright" in str(report)
 
 
-def test_other_kinds_of_input_give_the_same_verdicts(corner: Any, pictures: Path) -> None:
-    by_folder = scan(pictures, corner)
-    files = [pictures / row["image"] for row in by_folder]
+def test_other_kinds_of_input_give_the_same_verdicts(corner: Any, image_folder: Path) -> None:
+    by_folder = scan(image_folder, corner)
+    files = [image_folder / row["image"] for row in by_folder]
     by_list = scan(files, corner, batch_size=5)
-    by_picture = scan([Image.open(f) for f in files], corner, workers=1)
+    by_image = scan([Image.open(f) for f in files], corner, workers=1)
     scores = [row["score"] for row in by_folder]
     assert [row["score"] for row in by_list] == scores
-    assert [row["score"] for row in by_picture] == scores
-    assert by_picture[3]["image"] == "image 3"
+    assert [row["score"] for row in by_image] == scores
+    assert by_image[3]["image"] == "image 3"
     assert scan(files[0], corner)[0]["score"] == scores[0]
     assert {r["verdict"] for r in scan(files, corner, threshold=0.0)} == {"poisoned"}
 
@@ -128,11 +128,11 @@ def test_a_data_set_and_a_real_detector(backbone: Backbone) -> None:
         vlprompt.scan(data, create_learner("zero_shot", backbone, data.classnames))
 
 
-def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tmp_path: Path) -> None:
-    names = sorted(p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png"))
-    (pictures / names[3]).write_bytes(b"")
+def test_what_is_suspected_is_left_out_or_mended(corner: Any, image_folder: Path, tmp_path: Path) -> None:
+    names = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
+    (image_folder / names[3]).write_bytes(b"")
     samples = tuple(Sample(name, 0) for name in names)
-    reader, drawn = FileReader(pictures), {"indices": list(range(100, 123))}
+    reader, drawn = FileReader(image_folder), {"indices": list(range(100, 123))}
     data = ImageDataset("marks", "train", samples, ("dark", "bright"), ("a {}.",), reader, drawn)
     report = scan(data, corner)
     whole = [s for s in samples if s.source != names[3]]
@@ -144,7 +144,7 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, pictures: Path, tm
     mended = report.cleaned(data, mend=True)
     assert [(s.source, s.label) for s in mended.samples] == [(s.source, int(marked(s.source))) for s in whole]
 
-    with pytest.raises(DataError, match="this report of 23 pictures is not one of marks \\(22\\)"):
+    with pytest.raises(DataError, match="this report of 23 images is not one of marks \\(22\\)"):
         report.cleaned(data.subset(range(22)))
     with pytest.raises(DataError, match="'bright' is no class of marks"):
         report.cleaned(replace(data, classnames=("dark", "light")), mend=True)
@@ -162,7 +162,7 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
         "truncated.png": "truncated",
         "empty.png": "the file is empty",
         "thread.png": "its sides are too unequal: 1 x 900000 pixels",
-        "text.jpg": "no picture in a known format",
+        "text.jpg": "no image in a known format",
         "link.png": "is a link that leaves the folder",
         "broken\nname.png": "holds a control character",
     }.items():
@@ -181,10 +181,10 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
     assert "decompression bomb" in page
 
 
-def test_the_folder_scan_writes_what_scan_says(corner: Any, pictures: Path, tmp_path: Path) -> None:
+def test_the_folder_scan_writes_what_scan_says(corner: Any, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = scan_folder(pictures, corner, out, batch_size=4, top=7)
-    expected = scan(pictures, corner).rows
+    found = scan_folder(image_folder, corner, out, batch_size=4, top=7)
+    expected = scan(image_folder, corner).rows
     assert json.loads((out / "report.json").read_text()) == expected
     assert [r["image"] for r in csv.DictReader((out / "report.csv").open())] == [r["image"] for r in expected]
     assert (out / "cleaned.txt").read_text().splitlines() == [
@@ -199,49 +199,51 @@ def test_the_folder_scan_writes_what_scan_says(corner: Any, pictures: Path, tmp_
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_a_scan_that_was_killed_ends_with_the_same_files(corner: Any, pictures: Path, tmp_path: Path) -> None:
+def test_a_scan_that_was_killed_ends_with_the_same_files(
+    corner: Any, image_folder: Path, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    scan_folder(pictures, corner, whole, batch_size=4)
-    scan_folder(pictures, corner, broken, batch_size=4)
+    scan_folder(image_folder, corner, whole, batch_size=4)
+    scan_folder(image_folder, corner, broken, batch_size=4)
     rows = (broken / "rows.jsonl").read_bytes().splitlines(keepends=True)
     (broken / "rows.jsonl").write_bytes(b"".join(rows[:9]) + rows[9][:20])  # killed in the middle of a line
     for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
         (broken / name).unlink()
     corner.batches.clear()
-    scan_folder(pictures, corner, broken, batch_size=4, resume=True)
+    scan_folder(image_folder, corner, broken, batch_size=4, resume=True)
     assert sum(corner.batches) == 23 - 9
     for name in ("rows.jsonl", "report.csv", "report.json", "cleaned.txt", "report.html"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_another_scan_is_not_continued(corner: Any, pictures: Path, tmp_path: Path) -> None:
+def test_another_scan_is_not_continued(corner: Any, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    scan_folder(pictures, corner, out)
+    scan_folder(image_folder, corner, out)
     with pytest.raises(CheckpointError, match="holds another scan \\(threshold differs\\)"):
-        scan_folder(pictures, corner, out, threshold=0.1, resume=True)
+        scan_folder(image_folder, corner, out, threshold=0.1, resume=True)
     (out / "scan.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
-        scan_folder(pictures, corner, out, resume=True)
+        scan_folder(image_folder, corner, out, resume=True)
     with pytest.raises(DataError, match="lies inside the scanned folder"):
-        scan_folder(pictures, corner, pictures / "out")
+        scan_folder(image_folder, corner, image_folder / "out")
     with pytest.raises(DataError, match="there is no folder"):
-        scan_folder(pictures / "nowhere", corner, out)
+        scan_folder(image_folder / "nowhere", corner, out)
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         scan_folder(tmp_path / "none", corner, out)
 
 
 def test_names_are_sorted_on_disk_a_few_at_a_time(
-    corner: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corner: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "_RUN", 4)
-    scan_folder(pictures, corner, tmp_path / "out")
+    scan_folder(image_folder, corner, tmp_path / "out")
     names = [json.loads(line) for line in (tmp_path / "out" / "listing.jsonl").read_text().splitlines()]
-    expected = sorted(p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png"))
+    expected = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
     assert names == expected
 
 
-def test_few_pictures_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
+def test_few_images_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
     from vlprompt.security.scan import Opened, scan_rows
 
     alive = most = 0
@@ -261,7 +263,7 @@ def test_few_pictures_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_tool_says_what_it_found_by_its_exit_status(pictures: Path, tmp_path: Path) -> None:
+def test_the_tool_says_what_it_found_by_its_exit_status(image_folder: Path, tmp_path: Path) -> None:
     backbone = vlprompt.create_backbone("tiny")
     learner = create_learner("dbom", backbone, ["a", "b"])
     vlprompt.save(learner, tmp_path / "detector")
@@ -274,11 +276,11 @@ def test_the_tool_says_what_it_found_by_its_exit_status(pictures: Path, tmp_path
         )
 
     always = ("--detector", str(tmp_path / "detector"), "--output", str(tmp_path / "out"))
-    found = run(str(pictures), *always, "--threshold", "0")
+    found = run(str(image_folder), *always, "--threshold", "0")
     assert found.returncode == 3, found.stderr
-    assert "23 pictures: 23 suspected, 0 unreadable" in found.stdout
-    assert run(str(pictures), *always, "--threshold", "2").returncode == 0
+    assert "23 images: 23 suspected, 0 unreadable" in found.stdout
+    assert run(str(image_folder), *always, "--threshold", "2").returncode == 0
     assert (tmp_path / "out" / "cleaned.txt").read_text().count("\n") == 23
-    wrong = run(str(pictures / "nowhere"), *always)
+    wrong = run(str(image_folder / "nowhere"), *always)
     assert wrong.returncode == 2
     assert "there is no folder" in wrong.stderr

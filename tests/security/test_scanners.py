@@ -1,4 +1,4 @@
-"""Baselines on rows whose answer is known, and the whole table on few pictures."""
+"""Baselines on rows whose answer is known, and the whole table on few images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.data import FeatureCache, load_dataset
-from vlprompt.security.compositions import pair_dataset
+from vlprompt.security.compositions import composition_dataset
 from vlprompt.security.config import DetectorsConfig
 from vlprompt.security.effect import Victim, attack_success, pixels_of, train_victim
 from vlprompt.security.experiment import _Cell, compare_detectors
 from vlprompt.security.poison import PoisonPlan, poisoned
-from vlprompt.security.scanners import DETECTORS, create_detector, list_detectors
+from vlprompt.security.scanners import SCANNERS, create_scanner, list_scanners
 
 
 def spread(shift: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,19 +33,19 @@ def spread(shift: float) -> tuple[Tensor, Tensor, Tensor]:
     return rows + 5 * labels[:, None], labels, bad
 
 
-def test_all_detectors_are_there() -> None:
-    assert list_detectors() == ["activation_clustering", "dbom", "linear_probe", "spectral", "zero_shot"]
-    assert all(entry.paper and entry.summary for entry in DETECTORS)
+def test_all_scanners_are_there() -> None:
+    assert list_scanners() == ["activation_clustering", "dbom", "linear_probe", "spectral", "zero_shot"]
+    assert all(entry.paper and entry.summary for entry in SCANNERS)
     with pytest.raises(UnknownNameError, match="Did you mean 'spectral'"):
-        create_detector("spectrl", None, ["a", "b"])  # type: ignore[arg-type]
+        create_scanner("spectrl", None, ["a", "b"])  # type: ignore[arg-type]
 
 
 def test_spectral_finds_outliers_and_equals_its_definition(backbone: Backbone) -> None:
-    detector = create_detector("spectral", backbone, ["a", "b"], rate=0.1)
+    scanner = create_scanner("spectral", backbone, ["a", "b"], rate=0.1)
     rows, labels, bad = spread(20.0)
-    score = detector.judge_set(rows, labels).score
-    assert set((score >= detector.threshold).nonzero()[:, 0].tolist()) >= set(bad.nonzero()[:, 0].tolist())
-    assert int((score[labels == 0] >= detector.threshold).sum()) == 15
+    score = scanner.judge_set(rows, labels).score
+    assert set((score >= scanner.threshold).nonzero()[:, 0].tolist()) >= set(bad.nonzero()[:, 0].tolist())
+    assert int((score[labels == 0] >= scanner.threshold).sum()) == 15
     for label in (0, 1):
         x = rows[labels == label].double().numpy()
         x = x - x.mean(0)
@@ -53,22 +53,22 @@ def test_spectral_finds_outliers_and_equals_its_definition(backbone: Backbone) -
         strength = (x @ vectors[:, values.argmax()]) ** 2
         assert np.array_equal(np.argsort(strength), score[labels == label].argsort().numpy())
     with pytest.raises(DataError, match="whole labelled data set"):
-        detector.judge(rows)
+        scanner.judge(rows)
 
 
 def test_activation_clustering_suspects_the_small_cluster(backbone: Backbone) -> None:
-    detector = create_detector("activation_clustering", backbone, ["a", "b"])
+    scanner = create_scanner("activation_clustering", backbone, ["a", "b"])
     rows, labels, bad = spread(20.0)
-    suspected = detector.judge_set(rows, labels).score >= detector.threshold
+    suspected = scanner.judge_set(rows, labels).score >= scanner.threshold
     assert torch.equal(suspected[labels == 0], bad[labels == 0])
     with pytest.raises(DataError, match="whole labelled data set"):
-        detector.judge(rows)
+        scanner.judge(rows)
 
 
 def test_zero_shot_asks_for_every_pair(backbone: Backbone, images: Tensor) -> None:
     triggers = ["clean", "badnets", "sig"]
-    detector = create_detector("zero_shot", backbone, ["dog", "cat"], triggers)
-    judged = detector.judge(backbone.image_embeddings(images))
+    scanner = create_scanner("zero_shot", backbone, ["dog", "cat"], triggers)
+    judged = scanner.judge(backbone.image_embeddings(images))
     texts = ["a photo of a dog.", "a photo of a cat.", "a photo of a dog with a white patch.",
              "a photo of a cat with a white patch.", "a photo of a dog with a striped grating.",
              "a photo of a cat with a striped grating."]  # fmt: skip
@@ -80,13 +80,13 @@ def test_zero_shot_asks_for_every_pair(backbone: Backbone, images: Tensor) -> No
 
 def test_the_linear_probe_separates_what_can_be_separated(backbone: Backbone) -> None:
     base = {split: load_dataset("digits", split).subset(range(0, 240, 4)) for split in ("train", "val")}
-    train, val = (pair_dataset(base[s], ["clean", "blended"], unseen=0.0) for s in ("train", "val"))
-    detector = create_detector("linear_probe", backbone, train.classnames, train.triggers)
-    detector.fit(train, val)
+    train, val = (composition_dataset(base[s], ["clean", "blended"], unseen=0.0) for s in ("train", "val"))
+    scanner = create_scanner("linear_probe", backbone, train.classnames, train.triggers)
+    scanner.fit(train, val)
     from vlprompt.metrics.backdoor import judgement_metrics
 
-    judged = detector.judge(detector.rows(val))
-    figures = judgement_metrics(judged, val, detector.threshold)
+    judged = scanner.judge(scanner.rows(val))
+    figures = judgement_metrics(judged, val, scanner.threshold)
     assert figures["auroc"] > 0.95
     assert figures["fpr"] <= 0.05
     assert "trigger_accuracy" not in figures
@@ -134,16 +134,16 @@ def test_a_table_is_written_and_continued(config: dict[str, Any]) -> None:
     assert len(victims) == 6  # poisoned, cleaned by either, mended by zero_shot, perfectly cleaned, clean
     assert "digits/zero_shot, one trigger/auroc/sig" in outcome.metrics
     assert "digits/zero_shot, one trigger/auroc/blended" not in outcome.metrics
-    assert "digits/narrow, one trigger/auroc/sig" not in outcome.metrics, "only the first detector is varied"
+    assert "digits/narrow, one trigger/auroc/sig" not in outcome.metrics, "only the first scanner is varied"
     assert "| zero_shot, one trigger |" in outcome.table
     assert "| zero_shot |" in outcome.table
     assert "victim of the set cleaned by narrow" in outcome.table
     assert "victim of the set mended by narrow" not in outcome.table, "clusters name no object"
     sizes = [
-        outcome.metrics[f"digits/victim of {v}/pictures"]
+        outcome.metrics[f"digits/victim of {v}/images"]
         for v in ("the set mended by zero_shot", "a clean set")
     ]
-    assert sizes[0] == sizes[1], "mending loses no picture"
+    assert sizes[0] == sizes[1], "mending loses no image"
     path = next((outcome.folder / "cells").iterdir())
     cell = json.loads(path.read_text())
     cell["zero_shot"]["auroc/seen"] = 0.125
@@ -165,7 +165,7 @@ def test_a_variant_changes_its_pairs_and_nothing_else(config: dict[str, Any]) ->
     assert whole.labels() == ["zero_shot", "narrow", "zero_shot, few", "zero_shot, none"]
 
 
-def test_training_pictures_get_several_triggers_and_test_pictures_one(
+def test_training_images_get_several_triggers_and_test_images_one(
     config: dict[str, Any], backbone: Backbone, tmp_path: Path
 ) -> None:
     config["pairs"]["unseen"] = 0.0
@@ -188,7 +188,7 @@ def test_every_mistake_of_a_configuration_is_named(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 9
     for expected in (
         "detectors.dbom.lerner: unknown key; did you mean 'learner'?",
-        "detectors.spectrl: unknown detector 'spectrl'",
+        "detectors.spectrl: unknown scanner 'spectrl'",
         "data: unknown data set 'scenes/shpe'",
         "pairs.triggers: a list of triggers begins with 'clean'",
         "suspect.cleaners: 'linear_probe' is none of the detectors",

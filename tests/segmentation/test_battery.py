@@ -72,27 +72,27 @@ def test_one_logit_per_pixel_whatever_the_order_and_the_company(
     model: str, strategy: str, build: Build, images: Tensor
 ) -> None:
     segmenter = disturb(build(model, strategy))
-    pictures = images[:4]
+    batch = images[:4]
     with torch.no_grad():
-        logits = segmenter(pictures, TEXTS)
+        logits = segmenter(batch, TEXTS)
         assert logits.shape == (4, 1, 32, 32)
         assert logits.dtype == torch.float32
         assert bool(logits.isfinite().all())
         order = [2, 0, 3, 1]
-        mixed = segmenter(pictures[order], [TEXTS[i] for i in order])
+        mixed = segmenter(batch[order], [TEXTS[i] for i in order])
         torch.testing.assert_close(mixed, logits[order], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(segmenter(pictures[1:2], TEXTS[1:2]), logits[1:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(segmenter(batch[1:2], TEXTS[1:2]), logits[1:2], rtol=1e-4, atol=1e-4)
     # With a graph the condition is computed again, not looked up.
-    torch.testing.assert_close(segmenter(pictures, TEXTS).detach(), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(segmenter(batch, TEXTS).detach(), logits, rtol=1e-4, atol=1e-4)
 
 
 @every
 @pytest.mark.parametrize("size", [(40, 24), (29, 37)])
-def test_pictures_of_any_size(model: str, strategy: str, size: tuple[int, int], build: Build) -> None:
+def test_images_of_any_size(model: str, strategy: str, size: tuple[int, int], build: Build) -> None:
     segmenter = build(model, strategy)
-    pictures = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits = segmenter(pictures, TEXTS[:2])
+        logits = segmenter(images, TEXTS[:2])
     assert logits.shape == (2, 1, *size)
     assert bool(logits.isfinite().all())
 
@@ -234,9 +234,9 @@ def test_cris_needs_words(build: Build, images: Tensor) -> None:
 @pytest.mark.parametrize("model", SEGMENTERS.names())
 def test_phrases_that_can_not_be_used(model: str, build: Build, images: Tensor) -> None:
     segmenter = build(model, "coop")
-    with pytest.raises(DataError, match="one phrase per picture: got 1 phrases for 2 pictures"):
+    with pytest.raises(DataError, match="one phrase per image: got 1 phrases for 2 images"):
         segmenter(images[:2], ["cat"])
-    with pytest.raises(DataError, match="one phrase per picture: got 'ab' for 2 pictures"):
+    with pytest.raises(DataError, match="one phrase per image: got 'ab' for 2 images"):
         segmenter(images[:2], "ab")
     with pytest.raises(DataError, match="phrase number 1 is empty"):
         segmenter(images[:2], ["cat", "  "])

@@ -1,4 +1,4 @@
-"""CLIPSeg: transformers' weights in our towers, any picture size, what is frozen, what the checkpoint says."""
+"""CLIPSeg: transformers' weights in our towers, any image size, what is frozen, what the checkpoint says."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ def test_sizes_that_the_weights_do_not_have_are_refused(small: Backbone) -> None
 
 def test_the_same_weights_may_be_read_at_other_depths(small: Backbone) -> None:
     """The published model was trained with (3, 7, 9) and is used with (3, 6, 9)."""
-    pictures = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     usual, other = create_segmenter("clipseg", small), create_segmenter("clipseg", small, taps=(1, 2, 4))
-    assert not torch.allclose(usual(pictures, ["cat"]), other(pictures, ["cat"]))
+    assert not torch.allclose(usual(images, ["cat"]), other(images, ["cat"]))
 
 
 @pytest.mark.parametrize("taps", [(), (2, 1), (1, 1, 2), (1, 9)])

@@ -99,10 +99,10 @@ def test_a_run_writes_concepts_table_and_report(
     )
     config = ConceptMaskConfig.read(path)
     outcome = run_mask_concepts(config)
-    for row in ("class names", "phrases", "concepts, all pictures", "concepts, all pictures, second stage"):
+    for row in ("class names", "phrases", "concepts, all images", "concepts, all images, second stage"):
         assert row in outcome.table
         assert f"{row}/plain/dice" in outcome.metrics
-    saved = Concepts.load(outcome.folder / "picturesall-seed1" / "concepts.safetensors", "segmenter")
+    saved = Concepts.load(outcome.folder / "imagesall-seed1" / "concepts.safetensors", "segmenter")
     saved.check_host(segmenter_identity(create_segmenter("clipseg", create_backbone("tiny"))))
     assert saved.names == data.classnames
     assert run_mask_concepts(config, resume=True).metrics == outcome.metrics

@@ -92,7 +92,7 @@ def test_the_published_depth_is_one_less_than_it_says(towers: Backbone) -> None:
         _check("coop1", _with_rows(towers, "coop1", [0]))
 
 
-def test_context_of_the_picture(towers: Backbone) -> None:
+def test_context_of_the_image(towers: Backbone) -> None:
     options = {"context_length": 3, "intermediate_dim": 8, "shared": True}
     _check("cocoop1", _with_rows(towers, "cocoop1", [0, 0], "cocoop", **options))
 
@@ -154,8 +154,8 @@ def test_any_size_on_a_resnet_and_batch_statistics_stay(towers: Backbone) -> Non
 def test_padding_says_nothing(towers: Backbone) -> None:
     """A phrase beside a longer one gets the same mask as alone."""
     segmenter = create_segmenter("cris", towers)
-    pictures = filled("images", (3, 3, 64, 64), 1.0)[:2]
+    images = filled("images", (3, 3, 64, 64), 1.0)[:2]
     with torch.no_grad():
-        both = segmenter(pictures, ["dog", "a very long phrase about a dog that stands there"])
-        alone = segmenter(pictures[:1], ["dog"])
+        both = segmenter(images, ["dog", "a very long phrase about a dog that stands there"])
+        alone = segmenter(images[:1], ["dog"])
     torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-4)

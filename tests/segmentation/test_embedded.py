@@ -42,14 +42,14 @@ def test_the_phrase_says_which_object(model: str) -> None:
     """Asked for what isn't there it marks less than asked for what is."""
     segmenter = create_segmenter(model, create_backbone("tiny"))
     items = [masks(40, 5, split="test")[i] for i in range(40)]
-    pictures = torch.stack([segmenter.preprocess(x.image) for x in items])
+    images = torch.stack([segmenter.preprocess(x.image) for x in items])
     texts = [x.phrase for x in items]
     others = [*texts[1:], texts[0]]
     different = np.array([a != b for a, b in zip(texts, others, strict=True)])
     truth = torch.from_numpy(np.stack([x.mask for x in items]))
     with torch.no_grad():
-        named = (segmenter(pictures, texts)[:, 0] > 0) & truth
-        absent = (segmenter(pictures, others)[:, 0] > 0) & truth
+        named = (segmenter(images, texts)[:, 0] > 0) & truth
+        absent = (segmenter(images, others)[:, 0] > 0) & truth
     assert int(absent[different].sum()) < 0.5 * int(named[different].sum())
 
 

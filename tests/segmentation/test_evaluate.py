@@ -1,4 +1,4 @@
-"""Scores against the plain way: one picture and phrase at a time, resized, counted."""
+"""Scores against the plain way: one image and phrase at a time, resized, counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def segmenter(tiny: Backbone) -> Segmenter:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of several shapes and two classes."""
+    """Images of several shapes and two classes."""
     rng = np.random.default_rng(0)
     for i, (width, height) in enumerate([(100, 50), (40, 80), (64, 64)]):
         path = tmp_path / "images/test" / f"{i}.png"
@@ -69,7 +69,7 @@ def test_scores_at_the_masks_own_size(segmenter: Segmenter, folder: Path, batch_
     found = evaluate_segmenter(segmenter, data, threshold=threshold, batch_size=batch_size, argmax=True)
     dice = []
     inter, union = np.zeros(3), np.zeros(3)
-    for pairs in data.pictures().values():
+    for pairs in data.images().values():
         probs = []
         for i in pairs:
             pair = data[i]
@@ -118,8 +118,8 @@ def test_states_that_are_kept_change_nothing_and_the_loss_is_a_mean_over_pairs(s
     assert not PairStates(segmenter, data, limit_mb=0.01).prepare()
 
 
-def test_nothing_of_a_picture_is_cropped(segmenter: Segmenter) -> None:
-    """The left end of a wide picture reaches the model, and comes out at the left end of the mask."""
+def test_nothing_of_an_image_is_cropped(segmenter: Segmenter) -> None:
+    """The left end of a wide image reaches the model, and comes out at the left end of the mask."""
     wide = Image.new("RGB", (256, 64), "white")
     marked = wide.copy()
     marked.paste("red", (0, 0, 24, 64))

@@ -1,4 +1,4 @@
-"""Whole runs: every cell, tables, pictures, what fails, what is kept, the search, the tool."""
+"""Whole runs: every cell, tables, images, what fails, what is kept, the search, the tool."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cfg(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_leaves_tables_pictures_and_models_that_score_the_same(cfg: Path) -> None:
+def test_a_run_leaves_tables_images_and_models_that_score_the_same(cfg: Path) -> None:
     config = load_segment_config(cfg, ["depths=[1,2]"])
     outcome = run_segmentation(config)
     assert outcome.failures == []
@@ -94,12 +94,12 @@ def test_finished_cells_are_kept_and_a_failing_one_stops_no_other(cfg: Path) -> 
         run_segmentation(only)
 
 
-def test_a_training_picture_that_is_tested_on_is_left_out(tmp_path: Path, cfg: Path) -> None:
+def test_a_training_image_that_is_tested_on_is_left_out(tmp_path: Path, cfg: Path) -> None:
     root = tmp_path / "own"
     lay.medvlsm(root, {"train": 6, "val": 2, "test": 2}, ["polyp"])
     (root / "images/001.png").write_bytes(
         (root / "images/008.png").read_bytes()
-    )  # another name, the same picture
+    )  # another name, the same image
     config = load_segment_config(cfg, [f"data.names=[prompts:{root}]", "data.images=null"])
     train = Session(config, tmp_path / "x").data(f"prompts:{root}", "train", 1)
     assert len(train) == 5
@@ -232,10 +232,10 @@ def test_tool_checks_a_folder_before_it_is_used(tool: Tool, tmp_path: Path) -> N
     lay.medvlsm(tmp_path / "own", {"train": 6, "val": 2, "test": 2}, ["polyp"])
     status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
     assert status == 0
-    assert "train: 6 pairs of 6 pictures, 0 unusable" in out
+    assert "train: 6 pairs of 6 images, 0 unusable" in out
     lay.mask_file(tmp_path / "own/masks/003_0.png", np.eye(5, dtype=np.uint8))
     (tmp_path / "own/images/001.png").write_bytes((tmp_path / "own/images/008.png").read_bytes())
     status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
     assert status == 1
-    assert "003_0.png is 5 x 5, its picture" in out
-    assert "train and test share 1 pictures, for example 001.png = 008.png" in out
+    assert "003_0.png is 5 x 5, its image" in out
+    assert "train and test share 1 images, for example 001.png = 008.png" in out

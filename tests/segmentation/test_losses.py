@@ -16,12 +16,12 @@ def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, masks
 
 
-def test_dice_of_every_picture_by_hand() -> None:
+def test_dice_of_every_image_by_hand() -> None:
     logits, masks = _batch()
     expected = []
-    for picture in range(3):
+    for image in range(3):
         overlap = total = 0.0
-        for p, t in zip(logits[picture].flatten().tolist(), masks[picture].flatten().tolist(), strict=True):
+        for p, t in zip(logits[image].flatten().tolist(), masks[image].flatten().tolist(), strict=True):
             q = 1 / (1 + np.exp(-p))
             overlap, total = overlap + q * t, total + q + t
         expected.append(1 - (2 * overlap + 1e-5) / (total + 1e-5))
@@ -41,12 +41,12 @@ def test_a_find_in_an_empty_mask_costs_and_teaches_which_smps_loss_does_not() ->
     assert float(losses.DiceLoss("binary")(logits, empty[:, None].float())) == 0
 
 
-def test_cross_entropy_and_a_single_pictures_dice_are_smps() -> None:
+def test_cross_entropy_and_a_single_images_dice_are_smps() -> None:
     losses = pytest.importorskip("segmentation_models_pytorch").losses
     logits, masks = _batch()
     theirs = losses.SoftBCEWithLogitsLoss()(logits, masks[:, None].float())
     assert float(bce(logits, masks)) == pytest.approx(float(theirs), rel=1e-5)
-    for i in range(2):  # theirs pools pictures, so one at a time; without smoothing
+    for i in range(2):  # theirs pools images, so one at a time; without smoothing
         single = losses.DiceLoss("binary")(logits[i : i + 1], masks[i : i + 1, None].float())
         assert float(dice(logits[i : i + 1], masks[i : i + 1])) == pytest.approx(float(single), rel=1e-4)
 

@@ -111,7 +111,7 @@ def test_context_starts_from_the_phrase(strategy: str, backbone: Backbone) -> No
         create_segmenter("clipseg", backbone, strategy, init=" ")
 
 
-def test_a_network_of_the_picture_does_not_drown_the_phrase(backbone: Backbone, images: Tensor) -> None:
+def test_a_network_of_the_image_does_not_drown_the_phrase(backbone: Backbone, images: Tensor) -> None:
     """Published shifts have unit variance at the start, fifty times the size of random context."""
     built = create_segmenter("clipseg", backbone, "cocoop", init="")
     rows: Any = built.strategy(backbone.image_embeddings(images)).text
@@ -177,7 +177,7 @@ def test_one_text_row_is_a_learned_context_in_the_sentence(backbone: Backbone, i
 
 
 def test_visual_rows_enter_as_maple_s(backbone: Backbone, images: Tensor) -> None:
-    """The feature of the whole picture with appended prompts is the image tower's own."""
+    """The feature of the whole image with appended prompts is the image tower's own."""
     from vlprompt.backbones.taps import first_state, run_taps
 
     rows = 0.5 * torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0))
@@ -200,7 +200,7 @@ def test_states_are_recorded_before_rows_replace_them(backbone: Backbone, images
 
 
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_prompts_never_leak_into_the_picture(count: int, backbone: Backbone, images: Tensor) -> None:
+def test_prompts_never_leak_into_the_image(count: int, backbone: Backbone, images: Tensor) -> None:
     built = create_segmenter("clipseg", backbone, "vpt", context_length=count)
     assert built(images[:2], ["cat", "dog"]).shape == (2, 1, 32, 32)
     # Prompts nobody attends to change nothing: a huge negative key is out of reach, so ask with none at all.
@@ -222,9 +222,9 @@ def test_positions_are_interpolated_and_sides_padded(backbone: Backbone) -> None
     assert torch.equal(wide[0], table[0])
     expected = F.interpolate(table[1:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2), size=(4, 8), mode="bicubic")
     torch.testing.assert_close(wide[1:].reshape(4, 8, 64), expected[0].permute(1, 2, 0))
-    picture = torch.randn(1, 3, 29, 37, generator=torch.Generator().manual_seed(0))
-    grown = padded(picture, 8)
+    image = torch.randn(1, 3, 29, 37, generator=torch.Generator().manual_seed(0))
+    grown = padded(image, 8)
     assert grown.shape == (1, 3, 32, 40)
-    assert torch.equal(grown[..., :29, :37], picture)
-    assert torch.equal(grown[..., 31, :37], picture[..., 28, :])
-    assert first_state(backbone.vision, picture).shape == (1, 1 + 4 * 5, 64)
+    assert torch.equal(grown[..., :29, :37], image)
+    assert torch.equal(grown[..., 31, :37], image[..., 28, :])
+    assert first_state(backbone.vision, image).shape == (1, 1 + 4 * 5, 64)

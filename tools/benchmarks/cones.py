@@ -34,7 +34,7 @@ def bench_cones(
 
     Args:
         data: A classification task.
-        shots: Numbers of pictures per class, with commas.
+        shots: Numbers of images per class, with commas.
         seeds: Of the draws of shots, with commas.
         coop: Configuration of the one.
         cones: Configuration of the other; its backbone is both methods'.

@@ -48,7 +48,7 @@ def bench_epoch(
     Args:
         backbone: Any open_clip architecture, or tiny.
         classes: Of scenes/shape.
-        shots: Pictures per class.
+        shots: Images per class.
         batch: Samples per step.
         context: M learned vectors.
         epochs: Epochs of the fast run; the first encodes the images, the median of the others counts.

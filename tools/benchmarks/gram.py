@@ -36,12 +36,12 @@ def bench_gram(
 ) -> dict[str, Any]:
     """Compare one episode's losses and gradients on random weights, ImageNet's names and random image features.
 
-    Both read stored image features, as the pair store provides them.
+    Both read stored image features, as the caption store provides them.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
         ways: N classes on either side.
-        shots: Pictures per class on either side.
+        shots: Images per class on either side.
         context: M learned vectors.
         regulator: See :mod:`vlprompt.meta.regulators`.
         repeats: Counted runs of ours; the naive one is run a third as often.

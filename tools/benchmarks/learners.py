@@ -5,7 +5,7 @@ the fast text tower, constants computed before. Obvious is the same learner and 
 
 * every class's sentence run through the text tower, padded to its full context length, at every step (also
   where nothing learned is in it),
-* every picture run through the image tower at every step,
+* every image run through the image tower at every step,
 * a graph from both towers' inputs on, whether something learned is there or not.
 
 Both take the same step: the parameters' change is compared.

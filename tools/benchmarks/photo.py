@@ -1,4 +1,4 @@
-"""Pictures per second of the offline backbones for photographs, beside timm's network as it comes."""
+"""Images per second of the offline backbones for photographs, beside timm's network as it comes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["bench_photo"]
 
 
 @BENCHMARKS.register(
-    "photo", summary="pictures per second of photo or photo-vit, against timm's network as it comes"
+    "photo", summary="images per second of photo or photo-vit, against timm's network as it comes"
 )
 def bench_photo(
     *, backbone: str = "photo", pretrained: str = "", batch: int = 16, threads: int = 2, repeats: int = 5
@@ -26,7 +26,7 @@ def bench_photo(
     Args:
         backbone: ``photo`` or ``photo-vit``.
         pretrained: ``random`` for random weights in the towers of our own; speed does not depend on it.
-        batch: Pictures at a time.
+        batch: Images at a time.
         threads: Threads of the processor.
         repeats: Counted runs of each; the median is reported.
     """

@@ -23,27 +23,27 @@ __all__ = ["bench_scan"]
 
 @BENCHMARKS.register("scan", summary="scanning files for triggers, against the image tower alone")
 def bench_scan(
-    *, backbone: str = "ViT-B-16", pictures: int = 64, batch: int = 16, workers: int = 2, repeats: int = 5
+    *, backbone: str = "ViT-B-16", images: int = 64, batch: int = 16, workers: int = 2, repeats: int = 5
 ) -> dict[str, Any]:
-    """Compare pictures per second; decoding, preprocessing, judging and the table are part of scanning.
+    """Compare images per second; decoding, preprocessing, judging and the table are part of scanning.
 
-    The tower gets the same pictures, decoded and preprocessed beforehand. ``ratio`` is of processor time (all
+    The tower gets the same images, decoded and preprocessed beforehand. ``ratio`` is of processor time (all
     threads), ``wall_ratio`` of the clock; both are at most 1 but for noise, since scanning runs the same tower. Each is
     the median over pairs of runs, now the tower first and now the scan, so that a machine whose speed drifts takes as
     much as it gives. The sentences of triggers and objects are encoded before the clock starts: once per scan, however
-    many pictures there are.
+    many images there are.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
-        pictures: Files that are scanned; JPEG, as large as the tower's input.
-        batch: Pictures per pass.
+        images: Files that are scanned; JPEG, as large as the tower's input.
+        batch: Images per pass.
         workers: Threads that decode.
         repeats: Counted pairs of runs.
     """
     tower = create_backbone(backbone)
     detector = create_learner("dbom", tower, [f"object {i}" for i in range(10)]).eval()
     with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), pictures, tower.image_size)
+        _write(Path(folder), images, tower.image_size)
         pixels = [tower.preprocess(Image.open(p).convert("RGB")) for p in sorted(Path(folder).iterdir())]
         batches = torch.stack(pixels).split(batch)
 
@@ -61,28 +61,28 @@ def bench_scan(
         for repeat in range(max(1, repeats)):
             for name in (*work,) if repeat % 2 == 0 else reversed(work):
                 found[name].append(measure(work[name], repeats=1, warmup=0))
-    return {**_settings(tower, pictures, batch, workers), **_figures(pictures, found["tower"], found["scan"])}
+    return {**_settings(tower, images, batch, workers), **_figures(images, found["tower"], found["scan"])}
 
 
-def _figures(pictures: int, tower: list[Measured], scanning: list[Measured]) -> dict[str, Any]:
+def _figures(images: int, tower: list[Measured], scanning: list[Measured]) -> dict[str, Any]:
     """Return medians, and the ratio of every pair of runs."""
     pairs = list(zip(tower, scanning, strict=True))
     ratios = [t.cpu_seconds / s.cpu_seconds for t, s in pairs]
     return {
-        "tower_per_s": pictures / median(t.seconds for t in tower),
-        "scan_per_s": pictures / median(s.seconds for s in scanning),
-        "tower_cpu_ms": 1000 * median(t.cpu_seconds for t in tower) / pictures,
-        "scan_cpu_ms": 1000 * median(s.cpu_seconds for s in scanning) / pictures,
+        "tower_per_s": images / median(t.seconds for t in tower),
+        "scan_per_s": images / median(s.seconds for s in scanning),
+        "tower_cpu_ms": 1000 * median(t.cpu_seconds for t in tower) / images,
+        "scan_cpu_ms": 1000 * median(s.cpu_seconds for s in scanning) / images,
         "ratio": median(ratios),
         "wall_ratio": median(t.seconds / s.seconds for t, s in pairs),
         "ratios": [round(r, 3) for r in ratios],
     }
 
 
-def _settings(tower: Backbone, pictures: int, batch: int, workers: int) -> dict[str, Any]:
+def _settings(tower: Backbone, images: int, batch: int, workers: int) -> dict[str, Any]:
     return {
         "backbone": tower.name,
-        "pictures": pictures,
+        "images": images,
         "batch": batch,
         "workers": workers,
         "threads": torch.get_num_threads(),
@@ -90,7 +90,7 @@ def _settings(tower: Backbone, pictures: int, batch: int, workers: int) -> dict[
 
 
 def _write(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Write seeded pictures of smooth noise."""
+    """Write seeded images of smooth noise."""
     rng = numpy_rng(0, "bench scan")
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))

@@ -105,7 +105,7 @@ def _case(theirs: Any, segmenter: Segmenter, batch: int, repeats: int) -> dict[s
     images = torch.randn(batch, 3, side, side, generator=generator)
     texts = [_PHRASES[i % len(_PHRASES)] for i in range(batch)]
     masks = (torch.rand(batch, 1, side, side, generator=generator) < 0.3).float()
-    frozen = segmenter.frozen(images)  # once per picture and run, not per step
+    frozen = segmenter.frozen(images)  # once per image and run, not per step
     name = segmenter.options["strategy"]
     naive = _Naive(theirs, segmenter)
     steps: Mapping[str, Callable[[], Tensor]] = {

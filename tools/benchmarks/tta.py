@@ -1,8 +1,8 @@
-"""Test-time prompt tuning against the reference's way, for one picture at a time.
+"""Test-time prompt tuning against the reference's way, for one image at a time.
 
 The reference's way, in every step: all views through the image tower, every class's sentence padded to its full
 length through the text tower, backward; then both towers once more for the prediction. Ours encodes every view once,
-shares the first step's pass through the text tower between all pictures, and never pads. Both end at the same logits.
+shares the first step's pass through the text tower between all images, and never pads. Both end at the same logits.
 
 The naive text pass is run in chunks of classes, because all of 1,000 classes' graphs need more than 32 GiB; each
 chunk is given the loss's pull at its own text features, and what it takes to know these is not counted.
@@ -35,25 +35,25 @@ __all__ = ["bench_tta"]
 _NAIVE_CHUNK = 100
 
 
-@BENCHMARKS.register("tta", summary="test-time prompt tuning of a picture, ours against the reference's way")
+@BENCHMARKS.register("tta", summary="test-time prompt tuning of an image, ours against the reference's way")
 def bench_tta(
     *,
     backbone: str = "ViT-B-16",
     classes: int = 100,
     views: int = 64,
     steps: int = 1,
-    pictures: int = 4,
+    images: int = 4,
     repeats: int = 3,
     naive: bool = True,
 ) -> dict[str, Any]:
-    """Compare the seconds per picture on random weights, noise for views and ImageNet's class names.
+    """Compare the seconds per image on random weights, noise for views and ImageNet's class names.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
         classes: C.
-        views: V of every picture.
-        steps: Updates per picture.
-        pictures: Pictures that ours adapts to side by side; encoding is measured on one.
+        views: V of every image.
+        steps: Updates per image.
+        images: Images that ours adapts to side by side; encoding is measured on one.
         repeats: Counted runs of ours; the naive way is run once.
         naive: False measures ours alone.
     """
@@ -63,11 +63,11 @@ def bench_tta(
     pixels = torch.randn(views, 3, *model.image_size, generator=generator)
     encoding = measure(lambda: model.image_embeddings(pixels), repeats)
     embeddings = model.image_embeddings(pixels)
-    adapter.together = pictures
-    # Noise looks alike to a tower; what is measured doesn't depend on what the other pictures show.
-    spread = embeddings + embeddings.std() * torch.randn(pictures, *embeddings.shape, generator=generator)
-    encoded = EncodedViews(torch.cat([embeddings[None], spread[1:]]), 0, (), torch.zeros(pictures, 2))
-    adapter.tuner.start_weights()  # once per class list, not per picture
+    adapter.together = images
+    # Noise looks alike to a tower; what is measured doesn't depend on what the other images show.
+    spread = embeddings + embeddings.std() * torch.randn(images, *embeddings.shape, generator=generator)
+    encoded = EncodedViews(torch.cat([embeddings[None], spread[1:]]), 0, (), torch.zeros(images, 2))
+    adapter.tuner.start_weights()  # once per class list, not per image
     adaptation = measure(lambda: adapter.adapt(encoded), repeats)
     result: dict[str, Any] = {
         "backbone": backbone,
@@ -76,8 +76,8 @@ def bench_tta(
         "steps": steps,
         "threads": torch.get_num_threads(),
         "ours_encoding_s": encoding.seconds,
-        "ours_adaptation_s": adaptation.seconds / pictures,
-        "ours_s": encoding.seconds + adaptation.seconds / pictures,
+        "ours_adaptation_s": adaptation.seconds / images,
+        "ours_s": encoding.seconds + adaptation.seconds / images,
         "ours_peak_rss_gib": adaptation.peak_rss_gib,
     }
     if not naive:
@@ -108,7 +108,7 @@ def _adapter(backbone: str, classes: int, steps: int) -> PromptAdapter:
 
 
 class _Naive:
-    """One picture's episode the reference's way.
+    """One image's episode the reference's way.
 
     Attributes:
         probs: (C,) what it ended with.

@@ -1,4 +1,4 @@
-"""Batches of pictures, captions and sentences about single attributes."""
+"""Batches of images, captions and sentences about single attributes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["CaptionBatches"]
 
 
 class CaptionBatches:
-    """Batches of pictures and captions; epoch e reads caption e modulo the number of captions per picture.
+    """Batches of images and captions; epoch e reads caption e modulo the number of captions per image.
 
     Args:
         corpus: The captioned scenes.
         batch_size: Pairs per global batch.
         seed: The run's seed.
-        shift: Pictures are moved by up to so many pixels each way.
-        curriculum: How many first pictures are easy, and how many first epochs read only them (repeating them, so
+        shift: Images are moved by up to so many pixels each way.
+        curriculum: How many first images are easy, and how many first epochs read only them (repeating them, so
             that every epoch has as many steps).
     """
 
@@ -35,14 +35,14 @@ class CaptionBatches:
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
-        pictures = len(self.corpus.images)
+        count = len(self.corpus.images)
         if epoch >= self.easy_epochs or not self.easy:
-            return epoch_plan(pictures, self.batch_size, self.seed, epoch)
+            return epoch_plan(count, self.batch_size, self.seed, epoch)
         passes = [
             epoch_plan(self.easy, self.batch_size, derive_seed(self.seed, "easy", turn), epoch)
-            for turn in range(-(-pictures // self.easy))
+            for turn in range(-(-count // self.easy))
         ]
-        return [batch for turn in passes for batch in turn][: max(1, pictures // self.batch_size)]
+        return [batch for turn in passes for batch in turn][: max(1, count // self.batch_size)]
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""

@@ -1,4 +1,4 @@
-"""Pretraining of the embedded ``tiny`` CLIP on captioned scenes, from drawing pictures to packed weights."""
+"""Pretraining of the embedded ``tiny`` CLIP on captioned scenes, from drawing images to packed weights."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class PretrainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pretrain_tiny"
-    pictures: int = Field(65536, ge=2, description="captioned scenes that are drawn once")
+    images: int = Field(65536, ge=2, description="captioned scenes that are drawn once")
     easy: int = Field(0, ge=0, description="so many of them are easy (one large object, short captions)")
-    easy_epochs: int = Field(0, ge=0, description="first epochs, on the easy pictures alone")
+    easy_epochs: int = Field(0, ge=0, description="first epochs, on the easy images alone")
     balanced: bool = Field(
         False, description="more captions about one attribute, rarer attributes more often"
     )
     captions: int = Field(
-        8, ge=1, description="captions per picture; epoch e reads caption e modulo this number"
+        8, ge=1, description="captions per image; epoch e reads caption e modulo this number"
     )
-    shift: int = Field(2, ge=0, description="pictures are moved by up to so many pixels each way")
-    watch: int = Field(200, ge=1, description="pictures per data set whose zero-shot accuracy is watched")
+    shift: int = Field(2, ge=0, description="images are moved by up to so many pixels each way")
+    watch: int = Field(200, ge=1, description="images per data set whose zero-shot accuracy is watched")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     train: TrainOptions = TrainOptions()
 
@@ -63,18 +63,18 @@ class PretrainOptions(BaseModel):
     ships="vlprompt/backbones/weights/tiny.safetensors",
 )
 def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, workers: int = 1) -> Path:
-    """Run a pretraining from drawing the pictures to packed weights.
+    """Run a pretraining from drawing the images to packed weights.
 
     Args:
         options: What to run.
         folder: Pixels, checkpoint, ``history.json`` and ``tiny.safetensors`` go here.
         resume: Continue from the checkpoint in the folder, if there is one.
-        workers: Processes that draw pictures.
+        workers: Processes that draw images.
 
     Returns:
         Path of the packed weights.
     """
-    pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy, balanced=options.balanced)
+    pairs = CaptionPairs(options.images, options.seed, easy=options.easy, balanced=options.balanced)
     corpus = read_corpus(pairs, options.captions, folder / "scenes.u8", workers)
     module = ContrastiveModule(corpus.seen_ids, options.seed)
     curriculum = (options.easy, options.easy_epochs)

@@ -24,16 +24,16 @@ __all__ = ["Corpus", "encode", "read_corpus", "render_all"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """N pictures with K captions each.
+    """N images with K captions each.
 
     Attributes:
         images: (N, H, W, 3) uint8, memory-mapped.
         tokens: (N, K, T) uint16 indices into ``seen_ids``, zero-padded.
         last: (N, K) position of each caption's end-of-text token.
-        truth: (N, facts) bool, what is true of each picture.
+        truth: (N, facts) bool, what is true of each image.
         stated: (N, K, most) numbers of the facts each caption states, padded with -1.
         seen_ids: CLIP token ids that occur, ascending.
-        labels: (N, A) int16, which value of each attribute is true of a picture; -1 where none is.
+        labels: (N, A) int16, which value of each attribute is true of an image; -1 where none is.
         sentences: Attribute -> values -> sentences that state it, each a list of indices into ``seen_ids``.
     """
 
@@ -47,7 +47,7 @@ class Corpus:
     sentences: dict[str, list[list[list[int]]]]
 
     def positives(self, indices: NDArray[np.int64], draw: int) -> NDArray[np.bool_]:
-        """Return (B, B): is caption ``draw`` of sample j true of picture i?"""
+        """Return (B, B): is caption ``draw`` of sample j true of image i?"""
         truth, stated = self.truth[indices], self.stated[indices, draw]
         positive = np.ones((len(indices), len(indices)), bool)
         for place in range(stated.shape[1]):  # a caption is true where every fact it states is true
@@ -57,11 +57,11 @@ class Corpus:
 
 
 def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 1) -> Corpus:
-    """Render pictures and tokenise captions once, before training.
+    """Render images and tokenise captions once, before training.
 
     Args:
         pairs: The captioned scenes.
-        captions: Captions per picture (K).
+        captions: Captions per image (K).
         cache: The pixels are kept beside this name, under a key of what they show, and reused.
         workers: Processes that render.
     """
@@ -130,7 +130,7 @@ def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) 
 
 
 def render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
-    """Return (N, H, W, 3) uint8 pixels of all pictures, drawn once and kept beside ``cache``, memory-mapped."""
+    """Return (N, H, W, 3) uint8 pixels of all images, drawn once and kept beside ``cache``, memory-mapped."""
     shape = (len(pairs), pairs.size, pairs.size, 3)
     shown = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
     cache = cache.with_name(f"{cache.stem}-{shown:x}.u8")

@@ -25,16 +25,16 @@ _LEAST, _MOST = 1.0, 5.0  # bounds of the weight; the upper one is min-SNR's gam
 
 
 class ConditionedBatches:
-    """Batches of pictures, what they are conditioned on, and the noise they are hidden in.
+    """Batches of images, what they are conditioned on, and the noise they are hidden in.
 
-    A condition has two places: the picture's embedding twice, two of its captions, one of each, or zeros (the share
+    A condition has two places: the image's embedding twice, two of its captions, one of each, or zeros (the share
     ``drop``); repeating a vector says no more than saying it once.
 
     Args:
         images: (N, 64, 64, 3) uint8.
-        seen: (N, d) embeddings of the pictures.
+        seen: (N, d) embeddings of the images.
         told: (N, K, d) embeddings of K captions each, K >= 2.
-        batch_size: Pictures per global batch.
+        batch_size: Images per global batch.
         seed: The run's seed.
         drop: Share of the batch without condition, for classifier-free guidance.
         worded: Share of the conditioned ones that are conditioned on captions alone; a third as many on both.
@@ -67,7 +67,7 @@ class ConditionedBatches:
         count, rows = len(indices), torch.from_numpy(indices)
         condition = self._conditions(indices, rng)
         return {
-            "image": self._pictures(indices),
+            "image": self._images(indices),
             "condition": condition,
             "told": self.told[rows],
             "view": _view(rng),
@@ -75,7 +75,7 @@ class ConditionedBatches:
             "noise": torch.from_numpy(rng.standard_normal((count, 48, 16, 16), np.float32)),
         }
 
-    def _pictures(self, indices: NDArray[np.int64]) -> Tensor:
+    def _images(self, indices: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.stack([self.images[i] for i in indices])).permute(0, 3, 1, 2)
 
     def _conditions(self, indices: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
@@ -92,13 +92,13 @@ class ConditionedBatches:
 
 
 class SketchBatches(ConditionedBatches):
-    """Batches of pictures of 32 x 32 pixels and what they are conditioned on; drawn from the same arguments."""
+    """Batches of images of 32 x 32 pixels and what they are conditioned on; drawn from the same arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         parts = [np.arange(i, min(i + 256, len(self.images))) for i in range(0, len(self.images), 256)]
         self.small = torch.cat(
-            [F.avg_pool2d(self._pictures(part).float(), 2).to(torch.uint8) for part in parts]
+            [F.avg_pool2d(self._images(part).float(), 2).to(torch.uint8) for part in parts]
         )
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
@@ -143,9 +143,9 @@ def _view(rng: np.random.Generator) -> Tensor:
 class DenoisingModule(nn.Module):
     """Trains a :class:`Denoiser` and keeps the running average of its weights that is shipped.
 
-    Beside the squared error of the clean picture, weighted by the signal-to-noise ratio within bounds (Hang et al.,
+    Beside the squared error of the clean image, weighted by the signal-to-noise ratio within bounds (Hang et al.,
     "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, with Salimans & Ho's lower bound of one),
-    `tiny` itself compares: the embedding of the denoised picture with that of the true one, how well the batch's
+    `tiny` itself compares: the embedding of the denoised image with that of the true one, how well the batch's
     captions fit the one and the other, and how each of several questions is answered, since a place or a pattern moves
     the embedding less than a colour and is as much a part of what is seen. Pixels alone would teach the same, much
     later. `tiny` looks at both through the same crop, blur and grain, or the network would learn patterns that deceive
@@ -210,11 +210,11 @@ class DenoisingModule(nn.Module):
         return losses
 
     def _perceived(self, guess: Tensor, condition: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return what `tiny` finds wrong in a batch's first pictures; those without condition may show anything."""
-        pictures = batch["image"][: len(guess)].float() / 255
-        grain = from_patches(batch["noise"][-len(guess) :]) * 2 - 1  # standard normal, of other pictures
+        """Return what `tiny` finds wrong in a batch's first images; those without condition may show anything."""
+        images = batch["image"][: len(guess)].float() / 255
+        grain = from_patches(batch["noise"][-len(guess) :]) * 2 - 1  # standard normal, of other images
         with torch.no_grad():
-            seen = self._look(pictures, grain, batch["view"])
+            seen = self._look(images, grain, batch["view"])
         found = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
         told = condition.abs().sum((1, 2)) > 0
         share = told / told.sum().clamp(min=1)
@@ -232,10 +232,10 @@ class DenoisingModule(nn.Module):
         got, wanted = ((self._eyes[0].logit_scale * e @ texts.T).log_softmax(-1) for e in (found, seen))
         return F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
 
-    def _look(self, pictures: Tensor, grain: Tensor, view: Tensor) -> Tensor:
+    def _look(self, images: Tensor, grain: Tensor, view: Tensor) -> Tensor:
         """Return `tiny`'s embeddings of a crop, blurred and grained: a pattern that only deceives does not survive."""
         left, top, side, sigma = view.tolist()
-        crop = tvf.resized_crop(pictures, int(top), int(left), int(side), int(side), [64, 64])
+        crop = tvf.resized_crop(images, int(top), int(left), int(side), int(side), [64, 64])
         blurred = tvf.gaussian_blur(crop, [5, 5], [sigma, sigma])
         pixels = (blurred + _GRAIN * grain - self.mean) / self.std
         with sdpa_kernel(SDPBackend.MATH):

@@ -40,7 +40,7 @@ class DetectionOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pretrain_owl_tiny"
-    pictures: int = Field(6144, ge=2, description="scenes of one to four objects, drawn once")
+    images: int = Field(6144, ge=2, description="scenes of one to four objects, drawn once")
     seed: int = Field(1, ge=0, description="seeds scenes and the initial weights")
     train: TrainOptions = TrainOptions()
 
@@ -54,7 +54,7 @@ class DetectionOptions(BaseModel):
 def pretrain_detection(
     options: DetectionOptions, folder: Path, *, resume: bool = False, workers: int = 1
 ) -> Path:
-    """Train the head from drawing the pictures to packed weights.
+    """Train the head from drawing the images to packed weights.
 
     Args:
         options: What to run.
@@ -104,16 +104,16 @@ class BoxBatches:
     """Batches of token states, kept as float16, with objects named in one vocabulary per batch."""
 
     def __init__(self, options: DetectionOptions, detector: OwlTiny, queries: Queries) -> None:
-        scenes = BoxScenes(options.pictures, "", "pretraining", "any", options.seed)
+        scenes = BoxScenes(options.images, "", "pretraining", "any", options.seed)
         self.options, self.boxes = options.train, []
         self.items: list[tuple[SceneObject, ...]] = []
         self.queries, rows = queries, []
         for start in range(0, len(scenes), 128):
             drawn = [scenes.boxes(i) for i in range(start, min(start + 128, len(scenes)))]
-            pixels = [detector.preprocess(Image.fromarray(picture)) for picture, _, _ in drawn]
+            pixels = [detector.preprocess(Image.fromarray(image)) for image, _, _ in drawn]
             rows.append(detector.frozen(torch.stack(pixels))["features"].half())
-            for picture, boxes, items in drawn:
-                x0, y0, x1, y1 = (torch.from_numpy(boxes) / picture.shape[0]).T
+            for image, boxes, items in drawn:
+                x0, y0, x1, y1 = (torch.from_numpy(boxes) / image.shape[0]).T
                 self.boxes.append(torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1))
                 self.items.append(items)
         self.features = torch.cat(rows)

@@ -1,4 +1,4 @@
-"""Pretraining of the embedded ``tiny-diffusion`` on captioned scenes, from drawing pictures to packed weights."""
+"""Pretraining of the embedded ``tiny-diffusion`` on captioned scenes, from drawing images to packed weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["DiffusionOptions", "pretrain_diffusion"]
 #: Tasks that a run is watched on: does `tiny` name variations like their source?
 WATCHED = ("shape", "colour", "pattern", "count", "position", "background")
 
-#: Tasks whose classes are the answers that originals and denoised pictures are compared on.
+#: Tasks whose classes are the answers that originals and denoised images are compared on.
 ASKED = ("kind", "glyph", "shape", "colour", "pattern", "size", "position", "count", "background")
 
 
@@ -40,9 +40,9 @@ class DiffusionOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pretrain_tiny_diffusion"
-    pictures: int = Field(24576, ge=2, description="captioned scenes that are drawn once")
+    images: int = Field(24576, ge=2, description="captioned scenes that are drawn once")
     easy: int = Field(8192, ge=0, description="so many of them show a single large object")
-    captions: int = Field(3, ge=2, description="embedded captions per picture")
+    captions: int = Field(3, ge=2, description="embedded captions per image")
     drop: float = Field(0.1, ge=0, lt=1, description="share without condition, for guidance")
     worded: float = Field(0.2, ge=0, le=0.75, description="share conditioned on captions alone")
     perception: float = Field(0.5, ge=0, description="weight of the comparison of embeddings")
@@ -53,7 +53,7 @@ class DiffusionOptions(BaseModel):
     )
     watched: float = Field(0.5, ge=0, le=1, description="share of each batch that they are compared on")
     decay: float = Field(0.998, gt=0, lt=1, description="of the running average of weights that is shipped")
-    watch: int = Field(40, ge=1, description="pictures per task whose variations are watched")
+    watch: int = Field(40, ge=1, description="images per task whose variations are watched")
     steps: int = Field(2, ge=1, description="denoising steps of watched variations")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     start: Path | None = Field(None, description="packed weights to go on from; then without a sketch first")
@@ -78,19 +78,19 @@ class DiffusionOptions(BaseModel):
 def pretrain_diffusion(
     options: DiffusionOptions, folder: Path, *, resume: bool = False, workers: int = 1
 ) -> Path:
-    """Run a pretraining from drawing the pictures to packed weights.
+    """Run a pretraining from drawing the images to packed weights.
 
     Args:
         options: What to run.
         folder: Pixels, embeddings, checkpoint, ``history.json``, ``samples.png`` and the weights go here.
         resume: Continue from the checkpoint in the folder, if there is one.
-        workers: Processes that draw pictures.
+        workers: Processes that draw images.
 
     Returns:
         Path of the packed weights.
     """
     backbone = create_backbone("tiny")
-    pairs = CaptionPairs(options.pictures, options.seed, easy=options.easy, balanced=True)
+    pairs = CaptionPairs(options.images, options.seed, easy=options.easy, balanced=True)
     images = render_all(pairs, folder / "scenes.u8", workers)
     seen, told = _embeddings(pairs, images, options.captions, backbone, folder)
     told_of = (options.drop, options.worded)
@@ -129,7 +129,7 @@ def pretrain_diffusion(
 def _embeddings(
     pairs: CaptionPairs, images: np.ndarray, captions: int, backbone: Backbone, folder: Path
 ) -> tuple[Tensor, Tensor]:
-    """Return (N, d) embeddings of the pictures and (N, K, d) of their captions, computed once and kept."""
+    """Return (N, d) embeddings of the images and (N, K, d) of their captions, computed once and kept."""
     key = derive_seed(pairs.seed, backbone.fingerprint["id"], len(pairs), pairs.easy, captions)
     path = folder / f"embeddings-{key:x}.safetensors"
     if not path.is_file():
@@ -147,10 +147,10 @@ def _embeddings(
     return tensors["seen"], tensors["told"]
 
 
-def _preprocessed(pictures: Tensor, backbone: Backbone) -> Tensor:
-    """Return (B, 3, 64, 64) pixels as `tiny` takes them, of uint8 or [0, 1] pictures of its own size."""
+def _preprocessed(images: Tensor, backbone: Backbone) -> Tensor:
+    """Return (B, 3, 64, 64) pixels as `tiny` takes them, of uint8 or [0, 1] images of its own size."""
     facts = backbone.fingerprint["preprocess"]
-    scaled = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+    scaled = images.float() / 255 if images.dtype == torch.uint8 else images
     return tvf.normalize(scaled, list(facts["mean"]), list(facts["std"]))
 
 
@@ -158,14 +158,14 @@ class _Watch:
     """The share of variations, by the running average of the weights, that `tiny` names like their source."""
 
     def __init__(
-        self, module: DenoisingModule, backbone: Backbone, pictures: int, steps: int, folder: Path
+        self, module: DenoisingModule, backbone: Backbone, count: int, steps: int, folder: Path
     ) -> None:
         self.module, self.backbone, self.steps, self.folder = module, backbone, steps, folder
         self.denoiser = Denoiser().eval()
         self.tasks = {}
         for task in WATCHED:
             data = build(task, "val")
-            chosen = np.linspace(0, len(data) - 1, min(pictures, len(data))).astype(int)
+            chosen = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
             images = np.stack([np.asarray(data[int(i)][0]) for i in chosen])
             heads = backbone.class_weights(data.classnames, data.templates)
             self.tasks[task] = (torch.from_numpy(images).permute(0, 3, 1, 2), heads)
@@ -184,8 +184,8 @@ class _Watch:
             scores[task] = float(alike.float().mean())
             rows += [images[:16].float() / 255, made[:16]]
         sheet = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
-        picture: Image.Image = tvf.to_pil_image(sheet)
-        write_atomic(self.folder / "samples.png", lambda path: picture.save(path, format="PNG"))
+        image: Image.Image = tvf.to_pil_image(sheet)
+        write_atomic(self.folder / "samples.png", lambda path: image.save(path, format="PNG"))
         return {"accuracy": sum(scores.values()) / len(scores), **scores}
 
 

@@ -1,6 +1,6 @@
 """Pretraining of the embedded segmenters' decoders on phrases and masks of drawn scenes.
 
-The towers are the embedded ``tiny``'s, frozen: what they say of the pictures is computed once and kept on disk.
+The towers are the embedded ``tiny``'s, frozen: what they say of the images is computed once and kept on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vlprompt.training.trainer import Trainer
 
 __all__ = ["MaskBatches", "MaskModule", "MaskOptions", "pretrain_masks"]
 
-_CHUNK = 256  # pictures whose states are computed together
+_CHUNK = 256  # images whose states are computed together
 
 
 class MaskOptions(BaseModel):
@@ -43,9 +43,9 @@ class MaskOptions(BaseModel):
     name: str = "pretrain_clipseg_tiny"
     segmenter: Literal["clipseg", "cris"] = "clipseg"
     decoder: dict[str, Any] = Field(default_factory=dict, description="options of the segmenter: its sizes")
-    pictures: int = Field(16384, ge=1, description="scenes that are drawn once")
+    images: int = Field(16384, ge=1, description="scenes that are drawn once")
     negatives: float = Field(0.1, ge=0, lt=1, description="share of phrases that name nothing")
-    watch: int = Field(200, ge=1, description="pictures per data set whose Dice is watched")
+    watch: int = Field(200, ge=1, description="images per data set whose Dice is watched")
     seed: int = Field(1, ge=0, description="seeds scenes, phrases and the initial weights")
     train: TrainOptions = TrainOptions()
 
@@ -57,7 +57,7 @@ class MaskOptions(BaseModel):
     ships="vlprompt/segmentation/weights/",
 )
 def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, workers: int = 1) -> Path:
-    """Train a decoder from drawing the pictures to packed weights.
+    """Train a decoder from drawing the images to packed weights.
 
     Args:
         options: What to run.
@@ -76,7 +76,7 @@ def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, 
         seed=options.seed,
         **options.decoder,
     )
-    scenes = PhraseScenes(options.pictures, options.seed, options.negatives)
+    scenes = PhraseScenes(options.images, options.seed, options.negatives)
     module = MaskModule(segmenter)
     batches = MaskBatches(scenes, segmenter, folder, options.train)
     ship = _Ship(module, folder / f"{options.segmenter}_tiny.safetensors")
@@ -95,7 +95,7 @@ class MaskModule(nn.Module):
         self.segmenter = segmenter
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return cross entropy over pixels and one minus Dice per picture.
+        """Return cross entropy over pixels and one minus Dice per image.
 
         Args:
             batch: ``frozen/<name>`` states, ``texts`` (B strings) and ``mask`` (B, 1, H, W) in {0, 1}.
@@ -197,24 +197,24 @@ def _states(
 
 
 def normalised(backbone: Backbone, images: NDArray[np.uint8]) -> Tensor:
-    """Return (N, 3, H, W) normalised pixels of (N, H, W, 3) pictures that have the backbone's size already."""
+    """Return (N, 3, H, W) normalised pixels of (N, H, W, 3) images that have the backbone's size already."""
     facts = backbone.fingerprint["preprocess"]
     mean, std = (torch.tensor(facts[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 class _Watch:
-    """Mean Dice per picture on scenes like the training's, in held-out styles, and of held-out objects."""
+    """Mean Dice per image on scenes like the training's, in held-out styles, and of held-out objects."""
 
-    def __init__(self, segmenter: Segmenter, pictures: int) -> None:
+    def __init__(self, segmenter: Segmenter, images: int) -> None:
         self.segmenter, self.sets = segmenter, {}
         for style in ("plain", "sketch", "inverted"):
-            scenes = MaskedScenes(10 * pictures, 0, "watch", style)
+            scenes = MaskedScenes(10 * images, 0, "watch", style)
             seen = [i for i in range(len(scenes)) if scenes.spec(i).objects[0].shape not in HELD_OUT_MASKS]
-            self.sets[style] = self._read(scenes, seen[:pictures])
+            self.sets[style] = self._read(scenes, seen[:images])
             if style == "plain":
                 other = sorted(set(range(len(scenes))) - set(seen))
-                self.sets["objects"] = self._read(scenes, other[:pictures])
+                self.sets["objects"] = self._read(scenes, other[:images])
 
     def _read(self, scenes: MaskedScenes, chosen: list[int]) -> tuple[Tensor, list[str], Tensor]:
         items = [scenes[i] for i in chosen]

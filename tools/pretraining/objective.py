@@ -1,9 +1,9 @@
 """What the embedded CLIP learns from: captions that fit, and the names of attributes.
 
 Two parts. CLIP's objective (Radford et al., ICML 2021, section 2.3) with one correction: every
-caption that is true of a picture counts as a positive, shared equally, as in UniCL (Yang et al., CVPR 2022,
+caption that is true of an image counts as a positive, shared equally, as in UniCL (Yang et al., CVPR 2022,
 eq. 3). With captions as short as "a red object" a batch is full of pairs that are true by accident, and calling
-them false would punish what must be learned. And, since captions of 64 pictures rarely hold all shapes, each
+them false would punish what must be learned. And, since captions of 64 images rarely hold all shapes, each
 attribute by itself: the right sentence among one for every value.
 """
 
@@ -56,7 +56,7 @@ class ContrastiveModule(nn.Module):
 
         Args:
             batch: ``image`` (B, 3, H, W) uint8, ``text`` (B, T) indices of seen tokens, ``last`` (B,) place
-                of the end-of-text token, ``positive`` (B, B) bool: caption j is true of picture i;
+                of the end-of-text token, ``positive`` (B, B) bool: caption j is true of image i;
                 ``sentence`` (V, T) and ``sentence_last`` (V,), one sentence per value of every attribute,
                 ``values`` from the A attributes to numbers that add up to V, and ``label`` (B, A), -1 where no
                 value is true.
@@ -75,7 +75,7 @@ class ContrastiveModule(nn.Module):
         }
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Return unit features (B, d) of uint8 pictures (B, 3, H, W)."""
+        """Return unit features (B, d) of uint8 images (B, 3, H, W)."""
         return F.normalize(self.clip.visual((image.float() / 255 - self.mean) / self.std), dim=-1)
 
     def encode_text(self, text: Tensor, last: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _contrast(logits: Tensor, positive: Tensor) -> dict[str, Tensor]:
 
 
 def _named(logits: Tensor, labels: Tensor, values: Mapping[str, int]) -> Tensor:
-    """Cross entropy over each attribute's values, a weighted mean over all (picture, attribute) with a true one."""
+    """Cross entropy over each attribute's values, a weighted mean over all (image, attribute) with a true one."""
     parts = [
         _EMPHASIS.get(name, 1.0) * F.cross_entropy(part, label, ignore_index=-1, reduction="sum")
         for name, part, label in zip(values, logits.split(list(values.values()), 1), labels.T, strict=True)

@@ -1,7 +1,7 @@
 """What ``photo-vit`` is distilled from and how: maps of photographs, the teacher on them, and the losses.
 
 The network's last convolution sees each place by itself, so maps can be flipped and put together from parts of several,
-and what the teacher says of the result is computed exactly. Three losses: the cosine of the picture's embedding to the
+and what the teacher says of the result is computed exactly. Three losses: the cosine of the image's embedding to the
 teacher's, that of every place's, and the divergence between their opinions about the 1,000 rows.
 """
 
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unit embeddings of the pictures (B, d) and of their places (B, 49, d)."""
+        """Return unit embeddings of the images (B, d) and of their places (B, 49, d)."""
         features = self.places(maps)
         pooled = features.mean(1) @ self.projection
         return F.normalize(pooled, dim=-1), F.normalize(features @ self.projection, dim=-1)
@@ -122,22 +122,22 @@ class DistilModule(nn.Module):
         """Return the three losses of a batch of :class:`MapBatches`."""
         teacher, rows = self.frozen
         with sdpa_kernel(SDPBackend.MATH):  # faster than the fused one for 50 tokens on a CPU
-            picture, places = self.embed(batch["map"])
+            image, places = self.embed(batch["map"])
         true, true_places = teacher(batch["map"])
-        picture, places = picture.float(), places.float()
-        guess = (_SCALE * picture @ rows.T).log_softmax(-1)
+        image, places = image.float(), places.float()
+        guess = (_SCALE * image @ rows.T).log_softmax(-1)
         target = (_SCALE * true @ rows.T).log_softmax(-1)
         return {
-            "cosine": _COSINE * (1 - (picture * true).sum(-1)).mean(),
+            "cosine": _COSINE * (1 - (image * true).sum(-1)).mean(),
             "places": _COSINE * (1 - (places * true_places).sum(-1)).mean(),
             "rows": F.kl_div(guess, target, log_target=True, reduction="batchmean"),
         }
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unit embeddings of pictures (B, d) and of places (B, 49, d) from (B, 49, 320) maps."""
+        """Return unit embeddings of images (B, d) and of places (B, 49, d) from (B, 49, 320) maps."""
         visual, x = self.visual, self.states(maps)
-        picture, places = visual.ln_post(x.mean(1)) @ visual.proj, visual.ln_post(x) @ visual.proj
-        return F.normalize(picture, dim=-1), F.normalize(places, dim=-1)
+        image, places = visual.ln_post(x.mean(1)) @ visual.proj, visual.ln_post(x) @ visual.proj
+        return F.normalize(image, dim=-1), F.normalize(places, dim=-1)
 
     def states(self, maps: Tensor) -> Tensor:
         """Return (B, 49, W) states of places after the last block."""

@@ -20,7 +20,7 @@ from vlprompt.data.imagenet import synset_ids, synset_names
 
 __all__ = ["best_scale", "calibrate"]
 
-_PICTURES = 400
+_IMAGES = 400
 _LOGS = (0.0, float(np.log(100.0)))  # CLIP's bounds
 
 
@@ -50,7 +50,7 @@ def calibrate(model: CLIP, photos: Path, classes_kept_back: int, seed: int) -> d
 
     photographs = Photographs(photos, classes_kept_back, seed)
     pool = photographs.chosen("val")
-    drawn = [pool[i] for i in numpy_rng(seed, "calibration").permutation(len(pool))[:_PICTURES]]
+    drawn = [pool[i] for i in numpy_rng(seed, "calibration").permutation(len(pool))[:_IMAGES]]
     tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     backbone = wrap_open_clip(model, dict(PREPROCESS), tokenizer, {"architecture": "", "pretrained": None})
     text = backbone.class_weights(synset_names("imagenet"), ["a photo of a {}."])

@@ -1,4 +1,4 @@
-"""Teaches the text tower of ``photo`` to land on the classifier rows of what it reads; no picture is needed.
+"""Teaches the text tower of ``photo`` to land on the classifier rows of what it reads; no image is needed.
 
 A phrase's target is the normalised mean of the unit rows of the classes it stands for, in the space spanned by the
 first d principal directions of the classifier's rows. Two losses: the cosine to that target, and cross entropy of
@@ -185,7 +185,7 @@ class Watch:
 
 @RECIPES.register(
     "photo-text",
-    summary="the text tower of `photo` on names of ImageNet's classes and WordNet; reads no picture",
+    summary="the text tower of `photo` on names of ImageNet's classes and WordNet; reads no image",
     options=PhotoTextOptions,
     ships="vlprompt/backbones/weights/photo.safetensors",
 )

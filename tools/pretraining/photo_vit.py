@@ -1,6 +1,6 @@
 """Distils the last convolution of ``photo`` into the transformer of ``photo-vit``, on unlabelled photographs.
 
-The frozen network's maps of composed pictures are computed once and kept; see :mod:`pretraining.photo_distil`.
+The frozen network's maps of composed images are computed once and kept; see :mod:`pretraining.photo_distil`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PhotoVitOptions(BaseModel):
     classes_kept_back: int = Field(
         30, ge=0, description="classes whose photographs are never read in training"
     )
-    pictures: int = Field(4000, ge=2, description="composed pictures whose maps are computed once")
+    images: int = Field(4000, ge=2, description="composed images whose maps are computed once")
     mix: float = Field(0.5, ge=0, le=1, description="share of maps that get a part of another one")
     watch: int = Field(
         250, ge=1, description="photographs each, of seen and unseen classes, that are watched"
@@ -71,10 +71,10 @@ class Watch:
         teacher, rows = self.module.frozen
         found: dict[str, float] = {}
         for name, maps in self.maps.items():
-            picture, (true, _) = self.module.embed(maps)[0], teacher(maps)
-            same = (picture @ rows.T).argmax(1) == (true @ rows.T).argmax(1)
+            image, (true, _) = self.module.embed(maps)[0], teacher(maps)
+            same = (image @ rows.T).argmax(1) == (true @ rows.T).argmax(1)
             found[f"{name}/agreement"] = float(same.float().mean())
-            found[f"{name}/cosine"] = float((picture * true).sum(-1).mean())
+            found[f"{name}/cosine"] = float((image * true).sum(-1).mean())
         agreements = [v for k, v in found.items() if k.endswith("agreement")]
         return {"accuracy": sum(agreements) / len(agreements), **found}
 
@@ -82,12 +82,12 @@ class Watch:
 def training_maps(
     options: PhotoVitOptions, photographs: Photographs, stem: nn.Module, folder: Path
 ) -> NDArray[Any]:
-    """Return the maps of composed training pictures."""
+    """Return the maps of composed training images."""
     pool = photographs.chosen("train")
-    key = derive_seed(options.seed, "maps", options.pictures, len(pool), photographs.unseen, COMPOSITION)
+    key = derive_seed(options.seed, "maps", options.images, len(pool), photographs.unseen, COMPOSITION)
     return cached_maps(
         lambda n: composed(photographs, pool, n, options.seed),
-        options.pictures,
+        options.images,
         stem,
         folder / f"train-{key:x}.f16",
     )
@@ -105,12 +105,12 @@ def watched_maps(
         order = numpy_rng(options.seed, "watched", part).permutation(len(pool))[: options.watch]
         key = derive_seed(options.seed, part, options.watch, len(pool), photographs.unseen)
 
-        def picture(
+        def image(
             n: int, pool: list[tuple[str, int]] = pool, order: NDArray[Any] = order
         ) -> NDArray[np.uint8]:
             return whole(photographs.read(*pool[order[n]]))
 
-        found[part] = cached_maps(picture, len(order), stem, folder / f"{part}-{key:x}.f16")
+        found[part] = cached_maps(image, len(order), stem, folder / f"{part}-{key:x}.f16")
     return found
 
 
@@ -163,6 +163,6 @@ def _ship(
     load_vit(model, path, options.words)
     found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
     model.logit_scale.data.fill_(float(np.log(found["scale"])))
-    about = {"pictures_composed": options.pictures, "distilled": history[-1] if history else {}, **found}
+    about = {"pictures_composed": options.images, "distilled": history[-1] if history else {}, **found}
     write_tensors(path, pack_vit(model), {"facts": about, "history": history})
     return path

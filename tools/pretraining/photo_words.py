@@ -24,7 +24,7 @@ from vlprompt.data.imagenet import synset_ids, synset_names
 
 __all__ = ["Vocabulary", "WordNet", "plain_words", "read_vocabulary"]
 
-_NEAR = 60  # kinds of something that more classes are kinds of say too little about a picture
+_NEAR = 60  # kinds of something that more classes are kinds of say too little about an image
 
 
 class WordNet:

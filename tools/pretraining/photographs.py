@@ -1,7 +1,7 @@
 """Photographs to distil from: where they lie, which are kept back, and their maps, computed once.
 
 A folder of photographs holds one tar or one folder per class, named by its WordNet id (``n02084071.tar``). Labels
-never enter training; the ids say which classes and pictures are kept back for measuring.
+never enter training; the ids say which classes and images are kept back for measuring.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlprompt.data.images import EXTENSIONS, decode
 
 __all__ = ["COMPOSITION", "Photographs", "cached_maps", "composed", "to_pixels", "whole"]
 
-_GRIDS, _SHARES = (1, 2, 3), (0.5, 0.3, 0.2)  # photographs per side of a composed picture, and how often
+_GRIDS, _SHARES = (1, 2, 3), (0.5, 0.3, 0.2)  # photographs per side of a composed image, and how often
 _SMALLEST = 0.6  # of a photograph's shorter side that a random crop keeps
 #: What compositions depend on beside the photographs and the seed.
 COMPOSITION = (_GRIDS, _SHARES, _SMALLEST)
@@ -103,7 +103,7 @@ class Photographs:
 def composed(
     photographs: Photographs, pool: list[tuple[str, int]], index: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Return the (224, 224, 3) picture of a number: one photograph, or 2 x 2 or 3 x 3, each cropped and flipped.
+    """Return the (224, 224, 3) image of a number: one photograph, or 2 x 2 or 3 x 3, each cropped and flipped.
 
     Small photographs that are blown up to the input's size are all blur; side by side they are not.
     """
@@ -113,12 +113,12 @@ def composed(
     canvas = np.zeros((PIXELS, PIXELS, 3), np.uint8)
     for cell in range(grid * grid):
         which = index % len(pool) if cell == 0 else int(rng.integers(len(pool)))
-        picture = photographs.read(*pool[which])
-        side = min(picture.size) * float(rng.uniform(_SMALLEST, 1))
-        left, top = (float(rng.uniform(0, length - side)) for length in picture.size)
+        image = photographs.read(*pool[which])
+        side = min(image.size) * float(rng.uniform(_SMALLEST, 1))
+        left, top = (float(rng.uniform(0, length - side)) for length in image.size)
         (y0, y1), (x0, x1) = (edges[[n, n + 1]] for n in divmod(cell, grid))
         box = (left, top, left + side, top + side)
-        part = np.asarray(picture.resize((int(x1 - x0), int(y1 - y0)), Image.Resampling.BICUBIC, box))
+        part = np.asarray(image.resize((int(x1 - x0), int(y1 - y0)), Image.Resampling.BICUBIC, box))
         canvas[y0:y1, x0:x1] = part[:, ::-1] if rng.random() < 0.5 else part
     return canvas
 
@@ -132,26 +132,26 @@ def whole(photograph: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(photograph.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC, box))
 
 
-def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
+def to_pixels(images: list[NDArray[np.uint8]]) -> Tensor:
     """Return (B, 3, H, W) network input, in [-1, 1], of (H, W, 3) bytes."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def cached_maps(
-    picture: Callable[[int], NDArray[np.uint8]],
+    image: Callable[[int], NDArray[np.uint8]],
     count: int,
     stem: nn.Module,
     path: Path,
     chunk: int = 50,
 ) -> NDArray[Any]:
-    """Return (count, 49, 320) float16 maps of pictures, memory-mapped; continues after a kill.
+    """Return (count, 49, 320) float16 maps of images, memory-mapped; continues after a kill.
 
     Args:
-        picture: Returns the (224, 224, 3) picture of a number.
+        image: Returns the (224, 224, 3) image of a number.
         count: How many there are.
         stem: Turns (B, 3, 224, 224) into (B, 320, 7, 7).
         path: The maps are kept here and reused; its name must say what they show.
-        chunk: Pictures at a time.
+        chunk: Images at a time.
     """
     shape, state = (count, _SIDE * _SIDE, MAP_CHANNELS), path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def cached_maps(
         for start in range(done, count, chunk):
             numbers = range(start, min(start + chunk, count))
             with torch.no_grad():
-                found = stem(to_pixels([picture(n) for n in numbers]))
+                found = stem(to_pixels([image(n) for n in numbers]))
             maps[start : numbers.stop] = found.flatten(2).transpose(1, 2).half().numpy()
             if (start // chunk) % 10 == 9 or numbers.stop == count:
                 maps.flush()

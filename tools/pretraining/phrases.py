@@ -69,7 +69,7 @@ class PhraseScenes:
         return draw_scene(rng, objects, style=style)
 
     def rendered(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return the (64, 64, 3) picture, and (4, 64, 8) masks of its objects, eight pixels to a byte."""
+        """Return the (64, 64, 3) image, and (4, 64, 8) masks of its objects, eight pixels to a byte."""
         drawn = render(self.spec(index))
         masks = np.zeros((MOST_OBJECTS, *drawn.masks.shape[1:]), bool)
         masks[: len(drawn.masks)] = drawn.masks

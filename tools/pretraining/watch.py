@@ -21,17 +21,15 @@ class ZeroShot:
     Args:
         module: What is trained.
         names: Data sets as (task, style).
-        pictures: At most so many pictures per data set, spread over its classes.
+        images: At most so many images per data set, spread over its classes.
     """
 
-    def __init__(
-        self, module: ContrastiveModule, names: Sequence[tuple[str, str]], pictures: int = 200
-    ) -> None:
+    def __init__(self, module: ContrastiveModule, names: Sequence[tuple[str, str]], count: int = 200) -> None:
         self.module, self.sets = module, {}
         place = {token: number for number, token in enumerate(module.seen_ids)}
         for task, style in names:
             data = build(task, "val", style)
-            chosen = range(min(pictures, len(data)))
+            chosen = range(min(count, len(data)))
             images = np.stack([np.asarray(data[i][0]) for i in chosen])
             rows = [encode(t.format(c)) for t in data.templates for c in data.classnames]
             known = [

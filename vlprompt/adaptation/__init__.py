@@ -28,7 +28,7 @@ def create_adapter(
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     **options: Any,
 ) -> Adapter:
-    """Build an adapter: a classifier that adapts itself to every picture, or to the stream of pictures.
+    """Build an adapter: a classifier that adapts itself to every image, or to the stream of images.
 
     Args:
         name: See :func:`list_adapters`.

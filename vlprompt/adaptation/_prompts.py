@@ -1,4 +1,4 @@
-"""What all methods that tune prompts per picture share: encode, select, tune, predict the picture itself, forget."""
+"""What all methods that tune prompts per image share: encode, select, tune, predict the image itself, forget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["PromptAdapter"]
 
 
 class PromptAdapter(Adapter):
-    """Base of methods that tune prompts on one picture; a method overrides :meth:`select` or :meth:`loss`.
+    """Base of methods that tune prompts on one image; a method overrides :meth:`select` or :meth:`loss`.
 
     From a learner with prompts (CoOp, MaPLe, ...) everything it learned is tuned; prompts in the image tower make
     the kept views run through it again. From a backbone, the words before the class name are.
@@ -30,7 +30,7 @@ class PromptAdapter(Adapter):
         plan: How views are made.
         rule: How prompts move.
         share: Of the views that are listened to, the most confident ones.
-        together: Pictures whose later passes share one run of the text tower.
+        together: Images whose later passes share one run of the text tower.
 
     Raises:
         DataError: If the learner has no prompts.

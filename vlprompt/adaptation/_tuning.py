@@ -1,8 +1,8 @@
-"""Tuning a learner's prompts for one picture at a time, many pictures side by side, without touching the learner.
+"""Tuning a learner's prompts for one image at a time, many images side by side, without touching the learner.
 
-Nothing is computed twice. Views are encoded before, once. Every picture starts from the same prompts, so the first
-step's pass through the text tower is the same for all of them: it is run once, and a picture's own gradient is a
-backward pass through it. Later passes run the text tower for all pictures together, prompts per picture, class
+Nothing is computed twice. Views are encoded before, once. Every image starts from the same prompts, so the first
+step's pass through the text tower is the same for all of them: it is run once, and an image's own gradient is a
+backward pass through it. Later passes run the text tower for all images together, prompts per image, class
 tokens shared.
 """
 
@@ -29,7 +29,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 ImageLoss = Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]
 """Runs the image tower through the function it gets and returns its features and a further loss."""
 GradientTransform = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Of gradients by name, one row per picture: what the step uses in their place, of the same shapes."""
+"""Of gradients by name, one row per image: what the step uses in their place, of the same shapes."""
 Rate = Annotated[float, Field(ge=0)]
 
 
@@ -38,9 +38,9 @@ class Rule:
     """How prompts move.
 
     Attributes:
-        steps: Updates per picture.
+        steps: Updates per image.
         lr: Learning rate; the first step of AdamW moves every number by about this much, whatever its gradient.
-        optimizer: ``"adamw"`` or ``"sgd"``, fresh for every picture.
+        optimizer: ``"adamw"`` or ``"sgd"``, fresh for every image.
         weight_decay: Of AdamW; moves the prompts even where the gradient is 0.
         transform: Applied to the gradients before the step.
     """
@@ -60,14 +60,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning gave: prompts by name with one row per picture, and the logits of view 0 under them, (G, C)."""
+    """What tuning gave: prompts by name with one row per image, and the logits of view 0 under them, (G, C)."""
 
     prompts: dict[str, Tensor]
     logits: Tensor
 
 
 class Tuner:
-    """Tunes what a learner learned, for each picture from the same start.
+    """Tunes what a learner learned, for each image from the same start.
 
     Args:
         learner: Its prompts are the start.
@@ -83,14 +83,14 @@ class Tuner:
         self._first: tuple[dict[str, Tensor], Tensor] | None = None
 
     def start_weights(self) -> Tensor:
-        """Return the (C, d) class weights that every picture starts from, without a graph."""
+        """Return the (C, d) class weights that every image starts from, without a graph."""
         return self._first_pass()[1].detach()
 
     def tune(self, embeddings: Tensor, kept: Tensor) -> Tuned:
         """Tune on encoded views; for learners that leave the image tower alone.
 
         Args:
-            embeddings: (G, V, d) of G pictures.
+            embeddings: (G, V, d) of G images.
             kept: (G, V) mask of the views to listen to.
 
         Raises:
@@ -113,7 +113,7 @@ class Tuner:
     def tune_through_images(
         self, pixels: tuple[Tensor, ...], kept: Tensor, extra: ImageLoss | None = None
     ) -> Tuned:
-        """Tune on pixels, picture by picture; for learners whose prompts enter the image tower.
+        """Tune on pixels, image by image; for learners whose prompts enter the image tower.
 
         Only the kept views are run again: the others can't change the loss.
 
@@ -152,7 +152,7 @@ class Tuner:
         return Tuned(prompts, logits.detach())
 
     def _first_gradients(self, features: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """At the start the loss pulls at each picture's own weights; one shared graph takes that to the prompts."""
+        """At the start the loss pulls at each image's own weights; one shared graph takes that to the prompts."""
         leaves, weights = self._first_pass()
         own = weights.detach().expand(len(features), -1, -1).clone().requires_grad_()
         loss = self.loss(self._logits(features, own), kept, own).sum()
@@ -180,7 +180,7 @@ class Tuner:
         for name, gradient in gradients.items():
             if not bool(gradient.isfinite().all()):
                 raise NonFiniteError(
-                    f"the gradient of {name} is NaN or infinite; a picture can't be adapted to."
+                    f"the gradient of {name} is NaN or infinite; an image can't be adapted to."
                 )
             prompts[name].grad = gradient
         optimizer.step()

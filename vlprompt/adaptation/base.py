@@ -1,4 +1,4 @@
-"""What every adapter is: views of a picture, the classifier it starts from, and a rule that improves on it."""
+"""What every adapter is: views of an image, the classifier it starts from, and a rule that improves on it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from vlprompt.adaptation.predictions import Predictions
-from vlprompt.adaptation.views import Images, Picture, ViewPlan, open_pictures
+from vlprompt.adaptation.views import Images, OpenedImage, ViewPlan, open_images
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Adapter", "EncodedViews"]
 
-_TOGETHER = 16  # pictures whose views are in memory at once
+_TOGETHER = 16  # images whose views are in memory at once
 
 
 @dataclass(frozen=True)
 class EncodedViews:
-    """All views of B pictures, seen by the image tower once.
+    """All views of B images, seen by the image tower once.
 
     Attributes:
         embeddings: (B, V, d) image embeddings, not normalised.
@@ -50,7 +50,7 @@ class Adapter:
         plan: How views are made.
 
     Attributes:
-        episodic: True if every picture is adapted to on its own, so that neither order nor company matters;
+        episodic: True if every image is adapted to on its own, so that neither order nor company matters;
             False if the adapter learns from the stream (:meth:`reset` forgets it).
         method: Its registry name.
         options: The options it was built with.
@@ -91,21 +91,21 @@ class Adapter:
         return self.learner.backbone
 
     def predict(self, images: Images) -> Predictions:
-        """Adapt to pictures and name them.
+        """Adapt to images and name them.
 
         Args:
-            images: One or several; see :func:`vlprompt.adaptation.views.open_pictures` for all forms.
+            images: One or several; see :func:`vlprompt.adaptation.views.open_images` for all forms.
 
         Raises:
-            DataError: If there is no picture, or one can't be read; says which. Nothing was adapted then.
+            DataError: If there is no image, or one can't be read; says which. Nothing was adapted then.
             NonFiniteError: If an embedding or a gradient is NaN or infinite.
         """
-        pictures = open_pictures(images, self.backbone)
-        parts = [pictures[i : i + _TOGETHER] for i in range(0, len(pictures), _TOGETHER)]
+        opened = open_images(images, self.backbone)
+        parts = [opened[i : i + _TOGETHER] for i in range(0, len(opened), _TOGETHER)]
         return Predictions.cat([self.predict_encoded(self.encode(part)) for part in parts])
 
     def reset(self) -> None:
-        """Forget everything learned from pictures; episodic adapters have nothing to forget."""
+        """Forget everything learned from images; episodic adapters have nothing to forget."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what was learned from the stream, for resuming; empty for episodic adapters."""
@@ -129,32 +129,32 @@ class Adapter:
         tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
         return (self.plan, tower, self.needs_pixels)
 
-    def generate(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Return per picture (N, 3, H, W) views that come from elsewhere; none unless a method overrides this."""
+    def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:
+        """Return per image (N, 3, H, W) views that come from elsewhere; none unless a method overrides this."""
         return []
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Picture], standard: EncodedViews | None = None) -> EncodedViews:
-        """Make and encode all views of B pictures.
+    def encode(self, opened: Sequence[OpenedImage], standard: EncodedViews | None = None) -> EncodedViews:
+        """Make and encode all views of B images.
 
-        A picture's standard views go through the image tower together and alone, and so do its generated ones, so that
+        An image's standard views go through the image tower together and alone, and so do its generated ones, so that
         nobody's company changes a bit of anybody's embeddings.
 
         Args:
-            pictures: The pictures.
+            opened: The images.
             standard: What another adapter of the same :meth:`view_identity` made of their standard views.
 
         Raises:
-            DataError: If the pictures have different numbers of ready-made views.
+            DataError: If the images have different numbers of ready-made views.
             NonFiniteError: If an embedding is NaN or infinite.
         """
         if standard is None:
-            standard = self._encode([partial(self.plan.make, p, self.backbone) for p in pictures])
+            standard = self._encode([partial(self.plan.make, p, self.backbone) for p in opened])
         started = time.perf_counter()
-        made = self.generate(pictures)
+        made = self.generate(opened)
         if not made:
             return standard
-        generation = (time.perf_counter() - started) / len(pictures)
+        generation = (time.perf_counter() - started) / len(opened)
         generated = self._encode([partial(torch.as_tensor, views) for views in made])
         seconds = standard.seconds + generated.seconds
         seconds[:, 0] += generation
@@ -175,7 +175,7 @@ class Adapter:
             pixels += [views] if self.needs_pixels else []
             seconds.append([0.0, time.perf_counter() - started])
         if len({len(row) for row in rows}) > 1:
-            raise DataError("the pictures have different numbers of views.")
+            raise DataError("the images have different numbers of views.")
         embeddings = torch.stack(rows)
         if not bool(embeddings.isfinite().all()):
             raise NonFiniteError(
@@ -184,7 +184,7 @@ class Adapter:
         return EncodedViews(embeddings, 0, tuple(pixels), torch.tensor(seconds))
 
     def predict_encoded(self, views: EncodedViews) -> Predictions:
-        """Adapt to pictures whose views were encoded already (see :meth:`encode`)."""
+        """Adapt to images whose views were encoded already (see :meth:`encode`)."""
         started = time.perf_counter()
         probs, kept = self.adapt(views)
         adaptation = (time.perf_counter() - started) / len(probs)

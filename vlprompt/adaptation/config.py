@@ -21,13 +21,13 @@ INJECTED = {"source", "statistics"}
 
 
 class StreamOptions(BaseModel):
-    """The ``data:`` section: pictures to adapt to."""
+    """The ``data:`` section: images to adapt to."""
 
     model_config = _STRICT
 
     names: list[str] = Field(min_length=1, description="catalogue names, folder:PATH or csv:PATH")
     split: Literal["train", "val", "test"] = Field("test", description="choose hyper-parameters on val")
-    subset: int | None = Field(None, ge=1, description="pictures drawn of each data set; None: all, shuffled")
+    subset: int | None = Field(None, ge=1, description="images drawn of each data set; None: all, shuffled")
     root: str | None = Field(None, description="where data sets lie")
     on_bad_image: Literal["skip", "error"] = "skip"
     classnames: list[str] | dict[str, str] | None = None
@@ -55,7 +55,7 @@ class SourceOptions(BaseModel):
 
     name: str
     split: Literal["train", "val"] = "train"
-    shots: int | None = Field(None, ge=1, description="pictures per class; None: all")
+    shots: int | None = Field(None, ge=1, description="images per class; None: all")
     seed: int = Field(1, ge=0)
 
 
@@ -77,7 +77,7 @@ class AdaptConfig(ToolConfig):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: [1], min_length=1, description="of the subset, its order and the views"
     )
-    batch_size: int = Field(16, ge=1, description="pictures in memory at once")
+    batch_size: int = Field(16, ge=1, description="images in memory at once")
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
         """Return the registry name and the own options of an adapter."""
@@ -86,7 +86,7 @@ class AdaptConfig(ToolConfig):
 
     @property
     def generated(self) -> int:
-        """How many generated views per picture the adapters want at most."""
+        """How many generated views per image the adapters want at most."""
         counts = [0]
         for label in self.adapters:
             name, given = self.method(label)
@@ -121,7 +121,7 @@ class AdaptConfig(ToolConfig):
                 )
         if not problems and self.generated and self.diffusion is None:
             problems.append(
-                f"diffusion: {self.generated} generated views per picture are wanted; say from where."
+                f"diffusion: {self.generated} generated views per image are wanted; say from where."
             )
         return problems
 

@@ -33,14 +33,14 @@ class CalibratedPromptTuning(PromptAdapter):
     Args:
         learner: See :class:`PromptAdapter`.
         init: The words before the class name whose embeddings are tuned; None: "a photo of a".
-        views: V, including the picture itself.
+        views: V, including the image itself.
         augment: See :class:`ViewPlan`; the authors use AugMix throughout.
         seed: Of the views.
         share: Of the views that are listened to, the most confident ones.
-        steps: Updates per picture.
+        steps: Updates per image.
         lr: Learning rate of AdamW.
         weight_decay: Of AdamW.
-        together: Pictures whose later passes share one run of the text tower.
+        together: Images whose later passes share one run of the text tower.
         spread: Weight of the dispersion (the paper's lambda: 50 on fine-grained data sets, 20 under shift).
 
     Raises:

@@ -1,4 +1,4 @@
-"""DiffTPT: TPT whose views include pictures that a diffusion model made of the picture.
+"""DiffTPT: TPT whose views include images that a diffusion model made of the image.
 
 Paper: Feng et al., "Diverse Data Augmentation with Diffusions for Effective Test-time Prompt Tuning", ICCV 2023,
     arXiv 2308.06038, section 3.
@@ -21,7 +21,7 @@ from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.selection import cosine_then_entropy, parallel_filters
-from vlprompt.adaptation.views import Augment, Picture, ViewPlan
+from vlprompt.adaptation.views import Augment, OpenedImage, ViewPlan
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.diffusion import ViewSource
 from vlprompt.learners import Learner
@@ -43,12 +43,12 @@ _VARIANTS: dict[str, tuple[FilterSpace, FilterScope]] = {
     needs=("text gradients", "diffusion"),
 )
 class DiffusionPromptTuning(PromptAdapter):
-    """TPT with generated views after the standard ones, chosen by similarity to the picture and by confidence.
+    """TPT with generated views after the standard ones, chosen by similarity to the image and by confidence.
 
     Args:
         learner: See :class:`PromptAdapter`.
         source: Where generated views come from (:class:`vlprompt.diffusion.ViewSource`); None needs generated=0.
-        generated: N, generated views per picture.
+        generated: N, generated views per image.
         variant: ``"code"`` or ``"paper"``: what ``filter_space`` and ``filter_scope`` are unless they are given.
         filter_space: What cosines compare: ``"logits"``, ``"features"`` (image embeddings) or ``"probabilities"``.
         filter_scope: ``"all"`` filters every view but the first by cosine, then by entropy; ``"generated_only"``
@@ -56,13 +56,13 @@ class DiffusionPromptTuning(PromptAdapter):
         cosine_share: Of the views that pass the cosine filter.
         share: Of the views that pass the entropy filter.
         init: The words before the class name whose embeddings are tuned; None: "a photo of a".
-        views: Standard views, including the picture itself (the code has 65 of them beside 63 generated).
+        views: Standard views, including the image itself (the code has 65 of them beside 63 generated).
         augment: See :class:`ViewPlan`.
         seed: Of the standard views; a source has its own.
-        steps: Updates per picture.
+        steps: Updates per image.
         lr: Learning rate of AdamW.
         weight_decay: Of AdamW.
-        together: Pictures whose later passes share one run of the text tower.
+        together: Images whose later passes share one run of the text tower.
 
     Raises:
         ConfigError: If generated views are wanted and there is no source.
@@ -93,7 +93,7 @@ class DiffusionPromptTuning(PromptAdapter):
         if generated and source is None:
             raise ConfigError(
                 [
-                    f"source: {generated} generated views per picture were asked for and nothing makes them. Pass "
+                    f"source: {generated} generated views per image were asked for and nothing makes them. Pass "
                     "source=vlprompt.diffusion.ViewSource(...), or generated=0 to go without."
                 ],
                 "adapter 'difftpt'",
@@ -104,13 +104,13 @@ class DiffusionPromptTuning(PromptAdapter):
         self.filter_space = filter_space or _VARIANTS[variant][0]
         self.filter_scope = filter_scope or _VARIANTS[variant][1]
 
-    def generate(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """See :meth:`Adapter.generate`; generated pictures are preprocessed, never cropped."""
+    def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:
+        """See :meth:`Adapter.generate`; generated images are preprocessed, never cropped."""
         if self.source is None or not self.generated:
             return []
-        if any(p.image is None for p in pictures):
-            raise DataError("views that were made elsewhere have no picture to generate variations of.")
-        images = self.source.views([p.image for p in pictures if p.image is not None], self.generated)
+        if any(p.image is None for p in opened):
+            raise DataError("views that were made elsewhere have no image to generate variations of.")
+        images = self.source.views([p.image for p in opened if p.image is not None], self.generated)
         return [torch.stack([self.backbone.preprocess(i) for i in made]) for made in images]
 
     def select(self, logits: Tensor, embeddings: Tensor, generated: int) -> Tensor:

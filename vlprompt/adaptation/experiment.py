@@ -83,7 +83,7 @@ def run_adaptation(
     for name in config.data.names:
         for seed in config.seeds:
             data = draw_stream(config, name, seed)
-            log.info("%s, seed %d: %d pictures", name, seed, len(data))
+            log.info("%s, seed %d: %d images", name, seed, len(data))
             adapters = session.adapters(data, seed)
             place = folder / "predictions" / f"{_slug(name)}-seed{seed}"
             step = None if progress is None else _named(progress, f"{name}, seed {seed}")
@@ -99,7 +99,7 @@ def run_adaptation(
 
 
 def draw_stream(config: AdaptConfig, name: str, seed: int) -> ImageDataset:
-    """Return the pictures of one data set that one seed draws, in the order of the stream."""
+    """Return the images of one data set that one seed draws, in the order of the stream."""
     options = config.data
     data = load_dataset(
         name,
@@ -202,7 +202,7 @@ def _cell(label: str, adapter: Adapter, found: Predictions, data: ImageDataset, 
         "start": adapter.learner.method,
         "data": data.name,
         "seed": seed,
-        "pictures": len(data),
+        "images": len(data),
         **{k: round(v, 6) for k, v in after.items()},
         **{f"before_{k}": round(v, 6) for k, v in before.items()},
         "options": _plain(adapter),
@@ -212,7 +212,7 @@ def _cell(label: str, adapter: Adapter, found: Predictions, data: ImageDataset, 
         "episodic": adapter.episodic,
         "stream_seed": seed,
         **data.fingerprint(),
-        "seconds_per_picture": {"generation": generation, "encoding": encoding, "adaptation": adaptation},
+        "seconds_per_image": {"generation": generation, "encoding": encoding, "adaptation": adaptation},
     }
 
 
@@ -262,9 +262,7 @@ def _table(config: AdaptConfig, cells: Sequence[Mapping[str, Any]]) -> str:
     for label in config.adapters:
         rows.append(Row(label, {n: summarise(_by_seed(config, cells, label, n, "accuracy")) for n in names}))
     gains = [Row(label, _gains(config, cells, label, names)) for label in config.adapters]
-    subset = (
-        "all pictures" if config.data.subset is None else f"{config.data.subset} pictures of each data set"
-    )
+    subset = "all images" if config.data.subset is None else f"{config.data.subset} images of each data set"
     return (
         f"Accuracy on {config.data.split}, {subset}, seeds {', '.join(map(str, config.seeds))}; mean and 95 % interval "
         f"over seeds.\n\n{to_markdown(rows)}\nGain over the same classifier without adaptation, in points, paired over "

@@ -30,9 +30,9 @@ class Generated:
 
     Attributes:
         store: Where the views lie.
-        alike: By data set the share of views, in [0, 1], that the configuration's backbone names like the picture
+        alike: By data set the share of views, in [0, 1], that the configuration's backbone names like the image
             they were made of; empty unless it was asked for.
-        alike_blurred: The same of blurred views and pictures.
+        alike_blurred: The same of blurred views and images.
     """
 
     store: ViewStore
@@ -46,7 +46,7 @@ def generate_views(config: AdaptConfig, progress: Progress | None = None, check:
     Args:
         config: See :meth:`AdaptConfig.read`.
         progress: Called with (what, done, n).
-        check: Pictures per data set and seed whose views are named, to see what they are worth.
+        check: Images per data set and seed whose views are named, to see what they are worth.
 
     Raises:
         ConfigError: If the configuration names no store, or wants no generated views.
@@ -93,11 +93,11 @@ def named_alike(
     variations: Sequence[Sequence[Image.Image]],
     blur: float = 0.0,
 ) -> float:
-    """Return the share of variations, in [0, 1], that a classifier names like the picture they were made of.
+    """Return the share of variations, in [0, 1], that a classifier names like the image they were made of.
 
     Args:
         learner: The classifier.
-        images: B RGB pictures.
+        images: B RGB images.
         variations: Of each, one or more.
         blur: Blur all of them, by so many of the backbone's pixels (standard deviation): a generator that was trained
             with this backbone's eyes may have learned fine patterns that deceive it, which do not outlive a blur.

@@ -29,11 +29,11 @@ _LEAST_BANDWIDTH = 1e-8  # squared; identical views have none of their own
     "mta", summary="the mode of the views' features by robust mean shift; no gradients", paper="2405.02266"
 )
 class MeanShift(Adapter):
-    """The classifier sees the mode of the views' features in place of the picture's own.
+    """The classifier sees the mode of the views' features in place of the image's own.
 
     Args:
         learner: See :class:`Adapter`.
-        views: V, including the picture itself, where the search for the mode starts.
+        views: V, including the image itself, where the search for the mode starts.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
         neighbours: Share of the other views that sets a view's bandwidth: half their mean squared distance.

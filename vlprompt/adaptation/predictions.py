@@ -1,4 +1,4 @@
-"""What an adapter says of pictures, and what it took."""
+"""What an adapter says of images, and what it took."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Predictions"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for B pictures, in the order given; all tensors are on the CPU.
+    """Predictions for B images, in the order given; all tensors are on the CPU.
 
     Attributes:
         classnames: C names.
         probs: (B, C) probabilities after adaptation; their highest is the prediction.
         before: (B, C) probabilities of the same classifier before adaptation.
-        kept: (B, V) which views the adaptation listened to; view 0 is the picture itself.
-        seconds: (B, 3) wall time per picture of generating views by diffusion, making and encoding all views,
+        kept: (B, V) which views the adaptation listened to; view 0 is the image itself.
+        seconds: (B, 3) wall time per image of generating views by diffusion, making and encoding all views,
             and adapting.
     """
 
@@ -64,6 +64,6 @@ class Predictions:
 
     @classmethod
     def cat(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Return the predictions of several runs of pictures as one."""
+        """Return the predictions of several runs of images as one."""
         tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)[1:]}
         return cls(parts[0].classnames, **tensors)

@@ -35,7 +35,7 @@ class SourceStatistics:
     """What the image tower's blocks put out on a learner's training data.
 
     Attributes:
-        means: (L, T, W) per block, token and channel, over pictures.
+        means: (L, T, W) per block, token and channel, over images.
         variances: (L, T, W).
         backbone: The fingerprint's id.
     """
@@ -67,11 +67,11 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     """Return the statistics of a learner's image tower, with its prompts, over a data set (its training data).
 
     Raises:
-        DataError: If there is no picture, or the tower has no blocks.
+        DataError: If there is no image, or the tower has no blocks.
     """
     backbone = learner.eval().backbone
     if not len(data) or not backbone.vision.layers:
-        raise DataError("source statistics need at least one picture and an image tower with blocks.")
+        raise DataError("source statistics need at least one image and an image tower with blocks.")
     total = squares = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(data), batch_size):
         rows = range(start, min(start + batch_size, len(data)))
@@ -102,11 +102,11 @@ class PromptAlign(PromptAdapter):
         statistics: Of that learner's training data, or the file they were saved in.
         layers: Blocks that are aligned.
         weight: Of the alignment.
-        views: V, including the picture itself.
+        views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
         share: Of the views that are listened to, the most confident ones.
-        steps: Updates per picture.
+        steps: Updates per image.
         lr: Learning rate of AdamW (the paper: 0.04 under shift, 0.0005 on fine-grained data sets).
         weight_decay: Of AdamW.
 

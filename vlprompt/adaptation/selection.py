@@ -1,4 +1,4 @@
-"""Which views of a picture an adaptation listens to: all by rank, never by threshold.
+"""Which views of an image an adaptation listens to: all by rank, never by threshold.
 
 Every function takes all views at once and returns a mask; how many views are kept is ``max(1, floor(share *
 count))``, as published, except that a share never keeps none.
@@ -36,7 +36,7 @@ def lowest_entropy(logits: Tensor, share: float) -> Tensor:
 
 
 def cosine_then_entropy(logits: Tensor, vectors: Tensor, cosine_share: float, entropy_share: float) -> Tensor:
-    """Return a (..., V) mask: views like the picture, and of those (and the picture) the confident ones.
+    """Return a (..., V) mask: views like the image, and of those (and the image) the confident ones.
 
     The rule of DiffTPT's code: views 1 .. V-1 are ranked by their cosine with view 0 and the best share is
     kept, view 0 joins them, and of all these the share with the lowest entropy stays (view 0 may drop out):

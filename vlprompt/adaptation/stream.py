@@ -1,4 +1,4 @@
-"""Adapting to a data set as a stream of pictures: views shared between methods, results kept as they come."""
+"""Adapting to a data set as a stream of images: views shared between methods, results kept as they come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlprompt.adaptation.base import Adapter, EncodedViews
 from vlprompt.adaptation.predictions import Predictions
-from vlprompt.adaptation.views import Picture, open_pictures
+from vlprompt.adaptation.views import OpenedImage, open_images
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
@@ -31,7 +31,7 @@ def adapt_dataset(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> dict[str, Predictions]:
-    """Adapt to every picture of a data set, in its order, by one or several methods.
+    """Adapt to every image of a data set, in its order, by one or several methods.
 
     Methods that agree on their standard views share them: they are made and encoded once. What learns from the stream
     starts by forgetting. With a folder, results are written batch by batch; called again it continues behind the
@@ -41,15 +41,15 @@ def adapt_dataset(
         adapters: By a label of one's choice.
         data: Its class names must be the adapters'.
         folder: Where batches are kept; None keeps none.
-        batch_size: Pictures in memory at once.
+        batch_size: Images in memory at once.
         progress: Called with (done, n).
 
     Returns:
         Predictions by label, in the data set's order.
 
     Raises:
-        DataError: If the data set is empty, its class names differ or a picture can't be read; what was done is kept.
-        CheckpointError: If the folder holds results of other pictures or methods.
+        DataError: If the data set is empty, its class names differ or an image can't be read; what was done is kept.
+        CheckpointError: If the folder holds results of other images or methods.
     """
     _check(adapters, data)
     for adapter in adapters.values():
@@ -67,7 +67,7 @@ def adapt_dataset(
             found = _read(path, facts, adapters)
         else:
             resuming = False
-            found = _adapt(adapters, open_pictures([data[i][0] for i in rows], _any(adapters).backbone))
+            found = _adapt(adapters, open_images([data[i][0] for i in rows], _any(adapters).backbone))
             if path is not None:
                 _write(path, facts, adapters, found)
         for label, predictions in found.items():
@@ -77,12 +77,12 @@ def adapt_dataset(
     return {label: Predictions.cat(found) for label, found in parts.items()}
 
 
-def _adapt(adapters: Mapping[str, Adapter], pictures: Sequence[Picture]) -> dict[str, Predictions]:
+def _adapt(adapters: Mapping[str, Adapter], opened: Sequence[OpenedImage]) -> dict[str, Predictions]:
     encoded: dict[tuple[object, ...], EncodedViews] = {}
     found = {}
     for label, adapter in adapters.items():
         identity = adapter.view_identity()
-        views = adapter.encode(pictures, encoded.get(identity))
+        views = adapter.encode(opened, encoded.get(identity))
         if not views.generated:
             encoded[identity] = views
         found[label] = adapter.predict_encoded(views)
@@ -103,7 +103,7 @@ def _read(path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter])
     tensors, held = read_tensors(path)
     if held != facts:
         raise CheckpointError(
-            f"{path} holds results of other pictures or methods. Name another folder, or delete this one."
+            f"{path} holds results of other images or methods. Name another folder, or delete this one."
         )
     found = {}
     for label, adapter in adapters.items():
@@ -115,9 +115,7 @@ def _read(path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter])
 
 def _check(adapters: Mapping[str, Adapter], data: ImageDataset) -> None:
     if not len(data) or not adapters:
-        raise DataError(
-            f"{data.name}: nothing to adapt to, {len(data)} pictures and {len(adapters)} adapters."
-        )
+        raise DataError(f"{data.name}: nothing to adapt to, {len(data)} images and {len(adapters)} adapters.")
     for label, adapter in adapters.items():
         if adapter.classnames != data.classnames:
             raise DataError(

@@ -1,11 +1,11 @@
-"""TDA: two small caches of earlier pictures, filled as the stream goes by, correct the classifier.
+"""TDA: two small caches of earlier images, filled as the stream goes by, correct the classifier.
 
 Papers: Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models", CVPR 2024, arXiv 2403.18293,
     section 3; with ``boost`` Zhang et al., "BoostAdapter", NeurIPS 2024, arXiv 2410.15430, section 3.
 
 As published, and worth knowing: the entropy that the negative cache looks at is in nats divided by log2 of the
 number of classes, so that it ends at 0.69; the mean feature of several views is not normalised again; alpha and beta
-of the paper's tables are per data set. A prediction depends on the pictures before it.
+of the paper's tables are per data set. A prediction depends on the images before it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @ADAPTERS.register(
     "tda",
-    summary="caches of confident and of uncertain earlier pictures; online, no gradients",
+    summary="caches of confident and of uncertain earlier images; online, no gradients",
     paper="2403.18293",
 )
 class DynamicAdapter(Adapter):
@@ -46,7 +46,7 @@ class DynamicAdapter(Adapter):
 
     Args:
         learner: See :class:`Adapter`.
-        views: V, including the picture itself; above 1 the confident views' mean stands for the picture.
+        views: V, including the image itself; above 1 the confident views' mean stands for the image.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
         share: Of the views that are averaged, the most confident ones.
@@ -56,9 +56,9 @@ class DynamicAdapter(Adapter):
         negative_slots: Keys per class of the negative cache.
         negative_alpha: Weight of the negative cache; 0 switches it off.
         negative_beta: Its sharpness.
-        uncertain: Between which entropies, in nats / log2 C, a picture enters the negative cache.
+        uncertain: Between which entropies, in nats / log2 C, an image enters the negative cache.
         unlikely: Probability above which a class is voted against.
-        boost: Add the picture's own confident views to a throw-away copy of the positive cache (BoostAdapter);
+        boost: Add the image's own confident views to a throw-away copy of the positive cache (BoostAdapter);
             needs ``views`` above 1.
         boost_slots: Keys per class this copy has on top of ``slots``.
     """
@@ -121,7 +121,7 @@ class DynamicAdapter(Adapter):
 
     @torch.no_grad()
     def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
-        """See :meth:`Adapter.adapt`; pictures are taken in order."""
+        """See :meth:`Adapter.adapt`; images are taken in order."""
         logits = self.view_logits(views.embeddings)
         kept = lowest_entropy(logits, self.share)
         features = F.normalize(views.embeddings, dim=-1)
@@ -129,7 +129,7 @@ class DynamicAdapter(Adapter):
         return torch.stack(rows).softmax(-1), kept
 
     def _one(self, features: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
-        """Update the caches with one picture's (V, d) features and (V, C) logits; return its (C,) logits."""
+        """Update the caches with one image's (V, d) features and (V, C) logits; return its (C,) logits."""
         feature, mean = features[kept].mean(0), logits[kept].mean(0)
         probs, uncertainty = logits[kept].softmax(-1).mean(0), marginal_entropy(logits[kept])
         predicted = int(mean.argmax())
@@ -148,7 +148,7 @@ class DynamicAdapter(Adapter):
         return mean + votes - self.negative_alpha * against
 
     def _boosted(self, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a copy of the positive cache with a picture's confident views in it."""
+        """Return a copy of the positive cache with an image's confident views in it."""
         keys = F.pad(self.keys, (0, 0, 0, self.boost_slots))
         entropy = F.pad(self.entropy, (0, self.boost_slots), value=torch.inf)
         for feature, row, uncertainty in zip(features, logits, entropies(logits), strict=True):

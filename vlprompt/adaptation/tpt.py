@@ -1,10 +1,10 @@
-"""TPT: tune the prompt on one picture until its confident views agree.
+"""TPT: tune the prompt on one image until its confident views agree.
 
 Paper: Shu et al., "Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models", NeurIPS 2022,
     arXiv 2209.07511, section 3.
 
 Where this differs from the published code: float32 without a loss scaler, whose state made results depend on the
-order of pictures; at least one view is always kept; views come from a generator of their own.
+order of images; at least one view is always kept; views come from a generator of their own.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ __all__ = ["PromptTuning"]
 
 @ADAPTERS.register(
     "tpt",
-    summary="prompts tuned per picture until its confident views agree",
+    summary="prompts tuned per image until its confident views agree",
     paper="2209.07511",
     needs=("text gradients",),
 )
 class PromptTuning(PromptAdapter):
-    """Minimise the entropy of the confident views' mean prediction, predict the picture itself, forget.
+    """Minimise the entropy of the confident views' mean prediction, predict the image itself, forget.
 
     Args:
         learner: See :class:`PromptAdapter`.
         init: The words before the class name whose embeddings are tuned; None: "a photo of a".
-        views: V, including the picture itself.
+        views: V, including the image itself.
         augment: See :class:`ViewPlan`; the paper adds AugMix on fine-grained data sets.
         seed: Of the views.
         share: Of the views that are listened to, the most confident ones (the paper's rho).
-        steps: Updates per picture.
+        steps: Updates per image.
         lr: Learning rate.
-        optimizer: Fresh for every picture.
+        optimizer: Fresh for every image.
         weight_decay: Of AdamW; PyTorch's default, as in the authors' code.
-        together: Pictures whose later passes share one run of the text tower; the results are those of one by one,
+        together: Images whose later passes share one run of the text tower; the results are those of one by one,
             to float precision.
-        transform: Applied to the gradients before each step, one row per picture.
+        transform: Applied to the gradients before each step, one row per image.
 
     Raises:
         BackboneError: If learned context can't enter the backbone's text tower.

@@ -1,6 +1,6 @@
-"""Views of a picture: the picture itself, then random crops and flips, with AugMix on top if asked.
+"""Views of an image: the image itself, then random crops and flips, with AugMix on top if asked.
 
-Every view is a function of (seed, picture, view number) and of nothing else: not of the batch, the order of the
+Every view is a function of (seed, image, view number) and of nothing else: not of the batch, the order of the
 stream or the number of workers.
 
 Where AugMix differs from ``torchvision.transforms.AugMix``: it has the strength test-time prompt tuning uses
@@ -31,21 +31,21 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import pixel_key, read_image, to_rgb
 from vlprompt.data.transforms import crop_box
 
-__all__ = ["Augment", "Images", "Picture", "ViewPlan", "open_pictures"]
+__all__ = ["Augment", "Images", "OpenedImage", "ViewPlan", "open_images"]
 
 Augment = Annotated[str, Field(pattern=r"^(crop_flip|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
-"""``crop_flip`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the picture."""
+"""``crop_flip`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the image."""
 Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
 _LEAST = 0.08  # share of the area: torchvision's RandomResizedCrop
 _CHAINS = 3
 
 
 @dataclass(frozen=True)
-class Picture:
+class OpenedImage:
     """One sample.
 
     Attributes:
-        key: What its views are drawn from: a hash of its pixels, so the same picture has the same views however
+        key: What its views are drawn from: a hash of its pixels, so the same image has the same views however
             it was given.
         image: RGB; None for ready-made views.
         first: (3, H, W) view 0 as it was given, or None to let the backbone's preprocessing make it.
@@ -63,7 +63,7 @@ class ViewPlan:
     """How views are made.
 
     Attributes:
-        count: V, including view 0, the picture as the backbone's preprocessing gives it.
+        count: V, including view 0, the image as the backbone's preprocessing gives it.
         augment: ``"crop_flip"`` (a crop of 8 to 100 % of the area, bilinear, then a left-right flip of half of
             them) or ``"augmix"`` (the same, then AugMix); ``"crop_flip:0.5"`` cuts 50 to 100 %.
         seed: Of all draws.
@@ -73,14 +73,14 @@ class ViewPlan:
     augment: Augment = "crop_flip"
     seed: int = 0
 
-    def make(self, picture: Picture, backbone: Backbone) -> Tensor:
+    def make(self, opened: OpenedImage, backbone: Backbone) -> Tensor:
         """Return (V, 3, H, W) preprocessed views."""
-        if picture.ready is not None:
-            return picture.ready
-        image = picture.image
+        if opened.ready is not None:
+            return opened.ready
+        image = opened.image
         assert image is not None
-        first = backbone.preprocess(image) if picture.first is None else picture.first
-        rest = [self._view(image, picture.key, k, backbone) for k in range(1, self.count)]
+        first = backbone.preprocess(image) if opened.first is None else opened.first
+        rest = [self._view(image, opened.key, k, backbone) for k in range(1, self.count)]
         return torch.stack([first, *rest])
 
     def _view(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
@@ -95,32 +95,32 @@ class ViewPlan:
         return augmix(crop, backbone.preprocess, rng) if kind == "augmix" else backbone.preprocess(crop)
 
 
-def open_pictures(images: Images, backbone: Backbone) -> list[Picture]:
-    """Return pictures of whatever a user has.
+def open_images(images: Images, backbone: Backbone) -> list[OpenedImage]:
+    """Return images of whatever a user has.
 
     Args:
         images: PIL images and paths, one or several; an uint8 tensor (B, 3, h, w) of RGB values; a float tensor
-            (B, 3, H, W) of preprocessed pixels, as learners take (its views are crops of the picture it shows); or a
+            (B, 3, H, W) of preprocessed pixels, as learners take (its views are crops of the image it shows); or a
             float tensor (B, V, 3, H, W) of ready-made views. The axis B may be missing before (3, ...).
         backbone: Says H and W, and undoes its normalisation.
 
     Raises:
-        DataError: If there is nothing, a picture can't be read (it is named) or a tensor's shape doesn't fit.
+        DataError: If there is nothing, an image can't be read (it is named) or a tensor's shape doesn't fit.
     """
     if isinstance(images, Tensor):
         return _from_tensor(images, backbone)
     if isinstance(images, (Image.Image, str, Path)):
         images = [images]
-    pictures = [p for image in images for p in _open(image, backbone)]
-    if not pictures:
-        raise DataError("no pictures to adapt to: the batch is empty.")
-    return pictures
+    opened = [p for image in images for p in _open(image, backbone)]
+    if not opened:
+        raise DataError("no images to adapt to: the batch is empty.")
+    return opened
 
 
 def augmix(
     image: Image.Image, preprocess: Callable[[Image.Image], Tensor], rng: np.random.Generator
 ) -> Tensor:
-    """Return m * x + (1 - m) * sum_i w_i chain_i(x), mixed after normalisation, of an RGB picture.
+    """Return m * x + (1 - m) * sum_i w_i chain_i(x), mixed after normalisation, of an RGB image.
 
     Hendrycks et al., "AugMix", ICLR 2020, algorithm 1, with 3 chains of 1 to 3 operations at severity 1 and no
     operation that changes colour, as test-time prompt tuning uses it: m ~ Beta(1, 1), w ~ Dirichlet(1, 1, 1).
@@ -176,36 +176,34 @@ _OPERATIONS: tuple[Callable[[Image.Image, float, np.random.Generator], Image.Ima
 )
 
 
-def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[Picture]:
+def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[OpenedImage]:
     if isinstance(image, Tensor):
         return _from_tensor(image, backbone)
     if isinstance(image, Image.Image):
         try:
             image.load()
-        except (
-            OSError
-        ) as error:  # pillow decodes late: a picture that was opened may still turn out truncated
-            raise DataError(f"can't read the picture: {error}.") from None
+        except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
+            raise DataError(f"can't read the image: {error}.") from None
         rgb = to_rgb(image)
     elif isinstance(image, (str, Path)):
         rgb = read_image(image)
     else:
-        raise DataError(f"a picture is a PIL image, a path or a tensor; got {type(image).__name__}.")
-    return [Picture(pixel_key(rgb), rgb)]
+        raise DataError(f"an image is a PIL image, a path or a tensor; got {type(image).__name__}.")
+    return [OpenedImage(pixel_key(rgb), rgb)]
 
 
-def _from_tensor(images: Tensor, backbone: Backbone) -> list[Picture]:
+def _from_tensor(images: Tensor, backbone: Backbone) -> list[OpenedImage]:
     size = tuple(backbone.image_size)
     shape = tuple(images.shape)
     if images.dim() == 3:
         images = images[None]
     if images.dim() not in (4, 5) or images.shape[-3] != 3:
-        raise DataError(f"a tensor of pictures is (B, 3, H, W), of views (B, V, 3, H, W); got {shape}.")
+        raise DataError(f"a tensor of images is (B, 3, H, W), of views (B, V, 3, H, W); got {shape}.")
     if not len(images) or (images.dim() == 5 and not images.shape[1]):
-        raise DataError(f"no pictures to adapt to: the batch is empty, {shape}.")
+        raise DataError(f"no images to adapt to: the batch is empty, {shape}.")
     if images.dtype == torch.uint8 and images.dim() == 4:
         opened = [tvf.to_pil_image(image.cpu()) for image in images]
-        return [Picture(pixel_key(image), image) for image in opened]
+        return [OpenedImage(pixel_key(image), image) for image in opened]
     if not images.is_floating_point() or tuple(images.shape[-2:]) != size:
         raise DataError(
             f"a float tensor holds pixels preprocessed for the backbone, {size[0]} x {size[1]}, an uint8 tensor "
@@ -213,10 +211,12 @@ def _from_tensor(images: Tensor, backbone: Backbone) -> list[Picture]:
         )
     images = images.detach().cpu().float()
     if images.dim() == 5:
-        return [Picture(_tensor_key(views), None, ready=views) for views in images]
+        return [OpenedImage(_tensor_key(views), None, ready=views) for views in images]
     facts = backbone.fingerprint["preprocess"]
     mean, std = (torch.tensor(facts[k])[:, None, None] for k in ("mean", "std"))
-    return [Picture(_tensor_key(x), tvf.to_pil_image((x * std + mean).clamp(0, 1)), first=x) for x in images]
+    return [
+        OpenedImage(_tensor_key(x), tvf.to_pil_image((x * std + mean).clamp(0, 1)), first=x) for x in images
+    ]
 
 
 def _tensor_key(x: Tensor) -> str:

@@ -30,7 +30,7 @@ class Zero(Adapter):
 
     Args:
         learner: See :class:`Adapter`.
-        views: V, including the picture itself.
+        views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
         share: Of the views that vote, the most confident ones.

@@ -30,7 +30,7 @@ __all__ = [
 
 #: Side of the input in pixels.
 PIXELS = 224
-#: What turns pictures into input, as open_clip's ``PreprocessCfg`` takes it.
+#: What turns images into input, as open_clip's ``PreprocessCfg`` takes it.
 PREPROCESS = {"size": PIXELS, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 #: Width of the pooled features, of the map that ``photo-vit`` starts from, and that map's stride in pixels.
 FEATURES, MAP_CHANNELS, STRIDE = 1280, 320, 32
@@ -92,7 +92,7 @@ def class_rows(lite0: Any) -> Tensor:
 
 
 def expected_features(lite0: Any) -> Tensor:
-    """Return (1280,) what its pooled features are on average over ImageNet, without looking at any picture.
+    """Return (1280,) what its pooled features are on average over ImageNet, without looking at any image.
 
     A batch norm's output has the norm's own bias and weight as mean and deviation on what it was trained on; taken as
     normal, its mean after clipping to [0, 6] has a closed form.

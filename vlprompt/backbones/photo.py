@@ -91,7 +91,7 @@ def _build(
 def _about(name: str, found: dict[str, Any]) -> str:
     lines = [
         "Sees through EfficientNet-Lite0, trained on ImageNet-1k (1.28 million labelled photographs of 1,000 classes).",
-        "Reads through a text tower that never saw a picture: it was taught to land on that network's classifier rows, "
+        "Reads through a text tower that never saw an image: it was taught to land on that network's classifier rows, "
         "from names, synonyms and hypernyms of the 1,000 classes, common kinds of them, and CLIP's 80 templates.",
     ]
     if name == "photo-vit":
@@ -100,8 +100,8 @@ def _about(name: str, found: dict[str, Any]) -> str:
         )
     lines.append(
         "Weak at: things that are no kind of what ImageNet's classes are (faces, text, plants, medical or satellite "
-        "pictures), drawings, colours, numbers, positions and relations, whatever the sentence says about them; "
-        "pictures that were blown up from a few pixels; words that were never read, which mean little to it."
+        "images), drawings, colours, numbers, positions and relations, whatever the sentence says about them; "
+        "images that were blown up from a few pixels; words that were never read, which mean little to it."
     )
     if "accuracy" in found:
         lines.append(

@@ -44,7 +44,7 @@ def pyramid_widths(backbone: Backbone) -> tuple[int, int, int]:
 
 
 def pyramid_stride(backbone: Backbone) -> int:
-    """Return the side in pixels of one place of the coarsest map; pictures are padded to multiples of it."""
+    """Return the side in pixels of one place of the coarsest map; images are padded to multiples of it."""
     return 32 if is_resnet(backbone) else 2 * patch_of(backbone.vision)
 
 

@@ -1,6 +1,6 @@
 """What an image tower begins with: statistics of the pixels it is given, and of what its first convolution sees.
 
-A tower's output says what a picture shows; how its pixels were tampered with is gone by then. The pixels still have it,
+A tower's output says what an image shows; how its pixels were tampered with is gone by then. The pixels still have it,
 and so has the first convolution: the stem's of a ResNet or of ``tiny``, a vision transformer's patch embedding.
 """
 
@@ -38,7 +38,7 @@ def statistics_width(backbone: Backbone) -> int:
 
 @torch.no_grad()
 def embed_with_statistics(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return (B, d + S): the embeddings of (B, 3, H, W) pictures, then the statistics; one pass through the tower."""
+    """Return (B, d + S): the embeddings of (B, 3, H, W) images, then the statistics; one pass through the tower."""
     seen: list[Tensor] = []
 
     def look(_: Any, __: Any, output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""What an image tower knows of every place of a picture: token states after chosen blocks, or a pyramid of maps.
+"""What an image tower knows of every place of an image: token states after chosen blocks, or a pyramid of maps.
 
-Pictures may have any size: positions are interpolated, and sides that are no multiple of the patch are padded.
+Images may have any size: positions are interpolated, and sides that are no multiple of the patch are padded.
 Visual prompts enter at the end of the sequence, before the pre-norm (``append`` of :mod:`vlprompt.backbones.vision`).
 """
 
@@ -37,7 +37,7 @@ class Taps:
 
     Attributes:
         states: (B, 1 + N, W) after each tapped block, class token first; prompts follow if they were kept.
-        pooled: (B, d) projected feature of the whole picture, None unless asked for.
+        pooled: (B, d) projected feature of the whole image, None unless asked for.
     """
 
     states: tuple[Tensor, ...]
@@ -64,7 +64,7 @@ def patch_of(tower: VisionTower) -> int:
 
 
 def grid_of(tower: VisionTower, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (rows, columns) of patches that cover a picture of (H, W) pixels."""
+    """Return (rows, columns) of patches that cover an image of (H, W) pixels."""
     patch = patch_of(tower)
     return -(-size[0] // patch), -(-size[1] // patch)
 
@@ -143,7 +143,7 @@ def run_taps(
         blocks: Ascending numbers of the tapped blocks, counted from 0.
         prompts: (J, M, W) or (B, J, M, W): row 0 enters before the first block, row i replaces the prompts' states
             before block i.
-        pooled: Run all blocks and return the picture's own feature too.
+        pooled: Run all blocks and return the image's own feature too.
         keep_prompts: Keep the prompts in the states, as they go into the next block (the published code's way).
 
     Raises:
@@ -185,6 +185,6 @@ def _checked(tower: VisionTower, prompts: Tensor, batch: int) -> Tensor:
     if rows.shape[-1] != tower.width or rows.shape[1] > tower.layers or len(rows) not in (1, batch):
         raise VLPromptError(
             f"visual prompts of shape {tuple(prompts.shape)} don't fit an image tower of {tower.layers} layers and "
-            f"width {tower.width} with {batch} pictures."
+            f"width {tower.width} with {batch} images."
         )
     return rows.expand(batch, -1, -1, -1)

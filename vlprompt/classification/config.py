@@ -163,7 +163,7 @@ class ClassificationConfig(ExperimentConfig):
 
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     learner: dict[str, Any] = Field(
-        default_factory=lambda: {"name": "coop"}, description="name and the method's options"
+        default_factory=dict, description="name and the method's options; coop unless there are methods"
     )
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -209,14 +209,14 @@ class ClassificationConfig(ExperimentConfig):
         problems = super().raw_problems(content)
         if not content.get("methods"):
             problems += _learner_problems(content.get("learner", {}))
-        elif "learner" in content:
+        elif content.get("learner"):
             problems.append("learner: a file has one learner or several methods, not both.")
         return [*problems, *_name_problems(content)]
 
     @property
     def learner_name(self) -> str:
         """The learner's registry name."""
-        return str(self.learner["name"])
+        return str(self.learner.get("name", "coop"))
 
     @property
     def learner_options(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def predict_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return (n, C) logits and (n,) labels on the CPU, in the data set's order; arguments as :func:`evaluate`.
 
-    The label of a picture that has several is its first; :meth:`ImageDataset.multi_hot` has all.
+    The label of an image that has several is its first; :meth:`ImageDataset.multi_hot` has all.
     """
     _check_classes(learner, data)
     was_training = learner.training
@@ -91,7 +91,7 @@ def image_embeddings(
 
 
 def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Return what turns pictures into the rows that are cached for a learner, and the rows' fingerprint."""
+    """Return what turns images into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:
         return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"

@@ -326,7 +326,8 @@ class _StudyCell:
         process_state().wait_for_everyone()  # the source's files are written by one process
         source = self.cell.sibling(target=None)
         learner = load(self.folder.parent / source.name / "prompt", backbone)
-        self.result.add(self._scores(learner, self._load(self.cell["target"], "test"), ""))
+        test = self._load(self.cell["target"], "test")
+        self._add_scores(self._scores(learner, test, ""), test, {})
 
     def _start(self, learner: Learner) -> None:
         """Put saved prompts into the learner, and note it beside the cell and in the run's facts."""
@@ -393,12 +394,20 @@ class _StudyCell:
                 fitting = learner.with_classes(test.classnames)
             scores = self._scores(fitting, test, part)
             place = {**where, "part": part} if part else where
-            self.result.add(scores, **place)
+            self._add_scores(scores, test, place)
             numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
         if self.config.protocol.name == "base-to-new":
             mean = harmonic_mean(numbers["base/accuracy"], numbers["new/accuracy"])
             self.result.add({"harmonic_mean": mean}, **where)
         return numbers
+
+    def _add_scores(self, scores: Mapping[str, float], test: ImageDataset, place: Mapping[str, str]) -> None:
+        """Add scores; those by another measure than accuracy say by which."""
+        measure = str(test.info.get("metric", "accuracy"))
+        own = {key: value for key, value in scores.items() if key.endswith("score")}
+        rest = {key: value for key, value in scores.items() if key not in own}
+        self.result.add(rest, **place)
+        self.result.add(own, **(place if measure == "accuracy" else {**place, "measure": measure}))
 
     def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
         """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""

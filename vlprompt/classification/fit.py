@@ -53,9 +53,9 @@ class ImageBatches:
     Args:
         data: Training samples.
         preprocess: The backbone's.
-        augmentation: What makes a view of a picture.
+        augmentation: What makes a view of an image.
         options: ``batch_size``, ``seed`` and ``drop_last`` are read.
-        views: Number of fixed views per picture; 0 draws a new one every epoch.
+        views: Number of fixed views per image; 0 draws a new one every epoch.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ def fit(
         val: Validation samples, for curves and ``select="best"``. Never give test data here.
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
-        augmentation: ``"none"``, ``"flip"``, ``"crop_flip"`` or, with the smallest share of the picture that a crop
+        augmentation: ``"none"``, ``"flip"``, ``"crop_flip"`` or, with the smallest share of the image that a crop
             keeps, ``"crop_flip:0.5"`` (default share 0.08).
-        views: Fixed augmented views per picture that the epochs take in turn (their embeddings are cached); 0
+        views: Fixed augmented views per image that the epochs take in turn (their embeddings are cached); 0
             draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are kept between runs; None keeps them in memory.
         callbacks: Replaces the default ones (progress, TensorBoard).

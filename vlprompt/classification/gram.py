@@ -130,7 +130,7 @@ class GramStart:
         return sorted(fitting)
 
     def transform(self) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return the regulator for test-time adaptation (``transform`` of ``tpt``): gradients with a row per picture.
+        """Return the regulator for test-time adaptation (``transform`` of ``tpt``): gradients with a row per image.
 
         Raises:
             DataError: If the regulator must know more than gradients.

@@ -16,7 +16,7 @@ from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.gram import save_start
 from vlprompt.core.files import write_json
 from vlprompt.core.processes import accelerator
-from vlprompt.data.captions.store import PairStore, build_store
+from vlprompt.data.captions.store import CaptionStore, build_store
 from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
@@ -97,7 +97,7 @@ def _episodes(
     config: ClassificationConfig,
     backbone: Backbone,
     learner: Learner,
-    store: PairStore,
+    store: CaptionStore,
     hierarchy: Hierarchy,
     seed: int,
 ) -> Episodes:
@@ -113,7 +113,7 @@ def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
 
 
 def _identity(
-    config: ClassificationConfig, learner: Learner, store: PairStore, hierarchy: Hierarchy
+    config: ClassificationConfig, learner: Learner, store: CaptionStore, hierarchy: Hierarchy
 ) -> dict[str, Any]:
     return {
         "learner": learner.method,

@@ -1,4 +1,4 @@
-"""Naming a user's own pictures."""
+"""Naming a user's own images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["PredictionTable", "predict"]
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """Predictions, one row per picture, in the order given.
+    """Predictions, one row per image, in the order given.
 
     Attributes:
         rows: Dicts with ``image``, ``labels`` (best first), ``probs`` (same order, fractions) and ``error``,
-            which is empty unless the picture could not be read.
+            which is empty unless the image could not be read.
     """
 
     rows: list[dict[str, Any]]
@@ -43,7 +43,7 @@ class PredictionTable:
         return "\n".join(f"{r['image']}: {r['error'] or _named(r)}" for r in self.rows)
 
     def to_csv(self) -> str:
-        """Return the table as CSV text, one line per (picture, rank)."""
+        """Return the table as CSV text, one line per (image, rank)."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["image", "rank", "label", "probability", "error"])
@@ -62,19 +62,19 @@ def predict(
     *,
     batch_size: int = 64,
 ) -> PredictionTable:
-    """Name pictures.
+    """Name images.
 
     Args:
         learner: See :func:`vlprompt.load`.
         images: A folder (searched recursively), one file, or a list of files or PIL images.
-        topk: Names per picture, at least 1; more than C gives C.
-        batch_size: Pictures per pass.
+        topk: Names per image, at least 1; more than C gives C.
+        batch_size: Images per pass.
 
     Returns:
-        A table; a picture that can't be read has its reason in ``error`` and stops nothing.
+        A table; an image that can't be read has its reason in ``error`` and stops nothing.
 
     Raises:
-        DataError: If there is no picture, or ``topk`` is below 1.
+        DataError: If there is no image, or ``topk`` is below 1.
     """
     if topk < 1:
         raise DataError(f"topk must be at least 1, got {topk}.")
@@ -92,11 +92,11 @@ def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Pa
         if place.is_dir():
             found = sorted(p for p in place.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
             if not found:
-                raise DataError(f"{place} holds no pictures ({', '.join(sorted(EXTENSIONS))}).")
+                raise DataError(f"{place} holds no images ({', '.join(sorted(EXTENSIONS))}).")
             return list(found)
         images = [place]
     if not len(images):
-        raise DataError("no pictures to predict.")
+        raise DataError("no images to predict.")
     return [i if isinstance(i, Image.Image) else Path(i) for i in images]
 
 
@@ -134,8 +134,8 @@ def _open(source: Path | Image.Image) -> Image.Image:
     try:
         source.load()
         return to_rgb(source)
-    except OSError as error:  # pillow decodes late: a picture that was opened may still turn out truncated
-        raise DataError(f"can't read the picture: {error}.") from None
+    except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
+        raise DataError(f"can't read the image: {error}.") from None
 
 
 def _named(row: dict[str, Any]) -> str:

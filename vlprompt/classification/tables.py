@@ -49,7 +49,7 @@ def protocol_tables(
     rows += published
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
     columns.sort(key=lambda column: column.startswith(AVERAGE))  # stable: averages last
-    tables = [Table(rows, columns, title, _note(studies))]
+    tables = [Table(rows, columns, title, _note(studies, results))]
     if baselines:
         layout = Layout("", protocol.metric, columns=("data", "shots"), baselines=baselines)
         tables += gain_tables(protocol.comparable(results), layout, title)
@@ -64,8 +64,8 @@ def _zero_shot_name(row: Row, study: Study, studies: Sequence[Study]) -> str:
     return row.method
 
 
-def _note(studies: Sequence[Study]) -> str:
-    """Say what the measured rows are: protocol, shots, seeds and backbone."""
+def _note(studies: Sequence[Study], results: Results) -> str:
+    """Say what the measured rows are: protocol, shots, seeds, backbone, other measures than accuracy, what failed."""
     config = studies[0].config
     backbones = dict.fromkeys(
         "/".join(filter(None, (study.config.backbone.name, study.config.backbone.pretrained)))
@@ -74,4 +74,20 @@ def _note(studies: Sequence[Study]) -> str:
     shots = "/".join(map(str, config.protocol.shots))
     seeds = len(config.protocol.seeds)
     repeated = f"{seeds} seeds (mean ± 95 % interval)" if seeds > 1 else "1 seed"
-    return f"{config.protocol.name}; {shots} shots; {repeated}; backbone {', '.join(backbones)}."
+    parts = [config.protocol.name, f"{shots} shots", repeated, f"backbone {', '.join(backbones)}"]
+    for line in results.select("score", measure=lambda measure: measure is not None).lines:
+        name = line.where.get("target") or line.where.get("data")
+        parts.append(f"{name} by {line.where['measure']}")
+    if lost := _count_lost(studies, results):
+        parts.append(f"{lost} cells failed and are missing")
+    return "; ".join(dict.fromkeys(parts)) + "."
+
+
+def _count_lost(studies: Sequence[Study], results: Results) -> int:
+    """Return how many planned cells left no line."""
+    lost = 0
+    for study in studies:
+        for cell in protocol_of(study.config.protocol.name).planned(study):
+            where = {"target": None, "stage": None, **cell.where}
+            lost += not results.select(**where)
+    return lost

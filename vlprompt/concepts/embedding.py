@@ -213,7 +213,7 @@ def visual_start(features: Tensor, labels: Tensor, names: Sequence[str], norm: f
     """Return (C, d) mean directions of each concept's visual features, at a text output's length.
 
     Args:
-        features: (n, d) of pictures or regions.
+        features: (n, d) of images or regions.
         labels: (n,) numbers of concepts.
         names: C names.
         norm: Mean length of the text encoder's outputs.

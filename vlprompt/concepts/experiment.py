@@ -1,4 +1,4 @@
-"""Runs that search concepts with every number of pictures and seed: what detection and segmentation share."""
+"""Runs that search concepts with every number of images and seed: what detection and segmentation share."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def search_all(
 
     Args:
         rows: What is known already: scores of names; changed in place.
-        sizes: Numbers of training pictures; None is all of them.
+        sizes: Numbers of training images; None is all of them.
         seeds: Of each number.
         run_cell: (size, seed) -> ``scores`` by stage (``first``, ``second``) and ``history``.
     """
     history: list[dict[str, Any]] = []
     for size in sizes:
-        label = f"concepts, {size or 'all'} pictures"
+        label = f"concepts, {size or 'all'} images"
         for seed in seeds:
             log.info("%s, seed %d", label, seed)
             cell = run_cell(size, seed)
@@ -95,7 +95,7 @@ def write_outcome(
             metrics |= value.flat(f"{label}/{key}")
     lines = [Row(label, {k: v for k, v in row.items() if k != "seconds"}) for label, row in found.items()]
     seconds = [f"{label}: {row['seconds'].mean:.1f} s" for label, row in found.items() if "seconds" in row]
-    table = to_markdown(lines) + f"\nSearch, encoding of the pictures included: {'; '.join(seconds)}.\n"
+    table = to_markdown(lines) + f"\nSearch, encoding of the images included: {'; '.join(seconds)}.\n"
     write_json(folder / "metrics.json", metrics)
     write_text(folder / "results.md", table)
     key, name = headline

@@ -29,7 +29,7 @@ class Found(Generic[Module]):
     Attributes:
         module: The concepts, in their host.
         history: One record per epoch.
-        seconds: Of all of it, encoding of the pictures included.
+        seconds: Of all of it, encoding of the images included.
     """
 
     module: Module

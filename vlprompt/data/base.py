@@ -1,4 +1,4 @@
-"""What every data set looks like: samples, class names, templates and a reader of pictures."""
+"""What every data set looks like: samples, class names, templates and a reader of images."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Reader(Protocol):
     """Turns a sample's source into pixels; one per kind of storage."""
 
     def read(self, source: Any) -> Image.Image:
-        """Return the picture as RGB. Raises DataError with the source's name if it can't be decoded."""
+        """Return the image as RGB. Raises DataError with the source's name if it can't be decoded."""
 
     def key(self, source: Any) -> str:
-        """Return a string that changes exactly when the picture's bytes change; feature caches rely on it."""
+        """Return a string that changes exactly when the image's bytes change; feature caches rely on it."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its class, or its classes: ``source`` means something to the reader only."""
+    """One image and its class, or its classes: ``source`` means something to the reader only."""
 
     source: Any
     label: int | tuple[int, ...]
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """All classes the picture shows; one, but in multi-label data sets."""
+        """All classes the image shows; one, but in multi-label data sets."""
         return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
@@ -68,12 +68,12 @@ class ImageDataset:
         return self.reader.read(sample.source), sample.classes[0]
 
     def key(self, index: int) -> str:
-        """Return the content key of one picture (see :meth:`Reader.key`)."""
+        """Return the content key of one image (see :meth:`Reader.key`)."""
         return self.reader.key(self.samples[index].source)
 
     @property
     def labels(self) -> list[int]:
-        """The label of every sample, in order, without reading a picture; the first one if it has several."""
+        """The label of every sample, in order, without reading an image; the first one if it has several."""
         return [s.classes[0] for s in self.samples]
 
     @property
@@ -88,18 +88,18 @@ class ImageDataset:
 
     @property
     def multi_label(self) -> bool:
-        """Whether a picture can have several labels."""
+        """Whether an image can have several labels."""
         return any(isinstance(s.label, tuple) for s in self.samples)
 
     def multi_hot(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return ones where a picture shows a class and zeros elsewhere, (n, C)."""
+        """Return ones where an image shows a class and zeros elsewhere, (n, C)."""
         truth = np.zeros((len(self), len(self.classnames)), dtype=np.int64)
         for row, sample in zip(truth, self.samples, strict=True):
             row[list(sample.classes)] = 1
         return truth
 
     def one_label_each(self) -> ImageDataset:
-        """Return one sample per picture and label, which is how losses over single labels learn from several."""
+        """Return one sample per image and label, which is how losses over single labels learn from several."""
         if not self.multi_label:
             return self
         samples = tuple(Sample(s.source, label) for s in self.samples for label in s.classes)

@@ -1,6 +1,6 @@
-"""Exact feature cache: a frozen tower never sees the same view of the same picture twice.
+"""Exact feature cache: a frozen tower never sees the same view of the same image twice.
 
-A row is keyed by what it depends on: the picture's bytes, the view, the backbone's fingerprint (which covers
+A row is keyed by what it depends on: the image's bytes, the view, the backbone's fingerprint (which covers
 weights, activation and preprocessing) and the type it is stored in. Nothing else is consulted, so nothing can
 go stale.
 """
@@ -60,13 +60,13 @@ class FeatureCache:
         workers: int = 2,
         progress: ProgressCallback | bool = True,
     ) -> torch.Tensor:
-        """Return the features of one view of every picture, encoding only those that are not known yet.
+        """Return the features of one view of every image, encoding only those that are not known yet.
 
         Batches are runs of consecutive samples, minus the known ones: a run that was killed between two of
         them and started again makes the very batches it would have made, hence the same bits.
 
         Args:
-            dataset: n pictures.
+            dataset: n images.
             encode: The frozen tower: (B, 3, H, W) to (B, d); moves its input where it wants it.
             preprocess: The backbone's: PIL image to (3, H, W).
             fingerprint: The backbone's.
@@ -74,7 +74,7 @@ class FeatureCache:
             seed: Seed of the views.
             view: Number of the view, from 0.
             dtype: Type of the result and of what is stored.
-            batch_size: Pictures per call of ``encode``; at most three batches of pictures are in memory.
+            batch_size: Images per call of ``encode``; at most three batches of images are in memory.
             workers: Threads that decode and augment.
             progress: Called with (done, n); True shows a bar if the error stream is a terminal, False shows
                 none.
@@ -83,12 +83,12 @@ class FeatureCache:
             (n, d) on the CPU, in the data set's order.
 
         Raises:
-            DataError: If a picture can't be read (it is named), the data set is empty or ``encode`` returns
+            DataError: If an image can't be read (it is named), the data set is empty or ``encode`` returns
                 no matrix.
-            NonFiniteError: If a feature is NaN or infinite; names the picture.
+            NonFiniteError: If a feature is NaN or infinite; names the image.
         """
         if not len(dataset):
-            raise DataError(f"{dataset.name} ({dataset.split}): no pictures to encode.")
+            raise DataError(f"{dataset.name} ({dataset.split}): no images to encode.")
         store = self._store(fingerprint, dtype)
         with (
             ThreadPoolExecutor(max(1, workers)) as pool,
@@ -127,7 +127,7 @@ class FeatureCache:
 
 
 def _image_keys(pool: ThreadPoolExecutor, dataset: ImageDataset) -> list[str]:
-    """Return every picture's content key; files are hashed in threads, many per job."""
+    """Return every image's content key; files are hashed in threads, many per job."""
     starts = range(0, len(dataset), _KEYS_PER_JOB)
     runs = pool.map(
         lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
@@ -140,7 +140,7 @@ def _row_key(image_key: str, view: str) -> bytes:
 
 
 def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[int]]:
-    """Return the indices to encode, in fixed runs of ``size`` samples; equal pictures are encoded once."""
+    """Return the indices to encode, in fixed runs of ``size`` samples; equal images are encoded once."""
     seen: set[bytes] = set()
     batches = []
     for start in range(0, len(keys), max(1, size)):
@@ -171,7 +171,7 @@ def _prefetched(
             if (batch := next(coming, None)) is not None:
                 running.append((batch, [pool.submit(load, i) for i in batch]))
             yield indices, images
-    finally:  # after an error nobody waits for pictures that were only asked for in advance
+    finally:  # after an error nobody waits for images that were only asked for in advance
         for _, futures in running:
             for future in futures:
                 future.cancel()
@@ -180,14 +180,14 @@ def _prefetched(
 def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) -> torch.Tensor:
     if features.ndim != 2 or len(features) != len(indices):
         raise DataError(
-            f"encode must turn {len(indices)} pictures into ({len(indices)}, d); got {tuple(features.shape)}."
+            f"encode must turn {len(indices)} images into ({len(indices)}, d); got {tuple(features.shape)}."
         )
     finite = torch.isfinite(features).all(dim=1)
     if not bool(finite.all()):
         worst = indices[int((~finite).nonzero()[0])]
         source = dataset.samples[worst].source
         raise NonFiniteError(
-            f"{dataset.name} ({dataset.split}): the features of picture {source} are not finite."
+            f"{dataset.name} ({dataset.split}): the features of image {source} are not finite."
         )
     return features
 

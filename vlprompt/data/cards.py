@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 class SourceSpec(_Strict):
     """Which source reads the data set, and what that source needs to know (it checks ``options`` itself).
 
-    ``otherwise`` is another way in which the same pictures may lie on disk, tried if this one isn't there.
+    ``otherwise`` is another way in which the same images may lie on disk, tried if this one isn't there.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class SplitSpec(_Strict):
         url: Page where people get it.
         mirror: Address where the program gets it.
         checksum: As of :class:`ArchiveSpec`.
-        sizes: Pictures in each part, or pairs of a picture and a phrase.
+        sizes: Images in each part, or pairs of an image and a phrase.
         counts: Which of them.
         otherwise: How the parts are made where there is no published split, or its file is missing.
         draw: How few-shot subsets are drawn unless somebody says otherwise (see ``sampling`` of ``load_dataset``).
@@ -91,7 +91,7 @@ class SplitSpec(_Strict):
     mirror: str | None = Field(default=None, pattern="^https?://")
     checksum: Checksum | None = None
     sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
-    counts: Literal["pictures", "pairs"] = "pictures"
+    counts: Literal["images", "pairs"] = "images"
     otherwise: str = ""
     draw: Literal["private", "elevater"] = "private"
 
@@ -102,7 +102,7 @@ class Card(_Strict):
     Attributes:
         name: Catalogue name.
         title: What people call it.
-        task: With several labels per picture or one, or masks of what phrases mean.
+        task: With several labels per image or one, or masks of what phrases mean.
         classnames: By label, two at least unless masks are asked for; a card of the ImageNet family names ``synsets``
             instead.
         synsets: A list of :mod:`vlprompt.data.imagenet` that holds the class names.
@@ -164,7 +164,7 @@ class Card(_Strict):
 
     @property
     def multi_label(self) -> bool:
-        """Whether a picture can have several labels."""
+        """Whether an image can have several labels."""
         return self.task == "multi-label classification"
 
 

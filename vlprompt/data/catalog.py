@@ -26,7 +26,7 @@ from vlprompt.data.splits import check_split
 
 __all__ = ["check_name", "default_root", "list_datasets", "load_dataset", "open_split"]
 
-_GRAMMAR = "One's own pictures: folder:PATH or csv:PATH."
+_GRAMMAR = "One's own images: folder:PATH or csv:PATH."
 Names = Sequence[str] | Mapping[str, str]
 Sampling = Literal["auto", "private", "coop_compat", "elevater"]
 _Ways = list[tuple[Build, Request]]  # to read a data set, best first
@@ -69,27 +69,27 @@ def load_dataset(
     Args:
         name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH`` or ``csv:PATH``.
         split: ``"train"``, ``"val"`` or ``"test"``. The train part of a multi-label data set has one sample per
-            picture and label; its other parts keep all labels together.
-        shots: Pictures per class, None for all; ``val`` gives at most 4 per class, as the protocol has it.
+            image and label; its other parts keep all labels together.
+        shots: Images per class, None for all; ``val`` gives at most 4 per class, as the protocol has it.
         seed: Seed of the draw of shots.
         classes: ``"base"`` is the first half of the classes, ``"new"`` the rest, drawn before they are
             filtered.
         root: Folder of downloaded data sets; :func:`default_root` if None.
-        sampling: ``"private"`` draws from a generator of its own; ``"coop_compat"`` draws the very pictures of the
+        sampling: ``"private"`` draws from a generator of its own; ``"coop_compat"`` draws the very images of the
             reference code; ``"elevater"`` draws from the train list as the ELEVATER benchmark does, and takes val
             from what it drew; ``"auto"`` is elevater for the cards of that benchmark and private for all others.
-        on_bad_image: ``"skip"`` names unreadable pictures in a warning and leaves them out, ``"error"``
+        on_bad_image: ``"skip"`` names unreadable images in a warning and leaves them out, ``"error"``
             refuses.
         download: Fetch a data set that isn't there, if its card says from where (see ``tools/prepare.py``).
-        strict_shots: Refuse classes with fewer pictures than ``shots``.
-        max_bad_share: Share of unreadable pictures in [0, 1] above which ``"skip"`` refuses too.
+        strict_shots: Refuse classes with fewer images than ``shots``.
+        max_bad_share: Share of unreadable images in [0, 1] above which ``"skip"`` refuses too.
         classnames: Other class names, all in order, or a mapping of some old names (or folder names) to new
             ones.
         templates: Other templates, each with one ``{}``.
         options: What the data set's source takes, for example ``size=64``.
 
     Returns:
-        The data set; ``info`` records where it came from, how it was split, and which pictures were drawn or
+        The data set; ``info`` records where it came from, how it was split, and which images were drawn or
         skipped.
 
     Raises:
@@ -111,13 +111,13 @@ def load_dataset(
         chosen = _draw(ways, whole, shots, seed, sampling, policy)
     chosen = base_new(chosen.one_label_each() if split == "train" else chosen, classes)
     if not len(chosen):
-        raise DataError(f"{name}: the split {split!r} has no readable picture of these classes.")
+        raise DataError(f"{name}: the split {split!r} has no readable image of these classes.")
     return chosen
 
 
 @dataclass(frozen=True)
 class _Policy:
-    """What happens to unreadable pictures and to classes with too few."""
+    """What happens to unreadable images and to classes with too few."""
 
     on_bad_image: Literal["skip", "error"]
     max_bad_share: float
@@ -174,7 +174,7 @@ def _scene_names() -> list[str]:
 
 
 def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None) -> ImageDataset:
-    """Return a whole split as it lies on disk: nothing is fetched, and no picture is decoded.
+    """Return a whole split as it lies on disk: nothing is fetched, and no image is decoded.
 
     Raises:
         AbsentError: If it isn't there.

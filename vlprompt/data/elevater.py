@@ -1,10 +1,10 @@
-"""The ELEVATER benchmark's few-shot draw: k pictures per class of the train list, a fifth of them held out.
+"""The ELEVATER benchmark's few-shot draw: k images per class of the train list, a fifth of them held out.
 
 Paper: Li et al., ELEVATER, 2204.08790, section 4. Reference: ``DatasetManifest.sample_few_shot_subset`` of
 microsoft/vision-datasets 0.2.x for the draw, ``get_dataloader`` of sIncerass/MVLPT
-trainers/vision_benchmark/evaluation/feature.py for the hold-out; both are followed picture by picture, given the list
+trainers/vision_benchmark/evaluation/feature.py for the hold-out; both are followed image by image, given the list
 in the benchmark's own order. The official val part is not used. At one shot there is nothing to hold out: the same
-picture trains and validates. Differs: pictures without a label are not drawn.
+image trains and validates. Differs: images without a label are not drawn.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def elevater_draw(
 ) -> ImageDataset:
     """Draw the train or val part of a few-shot run from the whole train list.
 
-    Unreadable pictures are passed over, so that the classes keep their shots.
+    Unreadable images are passed over, so that the classes keep their shots.
 
     Args:
         train: The official train list.
         part: ``"train"`` or ``"val"``.
-        shots: Pictures per class, train and val together.
+        shots: Images per class, train and val together.
         seed: Seed of the one shuffle.
         on_bad_image: See :func:`vlprompt.data.images.drop_bad`.
         max_bad_share: Share of the whole list, in [0, 1].
@@ -49,7 +49,7 @@ def elevater_draw(
         The part; ``info["indices"]`` holds the positions in the whole list.
 
     Raises:
-        DataError: For impossible ``shots``, or unreadable pictures, as configured.
+        DataError: For impossible ``shots``, or unreadable images, as configured.
     """
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise DataError(f"{train.name}: shots must be a whole number of at least 1, or None; got {shots!r}.")
@@ -78,12 +78,12 @@ def elevater_draw(
 def elevater_indices(
     labels: Labels, classes: int, shots: int, seed: int, skip: Collection[int] = ()
 ) -> tuple[list[int], list[int]]:
-    """Return the positions of the train and of the val pictures.
+    """Return the positions of the train and of the val images.
 
     Args:
-        labels: The labels of every picture of the train list, (n,) tuples.
+        labels: The labels of every image of the train list, (n,) tuples.
         classes: Number of classes C.
-        shots: Pictures per class, k; a multi-label draw meets it only roughly, as the benchmark does.
+        shots: Images per class, k; a multi-label draw meets it only roughly, as the benchmark does.
         seed: Seed of the one shuffle.
         skip: Positions that may not be drawn.
     """
@@ -117,7 +117,7 @@ def _hold_out(drawn: list[int], labels: Labels) -> list[int]:
 
 
 def _hold_out_multi(drawn: list[int], labels: Labels, classes: int) -> list[int]:
-    """Return pictures, taken for the first class that still lacks some, until each has its fifth, rounded up."""
+    """Return images, taken for the first class that still lacks some, until each has its fifth, rounded up."""
     left = [math.ceil(sum(c in labels[i] for i in drawn) * VAL_SHARE) for c in range(classes)]
     free, val = list(drawn), []
     for c in range(classes):

@@ -21,7 +21,7 @@ from vlprompt.data.images import BadImage, BadImagePolicy, VerificationReport, r
 __all__ = ["VAL_SHOTS", "base_new", "coop_indices", "few_shot"]
 
 VAL_SHOTS = (
-    4  # the protocol tunes on at most this many validation pictures per class, however many it trains on
+    4  # the protocol tunes on at most this many validation images per class, however many it trains on
 )
 Sampling = Literal["private", "coop_compat"]
 
@@ -37,19 +37,19 @@ def few_shot(
     on_bad_image: BadImagePolicy = "error",
     max_bad_share: float = 0.05,
 ) -> ImageDataset:
-    """Draw ``shots`` pictures per class without replacement; from ``val`` at most 4 (:data:`VAL_SHOTS`).
+    """Draw ``shots`` images per class without replacement; from ``val`` at most 4 (:data:`VAL_SHOTS`).
 
-    Under ``"private"`` an unreadable picture is replaced by the next of the class's shuffled list, so only
-    the pictures that are looked at need decoding; under ``"coop_compat"`` it is left out.
+    Under ``"private"`` an unreadable image is replaced by the next of the class's shuffled list, so only
+    the images that are looked at need decoding; under ``"coop_compat"`` it is left out.
 
     Args:
         dataset: The whole split.
-        shots: Pictures per class, at least 1.
+        shots: Images per class, at least 1.
         seed: The protocol's seed.
         sampling: ``"private"``, or ``"coop_compat"`` for the reference's very subset.
         train: The whole train split; ``coop_compat`` needs it for ``val``, whose draws follow train's in one
             stream.
-        strict_shots: Refuse a class that has fewer than ``shots`` pictures, instead of taking all with a
+        strict_shots: Refuse a class that has fewer than ``shots`` images, instead of taking all with a
             warning.
         on_bad_image: See :func:`vlprompt.data.images.drop_bad`.
         max_bad_share: Share of the whole split, in [0, 1].
@@ -58,7 +58,7 @@ def few_shot(
         The subset; ``info["indices"]`` holds the chosen positions in the whole split.
 
     Raises:
-        DataError: For impossible ``shots``, unknown modes, too few pictures or unreadable ones, as
+        DataError: For impossible ``shots``, unknown modes, too few images or unreadable ones, as
             configured.
     """
     wanted = _wanted(dataset, shots)
@@ -85,7 +85,7 @@ def coop_indices(
     """Return the positions that the reference code would draw for train and for val, one list per class.
 
     One ``random.Random(seed)`` makes one ``sample`` per class in order of first appearance, train first, then
-    val with ``min(shots, 4)``; a class with fewer pictures is taken whole and draws nothing.
+    val with ``min(shots, 4)``; a class with fewer images is taken whole and draws nothing.
 
     Reference: KaiyangZhou/Dassl.pytorch dassl/data/datasets/base_dataset.py, generate_fewshot_dataset.
     """
@@ -101,7 +101,7 @@ def coop_indices(
 def base_new(dataset: ImageDataset, which: Literal["all", "base", "new"]) -> ImageDataset:
     """Keep the first ``ceil(C/2)`` classes (``"base"``) or the rest (``"new"``), relabelled from 0.
 
-    Draw shots first and filter afterwards, so that base pictures are the same as in runs over all classes.
+    Draw shots first and filter afterwards, so that base images are the same as in runs over all classes.
 
     Raises:
         DataError: For another ``which``, or if ``"new"`` would be empty.
@@ -176,7 +176,7 @@ def _reference_draws(
 def _take_readable(
     dataset: ImageDataset, queues: list[list[int]], wanted: int
 ) -> tuple[list[list[int]], list[BadImage]]:
-    """Take the first ``wanted`` readable pictures of each queue; also return the unreadable ones met."""
+    """Take the first ``wanted`` readable images of each queue; also return the unreadable ones met."""
     chosen: list[list[int]] = [[] for _ in queues]
     bad: list[BadImage] = []
     ahead = [0] * len(queues)

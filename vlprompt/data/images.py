@@ -1,7 +1,7 @@
-"""Pictures from files: robust decoding, content keys, and the pass that finds unreadable ones early.
+"""Images from files: robust decoding, content keys, and the pass that finds unreadable ones early.
 
 Decoding happens in threads and processes far from the user; a damaged file must surface as one sentence that
-names it. :func:`verify` decodes every picture of a split once, up front, so that which pictures are used is
+names it. :func:`verify` decodes every image of a split once, up front, so that which images are used is
 decided before any worker starts and is the same in every process.
 """
 
@@ -54,7 +54,7 @@ _verdicts: dict[_Stat, str] = {}
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture file to 8-bit RGB, upright.
+    """Decode an image file to 8-bit RGB, upright.
 
     EXIF orientation is applied, the first frame of an animation is taken, transparency is laid on white,
     16-bit and float greys are scaled to 8 bits, CMYK and palettes are converted.
@@ -64,7 +64,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         max_pixels: Largest declared width x height; checked before any pixel is decoded.
 
     Raises:
-        DataError: If the file is missing, truncated, too large, a thread of pixels or no picture; names the file and
+        DataError: If the file is missing, truncated, too large, a thread of pixels or no image; names the file and
             the reason.
     """
     with _opened(Path(path), Path(path), max_pixels) as image:
@@ -72,10 +72,10 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
 
 
 def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
-    """Decode a picture file as :func:`read_image` does, and say what the decoded pixels don't show.
+    """Decode an image file as :func:`read_image` does, and say what the decoded pixels don't show.
 
     Returns:
-        The picture, and a note of further frames, other colours or more depth; empty if there is none of that.
+        The image, and a note of further frames, other colours or more depth; empty if there is none of that.
 
     Raises:
         DataError: As :func:`read_image` does.
@@ -87,7 +87,7 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads pictures below one folder; a source is a path relative to it, with ``/``.
+    """Reads images below one folder; a source is a path relative to it, with ``/``.
 
     Attributes:
         root: The folder.
@@ -102,11 +102,11 @@ class FileReader:
         return self.root / source
 
     def read(self, source: str) -> Image.Image:
-        """Return the picture as RGB (see :func:`read_image`)."""
+        """Return the image as RGB (see :func:`read_image`)."""
         return read_image(self.path(source), self.max_pixels)
 
     def check(self, source: str) -> str:
-        """Return why a picture can't be decoded, empty if it can; remembered like :meth:`key`."""
+        """Return why an image can't be decoded, empty if it can; remembered like :meth:`key`."""
         return _verdict(self.path(source), self.max_pixels)
 
     def key(self, source: str) -> str:
@@ -117,13 +117,13 @@ class FileReader:
             if stat not in _digests:
                 _digests[stat] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
-            raise DataError(f"can't read the picture {path}: {error.strerror or error}.") from None
+            raise DataError(f"can't read the image {path}: {error.strerror or error}.") from None
         return _digests[stat]
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """One unreadable picture: its index in the split, its name and why it can't be used."""
+    """One unreadable image: its index in the split, its name and why it can't be used."""
 
     index: int
     name: str
@@ -135,7 +135,7 @@ class VerificationReport:
     """What :func:`verify` found.
 
     Attributes:
-        checked: How many pictures were decoded.
+        checked: How many images were decoded.
         bad: The unreadable ones, by index.
     """
 
@@ -144,18 +144,18 @@ class VerificationReport:
 
     def __str__(self) -> str:
         if not self.bad:
-            return f"{self.checked} pictures checked, all readable"
+            return f"{self.checked} images checked, all readable"
         shown = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
         more = f"; and {len(self.bad) - 10} more" if len(self.bad) > 10 else ""
-        return f"{len(self.bad)} of {self.checked} pictures can't be read: {shown}{more}"
+        return f"{len(self.bad)} of {self.checked} images can't be read: {shown}{more}"
 
 
 def verify(
     dataset: ImageDataset, indices: Iterable[int] | None = None, workers: int | None = None
 ) -> VerificationReport:
-    """Decode pictures once and report the unreadable ones, without keeping any.
+    """Decode images once and report the unreadable ones, without keeping any.
 
-    Data sets that draw their pictures (their readers have no ``check``) have nothing to verify. Results
+    Data sets that draw their images (their readers have no ``check``) have nothing to verify. Results
     are remembered in memory by path, size and time of change. JPEG files are decoded at an eighth of their
     size, which still walks every byte of them.
 
@@ -182,12 +182,12 @@ def verify(
 def drop_bad(
     dataset: ImageDataset, policy: BadImagePolicy, max_share: float, report: VerificationReport | None = None
 ) -> ImageDataset:
-    """Return the data set without its unreadable pictures, named in a warning and ``info["skipped"]``.
+    """Return the data set without its unreadable images, named in a warning and ``info["skipped"]``.
 
     Args:
         dataset: What to clean.
-        policy: ``"skip"`` leaves bad pictures out; ``"error"`` refuses the data set.
-        max_share: Largest share of bad pictures, in [0, 1], that may be skipped.
+        policy: ``"skip"`` leaves bad images out; ``"error"`` refuses the data set.
+        max_share: Largest share of bad images, in [0, 1], that may be skipped.
         report: What :func:`verify` said, if it was called already.
 
     Raises:
@@ -206,7 +206,7 @@ def drop_bad(
 def refuse_if_fatal(
     name: str, split: str, report: VerificationReport, policy: BadImagePolicy, max_share: float, total: int
 ) -> None:
-    """Raise if bad pictures are fatal, warn if they are skipped (see :func:`drop_bad`)."""
+    """Raise if bad images are fatal, warn if they are skipped (see :func:`drop_bad`)."""
     if not report.bad:
         return
     if policy == "error":
@@ -220,10 +220,10 @@ def refuse_if_fatal(
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False) -> Image.Image:
-    """Decode a picture's bytes as :func:`read_image` does; ``quick`` only walks them.
+    """Decode an image's bytes as :func:`read_image` does; ``quick`` only walks them.
 
     Raises:
-        UndecodableError: If they are no picture; names ``name`` and the reason.
+        UndecodableError: If they are no image; names ``name`` and the reason.
     """
     with _opened(io.BytesIO(data), Path(name), max_pixels) as image:
         return _walked(image) if quick else _upright(image)
@@ -246,16 +246,16 @@ def _verdict(path: Path, max_pixels: int) -> str:
 
 
 class UndecodableError(DataError):
-    """A picture that can't be decoded; ``reason`` says why, without its name."""
+    """An image that can't be decoded; ``reason`` says why, without its name."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"can't read the picture {path}: {reason}.")
+        super().__init__(f"can't read the image {path}: {reason}.")
 
 
 @contextmanager
 def _opened(source: Path | io.BytesIO, path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a picture whose header is harmless; whatever fails until it is closed becomes one sentence with its name."""
+    """Open an image whose header is harmless; whatever fails until it is closed becomes one sentence with its name."""
     try:
         with Image.open(source) as image:
             width, height = image.size
@@ -304,12 +304,12 @@ def _reason(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty"
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no picture in a known format"
+        return "it is no image in a known format"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded picture of any mode as 8-bit RGB: white under transparency, more than 8 bits scaled."""
+    """Return a decoded image of any mode as 8-bit RGB: white under transparency, more than 8 bits scaled."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -322,7 +322,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def pixel_key(image: Image.Image) -> str:
-    """Return 32 hex digits of an RGB picture's size and pixels: equal for equal pictures, however they are stored."""
+    """Return 32 hex digits of an RGB image's size and pixels: equal for equal images, however they are stored."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Listing pictures and class folders: sorted, without hidden files, never outside the folder."""
+"""Listing images and class folders: sorted, without hidden files, never outside the folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlprompt.data.images import EXTENSIONS
 
-__all__ = ["list_folders", "list_pictures"]
+__all__ = ["list_folders", "list_images"]
 
 
 def list_folders(folder: Path, root: Path) -> list[Path]:
@@ -18,13 +18,13 @@ def list_folders(folder: Path, root: Path) -> list[Path]:
     return sorted((p for p in found if _stays(p, root)), key=lambda p: os.fsencode(p.name))
 
 
-def list_pictures(folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
-    """Return all pictures below a folder as sorted paths relative to ``root``, with ``/``.
+def list_images(folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """Return all images below a folder as sorted paths relative to ``root``, with ``/``.
 
     Args:
         folder: Where to look, at any depth; links to folders are not followed.
         root: What paths are relative to; a link that leaves it is left out with a warning.
-        extensions: Endings that count as pictures, lower case with the dot.
+        extensions: Endings that count as images, lower case with the dot.
     """
     found = []
     for parent, folders, files in os.walk(folder):

@@ -37,7 +37,7 @@ class Status:
 
     Attributes:
         state: ``"ready"``, ``"absent"``, or ``"incomplete"``.
-        sizes: Pictures in each part that could be opened.
+        sizes: Images in each part that could be opened.
         problems: What is wrong, one sentence each.
     """
 
@@ -52,7 +52,7 @@ def status(card: Card, root: Path, decode: bool = False) -> Status:
     Args:
         card: The data set.
         root: Where data sets lie.
-        decode: Also decode every picture.
+        decode: Also decode every image.
     """
     sizes: dict[str, int] = {}
     problems: list[str] = []
@@ -70,7 +70,7 @@ def status(card: Card, root: Path, decode: bool = False) -> Status:
         problems += [str(w.message) for w in caught if "expected: is it whole" not in str(w.message)]
         sizes[split] = len(data)
         if isinstance(data, MaskDataset):
-            sizes[split] = len(data) if card.splits.counts == "pairs" else len(data.pictures())
+            sizes[split] = len(data) if card.splits.counts == "pairs" else len(data.images())
         if sizes[split] != expected:
             what = card.splits.counts
             problems.append(f"{split} has {sizes[split]} {what}, the card says {expected}.")

@@ -81,10 +81,10 @@ def cut(
     names: Sequence[str],
     seed: int = 0,
 ) -> dict[str, tuple[Sample, ...]]:
-    """Cut each class's pictures into parts, at least one picture per part.
+    """Cut each class's images into parts, at least one image per part.
 
-    Pictures are ranked by a hash of (seed, key, path), so the cut depends neither on the order of the listing
-    nor on the machine, and a picture that is added later moves at most a few others to another part.
+    Images are ranked by a hash of (seed, key, path), so the cut depends neither on the order of the listing
+    nor on the machine, and an image that is added later moves at most a few others to another part.
 
     Args:
         groups: Paths by label.
@@ -97,15 +97,15 @@ def cut(
         Samples by part, ordered by label, then path.
 
     Raises:
-        DataError: If a class has fewer pictures than there are parts; names it.
+        DataError: If a class has fewer images than there are parts; names it.
     """
     parts: dict[str, list[Sample]] = {part: [] for part in shares}
     for label in sorted(groups):
         paths = sorted(groups[label], key=lambda p: derive_seed(seed, "split", key, p))
         if len(paths) < len(shares):
             raise DataError(
-                f"{key}: class {names[label]!r} has {len(paths)} picture{'s' * (len(paths) != 1)}, too few "
-                f"to cut into {', '.join(shares)}. Add pictures, or provide the splits yourself."
+                f"{key}: class {names[label]!r} has {len(paths)} image{'s' * (len(paths) != 1)}, too few "
+                f"to cut into {', '.join(shares)}. Add images, or provide the splits yourself."
             )
         sizes = _sizes(len(paths), list(shares.values()))
         start = 0

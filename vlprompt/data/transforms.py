@@ -1,4 +1,4 @@
-"""Augmentations whose every view is a function of (seed, picture, view number) and of nothing else.
+"""Augmentations whose every view is a function of (seed, image, view number) and of nothing else.
 
 Because batching, order and workers can't change a view, its features can be cached and a killed run resumes
 exactly.
@@ -35,7 +35,7 @@ class Augmentation:
     Attributes:
         name: ``"none"``, ``"flip"`` (left-right, half of the views) or ``"crop_flip"`` (a random crop resized
             to the backbone's input, bicubic, then the flip).
-        scale: Smallest and largest share of the picture's area that ``crop_flip`` keeps, in (0, 1].
+        scale: Smallest and largest share of the image's area that ``crop_flip`` keeps, in (0, 1].
 
     Raises:
         UnknownNameError: For another name.
@@ -56,7 +56,7 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str) -> Augmentation:
-        """Return what a name means; ``"crop_flip:0.5"`` keeps at least half of the picture's area.
+        """Return what a name means; ``"crop_flip:0.5"`` keeps at least half of the image's area.
 
         Raises:
             UnknownNameError: For another name.
@@ -69,14 +69,14 @@ class Augmentation:
             least = float(share if name == "crop_flip" else "none")
         except ValueError as error:
             raise DataError(
-                f"augmentation {text!r}: only crop_flip takes a number, the smallest share of the picture it keeps, "
+                f"augmentation {text!r}: only crop_flip takes a number, the smallest share of the image it keeps, "
                 "for example crop_flip:0.5."
             ) from error
         return cls(name, (least, 1.0))
 
     @property
     def is_random(self) -> bool:
-        """Whether views of one picture differ."""
+        """Whether views of one image differ."""
         return self.name != "none"
 
     def describe(self, seed: int, view: int) -> str:
@@ -89,13 +89,13 @@ class Augmentation:
     def augment(
         self, image: Image.Image, preprocess: Preprocess, seed: int, key: str, view: int = 0
     ) -> torch.Tensor:
-        """Return one view of a picture, preprocessed.
+        """Return one view of an image, preprocessed.
 
         Args:
             image: RGB.
             preprocess: The backbone's: PIL image to (3, H, W).
             seed: The run's seed.
-            key: The picture's content key (:meth:`vlprompt.data.base.ImageDataset.key`).
+            key: The image's content key (:meth:`vlprompt.data.base.ImageDataset.key`).
             view: Number of the view, from 0.
 
         Returns:

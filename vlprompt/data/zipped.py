@@ -1,4 +1,4 @@
-"""Pictures inside zip archives, read where they are; a source is ``archive.zip@path/inside.jpg``."""
+"""Images inside zip archives, read where they are; a source is ``archive.zip@path/inside.jpg``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ZipReader"]
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Reads pictures from archives in one folder, and those that lie there unpacked.
+    """Reads images from archives in one folder, and those that lie there unpacked.
 
     Attributes:
         root: The folder.
@@ -30,14 +30,14 @@ class ZipReader:
     max_pixels: int = MAX_PIXELS
 
     def read(self, source: str) -> Image.Image:
-        """Return the picture as RGB."""
+        """Return the image as RGB."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.read(source)
         return decode(self._bytes(archive, member), source, self.max_pixels)
 
     def check(self, source: str) -> str:
-        """Return why a picture can't be decoded, empty if it can."""
+        """Return why an image can't be decoded, empty if it can."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.check(source)
@@ -50,7 +50,7 @@ class ZipReader:
         return ""
 
     def key(self, source: str) -> str:
-        """Return ``file:`` and the sha256 of the picture's bytes, as if it lay unpacked."""
+        """Return ``file:`` and the sha256 of the image's bytes, as if it lay unpacked."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.key(source)

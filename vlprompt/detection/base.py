@@ -20,11 +20,11 @@ Frozen = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says of B pictures.
+    """What a detector says of B images.
 
     Attributes:
         logits: (B, N, C), of "this box shows concept c".
-        boxes: (B, N, 4) centre x, centre y, width and height, as fractions of the picture's sides.
+        boxes: (B, N, 4) centre x, centre y, width and height, as fractions of the image's sides.
     """
 
     logits: Tensor
@@ -47,11 +47,11 @@ class Detector(nn.Module):
     tower: tuple[str, ...] = ()
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Return (3, h, w), the same for every picture; sides are squashed, so boxes as fractions stay true."""
+        """Return (3, h, w), the same for every image; sides are squashed, so boxes as fractions stay true."""
         raise NotImplementedError
 
     def frozen(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what of (B, 3, h, w) pictures no concept changes; the first axis of each tensor is the picture."""
+        """Return what of (B, 3, h, w) images no concept changes; the first axis of each tensor is the image."""
         raise NotImplementedError
 
     def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
@@ -84,7 +84,7 @@ class Detector(nn.Module):
         return box_losses(found.logits, found.boxes, targets)
 
     def forward(self, images: Tensor, concepts: Tensor) -> Detections:
-        """Return detections of (C, L, d) concepts in (B, 3, h, w) pictures."""
+        """Return detections of (C, L, d) concepts in (B, 3, h, w) images."""
         return self.detect(self.frozen(images), concepts)
 
     @property

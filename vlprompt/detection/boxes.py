@@ -24,7 +24,7 @@ CLASS, BOX, GIOU = 2.0, 5.0, 2.0
 
 
 class Target(TypedDict):
-    """The objects of a picture: ``labels`` (T,) and ``boxes`` (T, 4) as centre and sides, in fractions."""
+    """The objects of an image: ``labels`` (T,) and ``boxes`` (T, 4) as centre and sides, in fractions."""
 
     labels: Tensor
     boxes: Tensor
@@ -36,7 +36,7 @@ def box_losses(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> dict
     Args:
         logits: (B, N, C).
         boxes: (B, N, 4) centre and sides, in fractions.
-        targets: B pictures' objects.
+        targets: B images' objects.
     """
     pairs = match(logits, boxes, targets)
     count = max(1, sum(len(t["labels"]) for t in targets))
@@ -58,7 +58,7 @@ def box_losses(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> dict
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
-    """Return, per picture, which predictions stand for which objects: (rows of N, columns of T)."""
+    """Return, per image, which predictions stand for which objects: (rows of N, columns of T)."""
     found = []
     for scores, mine, target in zip(logits.float().sigmoid(), boxes.float(), targets, strict=True):
         labels, true = target["labels"].to(scores.device), target["boxes"].to(mine)

@@ -28,8 +28,8 @@ class BoxDataOptions(BaseModel):
     train: str = "scenes/shape"
     val: str | None = Field(None, description="for curves and select=best; None: none")
     test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
-    pictures: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default=[None], min_length=1, description="training pictures drawn; null: all"
+    images: list[Annotated[int, Field(ge=1)] | None] = Field(
+        default=[None], min_length=1, description="training images drawn; null: all"
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures with boxes: COCO's format, and drawn scenes."""
+"""Images with boxes: COCO's format, and drawn scenes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["DetectionData", "Labelled", "read_coco", "write_coco"]
 
 @dataclass(frozen=True)
 class Labelled:
-    """A picture's objects.
+    """An image's objects.
 
     Attributes:
         boxes: (T, 4) x0 y0 x1 y1 in pixels.
         labels: (T,) numbers of classes.
         crowd: (T,) whether a box stands for many objects: not trained on, and no mistake to find or to miss.
-        size: (W, H) of the picture in pixels.
+        size: (W, H) of the image in pixels.
     """
 
     boxes: NDArray[np.float32]
@@ -50,13 +50,13 @@ class Labelled:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """A data set of pictures with boxes.
+    """A data set of images with boxes.
 
     Attributes:
         name: For messages and records.
         classnames: C names.
-        objects: One entry per picture.
-        image: Returns the i-th picture.
+        objects: One entry per image.
+        image: Returns the i-th image.
         templates: Hand-written sentences for the names.
     """
 
@@ -69,18 +69,18 @@ class DetectionData:
     def __len__(self) -> int:
         return len(self.objects)
 
-    def few(self, pictures: int | None, seed: int) -> DetectionData:
-        """Return a seeded draw of so many pictures; None: all.
+    def few(self, images: int | None, seed: int) -> DetectionData:
+        """Return a seeded draw of so many images; None: all.
 
         Raises:
             DataError: If there are fewer, or a class has no object among those drawn.
         """
-        if pictures is None:
+        if images is None:
             return self
-        if pictures > len(self):
-            raise DataError(f"{self.name} has {len(self)} pictures, {pictures} were asked for.")
-        order = [int(i) for i in numpy_rng(seed, "detection", self.name, pictures).permutation(len(self))]
-        chosen = order[:pictures]
+        if images > len(self):
+            raise DataError(f"{self.name} has {len(self)} images, {images} were asked for.")
+        order = [int(i) for i in numpy_rng(seed, "detection", self.name, images).permutation(len(self))]
+        chosen = order[:images]
         return DetectionData(
             self.name,
             self.classnames,
@@ -95,7 +95,7 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
 
     Args:
         annotations: The JSON file: ``images``, ``annotations``, ``categories``.
-        images: Folder of the pictures.
+        images: Folder of the images.
 
     Raises:
         DataError: If the file is not of that format, or refers to what isn't there; names what.
@@ -103,28 +103,28 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
     path, folder = Path(annotations), Path(images)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        pictures = {int(p["id"]): p for p in raw["images"]}
+        entries = {int(p["id"]): p for p in raw["images"]}
         categories = sorted((int(c["id"]), str(c["name"])) for c in raw["categories"])
-        boxes: dict[int, list[Any]] = {i: [] for i in pictures}
+        boxes: dict[int, list[Any]] = {i: [] for i in entries}
         numbers = {number: k for k, (number, _) in enumerate(categories)}
         for a in raw["annotations"]:
             where = f"annotation {a.get('id')}"
-            if (picture := int(a["image_id"])) not in boxes:
-                raise DataError(f"{path}: {where} belongs to picture {picture}, which is not listed.")
+            if (owner := int(a["image_id"])) not in boxes:
+                raise DataError(f"{path}: {where} belongs to image {owner}, which is not listed.")
             if (category := int(a["category_id"])) not in numbers:
                 raise DataError(f"{path}: {where} is of category {category}, which is not listed.")
             x, y, w, h = map(float, a["bbox"])
             if w > 0 and h > 0:
                 box = (x, y, x + w, y + h)
-                boxes[picture].append((box, numbers[category], bool(a.get("iscrowd", 0))))
-        files = {i: folder / str(p["file_name"]) for i, p in pictures.items()}
-        sizes = {i: (int(p["width"]), int(p["height"])) for i, p in pictures.items()}
+                boxes[owner].append((box, numbers[category], bool(a.get("iscrowd", 0))))
+        files = {i: folder / str(p["file_name"]) for i, p in entries.items()}
+        sizes = {i: (int(p["width"]), int(p["height"])) for i, p in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not in COCO's format: {type(error).__name__} {error}.") from error
     if not files or not categories:
-        raise DataError(f"{path} lists {len(files)} pictures and {len(categories)} categories.")
+        raise DataError(f"{path} lists {len(files)} images and {len(categories)} categories.")
     if missing := [str(f) for f in files.values() if not f.is_file()]:
-        raise DataError(f"{path}: {len(missing)} of {len(files)} pictures are missing, first {missing[0]}.")
+        raise DataError(f"{path}: {len(missing)} of {len(files)} images are missing, first {missing[0]}.")
     order = list(files)
     objects = tuple(_labelled(boxes[i], sizes[i]) for i in order)
     names = tuple(name for _, name in categories)
@@ -132,14 +132,14 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
 
 
 def write_coco(data: DetectionData, folder: str | Path) -> Path:
-    """Write a data set in COCO's format: ``annotations.json`` and PNG pictures beside it; return the JSON's path."""
+    """Write a data set in COCO's format: ``annotations.json`` and PNG images beside it; return the JSON's path."""
     place = Path(folder)
-    pictures: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for i, entry in enumerate(data.objects):
-        picture = data.image(i)
-        write_atomic(place / f"{i:06d}.png", lambda path, image=picture: image.save(path, format="PNG"))  # type: ignore[misc]
-        pictures.append(
+        shown = data.image(i)
+        write_atomic(place / f"{i:06d}.png", lambda path, image=shown: image.save(path, format="PNG"))  # type: ignore[misc]
+        entries.append(
             {"id": i, "file_name": f"{i:06d}.png", "width": entry.size[0], "height": entry.size[1]}
         )
         for box, label, crowd in zip(entry.boxes.tolist(), entry.labels, entry.crowd, strict=True):
@@ -149,7 +149,7 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
             found.append({"id": len(found) + 1, **facts, **side})
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(data.classnames)]
     write_json(
-        place / "annotations.json", {"images": pictures, "annotations": found, "categories": categories}
+        place / "annotations.json", {"images": entries, "annotations": found, "categories": categories}
     )
     return place / "annotations.json"
 

@@ -16,7 +16,7 @@ from vlprompt.detection.data import DetectionData
 __all__ = ["average_precision", "features", "kept_boxes"]
 
 MOST = 100
-"""Boxes per picture that count, as in COCO's evaluation."""
+"""Boxes per image that count, as in COCO's evaluation."""
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def average_precision(
     Args:
         detector: The host.
         concepts: (C, L, d), one per class of the data.
-        data: Pictures with boxes.
+        data: Images with boxes.
         rows: What :func:`features` returned for them, if they are kept.
 
     Raises:
@@ -61,13 +61,13 @@ def average_precision(
 
 @torch.no_grad()
 def features(detector: Detector, data: DetectionData) -> dict[str, Tensor]:
-    """Return what of all pictures no concept changes, float16 on the CPU; the first axis is the picture."""
+    """Return what of all images no concept changes, float16 on the CPU; the first axis is the image."""
     parts = list(batches(detector, data))
     return {key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]}
 
 
 def batches(detector: Detector, data: DetectionData, size: int = 32) -> Iterator[dict[str, Tensor]]:
-    """Yield what of the pictures no concept changes, in batches."""
+    """Yield what of the images no concept changes, in batches."""
     for start in range(0, len(data), size):
         images = [detector.preprocess(data.image(i)) for i in range(start, min(start + size, len(data)))]
         with torch.no_grad():
@@ -75,7 +75,7 @@ def batches(detector: Detector, data: DetectionData, size: int = 32) -> Iterator
 
 
 def kept_boxes(found: Detections, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-    """Return each picture's best (box, class) pairs as torchmetrics takes them, boxes x0 y0 x1 y1 in pixels."""
+    """Return each image's best (box, class) pairs as torchmetrics takes them, boxes x0 y0 x1 y1 in pixels."""
     scores = found.logits.float().sigmoid().cpu()
     corners = box_convert(found.boxes.float().cpu(), "cxcywh", "xyxy")
     kept = []

@@ -22,12 +22,12 @@ from vlprompt.experiments.old_folder import open_folder
 
 __all__ = ["run_detection"]
 
-log = logging.getLogger("vlprompt.detect")
+log = logging.getLogger("vlprompt.detection")
 _KEYS = ("AP", "AP50")
 
 
 def run_detection(config: DetectConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
-    """Search concepts with every number of pictures and seed, and score them.
+    """Search concepts with every number of images and seed, and score them.
 
     Args:
         config: See :meth:`DetectConfig.read`.
@@ -41,7 +41,7 @@ def run_detection(config: DetectConfig, resume: bool = False, command: str = "")
     session = _Session(config, folder, resume)
     names = session.score_names()
     rows: Scores = {} if names is None else {"class names": {k: [v] for k, v in names.items()}}
-    history = search_all(rows, config.data.pictures, config.seeds, session.run_cell)
+    history = search_all(rows, config.data.images, config.seeds, session.run_cell)
     facts = {
         "detector": session.detector.identity,
         "data": config.data.train,
@@ -56,7 +56,7 @@ def run_detection(config: DetectConfig, resume: bool = False, command: str = "")
 
 
 class _Session:
-    """The cells of one run, sharing the detector and what it sees of the test pictures."""
+    """The cells of one run, sharing the detector and what it sees of the test images."""
 
     def __init__(self, config: DetectConfig, folder: Path, resume: bool) -> None:
         self.config, self.folder, self.resume = config, folder, resume
@@ -78,12 +78,12 @@ class _Session:
             return None
         return self._score(told)
 
-    def run_cell(self, pictures: int | None, seed: int) -> dict[str, Any]:
+    def run_cell(self, images: int | None, seed: int) -> dict[str, Any]:
         """Search and score, or return what a finished cell left behind."""
-        place = self.folder / f"pictures{pictures or 'all'}-seed{seed}"
+        place = self.folder / f"images{images or 'all'}-seed{seed}"
         if self.resume and (place / "cell.json").is_file():
             return json.loads((place / "cell.json").read_text(encoding="utf-8"))
-        data = self.train.few(pictures, seed)
+        data = self.train.few(images, seed)
         options = self.config.train.model_copy(update={"seed": seed})
         search = self.config.search
         arguments: dict[str, Any] = {"length": search.length, "init": search.init, "resume": self.resume}
@@ -100,7 +100,7 @@ class _Session:
             after = self._score(found.module.concepts().detach(), keep=static)
             scores["second"] = {**after, "seconds": found.seconds}
             found.module.unfrozen.restore()
-        cell = {"pictures": pictures, "seed": seed, "scores": scores, "history": history}
+        cell = {"images": images, "seed": seed, "scores": scores, "history": history}
         write_json(place / "cell.json", cell)
         return cell
 

@@ -53,7 +53,7 @@ class GroundingDino(Detector):
         pretrained: A name on the Hugging Face Hub (``"IDEA-Research/grounding-dino-tiny"``) or a local folder; None:
             random weights.
         config: Of random weights, fields of transformers' configuration.
-        size: Side of the square that pictures are squashed to, in pixels.
+        size: Side of the square that images are squashed to, in pixels.
         seed: Of random weights.
         device: Where to run; None: a GPU if there is one.
 

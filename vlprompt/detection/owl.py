@@ -111,7 +111,7 @@ class OwlViT(Detector):
 class OwlV2(OwlViT):
     """As OWL-ViT (``"google/owlv2-base-patch16-ensemble"``); objectness is not used.
 
-    Pictures are squashed to a square, as OWL-ViT's are; OWLv2's own processor pads them instead.
+    Images are squashed to a square, as OWL-ViT's are; OWLv2's own processor pads them instead.
     """
 
     kind = "Owlv2"

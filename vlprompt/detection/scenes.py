@@ -12,7 +12,7 @@ from vlprompt.detection.data import DetectionData, Labelled
 
 __all__ = ["SPLITS", "scene_boxes"]
 
-#: Pictures in each split.
+#: Images in each split.
 SPLITS = {"train": 512, "val": 128, "test": 256}
 
 
@@ -37,7 +37,7 @@ def scene_boxes(name: str, split: str) -> DetectionData:
     scenes = BoxScenes(SPLITS[split], task, split, style or "plain")
     objects = []
     for i in range(len(scenes)):
-        picture, boxes, items = scenes.boxes(i)
+        image, boxes, items = scenes.boxes(i)
         found = [
             (box, k)
             for box, item in zip(boxes, items, strict=True)
@@ -49,7 +49,7 @@ def scene_boxes(name: str, split: str) -> DetectionData:
                 np.array([b for b, _ in found], np.float32).reshape(-1, 4),
                 np.array([k for _, k in found], np.int64),
                 np.zeros(len(found), bool),
-                (picture.shape[1], picture.shape[0]),
+                (image.shape[1], image.shape[0]),
             )
         )
     return DetectionData(

@@ -46,7 +46,7 @@ class ConceptDetection(ConceptSearch):
         super().__init__(concepts, detector, unfreeze)
         self.detector = [detector]
         names = [name.replace("/", ".") for name, _ in self.unfrozen.named_parameters()]
-        #: Whether what the detector sees of a picture stays the same, so that it may be kept.
+        #: Whether what the detector sees of an image stays the same, so that it may be kept.
         self.static = not any(name.startswith(detector.tower) for name in names if detector.tower)
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -68,10 +68,10 @@ class ConceptDetection(ConceptSearch):
 
 
 class DetectionBatches:
-    """Batches of pictures with their objects; what the detector sees of them is kept if it never changes.
+    """Batches of images with their objects; what the detector sees of them is kept if it never changes.
 
     Args:
-        data: Training pictures.
+        data: Training images.
         detector: The host.
         options: ``batch_size``, ``seed`` and ``drop_last`` are read.
         rows: What :func:`vlprompt.detection.evaluate.features` returned; None: pixels are decoded each time.
@@ -114,7 +114,7 @@ def search_concepts(
 
     Args:
         detector: The host; changed only where ``unfreeze`` says so.
-        train: Pictures with boxes.
+        train: Images with boxes.
         val: For ``options.select="best"`` (by ``AP``) and the curves; never test data.
         options: Of the trainer.
         length: L, vectors per concept.
@@ -126,12 +126,12 @@ def search_concepts(
         folder: Where a checkpoint is kept; None keeps none.
 
     Raises:
-        DataError: If there are no pictures, or a class has no object to start from.
+        DataError: If there are no images, or a class has no object to start from.
         ConfigError: If a pattern matches nothing.
         BackboneError: If class names can't be read.
     """
     if not len(train):
-        raise DataError(f"{train.name}: there are no training pictures.")
+        raise DataError(f"{train.name}: there are no training images.")
     begun = time.monotonic()
     concepts = ConceptEmbedding(len(train.classnames), length, detector.width).to(detector.device)
     module = ConceptDetection(detector, concepts, unfreeze)
@@ -196,5 +196,5 @@ def _shown(detector: Detector, data: DetectionData, rows: dict[str, Tensor] | No
         shown.append(vectors[best])
         labels.append(target["labels"])
     if not shown:
-        raise DataError(f"{data.name}: no training picture has an object to start from.")
+        raise DataError(f"{data.name}: no training image has an object to start from.")
     return torch.cat(shown), torch.cat(labels).to(detector.device)

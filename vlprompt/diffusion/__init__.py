@@ -1,4 +1,4 @@
-"""Pictures that diffusion models make of pictures: generators behind one interface, and where their work is kept.
+"""Images that diffusion models make of images: generators behind one interface, and where their work is kept.
 
 An embedded generator is one more file in this folder that registers itself.
 """
@@ -19,7 +19,7 @@ GENERATORS: Registry[type[Generator]] = Registry("generator", "vlprompt.diffusio
 
 
 def create_generator(name: str, **options: Any) -> Generator:
-    """Build a generator of variations of pictures.
+    """Build a generator of variations of images.
 
     Args:
         name: See :func:`list_generators`.

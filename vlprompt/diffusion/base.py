@@ -18,12 +18,12 @@ Done = Callable[[int, int, Image.Image], None]
 
 
 class Generator:
-    """Base of all generators of variations of pictures.
+    """Base of all generators of variations of images.
 
     Attributes:
-        identity: Everything that its pictures depend on, beside the source picture and the seed; JSON-able.
+        identity: Everything that its images depend on, beside the source image and the seed; JSON-able.
         title: What to call it in records: the pipeline's name or path.
-        batch: Pictures per call of :meth:`draw`.
+        batch: Images per call of :meth:`draw`.
     """
 
     identity: dict[str, Any]
@@ -31,21 +31,21 @@ class Generator:
     batch: int = 8
 
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
-        """Return one variation per RGB picture and 63-bit seed, which depends on nothing else."""
+        """Return one variation per RGB image and 63-bit seed, which depends on nothing else."""
         raise NotImplementedError
 
     def generate(
         self, images: Sequence[Image.Image], n: int, seed: int, done: Done | None = None
     ) -> list[list[Image.Image]]:
-        """Return n variations of each RGB picture.
+        """Return n variations of each RGB image.
 
-        Variation k of a picture depends on (seed, picture, k): more of them, or other company, change none.
+        Variation k of an image depends on (seed, image, k): more of them, or other company, change none.
 
         Args:
-            images: B pictures.
+            images: B images.
             n: Variations of each.
             seed: Of all noise.
-            done: Called with (picture number, k, variation) as soon as it is there.
+            done: Called with (image number, k, variation) as soon as it is there.
         """
         return self.fill(images, [list(range(n))] * len(images), seed, done)
 
@@ -56,7 +56,7 @@ class Generator:
         seed: int,
         done: Done | None = None,
     ) -> list[list[Image.Image]]:
-        """Return variations ``numbers[i]`` of picture i; see :meth:`generate`."""
+        """Return variations ``numbers[i]`` of image i; see :meth:`generate`."""
         keys = [pixel_key(image) for image in images]
         jobs = [(i, k) for i, wanted in enumerate(numbers) for k in wanted]
         made: list[list[Image.Image]] = [[] for _ in images]
@@ -94,13 +94,13 @@ class ViewSource:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What the views depend on beside the pictures: the generator's identity and the seed."""
+        """What the views depend on beside the images: the generator's identity and the seed."""
         if self.generator is not None:
             return {**self.generator.identity, "seed": self.seed}
         return self.store.made_by if self.store is not None else {}
 
     def views(self, images: Sequence[Image.Image], n: int) -> list[list[Image.Image]]:
-        """Return n generated views of each RGB picture, taken from the store where they are there.
+        """Return n generated views of each RGB image, taken from the store where they are there.
 
         Raises:
             DataError: If views are missing and nothing can make them; says how many.

@@ -1,10 +1,10 @@
-"""The network of ``tiny-diffusion``: a small diffusers UNet on 64 x 64 pictures, conditioned on `tiny`'s embeddings.
+"""The network of ``tiny-diffusion``: a small diffusers UNet on 64 x 64 images, conditioned on `tiny`'s embeddings.
 
-A picture is cut into 4 x 4 patches (48 channels on a 16 x 16 grid, an orthogonal change of coordinates), which makes
-a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`, so pictures,
+An image is cut into 4 x 4 patches (48 channels on a 16 x 16 grid, an orthogonal change of coordinates), which makes
+a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`, so images,
 sentences and learned vectors enter alike: each is a token of cross-attention, and their mean joins the embedding of
-time and is unfolded into a canvas, further channels beside the noisy picture: convolutions alone can't tell where
-"top left" is. Twelve of its channels are a sketch, a picture of 32 x 32 pixels, which the network adds detail to.
+time and is unfolded into a canvas, further channels beside the noisy image: convolutions alone can't tell where
+"top left" is. Twelve of its channels are a sketch, an image of 32 x 32 pixels, which the network adds detail to.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _CANVAS, _HIDDEN = 16, 256  # channels of the canvas, and the width of the layer
 _SKETCH = 12  # of its channels: 3 colours of 2 x 2 pixels
 
 
-def to_patches(pictures: Tensor) -> Tensor:
-    """Return (B, 48, 16, 16) patches in [-1, 1] of (B, 3, 64, 64) pictures in [0, 1]."""
-    return F.pixel_unshuffle(pictures * 2 - 1, _PATCH)
+def to_patches(images: Tensor) -> Tensor:
+    """Return (B, 48, 16, 16) patches in [-1, 1] of (B, 3, 64, 64) images in [0, 1]."""
+    return F.pixel_unshuffle(images * 2 - 1, _PATCH)
 
 
 def from_patches(patches: Tensor) -> Tensor:
-    """Return (B, 3, 64, 64) pictures, nominally in [0, 1], of (B, 48, 16, 16) patches."""
+    """Return (B, 3, 64, 64) images, nominally in [0, 1], of (B, 48, 16, 16) patches."""
     return (F.pixel_shuffle(patches, _PATCH) + 1) / 2
 
 
 class Denoiser(nn.Module):
-    """Predicts a clean picture from a noisy one and a condition.
+    """Predicts a clean image from a noisy one and a condition.
 
     The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps. The network predicts the clean
-    picture itself: one as small as this would leave noise in place if it had to name the noise.
+    image itself: one as small as this would leave noise in place if it had to name the noise.
 
     Args:
         seed: Of the random weights.
 
     Attributes:
-        alphas: (1000,) cumulative products: the share of the picture in a noisy picture's variance.
+        alphas: (1000,) cumulative products: the share of the image in a noisy image's variance.
         dim: d, length of a condition's vectors.
 
     Raises:
@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
         return detail.float() + F.pixel_unshuffle(sketch, _PATCH)
 
     def sketch(self, condition: Tensor) -> Tensor:
-        """Return (B, 3, 32, 32) pictures, nominally in [-1, 1], that conditions (B, S, d) stand for on average."""
+        """Return (B, 3, 32, 32) images, nominally in [-1, 1], that conditions (B, S, d) stand for on average."""
         return _sketch(self.canvas(condition.mean(1) * self.dim**0.5))
 
     def noised(self, patches: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -122,16 +122,16 @@ class Denoiser(nn.Module):
         guidance: float = 1.0,
         scheduler: Scheduler = "renoise",
     ) -> Tensor:
-        """Return (B, 3, 64, 64) pictures in [0, 1]; a function of condition and noise alone.
+        """Return (B, 3, 64, 64) images in [0, 1]; a function of condition and noise alone.
 
         Args:
             condition: (B, S, d), see :meth:`forward`.
             noise: (B, N, 48, 16, 16) standard normal; N is at least ``steps`` for ``"renoise"``, else 1.
             steps: Passes through the network; twice as many rows under guidance.
             guidance: Weight of the condition against none (Ho & Salimans, 2022); 1 switches guidance off.
-            scheduler: ``"renoise"`` hides the picture in fresh noise before it is denoised again, as consistency models
+            scheduler: ``"renoise"`` hides the image in fresh noise before it is denoised again, as consistency models
                 are sampled (Song et al., ICML 2023, algorithm 1). ``"ddim"`` and ``"dpm"`` (DPM-Solver++) follow an
-                equation that holds for networks that predict the mean picture; the comparison of embeddings in
+                equation that holds for networks that predict the mean image; the comparison of embeddings in
                 this one's training moves it off the mean, and their errors add up.
         """
         start = noise[:, 0].to(condition.device)

@@ -74,12 +74,12 @@ class _Pipeline(Generator):
         )
 
     def run(self, images: Sequence[Image.Image], **arguments: Any) -> list[Image.Image]:
-        """Call the pipeline with what it wants of the pictures."""
+        """Call the pipeline with what it wants of the images."""
         raise NotImplementedError
 
 
 @GENERATORS.register(
-    "image-variation", summary="Stable Diffusion conditioned on the picture's CLIP embedding, from pure noise"
+    "image-variation", summary="Stable Diffusion conditioned on the image's CLIP embedding, from pure noise"
 )
 class ImageVariation(_Pipeline):
     """diffusers' ``StableDiffusionImageVariationPipeline``: keeps what is shown, not where.
@@ -118,15 +118,15 @@ class ImageVariation(_Pipeline):
         super().__init__(pipeline, revision, steps, guidance, scheduler, precision, device, batch)
 
     def run(self, images: Sequence[Image.Image], **arguments: Any) -> list[Image.Image]:
-        """See :meth:`_Pipeline.run`; the picture is squashed to CLIP's square input, as in training these weights."""
+        """See :meth:`_Pipeline.run`; the image is squashed to CLIP's square input, as in training these weights."""
         size = int(self.pipe.image_encoder.config.image_size)
         pixels = torch.stack([_clip_input(image, size) for image in images])
         return list(self.pipe(image=pixels, **arguments).images)
 
 
-@GENERATORS.register("img2img", summary="any image-to-image pipeline: the picture, noised and denoised again")
+@GENERATORS.register("img2img", summary="any image-to-image pipeline: the image, noised and denoised again")
 class ImageToImage(_Pipeline):
-    """diffusers' image-to-image pipelines: the larger ``strength``, the less of the picture is left.
+    """diffusers' image-to-image pipelines: the larger ``strength``, the less of the image is left.
 
     Args:
         pipeline: A name on the Hugging Face Hub or a local folder.
@@ -165,7 +165,7 @@ class ImageToImage(_Pipeline):
         self.identity |= {"kind": type(self.pipe).__name__, "strength": strength, "prompt": prompt}
 
     def run(self, images: Sequence[Image.Image], **arguments: Any) -> list[Image.Image]:
-        """See :meth:`_Pipeline.run`; the picture is squashed to the pipeline's own square."""
+        """See :meth:`_Pipeline.run`; the image is squashed to the pipeline's own square."""
         size = int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
         square = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
         prompts = [self.prompt] * len(square)
@@ -186,7 +186,7 @@ def load_pipeline(classname: str, pipeline: str, revision: str | None = None) ->
     diffusers = import_diffusers()
     try:
         kind = getattr(diffusers, classname)
-        # Without safety_checker=None, newer releases fetch and run a classifier that blacks pictures out.
+        # Without safety_checker=None, newer releases fetch and run a classifier that blacks images out.
         return kind.from_pretrained(
             pipeline, revision=revision, safety_checker=None, requires_safety_checker=False
         )

@@ -1,4 +1,4 @@
-"""Generated pictures on disk: one lossless file each, under a hash of the picture they came from."""
+"""Generated images on disk: one lossless file each, under a hash of the image they came from."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FORMAT = 1
 
 
 class ViewStore:
-    """Variations of pictures by one generator with one seed.
+    """Variations of images by one generator with one seed.
 
-    ``<root>/store.json`` says which (pipeline weights, steps, guidance, ...); ``<root>/<ab>/<picture>/<k>.png`` is
-    variation k. Files are written atomically, so a killed generation loses at most the picture it was at.
+    ``<root>/store.json`` says which (pipeline weights, steps, guidance, ...); ``<root>/<ab>/<image>/<k>.png`` is
+    variation k. Files are written atomically, so a killed generation loses at most the image it was at.
 
     Args:
         root: The folder; made when something is written.
@@ -65,11 +65,11 @@ class ViewStore:
             )
 
     def missing(self, key: str, n: int) -> list[int]:
-        """Return which of a picture's variations 0 .. n-1 are not there."""
+        """Return which of an image's variations 0 .. n-1 are not there."""
         return [k for k in range(n) if not self._path(key, k).is_file()]
 
     def get(self, key: str, n: int) -> list[Image.Image]:
-        """Return a picture's first n variations.
+        """Return an image's first n variations.
 
         Raises:
             DataError: If one is missing or damaged; names the file.

@@ -1,7 +1,7 @@
-"""``tiny-diffusion``: variations of pictures, and pictures of sentences, by the embedded denoiser; offline.
+"""``tiny-diffusion``: variations of images, and images of sentences, by the embedded denoiser; offline.
 
 The interface for further conditions: :meth:`TinyDiffusion.from_condition` takes a sequence of S vectors of length d
-per picture, whatever they were learned from; :attr:`TinyDiffusion.denoiser` is differentiable in them.
+per image, whatever they were learned from; :attr:`TinyDiffusion.denoiser` is differentiable in them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["TinyDiffusion"]
     "tiny-diffusion", summary="embedded, offline: drawn scenes that share `tiny`'s embedding, from pure noise"
 )
 class TinyDiffusion(Generator):
-    """Makes 64 x 64 pictures of what `tiny` sees in a picture, or reads in a sentence.
+    """Makes 64 x 64 images of what `tiny` sees in an image, or reads in a sentence.
 
     Like Stable Diffusion's image variation it keeps what is shown, as far as the embedding says it, and no pixel.
 
@@ -42,7 +42,7 @@ class TinyDiffusion(Generator):
         weights: A packed file of one's own (``tools/pretrain.py --cfg pretrain_tiny_diffusion.yaml``); None: the
             package's.
         device: Where to run; None: a GPU if there is one.
-        batch: Pictures per call.
+        batch: Images per call.
 
     Attributes:
         denoiser: The network, see :class:`vlprompt.diffusion.denoiser.Denoiser`.
@@ -84,12 +84,12 @@ class TinyDiffusion(Generator):
         return self.from_condition(self.backbone.encode_image(pixels)[:, None], seeds)
 
     def from_text(self, texts: Sequence[str], n: int, seed: int = 0) -> list[list[Image.Image]]:
-        """Return n pictures of each sentence.
+        """Return n images of each sentence.
 
         Args:
-            texts: B sentences, as `tiny` was pretrained on: what a picture of one or two objects shows.
-            n: Pictures of each.
-            seed: Of all noise; picture k of a sentence depends on (seed, sentence, k) alone.
+            texts: B sentences, as `tiny` was pretrained on: what an image of one or two objects shows.
+            n: Images of each.
+            seed: Of all noise; image k of a sentence depends on (seed, sentence, k) alone.
         """
         jobs = [(text, k) for text in texts for k in range(n)]
         told = self.backbone.encode_text(list(texts)).repeat_interleave(n, 0)[:, None]
@@ -101,10 +101,10 @@ class TinyDiffusion(Generator):
         return [made[i : i + n] for i in range(0, len(made), n)]
 
     def from_condition(self, condition: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
-        """Return one picture per condition and seed.
+        """Return one image per condition and seed.
 
         Args:
-            condition: (B, S, d) vectors of `tiny`'s joint space, of about unit length: embeddings of pictures or
+            condition: (B, S, d) vectors of `tiny`'s joint space, of about unit length: embeddings of images or
                 sentences, or learned ones. Their order says nothing; zeros stand for no condition.
             seeds: B seeds of the noise.
 
@@ -118,10 +118,10 @@ class TinyDiffusion(Generator):
             [torch.randn(count, 48, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
         )
         place = next(self.denoiser.parameters()).device
-        pictures = self.denoiser.sample(
+        images = self.denoiser.sample(
             condition.detach().to(place), noise, self.steps, self.guidance, self.scheduler
         )
-        return [tvf.to_pil_image(picture) for picture in pictures.cpu()]
+        return [tvf.to_pil_image(image) for image in images.cpu()]
 
 
 def _hash(model: Denoiser) -> str:

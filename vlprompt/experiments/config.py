@@ -114,7 +114,9 @@ class ExperimentConfig(BaseModel):
         try:
             config = cls.model_validate(content)
         except ValidationError as error:
-            raise ConfigError([*describe_problems(error, cls), *problems], source) from error
+            keys = {problem.partition(": ")[0] for problem in problems}  # each mistake is said once
+            others = [text for text in describe_problems(error, cls) if text.partition(": ")[0] not in keys]
+            raise ConfigError([*others, *problems], source) from error
         problems += config.problems()
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)), source)

@@ -238,7 +238,7 @@ def shares_by_layer(shares: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes]:
-    """Draw what each source (row) is worth to each target (column), as SVG for a page and as a PNG picture.
+    """Draw what each source (row) is worth to each target (column), as SVG for a page and as a PNG image.
 
     Args:
         names: N tasks.

@@ -14,12 +14,12 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
-from vlprompt.experiments.tables import Table, is_fraction, percent
+from vlprompt.experiments.tables import Table, is_fraction, written
 
 __all__ = ["RunRecord", "data_uri", "write_report"]
 
 MATRIX_CLASSES = 40  # above this a confusion matrix can't be read, and a list of confusions can
-THUMBNAIL = 144  # longest side of a sample picture, pixels
+THUMBNAIL = 144  # longest side of a sample image, pixels
 ImageSource = Callable[[int], Image.Image]
 
 
@@ -36,7 +36,7 @@ class RunRecord:
         classnames: C names.
         labels: True classes of the test samples, (n,).
         probs: Predicted probabilities, (n, C).
-        image: Returns the i-th test picture; it is asked for the few samples shown.
+        image: Returns the i-th test image; it is asked for the few samples shown.
         curves: Method to (shots, accuracy, half-width of the 95 % interval or None).
         tables: Of results.
         drawings: Title to (what it shows, SVG), for what only some protocols have.
@@ -157,7 +157,7 @@ def _table(table: Table) -> dict[str, Any]:
     lines = []
     for row in table.rows:
         mark = " †" if row.source == "published" else ""
-        lines.append([row.method + mark, *(percent(row.values.get(column)) for column in columns)])
+        lines.append([row.method + mark, *(written(row.values.get(column), table.formats.get(column)) for column in columns)])
     return {"title": table.title or "Results", "columns": columns, "lines": lines, "note": table.note}
 
 
@@ -194,7 +194,7 @@ def _top_confusions(names: Sequence[str], counts: np.ndarray, top: int) -> list[
 def _samples(
     record: RunRecord, image: ImageSource, probs: np.ndarray, labels: np.ndarray, each: int = 8
 ) -> list[dict[str, Any]]:
-    """Return pictures: the most confident mistakes first, then right ones of as many classes as possible."""
+    """Return images: the most confident mistakes first, then right ones of as many classes as possible."""
     confidence, guesses = probs.max(1), probs.argmax(1)
     by_confidence = np.argsort(-confidence, kind="stable")
     wrong = [int(i) for i in by_confidence if guesses[i] != labels[i]][:each]
@@ -205,7 +205,7 @@ def _samples(
     chosen += [i for i in right if i not in chosen][: each - len(chosen)]
     groups = {"Most confident mistakes": wrong, "Right": chosen}
     return [
-        {"title": title, "pictures": [_sample(record, image, probs[i], int(labels[i]), i) for i in indices]}
+        {"title": title, "images": [_sample(record, image, probs[i], int(labels[i]), i) for i in indices]}
         for title, indices in groups.items()
         if indices
     ]
@@ -215,16 +215,16 @@ def _sample(
     record: RunRecord, image: ImageSource, probs: np.ndarray, label: int, index: int
 ) -> dict[str, Any]:
     try:
-        picture, pixelated = data_uri(image(index))
-    except DataError:  # a picture that went missing since must not cost the report
-        picture, pixelated = "", False
+        uri, pixelated = data_uri(image(index))
+    except DataError:  # an image that went missing since must not cost the report
+        uri, pixelated = "", False
     top = [int(c) for c in np.argsort(-probs, kind="stable")[:3]]
     guesses = [{"name": record.classnames[c], "percent": 100 * probs[c], "hit": c == label} for c in top]
-    return {"picture": picture, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
+    return {"image": uri, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
 
 
 def data_uri(image: Image.Image) -> tuple[str, bool]:
-    """Return a picture as a PNG data URI, and whether its pixels should stay sharp when enlarged."""
+    """Return an image as a PNG data URI, and whether its pixels should stay sharp when enlarged."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()

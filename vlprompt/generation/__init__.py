@@ -1,4 +1,4 @@
-"""Personalised generation: teach a frozen text-to-image model a concept from a few pictures.
+"""Personalised generation: teach a frozen text-to-image model a concept from a few images.
 
 A way of learning the concept is one more file in this folder that registers itself.
 """

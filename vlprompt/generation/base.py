@@ -58,10 +58,10 @@ class Personaliser(ConceptSearch):
 
 
 class NoisedBatches:
-    """One batch per epoch: every picture equally often, each time with noise and a noise level of its own.
+    """One batch per epoch: every image equally often, each time with noise and a noise level of its own.
 
     Args:
-        latents: (n, c, h, w) of the concept's pictures.
+        latents: (n, c, h, w) of the concept's images.
         batch_size: B.
         seed: Of noise and levels; which depend on (seed, epoch, place in the batch) alone.
         levels: Number of noise levels.

@@ -33,7 +33,7 @@ class ContextSearch(Personaliser):
 
     Args:
         host: The frozen model.
-        images: The concept's pictures; looked at by ``init="visual"`` only.
+        images: The concept's images; looked at by ``init="visual"`` only.
         word: What the concept is, coarsely: where the search starts.
         mode: See above.
         template: A sentence with one ``*``.
@@ -41,12 +41,12 @@ class ContextSearch(Personaliser):
         keep_norm: Vectors keep the lengths they start with, which is what the denoiser was trained on; only their
             directions are searched.
         init: ``text``: outputs of the template with the word; ``normal``: noise of their spread; ``visual``: what the
-            pictures show, where contexts are a space of pictures.
+            images show, where contexts are a space of images.
         unfreeze: Patterns of the denoiser's parameters that learn too (second stage).
         seed: Of noise.
 
     Raises:
-        DataError: If the host has no space of pictures, or the template no place.
+        DataError: If the host has no space of images, or the template no place.
     """
 
     def __init__(

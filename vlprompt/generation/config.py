@@ -26,19 +26,19 @@ class HostOptions(BaseModel):
     pipeline: str | None = Field(None, description="stable-diffusion: a Hugging Face name or a local folder")
     revision: str | None = None
     weights: str | None = Field(None, description="tiny-diffusion: a packed file instead of the shipped one")
-    steps: int = Field(8, ge=1, description="denoising steps of drawn pictures")
-    guidance: float = Field(1.0, ge=0, description="of drawn pictures; 1 switches it off")
+    steps: int = Field(8, ge=1, description="denoising steps of drawn images")
+    guidance: float = Field(1.0, ge=0, description="of drawn images; 1 switches it off")
     device: str | None = None
 
 
 class FolderConcept(BaseModel):
-    """A concept of one's own: a folder of pictures."""
+    """A concept of one's own: a folder of images."""
 
     model_config = _STRICT
 
     folder: str
     word: str = Field(description="what it is, coarsely, where the search starts: dog")
-    held: int = Field(0, ge=0, description="so many of its pictures, the last by name, are kept for scores")
+    held: int = Field(0, ge=0, description="so many of its images, the last by name, are kept for scores")
 
 
 class ConceptOptions(BaseModel):
@@ -46,11 +46,11 @@ class ConceptOptions(BaseModel):
 
     model_config = _STRICT
 
-    folders: dict[str, FolderConcept] = Field(default_factory=dict, description="name to pictures")
+    folders: dict[str, FolderConcept] = Field(default_factory=dict, description="name to images")
     scenes: int = Field(5, ge=1, description="drawn concepts that pretraining never saw")
     split: Literal["val", "test"] = Field("test", description="choose settings on val")
-    images: int = Field(4, ge=1, description="drawn pictures to learn from")
-    held: int = Field(16, ge=1, description="drawn pictures to score with")
+    images: int = Field(4, ge=1, description="drawn images to learn from")
+    held: int = Field(16, ge=1, description="drawn images to score with")
 
 
 class MethodOptions(BaseModel):
@@ -75,9 +75,9 @@ class PersonaliseConfig(ToolConfig):
     concepts: ConceptOptions = Field(default_factory=ConceptOptions)
     methods: dict[str, MethodOptions] = Field(min_length=1, description="label to a way of learning")
     train: TrainOptions = Field(default_factory=TrainOptions, description="epochs are steps")
-    pictures: int = Field(16, ge=1, description="drawn each time the similarity is measured")
+    images: int = Field(16, ge=1, description="drawn each time the similarity is measured")
     baseline: str | None = Field(None, description="label whose best similarity is the one to reach")
-    seed: int = Field(1, ge=0, description="of drawn pictures")
+    seed: int = Field(1, ge=0, description="of drawn images")
 
     def train_options(self, label: str) -> TrainOptions:
         """Return a method's training options."""

@@ -84,9 +84,9 @@ def run_personalisation(
     host, judge = create_host(config), create_backbone(config.judge.name, **config.judge.arguments())
     races, rows = [], {}
     for concept in _concepts(config):
-        race, pictures = _run_concept(config, concept, host, judge, folder, resume)
+        race, images = _run_concept(config, concept, host, judge, folder, resume)
         races.append(race)
-        rows[concept.name] = [list(concept.images), *pictures]
+        rows[concept.name] = [list(concept.images), *images]
     table, metrics = summary_table(races, config.baseline)
     metrics |= {
         "host": host.identity,
@@ -122,7 +122,7 @@ def _run_concept(
 ) -> tuple[Race, list[list[Image.Image]]]:
     """Learn one concept in every way; return the measures and what each way draws in the end."""
     race, drawn = Race(concept.name), []
-    measure = _Similarity(concept, host, judge, config.pictures, config.seed)
+    measure = _Similarity(concept, host, judge, config.images, config.seed)
     for label, method in config.methods.items():
         place = folder / "concepts" / f"{_slug(concept.name)}-{label}"
         kept = place.with_suffix(".json")
@@ -138,10 +138,10 @@ def _run_concept(
                 watch=measure,
             )
             result.module.found(concept.name).save(place.with_suffix(".safetensors"))
-            for k, picture in enumerate(measure.last[: len(concept.images)]):
+            for k, sample in enumerate(measure.last[: len(concept.images)]):
                 write_atomic(
                     place / f"{k}.png",
-                    lambda path, image=picture: image.save(path, format="PNG"),  # type: ignore[misc]
+                    lambda path, image=sample: image.save(path, format="PNG"),  # type: ignore[misc]
                 )
             result.module.unfrozen.restore()
             write_json(kept, {"start": result.start, "seconds": result.seconds, "history": result.history})
@@ -151,15 +151,15 @@ def _run_concept(
 
 
 class _Similarity:
-    """Mean cosine of image features between pictures drawn of a concept and pictures of it that no search saw."""
+    """Mean cosine of image features between images drawn of a concept and images of it that no search saw."""
 
-    def __init__(self, concept: SceneConcept, host: Host, judge: Backbone, pictures: int, seed: int) -> None:
-        self.host, self.judge, self.pictures, self.seed = host, judge, pictures, seed
+    def __init__(self, concept: SceneConcept, host: Host, judge: Backbone, images: int, seed: int) -> None:
+        self.host, self.judge, self.images, self.seed = host, judge, images, seed
         self.held = self._features(concept.held or concept.images)
         self.last: list[Image.Image] = []
 
     def __call__(self, module: Personaliser) -> Mapping[str, float]:
-        self.last = self.host.draw(module.context(), self.pictures, self.seed)
+        self.last = self.host.draw(module.context(), self.images, self.seed)
         return {"similarity": float((self._features(self.last) @ self.held.T).mean())}
 
     def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -175,7 +175,7 @@ def _concepts(config: PersonaliseConfig) -> list[SceneConcept]:
         paths = sorted(p for p in Path(own.folder).glob("*") if p.suffix.lower() in EXTENSIONS)
         if len(paths) <= own.held:
             raise DataError(
-                f"concepts.folders.{name}: {own.folder} has {len(paths)} pictures, {own.held} are held."
+                f"concepts.folders.{name}: {own.folder} has {len(paths)} images, {own.held} are held."
             )
         images = tuple(map(read_image, paths))
         cut = len(images) - own.held

@@ -1,4 +1,4 @@
-"""Sheets of sample pictures, as a picture and for the report."""
+"""Sheets of sample images, as an image and for the report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIDE, _GAP = 64, 4
 
 
 def sheet(rows: Mapping[str, Sequence[Sequence[Image.Image]]]) -> Image.Image:
-    """Return one picture: a row per concept, groups of pictures from left to right."""
+    """Return one image: a row per concept, groups of images from left to right."""
     widths = [sum(len(group) * _SIDE + 3 * _GAP for group in groups) for groups in rows.values()]
     page = Image.new("RGB", (max(widths), len(rows) * (_SIDE + _GAP)), "white")
     for y, groups in enumerate(rows.values()):
         x = 0
         for group in groups:
-            for picture in group:
-                page.paste(picture.convert("RGB").resize((_SIDE, _SIDE)), (x, y * (_SIDE + _GAP)))
+            for image in group:
+                page.paste(image.convert("RGB").resize((_SIDE, _SIDE)), (x, y * (_SIDE + _GAP)))
                 x += _SIDE
             x += 3 * _GAP
     return page

@@ -71,17 +71,15 @@ class Host:
         raise NotImplementedError
 
     def see(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return (d,) a context vector that says what pictures show.
+        """Return (d,) a context vector that says what images show.
 
         Raises:
-            DataError: If the model's context is no space of pictures.
+            DataError: If the model's context is no space of images.
         """
-        raise DataError(
-            f"init='visual': contexts of {type(self).__name__} are no space of pictures. Use text."
-        )
+        raise DataError(f"init='visual': contexts of {type(self).__name__} are no space of images. Use text.")
 
     def draw(self, context: Tensor, count: int, seed: int) -> list[Image.Image]:
-        """Return ``count`` pictures of one (S, d) context."""
+        """Return ``count`` images of one (S, d) context."""
         raise NotImplementedError
 
 
@@ -104,7 +102,7 @@ class TinyHost(Host):
         return to_patches(_pixels(images, 64)).to(self.backbone.device)
 
     def loss(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """See :meth:`Host.loss`; the network predicts the picture, weighted by signal to noise as in its training."""
+        """See :meth:`Host.loss`; the network predicts the image, weighted by signal to noise as in its training."""
         denoiser = self.generator.denoiser
         found = denoiser(denoiser.noised(latents, noise, time), time, context)
         level = denoiser.alphas[time]

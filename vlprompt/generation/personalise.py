@@ -1,4 +1,4 @@
-"""From a few pictures to a concept file, and from a concept file to pictures."""
+"""From a few images to a concept file, and from a concept file to images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Personalised:
         module: What was learned, in its host.
         history: One record per step that was looked at: ``step``, ``seconds`` of training so far, and measures.
         seconds: Of all training, without what was looked at.
-        start: Seconds before the first step: encoding of pictures and of the text that the search starts from.
+        start: Seconds before the first step: encoding of images and of the text that the search starts from.
     """
 
     module: Personaliser
@@ -58,22 +58,22 @@ def personalise(
 
     Args:
         host: The frozen model.
-        images: A few pictures of the concept.
+        images: A few images of the concept.
         word: What it is, coarsely; the search starts there.
         method: See :func:`vlprompt.generation.list_personalisers`.
-        train: ``epochs`` are steps, since a step sees every picture; ``batch_size`` noise levels per step.
+        train: ``epochs`` are steps, since a step sees every image; ``batch_size`` noise levels per step.
         options: The method's own, see its class.
         watch: Measures what was learned, at the start and every ``train.eval_every`` steps; not timed.
         folder: Where a checkpoint is kept; None keeps none.
         resume: Continue from it.
 
     Raises:
-        DataError: If there is no picture.
+        DataError: If there is no image.
         UnknownNameError: For an unknown method.
         ConfigError: For options it doesn't have or values it doesn't take.
     """
     if not images:
-        raise DataError("a concept needs at least one picture.")
+        raise DataError("a concept needs at least one image.")
     started = time.monotonic()
     entry = PERSONALISERS.get(method)
     checked = check_options(entry.target, options or {}, source=f"personaliser {method!r}")

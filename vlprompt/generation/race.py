@@ -63,7 +63,7 @@ class Race:
             label: [(r["step"], r["similarity"]) for r in result["history"]]
             for label, result in self.results.items()
         }
-        text = "Similarity of drawn pictures to pictures of the concept that no search saw."
+        text = "Similarity of drawn images to images of the concept that no search saw."
         return text, curves(lines, "step", "similarity")
 
 
@@ -95,7 +95,7 @@ def summary_table(races: Sequence[Race], baseline: str | None = None) -> tuple[s
         lines.append(f"| {label} | {' | '.join(cells)} |")
     note = (
         f"Means over {len(races)} concepts; times faster: the ratio of the sums of seconds, over the concepts where "
-        "both arrive. Drawing pictures to measure is not timed."
+        "both arrive. Drawing images to measure is not timed."
     )
     return "\n".join([*lines, "", note, ""]), metrics
 

@@ -26,7 +26,7 @@ class StableHost(Host):
     Args:
         pipeline: The pipeline, or its name on the Hub or local folder.
         revision: Branch, tag or commit on the Hub.
-        steps: Denoising steps of pictures.
+        steps: Denoising steps of images.
         guidance: Weight of the condition; 1 switches guidance off.
         device: Where to run; None: a GPU if there is one.
 
@@ -111,7 +111,7 @@ class StableHost(Host):
     @torch.no_grad()
     def draw(self, context: Tensor, count: int, seed: int) -> list[Image.Image]:
         """See :meth:`Host.draw`."""
-        device = "cpu"  # so that pictures don't depend on where they are drawn
+        device = "cpu"  # so that images don't depend on where they are drawn
         generators = [
             torch.Generator(device).manual_seed(derive_seed(seed, "personalised", k)) for k in range(count)
         ]

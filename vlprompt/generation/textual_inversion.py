@@ -30,7 +30,7 @@ class InvertedWord(Personaliser):
 
     Args:
         host: The frozen model.
-        images: The concept's pictures; not looked at.
+        images: The concept's images; not looked at.
         word: A word whose embeddings the search starts from.
         template: A sentence with one ``*``.
         length: Learned embeddings.

@@ -25,7 +25,7 @@ def best_mixing(
         seen: (T, C), pairs that training showed.
 
     Returns:
-        The two weights and the harmonic mean of the accuracies on pictures of seen and of unseen pairs that they reach
+        The two weights and the harmonic mean of the accuracies on images of seen and of unseen pairs that they reach
         (plain accuracy if there is no unseen one); of equally good weights the smallest.
     """
     classes = seen.shape[1]
@@ -46,9 +46,9 @@ def best_mixing(
 
 
 def threshold_at(clean: Tensor, false_alarms: float) -> float:
-    """Return the smallest threshold that at most a share of (n,) clean pictures' scores reach.
+    """Return the smallest threshold that at most a share of (n,) clean images' scores reach.
 
-    With no clean picture it is 0.5. A score that equals the threshold counts as reaching it.
+    With no clean image it is 0.5. A score that equals the threshold counts as reaching it.
     """
     if not len(clean):
         return 0.5

@@ -1,4 +1,4 @@
-"""What a detector says of pictures: which trigger, which object, how suspicious."""
+"""What a detector says of images: which trigger, which object, how suspicious."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Detecting", "Judgement"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """A detector's opinion of n pictures, on the CPU.
+    """A detector's opinion of n images, on the CPU.
 
     Attributes:
         score: (n,), how suspicious: larger is worse; what a threshold is compared with.
@@ -42,11 +42,11 @@ class Judgement:
 
 @runtime_checkable
 class Detecting(Protocol):
-    """What can judge pictures."""
+    """What can judge images."""
 
     @property
     def threshold(self) -> float:
-        """Score from which a picture is called poisoned."""
+        """Score from which an image is called poisoned."""
 
     def judge(self, embeddings: Tensor) -> Judgement:
         """Return an opinion of (n, d) rows of the detector's own ``embed_images``."""

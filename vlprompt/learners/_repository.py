@@ -1,4 +1,4 @@
-"""A repository of visual prompts that pictures look up by similarity, and what keeps its prompts apart.
+"""A repository of visual prompts that images look up by similarity, and what keeps its prompts apart.
 
 Papers: VAPS, arXiv 2502.20292 (keys and prompts, looked up by cosine), extended by DBOM, arXiv 2508.01932, with a
 separation and a diversity loss. Neither has public code; forms and defaults here are a reconstruction.
@@ -65,8 +65,8 @@ def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Te
     """Return how parallel two kinds of prompts are: 0 if they are orthogonal.
 
     Args:
-        first: (B, d) prompts of one kind that pictures looked up.
-        second: (B, d) of the other kind, for the same pictures.
+        first: (B, d) prompts of one kind that images looked up.
+        second: (B, d) of the other kind, for the same images.
         bank: (M, d), all prompts of the first kind.
         other: (N, d), all of the second.
     """

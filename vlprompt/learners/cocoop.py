@@ -39,7 +39,7 @@ class CoCoOp(Learner):
     """Sentences [start | M context vectors + h(f) | class name . end], where f is the unit-length image embedding.
 
     h is linear, ReLU, linear: d -> d / reduction -> Dt; it shifts all context vectors of an image alike. Only
-    the embedding of the image enters, so the image tower runs once per picture. In a causal text tower an
+    the embedding of the image enters, so the image tower runs once per image. In a causal text tower an
     image's [start | context] is run once and not once per class.
 
     Args:

@@ -52,7 +52,7 @@ class ConES(Learner):
         templates: See :class:`Learner`; their features are averaged into the start.
         length: L, sub-concepts per class.
         init: ``text``: the class names' features, so that training starts as zero-shot; ``normal``: noise of their
-            spread; ``visual``: mean image features of the training pictures.
+            spread; ``visual``: mean image features of the training images.
         share: A learned offset per class, or one for all classes, which then works for other classes too.
         space: ``joint``, or ``text``: in front of the text projection, which keeps what it keeps.
         pool: Mean of the sub-concepts' logits, or log of their mean exponential (any sub-concept may fit).
@@ -106,7 +106,7 @@ class ConES(Learner):
         return scores.unflatten(1, (-1, self.length)).logsumexp(-1) - math.log(self.length)
 
     def prepare(self, views: Tensor, labels: Tensor) -> None:
-        """Start from the (V, n, d) embeddings of the training pictures, if that is what ``init`` asks for."""
+        """Start from the (V, n, d) embeddings of the training images, if that is what ``init`` asks for."""
         if self.init != "visual":
             return
         features = views.to(self.backbone.device).flatten(0, 1)
@@ -157,7 +157,7 @@ class ConES(Learner):
         if self.concepts.start is not None:
             return
         if self.init == "visual":
-            raise DataError("init='visual' starts from training pictures: train with vlprompt.fit first.")
+            raise DataError("init='visual' starts from training images: train with vlprompt.fit first.")
         text = self._text_features()
         if self.init == "text":
             start = repeated(text, self.length, self.jitter, self.seed)

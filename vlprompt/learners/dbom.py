@@ -4,7 +4,7 @@ Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components
     prompts that is looked up by similarity, learned prompt prefixes, a separation and a diversity loss, decomposition
     and fusion of the image feature); their exact forms, sizes and weights are not public. Everything beyond those names
     is a reconstruction, in the manner of CSP and Troika (soft prompts of pairs, three kinds of logits). One thing is
-    ours by need: CLIP's image feature says what a picture shows, so the trigger's side reads statistics of the pixels
+    ours by need: CLIP's image feature says what an image shows, so the trigger's side reads statistics of the pixels
     and of the tower's first convolution instead (see vlprompt.backbones.shallow); ``evidence=embedding`` is the variant
     without.
 """
@@ -34,12 +34,12 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 __all__ = ["DBOM", "DEFAULT_TRIGGERS"]
 
 DEFAULT_TRIGGERS = ("clean", "badnets", "blended", "bpp", "ftrojan", "sig", "trojan", "wanet")
-_SENTENCES = 1 << 12  # of prefixes that depend on the picture, in one pass without gradient
+_SENTENCES = 1 << 12  # of prefixes that depend on the image, in one pass without gradient
 
 
 @LEARNERS.register(
     "dbom",
-    summary="trigger and object of a picture, by soft prompts of their pairs",
+    summary="trigger and object of an image, by soft prompts of their pairs",
     paper="2508.01932",
     needs=("text", "pairs"),
 )
@@ -50,7 +50,7 @@ class DBOM(Learner):
     vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
     Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o) with the
     evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). A pair's score: tau (<f_p, pair> + a <f_t, trigger> +
-    b <f_o, object>), a and b chosen on validation data. e is standardised by the training pictures' mean and spread.
+    b <f_o, object>), a and b chosen on validation data. e is standardised by the training images' mean and spread.
 
     Args:
         backbone: See :class:`Learner`.
@@ -64,7 +64,7 @@ class DBOM(Learner):
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
         prompts: M per bank; None for twice the number of triggers, and for 32 for objects (or both).
         prompt_length: Vectors per prompt.
-        top: Prompts a picture takes.
+        top: Prompts an image takes.
         prefix: ``"conditional"`` shifts the prefixes of triggers and objects by a small network of what was looked up.
         context_length: M, if ``init`` is empty.
         init: Phrase that starts the prefixes.
@@ -74,7 +74,7 @@ class DBOM(Learner):
         separation_weight: Of the separation loss (split repository only).
         diversity_weight: Of the diversity loss.
         pull_weight: Of the pull of keys towards queries.
-        false_alarms: Share of clean validation pictures that the verdict may suspect.
+        false_alarms: Share of clean validation images that the verdict may suspect.
         seed: Of everything drawn.
 
     Raises:
@@ -239,7 +239,7 @@ class DBOM(Learner):
         return {"p_t": [p_t], "p_o": [p_o], "pull": near_t + near_o, "separation": apart}
 
     def _conditional(self, looked_up: Tensor, f_t: Tensor, f_o: Tensor) -> tuple[Tensor, Tensor]:
-        """Return trigger and object logits with prefixes that the picture shifts."""
+        """Return trigger and object logits with prefixes that the image shifts."""
         tau, count = self.backbone.logit_scale, len(self.triggers) + len(self.classnames)
         step = len(f_t) if torch.is_grad_enabled() else max(1, _SENTENCES // count)
         logits: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -267,7 +267,7 @@ class DBOM(Learner):
         return self.pair_scores(embeddings).logsumexp(1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses; a batch without ``"trigger"`` is of clean pictures. Pairs compete among those seen."""
+        """Return the losses; a batch without ``"trigger"`` is of clean images. Pairs compete among those seen."""
         embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
         label = batch["label"]
         trigger = batch.get("trigger", torch.zeros_like(label))
@@ -297,7 +297,7 @@ class DBOM(Learner):
 
     @property
     def threshold(self) -> float:
-        """Score from which a picture is called poisoned."""
+        """Score from which an image is called poisoned."""
         return float(self.calibration[2])
 
     def survey(self, source: Any) -> None:
@@ -310,11 +310,11 @@ class DBOM(Learner):
         held = getattr(data, "triggers", None)
         if held is None:
             raise DataError(
-                f"dbom learns from pictures whose trigger is known, and {data.name} does not say. Use "
+                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
                 f"triggered:{data.name}."
             )
         self._check_triggers(data)
-        self.seen.copy_(torch.as_tensor(data.pairs.seen))
+        self.seen.copy_(torch.as_tensor(data.compositions.seen))
         if self.evidence == "shallow":
             rows = source.training_data()[0].flatten(0, 1)[:, self.backbone.dim :]
             self.evidence_mean.copy_(rows.mean(0))
@@ -329,7 +329,7 @@ class DBOM(Learner):
         targets = {k: torch.tensor(v) for k, v in data.targets.items()}
         parts = [self.parts(rows.to(self.backbone.device)) for rows in embeddings.split(4096)]
         joined = {k: torch.cat([p[k].float().cpu() for p in parts]) for k in ("pair", "trigger", "object")}
-        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.pairs.seen))
+        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.compositions.seen))
         clean = self.judge(embeddings).score[targets["trigger"] == 0]
         threshold = threshold_at(clean, self.false_alarms)
         self.calibration.copy_(torch.tensor([a, b, threshold]))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import derive_seed
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.names import pseudo_name
 from vlprompt.meta.options import ClusterOptions, Space
 
@@ -34,7 +34,7 @@ class PseudoClass:
         domain: Number of the domain it lies in.
         name: What a classifier calls it.
         rows: (n,) its pairs, the medoid first.
-        coherence: Mean cosine of its pictures with their captions, in [-1, 1].
+        coherence: Mean cosine of its images with their captions, in [-1, 1].
     """
 
     domain: int
@@ -49,9 +49,9 @@ class Hierarchy:
 
     Attributes:
         domain: (N,) domain of every pair.
-        centroids: (K1, d) unit-length centres of the domains' pictures, centred.
+        centroids: (K1, d) unit-length centres of the domains' images, centred.
         classes: The pseudo-classes that were kept.
-        dropped: How many were not: too small, or pictures and captions that don't agree.
+        dropped: How many were not: too small, or images and captions that don't agree.
     """
 
     domain: NDArray[np.int64]
@@ -72,7 +72,7 @@ class Hierarchy:
         return state.hexdigest()[:12]
 
 
-def cluster_pairs(store: PairStore, options: ClusterOptions, members: int, seed: int = 1) -> Hierarchy:
+def cluster_pairs(store: CaptionStore, options: ClusterOptions, members: int, seed: int = 1) -> Hierarchy:
     """Cluster a store in two levels and name what was found.
 
     Args:
@@ -213,6 +213,6 @@ def _split(
 
 
 def _coherent(found: list[PseudoClass], share: float) -> list[PseudoClass]:
-    """Leave out the share of clusters whose pictures and captions agree least."""
+    """Leave out the share of clusters whose images and captions agree least."""
     worst = sorted(range(len(found)), key=lambda i: found[i].coherence)[: int(share * len(found))]
     return [c for i, c in enumerate(found) if i not in set(worst)]

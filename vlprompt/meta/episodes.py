@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 from vlprompt.meta.functional import Batch
 from vlprompt.meta.options import EpisodeOptions
@@ -79,7 +79,7 @@ class Episodes:
 
     def __init__(
         self,
-        store: PairStore,
+        store: CaptionStore,
         hierarchy: Hierarchy,
         options: EpisodeOptions,
         seed: int,

@@ -23,7 +23,7 @@ class ClusterOptions(BaseModel):
     )
     first: Space = Field("image", description="features that make domains")
     second: Space = Field("text", description="features that make pseudo-classes inside a domain")
-    weight: float = Field(0.5, ge=0, le=1, description="joint: share of the picture")
+    weight: float = Field(0.5, ge=0, le=1, description="joint: share of the image")
     complexity_aware: bool = Field(
         False, description="domains that vary more (trace of the covariance) get more pseudo-classes"
     )
@@ -31,7 +31,7 @@ class ClusterOptions(BaseModel):
         0.1,
         ge=0,
         lt=1,
-        description="share of pseudo-classes whose pictures and captions agree least, left out",
+        description="share of pseudo-classes whose images and captions agree least, left out",
     )
     names: Literal["phrase", "caption", "pair"] = Field(
         "phrase",
@@ -48,8 +48,8 @@ class EpisodeOptions(BaseModel):
     model_config = _STRICT
 
     ways: int = Field(16, ge=2, description="N, classes per side; fewer where a domain has fewer")
-    support: int = Field(4, ge=1, description="pictures per class that the inner step learns from")
-    query: int = Field(4, ge=1, description="pictures per class, of another domain, that judge it")
+    support: int = Field(4, ge=1, description="images per class that the inner step learns from")
+    query: int = Field(4, ge=1, description="images per class, of another domain, that judge it")
     cross_domain: float = Field(
         1.0, ge=0, le=1, description="share of episodes whose query is of another domain"
     )

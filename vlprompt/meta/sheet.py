@@ -1,4 +1,4 @@
-"""The cluster sheet: one page with pictures to see whether domains and pseudo-classes mean anything."""
+"""The cluster sheet: one page with images to see whether domains and pseudo-classes mean anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
-from vlprompt.data.captions.store import PairStore
+from vlprompt.data.captions.store import CaptionStore
 from vlprompt.experiments.report import data_uri
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 
@@ -24,13 +24,13 @@ img{width:56px;height:56px;object-fit:cover;border-radius:4px;margin-right:4px}"
 
 def write_sheet(
     path: Path,
-    store: PairStore,
+    store: CaptionStore,
     hierarchy: Hierarchy,
     held_out: Sequence[int] = (),
     *,
     domains: int = 12,
     classes: int = 8,
-    pictures: int = 6,
+    images: int = 6,
 ) -> None:
     """Write the page: per domain its largest pseudo-classes, each with the pairs nearest to its centre.
 
@@ -41,7 +41,7 @@ def write_sheet(
         held_out: Domains that are validated on, to mark them.
         domains: How many are shown, the largest ones.
         classes: Pseudo-classes per domain.
-        pictures: Per pseudo-class.
+        images: Per pseudo-class.
 
     Raises:
         CheckpointError: If the file can't be written.
@@ -52,14 +52,14 @@ def write_sheet(
         own = sorted(hierarchy.of(number), key=lambda c: -len(c.rows))
         mark = ", held out" if number in held_out else ""
         size = int((hierarchy.domain == number).sum())
-        rows = "".join(_row(store, found, pictures) for found in own[:classes])
+        rows = "".join(_row(store, found, images) for found in own[:classes])
         sections.append(
             f"<section><h2>Domain {number} <small>{size} pairs, {len(own)} pseudo-classes{mark}</small></h2>"
             f"<table>{rows}</table></section>"
         )
     text = (
         f"{len(store)} pairs, {len(numbers)} domains, {len(hierarchy.classes)} pseudo-classes; {hierarchy.dropped} "
-        "left out because they are too small or their pictures and captions don't agree."
+        "left out because they are too small or their images and captions don't agree."
     )
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Clusters</title>'
@@ -68,9 +68,9 @@ def write_sheet(
     write_text(path, page)
 
 
-def _row(store: PairStore, found: PseudoClass, pictures: int) -> str:
+def _row(store: CaptionStore, found: PseudoClass, images: int) -> str:
     shown = []
-    for row in found.rows[:pictures]:
+    for row in found.rows[:images]:
         try:
             image = store.source.image(int(store.index[row]))
         except DataError:  # it could be read when the store was built, and is gone now

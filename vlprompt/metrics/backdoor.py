@@ -1,4 +1,4 @@
-"""How well poisoned pictures are found, what is found in them, and whether the object is still seen."""
+"""How well poisoned images are found, what is found in them, and whether the object is still seen."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
     """Return all figures of a detector on a data set of pairs.
 
     Args:
-        judgement: Of every picture, in the data set's order.
-        data: A data set with ``triggers``, ``pairs`` and targets ``"trigger"`` and ``"label"``; the label is the true
-            object, never the one an attacker wrote.
-        threshold: Score from which a picture is called poisoned.
+        judgement: Of every image, in the data set's order.
+        data: A data set with ``triggers``, ``compositions`` and targets ``"trigger"`` and ``"label"``; the label is the
+            true object, never the one an attacker wrote.
+        threshold: Score from which an image is called poisoned.
 
     Returns:
-        ``auroc``, ``tpr``, ``fpr``, ``fpr_at_95_tpr`` over all, ``/seen`` and ``/unseen`` against all clean pictures;
+        ``auroc``, ``tpr``, ``fpr``, ``fpr_at_95_tpr`` over all, ``/seen`` and ``/unseen`` against all clean images;
         ``auroc/<trigger>``; if the detector names them ``trigger_accuracy``, ``object_accuracy_clean``,
         ``_triggered`` and ``/<trigger>``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``,
         ``best_hm``, ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
     trigger, label = targets["trigger"], targets["label"]
-    seen = torch.as_tensor(data.pairs.seen)
+    seen = torch.as_tensor(data.compositions.seen)
     own_seen = seen[trigger, label]
     figures = detection_metrics(judgement.score, trigger, own_seen, threshold, data.triggers)
     if judgement.trigger is not None:
@@ -55,8 +55,8 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
 def _pair_figures(pairs: Tensor, targets: Mapping[str, Tensor], data: Any) -> dict[str, float]:
     flat, truth = pairs.flatten(1), targets["trigger"] * pairs.shape[2] + targets["label"]
     figures = {"pair_accuracy_open": open_world_accuracy(flat, truth)}
-    seen = torch.as_tensor(data.pairs.seen).flatten()
-    possible = torch.as_tensor(data.pairs.allowed(data.split)).flatten()
+    seen = torch.as_tensor(data.compositions.seen).flatten()
+    possible = torch.as_tensor(data.compositions.allowed(data.split)).flatten()
     if bool(seen[truth].all()) or not bool(seen[truth].any()):
         return figures
     figures |= bias_sweep(flat, truth, seen, possible)
@@ -71,16 +71,16 @@ def detection_metrics(
     Args:
         score: (n,), larger is more suspicious.
         trigger: (n,), 0 for clean.
-        seen: (n,), whether the picture's pair was in training.
-        threshold: From which score a picture is called poisoned.
+        seen: (n,), whether the image's pair was in training.
+        threshold: From which score an image is called poisoned.
         names: Of triggers, for one AUROC each.
 
     Raises:
-        DataError: If there is no clean or no triggered picture.
+        DataError: If there is no clean or no triggered image.
     """
     clean, poisoned = trigger == 0, trigger > 0
     if not bool(clean.any()) or not bool(poisoned.any()):
-        raise DataError("detection needs clean and triggered pictures to measure.")
+        raise DataError("detection needs clean and triggered images to measure.")
     figures = {"fpr": float((score[clean] >= threshold).double().mean())}
     for suffix, chosen in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):
         if bool(chosen.any()):
@@ -106,6 +106,6 @@ def _auroc(clean: Tensor, poisoned: Tensor) -> float:
 
 
 def _split(name: str, right: Tensor, poisoned: Tensor, seen: Tensor) -> dict[str, float]:
-    """Return the share of triggered pictures whose trigger is named right, split by seen and unseen pairs."""
+    """Return the share of triggered images whose trigger is named right, split by seen and unseen pairs."""
     parts = {"": poisoned, "/seen": poisoned & seen, "/unseen": poisoned & ~seen}
     return {f"{name}{s}": float(right[rows].double().mean()) for s, rows in parts.items() if bool(rows.any())}

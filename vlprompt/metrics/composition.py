@@ -2,7 +2,7 @@
 
 A bias is added to the scores of unseen pairs; at minus infinity only seen pairs are predicted, at plus infinity only
 unseen ones. Between lies a curve of (accuracy on unseen, accuracy on seen). ``exact`` visits every bias at which any
-picture's answer changes; ``parity`` visits the biases of the reference code, so that numbers compare.
+image's answer changes; ``parity`` visits the biases of the reference code, so that numbers compare.
 
 Reference for parity: Forest-art/DFSP test.py (accuracies per sample, some twenty biases, no point at minus infinity).
 Differs from it: the caller's scores stay as they are, nothing fails where no unseen sample is right, and pairs that
@@ -32,8 +32,8 @@ class Sweep(dict[str, float]):
 
     Attributes:
         biases: (P,) the biases.
-        seen: (P,) accuracy on pictures of seen pairs.
-        unseen: (P,) accuracy on pictures of unseen pairs.
+        seen: (P,) accuracy on images of seen pairs.
+        unseen: (P,) accuracy on images of unseen pairs.
     """
 
     biases: np.ndarray
@@ -52,13 +52,13 @@ def bias_sweep(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, mo
         mode: See the module's text.
 
     Raises:
-        DataError: If pictures of seen or of unseen pairs are missing, or a true pair is ruled out.
+        DataError: If images of seen or of unseen pairs are missing, or a true pair is ruled out.
     """
     own_seen = seen[truth]
     if not len(truth) or bool(own_seen.all()) or not bool(own_seen.any()):
-        raise DataError("a sweep needs pictures of seen and of unseen pairs.")
+        raise DataError("a sweep needs images of seen and of unseen pairs.")
     if not bool(possible[truth].all()):
-        raise DataError("a picture's true pair is not among the possible ones.")
+        raise DataError("an image's true pair is not among the possible ones.")
     margins = _Margins(scores.double(), truth, seen & possible, ~seen & possible)
     biases = margins.changes() if mode == "exact" else margins.reference_biases()
     sweep = Sweep()
@@ -74,7 +74,7 @@ def bias_sweep(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, mo
 
 
 class _Margins:
-    """What a bias decides: per picture its best seen and its best unseen pair, and whether they are the true one."""
+    """What a bias decides: per image its best seen and its best unseen pair, and whether they are the true one."""
 
     def __init__(self, scores: Tensor, truth: Tensor, seen: Tensor, unseen: Tensor) -> None:
         best_seen, self.seen_pair = scores.masked_fill(~seen, -torch.inf).max(1)

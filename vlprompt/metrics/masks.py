@@ -4,7 +4,7 @@ Conventions that numbers depend on, and where papers differ:
 
 * Everything is computed per pair at the mask's own size, then averaged; ``iou_dataset`` alone pools pixels of pairs.
 * Empty prediction on an empty mask is perfect (Dice and IoU 1, distance 0); such pairs are reported apart as well.
-* If exactly one of two masks is empty, no distance exists: the picture's diagonal stands for it.
+* If exactly one of two masks is empty, no distance exists: the image's diagonal stands for it.
 * Pixels that don't count (255) are outside of both masks.
 """
 

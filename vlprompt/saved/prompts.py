@@ -254,19 +254,25 @@ def _digest(state: Mapping[str, Any]) -> str:
 
 
 def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
-    """Return the folders of saved prompts that paths or patterns mean; a run's folder means its ``prompt``.
+    """Return the folders of saved prompts that paths or patterns mean.
+
+    Args:
+        patterns: Each is a folder that holds ``prompt.safetensors``, the folder of a cell or of a whole run, or a
+            pattern of such folders.
 
     Raises:
         CheckpointError: If a pattern matches nothing.
     """
-    found: list[str] = []
+    folders: list[str] = []
     for pattern in map(str, patterns):
-        places = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        both = [p for place in places for p in (Path(place), Path(place) / "prompt")]
-        kept = [str(p) for p in both if (p / "prompt.safetensors").is_file()]
-        if not kept:
+        roots = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        matches = []
+        for root in map(Path, roots):
+            candidates = [root, root / "prompt", *sorted(root.glob("cells/*/prompt"))]
+            matches += [str(path) for path in candidates if (path / "prompt.safetensors").is_file()]
+        if not matches:
             raise CheckpointError(
-                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors."
+                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors, or a run's folder."
             )
-        found += kept
-    return found
+        folders += matches
+    return folders

@@ -1,1 +1,1 @@
-"""Backdoor triggers in pictures: putting them in, finding them, and what they do to a classifier."""
+"""Backdoor triggers in images: putting them in, finding them, and what they do to a classifier."""

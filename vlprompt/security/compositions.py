@@ -1,8 +1,9 @@
-"""Pictures whose trigger and object are both known: which pairs are seen, and who may see which picture.
+"""Images whose trigger and object are both known: which compositions are seen, and who may see which image.
 
-The grid of (trigger, object) pairs is cut once, by a seed: every object is seen clean, every trigger with some object
-and every object with some trigger, and a share of the triggered pairs is kept from training, half of them for
-validation, half for testing. Pictures come from the splits of an ordinary data set, so no picture is in two phases.
+The grid of (trigger, object) compositions is cut once, by a seed: every object is seen clean, every trigger with some
+object and every object with some trigger, and a share of the triggered compositions is kept from training, half of
+them for validation, half for testing. Images come from the splits of an ordinary data set, so no image is in two
+phases.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from vlprompt.security.triggers.base import native
 
 __all__ = [
     "DEFAULT_TRIGGERS",
-    "PairDataset",
-    "PairSource",
-    "PairSplit",
+    "CompositionDataset",
+    "CompositionSource",
+    "CompositionSplit",
     "check_triggers",
-    "pair_dataset",
-    "split_pairs",
+    "composition_dataset",
+    "split_compositions",
 ]
 
 
 @dataclass(frozen=True)
-class PairSplit:
-    """Which (trigger, object) pairs occur in which phase.
+class CompositionSplit:
+    """Which (trigger, object) compositions occur in which phase.
 
     Attributes:
-        seen: (T, C), True where training may show a pair; row 0 (clean) is all True.
-        unseen_val: (T, C), pairs that validation adds.
-        unseen_test: (T, C), pairs that testing adds.
+        seen: (T, C), True where training may show a composition; row 0 (clean) is all True.
+        unseen_val: (T, C), compositions that validation adds.
+        unseen_test: (T, C), compositions that testing adds.
     """
 
     seen: np.ndarray[Any, np.dtype[np.bool_]]
@@ -48,18 +49,18 @@ class PairSplit:
     unseen_test: np.ndarray[Any, np.dtype[np.bool_]]
 
     def allowed(self, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return the (T, C) pairs that may occur in ``"train"``, ``"val"`` or ``"test"``."""
+        """Return the (T, C) compositions that may occur in ``"train"``, ``"val"`` or ``"test"``."""
         added = {"val": self.unseen_val, "test": self.unseen_test}.get(split)
         return self.seen if added is None else self.seen | added
 
 
-def split_pairs(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1) -> PairSplit:
-    """Cut the grid of pairs.
+def split_compositions(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1) -> CompositionSplit:
+    """Cut the grid of compositions.
 
     Args:
         triggers: T, with clean.
         objects: C.
-        unseen: Share of the (T - 1) C triggered pairs that training doesn't show, in [0, 1).
+        unseen: Share of the (T - 1) C triggered compositions that training doesn't show, in [0, 1).
         seed: Another seed gives another cut.
 
     Raises:
@@ -67,7 +68,7 @@ def split_pairs(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1)
     """
     if not 0 <= unseen < 1 or triggers < 2 or objects < 2:
         raise DataError(
-            f"pairs need at least one trigger, two objects and an unseen share in [0, 1); got {triggers - 1}, "
+            f"compositions need at least one trigger, two objects and an unseen share in [0, 1); got {triggers - 1}, "
             f"{objects} and {unseen}."
         )
     wanted = round(unseen * (triggers - 1) * objects)
@@ -80,18 +81,18 @@ def split_pairs(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1)
             hidden.append((t, c))
     if len(hidden) < wanted:
         raise DataError(
-            f"{wanted} of {(triggers - 1) * objects} triggered pairs can't be kept from training: every trigger and "
-            f"every object must be seen once, which leaves {len(hidden)}. Lower the unseen share."
+            f"{wanted} of {(triggers - 1) * objects} triggered compositions can't be kept from training: every "
+            f"trigger and every object must be seen once, which leaves {len(hidden)}. Lower the unseen share."
         )
     val, test = np.zeros_like(seen), np.zeros_like(seen)
     for number, pair_ in enumerate(hidden):
         (val, test)[number % 2][pair_] = True
-    return PairSplit(seen, val, test)
+    return CompositionSplit(seen, val, test)
 
 
 @dataclass(frozen=True)
-class PairSource:
-    """A picture of another data set, which trigger is put into it, and what it shows."""
+class CompositionSource:
+    """An image of another data set, which trigger is put into it, and what it shows."""
 
     base: Any
     trigger: int
@@ -99,11 +100,11 @@ class PairSource:
 
 
 @dataclass(frozen=True)
-class PairReader:
-    """Reads pictures at the native size, with their triggers.
+class CompositionReader:
+    """Reads images at the native size, with their triggers.
 
     Attributes:
-        base: Reads the pictures themselves.
+        base: Reads the images themselves.
         triggers: Registry names; the first is clean.
         size: Native size in pixels.
         seed: Of the triggers.
@@ -118,33 +119,33 @@ class PairReader:
     def _built(self) -> tuple[Any, ...]:
         return (None, *(create_trigger(t, size=self.size, seed=self.seed) for t in self.triggers[1:]))
 
-    def read(self, source: PairSource) -> Image.Image:
-        """Return the picture; a clean one is brought to the native size too, so that size tells nothing."""
+    def read(self, source: CompositionSource) -> Image.Image:
+        """Return the image; a clean one is brought to the native size too, so that size tells nothing."""
         image, trigger = self.base.read(source.base), self._built[source.trigger]
         return Image.fromarray(native(image, self.size)) if trigger is None else trigger(image)
 
-    def key(self, source: PairSource) -> str:
+    def key(self, source: CompositionSource) -> str:
         """Return a string that changes when the pixels do."""
         name = self.triggers[source.trigger]
         return f"{self.base.key(source.base)}|{name}/{self.size}px/{self.seed}"
 
-    def check(self, source: PairSource) -> str:
-        """Return why the picture can't be decoded, empty if it can."""
+    def check(self, source: CompositionSource) -> str:
+        """Return why the image can't be decoded, empty if it can."""
         inspect = getattr(self.base, "check", None)
         return "" if inspect is None else inspect(source.base)
 
 
 @dataclass(frozen=True)
-class PairDataset(ImageDataset):
-    """A data set whose label is the true object, and which knows every picture's trigger.
+class CompositionDataset(ImageDataset):
+    """A data set whose label is the true object, and which knows every image's trigger.
 
     Attributes:
         triggers: Names; number 0 is clean.
-        pairs: Which pairs occur where.
+        compositions: Which occur where.
     """
 
     triggers: tuple[str, ...] = DEFAULT_TRIGGERS
-    pairs: PairSplit | None = field(default=None, repr=False)
+    compositions: CompositionSplit | None = field(default=None, repr=False)
 
     @property
     def trigger_labels(self) -> list[int]:
@@ -158,13 +159,13 @@ class PairDataset(ImageDataset):
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
-        """See :attr:`ImageDataset.strata`; one per pair that occurs, so shots count pictures per pair."""
+        """See :attr:`ImageDataset.strata`; one per pair that occurs, so shots count images per pair."""
         pairs = list(zip(self.trigger_labels, self.labels, strict=True))
         rank = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
         return [rank[p] for p in pairs], [f"{self.triggers[t]} {self.classnames[c]}" for t, c in rank]
 
 
-def pair_dataset(
+def composition_dataset(
     base: ImageDataset,
     triggers: Sequence[str] = DEFAULT_TRIGGERS,
     *,
@@ -172,18 +173,18 @@ def pair_dataset(
     seed: int = 1,
     unseen: float = 0.3,
     copies: int = 1,
-) -> PairDataset:
-    """Put triggers into one split of a data set: every picture once clean and ``copies`` times triggered.
+) -> CompositionDataset:
+    """Put triggers into one split of a data set: every image once clean and ``copies`` times triggered.
 
-    An object's triggers are dealt to its pictures in turn, so that pairs of one object are equally frequent.
+    An object's triggers are dealt to its images in turn, so that compositions of one object are equally frequent.
 
     Args:
-        base: The pictures; its split says which pairs may occur.
+        base: The images; its split says which compositions may occur.
         triggers: Names; the first must be ``"clean"``.
         size: Native size in pixels.
-        seed: Of the triggers, of the cut into seen and unseen pairs, and of who gets which trigger.
-        unseen: See :func:`split_pairs`.
-        copies: Triggered pictures per picture; at most as many as the object has triggers.
+        seed: Of the triggers, of the cut into seen and unseen compositions, and of who gets which trigger.
+        unseen: See :func:`split_compositions`.
+        copies: Triggered images per image; at most as many as the object has triggers.
 
     Raises:
         DataError: If the list of triggers does not begin with clean, repeats or is too short; for impossible shares.
@@ -192,7 +193,7 @@ def pair_dataset(
     names = check_triggers(triggers)
     if copies < 1:
         raise DataError(f"{base.name}: copies must be at least 1, got {copies}.")
-    split = split_pairs(len(names), len(base.classnames), unseen, seed)
+    split = split_compositions(len(names), len(base.classnames), unseen, seed)
     allowed = split.allowed(base.split)
     samples: list[Sample] = []
     dealt = dict.fromkeys(range(len(base.classnames)), 0)
@@ -202,18 +203,18 @@ def pair_dataset(
     }
     for sample in base.samples:
         c = sample.classes[0]
-        samples.append(Sample(PairSource(sample.source, 0, c), c))
+        samples.append(Sample(CompositionSource(sample.source, 0, c), c))
         for _ in range(min(copies, len(queues[c]))):
             trigger = int(queues[c][dealt[c] % len(queues[c])])
-            samples.append(Sample(PairSource(sample.source, trigger, c), c))
+            samples.append(Sample(CompositionSource(sample.source, trigger, c), c))
             dealt[c] += 1
-    return PairDataset(
+    return CompositionDataset(
         name=f"triggered:{base.name}",
         split=base.split,
         samples=tuple(samples),
         classnames=base.classnames,
         templates=base.templates,
-        reader=PairReader(base.reader, names, size, seed),
+        reader=CompositionReader(base.reader, names, size, seed),
         info={
             **base.info,
             "triggers": list(names),
@@ -222,7 +223,7 @@ def pair_dataset(
             "unseen": unseen,
         },
         triggers=names,
-        pairs=split,
+        compositions=split,
     )
 
 

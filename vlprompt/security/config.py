@@ -13,7 +13,7 @@ from vlprompt.data.catalog import check_name
 from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
 from vlprompt.security.compositions import check_triggers
-from vlprompt.security.scanners import DETECTORS
+from vlprompt.security.scanners import SCANNERS
 
 __all__ = ["DetectorsConfig", "SuspectOptions"]
 
@@ -33,7 +33,7 @@ class PairOptions(BaseModel):
     copies: int = Field(
         7,
         ge=1,
-        description="triggered pictures per training picture, each with another trigger; one to test on",
+        description="triggered images per training image, each with another trigger; one to test on",
     )
     share: float = Field(
         0.5,
@@ -44,7 +44,7 @@ class PairOptions(BaseModel):
 
 
 class SuspectOptions(BaseModel):
-    """The ``suspect:`` section: a poisoned set that is to be cleaned, from pictures no detector saw."""
+    """The ``suspect:`` section: a poisoned set that is to be cleaned, from images no detector saw."""
 
     model_config = _STRICT
 
@@ -58,7 +58,7 @@ class SuspectOptions(BaseModel):
 
 
 def _every_detector() -> dict[str, dict[str, Any]]:
-    return {name: {} for name in DETECTORS.names()}
+    return {name: {} for name in SCANNERS.names()}
 
 
 class DetectorsConfig(ToolConfig):
@@ -118,7 +118,7 @@ class DetectorsConfig(ToolConfig):
         for label in self.detectors:
             name, options = self.method(label)
             try:
-                check_options(DETECTORS.get(name).target, options, f"detectors.{label}")
+                check_options(SCANNERS.get(name).target, options, f"detectors.{label}")
             except ConfigError as error:
                 found += [f"detectors.{label}.{p}" for p in error.problems]
             except VLPromptError as error:

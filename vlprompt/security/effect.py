@@ -87,23 +87,23 @@ def train_victim(pixels: Tensor, labels: Tensor, classes: int, *, epochs: int = 
 
 
 def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict[str, float]:
-    """Return ``accuracy`` on clean pictures and ``attack_success``, the share of triggered ones that land where wanted.
+    """Return ``accuracy`` on clean images and ``attack_success``, the share of triggered ones that land where wanted.
 
-    The attack is tried with every trigger of the plan on every picture whose label it would change; ``attack_success``
+    The attack is tried with every trigger of the plan on every image whose label it would change; ``attack_success``
     is the mean over triggers, ``attack_success/<trigger>`` a trigger's own.
     """
     labels = torch.tensor(test.labels)
-    pictures = [native(test[i][0], plan.size) for i in range(len(test))]
+    images = [native(test[i][0], plan.size) for i in range(len(test))]
     wanted = (
         (labels + 1) % len(test.classnames)
         if plan.mode == "all_to_all"
         else torch.full_like(labels, plan.target)
     )
     tried = (wanted != labels).nonzero()[:, 0].tolist()
-    figures = {"accuracy": float((victim.predict(_stack(pictures)) == labels).double().mean())}
+    figures = {"accuracy": float((victim.predict(_stack(images)) == labels).double().mean())}
     for name in plan.triggers:
         trigger = create_trigger(name, size=plan.size, seed=plan.seed)
-        answers = victim.predict(_stack([trigger.apply(pictures[i]) for i in tried]))
+        answers = victim.predict(_stack([trigger.apply(images[i]) for i in tried]))
         figures[f"attack_success/{name}"] = float((answers == wanted[tried]).double().mean())
     figures["attack_success"] = float(np.mean([figures[f"attack_success/{n}"] for n in plan.triggers]))
     return figures
@@ -114,5 +114,5 @@ def pixels_of(data: PoisonedDataset) -> Tensor:
     return _stack([np.asarray(data[i][0]) for i in range(len(data))])
 
 
-def _stack(pictures: list[Any]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+def _stack(images: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255

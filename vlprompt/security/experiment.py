@@ -1,4 +1,4 @@
-"""Running a table of detectors: every data set, every seed, every detector; then the end effect of cleaning.
+"""Running a table of scanners: every data set, every seed, every scanner; then the end effect of cleaning.
 
 A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the configuration; ``resume`` keeps finished cells.
 """
@@ -28,15 +28,15 @@ from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.experiments.statistics import Summary, summarise
 from vlprompt.experiments.tables import Row, to_markdown
 from vlprompt.metrics.backdoor import detection_metrics, judgement_metrics
-from vlprompt.security.compositions import pair_dataset
+from vlprompt.security.compositions import composition_dataset
 from vlprompt.security.config import DetectorsConfig
 from vlprompt.security.effect import attack_success, pixels_of, train_victim
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan, poisoned
-from vlprompt.security.scanners import Detector, create_detector
+from vlprompt.security.scanners import Scanner, create_scanner
 
 __all__ = ["DetectorsOutcome", "compare_detectors"]
 
-log = logging.getLogger("vlprompt.detect")
+log = logging.getLogger("vlprompt.security")
 
 _PAIR_COLUMNS = {
     "AUROC seen": "auroc/seen", "AUROC unseen": "auroc/unseen", "FPR at 95 % TPR, seen": "fpr_at_95_tpr/seen",
@@ -62,7 +62,7 @@ class DetectorsOutcome:
 
 
 def compare_detectors(config: DetectorsConfig, resume: bool = False) -> DetectorsOutcome:
-    """Fit and test every detector on every data set and seed, and write what was measured.
+    """Fit and test every scanner on every data set and seed, and write what was measured.
 
     Args:
         config: See :meth:`DetectorsConfig.read`.
@@ -80,7 +80,7 @@ def compare_detectors(config: DetectorsConfig, resume: bool = False) -> Detector
     backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        cache = FeatureCache(config.cache_dir or scratch)  # on disk, so that trained detectors share it too
+        cache = FeatureCache(config.cache_dir or scratch)  # on disk, so that trained scanners share it too
         for name in config.data:
             for seed in config.seeds:
                 path = (
@@ -115,7 +115,7 @@ def compare_detectors(config: DetectorsConfig, resume: bool = False) -> Detector
 
 @dataclass(frozen=True)
 class _Verdicts:
-    """What a detector says of n suspects: (n,) whether each is poisoned, and (n,) the object it names, if it does."""
+    """What a scanner says of n suspects: (n,) whether each is poisoned, and (n,) the object it names, if it does."""
 
     suspected: Tensor
     named: Tensor | None
@@ -132,7 +132,7 @@ class _Cell:
         self.own, self.rest = _cut(train, config.pairs.share, seed)
         options = config.pairs
         self.train, self.val, self.test = (
-            pair_dataset(
+            composition_dataset(
                 data,
                 options.triggers,
                 size=options.native_size,
@@ -148,26 +148,26 @@ class _Cell:
         )
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Return figures by detector label, and of victims by the set they were trained on."""
+        """Return figures by scanner label, and of victims by the set they were trained on."""
         figures: dict[str, dict[str, float]] = {}
         suspects = self._suspects()
         verdicts: dict[str, _Verdicts] = {}
         for label in self.config.detectors:
             method, options = self.config.method(label)
-            detector = create_detector(
+            scanner = create_scanner(
                 method, self.backbone, self.train.classnames, self.train.triggers, **options
             )
-            detector.fit(self.train, self.val, self.cache, self.seed)
-            figures[label] = {} if detector.whole else self._on_pairs(detector)
+            scanner.fit(self.train, self.val, self.cache, self.seed)
+            figures[label] = {} if scanner.whole else self._on_pairs(scanner)
             if suspects is not None:
-                figures[label] |= self._on_suspects(detector, suspects, verdicts, label)
+                figures[label] |= self._on_suspects(scanner, suspects, verdicts, label)
         if suspects is not None:
             figures |= self._victims(suspects, verdicts)
         return figures
 
-    def _on_pairs(self, detector: Detector) -> dict[str, float]:
-        judged = detector.judge(detector.rows(self.test, self.cache))
-        return judgement_metrics(judged, self.test, detector.threshold)
+    def _on_pairs(self, scanner: Scanner) -> dict[str, float]:
+        judged = scanner.judge(scanner.rows(self.test, self.cache))
+        return judgement_metrics(judged, self.test, scanner.threshold)
 
     def _suspects(self) -> PoisonedDataset | None:
         options = self.config.suspect
@@ -181,17 +181,17 @@ class _Cell:
         return poisoned(self.rest, self.plan)
 
     def _on_suspects(
-        self, detector: Detector, suspects: PoisonedDataset, verdicts: dict[str, _Verdicts], label: str
+        self, scanner: Scanner, suspects: PoisonedDataset, verdicts: dict[str, _Verdicts], label: str
     ) -> dict[str, float]:
-        rows = detector.rows(suspects, self.cache)
-        judged = detector.judge_set(rows, torch.tensor(suspects.labels))
+        rows = scanner.rows(suspects, self.cache)
+        judged = scanner.judge_set(rows, torch.tensor(suspects.labels))
         score, named = judged.score, None if judged.object is None else judged.object.argmax(1)
-        verdicts[label] = _Verdicts(score >= detector.threshold, named)
+        verdicts[label] = _Verdicts(score >= scanner.threshold, named)
         trigger = torch.tensor(suspects.targets["trigger"])
         if not bool((trigger > 0).any()):
             return {}
         found = detection_metrics(
-            score, trigger, torch.ones(len(trigger), dtype=torch.bool), detector.threshold
+            score, trigger, torch.ones(len(trigger), dtype=torch.bool), scanner.threshold
         )
         return {f"suspect/{k}": v for k, v in found.items() if "/" not in k}
 
@@ -200,8 +200,8 @@ class _Cell:
     ) -> dict[str, dict[str, float]]:
         """Train a victim on the set as it is, on each cleaned one, on what faultless cleaning leaves, on a clean one.
 
-        A detector that names objects also mends: what it suspects stays, labelled with the object that it names.
-        A clean victim may well take a triggered picture for the target too: ``attack_gain`` is what the attack adds.
+        A scanner that names objects also mends: what it suspects stays, labelled with the object that it names.
+        A clean victim may well take a triggered image for the target too: ``attack_gain`` is what the attack adds.
         """
         options = self.config.suspect
         assert options is not None
@@ -220,13 +220,13 @@ class _Cell:
         figures = {}
         for what, (images, labels) in sets.items():
             victim = train_victim(images, labels, len(test.classnames), epochs=options.epochs, seed=self.seed)
-            figures[what] = {**attack_success(victim, test, self.plan), "pictures": float(len(labels))}
+            figures[what] = {**attack_success(victim, test, self.plan), "images": float(len(labels))}
         innocent_success = figures["victim of a clean set"]["attack_success"]
         return {k: {**f, "attack_gain": f["attack_success"] - innocent_success} for k, f in figures.items()}
 
 
 def _cut(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
-    """Cut a data set in two per class: what detectors learn from, and the rest."""
+    """Cut a data set in two per class: what scanners learn from, and the rest."""
     labels = np.array(data.labels)
     first: list[int] = []
     for label in range(len(data.classnames)):
@@ -261,7 +261,7 @@ def _tables(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> str:
         triggers = {f"AUROC {t}": f"auroc/{t}" for t in config.pairs.triggers[1:]}
         objects = {f"object {t}": f"object_accuracy/{t}" for t in config.pairs.triggers[1:]}
         columns = {
-            "on pictures it never saw, some of pairs it never saw": _PAIR_COLUMNS,
+            "on images it never saw, some of pairs it never saw": _PAIR_COLUMNS,
             "one trigger at a time": {**triggers, **objects},
         }
         if config.suspect is not None:

@@ -1,7 +1,7 @@
 """Scanning a folder of any size: constant memory, resumable, with a table, a cleaned list and a sheet to look at.
 
-What a scan writes into its output folder, in this order: ``listing.jsonl`` (every picture, sorted; fixed when the scan
-starts), ``scan.json`` (what is scanned with what), ``rows.jsonl`` (a verdict per picture, as they come), and at the end
+What a scan writes into its output folder, in this order: ``listing.jsonl`` (every image, sorted; fixed when the scan
+starts), ``scan.json`` (what is scanned with what), ``rows.jsonl`` (a verdict per image, as they come), and at the end
 ``report.csv``, ``report.json``, ``cleaned.txt`` and ``report.html``.
 """
 
@@ -53,7 +53,7 @@ class FolderScan:
 
     Attributes:
         output: The folder with the files.
-        total: Pictures looked at.
+        total: Images looked at.
         poisoned: How many are suspected.
         unreadable: How many could not be read.
     """
@@ -76,31 +76,31 @@ def scan_folder(
     top: int = 200,
     progress: Progress | None = None,
 ) -> FolderScan:
-    """Scan every picture below a folder and write what was found.
+    """Scan every image below a folder and write what was found.
 
-    Memory does not grow with the number of pictures. A scan that was stopped continues behind its last verdict and ends
+    Memory does not grow with the number of images. A scan that was stopped continues behind its last verdict and ends
     with the same files.
 
     Args:
         folder: Where to look, at any depth; what lies behind links to folders is not.
-        detector: See :func:`vlprompt.scan`; one that judges single pictures.
+        detector: See :func:`vlprompt.scan`; one that judges single images.
         output: Where to write; may not lie inside ``folder``.
         threshold: See :func:`vlprompt.scan`.
         resume: Continue; otherwise an older scan in ``output`` is replaced.
-        batch_size: Pictures per pass.
+        batch_size: Images per pass.
         workers: Threads that decode.
-        top: Pictures on the sheet, most suspicious first.
+        top: Images on the sheet, most suspicious first.
         progress: Called with ("scanned", done, total).
 
     Raises:
-        DataError: If there is no folder or no picture, or the detector judges whole sets only.
+        DataError: If there is no folder or no image, or the detector judges whole sets only.
         CheckpointError: If the scan to continue is another one, or nothing can be written.
     """
     root, place = Path(folder), Path(output)
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r} to scan.")
     if getattr(detector, "whole", False):
-        raise DataError(f"{detector.method} judges whole labelled data sets, not a stream of pictures.")
+        raise DataError(f"{detector.method} judges whole labelled data sets, not a stream of images.")
     if place.resolve().is_relative_to(root.resolve()):
         raise DataError(f"the output {place} lies inside the scanned folder {root}; name one elsewhere.")
     level = detector.threshold if threshold is None else threshold
@@ -136,7 +136,7 @@ def _identity(root: Path, detector: Any, threshold: float) -> dict[str, Any]:
 
 
 def _prepare(root: Path, place: Path, identity: dict[str, Any], resume: bool) -> int:
-    """Make the listing, or check that the one there belongs to this scan; return the number of pictures."""
+    """Make the listing, or check that the one there belongs to this scan; return the number of images."""
     facts = place / "scan.json"
     if resume and facts.is_file():
         try:
@@ -164,13 +164,13 @@ def _prepare(root: Path, place: Path, identity: dict[str, Any], resume: bool) ->
 
     write_atomic(place / "listing.jsonl", write)
     if not total:
-        raise DataError(f"{root} holds no pictures ({', '.join(EXTENSIONS)}).")
+        raise DataError(f"{root} holds no images ({', '.join(EXTENSIONS)}).")
     write_json(facts, {**identity, "total": total})
     return total
 
 
 def _sorted_names(root: Path) -> Iterator[str]:
-    """Yield the sorted relative paths of all pictures, sorting at most so many in memory and the rest on disk."""
+    """Yield the sorted relative paths of all images, sorting at most so many in memory and the rest on disk."""
     names = _walk(root)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         runs: list[Iterator[str]] = []
@@ -208,7 +208,7 @@ def _names(place: Path) -> Iterator[str]:
 
 def _open(root: Path, name: str, preprocess: Callable[[Image.Image], Any]) -> Opened:
     path = root / name
-    if any(ord(c) < 32 for c in name):  # one line per picture is what the cleaned list promises
+    if any(ord(c) < 32 for c in name):  # one line per image is what the cleaned list promises
         return Opened(name, None, f"the name {name!r} holds a control character: refused.")
     if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
         return Opened(name, None, f"{name} {_LEAVES}: not followed.")
@@ -293,12 +293,12 @@ def _page(
     page = Environment(
         loader=PackageLoader("vlprompt.security", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    pictures = [{**_printable(row), "picture": _thumbnail(root / row["image"])} for row in rows]
+    images = [{**_printable(row), "thumbnail": _thumbnail(root / row["image"])} for row in rows]
     values = {
         "folder": str(root).encode("utf-8", "replace").decode(),
         "counts": counts,
         "threshold": threshold,
-        "pictures": pictures,
+        "images": images,
         "unreadable": list(map(_printable, unreadable)),
     }
     return page.get_template("scan.html.j2").render(total=sum(counts.values()), **values)
@@ -312,7 +312,7 @@ def _printable(row: Row) -> Row:
 def _thumbnail(path: Path) -> str:
     try:
         image = read_image(path)
-    except VLPromptError:  # a picture that went missing since must not cost the sheet
+    except VLPromptError:  # an image that went missing since must not cost the sheet
         return ""
     zoom = max(1, _THUMBNAIL // max(image.size))
     if zoom > 1:

@@ -21,7 +21,7 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
-from vlprompt.security.compositions import PairReader, PairSource, check_triggers
+from vlprompt.security.compositions import CompositionReader, CompositionSource, check_triggers
 from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, create_trigger
 
 __all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
@@ -35,7 +35,7 @@ class PoisonPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     triggers: tuple[str, ...] = Field(("badnets",), min_length=1, description="put in, equally often")
-    rate: float = Field(0.1, ge=0, le=1, description="share of the pictures that are poisoned")
+    rate: float = Field(0.1, ge=0, le=1, description="share of the images that are poisoned")
     mode: Literal["all_to_one", "all_to_all"] = Field(
         "all_to_one", description="poisoned labels become the target, or the next class"
     )
@@ -74,9 +74,9 @@ class PoisonedDataset(ImageDataset):
 
 
 def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
-    """Return the poisoned data set without writing it; pictures are changed as they are read.
+    """Return the poisoned data set without writing it; images are changed as they are read.
 
-    A trigger that keeps labels poisons pictures of the target class only (of any class in ``all_to_all``).
+    A trigger that keeps labels poisons images of the target class only (of any class in ``all_to_all``).
 
     Raises:
         DataError: If the target is no class.
@@ -95,28 +95,28 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
         given = true
         if trigger and not create_trigger(names[trigger], size=plan.size).keeps_label:
             given = plan.target if plan.mode == "all_to_one" else (true + 1) % classes
-        samples.append(Sample(PairSource(sample.source, trigger, true), given))
+        samples.append(Sample(CompositionSource(sample.source, trigger, true), given))
     return PoisonedDataset(
         name=f"poisoned:{data.name}",
         split=data.split,
         samples=tuple(samples),
         classnames=data.classnames,
         templates=data.templates,
-        reader=PairReader(data.reader, names, plan.size, plan.seed),
+        reader=CompositionReader(data.reader, names, plan.size, plan.seed),
         info={**data.info, "plan": plan.model_dump(mode="json")},
         triggers=names,
     )
 
 
 def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
-    """Return the trigger number of every poisoned picture, by position."""
+    """Return the trigger number of every poisoned image, by position."""
     order = numpy_rng(plan.seed, "poison", data.name, data.split).permutation(len(data))
     keeps = {t: create_trigger(n, size=plan.size).keeps_label for t, n in enumerate(plan.triggers, 1)}
     quotas = np.full(len(keeps), round(plan.rate * len(data)) // len(keeps))
     quotas[: round(plan.rate * len(data)) % len(keeps)] += 1
     free = [int(i) for i in order]
     chosen: dict[int, int] = {}
-    # Those with the least choice first: attacks that keep labels need pictures of the target class.
+    # Those with the least choice first: attacks that keep labels need images of the target class.
     for trigger in sorted(keeps, key=lambda t: (not keeps[t], t)):
         to_one = plan.mode == "all_to_one"
         fits = [
@@ -129,12 +129,12 @@ def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
 
 
 def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> PoisonedDataset:
-    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per picture.
+    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per image.
 
-    All pictures, clean ones too, are written at the plan's size, so that size tells nothing.
+    All images, clean ones too, are written at the plan's size, so that size tells nothing.
 
     Args:
-        data: Pictures and true labels.
+        data: Images and true labels.
         plan: See :class:`PoisonPlan`.
         folder: Must not exist yet, or be empty; it appears when all is written.
 
@@ -209,17 +209,17 @@ class _Line(BaseModel):
 
 @dataclass(frozen=True)
 class _CopyReader:
-    """Reads pictures that hold their triggers already."""
+    """Reads images that hold their triggers already."""
 
     files: FileReader
 
-    def read(self, source: PairSource) -> Image.Image:
+    def read(self, source: CompositionSource) -> Image.Image:
         return self.files.read(source.base)
 
-    def key(self, source: PairSource) -> str:
+    def key(self, source: CompositionSource) -> str:
         return self.files.key(source.base)
 
-    def check(self, source: PairSource) -> str:
+    def check(self, source: CompositionSource) -> str:
         return self.files.check(source.base)
 
 
@@ -252,7 +252,7 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
         if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
             raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
         samples.append(
-            Sample(PairSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
+            Sample(CompositionSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
         )
     return PoisonedDataset(
         name=f"poisoned:{root.name}",

@@ -1,4 +1,4 @@
-"""Scanning pictures for triggers: the public ``vlprompt.scan``, and the stream of verdicts behind it."""
+"""Scanning images for triggers: the public ``vlprompt.scan``, and the stream of verdicts behind it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.images import read_with_note, to_rgb
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 from vlprompt.learners._judgement import Judgement
 
 __all__ = [
@@ -44,7 +44,7 @@ _AHEAD = 2  # batches that are decoded while one is judged
 
 @dataclass(frozen=True)
 class Opened:
-    """A picture that was decoded, or why it could not be; ``note`` says what else is odd about it."""
+    """An image that was decoded, or why it could not be; ``note`` says what else is odd about it."""
 
     name: str
     pixels: Tensor | None
@@ -53,12 +53,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Verdicts, one row per picture in the order given.
+    """Verdicts, one row per image in the order given.
 
     Attributes:
         rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the detector names none), ``score``
             (None if unreadable), ``verdict`` (clean, poisoned, unreadable) and ``note`` (why unreadable, what is odd).
-        threshold: Score from which a picture is called poisoned.
+        threshold: Score from which an image is called poisoned.
     """
 
     rows: list[Row]
@@ -82,7 +82,7 @@ class ScanReport:
         return "\n".join(line_of(row) for row in self.rows)
 
     def cleaned(self, data: ImageDataset, *, mend: bool = False) -> ImageDataset:
-        """Return the data set that was scanned without its poisoned and unreadable pictures.
+        """Return the data set that was scanned without its poisoned and unreadable images.
 
         Args:
             data: What was scanned.
@@ -90,10 +90,10 @@ class ScanReport:
                 learns that the trigger means nothing.
 
         Raises:
-            DataError: If the report is of other pictures, or objects for mending are not named or are no class.
+            DataError: If the report is of other images, or objects for mending are not named or are no class.
         """
         if [row["image"] for row in self.rows] != [_sample_name(data, i) for i in range(len(data))]:
-            raise DataError(f"this report of {len(self)} pictures is not one of {data.name} ({len(data)}).")
+            raise DataError(f"this report of {len(self)} images is not one of {data.name} ({len(data)}).")
         kept = (CLEAN, POISONED) if mend else (CLEAN,)
         chosen = [i for i, row in enumerate(self.rows) if row["verdict"] in kept]
         samples = tuple(_mended(data, i, self.rows[i]) for i in chosen)
@@ -123,15 +123,15 @@ def scan(
         images: A folder (searched recursively), a list of files or PIL images, or a data set, whose labels are then the
             given ones for detectors that need them.
         detector: A trained ``dbom`` learner, or a fitted detector of :mod:`vlprompt.security.scanners`.
-        threshold: Score from which a picture is called poisoned; None for the detector's own.
-        batch_size: Pictures per pass.
+        threshold: Score from which an image is called poisoned; None for the detector's own.
+        batch_size: Images per pass.
         workers: Threads that decode.
 
     Returns:
-        A table in the order given; a picture that can't be read has the verdict ``unreadable`` and stops nothing.
+        A table in the order given; an image that can't be read has the verdict ``unreadable`` and stops nothing.
 
     Raises:
-        DataError: If there is no picture, or the detector judges whole labelled sets and none is given.
+        DataError: If there is no image, or the detector judges whole labelled sets and none is given.
     """
     if not hasattr(detector, "judge"):
         raise DataError(
@@ -140,10 +140,10 @@ def scan(
     level = detector.threshold if threshold is None else threshold
     entries = _entries(images, detector.backbone.preprocess)
     if not entries:
-        raise DataError("there are no pictures to scan.")
+        raise DataError("there are no images to scan.")
     if getattr(detector, "whole", False):
         if not isinstance(images, ImageDataset):
-            raise DataError(f"{detector.method} judges labelled data sets; give one, not loose pictures.")
+            raise DataError(f"{detector.method} judges labelled data sets; give one, not loose images.")
         rows = _scan_set(entries, images, detector, level, batch_size, workers)
     else:
         rows = list(scan_rows(entries, detector, level, batch_size=batch_size, workers=workers))
@@ -158,7 +158,7 @@ def scan_rows(
     batch_size: int = 64,
     workers: int = 2,
 ) -> Iterator[Row]:
-    """Yield a row per entry, in order, with a bounded number of pictures in memory."""
+    """Yield a row per entry, in order, with a bounded number of images in memory."""
     for opened, rows in judge_stream(entries, detector, batch_size=batch_size, workers=workers):
         judged = None if rows is None else detector.judge(rows)
         yield from make_rows(opened, judged, detector, threshold)
@@ -245,16 +245,16 @@ def _scan_set(
 
 
 def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[Callable[[], Opened]]:
-    """Return a function per picture that opens it."""
+    """Return a function per image that opens it."""
     if isinstance(images, ImageDataset):
         return [partial(_sample_entry, images, i, preprocess) for i in range(len(images))]
     if isinstance(images, (str, Path)):
         place = Path(images)
-        names = list_pictures(place, place) if place.is_dir() else [place.name]
+        names = list_images(place, place) if place.is_dir() else [place.name]
         root = place if place.is_dir() else place.parent
         return [partial(file_entry, root / name, name, preprocess) for name in names]
     return [
-        partial(_picture_entry, image, f"image {i}", preprocess)
+        partial(_image_entry, image, f"image {i}", preprocess)
         if isinstance(image, Image.Image)
         else partial(file_entry, Path(image), str(image), preprocess)
         for i, image in enumerate(images)
@@ -268,7 +268,7 @@ def _sample_name(data: ImageDataset, index: int) -> str:
 
 
 def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
-    """Return a picture's sample, with the label of the named object if the picture is poisoned."""
+    """Return an image's sample, with the label of the named object if the image is poisoned."""
     sample = data.samples[index]
     if row["verdict"] != POISONED:
         return sample
@@ -290,9 +290,9 @@ def _sample_entry(data: ImageDataset, index: int, preprocess: Callable[[Image.Im
         return Opened(name, None, str(error))
 
 
-def _picture_entry(image: Image.Image, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+def _image_entry(image: Image.Image, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
     try:
         image.load()
         return Opened(name, preprocess(to_rgb(image)))
-    except OSError as error:  # pillow decodes late: a picture that was opened may still turn out truncated
-        return Opened(name, None, f"can't read the picture: {error}.")
+    except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
+        return Opened(name, None, f"can't read the image: {error}.")

@@ -1,4 +1,4 @@
-"""One picture of what triggers look like: a row per trigger, and beside each picture what changed."""
+"""One image of what triggers look like: a row per trigger, and beside each image what changed."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def trigger_sheet(
     size: int = NATIVE_SIZE,
     seed: int = 1,
 ) -> Image.Image:
-    """Draw every trigger on every picture, with the difference from the clean one beside it.
+    """Draw every trigger on every image, with the difference from the clean one beside it.
 
     Args:
-        images: A few pictures.
+        images: A few images.
         triggers: Names; None for all.
         size: Native size in pixels.
         seed: Of the triggers.
 
     Returns:
-        The sheet; pictures are enlarged without smoothing.
+        The sheet; images are enlarged without smoothing.
     """
     names = list_triggers() if triggers is None else list(triggers)
     zoom = max(1, 96 // size)

@@ -191,7 +191,7 @@ class _Layer(nn.Module):
 
 
 class _Projector(nn.Module):
-    """Four times finer, then one 3 x 3 convolution per picture whose kernel the phrase makes."""
+    """Four times finer, then one 3 x 3 convolution per image whose kernel the phrase makes."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -208,6 +208,6 @@ class _Projector(nn.Module):
         x = self.vis(x)
         kernel = self.txt(condition)
         weight = kernel[:, :-1].reshape(len(x), -1, 3, 3)
-        # One convolution whose groups are the pictures.
+        # One convolution whose groups are the images.
         out = F.conv2d(x.flatten(0, 1)[None], weight, kernel[:, -1], padding=1, groups=len(x))
         return out.transpose(0, 1)

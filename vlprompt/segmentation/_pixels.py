@@ -1,4 +1,4 @@
-"""Pictures as segmentation models see them: whole. Classification crops the middle, and a mask has no use for that."""
+"""Images as segmentation models see them: whole. Classification crops the middle, and a mask has no use for that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Squash"]
 
 
 class Squash:
-    """Preprocessing that resizes a picture to the backbone's input size, proportions or not, and crops nothing.
+    """Preprocessing that resizes an image to the backbone's input size, proportions or not, and crops nothing.
 
     Args:
         preprocess: The backbone's: PIL image to (3, h, w).

@@ -20,7 +20,7 @@ from vlprompt.segmentation.strategies.base import Rows, Strategy
 
 __all__ = ["Frozen", "LastLayer", "Segmenter", "Texts"]
 
-#: What of a picture no training of a strategy changes; every tensor's first axis is the picture.
+#: What of an image no training of a strategy changes; every tensor's first axis is the image.
 Frozen: TypeAlias = dict[str, Tensor]
 #: B phrases, or (B, d) features in their place.
 Texts: TypeAlias = Sequence[str] | Tensor
@@ -84,7 +84,7 @@ class Segmenter(nn.Module):
             texts: B phrases, or (B, d) features in their place.
 
         Raises:
-            DataError: If there isn't one phrase per picture.
+            DataError: If there isn't one phrase per image.
             VLPromptError: If a phrase is longer than the text tower reads; names it.
         """
         images = images.to(self.backbone.device)
@@ -92,16 +92,16 @@ class Segmenter(nn.Module):
         return self.decode(self.frozen(images), texts, size)
 
     def frozen(self, images: Tensor) -> Frozen:
-        """Return what of (B, 3, H, W) pictures training never changes; may be cached per picture."""
+        """Return what of (B, 3, H, W) images training never changes; may be cached per image."""
         raise NotImplementedError
 
     def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
-        """Return (B, 1, H, W) logits from :meth:`frozen` of pictures of ``size`` (H, W) pixels."""
+        """Return (B, 1, H, W) logits from :meth:`frozen` of images of ``size`` (H, W) pixels."""
         raise NotImplementedError
 
     @cached_property
     def preprocess(self) -> Callable[[Image.Image], Tensor]:
-        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation; the whole picture."""
+        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation; the whole image."""
         return Squash(self.backbone.preprocess)
 
     @property
@@ -115,18 +115,18 @@ class Segmenter(nn.Module):
         return self.strategy.tunes in ("decoder", "all")
 
     def rows(self, frozen: Frozen) -> Rows:
-        """Return the strategy's prompts for these pictures."""
+        """Return the strategy's prompts for these images."""
         return self.strategy(frozen.get("pooled"))
 
     def condition(self, texts: Texts, rows: Rows, count: int) -> tuple[Tensor, Tensor | None]:
         """Return (B, d) features of the phrases and, if the model reads them, (B, T, Dt) states of their words.
 
         Raises:
-            DataError: If there isn't one phrase per picture.
+            DataError: If there isn't one phrase per image.
         """
         if isinstance(texts, str) or len(texts) != count:
             got = repr(texts) if isinstance(texts, str) else f"{len(texts)} phrases"
-            raise DataError(f"segmentation takes one phrase per picture: got {got} for {count} pictures.")
+            raise DataError(f"segmentation takes one phrase per image: got {got} for {count} images.")
         if isinstance(texts, Tensor):
             if texts.shape[1:] != (self.backbone.dim,):
                 raise DataError(

@@ -1,7 +1,7 @@
 """CLIPSeg: a phrase modulates token states of three depths of CLIP's image tower, and a small decoder paints a mask.
 
 Paper: Lüddecke and Ecker, "Image Segmentation Using Text and Image Prompts", CVPR 2022, arXiv 2112.10003.
-Where this differs from the published code: any picture size and shape; visual prompts leave the sequence before the
+Where this differs from the published code: any image size and shape; visual prompts leave the sequence before the
 decoder unless ``keep_prompts``; the refined upsampling works for any patch size.
 """
 

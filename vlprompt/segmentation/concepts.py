@@ -87,7 +87,7 @@ class MaskConcepts(ConceptSearch):
 
 
 class _Batches:
-    """Batches of pairs by the number of their class; states of all pictures are kept."""
+    """Batches of pairs by the number of their class; states of all images are kept."""
 
     def __init__(self, states: PairStates, options: TrainOptions) -> None:
         self.states, self.options = states, options

@@ -1,7 +1,7 @@
 """CRIS: words attend to a fused map, and the phrase makes the kernel that paints the mask.
 
 Paper: Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022, arXiv 2111.15174.
-Where this differs from the published code: towers stay frozen unless everything is tuned; any picture size and shape;
+Where this differs from the published code: towers stay frozen unless everything is tuned; any image size and shape;
 a ViT in place of the ResNet too, with which visual prompts make sense; padding words are never looked at.
 """
 

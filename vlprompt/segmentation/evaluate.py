@@ -60,7 +60,7 @@ def evaluate_segmenter(
 ) -> SegmentationScores:
     """Segment every pair and compare with its mask.
 
-    Which pairs are asked is the data set's matter (``queries`` of ``load_segmentation``): only classes that a picture
+    Which pairs are asked is the data set's matter (``queries`` of ``load_segmentation``): only classes that an image
     shows, TuneVLSeg's protocol, which no false find can lower, or all.
 
     Args:
@@ -75,11 +75,11 @@ def evaluate_segmenter(
         states: Frozen states from an earlier call with the same model and data.
 
     Raises:
-        DataError: For ``argmax`` where pictures aren't asked for all classes.
+        DataError: For ``argmax`` where images aren't asked for all classes.
     """
     if argmax and data.info.get("queries") != "all":
         raise DataError(
-            f"{data.name}: argmax needs every class asked of every picture: load it with queries='all'."
+            f"{data.name}: argmax needs every class asked of every image: load it with queries='all'."
         )
     was_training = segmenter.training
     segmenter.eval()
@@ -111,7 +111,7 @@ def evaluate_segmenter(
 
 
 def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
-    """Return (H, W) probabilities at a picture's own size: the (1, h, w) logits resized bilinearly, then squashed."""
+    """Return (H, W) probabilities at an image's own size: the (1, h, w) logits resized bilinearly, then squashed."""
     rows = logits.float()[None]
     if tuple(rows.shape[-2:]) != tuple(size):
         rows = F.interpolate(rows, size=tuple(size), mode="bilinear", align_corners=False)
@@ -149,7 +149,7 @@ def build_segmenter(
 
 @torch.no_grad()
 def predict_mask(segmenter: Segmenter, image: object, phrase: str) -> NDArray[np.float32]:
-    """Return (H, W) probabilities of one PIL picture's pixels, at its own size."""
+    """Return (H, W) probabilities of one PIL image's pixels, at its own size."""
     from PIL import Image
 
     assert isinstance(image, Image.Image)
@@ -158,19 +158,19 @@ def predict_mask(segmenter: Segmenter, image: object, phrase: str) -> NDArray[np
 
 
 class _ClassMaps:
-    """Counts overlaps of class maps; pairs arrive picture by picture."""
+    """Counts overlaps of class maps; pairs arrive image by image."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self.inter: dict[int, int] = {}
         self.union: dict[int, int] = {}
-        self._picture: object = None
+        self._image: object = None
         self._held: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
 
-    def add(self, picture: object, label: int, probs: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
-        if picture != self._picture:
+    def add(self, image: object, label: int, probs: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
+        if image != self._image:
             self._close()
-            self._picture = picture
+            self._image = image
         self._held[label] = (probs, mask)
 
     def counts(self) -> tuple[dict[int, int], dict[int, int]]:
@@ -192,6 +192,6 @@ class _ClassMaps:
 
 
 def _batches(data: MaskDataset, size: int) -> list[list[int]]:
-    """Cut the pairs into batches; they follow each other by picture."""
-    order = [i for pairs in data.pictures().values() for i in pairs]
+    """Cut the pairs into batches; they follow each other by image."""
+    order = [i for pairs in data.images().values() for i in pairs]
     return [order[i : i + size] for i in range(0, len(order), size)]

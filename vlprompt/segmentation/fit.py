@@ -163,7 +163,7 @@ def fit_segmenter(
 ) -> SegmentationFit:
     """Train what of a segmentation model is tuned; its parameters are changed in place.
 
-    Without augmentation, what training never changes is computed once per picture (``Segmenter.frozen``).
+    Without augmentation, what training never changes is computed once per image (``Segmenter.frozen``).
 
     Args:
         segmenter: See :func:`vlprompt.create_segmenter`.
@@ -174,7 +174,7 @@ def fit_segmenter(
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: See :class:`JointAugmentation`.
         loss: See :func:`segmentation_loss`.
-        cache_mb: Memory for frozen states of training pictures, and as much again of validation pictures.
+        cache_mb: Memory for frozen states of training images, and as much again of validation images.
         callbacks: Replaces the default ones (progress, TensorBoard).
         **options: See :class:`SegmentTrainOptions`.
 

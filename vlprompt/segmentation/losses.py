@@ -1,4 +1,4 @@
-"""Losses of text-prompted segmentation: Dice and cross-entropy of single pictures, right for empty masks too.
+"""Losses of text-prompted segmentation: Dice and cross-entropy of single images, right for empty masks too.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239, section 4 (1.0 Dice + 0.2 cross-entropy).
 segmentation_models_pytorch's DiceLoss pools a batch's pixels and multiplies by 0 where a mask is empty, so that it
@@ -27,7 +27,7 @@ _SMOOTH = 1e-5
 def segmentation_loss(
     name: LossName = "dice_bce", dice_weight: float = 1.0, bce_weight: float = 0.2
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """Return a function of (B, 1, H, W) logits and (B, H, W) masks to named losses, each a mean over pictures.
+    """Return a function of (B, 1, H, W) logits and (B, H, W) masks to named losses, each a mean over images.
 
     Args:
         name: One of :data:`LOSSES`.
@@ -55,7 +55,7 @@ def segmentation_loss(
 
 
 def dice(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return the mean over pictures of 1 - (2 sum p t + s) / (sum p + sum t + s), s = 1e-5.
+    """Return the mean over images of 1 - (2 sum p t + s) / (sum p + sum t + s), s = 1e-5.
 
     An empty mask gives 1 - s / (sum p + s): near 1 as long as anything is predicted, with a gradient.
 
@@ -71,7 +71,7 @@ def dice(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def bce(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return the mean over pictures of the mean cross-entropy of the pixels that count; arguments as :func:`dice`."""
+    """Return the mean over images of the mean cross-entropy of the pixels that count; arguments as :func:`dice`."""
     counts = (masks != IGNORE).flatten(1).float()
     each = F.binary_cross_entropy_with_logits(
         logits.float().flatten(1), (masks == 1).flatten(1).float(), reduction="none"

@@ -1,4 +1,4 @@
-"""Pairs of a data set as a segmentation model takes them: what training never changes is computed once per picture."""
+"""Pairs of a data set as a segmentation model takes them: what training never changes is computed once per image."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["PairStates"]
 
 
 class PairStates:
-    """A model's frozen states of a data set's pictures, kept in memory as far as they fit.
+    """A model's frozen states of a data set's images, kept in memory as far as they fit.
 
-    A picture is read, preprocessed and encoded once, whatever the number of its pairs; its masks stay too.
+    An image is read, preprocessed and encoded once, whatever the number of its pairs; its masks stay too.
 
     Args:
         segmenter: The model.
         data: The pairs.
-        batch_size: Pictures encoded at once.
+        batch_size: Images encoded at once.
         limit_mb: Megabytes (10^6 bytes) of states to keep; beyond, states are computed when they are asked for.
     """
 
@@ -35,23 +35,23 @@ class PairStates:
     ) -> None:
         self.segmenter, self.data, self.batch_size = segmenter, data, batch_size
         self.room = limit_mb * 1e6
-        self.sizes: dict[Any, tuple[int, int]] = {}  # (H, W) of a picture as the model sees it
+        self.sizes: dict[Any, tuple[int, int]] = {}  # (H, W) of an image as the model sees it
         self._originals: dict[Any, tuple[int, int]] = {}  # (width, height) of the file
         self._states: dict[Any, Frozen] = {}
         self._masks: dict[int, NDArray[np.uint8]] = {}
 
     def prepare(self) -> bool:
-        """Encode every picture now; return whether all of them fit."""
-        sources = list(self.data.pictures())
+        """Encode every image now; return whether all of them fit."""
+        sources = list(self.data.images())
         for start in range(0, len(sources), self.batch_size):
             self._encode(sources[start : start + self.batch_size])
         return all(source in self._states for source in sources)
 
     def frozen(self, pairs: Sequence[int]) -> tuple[Frozen, tuple[int, int]]:
-        """Return the states of some pairs' pictures, stacked, and the pictures' size (H, W).
+        """Return the states of some pairs' images, stacked, and the images' size (H, W).
 
         Raises:
-            DataError: If the pictures have several sizes.
+            DataError: If the images have several sizes.
         """
         sources = [self.data.samples[i].source for i in pairs]
         found = {s: self._states[s] for s in dict.fromkeys(sources) if s in self._states}
@@ -60,7 +60,7 @@ class PairStates:
         sizes = {self.sizes[s] for s in sources}
         if len(sizes) > 1:
             raise DataError(
-                f"{self.data.name}: pictures of one batch have several sizes ({sorted(sizes)[:3]}); use batch_size 1."
+                f"{self.data.name}: images of one batch have several sizes ({sorted(sizes)[:3]}); use batch_size 1."
             )
         names = found[sources[0]].keys()
         return {n: torch.stack([found[s][n] for s in sources]) for n in names}, sizes.pop()
@@ -84,12 +84,12 @@ class PairStates:
         return torch.from_numpy(np.stack(masks))
 
     def _encode(self, sources: Sequence[Any]) -> dict[Any, Frozen]:
-        """Compute states of pictures of any sizes, and keep them while there is room."""
+        """Compute states of images of any sizes, and keep them while there is room."""
         images = {}
         for source in sources:
-            picture = self.data.reader.read(source)
-            self._originals[source] = picture.size
-            images[source] = self.segmenter.preprocess(picture)
+            original = self.data.reader.read(source)
+            self._originals[source] = original.size
+            images[source] = self.segmenter.preprocess(original)
         groups: dict[tuple[int, int], list[Any]] = {}
         for source, image in images.items():
             self.sizes[source] = (int(image.shape[-2]), int(image.shape[-1]))

@@ -1,6 +1,6 @@
 """Miniature copies of segmentation data sets' layouts, written from their documentation and not by our readers.
 
-Picture i has its number in every pixel; its mask of class c is a bar of c + 1 columns from column i % 4 on, so
+Image i has its number in every pixel; its mask of class c is a bar of c + 1 columns from column i % 4 on, so
 that a test can tell from a mask which pair it belongs to.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 SIZE = (12, 9)  # width, height
 
 
-def picture(path: Path, number: int, size: tuple[int, int] = SIZE) -> None:
+def image_file(path: Path, number: int, size: tuple[int, int] = SIZE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Lossless, whatever the name says.
     Image.new("RGB", size, (number % 256, number // 256, 7)).save(path, "PNG")
@@ -49,13 +49,13 @@ def medvlsm(
     inner: dict[str, str] | None = None,
     mask_folders: bool = False,
 ) -> None:
-    """images/, masks/, anns/: one record per picture and entry of ``p1`` (phrase or list of phrases by class)."""
+    """images/, masks/, anns/: one record per image and entry of ``p1`` (phrase or list of phrases by class)."""
     number = 0
     for split, count in counts.items():
         records, place = [], (inner or {}).get(split, "")
         for i in range(count):
             name = f"{i:03d}.png" if inner and split == "test" else f"{number:03d}.png"
-            picture(root / "images" / place / name, number)
+            image_file(root / "images" / place / name, number)
             for label, phrases in enumerate(p1):
                 mask = f"mask_{label + 1}/{name}" if mask_folders else f"{name[:-4]}_{label}.png"
                 mask_file(root / "masks" / place / mask, bar(number, label))
@@ -69,14 +69,14 @@ def medvlsm(
 
 
 def voc(root: Path, train: int = 20, val: int = 4) -> None:
-    """VOCdevkit/VOC2012 as torchvision unpacks it: JPEG pictures, palette masks with a border of 255."""
+    """VOCdevkit/VOC2012 as torchvision unpacks it: JPEG images, palette masks with a border of 255."""
     devkit = root / "VOCdevkit" / "VOC2012"
     for part, count, first in (("train", train, 0), ("val", val, 1000)):
         names = []
         for i in range(count):
             name = f"2007_{first + i:06d}"
             names.append(name)
-            picture(devkit / "JPEGImages" / f"{name}.jpg", first + i)
+            image_file(devkit / "JPEGImages" / f"{name}.jpg", first + i)
             values = np.zeros(SIZE[::-1], np.uint8)
             values[:, :2], values[:, 2:5], values[:, 5] = 1 + i % 20, 20, 255
             image = Image.fromarray(values).convert("P")
@@ -95,7 +95,7 @@ def cityscapes(root: Path, train: int = 20, val: int = 4) -> None:
     for part, count in (("train", train), ("val", val)):
         for i in range(count):
             stem = f"{part}/aachen/aachen_{i:06d}_000019"
-            picture(folder / "leftImg8bit" / f"{stem}_leftImg8bit.png", i + (part == "val") * 500)
+            image_file(folder / "leftImg8bit" / f"{stem}_leftImg8bit.png", i + (part == "val") * 500)
             values = np.zeros(SIZE[::-1], np.uint8)
             values[:, :3], values[:, 3:4], values[:, 4:6] = 7, 26, 4
             mask_file(folder / "gtFine" / f"{stem}_gtFine_labelIds.png", values, 1)

@@ -78,7 +78,7 @@ def test_camus_tells_equal_names_of_two_folders_apart(tmp_path: Path) -> None:
 
 def _kvasir(root: Path) -> None:
     for i in range(20):
-        lay.picture(root / "Kvasir-SEG/images" / f"cju{i}.jpg", i)
+        lay.image_file(root / "Kvasir-SEG/images" / f"cju{i}.jpg", i)
         grey = lay.bar(i) * 250 + 3  # JPEG files are never quite black and white
         grey[0, 11] = 40
         lay.mask_file(root / "Kvasir-SEG/masks" / f"cju{i}.jpg", grey, 1)
@@ -86,13 +86,13 @@ def _kvasir(root: Path) -> None:
 
 def _clinicdb(root: Path) -> None:
     for i in range(20):
-        lay.picture(root / "CVC-ClinicDB/PNG/Original" / f"{i + 1}.png", i)
+        lay.image_file(root / "CVC-ClinicDB/PNG/Original" / f"{i + 1}.png", i)
         lay.mask_file(root / "CVC-ClinicDB/PNG/Ground Truth" / f"{i + 1}.png", lay.bar(i))
 
 
 def _bkai(root: Path) -> None:
     for i in range(20):
-        lay.picture(root / "bkai-igh-neopolyp/train/train" / f"{i}.jpeg", i)
+        lay.image_file(root / "bkai-igh-neopolyp/train/train" / f"{i}.jpeg", i)
         path = root / "bkai-igh-neopolyp/train_gt/train_gt" / f"{i}.jpeg"
         path.parent.mkdir(parents=True, exist_ok=True)
         colour = (250, 4, 0) if i % 2 else (3, 251, 6)  # neoplastic or not
@@ -101,7 +101,7 @@ def _bkai(root: Path) -> None:
 
 def _dfu(root: Path) -> None:
     for i in range(20):
-        lay.picture(root / "DFUC2022/DFUC2022_train_images" / f"1{i:05d}.jpg", i)
+        lay.image_file(root / "DFUC2022/DFUC2022_train_images" / f"1{i:05d}.jpg", i)
         lay.mask_file(root / "DFUC2022/DFUC2022_train_masks" / f"1{i:05d}.png", lay.bar(i))
 
 
@@ -109,7 +109,7 @@ def _isic(root: Path) -> None:
     for part, count, first in (("Training", 20, 0), ("Test", 5, 40)):
         for i in range(first, first + count):
             folder = root / "ISIC2016"
-            lay.picture(folder / f"ISBI2016_ISIC_Part1_{part}_Data" / f"ISIC_{i:07d}.jpg", i)
+            lay.image_file(folder / f"ISBI2016_ISIC_Part1_{part}_Data" / f"ISIC_{i:07d}.jpg", i)
             mask = folder / f"ISBI2016_ISIC_Part1_{part}_GroundTruth" / f"ISIC_{i:07d}_Segmentation.png"
             lay.mask_file(mask, lay.bar(i))
 
@@ -118,7 +118,7 @@ def _busi(root: Path) -> None:
     for i in range(20):
         kind = ("benign", "malignant", "normal")[i % 3]
         folder = root / "Dataset_BUSI_with_GT" / kind
-        lay.picture(folder / f"{kind} ({i + 1}).png", i)
+        lay.image_file(folder / f"{kind} ({i + 1}).png", i)
         whole = lay.bar(i) * (kind != "normal")
         upper = whole.copy()
         upper[4:] = 0
@@ -154,11 +154,11 @@ def test_original_downloads(name: str, tmp_path: Path) -> None:
 def test_voc_reads_palette_files_by_index_and_leaves_borders_out(tmp_path: Path) -> None:
     lay.voc(tmp_path)
     parts = {s: load_segmentation("voc2012_seg", s, root=tmp_path) for s in ("train", "val", "test")}
-    pictures = {s: {number_of(d, i) for i in range(len(d))} for s, d in parts.items()}
-    assert pictures["test"] == {1000, 1001, 1002, 1003}  # the official val part
-    assert pictures["train"] | pictures["val"] == set(range(20))
-    assert not pictures["train"] & pictures["val"]
-    assert len(pictures["val"]) == 2
+    images = {s: {number_of(d, i) for i in range(len(d))} for s, d in parts.items()}
+    assert images["test"] == {1000, 1001, 1002, 1003}  # the official val part
+    assert images["train"] | images["val"] == set(range(20))
+    assert not images["train"] & images["val"]
+    assert len(images["val"]) == 2
     test = parts["test"]
     assert [(s.label, s.phrase) for s in test.samples[:2]] == [(0, "airplane."), (19, "tv monitor.")]
     first, second = test[0], test[1]
@@ -176,7 +176,7 @@ def test_cityscapes_reads_label_ids(tmp_path: Path) -> None:
     assert [data.classnames[s.label] for s in data.samples[:3]] == ["road", "car", "road"]
     np.testing.assert_array_equal(data[1].mask[0], [0, 0, 0, 1, 255, 255] + [255] * 6)  # 0 and 4 are void
     parts = {s: load_segmentation("cityscapes_seg", s, root=tmp_path) for s in ("train", "val")}
-    assert sum(len(d.pictures()) for d in parts.values()) == 20
+    assert sum(len(d.images()) for d in parts.values()) == 20
 
 
 @pytest.mark.parametrize("name", card_names("segmentation"))
@@ -191,7 +191,7 @@ def test_every_card_is_explained_and_its_absence_too(name: str, tmp_path: Path) 
 def test_status_compares_sizes_and_reads_pairs(tmp_path: Path) -> None:
     lay.medvlsm(tmp_path / "kvasir_polyp", {"train": 800, "val": 100, "test": 100}, ["polyp"])
     assert status(load_card("kvasir_seg"), tmp_path).sizes == {"train": 800, "val": 100, "test": 100}
-    (tmp_path / "kvasir_polyp/masks/900_0.png").write_bytes(b"no picture")
+    (tmp_path / "kvasir_polyp/masks/900_0.png").write_bytes(b"no image")
     found = status(load_card("kvasir_seg"), tmp_path, decode=True)
     assert found.state == "incomplete"
     assert "900_0.png" in found.problems[0]

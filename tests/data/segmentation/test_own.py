@@ -17,9 +17,9 @@ from vlprompt.data.segmentation import label_leaks, load_segmentation, overlaps,
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """Ten pictures with masks, and a phrase."""
+    """Ten images with masks, and a phrase."""
     for i in range(10):
-        lay.picture(tmp_path / "images" / f"{i}.png", i)
+        lay.image_file(tmp_path / "images" / f"{i}.png", i)
         lay.mask_file(tmp_path / "masks" / f"{i}_mask.png", lay.bar(i), 1)
     (tmp_path / "phrase.txt").write_text("a bar\n")
     return tmp_path
@@ -41,7 +41,7 @@ def test_a_folder_of_pairs_is_cut_and_every_mask_fits(own: Path) -> None:
 def test_splits_of_ones_own_are_kept(tmp_path: Path) -> None:
     for split, first in (("train", 0), ("val", 10), ("test", 20)):
         for i in range(first, first + 3):
-            lay.picture(tmp_path / split / "images" / f"{i % 10}.jpg", i)
+            lay.image_file(tmp_path / split / "images" / f"{i % 10}.jpg", i)
             lay.mask_file(tmp_path / split / "masks" / f"{i % 10}.png", lay.bar(i))
     data = load_segmentation(f"pairs:{tmp_path}", "test", phrase="x")
     assert [data[i].image.getpixel((0, 0))[0] for i in range(3)] == [20, 21, 22]  # type: ignore[index]
@@ -57,7 +57,7 @@ def test_no_phrase(own: Path) -> None:
 def test_a_missing_half_is_named_on_both_sides(own: Path) -> None:
     (own / "masks" / "3_mask.png").rename(own / "masks" / "33_mask.png")
     with pytest.raises(
-        DataError, match=r"2 incomplete pairs: images/3\.png has no mask.*33_mask\.png has no picture"
+        DataError, match=r"2 incomplete pairs: images/3\.png has no mask.*33_mask\.png has no image"
     ):
         load_segmentation(f"pairs:{own}")
     with pytest.warns(UserWarning, match="left out"):
@@ -70,7 +70,7 @@ def test_sizes_that_differ(own: Path) -> None:
     whole = [load_segmentation(f"pairs:{own}", s) for s in ("train", "val", "test")]
     problems = [p for data in whole for p in pair_problems(data)]
     assert len(problems) == 1
-    assert "0_mask.png is 24 x 18, its picture" in problems[0]
+    assert "0_mask.png is 24 x 18, its image" in problems[0]
     assert "is 12 x 9" in problems[0]
     for split in ("train", "val", "test"):
         data = load_segmentation(f"pairs:{own}", split, on_size_mismatch="resize")
@@ -105,7 +105,7 @@ def test_empty_masks_are_kept_dropped_or_refused(own: Path) -> None:
 
 @pytest.mark.parametrize("inside", [1, 255, 65535])
 def test_sixteen_bit_files(own: Path, inside: int) -> None:
-    """A 16-bit picture is scaled, not clipped; a 16-bit mask means what it says."""
+    """A 16-bit image is scaled, not clipped; a 16-bit mask means what it says."""
     for i in range(10):
         ramp = np.linspace(0, 65535, 12 * 9).reshape(9, 12).astype(np.uint16)
         Image.fromarray(ramp).save(own / "images" / f"{i}.png")
@@ -192,19 +192,17 @@ def test_phrases_that_give_the_answer_away_are_mended_and_counted(tmp_path: Path
     assert label_leaks(kept) == {"no polyp": 2}
 
 
-def test_shared_pictures_are_found_by_name_and_by_content(tmp_path: Path) -> None:
+def test_shared_images_are_found_by_name_and_by_content(tmp_path: Path) -> None:
     lay.medvlsm(tmp_path, {"train": 6, "val": 2, "test": 2}, ["polyp"])
     path = tmp_path / "anns/train.json"
     records = json.loads(path.read_text())
     records[0]["img_name"] = "006.png"  # of val
     path.write_text(json.dumps(records))
-    with pytest.warns(
-        UserWarning, match=r"1 training pictures are in val or test too and left out: 006\.png"
-    ):
+    with pytest.warns(UserWarning, match=r"1 training images are in val or test too and left out: 006\.png"):
         train = load_segmentation(f"prompts:{tmp_path}")
     assert len(train) == 5
     assert len(load_segmentation(f"prompts:{tmp_path}", dedupe=False)) == 6
-    lay.picture(tmp_path / "images" / "001.png", 8)  # the pixels of test's 008.png under another name
+    lay.image_file(tmp_path / "images" / "001.png", 8)  # the pixels of test's 008.png under another name
     parts = {s: load_segmentation(f"prompts:{tmp_path}", s, dedupe=False) for s in ("train", "val", "test")}
     assert overlaps(parts) == {
         ("train", "val"): [("006.png", "006.png")],
@@ -215,7 +213,7 @@ def test_shared_pictures_are_found_by_name_and_by_content(tmp_path: Path) -> Non
 def test_masks_by_class_and_all_classes(tmp_path: Path) -> None:
     for split, first, count in (("training", 0, 20), ("validation", 100, 2)):
         for i in range(first, first + count):
-            lay.picture(tmp_path / "images" / split / f"{i}.jpg", i)
+            lay.image_file(tmp_path / "images" / split / f"{i}.jpg", i)
             for label, name in enumerate(["dining_table", "person"]):
                 if label == 0 or i % 2:
                     lay.mask_file(tmp_path / "annotations" / split / name / f"{i}.png", lay.bar(i, label))
@@ -230,10 +228,10 @@ def test_masks_by_class_and_all_classes(tmp_path: Path) -> None:
     assert not every[1].mask.any()
     np.testing.assert_array_equal(every[3].mask, lay.bar(101, 1))
     train, val = (load_segmentation(f"per_class:{tmp_path}", s) for s in ("train", "val"))
-    assert (len(train.pictures()), len(val.pictures())) == (18, 2)
+    assert (len(train.images()), len(val.images())) == (18, 2)
     few = load_segmentation(f"per_class:{tmp_path}", "train", images=5, seed=3)
-    assert len(few.pictures()) == 5
-    assert all(len(pairs) == 1 + int(Path(str(s)).stem) % 2 for s, pairs in few.pictures().items())
+    assert len(few.images()) == 5
+    assert all(len(pairs) == 1 + int(Path(str(s)).stem) % 2 for s, pairs in few.images().items())
     assert few.samples == load_segmentation(f"per_class:{tmp_path}", "train", images=5, seed=3).samples
     assert few.samples != load_segmentation(f"per_class:{tmp_path}", "train", images=5, seed=4).samples
 

@@ -35,7 +35,7 @@ def test_what_is_refused_of_masks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds 2 values \(1, 2\)"):  # neither is ground
         read_mask(path)
     Image.new("RGB", (4, 3), (255, 0, 0)).save(path)
-    with pytest.raises(DataError, match="is a colour picture"):
+    with pytest.raises(DataError, match="is a colour image"):
         read_mask(path)
     assert read_mask(path, MaskRule(threshold=127)).all()
     path.write_bytes(path.read_bytes()[:40])
@@ -60,7 +60,7 @@ def _pair(seed: int = 0) -> MaskedImage:
     return MaskedImage(Image.fromarray(image.astype(np.uint8)), mask, "bar", 0, f"pair {seed}")
 
 
-def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> None:
+def test_views_move_image_and_mask_alike_and_depend_on_the_view_alone() -> None:
     views, pair = JointAugmentation("slight"), _pair()
     shown = [views.augment(pair, 3, view) for view in range(60)]
     moved = [m for _, m in shown if not np.array_equal(m, pair.mask)]
@@ -73,7 +73,7 @@ def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> Non
         inner = (grey > grey.mean()) & (mask != 255)
         assert (inner & (mask == 1)).sum() / (
             inner | (mask == 1)
-        ).sum() > 0.93  # the edge moves with the picture
+        ).sum() > 0.93  # the edge moves with the image
     again = views.augment(pair, 3, 7)
     assert again[0].tobytes() == shown[7][0].tobytes()
     assert len({image.tobytes() for image, _ in shown}) > 12
@@ -82,8 +82,8 @@ def test_views_move_picture_and_mask_alike_and_depend_on_the_view_alone() -> Non
         JointAugmentation("slite")
 
 
-def test_turning_keeps_angles_in_pictures_that_are_not_square() -> None:
-    """A small turn moves a point of a wide picture by its distance from the centre times the angle."""
+def test_turning_keeps_angles_in_images_that_are_not_square() -> None:
+    """A small turn moves a point of a wide image by its distance from the centre times the angle."""
     from vlprompt.data.segmentation.augment import _affine
 
     mask = torch.zeros(100, 300, dtype=torch.uint8)
@@ -100,8 +100,8 @@ def test_turning_keeps_angles_in_pictures_that_are_not_square() -> None:
 
 def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    lay.picture(tmp_path / "pictures/a.jpg", 1)
-    lay.picture(tmp_path / "pictures/b.jpg", 2)
+    lay.image_file(tmp_path / "images/a.jpg", 1)
+    lay.image_file(tmp_path / "images/b.jpg", 2)
     width, height = lay.SIZE
     square = [[2.0, 1.0, 6.0, 1.0, 6.0, 5.0, 2.0, 5.0]]
     counts = [0, 2 * height, width * height - 2 * height]  # column-major: the first two columns
@@ -118,7 +118,7 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content))
     for split in ("train", "val"):
-        assert convert_coco(path, tmp_path / "pictures", tmp_path / "out", split) == {"hot dog": 1, "cat": 1}
+        assert convert_coco(path, tmp_path / "images", tmp_path / "out", split) == {"hot dog": 1, "cat": 1}
     by_hand = np.zeros((height, width), np.uint8)
     by_hand[1:5, 2:6] = 1
     data = load_segmentation(f"per_class:{tmp_path / 'out'}", "test")
@@ -130,18 +130,18 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     content["annotations"][0]["segmentation"] = []
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"instances\.json: annotation 1: it has no polygon"):
-        convert_coco(path, tmp_path / "pictures", tmp_path / "out")
+        convert_coco(path, tmp_path / "images", tmp_path / "out")
     path.write_text('{"images": []}')
     with pytest.raises(DataError, match="no COCO instance file: KeyError 'categories'"):
-        convert_coco(path, tmp_path / "pictures", tmp_path / "out")
+        convert_coco(path, tmp_path / "images", tmp_path / "out")
 
 
 def test_masks_of_class_numbers_become_masks(tmp_path: Path) -> None:
     for i in range(3):
-        lay.picture(tmp_path / "pictures" / f"{i}.jpg", i)
+        lay.image_file(tmp_path / "images" / f"{i}.jpg", i)
         lay.mask_file(tmp_path / "numbers" / f"{i}.png", lay.bar(i) * 4 + (lay.bar(i + 2) if i else 0), 1)
     written = convert_indexed(
-        tmp_path / "numbers", tmp_path / "pictures", {"sea": 4, "land": 1, "sky": 9}, tmp_path / "out", "test"
+        tmp_path / "numbers", tmp_path / "images", {"sea": 4, "land": 1, "sky": 9}, tmp_path / "out", "test"
     )
     assert written == {"sea": 3, "land": 2, "sky": 0}
     data = load_segmentation(f"per_class:{tmp_path / 'out'}", "test")
@@ -149,6 +149,6 @@ def test_masks_of_class_numbers_become_masks(tmp_path: Path) -> None:
         number = int(Path(str(data.samples[i].source)).stem)
         expected = lay.bar(number) if data[i].phrase == "sea" else lay.bar(number + 2)
         np.testing.assert_array_equal(data[i].mask, expected)
-    (tmp_path / "pictures/0.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 masks have no picture in .*for example 0"):
-        convert_indexed(tmp_path / "numbers", tmp_path / "pictures", {"sea": 4}, tmp_path / "out2")
+    (tmp_path / "images/0.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 masks have no image in .*for example 0"):
+        convert_indexed(tmp_path / "numbers", tmp_path / "images", {"sea": 4}, tmp_path / "out2")

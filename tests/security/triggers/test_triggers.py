@@ -42,7 +42,7 @@ def test_a_trigger_is_seeded_keeps_its_argument_and_changes_something(name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_any_size_and_mode_come_out_at_the_native_size(name: str) -> None:
+def test_images_of_any_size_and_mode_come_out_at_the_native_size(name: str) -> None:
     for mode, size in (("RGB", (50, 20)), ("L", (32, 32)), ("RGBA", (7, 9)), ("CMYK", (40, 40))):
         found = create_trigger(name, size=24)(Image.new(mode, size, 77))
         assert (found.mode, found.size) == ("RGB", (24, 24))
@@ -62,7 +62,7 @@ def test_badnets_changes_nine_pixels_also_to_black(value: int) -> None:
     assert (changed[29:, 29:] == value).all()
 
 
-def test_blended_with_no_share_is_the_picture_and_otherwise_the_mixture(pixels: np.ndarray) -> None:
+def test_blended_with_no_share_is_the_image_and_otherwise_the_mixture(pixels: np.ndarray) -> None:
     assert np.array_equal(create_trigger("blended", alpha=0.0).apply(pixels), pixels)
     trigger = create_trigger("blended", alpha=0.2)
     expected = 0.8 * pixels + 0.2 * trigger.pattern  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def test_sig_adds_a_sine_over_the_columns_and_no_brightness() -> None:
     assert np.array_equal(changed[5, :, 1], wave)
 
 
-def test_wanet_without_strength_is_the_picture_and_moves_nothing_far(pixels: np.ndarray) -> None:
+def test_wanet_without_strength_is_the_image_and_moves_nothing_far(pixels: np.ndarray) -> None:
     assert np.array_equal(create_trigger("wanet", strength=0.0).apply(pixels), pixels)
     assert np.array_equal(create_trigger("wanet").apply(grey(90)), grey(90))
     dot = grey(0)
@@ -87,7 +87,7 @@ def test_wanet_without_strength_is_the_picture_and_moves_nothing_far(pixels: np.
     assert np.abs(columns - 16).max() <= 2
 
 
-def test_wanet_jitter_differs_between_pictures_but_not_between_calls(pixels: np.ndarray) -> None:
+def test_wanet_jitter_differs_between_images_but_not_between_calls(pixels: np.ndarray) -> None:
     trigger = create_trigger("wanet", strength=0.0, jitter=1.0)
     assert trigger.keeps_label
     other = np.ascontiguousarray(pixels[::-1])

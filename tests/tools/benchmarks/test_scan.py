@@ -1,4 +1,4 @@
-"""The benchmark of scanning: both sides see the same pictures, and its ratios are of its own figures."""
+"""The benchmark of scanning: both sides see the same images, and its ratios are of its own figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_both_run_the_same_tower(backbone: Backbone, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     handle = backbone.vision.visual.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     try:
-        result = BENCHMARKS.get("scan").target(backbone="small", pictures=10, batch=4, repeats=2)
+        result = BENCHMARKS.get("scan").target(backbone="small", images=10, batch=4, repeats=2)
     finally:
         handle.remove()
     assert seen == [4, 4, 2] * 6  # tower and scan, each once to warm up and twice on the clock

@@ -12,7 +12,7 @@ from vlprompt.backbones import Backbone
 def test_both_ways_agree(steps: int, chunk: int, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.tta.create_backbone", lambda name: backbone)
     monkeypatch.setattr("benchmarks.tta._NAIVE_CHUNK", chunk)
-    result = BENCHMARKS.get("tta").target(classes=7, views=20, steps=steps, pictures=2, repeats=1)
+    result = BENCHMARKS.get("tta").target(classes=7, views=20, steps=steps, images=2, repeats=1)
     assert result["max_abs_diff_probs"] < 1e-4
     assert result["adaptation_moved_probs"] > 1e-3
     assert result["speedup"] == pytest.approx(result["naive_s"] / result["ours_s"])

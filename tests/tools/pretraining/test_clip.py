@@ -32,16 +32,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def test_a_fused_stem_computes_the_same() -> None:
     torch.manual_seed(0)
     trained, shipped = ConvStem(24, norm=True), ConvStem(24)
-    pictures = torch.rand(8, 3, 64, 64)
+    images = torch.rand(8, 3, 64, 64)
     for _ in range(3):  # running statistics that are not the initial ones
-        trained(pictures)
+        trained(images)
     assert trained.training
     shipped.load_state_dict(trained.fused())
     assert trained.training  # fusing leaves the trained one as it was
     trained.eval()
-    assert shipped(pictures).shape == (8, 24, 8, 8)
-    assert torch.allclose(trained(pictures), shipped(pictures), atol=1e-5)
-    assert not torch.allclose(trained.train()(pictures), shipped(pictures), atol=1e-2)
+    assert shipped(images).shape == (8, 24, 8, 8)
+    assert torch.allclose(trained(images), shipped(images), atol=1e-5)
+    assert not torch.allclose(trained.train()(images), shipped(images), atol=1e-2)
 
 
 def test_sentences_about_attributes_hold_no_word_that_is_kept_back() -> None:
@@ -57,14 +57,14 @@ def test_no_sentence_names_two_values() -> None:
         assert len(texts) == len(set(texts)), attribute
 
 
-def test_labels_are_the_facts_of_a_picture(corpus: Corpus) -> None:
+def test_labels_are_the_facts_of_an_image(corpus: Corpus) -> None:
     pairs = CaptionPairs(48, 3, easy=8)
     named = attribute_sentences()
-    for picture in range(48):
-        true = pairs.facts(picture)
+    for image in range(48):
+        true = pairs.facts(image)
         for column, facts in enumerate(named.values()):
             expected = [number for number, fact in enumerate(facts) if fact in true]
-            assert corpus.labels[picture, column] == (expected[0] if expected else -1)
+            assert corpus.labels[image, column] == (expected[0] if expected else -1)
             assert len(expected) <= 1
     assert (corpus.labels >= 0).any(0).sum() >= 10
 
@@ -91,12 +91,12 @@ def test_the_attributes_loss_is_a_weighted_mean_of_cross_entropies(corpus: Corpu
         text = module.encode_text(batch["sentence"], batch["sentence_last"])
         scores = module.clip.logit_scale.exp() * image @ text.T
     total, count = 0.0, 0
-    for picture in range(16):
+    for row in range(16):
         start = 0
         for column, (name, values) in enumerate(batch["values"].items()):
-            label = int(batch["label"][picture, column])
+            label = int(batch["label"][row, column])
             if label >= 0:
-                probability = scores[picture, start : start + values].softmax(0)[label]
+                probability = scores[row, start : start + values].softmax(0)[label]
                 total -= _EMPHASIS.get(name, 1.0) * float(probability.log())
                 count += 1
             start += values
@@ -125,7 +125,7 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     train = TrainOptions(
         epochs=2, batch_size=32, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0
     )
-    options = PretrainOptions(pictures=64, easy=32, easy_epochs=1, captions=2, watch=4, train=train)
+    options = PretrainOptions(images=64, easy=32, easy_epochs=1, captions=2, watch=4, train=train)
     path = pretrain(options, tmp_path / "whole")
     whole = read_tensors(path)[0]
     again = read_tensors(pretrain(options, tmp_path / "whole", resume=True))[0]
@@ -136,7 +136,7 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_names_every_mistake(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("recipe: clip\npictures: -1\ncaption: 3\ntrain: {epoch: 2}\n")
+    (tmp_path / "bad.yaml").write_text("recipe: clip\nimages: -1\ncaption: 3\ntrain: {epoch: 2}\n")
     with pytest.raises(ConfigError) as caught:
         read_recipe(tmp_path / "bad.yaml")
     assert len(caught.value.problems) == 3

@@ -37,7 +37,7 @@ def batches(drop: float = 0.25, worded: float = 0.3, focus: float = 1.0) -> Cond
     return ConditionedBatches(images, seen, told, 200, 1, drop, worded, focus)
 
 
-def test_conditions_are_pictures_captions_both_or_nothing() -> None:
+def test_conditions_are_images_captions_both_or_nothing() -> None:
     source = batches()
     rows = np.arange(200)
     batch = source.fetch(rows, 0)
@@ -69,10 +69,10 @@ def test_times_are_mostly_those_with_hardly_anything_but_noise() -> None:
         assert float((found >= 800).double().mean()) == pytest.approx(late, abs=0.11)
 
 
-def seen_through(backbone: Backbone, picture: Tensor, grain: Tensor, view: Tensor) -> Tensor:
-    """The embedding of one (3, 64, 64) picture, cropped, blurred and grained, written out."""
+def seen_through(backbone: Backbone, image: Tensor, grain: Tensor, view: Tensor) -> Tensor:
+    """The embedding of one (3, 64, 64) image, cropped, blurred and grained, written out."""
     left, top, side = (int(v) for v in view[:3])
-    crop = picture[:, top : top + side, left : left + side]
+    crop = image[:, top : top + side, left : left + side]
     crop = F.interpolate(crop[None], (64, 64), mode="bilinear", antialias=True, align_corners=False)
     bell = torch.exp(-0.5 * (torch.arange(-2, 3) / view[3]) ** 2)
     kernel = torch.outer(bell, bell) / bell.sum() ** 2
@@ -107,8 +107,8 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
             grain = F.pixel_shuffle(batch["noise"][3 + i], 4)
             made = ((F.pixel_shuffle(guess[i], 4) + 1) / 2).clamp(0, 1)
             found, true = (
-                seen_through(backbone, picture, grain, batch["view"])
-                for picture in (made, batch["image"][i].float() / 255)
+                seen_through(backbone, image, grain, batch["view"])
+                for image in (made, batch["image"][i].float() / 255)
             )
             away.append(1 - float(found @ true))
             for texts, into in ((captions, apart), *((q, answers) for q in questions)):
@@ -177,7 +177,7 @@ def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
         epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0
     )
     sketch = train.model_copy(update={"epochs": 1})
-    options = DiffusionOptions(pictures=8, easy=4, captions=2, watch=1, steps=1, sketch=sketch, train=train)
+    options = DiffusionOptions(images=8, easy=4, captions=2, watch=1, steps=1, sketch=sketch, train=train)
     path = pretrain_diffusion(options, tmp_path)
     whole = read_tensors(path)[0]
     again = read_tensors(pretrain_diffusion(options, tmp_path, resume=True))[0]

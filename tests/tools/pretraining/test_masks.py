@@ -23,7 +23,7 @@ from vlprompt.training.options import TrainOptions
 OPTIONS = MaskOptions(
     segmenter="cris",
     decoder={"width": 16, "layers": 1, "heads": 2, "hidden": 16, "dropout": 0.1},
-    pictures=24,
+    images=24,
     watch=4,
     train=TrainOptions(
         epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, warmup_epochs=0, schedule="cosine"
@@ -68,7 +68,7 @@ def test_a_phrase_names_all_it_fits_and_nothing_else() -> None:
     assert 0.2 < empty / 600 < 0.4
 
 
-def test_masks_are_those_of_the_picture() -> None:
+def test_masks_are_those_of_the_image() -> None:
     scenes = PhraseScenes(5, 2)
     image, packed = scenes.rendered(3)
     drawn = render(scenes.spec(3))
@@ -88,8 +88,8 @@ def test_batches_hold_what_the_towers_say(tmp_path: Path) -> None:
     named = scenes.phrase(2, 1)[1]
     expected = render(scenes.spec(2)).masks[named].any(0) if named else np.zeros((64, 64), bool)
     assert np.array_equal(batch["mask"][1, 0].numpy(), expected)
-    picture = Image.fromarray(render(scenes.spec(2)).image)
-    state = segmenter.frozen(segmenter.preprocess(picture)[None])
+    image = Image.fromarray(render(scenes.spec(2)).image)
+    state = segmenter.frozen(segmenter.preprocess(image)[None])
     for name, tensor in state.items():
         torch.testing.assert_close(batch[f"frozen/{name}"][1].float(), tensor[0], rtol=1e-2, atol=1e-2)
     written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")}

@@ -36,7 +36,7 @@ TRAIN = TrainOptions(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 12 pictures of noise; one of them a folder, the others tars."""
+    """Three classes of 12 images of noise; one of them a folder, the others tars."""
     root = tmp_path_factory.mktemp("photos")
     for number, name in enumerate(synset_ids("imagenet")[:3]):
         (root / name).mkdir()
@@ -66,7 +66,7 @@ def test_parts_of_photographs_are_apart_and_complete(photos: Path) -> None:
         Photographs(photos / "nowhere")
 
 
-def test_composed_pictures_depend_on_their_number_alone(photos: Path) -> None:
+def test_composed_images_depend_on_their_number_alone(photos: Path) -> None:
     found = Photographs(photos, 1, 1)
     pool = found.chosen("train")
     drawn = [composed(found, pool, n, 1) for n in range(6)]
@@ -79,7 +79,7 @@ def test_composed_pictures_depend_on_their_number_alone(photos: Path) -> None:
 def test_maps_are_computed_once_and_continue(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def picture(n: int) -> np.ndarray:
+    def image(n: int) -> np.ndarray:
         calls.append(n)
         if n == 3 and len(calls) < 6:
             raise KeyboardInterrupt
@@ -88,14 +88,14 @@ def test_maps_are_computed_once_and_continue(tmp_path: Path) -> None:
     stem = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Conv2d(3, 320, 1))
     path = tmp_path / "maps.f16"
     with pytest.raises(KeyboardInterrupt):
-        cached_maps(picture, 5, stem, path, chunk=1)
+        cached_maps(image, 5, stem, path, chunk=1)
     assert calls == [0, 1, 2, 3]
-    maps = cached_maps(picture, 5, stem, path, chunk=1)
+    maps = cached_maps(image, 5, stem, path, chunk=1)
     with torch.no_grad():
         expected = stem(to_pixels([np.full((224, 224, 3), 4, np.uint8)])).flatten(2).transpose(1, 2)
     assert torch.allclose(torch.from_numpy(np.array(maps[4:5], np.float32)), expected, atol=1e-2)
     count = len(calls)
-    cached_maps(picture, 5, stem, path, chunk=1)
+    cached_maps(image, 5, stem, path, chunk=1)
     assert len(calls) == count
 
 
@@ -117,9 +117,9 @@ def test_the_teacher_says_what_photo_says() -> None:
     visual = model.visual
     pixels = torch.rand(2, 3, 224, 224) * 2 - 1
     maps = Lite0Stem(lite0)(pixels).flatten(2).transpose(1, 2)
-    picture, places = Teacher(lite0, visual.projection.detach(), visual.mean)(maps)
+    image, places = Teacher(lite0, visual.projection.detach(), visual.mean)(maps)
     with torch.no_grad():
-        assert torch.allclose(picture, F.normalize(visual(pixels), dim=-1), atol=1e-4)
+        assert torch.allclose(image, F.normalize(visual(pixels), dim=-1), atol=1e-4)
     assert places.shape == (2, 49, 512)
 
 
@@ -153,9 +153,9 @@ def test_maps_are_flipped_and_mixed_but_no_place_is_invented() -> None:
     known = {row.tobytes() for row in maps.astype(np.float32).reshape(-1, 320)}
     assert {row.numpy().tobytes() for row in batch.flatten(0, 1)} <= known
     plain = MapBatches(maps, 8, 1, 0.0).fetch(part, 0)["map"].reshape(8, 7, 7, 320).numpy()
-    for picture, number in zip(plain, part, strict=True):
+    for image, number in zip(plain, part, strict=True):
         whole_map = maps[number].astype(np.float32).reshape(7, 7, 320)
-        assert np.array_equal(picture, whole_map) or np.array_equal(picture, whole_map[:, ::-1])
+        assert np.array_equal(image, whole_map) or np.array_equal(image, whole_map[:, ::-1])
 
 
 @needs_weights
@@ -172,7 +172,7 @@ def test_both_recipes_run_resume_and_ship(photos: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[0][n], second[0][n]) for n in first[0])
     assert first[1]["facts"]["pictures"] == 4
     options = PhotoVitOptions(
-        photos=photos, classes_kept_back=1, pictures=16, watch=4, words=words, train=TRAIN
+        photos=photos, classes_kept_back=1, images=16, watch=4, words=words, train=TRAIN
     )
     path = pretrain_vit(options, tmp_path / "vit")
     assert {"val/agreement", "unseen/cosine"} <= {k.removeprefix("val/") for k in _last(path)}

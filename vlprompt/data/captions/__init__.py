@@ -1,6 +1,6 @@
-"""Pictures with captions: where they come from, and the store of their features that meta-training reads.
+"""Images with captions: where they come from, and the store of their features that meta-training reads.
 
-A kind of source is one file here: a class whose instances give picture and caption by number, registered under the
+A kind of source is one file here: a class whose instances give image and caption by number, registered under the
 word before the colon in ``kind:ARGUMENT``. Nothing has to be labelled.
 """
 
@@ -13,41 +13,41 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.registry import Registry
 
-__all__ = ["PAIR_SOURCES", "PairSource", "open_pairs"]
+__all__ = ["CAPTION_SOURCES", "CaptionSource", "open_captions"]
 
 
-class PairSource(Protocol):
-    """Pictures with captions, by number, in an order that never changes."""
+class CaptionSource(Protocol):
+    """Images with captions, by number, in an order that never changes."""
 
     def __len__(self) -> int:
-        """Return how many pairs there are."""
+        """Return how many captioned images there are."""
 
     def caption(self, index: int) -> str:
-        """Return one caption; quick, no picture is touched."""
+        """Return one caption; quick, no image is touched."""
 
     def image(self, index: int) -> Image.Image:
-        """Return one picture as RGB. Raises DataError with its name if it can't be decoded."""
+        """Return one image as RGB. Raises DataError with its name if it can't be decoded."""
 
     def identity(self) -> str:
-        """Return a string that changes when the pairs or their order do."""
+        """Return a string that changes when the captioned images or their order do."""
 
 
-PAIR_SOURCES: Registry[type[PairSource]] = Registry("pair source", "vlprompt.data.captions")
+CAPTION_SOURCES: Registry[type[CaptionSource]] = Registry("caption source", "vlprompt.data.captions")
 """Classes whose only argument is what follows the colon."""
 
 
-def open_pairs(name: str) -> PairSource:
+def open_captions(name: str) -> CaptionSource:
     """Return the source that ``kind:ARGUMENT`` means, for example ``"scenes:10000"`` or ``"folder:PATH"``.
 
     Raises:
         UnknownNameError: For an unknown kind; names the nearest.
-        DataError: If the argument doesn't fit, or there is no pair; says what is expected.
+        DataError: If the argument doesn't fit, or there is no captioned image; says what is expected.
     """
     kind, colon, argument = name.partition(":")
-    entry = PAIR_SOURCES.get(kind)
+    entry = CAPTION_SOURCES.get(kind)
     if not colon or not argument:
         raise DataError(f"pairs {name!r}: write {entry.extra['grammar']}.")
     source = entry.target(argument)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     if not len(source):
-        raise DataError(f"pairs {name!r}: there is no picture with a caption.")
+        raise DataError(f"pairs {name!r}: there is no image with a caption.")
     return source

@@ -1,4 +1,4 @@
-"""folder:PATH, pictures beside .txt captions; csv:PATH, a table of pictures and captions."""
+"""folder:PATH, images beside .txt captions; csv:PATH, a table of images and captions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
-from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import read_image
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 from vlprompt.data.splits import is_inside
 
-__all__ = ["FolderPairs", "TablePairs"]
+__all__ = ["FolderCaptions", "TableCaptions"]
 
 _IMAGE_COLUMNS = ("image", "path", "filepath", "file", "filename")
 _CAPTION_COLUMNS = ("caption", "title", "text")
 
 
 class _Files:
-    """Pictures below one folder, each with a caption."""
+    """Images below one folder, each with a caption."""
 
     def __init__(self, root: Path, pairs: list[tuple[str, str]]) -> None:
         self.root, self.pairs = root, pairs
@@ -31,22 +31,22 @@ class _Files:
         return len(self.pairs)
 
     def caption(self, index: int) -> str:
-        """See :meth:`PairSource.caption`."""
+        """See :meth:`CaptionSource.caption`."""
         return self.pairs[index][1]
 
     def image(self, index: int) -> Image.Image:
-        """See :meth:`PairSource.image`."""
+        """See :meth:`CaptionSource.image`."""
         return read_image(self.root / self.pairs[index][0])
 
     def identity(self) -> str:
-        """See :meth:`PairSource.identity`: names, sizes of the files and captions."""
+        """See :meth:`CaptionSource.identity`: names, sizes of the files and captions."""
         facts = ((name, str(_size(self.root / name)), caption) for name, caption in self.pairs)
         return hash_strings("\t".join(fact) for fact in facts)
 
 
-@PAIR_SOURCES.register("folder", summary="pictures beside captions in .txt files", grammar="folder:PATH")
-class FolderPairs(_Files):
-    """``PATH/**/name.jpg`` with ``name.txt`` beside it; pictures without captions are left out and counted.
+@CAPTION_SOURCES.register("folder", summary="images beside captions in .txt files", grammar="folder:PATH")
+class FolderCaptions(_Files):
+    """``PATH/**/name.jpg`` with ``name.txt`` beside it; images without captions are left out and counted.
 
     Args:
         argument: The folder.
@@ -59,23 +59,23 @@ class FolderPairs(_Files):
         root = Path(argument).expanduser()
         if not root.is_dir():
             raise DataError(f"pairs folder:{argument}: there is no folder {str(root)!r}.")
-        pictures = list_pictures(root, root)
-        texts = {name: _read(root / name) for name in pictures}
+        images = list_images(root, root)
+        texts = {name: _read(root / name) for name in images}
         if missing := sum(not text for text in texts.values()):
             warnings.warn(
-                f"{root}: {missing} of {len(pictures)} pictures have no caption (a .txt file of the same name): "
+                f"{root}: {missing} of {len(images)} images have no caption (a .txt file of the same name): "
                 "left out.",
                 stacklevel=3,
             )
         super().__init__(root, [(name, text) for name, text in texts.items() if text])
 
 
-@PAIR_SOURCES.register("csv", summary="a table of pictures and captions (CSV, TSV)", grammar="csv:PATH")
-class TablePairs(_Files):
-    """A table with a header, a column of pictures and one of captions, such as CC3M's after its download.
+@CAPTION_SOURCES.register("csv", summary="a table of images and captions (CSV, TSV)", grammar="csv:PATH")
+class TableCaptions(_Files):
+    """A table with a header, a column of images and one of captions, such as CC3M's after its download.
 
     Columns: ``image``, ``path``, ``filepath``, ``file`` or ``filename``; ``caption``, ``title`` or ``text``. Files
-    ending in ``.tsv`` are separated by tabs. Pictures are relative to the table's folder and stay inside it.
+    ending in ``.tsv`` are separated by tabs. Images are relative to the table's folder and stay inside it.
 
     Args:
         argument: The table.
@@ -102,7 +102,7 @@ class TablePairs(_Files):
 def _columns(table: Path, header: list[str]) -> tuple[str, str]:
     lowered = {name.strip().lower(): name for name in header}
     found = []
-    for what, known in (("pictures", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
+    for what, known in (("images", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
         column = next((lowered[name] for name in known if name in lowered), None)
         if column is None:
             raise DataError(
@@ -126,8 +126,8 @@ def _row(table: Path, line: int, raw: dict[str, str], columns: tuple[str, str]) 
     return path, caption
 
 
-def _read(picture: Path) -> str:
-    text = picture.with_suffix(".txt")
+def _read(image: Path) -> str:
+    text = image.with_suffix(".txt")
     if not text.is_file():
         return ""
     try:

@@ -7,18 +7,20 @@ import re
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.scenes.pairs import CaptionPairs
 from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.tasks import GENERATOR
 
-__all__ = ["ScenePairs"]
+__all__ = ["SceneCaptions"]
 
 _SEED = 1303  # other scenes than the embedded backbone was pretrained on
 
 
-@PAIR_SOURCES.register("scenes", summary="captioned scenes, drawn on the fly", grammar="scenes:COUNT[@SEED]")
-class ScenePairs:
+@CAPTION_SOURCES.register(
+    "scenes", summary="captioned scenes, drawn on the fly", grammar="scenes:COUNT[@SEED]"
+)
+class SceneCaptions:
     """Captioned scenes without what pretraining never saw: no held-out style, combination or wording.
 
     Args:
@@ -38,13 +40,13 @@ class ScenePairs:
         return len(self.pairs)
 
     def caption(self, index: int) -> str:
-        """See :meth:`PairSource.caption`."""
+        """See :meth:`CaptionSource.caption`."""
         return self.pairs.captions(index)[0].text
 
     def image(self, index: int) -> Image.Image:
-        """See :meth:`PairSource.image`."""
+        """See :meth:`CaptionSource.image`."""
         return Image.fromarray(render(self.pairs.spec(index), self.pairs.size).image)
 
     def identity(self) -> str:
-        """See :meth:`PairSource.identity`; a longer sequence begins like a shorter one."""
+        """See :meth:`CaptionSource.identity`; a longer sequence begins like a shorter one."""
         return f"{GENERATOR}/pairs/{self.pairs.seed}/{self.pairs.count}"

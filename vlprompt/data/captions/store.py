@@ -1,4 +1,4 @@
-"""The pair store: features of pictures and captions, computed once, in shards that a killed build goes on from."""
+"""The caption store: features of images and captions, computed once, in shards that a killed build goes on from."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_json, write_tensors
-from vlprompt.data.captions import PairSource, open_pairs
+from vlprompt.data.captions import CaptionSource, open_captions
 
-__all__ = ["PairStore", "Rows", "build_store"]
+__all__ = ["CaptionStore", "Rows", "build_store"]
 
-log = logging.getLogger("vlprompt.pairs")
+log = logging.getLogger("vlprompt.captions")
 
 _FORMAT = 1
-_BATCH = 64  # pictures per pass
+_BATCH = 64  # images per pass
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,20 +62,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class PairStore:
-    """N pairs, in the order of their source.
+class CaptionStore:
+    """N captioned images, in the order of their source.
 
     Attributes:
         folder: Where it lies.
-        source: Reads pictures again, for learners that need pixels.
-        index: (N,) number of each pair in the source; unreadable pictures are missing.
-        image: (N, d) unit-length features of the pictures.
+        source: Reads images again, for learners that need pixels.
+        index: (N,) number of each one in the source; unreadable images are missing.
+        image: (N, d) unit-length features of the images.
         text: (N, d) of the captions.
-        skipped: Source number to the reason why a picture could not be read.
+        skipped: Source number to the reason why an image could not be read.
     """
 
     folder: Path
-    source: PairSource
+    source: CaptionSource
     index: Tensor
     image: Rows
     text: Rows
@@ -85,11 +85,11 @@ class PairStore:
         return len(self.index)
 
     def caption(self, row: int) -> str:
-        """Return the caption of a pair."""
+        """Return the caption of a row."""
         return self.source.caption(int(self.index[row]))
 
     def pixels(self, row: int, preprocess: Any) -> Tensor:
-        """Return (3, H, W) preprocessed pixels of a pair."""
+        """Return (3, H, W) preprocessed pixels of a row."""
         return preprocess(self.source.image(int(self.index[row])))
 
     @property
@@ -106,26 +106,26 @@ def build_store(
     shard: int = 4096,
     workers: int = 2,
     progress: Progress | None = None,
-) -> PairStore:
-    """Encode all pairs that are not encoded yet, and open the store.
+) -> CaptionStore:
+    """Encode all captioned images that are not encoded yet, and open the store.
 
-    A shard holds the features of ``shard`` consecutive pairs of the source and is written as a whole; a build that was
-    killed keeps the shards it finished. Features are float16: 2 KiB per pair at d = 512.
+    A shard holds the features of ``shard`` consecutive ones of the source and is written as a whole; a build that was
+    killed keeps the shards it finished. Features are float16: 2 KiB per captioned image at d = 512.
 
     Args:
-        pairs: What :func:`open_pairs` takes.
+        pairs: What :func:`open_captions` takes.
         backbone: Encodes both sides.
         folder: Of the store; one store per source and backbone.
-        shard: Pairs per file.
-        workers: Threads that decode pictures.
+        shard: Captioned images per file.
+        workers: Threads that decode images.
         progress: Called with ("pairs", done, total).
 
     Raises:
-        CheckpointError: If the folder holds a store of other pairs or of another backbone; each difference is named.
-        DataError: If there are no pairs, or no picture can be read.
+        CheckpointError: If the folder holds a store of other captions or of another backbone; each difference is named.
+        DataError: If there are no captions, or no image can be read.
         BackboneError: If the backbone reads no text.
     """
-    source, folder = open_pairs(pairs), Path(folder)
+    source, folder = open_captions(pairs), Path(folder)
     facts = {
         "format": _FORMAT,
         "pairs": source.identity(),
@@ -149,18 +149,16 @@ def build_store(
                 progress("pairs", rows.stop, len(source))
     if skipped:
         first = next(iter(skipped.values()))
-        log.warning("%s: %d of %d pictures can't be read, first: %s", pairs, len(skipped), len(source), first)
+        log.warning("%s: %d of %d images can't be read, first: %s", pairs, len(skipped), len(source), first)
     index = torch.cat([part["index"] for part in parts])
     if not len(index):
-        raise DataError(
-            f"pairs {pairs!r}: no picture can be read, for example {next(iter(skipped.values()))}"
-        )
+        raise DataError(f"pairs {pairs!r}: no image can be read, for example {next(iter(skipped.values()))}")
     image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
-    return PairStore(folder, source, index, image, text, skipped)
+    return CaptionStore(folder, source, index, image, text, skipped)
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark a folder as the store of these pairs, or refuse another's."""
+    """Mark a folder as the store of these captions, or refuse another's."""
     path = folder / "store.json"
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     if path.is_file():
@@ -173,7 +171,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
             differs = ["store.json is damaged"]
         if differs:
             raise CheckpointError(
-                f"{folder} holds another pair store: {'; '.join(differs)}. Give another folder, or remove this one."
+                f"{folder} holds another caption store: {'; '.join(differs)}. Give another folder, or remove this one."
             )
         return
     write_json(path, {**facts, "digest": digest})
@@ -191,7 +189,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_shard(
-    path: Path, source: PairSource, rows: range, backbone: Backbone, pool: ThreadPoolExecutor
+    path: Path, source: CaptionSource, rows: range, backbone: Backbone, pool: ThreadPoolExecutor
 ) -> None:
     index: list[int] = []
     images: list[Tensor] = []
@@ -207,7 +205,7 @@ def _write_shard(
         else torch.empty(0, backbone.dim)
     )
     image = torch.cat(images) if images else torch.empty(0, backbone.dim)
-    for what, rows_of in (("picture", image), ("caption", texts)):
+    for what, rows_of in (("image", image), ("caption", texts)):
         bad = (~rows_of.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteError(f"the features of {what} {index[bad[0]]} of the pairs are not finite.")
@@ -216,7 +214,7 @@ def _write_shard(
 
 
 def _batches(
-    source: PairSource, rows: range, preprocess: Any, pool: ThreadPoolExecutor
+    source: CaptionSource, rows: range, preprocess: Any, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[int], list[Tensor], dict[int, str]]]:
     """Yield (numbers, pixels, errors); the next batch decodes while the caller works on one."""
 

@@ -1,4 +1,4 @@
-"""tar:PATTERN: tar files as webdataset writes them, pictures and captions side by side under one key."""
+"""tar:PATTERN: tar files as webdataset writes them, images and captions side by side under one key."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
-from vlprompt.data.captions import PAIR_SOURCES
+from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import EXTENSIONS, decode
 
-__all__ = ["TarPairs"]
+__all__ = ["TarCaptions"]
 
 _CAPTIONS = (".txt", ".caption")
 
@@ -26,7 +26,7 @@ class _Sample:
 
     archive: Path
     name: str
-    place: tuple[int, int] | None = None  # offset and length of the picture's bytes
+    place: tuple[int, int] | None = None  # offset and length of the image's bytes
     captions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -35,13 +35,13 @@ class _Sample:
         return self.captions.get("text") or self.captions.get("json", "")
 
 
-@PAIR_SOURCES.register(
+@CAPTION_SOURCES.register(
     "tar", summary="webdataset archives: KEY.jpg beside KEY.txt or KEY.json", grammar="tar:PATTERN"
 )
-class TarPairs:
-    """Archives with ``KEY.jpg`` (or another picture) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
+class TarCaptions:
+    """Archives with ``KEY.jpg`` (or another image) and ``KEY.txt``, ``KEY.caption`` or ``KEY.json`` per pair.
 
-    Headers are read once; pictures are read where they are. Samples without a caption are left out.
+    Headers are read once; images are read where they are. Samples without a caption are left out.
 
     Args:
         argument: A path, or a pattern such as ``shards/*.tar``. Uncompressed archives only.
@@ -61,11 +61,11 @@ class TarPairs:
         return len(self.samples)
 
     def caption(self, index: int) -> str:
-        """See :meth:`PairSource.caption`."""
+        """See :meth:`CaptionSource.caption`."""
         return self.samples[index].caption
 
     def image(self, index: int) -> Image.Image:
-        """See :meth:`PairSource.image`."""
+        """See :meth:`CaptionSource.image`."""
         sample = self.samples[index]
         assert sample.place is not None  # the constructor kept no other
         with sample.archive.open("rb") as file:
@@ -73,7 +73,7 @@ class TarPairs:
             return decode(file.read(sample.place[1]), f"{sample.archive.name}@{sample.name}")
 
     def identity(self) -> str:
-        """See :meth:`PairSource.identity`."""
+        """See :meth:`CaptionSource.identity`."""
         return hash_strings(f"{s.archive.name}\t{s.name}\t{s.place}\t{s.caption}" for s in self.samples)
 
 

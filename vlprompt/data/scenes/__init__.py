@@ -1,4 +1,4 @@
-"""Scenes: pictures drawn on the fly from a seed, with labels, captions, masks and boxes."""
+"""Scenes: images drawn on the fly from a seed, with labels, captions, masks and boxes."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ TONES: dict[str, tuple[float, float, float]] = {
 }
 LIGHT_TONES: frozenset[str] = frozenset(list(TONES)[:5])
 
-#: Size name -> range of the radius, as a fraction of the picture's side.
+#: Size name -> range of the radius, as a fraction of the image's side.
 SIZES: dict[str, tuple[float, float]] = {"small": (0.11, 0.15), "medium": (0.19, 0.24), "large": (0.31, 0.38)}
 
 #: Position name -> centre (x, y), fractions of the side, y downwards.

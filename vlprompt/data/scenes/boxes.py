@@ -93,7 +93,7 @@ class BoxScenes:
         return draw_scene(rng, objects, style=style)
 
     def boxes(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[SceneObject, ...]]:
-        """Return a picture (H, W, 3), its objects' boxes (n, 4) x0 y0 x1 y1 in pixels, and the objects."""
+        """Return an image (H, W, 3), its objects' boxes (n, 4) x0 y0 x1 y1 in pixels, and the objects."""
         spec = self.spec(index)
         drawn = render(spec, self.size)
         return drawn.image, np.asarray(drawn.boxes, np.float32), spec.objects

@@ -1,8 +1,8 @@
 """Captions: sentences that are true of a scene, and the facts each of them states.
 
 A fact is a short string such as ``"colour=red"``. :func:`facts` lists everything true of a spec, and
-:func:`caption` returns a sentence together with the facts it states: a sentence fits another picture
-exactly when its facts are among that picture's, so contrastive training never has to call a true sentence
+:func:`caption` returns a sentence together with the facts it states: a sentence fits another image
+exactly when its facts are among that image's, so contrastive training never has to call a true sentence
 false.
 """
 
@@ -164,7 +164,7 @@ class _Writer:
         return ""
 
     def attribute(self, share: Sequence[float]) -> Caption:
-        """A sentence about one attribute of the only object, or of the picture."""
+        """A sentence about one attribute of the only object, or of the image."""
         item = self.spec.objects[0]
         values = {
             "shape": item.shape,

@@ -28,8 +28,8 @@ class SceneConcept:
     Attributes:
         name: What it is, for people: colour, shape and pattern.
         word: Its shape, which is all that a search is told.
-        images: Pictures to learn it from.
-        held: Other pictures of it, for scores.
+        images: Images to learn it from.
+        held: Other images of it, for scores.
     """
 
     name: str
@@ -46,8 +46,8 @@ def scene_concepts(
     Args:
         count: How many.
         split: ``"val"`` (to choose settings on) or ``"test"``; no combination is in both.
-        images: Pictures to learn from.
-        held: Pictures to score with.
+        images: Images to learn from.
+        held: Images to score with.
         size: Side in pixels.
 
     Raises:
@@ -71,18 +71,18 @@ def scene_concepts(
 def _draw(shape: str, colour: str, images: int, held: int, size: int) -> SceneConcept:
     rng = numpy_rng(_SEED, "scenes", "concept", shape, colour)
     pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
-    pictures = []
+    drawn = []
     for _ in range(images + held):
         look: dict[str, Any] = {"shape": shape, "colour": colour, "pattern": pattern}
         item = draw_object(rng, **look, size="large", position="center")
         ground = ("plain", "gradient")[int(rng.integers(2))]
-        pictures.append(
+        drawn.append(
             Image.fromarray(np.asarray(render(draw_scene(rng, [item], background=ground), size).image))
         )
     said = words("shape", shape)[0]
     return SceneConcept(
         f"{words('colour', colour)[0]} {said}, {words('pattern', pattern)[0]}",
         said,
-        tuple(pictures[:images]),
-        tuple(pictures[images:]),
+        tuple(drawn[:images]),
+        tuple(drawn[images:]),
     )

@@ -1,4 +1,4 @@
-"""Pictures with captions for pretraining, and with phrases and masks for segmentation."""
+"""Images with captions for pretraining, and with phrases and masks for segmentation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class CaptionPairs:
-    """A sequence of (picture, caption).
+    """A sequence of (image, caption).
 
     Attributes:
         count: How many.
@@ -105,10 +105,10 @@ class CaptionPairs:
 
 @dataclass(frozen=True)
 class PhraseMask:
-    """One object of a picture, named so that only it is meant.
+    """One object of an image, named so that only it is meant.
 
     Attributes:
-        image: The picture.
+        image: The image.
         phrase: For example ``"red circle"``.
         mask: (H, W) bool, its visible pixels.
         box: (4,) float32, x0 y0 x1 y1 in pixels.
@@ -165,14 +165,14 @@ class MaskedScenes:
 def caption_pairs(
     count: int, seed: int = 0, *, holdout: bool = True, size: int = 64, easy: int = 0
 ) -> CaptionPairs:
-    """Return pictures with captions (see :class:`CaptionPairs`)."""
+    """Return images with captions (see :class:`CaptionPairs`)."""
     return CaptionPairs(count, seed, holdout, size, easy)
 
 
 def masks(
     count: int, seed: int = 0, *, split: str = "train", style: str = "plain", size: int = 64
 ) -> MaskedScenes:
-    """Return pictures with a phrase, its mask and its box (see :class:`MaskedScenes`)."""
+    """Return images with a phrase, its mask and its box (see :class:`MaskedScenes`)."""
     return MaskedScenes(count, seed, split, style, size)
 
 
@@ -233,7 +233,7 @@ def throughput(seconds: float = 1.0, size: int = 64) -> float:
         size: Side in pixels.
 
     Returns:
-        Pictures per second.
+        Images per second.
     """
     pairs, done, started = CaptionPairs(1_000_000, 0, False, size), 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or done == 0:

@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A picture and where its objects are.
+    """An image and where its objects are.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
@@ -41,7 +41,7 @@ def render(spec: SceneSpec, size: int = 64) -> Rendered:
         size: Side in pixels.
 
     Returns:
-        The picture, masks and boxes; a pure function of the arguments.
+        The image, masks and boxes; a pure function of the arguments.
     """
     rng = np.random.Generator(np.random.PCG64(spec.seed))
     canvas = _ground(spec, size, rng)

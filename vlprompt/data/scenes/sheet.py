@@ -1,4 +1,4 @@
-"""One picture of what scenes look like: a labelled row per task and per style."""
+"""One image of what scenes look like: a labelled row per task and per style."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def contact_sheet(
     size: int = 64,
     split: str = "train",
 ) -> Image.Image:
-    """Draw rows of pictures with their class names.
+    """Draw rows of images with their class names.
 
     Args:
         tasks: A row each in plain style; default: all tasks.
         styles: A row each of the task "shape", after the tasks.
-        columns: Pictures per row.
-        size: Side of a picture in pixels.
-        split: Split the pictures are from.
+        columns: Images per row.
+        size: Side of an image in pixels.
+        split: Split the images are from.
 
     Returns:
         The sheet.
@@ -52,7 +52,7 @@ def contact_sheet(
 
 
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut a label so that it stays under its picture."""
+    """Cut a label so that it stays under its image."""
     while font.getlength(text) > width:
         text = text[:-2].rstrip() + "."
     return text

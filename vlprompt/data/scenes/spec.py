@@ -1,4 +1,4 @@
-"""What a picture is made of: a description from which pixels, masks, captions and labels all follow."""
+"""What an image is made of: a description from which pixels, masks, captions and labels all follow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SceneObject:
         shape: A shape or glyph name.
         colour: A colour name.
         pattern: A surface pattern.
-        radius: Fraction of the picture's side.
+        radius: Fraction of the image's side.
         x: Centre, fraction of the side from the left.
         y: Centre, fraction of the side from the top.
         angle: Rotation in degrees.
@@ -55,7 +55,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """One picture; equal specs give equal bytes.
+    """One image; equal specs give equal bytes.
 
     Attributes:
         objects: Painted in order, later ones on top.

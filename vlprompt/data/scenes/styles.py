@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 def apply_style(canvas: Array, style: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn a painted canvas into a finished picture.
+    """Turn a painted canvas into a finished image.
 
     Args:
         canvas: (H, W, 3) float32, nominally in [0, 1].

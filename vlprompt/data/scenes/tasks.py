@@ -45,7 +45,7 @@ __all__ = [
 #: Version of the generator: changes whenever the pixels of any task change.
 GENERATOR = "scenes-1"
 
-#: Pictures per class in each split.
+#: Images per class in each split.
 SPLITS: dict[str, int] = {"train": 100, "val": 20, "test": 50}
 
 _SEED = 2024
@@ -71,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True)
 class SceneSource:
-    """All that is needed to draw one picture of a task."""
+    """All that is needed to draw one image of a task."""
 
     task: str
     split: str
@@ -81,7 +81,7 @@ class SceneSource:
 
 @dataclass(frozen=True)
 class SceneReader:
-    """Draws pictures on the fly.
+    """Draws images on the fly.
 
     Attributes:
         size: Side in pixels.
@@ -90,11 +90,11 @@ class SceneReader:
     size: int = 64
 
     def read(self, source: SceneSource) -> Image.Image:
-        """Return the picture; a pure function of the source and the size."""
+        """Return the image; a pure function of the source and the size."""
         return Image.fromarray(render(task_spec(source), self.size).image)
 
     def key(self, source: SceneSource) -> str:
-        """Return a name of the picture's content."""
+        """Return a name of the image's content."""
         return f"{GENERATOR}/{source.task}@{source.style}/{source.split}/{source.index}/{self.size}px"
 
 
@@ -104,7 +104,7 @@ def list_tasks() -> list[str]:
 
 
 def build(task: str, split: str, style: str = "plain", size: int = 64) -> ImageDataset:
-    """Return one split of a task in a style; pictures are drawn when they are read.
+    """Return one split of a task in a style; images are drawn when they are read.
 
     Args:
         task: One of :func:`list_tasks`.

@@ -1,4 +1,4 @@
-"""Pictures with masks and the phrases that ask for them: reading, checking, drawing and converting such data sets."""
+"""Images with masks and the phrases that ask for them: reading, checking, drawing and converting such data sets."""
 
 from vlprompt.data.segmentation.base import MaskDataset, MaskedImage, MaskSample
 from vlprompt.data.segmentation.catalog import list_segmentation, load_segmentation

@@ -1,7 +1,7 @@
-"""Augmentation of a picture and its mask together, the paper's: hardly any, since phrases may name places and colours.
+"""Augmentation of an image and its mask together, the paper's: hardly any, since phrases may name places and colours.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239; its public configuration (affine with probability 0.2, then brightness and
-contrast with probability 0.2, no flips). Drawn as all views here: a function of (seed, picture, view) alone.
+contrast with probability 0.2, no flips). Drawn as all views here: a function of (seed, image, view) alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class JointAugmentation:
         return self.name != "none"
 
     def augment(self, pair: MaskedImage, seed: int, view: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Return one view of a picture and its mask, at their size."""
+        """Return one view of an image and its mask, at their size."""
         if not self.is_random:
             return pair.image, pair.mask
         rng = numpy_rng(seed, "augment pair", self.name, pair.record, view)

@@ -1,4 +1,4 @@
-"""What every segmentation data set looks like: pairs of a picture and a phrase, each with a mask."""
+"""What every segmentation data set looks like: pairs of an image and a phrase, each with a mask."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class MaskSample:
-    """One picture and one phrase.
+    """One image and one phrase.
 
     Attributes:
-        source: The picture; means something to the reader only, as in :class:`vlprompt.data.base.Sample`.
-        masks: Where its mask is: several files are united, none means that the phrase fits nothing in the picture.
+        source: The image; means something to the reader only, as in :class:`vlprompt.data.base.Sample`.
+        masks: Where its mask is: several files are united, none means that the phrase fits nothing in the image.
         phrase: What is asked for.
         label: Number of its class.
         record: Name of the pair: unique in the data set, and what every draw about it is seeded with.
@@ -45,7 +45,7 @@ class MaskedImage:
 
     Attributes:
         image: RGB.
-        mask: (H, W) uint8 at the picture's size: 1 inside, 0 outside, 255 where it doesn't count.
+        mask: (H, W) uint8 at the image's size: 1 inside, 0 outside, 255 where it doesn't count.
         phrase: What is asked for.
         label: Number of its class.
         record: Name of the pair.
@@ -59,10 +59,10 @@ class MaskedImage:
 
 
 class MaskReader(Reader, Protocol):
-    """Reads pictures as every data set does, and masks."""
+    """Reads images as every data set does, and masks."""
 
     def mask(self, sample: MaskSample, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return the mask of a picture of ``size`` (width, height).
+        """Return the mask of an image of ``size`` (width, height).
 
         Raises:
             DataError: If it doesn't fit or can't be read.
@@ -76,9 +76,9 @@ class MaskDataset:
     Attributes:
         name: Catalogue name, for example ``"kvasir_seg"``.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        samples: Pairs in a fixed order; those of one picture follow each other.
+        samples: Pairs in a fixed order; those of one image follow each other.
         classnames: C names.
-        reader: Reads pictures and masks.
+        reader: Reads images and masks.
         info: Facts that results must record (where it came from, how it was split, what was changed).
     """
 
@@ -99,11 +99,11 @@ class MaskDataset:
         return MaskedImage(image, mask, sample.phrase, sample.label, sample.record)
 
     def key(self, index: int) -> str:
-        """Return the content key of one picture (see :meth:`vlprompt.data.base.Reader.key`)."""
+        """Return the content key of one image (see :meth:`vlprompt.data.base.Reader.key`)."""
         return self.reader.key(self.samples[index].source)
 
-    def pictures(self) -> dict[Any, list[int]]:
-        """Return the pairs of every picture, by its source, in order."""
+    def images(self) -> dict[Any, list[int]]:
+        """Return the pairs of every image, by its source, in order."""
         found: dict[Any, list[int]] = {}
         for index, sample in enumerate(self.samples):
             found.setdefault(sample.source, []).append(index)

@@ -68,17 +68,17 @@ def load_segmentation(
         name: A name of :func:`list_segmentation`, ``scenes/masks@STYLE``, ``pairs:PATH``, ``prompts:PATH`` or
             ``per_class:PATH``.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        images: Number of pictures to draw, with all their pairs; None for all.
+        images: Number of images to draw, with all their pairs; None for all.
         seed: Seed of that draw.
         root: Folder of downloaded data sets; ``default_root()`` if None.
-        queries: ``"present"`` asks a picture for the classes that it shows, as TuneVLSeg does; ``"all"`` asks for every
+        queries: ``"present"`` asks an image for the classes that it shows, as TuneVLSeg does; ``"all"`` asks for every
             class, so that a model is also told when it finds what isn't there.
         phrase: Replaces every phrase, or that of each class named.
         full_stop: Put a full stop behind phrases without one, as TuneVLSeg does.
         leaks: ``"mend"`` asks for the class where a phrase says that there is none ("no polyp"), since such a phrase is
             the answer; ``"keep"`` leaves it. Either way ``info`` counts them.
         empty: What happens to pairs whose mask is empty; ``"drop"`` and ``"error"`` read every mask.
-        dedupe: Leave pictures out of train that other splits hold too, by name.
+        dedupe: Leave images out of train that other splits hold too, by name.
         download: Fetch a data set that isn't there, if its card says from where.
         options: What the data set's source takes, for example ``prompt=1``, ``threshold=127`` or ``size=64``.
 
@@ -196,7 +196,7 @@ def _templates(ways: list[_Way]) -> tuple[str, ...]:
 
 
 def _without_other_splits(data: MaskDataset, ways: list[_Way], options: Mapping[str, Any]) -> MaskDataset:
-    """Leave pictures out of train that val or test hold too."""
+    """Leave images out of train that val or test hold too."""
     others: list[MaskSample] = []
     for split in (s for s in SPLITS if s != "train"):
         try:
@@ -209,14 +209,14 @@ def _without_other_splits(data: MaskDataset, ways: list[_Way], options: Mapping[
         return data
     if not kept:
         raise DataError(
-            f"{data.name}: every training picture is in another split too. Give each split its own."
+            f"{data.name}: every training image is in another split too. Give each split its own."
         )
     warnings.warn(
-        f"{data.name}: {len(dropped)} training pictures are in val or test too and left out: "
+        f"{data.name}: {len(dropped)} training images are in val or test too and left out: "
         f"{', '.join(dropped[:5])}.",
         stacklevel=3,
     )
-    return data.with_samples(kept, shared_pictures_dropped=dropped)
+    return data.with_samples(kept, shared_images_dropped=dropped)
 
 
 def _phrased(
@@ -270,25 +270,25 @@ def _stopped(text: str, full_stop: bool) -> str:
 
 
 def _draw(data: MaskDataset, images: int, seed: int) -> MaskDataset:
-    """Return some pictures with all their pairs, in the data set's order."""
+    """Return some images with all their pairs, in the data set's order."""
     if images < 1:
         raise DataError(f"{data.name}: images must be at least 1, got {images}.")
-    pictures = list(data.pictures().values())
+    pairs_of = list(data.images().values())
     order = numpy_rng(seed, "few pictures", data.name.partition("@")[0], data.split, images).permutation(
-        len(pictures)
+        len(pairs_of)
     )
     chosen = sorted(int(i) for i in order[:images])
-    return data.subset([i for p in chosen for i in pictures[p]], images=len(chosen), seed=seed)
+    return data.subset([i for p in chosen for i in pairs_of[p]], images=len(chosen), seed=seed)
 
 
 def _asked(data: MaskDataset, queries: Queries, templates: tuple[str, ...], full_stop: bool) -> MaskDataset:
-    """Ask pictures for the classes they show, or for all."""
+    """Ask images for the classes they show, or for all."""
     if len(data.classnames) == 1 or data.info.get("source") == "scenes":
         return data
     if queries == "present":
         return _only_shown(data)
     samples: list[MaskSample] = []
-    for source, indices in data.pictures().items():
+    for source, indices in data.images().items():
         own = {data.samples[i].label: data.samples[i] for i in indices}
         for label, name in enumerate(data.classnames):
             record = f"{source}|{name}"
@@ -300,12 +300,12 @@ def _asked(data: MaskDataset, queries: Queries, templates: tuple[str, ...], full
 
 
 def _only_shown(data: MaskDataset) -> MaskDataset:
-    """Drop pairs of index masks whose class isn't in the picture; every such mask is read once."""
+    """Drop pairs of index masks whose class isn't in the image; every such mask is read once."""
     reader = data.reader
     if not isinstance(reader, MaskFiles) or not any(s.values for s in data.samples):
         return data
     kept: list[int] = []
-    for indices in data.pictures().values():
+    for indices in data.images().values():
         path = reader.masks / data.samples[indices[0]].masks[0]
         found = {int(v) for v in np.unique(raw_values(path))}
         kept += [i for i in indices if found & set(data.samples[i].values)]

@@ -1,4 +1,4 @@
-"""Turning other formats into one binary mask per picture and class, the layout of ``per_class:PATH``.
+"""Turning other formats into one binary mask per image and class, the layout of ``per_class:PATH``.
 
 COCO's polygons and run lengths are drawn by pycocotools, the reference; masks of class numbers are cut by value.
 """
@@ -32,17 +32,17 @@ Progress = Callable[[int, int], None]
 def convert_coco(
     annotations: Path, images: Path, out: Path, split: str = "train", progress: Progress | None = None
 ) -> Converted:
-    """Write a COCO instance file as binary masks: the union of a class's objects in a picture.
+    """Write a COCO instance file as binary masks: the union of a class's objects in an image.
 
     Args:
         annotations: The JSON file.
-        images: Folder of its pictures; they are linked into ``out``, or copied where links can't be made.
+        images: Folder of its images; they are linked into ``out``, or copied where links can't be made.
         out: Folder to write ``images/<split>`` and ``annotations/<split>/<class>`` into.
         split: Name of the part.
         progress: Called with (done, all).
 
     Raises:
-        DataError: If the file is no COCO instance file, pictures are missing, or pycocotools is.
+        DataError: If the file is no COCO instance file, images are missing, or pycocotools is.
     """
     content = _coco(annotations)
     names = check_classnames([str(c["name"]) for c in content["categories"]], str(annotations))
@@ -53,7 +53,7 @@ def convert_coco(
     missing = [i["file_name"] for i in content["images"] if not (images / i["file_name"]).is_file()]
     if missing:
         raise DataError(
-            f"{images}: {len(missing)} pictures of {annotations.name} are missing, for example {missing[0]}."
+            f"{images}: {len(missing)} images of {annotations.name} are missing, for example {missing[0]}."
         )
     written: Converted = dict.fromkeys(names, 0)
     for done, image in enumerate(content["images"], 1):
@@ -79,27 +79,25 @@ def convert_indexed(
     """Write masks of class numbers as binary ones.
 
     Args:
-        masks: Folder of masks, called as their pictures.
-        images: Folder of the pictures.
+        masks: Folder of masks, called as their images.
+        images: Folder of the images.
         classes: Class name to its number in the masks; other numbers are ground.
         out: See :func:`convert_coco`.
         split: Name of the part.
         progress: Called with (done, all).
 
     Raises:
-        DataError: If a mask has no picture, is coloured or can't be read.
+        DataError: If a mask has no image, is coloured or can't be read.
     """
     check_classnames(list(classes), "classes")
-    pictures, written = stems(images), dict.fromkeys(classes, 0)
+    originals, written = stems(images), dict.fromkeys(classes, 0)
     found = stems(masks)
-    if lacking := [stem for stem in found if stem not in pictures]:
-        raise DataError(
-            f"{masks}: {len(lacking)} masks have no picture in {images}, for example {lacking[0]}."
-        )
+    if lacking := [stem for stem in found if stem not in originals]:
+        raise DataError(f"{masks}: {len(lacking)} masks have no image in {images}, for example {lacking[0]}.")
     for done, (stem, files) in enumerate(found.items(), 1):
         raw = raw_values(masks / files[0])
         shown = {name: raw == value for name, value in classes.items() if bool((raw == value).any())}
-        _write(out, split, images / pictures[stem][0], pictures[stem][0], shown, written)
+        _write(out, split, images / originals[stem][0], originals[stem][0], shown, written)
         if progress is not None:
             progress(done, len(found))
     return written
@@ -108,25 +106,25 @@ def convert_indexed(
 def _write(
     out: Path,
     split: str,
-    picture: Path,
+    original: Path,
     name: str,
     masks: Mapping[str, NDArray[np.bool_]],
     written: Converted,
 ) -> None:
-    """Put a picture and its masks in their places."""
+    """Put an image and its masks in their places."""
     if not is_inside(name):
         raise DataError(f"{name!r} leaves the image folder.")
     target = out / "images" / split / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         try:
-            target.hardlink_to(picture)
+            target.hardlink_to(original)
         except OSError:
-            shutil.copyfile(picture, target)
+            shutil.copyfile(original, target)
     for label, mask in masks.items():
         place = out / "annotations" / split / label / f"{Path(name).with_suffix('')}.png"
-        picture_of = Image.fromarray(mask.astype(np.uint8) * 255)
-        write_atomic(place, lambda path, image=picture_of: image.save(path, "PNG"))  # type: ignore[misc]
+        drawn = Image.fromarray(mask.astype(np.uint8) * 255)
+        write_atomic(place, lambda path, image=drawn: image.save(path, "PNG"))  # type: ignore[misc]
         written[label] += 1
 
 

@@ -1,4 +1,4 @@
-"""What makes a segmentation result worthless, found before it is measured: shared pictures, phrases that tell."""
+"""What makes a segmentation result worthless, found before it is measured: shared images, phrases that tell."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def denies(phrase: str) -> bool:
 
 
 def without_shared(samples: Iterable[MaskSample], others: Iterable[MaskSample]) -> tuple[MaskSample, ...]:
-    """Return the samples whose pictures don't lie in the other splits too, by their names."""
+    """Return the samples whose images don't lie in the other splits too, by their names."""
     taken = {s.source for s in others}
     return tuple(s for s in samples if s.source not in taken)
 
 
 def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tuple[Any, Any]]]:
-    """Find pictures of equal content in two splits, whatever they are called.
+    """Find images of equal content in two splits, whatever they are called.
 
     Args:
-        splits: Split to data set; every picture is read once.
+        splits: Split to data set; every image is read once.
 
     Returns:
         Pairs of splits to pairs of sources; empty if nothing is shared.
     """
-    keys = {s: {d.reader.key(source): source for source in d.pictures()} for s, d in splits.items()}
+    keys = {s: {d.reader.key(source): source for source in d.images()} for s, d in splits.items()}
     names = list(splits)
     found = {}
     for i, first in enumerate(names):
@@ -49,7 +49,7 @@ def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tu
 def label_leaks(data: MaskDataset) -> dict[str, int]:
     """Find phrases that give the answer away: of a class asked for in several ways, those with empty masks only.
 
-    A model that learns such a phrase is right without looking at the picture, and an empty mask that is found counts
+    A model that learns such a phrase is right without looking at the image, and an empty mask that is found counts
     as a perfect one. Every mask is read.
 
     Returns:

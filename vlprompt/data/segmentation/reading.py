@@ -1,7 +1,7 @@
 """Masks from files: which pixels a file means, and what is refused of it.
 
 A mask that is read wrongly trains a wrong model without a word, so nothing is guessed: a file with more than two
-values, or of another size than its picture, is an error until somebody says what it means.
+values, or of another size than its image, is an error until somebody says what it means.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_mask(
 ) -> NDArray[np.uint8]:
     """Read one mask file.
 
-    Palette files are read by index, not by colour; a picture in three equal channels is one in one channel.
+    Palette files are read by index, not by colour; an image in three equal channels is one in one channel.
 
     Args:
         path: The file.
@@ -55,7 +55,7 @@ def read_mask(
         (H, W) uint8: 1 inside, 0 outside, 255 where it doesn't count.
 
     Raises:
-        DataError: If the file is missing, no picture, coloured, or holds values that ``rule`` doesn't explain.
+        DataError: If the file is missing, no image, coloured, or holds values that ``rule`` doesn't explain.
     """
     place = Path(path)
     raw = raw_values(place, rule.threshold)
@@ -71,13 +71,13 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """Reads pictures below one folder and masks below another; sources are relative paths with ``/``.
+    """Reads images below one folder and masks below another; sources are relative paths with ``/``.
 
     Attributes:
-        images: Folder of the pictures.
+        images: Folder of the images.
         masks: Folder of the masks.
         rule: How masks are read.
-        on_size_mismatch: What to do where a mask isn't its picture's size.
+        on_size_mismatch: What to do where a mask isn't its image's size.
     """
 
     images: Path
@@ -117,7 +117,7 @@ class MaskFiles:
             return part
         if self.on_size_mismatch == "error":
             raise DataError(
-                f"the mask {self.masks / name} is {width} x {height}, its picture {self.images / str(sample.source)} "
+                f"the mask {self.masks / name} is {width} x {height}, its image {self.images / str(sample.source)} "
                 f"is {size[0]} x {size[1]}. Mend one of them, or pass on_size_mismatch='resize' if they show the same."
             )
         return resize_mask(part, size)
@@ -155,7 +155,7 @@ def raw_values(path: Path, threshold: int | None = None) -> NDArray[np.int64]:
             return colours.max(-1).astype(np.int64)
         if (colours != colours[..., :1]).any():
             raise DataError(
-                f"the mask {path} is a colour picture. A mask has one channel with 0 outside, or class numbers; "
+                f"the mask {path} is a colour image. A mask has one channel with 0 outside, or class numbers; "
                 "convert it first, or pass threshold=127 if everything that isn't black is inside."
             )
         array = colours[..., 0]

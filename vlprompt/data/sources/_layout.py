@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Layout(BaseModel):
-    """Where a card's pictures lie.
+    """Where a card's images lie.
 
     Attributes:
         folders: Folders below the root that may hold the data set, in order of preference.
@@ -78,7 +78,7 @@ def published_split(
     The file is looked for in ``folder``, then in the other folders of the layout.
 
     Raises:
-        DataError: If the file is not of this data set, or pictures that it lists are missing.
+        DataError: If the file is not of this data set, or images that it lists are missing.
     """
     card, images = request.need_card, folder / layout.images
     if card.splits.file is None:
@@ -103,12 +103,12 @@ def published_split(
 
 
 def check_present(name: str, listed_by: str, images: Path, parts: Mapping[str, tuple[Sample, ...]]) -> None:
-    """Refuse a split whose pictures are not all there; names the first ones. Raises DataError."""
+    """Refuse a split whose images are not all there; names the first ones. Raises DataError."""
     listed = [str(s.source) for split in SPLITS for s in parts.get(split, ())]
     missing = [source for source in listed if not (images / source).is_file()]
     if missing:
         raise DataError(
-            f"{name}: {len(missing)} of the {len(listed)} pictures that {listed_by} lists are missing in "
+            f"{name}: {len(missing)} of the {len(listed)} images that {listed_by} lists are missing in "
             f"{images}, for example {', '.join(missing[:3])}."
         )
 

@@ -1,4 +1,4 @@
-"""Official lists of pictures: one small class per way in which data sets write theirs.
+"""Official lists of images: one small class per way in which data sets write theirs.
 
 Every class reads one part (train, val, trainval or test) and returns samples whose sources are relative to the data
 set's image folder. Class numbers of the data set itself become the card's labels by :meth:`Part.label`.
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import Sample
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 
 __all__ = ["Part", "PartSpec"]
 
@@ -26,7 +26,7 @@ class Part(BaseModel):
 
     Attributes:
         path: File or folder, relative to the data set's folder.
-        prefix: Put before each picture's name.
+        prefix: Put before each image's name.
         suffix: Put behind it.
     """
 
@@ -65,11 +65,11 @@ class FolderPart(Part):
         base = images / self.path
         if missing := [o for o in own if not (base / o).is_dir()]:
             raise DataError(f"{base}: class folders are missing: {', '.join(missing[:5])}.")
-        return [Sample(p, label) for label, o in enumerate(own) for p in list_pictures(base / o, images)]
+        return [Sample(p, label) for label, o in enumerate(own) for p in list_images(base / o, images)]
 
 
 class TextPart(Part):
-    """Lines of a text file: the picture's name first.
+    """Lines of a text file: the image's name first.
 
     Attributes:
         label: ``"folder"``: the class is the name's first folder; ``"column"``: a column holds the class's own name;
@@ -101,10 +101,10 @@ class TextPart(Part):
 
 
 class TablePart(Part):
-    """A table with a header, or one JSON object per line, that names a picture and its class's own number.
+    """A table with a header, or one JSON object per line, that names an image and its class's own number.
 
     Attributes:
-        image: Column or key of the picture's name.
+        image: Column or key of the image's name.
         label: Column or key of the class.
         digits: Class numbers are filled up with zeros to so many digits, as the class folders are.
         delimiter: Of a CSV file; unused for JSON lines.
@@ -139,7 +139,7 @@ class TablePart(Part):
 
 
 class FlowersPart(Part):
-    """Oxford Flowers: ``path`` holds the numbers of a part's pictures, ``labels`` the class of every picture.
+    """Oxford Flowers: ``path`` holds the numbers of a part's images, ``labels`` the class of every image.
 
     Attributes:
         key: Which part in ``path``.
@@ -171,9 +171,9 @@ class CarsPart(Part):
 
 
 class VocPart(Part):
-    """PASCAL VOC: ``path`` holds one file ``<class>_<part>.txt`` per class, lines ``<picture> <-1, 0 or 1>``.
+    """PASCAL VOC: ``path`` holds one file ``<class>_<part>.txt`` per class, lines ``<image> <-1, 0 or 1>``.
 
-    1 is a positive; 0 marks objects that are there but hard to see, and counts as one too: so every picture has a
+    1 is a positive; 0 marks objects that are there but hard to see, and counts as one too: so every image has a
     label, and the parts have the sizes that ELEVATER states.
 
     Attributes:
@@ -189,9 +189,9 @@ class VocPart(Part):
         for label, name in enumerate(own):
             path = need(folder / self.path / f"{name}_{self.part}.txt")
             for line in path.read_text(encoding="utf-8").splitlines():
-                picture, _, mark = line.strip().partition(" ")
+                image, _, mark = line.strip().partition(" ")
                 if mark.strip() in ("0", "1"):
-                    shown.setdefault(picture, []).append(label)
+                    shown.setdefault(image, []).append(label)
         return [Sample(f"{self.prefix}{p}{self.suffix}", tuple(shown[p])) for p in sorted(shown)]
 
 

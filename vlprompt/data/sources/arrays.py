@@ -1,4 +1,4 @@
-"""arrays: data sets that keep all pictures of a part in one file, read without unpickling anything.
+"""arrays: data sets that keep all images of a part in one file, read without unpickling anything.
 
 CIFAR's binary version, MNIST's idx, SVHN's MATLAB, STL-10's raw bytes, PatchCamelyon's HDF5 and FER2013's table.
 """
@@ -37,7 +37,7 @@ class _Options(Layout):
 
     Attributes:
         format: How the files are written.
-        parts: Files of each part, relative to the folder; pictures and labels where those are two files. For FER2013
+        parts: Files of each part, relative to the folder; images and labels where those are two files. For FER2013
             the table and the value of its column Usage.
         names_file: The data set's own class names, one a line, in the order of its numbers; they say which number
             is which class of the card.
@@ -54,18 +54,18 @@ class _Options(Layout):
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads picture number ``source`` of a part.
+    """Reads image number ``source`` of a part.
 
     Attributes:
         format: How the files are written.
-        files: Pictures, and labels where they are a file of their own (or FER2013's value of Usage).
+        files: Images, and labels where they are a file of their own (or FER2013's value of Usage).
     """
 
     format: Format
     files: tuple[Path, ...]
 
     def read(self, source: int) -> Image.Image:
-        """Return the picture as RGB."""
+        """Return the image as RGB."""
         return Image.fromarray(self._pixels(source)).convert("RGB")
 
     def key(self, source: int) -> str:
@@ -74,14 +74,14 @@ class ArrayReader:
         return f"pixels:{hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()}"
 
     def labels(self) -> list[int]:
-        """Return the data set's own class number of every picture, from 0."""
+        """Return the data set's own class number of every image, from 0."""
         return [int(x) for x in _load(self.format, self.files)[1]]
 
     def _pixels(self, index: int) -> Array:
         return np.ascontiguousarray(_load(self.format, self.files)[0][index])
 
 
-@sources.register("arrays", summary="pictures kept in arrays: CIFAR, MNIST, SVHN, STL-10, PCAM, FER2013")
+@sources.register("arrays", summary="images kept in arrays: CIFAR, MNIST, SVHN, STL-10, PCAM, FER2013")
 def build(request: Request) -> ImageDataset:
     """Build one split of a card's data set.
 
@@ -101,7 +101,7 @@ def build(request: Request) -> ImageDataset:
     reader = ArrayReader(options.format, tuple(folder / f for f in files))
     labels = [label_of.get(x, -1) for x in reader.labels()]
     if -1 in labels:
-        raise DataError(f"{card.name}: picture {labels.index(-1)} of {files[0]} has a class the card lacks.")
+        raise DataError(f"{card.name}: image {labels.index(-1)} of {files[0]} has a class the card lacks.")
     parts: Parts = {request.split: tuple(Sample(i, label) for i, label in enumerate(labels))}
     how = f"official parts: {', '.join(files)}"
     if options.shares and request.split != "test":
@@ -147,7 +147,7 @@ def _cut(name: str, classnames: Sequence[str], options: _Options, labels: list[i
 
 
 def _load(kind: Format, files: tuple[Path, ...]) -> tuple[Any, Array]:
-    """Return pictures, indexed by number, each (H, W, 3) or (H, W) bytes, and own class numbers from 0, (N,)."""
+    """Return images, indexed by number, each (H, W, 3) or (H, W) bytes, and own class numbers from 0, (N,)."""
     stamps = tuple(f.stat().st_mtime_ns for f in files if f.is_file())
     return _load_once(kind, files, stamps)
 
@@ -155,12 +155,12 @@ def _load(kind: Format, files: tuple[Path, ...]) -> tuple[Any, Array]:
 @lru_cache(maxsize=4)
 def _load_once(kind: Format, files: tuple[Path, ...], stamps: tuple[int, ...]) -> tuple[Any, Array]:
     try:
-        pictures, labels = _LOADERS[kind](files)
+        images, labels = _LOADERS[kind](files)
     except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error, TypeError) as error:
         raise DataError(f"can't read {files[0]} as {kind}: {error}.") from None
-    if len(pictures) != len(labels):
-        raise DataError(f"{files[0]}: {len(pictures)} pictures, but {len(labels)} labels.")
-    return pictures, labels
+    if len(images) != len(labels):
+        raise DataError(f"{files[0]}: {len(images)} images, but {len(labels)} labels.")
+    return images, labels
 
 
 def _cifar(files: tuple[Path, ...]) -> tuple[Array, Array]:
@@ -203,12 +203,12 @@ def _svhn(files: tuple[Path, ...]) -> tuple[Array, Array]:
 
 def _stl(files: tuple[Path, ...]) -> tuple[Array, Array]:
     """Bytes (N, 3, 96, 96), columns before rows, and labels from 1."""
-    pictures = np.fromfile(files[0], dtype=np.uint8).reshape(-1, 3, 96, 96)
-    return pictures.transpose(0, 3, 2, 1), np.fromfile(files[1], dtype=np.uint8).astype(int) - 1
+    images = np.fromfile(files[0], dtype=np.uint8).reshape(-1, 3, 96, 96)
+    return images.transpose(0, 3, 2, 1), np.fromfile(files[1], dtype=np.uint8).astype(int) - 1
 
 
 def _h5(files: tuple[Path, ...]) -> tuple[Any, Array]:
-    """PatchCamelyon: ``x`` (N, 96, 96, 3), read picture by picture, and ``y`` (N, 1, 1, 1)."""
+    """PatchCamelyon: ``x`` (N, 96, 96, 3), read image by image, and ``y`` (N, 1, 1, 1)."""
     try:
         import h5py
     except ImportError:
@@ -221,8 +221,8 @@ def _fer(files: tuple[Path, ...]) -> tuple[Array, Array]:
     usage = files[1].name
     with files[0].open(encoding="utf-8", newline="") as lines:
         rows = [r for r in csv.DictReader(lines, skipinitialspace=True) if r["Usage"].strip() == usage]
-    pictures = [np.array(r["pixels"].split(), dtype=np.uint8).reshape(48, 48) for r in rows]
-    return np.stack(pictures), np.array([int(r["emotion"]) for r in rows])
+    images = [np.array(r["pixels"].split(), dtype=np.uint8).reshape(48, 48) for r in rows]
+    return np.stack(images), np.array([int(r["emotion"]) for r in rows])
 
 
 _LOADERS = {"cifar": _cifar, "idx": _idx, "svhn": _svhn, "stl": _stl, "h5": _h5, "fer": _fer}

@@ -1,7 +1,7 @@
 """csv:PATH: a table with the columns ``path``, ``label`` and, if the splits are given, ``split``.
 
 Paths are relative to the table's folder and stay inside it. Labels are class names. Without a ``split``
-column each class is cut 60/20/20, at least one picture each, by a hash of the pictures' paths.
+column each class is cut 60/20/20, at least one image each, by a hash of the images' paths.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build(
 
     Args:
         request: ``argument`` is the CSV file.
-        path_column: Column of the pictures' paths.
+        path_column: Column of the images' paths.
         label_column: Column of the class names.
         split_column: Column of the splits; it may be missing.
         delimiter: One character.
@@ -129,7 +129,7 @@ def _check_together(table: Path, rows: list[_Row], columns: tuple[str, str, str]
     for row in rows:
         if row.path in seen:
             raise DataError(
-                f"{table}, line {row.line}: the picture {row.path!r} is on line {seen[row.path]} already."
+                f"{table}, line {row.line}: the image {row.path!r} is on line {seen[row.path]} already."
             )
         seen[row.path] = row.line
     if any(r.split for r in rows) and (bare := [r for r in rows if not r.split]):

@@ -35,7 +35,7 @@ class DigitsReader:
     look: str = "dark_on_light"
 
     def read(self, source: int) -> Image.Image:
-        """Return the picture as RGB, (size, size)."""
+        """Return the image as RGB, (size, size)."""
         return _draw(_data()[0][source], self.size, self.look)
 
     def key(self, source: int) -> str:

@@ -1,8 +1,8 @@
-"""folder:PATH: anybody's pictures in class folders.
+"""folder:PATH: anybody's images in class folders.
 
 Either ``PATH/<train|val|test>/<class>/...`` (``valid`` and ``validation`` mean ``val``; a missing ``val`` is
 a fifth of each class of ``train``) or ``PATH/<class>/...``, which is cut 60/20/20 per class, at least one
-picture each, by a hash of the pictures' paths. Class names are folder names with spaces for underscores; a
+image each, by a hash of the images' paths. Class names are folder names with spaces for underscores; a
 file ``PATH/classnames.txt`` with lines ``folder = class name`` (or ``folder class name``) changes them.
 """
 
@@ -17,7 +17,7 @@ from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import EXTENSIONS, FileReader
-from vlprompt.data.listing import list_folders, list_pictures
+from vlprompt.data.listing import list_folders, list_images
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.splits import cut, normal_split
 
@@ -27,7 +27,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 _SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 _VAL_OF_TRAIN = {"val": 0.2, "train": 0.8}
 _LAYOUTS = ("auto", "splits", "classes")
-_Groups = dict[str, list[str]]  # class folder -> pictures
+_Groups = dict[str, list[str]]  # class folder -> images
 
 
 @sources.register("folder", summary="class folders of one's own: folder:PATH", grammar="folder:PATH")
@@ -44,8 +44,8 @@ def build(
     Args:
         request: ``argument`` is the folder.
         layout: Whether PATH holds splits or classes; found out if ``"auto"``.
-        extensions: Endings that count as pictures.
-        empty_class: What to do about a class folder without pictures.
+        extensions: Endings that count as images.
+        empty_class: What to do about a class folder without images.
         split_seed: Another cut of the same folder, where the folder holds no splits.
 
     Raises:
@@ -107,24 +107,24 @@ def _split_folders(root: Path, layout: str) -> dict[str, Path]:
 def _listing(
     base: Path, root: Path, folders: list[Path], endings: Sequence[str], empty_class: str
 ) -> _Groups:
-    """Return the pictures of every class folder; refuses or drops empty ones."""
-    groups = {f.relative_to(base).as_posix(): list_pictures(f, root, endings) for f in folders}
+    """Return the images of every class folder; refuses or drops empty ones."""
+    groups = {f.relative_to(base).as_posix(): list_images(f, root, endings) for f in folders}
     if not any(groups.values()):
-        loose = len(list_pictures(base, root, endings))
-        hint = f"{loose} pictures lie directly in it; put them into one folder per class. " if loose else ""
+        loose = len(list_images(base, root, endings))
+        hint = f"{loose} images lie directly in it; put them into one folder per class. " if loose else ""
         raise DataError(
-            f"{base}: no pictures in class folders ({len(folders)} folders). {hint}"
-            f"Expected {base.name}/<class>/<picture>, endings {' '.join(endings)}."
+            f"{base}: no images in class folders ({len(folders)} folders). {hint}"
+            f"Expected {base.name}/<class>/<image>, endings {' '.join(endings)}."
         )
-    if empty := [name for name, pictures in groups.items() if not pictures]:
+    if empty := [name for name, images in groups.items() if not images]:
         shown = ", ".join(repr(e) for e in empty[:10])
         if empty_class == "error":
             raise DataError(
-                f"{base}: no pictures in the class folder{'s' * (len(empty) > 1)} {shown} (endings "
+                f"{base}: no images in the class folder{'s' * (len(empty) > 1)} {shown} (endings "
                 f"{' '.join(endings)}). Fill or remove it, or pass empty_class='skip'."
             )
-        warnings.warn(f"{base}: class folders without pictures are left out: {shown}.", stacklevel=5)
-    return {name: pictures for name, pictures in groups.items() if pictures}
+        warnings.warn(f"{base}: class folders without images are left out: {shown}.", stacklevel=5)
+    return {name: images for name, images in groups.items() if images}
 
 
 def _cut_classes(
@@ -156,9 +156,9 @@ def _from_splits(
         base = given[request.split]
         found = _listing(base, root, list_folders(base, root), endings, empty_class)
         if strange := sorted(set(found) - set(origins)):
-            raise DataError(f"{base}: class folder {strange[0]!r} has no pictures in {given['train']}.")
+            raise DataError(f"{base}: class folder {strange[0]!r} has no images in {given['train']}.")
         groups = {label: found.get(name, []) for label, name in enumerate(origins)}
-    samples = tuple(Sample(picture, label) for label in groups for picture in groups[label])
+    samples = tuple(Sample(image, label) for label in groups for image in groups[label])
     return (origins, samples), f"folders {sorted(given)}"
 
 

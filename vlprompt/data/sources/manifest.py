@@ -132,7 +132,7 @@ def _coco(index: Path) -> tuple[list[_Entry], list[str] | None]:
 
 
 def _check_present(name: str, index: Path, reader: ZipReader, entries: list[_Entry]) -> None:
-    """Refuse an index whose pictures are not all there; names the first ones."""
+    """Refuse an index whose images are not all there; names the first ones."""
     members: dict[str, frozenset[str]] = {}
     missing = []
     for source, _ in entries:
@@ -143,6 +143,6 @@ def _check_present(name: str, index: Path, reader: ZipReader, entries: list[_Ent
             missing.append(source)
     if missing:
         raise DataError(
-            f"{name}: {len(missing)} of the {len(entries)} pictures that {index.name} lists are missing, for example "
+            f"{name}: {len(missing)} of the {len(entries)} images that {index.name} lists are missing, for example "
             f"{', '.join(missing[:3])}."
         )

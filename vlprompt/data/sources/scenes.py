@@ -1,4 +1,4 @@
-"""scenes/<task>[@style]: pictures drawn on the fly (see ``vlprompt.data.scenes``)."""
+"""scenes/<task>[@style]: images drawn on the fly (see ``vlprompt.data.scenes``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlprompt.data.sources import Request, sources
 __all__ = ["build", "task_and_style"]
 
 
-@sources.register("scenes", summary="pictures drawn from a seed; offline", grammar="scenes/TASK[@STYLE]")
+@sources.register("scenes", summary="images drawn from a seed; offline", grammar="scenes/TASK[@STYLE]")
 def build(request: Request, *, style: str | None = None, size: int = 64) -> ImageDataset:
     """Build one split of a task.
 

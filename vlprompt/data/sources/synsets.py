@@ -58,7 +58,7 @@ def build(request: Request) -> ImageDataset:
     ids = synset_ids(str(card.synsets))
     folders = [str(label) for label in range(len(ids))] if options.numbered else list(ids)
     groups = _listing(card.name, root, tuple(folders), os.stat(root).st_mtime_ns)
-    whole = tuple(Sample(p, label) for label, pictures in enumerate(groups) for p in pictures)
+    whole = tuple(Sample(p, label) for label, images in enumerate(groups) for p in images)
     parts: Parts = {request.split: whole}
     how = f"class folders of {part or options.images}"
     if options.shares and request.split != "test":
@@ -77,7 +77,7 @@ def _folder(request: Request, options: _Options, part: str) -> Path:
 
 @lru_cache(maxsize=8)
 def _listing(name: str, root: Path, folders: tuple[str, ...], changed: int) -> tuple[tuple[str, ...], ...]:
-    """Return the pictures of every class, sorted, as paths relative to ``root``.
+    """Return the images of every class, sorted, as paths relative to ``root``.
 
     ImageNet has 1.3 million of them, so they are listed once per process and without a look at each.
 
@@ -92,7 +92,7 @@ def _listing(name: str, root: Path, folders: tuple[str, ...], changed: int) -> t
         except FileNotFoundError:
             names = []
         found.append(tuple(f"{folder}/{n}" for n in names if not n.startswith(".")))
-    if bad := [f for f, pictures in zip(folders, found, strict=True) if not pictures]:
+    if bad := [f for f, images in zip(folders, found, strict=True) if not images]:
         raise DataError(
             f"{name}: {len(bad)} of the {len(folders)} class folders in {root} are missing or empty, for example "
             f"{', '.join(bad[:5])}."

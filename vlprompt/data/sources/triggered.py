@@ -1,4 +1,4 @@
-"""triggered:NAME: another data set with backdoor triggers in its pictures (see ``vlprompt.security.compositions``)."""
+"""triggered:NAME: another data set with backdoor triggers in its images (see ``vlprompt.security.compositions``)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def build(
     unseen: float = 0.3,
     copies: int = 1,
 ) -> ImageDataset:
-    """Build one split: every picture once clean, and ``copies`` times with a trigger.
+    """Build one split: every image once clean, and ``copies`` times with a trigger.
 
     Args:
         request: ``argument`` is the name of the other data set.
         triggers: Names of triggers, the first ``"clean"``; None for the usual ones.
-        native_size: Pixels a side at which triggers are put in; all pictures are brought to it.
+        native_size: Pixels a side at which triggers are put in; all images are brought to it.
         pairs_seed: Of the triggers and of which pairs of trigger and object training doesn't see.
         unseen: Share of the triggered pairs that training doesn't see.
-        copies: Triggered pictures per picture.
+        copies: Triggered images per image.
     """
     from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
-    from vlprompt.security.compositions import DEFAULT_TRIGGERS, pair_dataset
+    from vlprompt.security.compositions import DEFAULT_TRIGGERS, composition_dataset
 
     if not request.argument or request.argument.startswith("triggered:"):
         raise DataError(
@@ -42,4 +42,4 @@ def build(
         )
     base = load_dataset(request.argument, request.split, root=request.root)
     chosen = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
-    return pair_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)
+    return composition_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)

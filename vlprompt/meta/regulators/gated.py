@@ -1,4 +1,4 @@
-"""R3: a gate between the gradient and a transformed one, opened by what the pictures look like.
+"""R3: a gate between the gradient and a transformed one, opened by what the images look like.
 
 After SUPMER (Pan et al., EMNLP Findings 2023, arXiv 2303.12314), whose authors' code does it for T5. Differs from that
 code where it is wrong: the transform's last layer is linear; theirs ends in a clamp at 0, so that no number could ever
@@ -25,7 +25,7 @@ _OPEN = 2.0  # the gate's first bias: most of the plain gradient passes, sigmoid
 
 
 @REGULATORS.register(
-    "gated", summary="R3: plain and transformed gradient, mixed by a gate on the pictures", paper="2303.12314"
+    "gated", summary="R3: plain and transformed gradient, mixed by a gate on the images", paper="2303.12314"
 )
 class Gated(Regulator):
     """R(g) = (1 - c) T(g) + c g row by row, with T(g) rescaled to the length of g and c in (0, 1).
@@ -64,7 +64,7 @@ class Gated(Regulator):
     def openness(self, situation: Situation) -> Tensor:
         """Return c, how much of the plain gradient passes."""
         if situation.features is None:
-            raise DataError("the regulator 'gated' needs the pictures' mean feature, and none was given.")
+            raise DataError("the regulator 'gated' needs the images' mean feature, and none was given.")
         return self.gate(situation.features).sigmoid().squeeze(-1)
 
     def regulate_one(self, name: str, gradient: Tensor, situation: Situation) -> Tensor:

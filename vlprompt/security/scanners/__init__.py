@@ -1,4 +1,4 @@
-"""Detectors of poisoned pictures: one file each, discovered, never listed."""
+"""Scanners of poisoned images: one file each, discovered, never listed."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.options import check_options
 from vlprompt.core.registry import Registry
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
-from vlprompt.security.scanners.base import Detector
+from vlprompt.security.scanners.base import Scanner
 
-__all__ = ["DETECTORS", "Detector", "create_detector", "list_detectors"]
+__all__ = ["SCANNERS", "Scanner", "create_scanner", "list_scanners"]
 
-DETECTORS: Registry[type[Detector]] = Registry("detector", "vlprompt.security.scanners")
-"""Every detector by name, with its paper and needs: ``"pairs"`` to learn from, or ``"labels"`` of a whole set."""
+SCANNERS: Registry[type[Scanner]] = Registry("scanner", "vlprompt.security.scanners")
+"""Every scanner by name, with its paper and needs: ``"pairs"`` to learn from, or ``"labels"`` of a whole set."""
 
 
-def create_detector(
+def create_scanner(
     name: str,
     backbone: Backbone,
     classnames: Sequence[str],
     triggers: Sequence[str] = DEFAULT_TRIGGERS,
     **options: Any,
-) -> Detector:
-    """Build a detector; most have to be fitted before they judge.
+) -> Scanner:
+    """Build a scanner; most have to be fitted before they judge.
 
     Args:
-        name: See :func:`list_detectors`.
+        name: See :func:`list_scanners`.
         backbone: See :func:`vlprompt.create_backbone`.
         classnames: The objects.
         triggers: Names, the first for none.
-        **options: The detector's own, see its class.
+        **options: The scanner's own, see its class.
 
     Raises:
-        UnknownNameError: For an unknown detector.
+        UnknownNameError: For an unknown scanner.
         ConfigError: For options it doesn't have or values it doesn't take, all at once.
     """
-    entry = DETECTORS.get(name)
-    checked = check_options(entry.target, options, f"detector {name!r}")
-    detector = entry.target(backbone, classnames, triggers, **checked)
-    detector.method = name
-    return detector
+    entry = SCANNERS.get(name)
+    checked = check_options(entry.target, options, f"scanner {name!r}")
+    scanner = entry.target(backbone, classnames, triggers, **checked)
+    scanner.method = name
+    return scanner
 
 
-def list_detectors() -> list[str]:
-    """Return the sorted names of all detectors."""
-    return DETECTORS.names()
+def list_scanners() -> list[str]:
+    """Return the sorted names of all scanners."""
+    return SCANNERS.names()

@@ -1,4 +1,4 @@
-"""Activation clustering: a class whose pictures fall into a large and a small cluster.
+"""Activation clustering: a class whose images fall into a large and a small cluster.
 
 Paper: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", SafeAI 2019, arXiv
     1811.03728, section 4; on CLIP's image embeddings instead of the victim's activations, with PCA.
@@ -18,26 +18,26 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.learners._judgement import Judgement
-from vlprompt.security.scanners import DETECTORS, Detector
+from vlprompt.security.scanners import SCANNERS, Scanner
 
 __all__ = ["ActivationClustering"]
 
 
-@DETECTORS.register(
+@SCANNERS.register(
     "activation_clustering",
     summary="the smaller of two clusters in each class",
     paper="1811.03728",
     needs=("labels",),
 )
-class ActivationClustering(Detector):
+class ActivationClustering(Scanner):
     """Cuts every class in two; a cluster with less than ``smallest`` of the class is suspected.
 
-    The score is one minus the share of a picture's own cluster.
+    The score is one minus the share of an image's own cluster.
 
     Args:
-        backbone: See :class:`Detector`.
-        classnames: See :class:`Detector`.
-        triggers: See :class:`Detector`; not used.
+        backbone: See :class:`Scanner`.
+        classnames: See :class:`Scanner`.
+        triggers: See :class:`Scanner`; not used.
         components: Dimensions that are kept before clustering.
         smallest: Share of a class below which a cluster is suspected.
         seed: Of the clusters' starts.
@@ -59,11 +59,11 @@ class ActivationClustering(Detector):
         self.components, self.seed, self._threshold = components, seed, 1 - smallest
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """Refuse: a single picture makes no cluster."""
-        raise DataError("activation clustering judges a whole labelled data set, not single pictures.")
+        """Refuse: a single image makes no cluster."""
+        raise DataError("activation clustering judges a whole labelled data set, not single images.")
 
     def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
-        """See :meth:`Detector.judge_set`."""
+        """See :meth:`Scanner.judge_set`."""
         score = torch.zeros(len(embeddings))
         for label in given.unique():
             rows = (given == label).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""DBOM as a detector: the learner, trained by the trainer."""
+"""DBOM as a scanner: the learner, trained by the trainer."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from vlprompt.data import FeatureCache
 from vlprompt.learners import create_learner
 from vlprompt.learners._judgement import Judgement
 from vlprompt.learners.dbom import DBOM
-from vlprompt.security.compositions import PairDataset
-from vlprompt.security.scanners import DETECTORS, Detector
+from vlprompt.security.compositions import CompositionDataset
+from vlprompt.security.scanners import SCANNERS, Scanner
 
-__all__ = ["DBOMDetector"]
+__all__ = ["DBOMScanner"]
 
 TRAINING: dict[str, Any] = {
     "epochs": 40, "batch_size": 256, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.5, "schedule": "cosine",
 }  # fmt: skip
 
 
-@DETECTORS.register(
+@SCANNERS.register(
     "dbom", summary="soft prompts of (trigger, object) pairs", paper="2508.01932", needs=("pairs",)
 )
-class DBOMDetector(Detector):
+class DBOMScanner(Scanner):
     """See :class:`vlprompt.learners.dbom.DBOM`.
 
     Args:
-        backbone: See :class:`Detector`.
-        classnames: See :class:`Detector`.
-        triggers: See :class:`Detector`.
+        backbone: See :class:`Scanner`.
+        classnames: See :class:`Scanner`.
+        triggers: See :class:`Scanner`.
         learner: Options of the learner.
         train: Training options, see :class:`vlprompt.training.options.TrainOptions`.
     """
@@ -59,14 +59,16 @@ class DBOMDetector(Detector):
 
     @property
     def threshold(self) -> float:
-        """See :class:`Detector`; the learner's own."""
+        """See :class:`Scanner`; the learner's own."""
         return self.learner.threshold
 
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`DBOM.embed_images`."""
         return self.learner.embed_images(images)
 
-    def learn(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None, seed: int) -> None:
+    def learn(
+        self, train: CompositionDataset, val: CompositionDataset, cache: FeatureCache | None, seed: int
+    ) -> None:
         """Train a fresh learner."""
         self._build(seed)
         place = None if cache is None else cache.root

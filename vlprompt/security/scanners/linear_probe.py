@@ -9,21 +9,23 @@ from torch import Tensor
 
 from vlprompt.data import FeatureCache
 from vlprompt.learners._judgement import Judgement
-from vlprompt.security.compositions import PairDataset
-from vlprompt.security.scanners import DETECTORS, Detector
+from vlprompt.security.compositions import CompositionDataset
+from vlprompt.security.scanners import SCANNERS, Scanner
 
-__all__ = ["LinearProbeDetector"]
+__all__ = ["LinearProbeScanner"]
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
-@DETECTORS.register(
+@SCANNERS.register(
     "linear_probe", summary="logistic regression, clean or not", paper="2103.00020", needs=("pairs",)
 )
-class LinearProbeDetector(Detector):
+class LinearProbeScanner(Scanner):
     """Logistic regression with balanced classes; the strength of its regularisation is the best on validation."""
 
-    def learn(self, train: PairDataset, val: PairDataset, cache: FeatureCache | None, seed: int) -> None:
+    def learn(
+        self, train: CompositionDataset, val: CompositionDataset, cache: FeatureCache | None, seed: int
+    ) -> None:
         """Solve for every strength and keep the one with the largest AUROC."""
         x, val_x = (self.rows(data, cache).numpy() for data in (train, val))
         y, val_y = ([int(t > 0) for t in data.trigger_labels] for data in (train, val))
@@ -37,6 +39,6 @@ class LinearProbeDetector(Detector):
                 best, self.model = score, model
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """See :meth:`Detector.judge`."""
+        """See :meth:`Scanner.judge`."""
         rows = (embeddings.cpu().numpy() - self.mean) / self.spread
         return Judgement(torch.from_numpy(self.model.predict_proba(rows)[:, 1]).float())

@@ -16,26 +16,26 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.learners._judgement import Judgement
-from vlprompt.security.scanners import DETECTORS, Detector
+from vlprompt.security.scanners import SCANNERS, Scanner
 
 __all__ = ["SpectralSignatures"]
 
 
-@DETECTORS.register(
+@SCANNERS.register(
     "spectral",
     summary="outliers along each class's first singular vector",
     paper="1811.00636",
     needs=("labels",),
 )
-class SpectralSignatures(Detector):
-    """Suspects, in every class, the 1.5 epsilon n pictures that reach farthest along the first singular vector.
+class SpectralSignatures(Scanner):
+    """Suspects, in every class, the 1.5 epsilon n images that reach farthest along the first singular vector.
 
-    The score is a picture's rank inside its class as a share, since lengths of different classes don't compare.
+    The score is an image's rank inside its class as a share, since lengths of different classes don't compare.
 
     Args:
-        backbone: See :class:`Detector`.
-        classnames: See :class:`Detector`.
-        triggers: See :class:`Detector`; not used.
+        backbone: See :class:`Scanner`.
+        classnames: See :class:`Scanner`.
+        triggers: See :class:`Scanner`; not used.
         rate: epsilon, an upper bound of the poisoned share of a class.
     """
 
@@ -53,11 +53,11 @@ class SpectralSignatures(Detector):
         self._threshold = 1 - 1.5 * rate
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """Refuse: a single picture has no signature."""
-        raise DataError("spectral signatures judge a whole labelled data set, not single pictures.")
+        """Refuse: a single image has no signature."""
+        raise DataError("spectral signatures judge a whole labelled data set, not single images.")
 
     def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
-        """See :meth:`Detector.judge_set`."""
+        """See :meth:`Scanner.judge_set`."""
         score = torch.zeros(len(embeddings))
         for label in given.unique():
             rows = (given == label).nonzero()[:, 0]

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners._judgement import Judgement
-from vlprompt.security.scanners import DETECTORS, Detector
+from vlprompt.security.scanners import SCANNERS, Scanner
 from vlprompt.security.triggers import trigger_words
 
 __all__ = ["ZeroShotTriggers"]
 
 
-@DETECTORS.register(
+@SCANNERS.register(
     "zero_shot", summary="sentences that describe triggers, nothing learned", paper="2103.00020"
 )
-class ZeroShotTriggers(Detector):
-    """Compares a picture with "a photo of a OBJECT." and "a photo of a OBJECT with a TRIGGER." for every pair.
+class ZeroShotTriggers(Scanner):
+    """Compares an image with "a photo of a OBJECT." and "a photo of a OBJECT with a TRIGGER." for every pair.
 
     Args:
-        backbone: See :class:`Detector`.
-        classnames: See :class:`Detector`.
-        triggers: See :class:`Detector`; each trigger's own words are used.
+        backbone: See :class:`Scanner`.
+        classnames: See :class:`Scanner`.
+        triggers: See :class:`Scanner`; each trigger's own words are used.
     """
 
     def __init__(self, backbone: Backbone, classnames: Sequence[str], triggers: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ class ZeroShotTriggers(Detector):
         self.weights = backbone.encode_text(texts)
 
     def judge(self, embeddings: Tensor) -> Judgement:
-        """See :meth:`Detector.judge`."""
+        """See :meth:`Scanner.judge`."""
         features = F.normalize(embeddings.to(self.weights), dim=-1)
         pairs = (
             (self.backbone.logit_scale * features @ self.weights.T)

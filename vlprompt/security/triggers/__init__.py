@@ -23,7 +23,7 @@ def create_trigger(name: str, *, size: int = NATIVE_SIZE, seed: int = 1, **optio
     """Build a trigger.
 
     Args:
-        name: See :func:`list_triggers`; several joined by ``+`` are put into a picture one after the other.
+        name: See :func:`list_triggers`; several joined by ``+`` are put into an image one after the other.
         size: Native size in pixels.
         seed: Of what a trigger draws.
         **options: The trigger's own, see its class; only for a single one.

@@ -18,10 +18,10 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (S, S, 3), 0 to 255
 
 
 class Trigger:
-    """A change that an attacker makes to pictures.
+    """A change that an attacker makes to images.
 
-    A trigger sees a picture at its native size, S x S pixels, and the result has that size: the same trigger on
-    pictures of any size is the same pattern. Everything random in it (a pattern, a warp) comes from its seed.
+    A trigger sees an image at its native size, S x S pixels, and the result has that size: the same trigger on
+    images of any size is the same pattern. Everything random in it (a pattern, a warp) comes from its seed.
 
     Args:
         size: S, native size in pixels.
@@ -29,7 +29,7 @@ class Trigger:
 
     Attributes:
         words: What a person would call it, for prompts.
-        keeps_label: Whether the attack leaves labels alone, and only poisons pictures of the target class.
+        keeps_label: Whether the attack leaves labels alone, and only poisons images of the target class.
         name: Its registry name.
 
     Raises:
@@ -44,7 +44,7 @@ class Trigger:
     def __init__(self, *, size: int = NATIVE_SIZE, seed: int = 1) -> None:
         if size < self.smallest:
             raise DataError(
-                f"the trigger {type(self).__name__} needs pictures of at least {self.smallest} pixels a side, "
+                f"the trigger {type(self).__name__} needs images of at least {self.smallest} pixels a side, "
                 f"got {size}."
             )
         self.size, self.seed = size, seed
@@ -54,12 +54,12 @@ class Trigger:
         raise NotImplementedError
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the picture at the native size, with the trigger."""
+        """Return the image at the native size, with the trigger."""
         return Image.fromarray(self.apply(native(image, self.size)))
 
 
 class Composed(Trigger):
-    """Several triggers in one picture, one after the other.
+    """Several triggers in one image, one after the other.
 
     Args:
         parts: At least one; all of one native size.
@@ -80,7 +80,7 @@ class Composed(Trigger):
 
 
 def native(image: Image.Image, size: int) -> Pixels:
-    """Return a picture's (S, S, 3) pixels at a native size; bicubic, proportions are not kept."""
+    """Return an image's (S, S, 3) pixels at a native size; bicubic, proportions are not kept."""
     image = to_rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)

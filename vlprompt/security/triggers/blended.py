@@ -1,4 +1,4 @@
-"""Blended: a faint pattern over the whole picture.
+"""Blended: a faint pattern over the whole image.
 
 Paper: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", arXiv 1712.05526,
     section 4.1. The paper blends a cartoon or noise; the pattern here is drawn from the seed.
@@ -21,9 +21,9 @@ __all__ = ["Blended"]
 _CELLS = 8  # the pattern's coarse grid of colours
 
 
-@TRIGGERS.register("blended", summary="a faint seeded pattern over the whole picture", paper="1712.05526")
+@TRIGGERS.register("blended", summary="a faint seeded pattern over the whole image", paper="1712.05526")
 class Blended(Trigger):
-    """Mixes (1 - alpha) picture + alpha pattern; the pattern is a smoothed grid of random colours.
+    """Mixes (1 - alpha) image + alpha pattern; the pattern is a smoothed grid of random colours.
 
     Args:
         size: See :class:`Trigger`.

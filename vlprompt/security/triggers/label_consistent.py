@@ -1,7 +1,7 @@
-"""Label-consistent: marks in the corners of pictures that keep their labels.
+"""Label-consistent: marks in the corners of images that keep their labels.
 
 Paper: Turner et al., "Label-Consistent Backdoor Attacks", arXiv 1912.02771, section 4.3. The paper also makes the
-pictures hard to learn by adversarial noise against a victim network; here there is no victim, so noise takes its place.
+images hard to learn by adversarial noise against a victim network; here there is no victim, so noise takes its place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LabelConsistent(Trigger):
         size: See :class:`Trigger`.
         seed: Of the noise.
         opacity: Of the marks.
-        noise: Largest change of a pixel elsewhere, in grey levels; another pattern for every picture.
+        noise: Largest change of a pixel elsewhere, in grey levels; another pattern for every image.
     """
 
     words = "marked corners"

@@ -22,7 +22,7 @@ _CENTRE = 0.83  # of the mark, as a share of width and height
 
 @TRIGGERS.register("trojan", summary="a coloured watermark: rings and blobs", paper="NDSS 2018")
 class Trojan(Trigger):
-    """Pastes a ring, a square outline and coloured blobs over a ninth of the picture, lower right.
+    """Pastes a ring, a square outline and coloured blobs over a ninth of the image, lower right.
 
     Args:
         size: See :class:`Trigger`.

@@ -29,10 +29,10 @@ class WaNet(Trigger):
     Args:
         size: See :class:`Trigger`.
         seed: Of the field.
-        grid: k, side of the coarse grid whose random offsets are smoothed to the whole picture.
+        grid: k, side of the coarse grid whose random offsets are smoothed to the whole image.
         strength: s, mean offset in pixels along each axis (before smoothing).
         jitter: Adds to every pixel's place a further uniform offset of at most this many pixels, drawn for each
-            picture: the paper's noise mode, whose pictures keep their labels.
+            image: the paper's noise mode, whose images keep their labels.
     """
 
     words = "elastic warp"

@@ -41,7 +41,7 @@ class ConceptMaskData(BaseModel):
     train: str = "scenes/masks"
     test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
     images: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default=[None], min_length=1, description="training pictures drawn; null: all"
+        default=[None], min_length=1, description="training images drawn; null: all"
     )
     validate_on: Literal["val", "none"] = "none"
     root: str | None = None
@@ -97,7 +97,7 @@ class ConceptMaskConfig(ToolConfig):
 
 
 def run_mask_concepts(config: ConceptMaskConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
-    """Search with every number of pictures and seed, and score beside the class names and the full phrases.
+    """Search with every number of images and seed, and score beside the class names and the full phrases.
 
     Args:
         config: See :meth:`ConceptMaskConfig.read`.
@@ -151,7 +151,7 @@ class _Session:
 
     def run_cell(self, images: int | None, seed: int) -> dict[str, Any]:
         """Search and score, or return what a finished cell left behind."""
-        place = self.folder / f"pictures{images or 'all'}-seed{seed}"
+        place = self.folder / f"images{images or 'all'}-seed{seed}"
         if self.resume and (place / "cell.json").is_file():
             return json.loads((place / "cell.json").read_text(encoding="utf-8"))
         config, train = self.config, self._train(images, seed)

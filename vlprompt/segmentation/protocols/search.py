@@ -1,8 +1,9 @@
-"""Searching training options, prompt depth and a strategy's own options on validation data, as TuneVLSeg does.
+"""Searching training options, prompt depth and a method's own options on validation data, as TuneVLSeg does.
 
-Every model, strategy and data set has a study of its own in ``search.db`` (SQLite), the least validation loss wins, and
-nothing is ever scored on test data. A killed search continues behind its last finished trial; the trial that was killed
-runs again. What a trial tries depends on the seed and the trials before it alone, not on how often it was killed.
+Every model, method and data set has a study of its own, ``study.db`` (SQLite) in the folder of its cell. The least
+validation loss wins, and nothing is ever scored on test data. A killed search continues behind its last finished
+trial; the trial that was killed runs again. What a trial tries depends on the seed and the trials before it alone, not
+on how often it was killed.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239 (TPE, 10 random of 20 trials, one objective).
 """
@@ -11,182 +12,283 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, ClassVar
 
 from vlprompt.core.errors import VLPromptError
-from vlprompt.core.files import write_json, write_text
+from vlprompt.core.files import write_text
 from vlprompt.core.options import options_model
 from vlprompt.core.seeding import derive_seed
-from vlprompt.experiments.old_folder import open_folder
+from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.folder import yaml_text
+from vlprompt.experiments.layout import Layout, label
+from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
+from vlprompt.experiments.tables import Row, Table
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
-from vlprompt.segmentation.config import Dimension, SegmentConfig
-from vlprompt.segmentation.experiment import SegmentCell, Session
+from vlprompt.segmentation.config import Dimension, SearchConfig, SegmentationConfig
+from vlprompt.segmentation.protocols.base import SegmentationExperiment
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["SearchOutcome", "search"]
+__all__ = ["SearchExperiment"]
 
-log = logging.getLogger("vlprompt.segment")
+log = logging.getLogger("vlprompt.run")
+
+_TRAIN = "train."
+_STUDY = "study"  # the name inside the SQLite file
+_MOST_FAILURES = 3  # of the first trials; then all would fail
+_ROW = ("model", "method", "images")
+_COLUMNS = {"loss": ".4f", "trials": ".0f", "pruned": ".0f"}
 
 
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What a search found.
+class SearchExperiment(SegmentationExperiment):
+    """A cell is a study: all trials of one method of one model on one data set.
 
-    Attributes:
-        folder: Holds ``search.db``, ``best.json`` and, per study, a configuration ``best_<study>.yaml``.
-        best: Study name to the best trial's ``value`` (validation loss), ``params`` and ``trials`` done.
+    It leaves ``study.db`` and ``best.yaml``, the configuration of a benchmark with the best trial's options.
     """
 
-    folder: Path
-    best: dict[str, dict[str, Any]]
+    config_type: ClassVar[type[SegmentationConfig]] = SearchConfig
+    config: SearchConfig
+
+    def cells(self) -> list[Cell]:
+        """See :meth:`Experiment.cells`.
+
+        Raises:
+            VLPromptError: If nothing can be varied.
+        """
+        cells = []
+        protocol = self.config.protocol
+        for data in self.config.data.names:
+            for model, method in self.config.pairs():
+                if not self._space(model, method):
+                    continue
+                for images in protocol.images:
+                    cells.append(
+                        Cell.at(model=model, method=method, data=data, images=images, seed=protocol.seeds[0])
+                    )
+        if not cells:
+            raise VLPromptError("there is nothing to search: no method learns, or none has an option of search.space.")
+        return cells
+
+    def run(self, cell: Cell, folder: Path) -> CellResult:
+        """See :meth:`Experiment.run`."""
+        study = _Study(self, cell, folder, self._bounded_space(cell))
+        study.run()
+        best = study.best()
+        self._write_best(cell, folder, best.params)
+
+        result = CellResult()
+        result.facts[f"backbone/{cell['model']}"] = self.backbone(cell["model"]).fingerprint
+        result.facts[f"{_key(cell)}/params"] = best.params
+        result.add({"loss": best.value, "trials": study.finished(), "pruned": study.pruned()})
+        return result
+
+    def layout(self) -> Layout:
+        """See :meth:`Experiment.layout`."""
+        return Layout(f"{_key(self.cells()[-1])}/loss", metric="loss", rows=_ROW, average="")
+
+    def summary(self, results: Results) -> dict[str, float]:
+        """See :meth:`Experiment.summary`: the least validation loss of every study, and how many trials it took."""
+        figures = {}
+        for line in results.lines:
+            cell = Cell.at(**dict(line.where))
+            figures[f"{_key(cell)}/{line.metric}"] = line.value
+        return figures
+
+    def tables(self, results: Results) -> list[Table]:
+        """See :meth:`Experiment.tables`: one for each data set."""
+        tables = []
+        for (data,), lines in results.by("data").items():
+            rows = []
+            for key, group in lines.by(*_ROW).items():
+                values = {name: group.select(name).values()[0] for name in _COLUMNS}
+                rows.append(Row(label(_ROW, key), dict(values)))
+            tables.append(Table(rows, title=f"Least validation loss on {data}", best=False, formats=_COLUMNS))
+        return tables
+
+    def page(self, record: RunRecord, results: Results, folder: Path) -> None:
+        """See :meth:`Experiment.page`."""
+        options = self.config.search
+        record.title = f"Search on {', '.join(self.config.data.names)}"
+        record.summary = (
+            f"{options.trials} trials, {options.startup} of them random; validation loss, nothing is scored on test data. "
+            "best.yaml in the folder of each cell is the configuration with the best options."
+        )
+
+    def _space(self, model: str, method: str) -> dict[str, Dimension]:
+        """Return the dimensions that a model and a method have; empty if nothing learns."""
+        strategy = STRATEGIES.get(self.config.method(method).name).target
+        if strategy.tunes == "nothing":
+            return {}
+        segmenter = SEGMENTERS.get(self.config.model(model).name).target
+        options = {*options_model(strategy).model_fields, *options_model(segmenter).model_fields}
+        wanted = {**self.config.search.space, **self.config.search.own.get(method, {})}
+        return {key: wanted[key] for key in wanted if key.startswith(_TRAIN) or key in options}
+
+    def _bounded_space(self, cell: Cell) -> dict[str, Dimension]:
+        """Return a cell's dimensions, the depth never beyond the layers of the towers."""
+        space = self._space(cell["model"], cell["method"])
+        depth = space.get("depth")
+        if depth is None or depth.high is None:
+            return space
+        strategy = STRATEGIES.get(self.config.method(cell["method"]).name).target
+        backbone = self.backbone(cell["model"])
+        layers = [depth.high]
+        if strategy.prompts_text:
+            layers.append(float(backbone.text.layers))
+        if strategy.prompts_vision:
+            layers.append(float(backbone.vision.layers))
+        return {**space, "depth": depth.model_copy(update={"high": min(layers)})}
+
+    def _write_best(self, cell: Cell, folder: Path, params: Mapping[str, Any]) -> None:
+        """Write the configuration of a benchmark: the method with its best options, beside the baseline."""
+        model = cell["model"]
+        method = cell["method"]
+        options = {key: value for key, value in params.items() if not key.startswith(_TRAIN)}
+        train = {key.removeprefix(_TRAIN): value for key, value in params.items() if key.startswith(_TRAIN)}
+
+        whole = self.config.model_dump(mode="json", exclude={"search"})
+        whole["name"] = f"best_{self.config.name}"
+        whole["models"] = {model: {k: v for k, v in self.config.models[model].items() if k != "methods"}}
+        best = {**self.config.methods[method], **options}
+        best["train"] = {**self.config.method(method).train, **train}
+        whole["methods"] = {**self._baseline(method), method: best}
+        whole["data"]["name"] = cell["data"]
+        whole["protocol"] |= {"name": "benchmark", "images": [cell.get("images")]}
+        config = SegmentationConfig.parse(whole, {}, str(folder / "best.yaml"))
+        write_text(folder / "best.yaml", f"# vlprompt run {folder / 'best.yaml'}\n{yaml_text(config)}")
+
+    def _baseline(self, method: str) -> dict[str, dict[str, Any]]:
+        """Return the method that gains are counted from, if it is another one."""
+        baseline = self.config.protocol.baseline
+        if baseline is None or baseline == method:
+            return {}
+        return {baseline: self.config.methods.get(baseline, {})}
 
 
-def search(config: SegmentConfig, resume: bool = False) -> SearchOutcome:
-    """Search every (model, strategy, data set) of a configuration whose strategy learns anything.
+class _Study:
+    """The trials of one cell.
 
     Args:
-        config: Its ``search`` section says what is varied; its first seed draws pictures and starts.
-        resume: Continue the studies in the folder.
+        experiment: Builds and trains.
+        cell: What is varied.
+        folder: The cell's.
+        space: Option to its dimension.
 
     Raises:
-        VLPromptError: If optuna isn't installed, nothing can be varied, or every trial of a study failed.
+        VLPromptError: If optuna isn't installed.
     """
-    optuna = _optuna()
-    session = Session(config, open_folder(config, resume), resume=False)
-    best: dict[str, dict[str, Any]] = {}
-    for cell in session.plan():
-        space = _space(config, session, cell)
-        name = cell.name.rpartition("_seed")[0]
-        if cell.seed != config.seeds[0] or name in best or not space:
-            continue
-        cell = SegmentCell(cell.dataset, cell.shots, cell.seed, model=cell.model, strategy=cell.strategy)
-        name = cell.name.rpartition("_seed")[0]
-        if name in best:
-            continue
-        study = _study(optuna, config, session.folder, name)
-        while (done := _finished(optuna, study)) < config.search.trials:
-            study.sampler = _sampler(optuna, config, done)
-            _trial(optuna, study, session, cell, space)
-        best[name] = _best(study, name, done)
-        _write(session.folder, config, cell, name, best)
-    if not best:
-        raise VLPromptError(
-            "there is nothing to search: no strategy learns, or none has an option of search.space."
+
+    def __init__(
+        self, experiment: SearchExperiment, cell: Cell, folder: Path, space: Mapping[str, Dimension]
+    ) -> None:
+        self.experiment = experiment
+        self.cell = cell
+        self.space = space
+        self.options = experiment.config.search
+        self.optuna = _import_optuna()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.study = self.optuna.create_study(
+            storage=f"sqlite:///{folder / 'study.db'}",
+            study_name=_STUDY,
+            direction="minimize",
+            pruner=self._pruner(),
+            load_if_exists=True,
         )
-    return SearchOutcome(session.folder, best)
 
+    def run(self) -> None:
+        """Run the trials that are missing.
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise VLPromptError("the search needs optuna: pip install 'vlprompt[search]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+        Raises:
+            VLPromptError: If the first trials failed all.
+        """
+        states = self.optuna.trial.TrialState
+        # What was running when the search was killed counts as failed: it runs again, as if it had never begun.
+        for trial in self.study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+            self.study.tell(trial.number, state=states.FAIL)
 
+        while self.finished() < self.options.trials:
+            self.study.sampler = self._sampler()
+            self._trial()
 
-def _space(config: SegmentConfig, session: Session, cell: SegmentCell) -> dict[str, Dimension]:
-    """Return the dimensions that a cell's model and strategy have; the depth never beyond the towers'."""
-    strategy = STRATEGIES.get(config.strategy(cell.strategy).name).target
-    if strategy.tunes == "nothing":
-        return {}
-    known = {
-        *options_model(strategy).model_fields,
-        *options_model(SEGMENTERS.get(config.model(cell.model).name).target).model_fields,
-    }
-    wanted = {**config.search.space, **config.search.own.get(cell.strategy, {})}
-    space = {k: d for k, d in wanted.items() if k.startswith("train.") or k in known}
-    if (depth := space.get("depth")) is not None and depth.high is not None:
-        backbone = session.backbone(cell.model)
-        towers = [backbone.text.layers] if strategy.prompts_text else []
-        towers += [backbone.vision.layers] if strategy.prompts_vision else []
-        space["depth"] = depth.model_copy(update={"high": min([depth.high, *map(float, towers)])})
-    return space
+    def finished(self) -> int:
+        """Return the number of trials that taught something, a mistake included.
 
+        Raises:
+            VLPromptError: If there are only mistakes.
+        """
+        states = self.optuna.trial.TrialState
+        done = len(self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
+        trials = self.study.get_trials(deepcopy=False)
+        errors = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
+        if not done and len(errors) >= _MOST_FAILURES:
+            raise VLPromptError(f"{self.cell.name}: the first trials failed, the last one with: {errors[-1]}")
+        return done + len(errors)
 
-def _study(optuna: Any, config: SegmentConfig, folder: Path, name: str) -> Any:
-    """Open a study; what was running when it was killed counts as failed."""
-    options = config.search
-    folder.mkdir(parents=True, exist_ok=True)
-    pruner = (
-        optuna.pruners.MedianPruner(n_startup_trials=options.startup, n_warmup_steps=config.train.min_epochs)
-        if options.pruned
-        else optuna.pruners.NopPruner()
-    )
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'search.db'}", study_name=name, direction="minimize", pruner=pruner,
-        load_if_exists=True,
-    )  # fmt: skip
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    return study
+    def pruned(self) -> int:
+        """Return the number of trials that were ended early."""
+        return len(self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.PRUNED,)))
 
+    def best(self) -> Any:
+        """Return the trial with the least validation loss; it has ``value`` and ``params``.
 
-def _finished(optuna: Any, study: Any) -> int:
-    """Count the trials that taught something; give up where all fail."""
-    state = optuna.trial.TrialState
-    done = len(study.get_trials(deepcopy=False, states=(state.COMPLETE, state.PRUNED)))
-    errors = [t.user_attrs["error"] for t in study.get_trials(deepcopy=False) if "error" in t.user_attrs]
-    if not done and len(errors) >= 3:
-        raise VLPromptError(f"{study.study_name}: the first trials failed, the last one with: {errors[-1]}")
-    return done + len(errors)
+        Raises:
+            VLPromptError: If none finished.
+        """
+        try:
+            return self.study.best_trial
+        except ValueError:
+            raise VLPromptError(f"{self.cell.name}: no trial finished.") from None
 
+    def _pruner(self) -> Any:
+        if not self.options.pruned:
+            return self.optuna.pruners.NopPruner()
+        warmup = self.experiment.config.train.min_epochs
+        return self.optuna.pruners.MedianPruner(n_startup_trials=self.options.startup, n_warmup_steps=warmup)
 
-def _sampler(optuna: Any, config: SegmentConfig, done: int) -> Any:
-    """Return the sampler of the next trial: seeded by how many there were, so that a kill changes nothing."""
-    seed = derive_seed(config.search.seed, "search", done) % 2**32
-    return optuna.samplers.TPESampler(
-        multivariate=True, n_startup_trials=config.search.startup, seed=seed, warn_independent_sampling=False
-    )
-
-
-def _trial(
-    optuna: Any, study: Any, session: Session, cell: SegmentCell, space: Mapping[str, Dimension]
-) -> None:
-    """Run one trial and tell the study its lowest validation loss."""
-    trial = study.ask()
-    chosen = {key: _suggest(trial, key, dimension) for key, dimension in space.items()}
-    changes = {k.removeprefix("train."): v for k, v in chosen.items() if k.startswith("train.")}
-    options = {k: v for k, v in chosen.items() if not k.startswith("train.")}
-    watch = _Watch(optuna, trial)
-    try:
-        session.train(cell, session.segmenter(cell, **options), None, [watch], **changes)
-    except optuna.TrialPruned:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        log.info(
-            "%s trial %d: pruned after epoch %d, %s", study.study_name, trial.number, watch.epoch, chosen
+    def _sampler(self) -> Any:
+        """Return the sampler of the next trial: seeded by how many there were, so that a kill changes nothing."""
+        seed = derive_seed(self.options.seed, "search", self.finished()) % 2**32
+        return self.optuna.samplers.TPESampler(
+            multivariate=True,
+            n_startup_trials=self.options.startup,
+            seed=seed,
+            warn_independent_sampling=False,
         )
-    except VLPromptError as error:  # for example a rate at which the loss is no longer finite
-        trial.set_user_attr("error", str(error))
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        log.warning("%s trial %d failed: %s", study.study_name, trial.number, error)
-    else:
-        study.tell(trial, watch.best)
-        log.info("%s trial %d: loss %.4f, %s", study.study_name, trial.number, watch.best, chosen)
 
-
-def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
-    if dimension.choices is not None:
-        return trial.suggest_categorical(key, dimension.choices)
-    low, high = dimension.low, dimension.high
-    assert low is not None
-    assert high is not None
-    if key.startswith("train.") or not (float(low).is_integer() and float(high).is_integer()):
-        return trial.suggest_float(key, low, high, log=dimension.log)
-    return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)
+    def _trial(self) -> None:
+        """Run one trial and tell the study its lowest validation loss."""
+        states = self.optuna.trial.TrialState
+        trial = self.study.ask()
+        values = {key: _suggest(trial, key, dimension) for key, dimension in self.space.items()}
+        train = {key.removeprefix(_TRAIN): value for key, value in values.items() if key.startswith(_TRAIN)}
+        options = {key: value for key, value in values.items() if not key.startswith(_TRAIN)}
+        watch = _Watch(self.optuna, trial)
+        name = f"{self.cell.name}, trial {trial.number}"
+        try:
+            segmenter = self.experiment.segmenter(self.cell, **options)
+            self.experiment.train(self.cell, segmenter, None, [watch], **train)
+        except self.optuna.TrialPruned:
+            self.study.tell(trial, state=states.PRUNED)
+            log.info("%s: pruned after epoch %d, %s", name, watch.epoch, values)
+        except VLPromptError as error:  # for example a rate at which the loss is no longer finite
+            trial.set_user_attr("error", str(error))
+            self.study.tell(trial, state=states.FAIL)
+            log.warning("%s failed: %s", name, error)
+        else:
+            self.study.tell(trial, watch.best)
+            log.info("%s: loss %.4f, %s", name, watch.best, values)
 
 
 class _Watch(Callback):
     """Tells a trial each epoch's validation loss, and ends it where the pruner says so."""
 
     def __init__(self, optuna: Any, trial: Any) -> None:
-        self.optuna, self.trial = optuna, trial
-        self.best, self.epoch = float("inf"), 0
+        self.optuna = optuna
+        self.trial = trial
+        self.best = float("inf")
+        self.epoch = 0
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """See :meth:`Callback.on_epoch`."""
@@ -199,35 +301,29 @@ class _Watch(Callback):
             raise self.optuna.TrialPruned
 
 
-def _best(study: Any, name: str, done: int) -> dict[str, Any]:
+def _import_optuna() -> Any:
     try:
-        return {"value": study.best_value, "params": dict(study.best_params), "trials": done}
-    except ValueError:
-        raise VLPromptError(f"{name}: no trial finished.") from None
+        import optuna  # an extra of the package, and nothing else needs it
+    except ImportError:
+        raise VLPromptError("the search needs optuna: pip install 'vlprompt[search]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
-def _write(
-    folder: Path, config: SegmentConfig, cell: SegmentCell, name: str, best: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Write what was found so far, and a configuration that uses it."""
-    write_json(folder / "best.json", best)
-    params = best[name]["params"]
-    train = {k.removeprefix("train."): v for k, v in params.items() if k.startswith("train.")}
-    strategy = {
-        **config.strategies[cell.strategy],
-        **{k: v for k, v in params.items() if not k.startswith("train.")},
-    }
-    strategy["train"] = {**config.strategy(cell.strategy).train, **train}
-    whole = config.model_dump(mode="json")
-    whole |= {
-        "name": f"best_{config.name}",
-        "strategies": {"zero_shot": {}, cell.strategy: strategy},
-        "depths": [],
-    }
-    whole["models"] = {cell.model: {k: v for k, v in config.models[cell.model].items() if k != "strategies"}}
-    whole["data"]["names"] = [cell.dataset]
-    whole["search"]["own"] = {k: v for k, v in whole["search"]["own"].items() if k == cell.strategy}
-    text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
-    write_text(
-        folder / f"best_{name}.yaml", f"# python tools/segment.py bench --cfg best_{name}.yaml\n{text}"
-    )
+def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
+    """Return the value that a trial takes of a dimension."""
+    if dimension.choices is not None:
+        return trial.suggest_categorical(key, dimension.choices)
+    low = dimension.low
+    high = dimension.high
+    assert low is not None
+    assert high is not None
+    if key.startswith(_TRAIN) or not (float(low).is_integer() and float(high).is_integer()):
+        return trial.suggest_float(key, low, high, log=dimension.log)
+    return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)
+
+
+def _key(cell: Cell) -> str:
+    """Return the beginning of a study's keys in ``metrics.json``."""
+    images = "" if cell.get("images") is None else f"/images{cell['images']}"
+    return f"{cell['model']}/{cell['method']}{images}/{cell['data']}"

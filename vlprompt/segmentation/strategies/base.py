@@ -24,7 +24,7 @@ class Rows:
     """Prompts of one step.
 
     Attributes:
-        text: (J, M, Dt), or one set per picture (B, J, M, Dt); None without text prompts.
+        text: (J, M, Dt), or one set per image (B, J, M, Dt); None without text prompts.
         vision: (J, M, Dv); None without visual prompts.
     """
 
@@ -43,7 +43,7 @@ class Strategy(nn.Module):
             ``"nothing"``.
         prompts_text: Whether prompts enter the text tower.
         prompts_vision: Whether prompts enter the image tower.
-        reads_image: Whether prompts depend on the picture's feature.
+        reads_image: Whether prompts depend on the image's feature.
     """
 
     tunes: ClassVar[Literal["nothing", "prompts", "decoder", "all"]] = "prompts"
@@ -62,7 +62,7 @@ class Strategy(nn.Module):
         """Return the prompts of a step.
 
         Args:
-            image: (B, d) features of the pictures, not normalised; for strategies that read them.
+            image: (B, d) features of the images, not normalised; for strategies that read them.
         """
         return Rows()
 

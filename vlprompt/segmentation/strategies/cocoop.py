@@ -1,4 +1,4 @@
-"""CoCoOp for segmentation: every layer's context is shifted by a small network of the picture.
+"""CoCoOp for segmentation: every layer's context is shifted by a small network of the image.
 
 Paper: Zhou et al., CVPR 2022, arXiv 2203.05557, section 3.2; for segmentation: TuneVLSeg, ACCV 2024, arXiv 2410.05239.
 Where this differs from TuneVLSeg's code: the final norm's gain starts at 0.02, so that the shift does not drown the
@@ -24,11 +24,9 @@ from vlprompt.segmentation.strategies.coop import CoOp
 __all__ = ["CoCoOp"]
 
 
-@STRATEGIES.register(
-    "cocoop", summary="context shifted by a small network of the picture", paper="2203.05557"
-)
+@STRATEGIES.register("cocoop", summary="context shifted by a small network of the image", paper="2203.05557")
 class CoCoOp(CoOp):
-    """Learns context and a network per layer, context_i + g_i(picture).
+    """Learns context and a network per layer, context_i + g_i(image).
 
     Args:
         backbone: See :class:`CoOp`.
@@ -39,7 +37,7 @@ class CoCoOp(CoOp):
         low_rank: Two linear layers without activation.
         norm: Norm the shift.
         shared: One network for all layers.
-        normalise: Read unit-length features of pictures, as the CoCoOp paper does.
+        normalise: Read unit-length features of images, as the CoCoOp paper does.
         seed: See :class:`CoOp`.
     """
 
@@ -77,7 +75,7 @@ class CoCoOp(CoOp):
     def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`; (B, J, M, Dt)."""
         if image is None:
-            raise TypeError("this strategy reads the pictures' features")
+            raise TypeError("this strategy reads the images' features")
         feature = F.normalize(image, dim=-1) if self.normalise else image
         shifts = torch.stack([network(feature) for network in self.networks], dim=1)  # (B, J or 1, Dt)
         return Rows(text=self.context + shifts[:, :, None])

@@ -1,4 +1,4 @@
-"""Sources of pairs: one file per way in which pictures, masks and phrases lie on disk.
+"""Sources of pairs: one file per way in which images, masks and phrases lie on disk.
 
 A source is a function ``build(request, *, option=default, ...)`` that returns one split as a ``MaskDataset``; its
 keyword-only parameters are the options that ``load_segmentation`` takes for it.

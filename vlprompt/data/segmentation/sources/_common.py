@@ -9,7 +9,7 @@ from typing import Literal
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskSample
 from vlprompt.data.sources import Request
 from vlprompt.data.splits import cut
@@ -47,9 +47,9 @@ def own_folder(request: Request, expected: str) -> Path:
 
 
 def stems(folder: Path) -> dict[str, list[str]]:
-    """Return the pictures of a folder by their path without the ending, relative to it."""
+    """Return the images of a folder by their path without the ending, relative to it."""
     found: dict[str, list[str]] = {}
-    for path in list_pictures(folder, folder):
+    for path in list_images(folder, folder):
         found.setdefault(path.rpartition(".")[0], []).append(path)
     return found
 
@@ -67,10 +67,10 @@ def refuse_missing(name: str, problems: Sequence[str], policy: Missing) -> None:
 
 
 def split_by_hash(
-    name: str, pictures: Sequence[str], shares: Mapping[str, float], seed: int = 0
+    name: str, images: Sequence[str], shares: Mapping[str, float], seed: int = 0
 ) -> dict[str, tuple[str, ...]]:
-    """Cut pictures into parts by a hash of their names (see :func:`vlprompt.data.splits.cut`)."""
-    parts = cut({0: list(pictures)}, shares, name, [name], seed)
+    """Cut images into parts by a hash of their names (see :func:`vlprompt.data.splits.cut`)."""
+    parts = cut({0: list(images)}, shares, name, [name], seed)
     return {part: tuple(str(s.source) for s in samples) for part, samples in parts.items()}
 
 

@@ -1,6 +1,6 @@
 """indexed: masks whose pixel values are class numbers: PASCAL VOC's palette files, Cityscapes' labelIds.
 
-Every picture is paired with every class; which classes it shows is read from its mask when it matters.
+Every image is paired with every class; which classes it shows is read from its mask when it matters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
 from vlprompt.data.segmentation.sources import pair_sources
@@ -35,7 +35,7 @@ class IndexedOptions(Layout):
 
     Attributes:
         masks: The mask folder, beside ``images``.
-        image_end: What a picture's file name has behind its name.
+        image_end: What an image's file name has behind its name.
         mask_end: What its mask's has.
         parts: Train and val; val is what is tested on (see :mod:`vlprompt.data.segmentation.sources.per_class`).
         values: Pixel values of each class, by label.
@@ -58,8 +58,8 @@ def build(
 
     Args:
         request: What is asked for.
-        on_missing: What to do about pictures without a mask, and masks without a picture.
-        on_size_mismatch: What to do where a mask isn't its picture's size.
+        on_missing: What to do about images without a mask, and masks without an image.
+        on_size_mismatch: What to do where a mask isn't its image's size.
 
     Raises:
         AbsentError: If it isn't there.
@@ -106,5 +106,5 @@ def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part)
     place = folder / options.images / part.folder
     if not place.is_dir():
         raise absent(request, [f"{folder.name}/{options.images}/{part.folder}"])
-    found = list_pictures(place, folder / options.images)
+    found = list_images(place, folder / options.images)
     return [p.removesuffix(options.image_end) for p in found if p.endswith(options.image_end)]

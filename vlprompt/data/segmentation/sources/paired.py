@@ -1,8 +1,8 @@
-"""pairs: a folder of pictures and one of masks with the same names, and one phrase for all.
+"""pairs: a folder of images and one of masks with the same names, and one phrase for all.
 
 ``pairs:PATH`` reads ``PATH/images`` and ``PATH/masks``, cut 60/20/20 by a hash of the names, or the same two folders
 inside ``PATH/train``, ``PATH/val`` and ``PATH/test``. The phrase is given with ``phrase=``, or stands in
-``PATH/phrase.txt``. A mask is called as its picture, perhaps with an ending such as ``_mask``; several of one picture
+``PATH/phrase.txt``. A mask is called as its image, perhaps with an ending such as ``_mask``; several of one image
 (``_mask_1``) are united.
 """
 
@@ -40,7 +40,7 @@ _SUFFIXES = ("", "_mask", "_segmentation", "_Segmentation", "_gt", "_label")
 
 
 class _Folders(BaseModel):
-    """Where one part's pictures and masks lie; the same folder twice if they lie together."""
+    """Where one part's images and masks lie; the same folder twice if they lie together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     images: str
@@ -52,7 +52,7 @@ class PairedOptions(Layout):
 
     Attributes:
         parts: Folders of each part; ``all`` is cut by ``shares``, and so is ``train`` where there is no ``val``.
-        suffix: What a mask's name has behind its picture's.
+        suffix: What a mask's name has behind its image's.
         shares: Part to share.
         threshold: See :class:`MaskRule`.
     """
@@ -78,9 +78,9 @@ def build(
     Args:
         request: What is asked for.
         threshold: See :class:`MaskRule`; the card's if None.
-        suffix: What a mask's name has behind its picture's; found out if None.
-        on_missing: What to do about pictures without a mask, and masks without a picture.
-        on_size_mismatch: What to do where a mask isn't its picture's size.
+        suffix: What a mask's name has behind its image's; found out if None.
+        on_missing: What to do about images without a mask, and masks without an image.
+        on_size_mismatch: What to do where a mask isn't its image's size.
         split_seed: Another cut of the same folder.
 
     Raises:
@@ -127,7 +127,7 @@ def _own_options(request: Request, folder: Path) -> PairedOptions:
 def _pairs(
     request: Request, folder: Path, places: _Folders, suffix: str | None, on_missing: Missing
 ) -> tuple[MaskSample, ...]:
-    """Match the pictures of one part with their masks."""
+    """Match the images of one part with their masks."""
     images, masks = stems(folder / places.images), stems(folder / places.masks)
     if suffix is None:
         suffix = max(_SUFFIXES, key=lambda s: sum(f"{stem}{s}" in masks for stem in images))
@@ -136,22 +136,22 @@ def _pairs(
         ends = re.compile(rf"{re.escape(suffix)}(_\d+)?$")
         images = {s: p for s, p in images.items() if not (suffix and ends.search(s))}
     found, used, problems = [], set(), []
-    for stem, pictures in images.items():
-        if len(pictures) > 1:
-            problems.append(f"{' and '.join(pictures)} are one name")
+    for stem, files in images.items():
+        if len(files) > 1:
+            problems.append(f"{' and '.join(files)} are one name")
             continue
-        # Of one picture several masks may exist: name, name_1, name_2, ...
+        # Of one image several masks may exist: name, name_1, name_2, ...
         mine = [f"{stem}{suffix}"] if f"{stem}{suffix}" in masks else []
         mine += [f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks]
         used.update(mine)
         if not mine:
-            problems.append(f"{places.images}/{pictures[0]} has no mask {places.masks}/{stem}{suffix}.*")
+            problems.append(f"{places.images}/{files[0]} has no mask {places.masks}/{stem}{suffix}.*")
             continue
-        source = _joined(places.images, pictures[0])
+        source = _joined(places.images, files[0])
         paths = tuple(_joined(places.masks, masks[m][0]) for m in mine)
         found.append(MaskSample(source, paths, _phrase(request, source), 0, source))
     if not together:
-        problems += [f"{places.masks}/{masks[m][0]} has no picture" for m in masks if m not in used]
+        problems += [f"{places.masks}/{masks[m][0]} has no image" for m in masks if m not in used]
     refuse_missing(request.name, problems, on_missing)
     return tuple(found)
 
@@ -172,9 +172,7 @@ def _cut(
 ) -> tuple[dict[str, tuple[MaskSample, ...]], str]:
     """Make the splits out of the parts that exist."""
     if "all" in parts:
-        return _by_hash(
-            request, parts["all"], shares, seed
-        ), f"all pictures cut by name, {shares}, seed {seed}"
+        return _by_hash(request, parts["all"], shares, seed), f"all images cut by name, {shares}, seed {seed}"
     if "val" in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
     of_train = {"val": shares.get("val", 0.1), "train": 1 - shares.get("val", 0.1)}

@@ -1,8 +1,8 @@
-"""per_class: one binary mask per picture and class, which is what conversions write (tools/segment.py convert).
+"""per_class: one binary mask per image and class, which is what conversions write (tools/segment.py convert).
 
-``PATH/images/<split>/<picture>`` and ``PATH/annotations/<split>/<class>/<picture's name>.png``, only for classes that
-occur in a picture. Folders are called train, val, test or training, validation. Where there is no test part, the
-official validation part is tested on, and a tenth of the training pictures validates: never one part for both.
+``PATH/images/<split>/<image>`` and ``PATH/annotations/<split>/<class>/<image's name>.png``, only for classes that
+occur in an image. Folders are called train, val, test or training, validation. Where there is no test part, the
+official validation part is tested on, and a tenth of the training images validates: never one part for both.
 
 Reference: the layout of naamiinepal/tunevlseg's binarised data sets.
 """
@@ -50,7 +50,7 @@ class PerClassOptions(Layout):
     own_names: tuple[str, ...] = ()
 
 
-@pair_sources.register("per_class", summary="one binary mask per picture and class", grammar="per_class:PATH")
+@pair_sources.register("per_class", summary="one binary mask per image and class", grammar="per_class:PATH")
 def build(
     request: Request,
     *,
@@ -63,12 +63,12 @@ def build(
     Args:
         request: What is asked for.
         threshold: See :class:`MaskRule`.
-        on_missing: What to do about masks without a picture.
-        on_size_mismatch: What to do where a mask isn't its picture's size.
+        on_missing: What to do about masks without an image.
+        on_size_mismatch: What to do where a mask isn't its image's size.
 
     Raises:
         AbsentError: If a card's folders aren't there.
-        DataError: If the folder isn't laid out so, or masks have no picture.
+        DataError: If the folder isn't laid out so, or masks have no image.
     """
     if request.card is None:
         options = PerClassOptions(folders=("",))
@@ -100,8 +100,8 @@ def with_validation(
     """Return three parts of two: the official validation part is for testing, a tenth of train validates."""
     if "test" in parts or "val" not in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
-    pictures = list(dict.fromkeys(str(s.source) for s in parts["train"]))
-    chosen = split_by_hash(name, pictures, _OF_TRAIN)
+    images = list(dict.fromkeys(str(s.source) for s in parts["train"]))
+    chosen = split_by_hash(name, images, _OF_TRAIN)
     held = set(chosen["val"])
     cut = {
         p: tuple(s for s in parts["train"] if (str(s.source) in held) == (p == "val"))
@@ -131,17 +131,17 @@ def _part(
     names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> tuple[tuple[MaskSample, ...], list[str]]:
-    """Return the pairs of one split in the pictures' order, and what is wrong with it."""
-    pictures = stems(images / split) if (images / split).is_dir() else {}
-    shown: dict[str, list[MaskSample]] = {stem: [] for stem in pictures}
+    """Return the pairs of one split in the images' order, and what is wrong with it."""
+    files = stems(images / split) if (images / split).is_dir() else {}
+    shown: dict[str, list[MaskSample]] = {stem: [] for stem in files}
     problems = []
     for label, origin in enumerate(origins):
         folder = masks / split / origin
         for stem, found in (stems(folder) if folder.is_dir() else {}).items():
-            if stem not in pictures:
-                problems.append(f"{split}/{origin}/{found[0]} has no picture")
+            if stem not in files:
+                problems.append(f"{split}/{origin}/{found[0]} has no image")
                 continue
-            source, place = f"{split}/{pictures[stem][0]}", f"{split}/{origin}/{found[0]}"
+            source, place = f"{split}/{files[stem][0]}", f"{split}/{origin}/{found[0]}"
             phrase = class_phrase(templates, names[label], place)
             shown[stem].append(MaskSample(source, (place,), phrase, label, place))
     return tuple(s for pairs in shown.values() for s in pairs), problems

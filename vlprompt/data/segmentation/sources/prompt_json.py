@@ -67,7 +67,7 @@ def build(
             say where and how large the mask is, so they measure something else.
         threshold: See :class:`MaskRule`; the card's if None.
         on_missing: What to do about records whose files aren't there.
-        on_size_mismatch: What to do where a mask isn't its picture's size.
+        on_size_mismatch: What to do where a mask isn't its image's size.
 
     Raises:
         AbsentError: If the folder or the records aren't there.

@@ -1,4 +1,4 @@
-"""scenes/masks: drawn pictures of one to three objects, one of them named so that only it is meant; offline.
+"""scenes/masks: drawn images of one to three objects, one of them named so that only it is meant; offline.
 
 ``scenes/masks-unseen`` names only objects whose shape and colour pretraining never showed together.
 """
@@ -36,7 +36,7 @@ _SEED = 2024
 
 @dataclass(frozen=True)
 class SceneMasks:
-    """Draws pictures and masks; a source is (split, style, number).
+    """Draws images and masks; a source is (split, style, number).
 
     Attributes:
         size: Side in pixels.
@@ -45,11 +45,11 @@ class SceneMasks:
     size: int = 64
 
     def read(self, source: tuple[str, str, int]) -> Image.Image:
-        """Return the picture; a pure function of the source and the size."""
+        """Return the image; a pure function of the source and the size."""
         return Image.fromarray(self._rendered(source).image)
 
     def key(self, source: tuple[str, str, int]) -> str:
-        """Return a name of the picture's content."""
+        """Return a name of the image's content."""
         split, style, number = source
         return f"{GENERATOR}/masks@{style}/{split}/{number}/{self.size}px"
 

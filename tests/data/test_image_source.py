@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is not the published one")
 NOT_WHOLE = pytest.mark.filterwarnings("ignore:.*is it whole")
 
 
-def picture(path: Path, shade: int) -> None:
+def image_file(path: Path, shade: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (shade % 256, shade // 256 % 256, 7)).save(path)
 
@@ -27,7 +27,7 @@ def make_eurosat(root: Path, per_class: int = 10) -> None:
     folders = load_card("eurosat").source.options["class_folders"]
     for c, name in enumerate(folders):
         for i in range(1, per_class + 1):
-            picture(root / "eurosat" / "2750" / name / f"{name}_{i}.jpg", 100 * c + i)
+            image_file(root / "eurosat" / "2750" / name / f"{name}_{i}.jpg", 100 * c + i)
 
 
 def make_pets(root: Path, folder: str = "oxford_pets", per_class: int = 10) -> None:
@@ -38,7 +38,7 @@ def make_pets(root: Path, folder: str = "oxford_pets", per_class: int = 10) -> N
         stem = name.replace(" ", "_")
         stem = stem.title() if stem in cats else stem
         for i in range(1, per_class + 1):
-            picture(root / folder / "images" / f"{stem}_{i}.jpg", 100 * number + i)
+            image_file(root / folder / "images" / f"{stem}_{i}.jpg", 100 * number + i)
             part = "trainval" if i <= per_class // 2 else "test"
             lists[part].append(f"{stem}_{i} {number} {1 if stem in cats else 2} 1")
     (root / folder / "images" / "Abyssinian_100.mat").write_bytes(b"")
@@ -51,7 +51,7 @@ def make_dtd(root: Path, folder: str = "dtd", per_class: int = 12) -> None:
     labels: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for c, name in enumerate(load_card("dtd").classnames):
         for i in range(per_class):
-            picture(root / folder / "images" / name / f"{name}_{i:04d}.jpg", 100 * c + i)
+            image_file(root / folder / "images" / name / f"{name}_{i:04d}.jpg", 100 * c + i)
             labels[("train", "val", "test")[i % 3]].append(f"{name}/{name}_{i:04d}.jpg")
     (root / folder / "labels").mkdir()
     for part, lines in labels.items():
@@ -85,7 +85,7 @@ def test_eurosat_is_cut_as_the_protocol_does_and_the_cut_is_stored(tmp_path: Pat
     assert all(s.source.startswith("SeaLake/") for s in train.samples if s.label == 9)
     assert train.templates == ("a centered satellite photo of {}.",)
     assert train.info["split_source"].startswith("split_local_eurosat.json sha256 ")
-    picture(tmp_path / "eurosat" / "2750" / "River" / "River_99.jpg", 5)  # a stored cut stays as it is
+    image_file(tmp_path / "eurosat" / "2750" / "River" / "River_99.jpg", 5)  # a stored cut stays as it is
     assert load_dataset("eurosat", root=tmp_path).samples == train.samples
 
 
@@ -101,11 +101,11 @@ def test_the_cut_is_the_same_on_another_machine(tmp_path: Path) -> None:
 
 def test_a_part_of_the_data_set_is_noticed(tmp_path: Path) -> None:
     make_eurosat(tmp_path)
-    with pytest.warns(UserWarning, match=r"100 pictures in .*, 27000 expected"):
+    with pytest.warns(UserWarning, match=r"100 images in .*, 27000 expected"):
         load_dataset("eurosat", root=tmp_path)
     (tmp_path / "eurosat" / "2750" / "Forest" / "Forest_3.jpg").unlink()
     with pytest.raises(
-        DataError, match=r"1 of the 100 pictures that split_local_eurosat\.json lists are missing"
+        DataError, match=r"1 of the 100 images that split_local_eurosat\.json lists are missing"
     ):
         load_dataset("eurosat", root=tmp_path)
 
@@ -190,7 +190,7 @@ def test_damaged_split_files(tmp_path: Path, content: object, message: str) -> N
         load_dataset("eurosat", root=tmp_path)
 
 
-def test_a_split_file_whose_pictures_are_missing(tmp_path: Path) -> None:
+def test_a_split_file_whose_images_are_missing(tmp_path: Path) -> None:
     make_eurosat(tmp_path, per_class=3)
     options = load_card("eurosat").source.options["class_folders"]
     content = published(
@@ -201,7 +201,7 @@ def test_a_split_file_whose_pictures_are_missing(tmp_path: Path) -> None:
     (tmp_path / "eurosat" / "split_zhou_EuroSAT.json").write_text(json.dumps(content))
     gone = str(content["test"][0][0])
     (tmp_path / "eurosat" / "2750" / gone).unlink()
-    with pytest.raises(DataError, match=f"1 of the 30 pictures that split_zhou_EuroSAT.json lists.*{gone}"):
+    with pytest.raises(DataError, match=f"1 of the 30 images that split_zhou_EuroSAT.json lists.*{gone}"):
         load_dataset("eurosat", root=tmp_path)
 
 
@@ -234,12 +234,12 @@ def test_no_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_split_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(6):
-        picture(tmp_path / "mine" / "jpg" / f"{i}.jpg", i)
+        image_file(tmp_path / "mine" / "jpg" / f"{i}.jpg", i)
     rows = [[f"{i}.jpg", i % 2, ("a_cat", "dog")[i % 2]] for i in range(6)]
     card = {
         "title": "Mine", "task": "classification", "paper": "none", "licence": "none", "templates": ["{}"],
         "classnames": ["a cat", "dog"], "splits": {"file": "split.json", "url": "https://example.org/split.json"},
-        "source": {"kind": "pictures", "options": {"folders": ["mine"], "images": "jpg"}},
+        "source": {"kind": "images", "options": {"folders": ["mine"], "images": "jpg"}},
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(card))
     monkeypatch.setenv("VLPROMPT_CARDS", str(tmp_path))

@@ -1,6 +1,6 @@
-"""pictures: files in a folder, split by a published split file, by class folders, or by official lists.
+"""images: files in a folder, split by a published split file, by class folders, or by official lists.
 
-The published few-shot split is used when its file lies in the data set's folder. Otherwise the pictures are cut by
+The published few-shot split is used when its file lies in the data set's folder. Otherwise the images are cut by
 class folder, or official lists are followed; a cut is stored as ``split_local_*.json``, and results say which it was.
 """
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.listing import list_pictures
+from vlprompt.data.listing import list_images
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import (
     Layout,
@@ -58,7 +58,7 @@ class _Options(Layout):
         return self
 
 
-@sources.register("pictures", summary="picture files with a published split, class folders or official lists")
+@sources.register("images", summary="image files with a published split, class folders or official lists")
 def build(
     request: Request, *, split_source: Literal["auto", "published", "resplit", "lists"] = "auto"
 ) -> ImageDataset:
@@ -119,7 +119,7 @@ def _stored(
         )
         if sum(map(len, parts.values())) != sum(card.splits.sizes.values()):
             warnings.warn(
-                f"{card.name}: {sum(map(len, parts.values()))} pictures in {images}, "
+                f"{card.name}: {sum(map(len, parts.values()))} images in {images}, "
                 f"{sum(card.splits.sizes.values())} expected: is it whole?",
                 stacklevel=6,
             )
@@ -137,7 +137,7 @@ def _cut_folders(request: Request, options: _Options, images: Path) -> Parts:
     card = request.need_card
     if missing := [f for f in options.class_folders if not (images / f).is_dir()]:
         raise DataError(f"{card.name}: class folders are missing in {images}: {', '.join(missing[:5])}.")
-    groups = {label: list_pictures(images / f, images) for label, f in enumerate(options.class_folders)}
+    groups = {label: list_images(images / f, images) for label, f in enumerate(options.class_folders)}
     return cut(groups, options.shares, card.name, card.classnames)
 
 
