@@ -157,7 +157,12 @@ def _table(table: Table) -> dict[str, Any]:
     lines = []
     for row in table.rows:
         mark = " †" if row.source == "published" else ""
-        lines.append([row.method + mark, *(written(row.values.get(column), table.formats.get(column)) for column in columns)])
+        lines.append(
+            [
+                row.method + mark,
+                *(written(row.values.get(column), table.formats.get(column)) for column in columns),
+            ]
+        )
     return {"title": table.title or "Results", "columns": columns, "lines": lines, "note": table.note}
 
 

@@ -13,7 +13,17 @@ from vlprompt.core.files import write_text
 from vlprompt.experiments.statistics import Summary
 from vlprompt.metrics.classification import METRICS
 
-__all__ = ["Row", "Table", "is_fraction", "percent", "to_csv", "to_latex", "to_markdown", "write_tables", "written"]
+__all__ = [
+    "Row",
+    "Table",
+    "is_fraction",
+    "percent",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "write_tables",
+    "written",
+]
 
 _MASK_METRICS = ("dice", "iou", "miou")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -29,6 +29,9 @@ __all__ = [
     "SearchOptions",
     "SearchProtocol",
     "SegmentationConfig",
+    "backbone_problems",
+    "name_problems",
+    "option_problems",
 ]
 
 _ARGUMENTS = ("root", "queries", "phrase", "full_stop", "leaks", "empty")  # of load_segmentation
@@ -120,7 +123,7 @@ class SharedProtocol(BaseModel):
     model_config = STRICT
 
     images: ImageCounts = Field(
-        default_factory=lambda: [None], description="training images drawn in all, one number or several; null: all"
+        default=[None], description="training images drawn in all, one number or several; null: all"
     )
     seeds: Seeds = Field(default_factory=lambda: [1])
     baseline: str | None = Field("zero_shot", description="method that gains are counted from")
@@ -223,7 +226,7 @@ class SegmentationConfig(ExperimentConfig):
         default_factory=BackboneOptions, description="of every model that names none of its own"
     )
     models: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"clipseg": {}},
+        default={"clipseg": {}},
         min_length=1,
         description="label to the model's options; name is the label unless it is given; backbone: a name or section; "
         "methods: labels of those to run, all if it is left out",
@@ -371,20 +374,29 @@ def _entries(content: Mapping[str, Any], section: str) -> dict[str, dict[str, An
 
 def _model_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
-    backbones = list_backbones()
     towers = {"backbone": content.get("backbone", {})}
     for label, options in _entries(content, "models").items():
         options.pop("methods", None)
         if "backbone" in options:
             towers[f"models.{label}.backbone"] = options.pop("backbone")
         name = str(options.pop("name", label))
-        problems += _option_problems(f"models.{label}", SEGMENTERS, name, options)
+        problems += option_problems(f"models.{label}", SEGMENTERS, name, options)
+    return problems + backbone_problems(towers)
 
+
+def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with backbones.
+
+    Args:
+        towers: Dotted key to a name or section. Types of the section ``backbone`` are not checked here: it is a field
+            of its own.
+    """
+    problems = []
+    backbones = list_backbones()
     for where, value in towers.items():
         try:
             name = _backbone_section(value).name
         except ValidationError as error:
-            # The common section has a type of its own, which says this too.
             problems += describe_problems(error, BackboneOptions, where) if where != "backbone" else []
             continue
         if name not in backbones:
@@ -397,7 +409,7 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
     for label, options in _entries(content, "methods").items():
         train = options.pop("train", {})
         name = str(options.pop("name", label))
-        problems += _option_problems(f"methods.{label}", STRATEGIES, name, options)
+        problems += option_problems(f"methods.{label}", STRATEGIES, name, options)
         where = f"methods.{label}.train"
         if isinstance(train, Mapping) and "seed" in train:
             problems.append(f"{where}.seed: seeds belong to the protocol; write protocol.seeds.")
@@ -440,7 +452,7 @@ def _mistake(check: Callable[[str], object], name: Any) -> str:
     return ""
 
 
-def _option_problems(where: str, registry: Any, name: str, options: Mapping[str, Any]) -> list[str]:
+def option_problems(where: str, registry: Any, name: str, options: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a name of a registry, or with options of what it names."""
     try:
         check_options(registry.get(name).target, options, where)

@@ -116,20 +116,24 @@ def depth_figure(config: SegmentationConfig, results: Results) -> str:
     lines = dict(_by_images(config, results))[images]
     column = _columns(config)[-1]
     curves: dict[str, list[tuple[int, float, float | None]]] = {}
-    for (model, method, depth), group in lines.by(*_ROW).items():
+    for row, group in lines.by(*_ROW).items():
+        model, method, depth = row
         values = _by_seed(config, group, "dice", column)
         # What has no depth is a horizontal line: only the baseline is worth one.
         if not values or (depth is None and method != config.protocol.baseline):
             continue
         mean = summarise(list(values.values()))
-        curves.setdefault(label(_ROW, (model, method, None)), []).append((depth or 0, mean.mean, mean.ci95))
+        points = curves.setdefault(label(_ROW, (model, method, None)), [])
+        points.append((int(depth or 0), mean.mean, mean.ci95))
     return figures.shots_curve(curves, "prompt depth (layers)", "Dice (%)", "Dice against prompt depth")
 
 
 def depth_caption(config: SegmentationConfig) -> str:
     """Return what stands above the figure of :func:`depth_figure`."""
     column = _columns(config)[-1]
-    return f"Dice on {column} against the number of layers with prompts of their own; 95 % intervals over seeds."
+    return (
+        f"Dice on {column} against the number of layers with prompts of their own; 95 % intervals over seeds."
+    )
 
 
 def describe(record: RunRecord, config: SegmentationConfig, results: Results) -> None:
@@ -150,8 +154,8 @@ def _heading(config: SegmentationConfig) -> str:
     counts = "/".join(str(images or "all") for images in config.protocol.images)
     asked = "the classes they show" if config.data.queries == "present" else "every class"
     return (
-        f"Dice per pair at the masks' own size on test, {counts} training images, seeds {seeds}; mean and 95 % interval "
-        f"over seeds. Images are asked for {asked}."
+        f"Dice per pair at the masks' own size on test, {counts} training images, seeds {seeds}; mean and 95 % "
+        f"interval over seeds. Images are asked for {asked}."
     )
 
 

@@ -6,13 +6,14 @@ What learns nothing runs once, not for every seed, depth and number of images.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.core.files import write_atomic, write_json, write_jsonl
+from vlprompt.core.files import write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
 from vlprompt.core.processes import accelerator, process_state
 from vlprompt.data.segmentation import MaskDataset, MaskedImage
@@ -100,17 +101,19 @@ class BenchmarkExperiment(SegmentationExperiment):
             write_atomic(folder / _OVERLAYS / f"{name}.png", sheet.write)
         figure = tables.depth_figure(self.config, results)
         if figure:
-            write_atomic(folder / _DEPTH_FIGURE, lambda path: path.write_text(figure, encoding="utf-8"))
+            write_text(folder / _DEPTH_FIGURE, figure)
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""
         tables.describe(record, self.config, results)
+        drawings: dict[str, tuple[str, str]] = {}
         if (folder / _DEPTH_FIGURE).is_file():
             drawing = (folder / _DEPTH_FIGURE).read_text(encoding="utf-8")
-            record.drawings["Dice against depth"] = (tables.depth_caption(self.config), drawing)
+            drawings["Dice against depth"] = (tables.depth_caption(self.config), drawing)
         for path in sorted((folder / _OVERLAYS).glob("*.png")):
             text = "Image, true mask, and what each method finds (first seed)."
-            record.drawings[f"Masks: {path.stem}"] = (text, Sheet.html(path))
+            drawings[f"Masks: {path.stem}"] = (text, Sheet.html(path))
+        record.drawings = drawings
 
     def _depths(self, method: str) -> list[int | None]:
         """Return the depths that a method is compared at; None stands for the method's own."""
@@ -135,7 +138,7 @@ class BenchmarkExperiment(SegmentationExperiment):
             pair = test[index]
             inside = predict_mask(segmenter, pair.image, pair.phrase) > _THRESHOLD
             mask = Image.fromarray(inside.astype(np.uint8) * _INSIDE)
-            write_atomic(folder / _OVERLAYS / f"{number}.png", lambda path, mask=mask: mask.save(path, "PNG"))
+            write_atomic(folder / _OVERLAYS / f"{number}.png", partial(mask.save, format="PNG"))
 
     def _shown_pairs(self, test: MaskDataset) -> list[int]:
         """Return pairs at equal distances, not chosen by how well they turn out."""

@@ -1,189 +1,209 @@
-"""Running a search of concepts for a segmenter: its configuration, its table beside class names, its files."""
+"""Searching concepts for a segmenter: a vector per class, scored beside class names and the data set's own phrases.
+
+Paper: Yi et al., arXiv 2305.18993 (see :mod:`vlprompt.segmentation.concepts`).
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
+from torch import Tensor
 
-from vlprompt.backbones import create_backbone
-from vlprompt.concepts.experiment import ConceptOutcome, Scores, search_all, write_outcome
-from vlprompt.core.errors import DataError, VLPromptError
-from vlprompt.core.files import write_json
-from vlprompt.core.options import describe_problems
+from vlprompt.backbones import missing_weights
+from vlprompt.concepts.search import ConceptSearch, SearchResult
+from vlprompt.concepts.study import (
+    CLASS_NAMES,
+    OWN_TEST,
+    ConceptConfig,
+    ConceptData,
+    ConceptExperiment,
+    Scores,
+)
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import path_fingerprint
+from vlprompt.core.processes import accelerator
+from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.segmentation import MaskDataset, load_segmentation
-from vlprompt.data.segmentation.catalog import check_segmentation_name
-from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
-from vlprompt.experiments.old_folder import open_folder
-from vlprompt.segmentation import SEGMENTERS, create_segmenter
-from vlprompt.segmentation.concepts import named, score_concepts, search_masks
+from vlprompt.experiments.config import STRICT, BackboneOptions
+from vlprompt.segmentation import SEGMENTERS, Segmenter, create_segmenter
+from vlprompt.segmentation.concepts import MaskConcepts, named, score_concepts, search_masks
+from vlprompt.segmentation.config import backbone_problems, name_problems, option_problems
 from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName
+from vlprompt.segmentation.protocols.base import build_backbone, weight_files
 from vlprompt.training.options import TrainOptions
 
-__all__ = ["ConceptMaskConfig", "run_mask_concepts"]
+__all__ = ["ConceptMaskConfig", "ConceptMaskExperiment"]
 
-log = logging.getLogger("vlprompt.segment")
-_STRICT = ConfigDict(extra="forbid", frozen=True)
-_KEYS = ("dice", "iou")
+PHRASES = "phrases"
+"""The baseline: every pair is asked for by the data set's own phrase."""
 
 
-class ConceptMaskData(BaseModel):
+class ConceptMaskData(ConceptData):
     """The ``data:`` section: names as ``load_segmentation`` takes them."""
 
-    model_config = _STRICT
+    name: str = "scenes/masks"
+    root: str | None = Field(None, description="where data sets lie")
 
-    train: str = "scenes/masks"
-    test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
-    images: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default=[None], min_length=1, description="training images drawn; null: all"
+
+class ConceptStart(BaseModel):
+    """The ``concepts:`` section."""
+
+    model_config = STRICT
+
+    init: Literal["text", "normal"] = Field(
+        "text", description="where the search starts: features of the class names, or noise of their spread"
     )
-    validate_on: Literal["val", "none"] = "none"
-    root: str | None = None
 
 
-class ConceptMaskStage(BaseModel):
-    """The ``second_stage:`` section: the decoder's parameters that learn after the search, with the concepts."""
+class ConceptMaskConfig(ConceptConfig):
+    """A whole experiment that searches concepts for a segmenter."""
 
-    model_config = _STRICT
+    expected_task: ClassVar[str] = "segmentation"
 
-    unfreeze: list[str] = Field(min_length=1, description="shell patterns: decoder.*")
-    train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
-
-
-class ConceptMaskConfig(ToolConfig):
-    """A whole run; what ``tools/segment.py concepts --cfg`` reads."""
-
-    name: str = Field("segment_concepts", pattern=r"^[\w.-]+$", description="folder under output")
-    output: str = "runs"
-    segmenter: str = "clipseg"
+    segmenter: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "clipseg"}, description="name and the model's own options"
+    )
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
-    data: ConceptMaskData
-    init: Literal["text", "normal"] = "text"
+    data: ConceptMaskData = Field(default_factory=ConceptMaskData)
+    concepts: ConceptStart = Field(default_factory=ConceptStart)
     loss: LossName = "dice_bce"
-    train: TrainOptions = Field(default_factory=TrainOptions)
-    second_stage: ConceptMaskStage | None = None
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the segmenter, the second stage and data, one sentence each."""
-        problems = []
-        try:
-            self.second_train()
-        except ValidationError as error:
-            problems += describe_problems(error, TrainOptions, "second_stage.train")
-        tests = {f"data.test.{k}": v for k, v in self.data.test.items()}
-        checks: list[tuple[str, Callable[[str], object], str]] = [
-            ("segmenter", SEGMENTERS.get, self.segmenter),
-            ("data.train", check_segmentation_name, self.data.train),
-            *((key, check_segmentation_name, name) for key, name in tests.items()),
-        ]
-        for key, check, name in checks:
-            try:
-                check(name)
-            except VLPromptError as error:
-                problems.append(f"{key}: {error}")
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """See :meth:`ExperimentConfig.raw_problems`: names of the segmenter, the backbone and data sets."""
+        problems = super().raw_problems(content)
+        segmenter = content.get("segmenter", {"name": "clipseg"})
+        if isinstance(segmenter, Mapping):
+            options = {key: value for key, value in segmenter.items() if key != "name"}
+            problems += option_problems("segmenter", SEGMENTERS, str(segmenter.get("name", "")), options)
+        problems += backbone_problems({"backbone": content.get("backbone", {})})
+
+        data = content.get("data")
+        if isinstance(data, Mapping):
+            problems += name_problems("data.name", [data.get("name")])
+            also_test = data.get("also_test", {})
+            if isinstance(also_test, Mapping):
+                for label, name in also_test.items():
+                    problems += name_problems(f"data.also_test.{label}", [name])
         return problems
 
-    def second_train(self) -> TrainOptions:
-        """Return the second stage's training options."""
-        own = self.second_stage.train if self.second_stage is not None else {}
-        return TrainOptions.model_validate({**self.train.model_dump(), **own})
+    @property
+    def segmenter_name(self) -> str:
+        """The segmenter's registry name."""
+        return str(self.segmenter["name"])
+
+    @property
+    def segmenter_options(self) -> dict[str, Any]:
+        """The segmenter's own options."""
+        return {key: value for key, value in self.segmenter.items() if key != "name"}
 
 
-def run_mask_concepts(config: ConceptMaskConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
-    """Search with every number of images and seed, and score beside the class names and the full phrases.
+class ConceptMaskExperiment(ConceptExperiment):
+    """Concepts in the place of a frozen segmenter's phrases."""
 
-    Args:
-        config: See :meth:`ConceptMaskConfig.read`.
-        resume: Keep cells that were finished before, continue an unfinished one.
-        command: Shown in the report.
+    config: ConceptMaskConfig
+    baselines: ClassVar[tuple[str, ...]] = (CLASS_NAMES, PHRASES)
+    metrics: ClassVar[tuple[str, ...]] = ("dice", "iou")
+    headline_metric: ClassVar[str] = "dice"
 
-    Raises:
-        VLPromptError: If anything the configuration names can't be had; finished cells are kept.
-    """
-    folder = open_folder(config, resume)
-    session = _Session(config, folder, resume)
-    rows = session.score_texts()
-    history = search_all(rows, config.data.images, config.seeds, session.run_cell)
-    first = next(iter(config.data.test))
-    return write_outcome(
-        folder,
-        rows,
-        {"seeds": list(config.seeds)},
-        title=f"Concepts for {config.segmenter} on {config.data.train}",
-        headline=(f"{first}/dice", f"Dice on {first}"),
-        history=history,
-        command=command,
-    )
+    @property
+    def host_name(self) -> str:
+        """See :attr:`ConceptExperiment.host_name`."""
+        return self.config.segmenter_name
 
+    def host_facts(self) -> dict[str, Any]:
+        """See :meth:`ConceptExperiment.host_facts`."""
+        return {"backbone_fingerprint": self.segmenter.backbone.fingerprint}
 
-class _Session:
-    """The cells of one run, sharing the segmenter."""
+    def test_names(self) -> dict[str, str]:
+        """See :meth:`ConceptExperiment.test_names`."""
+        return {OWN_TEST: self.config.data.name, **self.config.data.also_test}
 
-    def __init__(self, config: ConceptMaskConfig, folder: Path, resume: bool) -> None:
-        self.config, self.folder, self.resume = config, folder, resume
-        backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
+    def classnames(self) -> tuple[str, ...]:
+        """See :meth:`ConceptExperiment.classnames`."""
+        return self._tests[OWN_TEST].classnames
+
+    def sources(self) -> dict[str, str]:
+        """See :meth:`Experiment.sources`."""
+        config = self.config
+        names = self.test_names().values()
+        fingerprints = {name: data_fingerprint(name, config.data.root) for name in names}
+        for path in weight_files(config.backbone, config.segmenter_options):
+            fingerprints[path] = path_fingerprint(path)
+        return {name: value for name, value in fingerprints.items() if value}
+
+    def missing(self) -> list[str]:
+        """See :meth:`Experiment.missing`."""
+        config = self.config
+        backbone = config.backbone
+        sentences = [missing_data(name, config.data.root) for name in self.test_names().values()]
+        sentences.append(missing_weights(backbone.name, backbone.pretrained, backbone.cache_dir))
+        return list(dict.fromkeys(sentence for sentence in sentences if sentence))
+
+    def score_baseline(self, method: str) -> Scores:
+        """See :meth:`ConceptExperiment.score_baseline`."""
+        scores = {}
+        for label, test in self._tests.items():
+            data = named(test) if method == CLASS_NAMES else test
+            scores[label] = evaluate_segmenter(self.segmenter, data, boundary=False).metrics
+        return scores
+
+    def search(
+        self,
+        images: int | None,
+        options: TrainOptions,
+        folder: Path,
+        unfreeze: Sequence[str] = (),
+        start: Tensor | None = None,
+    ) -> SearchResult[MaskConcepts]:
+        """See :meth:`ConceptExperiment.search`."""
+        config = self.config
+        train = self._load(config.data.name, "train", images=images, seed=options.seed)
+        val = self._load(config.data.name, "val") if config.data.validate_on == "val" else None
+        return search_masks(
+            self.segmenter,
+            train,
+            val,
+            options=options,
+            init=config.concepts.init,
+            loss=config.loss,
+            unfreeze=unfreeze,
+            start=start,
+            folder=folder,
+            resume=True,
+        )
+
+    def score(self, module: ConceptSearch) -> Scores:
+        """See :meth:`ConceptExperiment.score`."""
+        vectors = module.concepts().detach()
+        return {label: score_concepts(self.segmenter, vectors, test) for label, test in self._tests.items()}
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        """The frozen host."""
+        config = self.config
         # The strategy says which states are kept; what learns is for the search to say.
         strategy = "zero_shot" if config.second_stage is None else "decoder"
-        self.segmenter = create_segmenter(config.segmenter, backbone, strategy)
-        self.segmenter.requires_grad_(False)
-        root = config.data.root
-        self.tests = {k: load_segmentation(name, "test", root=root) for k, name in config.data.test.items()}
-        names = self._train(None, 1).classnames
-        for label, test in self.tests.items():
-            if test.classnames != names:
-                raise DataError(f"data.test.{label}: {test.name} has other classes than {config.data.train}.")
+        backbone = build_backbone(config.backbone)
+        segmenter = create_segmenter(config.segmenter_name, backbone, strategy, **config.segmenter_options)
+        segmenter.requires_grad_(False)
+        return segmenter.to(accelerator().device)
 
-    def score_texts(self) -> Scores:
-        """Return the scores of class names and of the data set's own phrases."""
-        rows: Scores = {"class names": {}, "phrases": {}}
-        for label, test in self.tests.items():
-            for row, data in (("class names", named(test)), ("phrases", test)):
-                scores = evaluate_segmenter(self.segmenter, data, boundary=False).metrics
-                rows[row] |= {f"{label}/{key}": [scores[key]] for key in _KEYS}
-        return rows
+    @cached_property
+    def _tests(self) -> dict[str, MaskDataset]:
+        """Label to test set; all have the same classes."""
+        tests = {label: self._load(name, "test") for label, name in self.test_names().items()}
+        for label, test in tests.items():
+            if test.classnames != tests[OWN_TEST].classnames:
+                raise DataError(
+                    f"data.also_test.{label}: {test.name} has other classes than {self.config.data.name}."
+                )
+        return tests
 
-    def run_cell(self, images: int | None, seed: int) -> dict[str, Any]:
-        """Search and score, or return what a finished cell left behind."""
-        place = self.folder / f"images{images or 'all'}-seed{seed}"
-        if self.resume and (place / "cell.json").is_file():
-            return json.loads((place / "cell.json").read_text(encoding="utf-8"))
-        config, train = self.config, self._train(images, seed)
-        val = None
-        if config.data.validate_on == "val":
-            val = load_segmentation(config.data.train, "val", root=config.data.root)
-        options = config.train.model_copy(update={"seed": seed})
-        shared: dict[str, Any] = {"loss": config.loss, "resume": self.resume}
-        first = search_masks(
-            self.segmenter, train, val, options=options, init=config.init, folder=place, **shared
-        )
-        vectors = first.module.concepts().detach()
-        first.module.found(train.classnames).save(place / "concepts.safetensors")
-        scores = {"first": {**self._score(vectors), "seconds": first.seconds}}
-        if (second := config.second_stage) is not None:
-            options = config.second_train().model_copy(update={"seed": seed})
-            shared |= {"unfreeze": second.unfreeze, "start": vectors, "folder": place / "second"}
-            found = search_masks(self.segmenter, train, val, options=options, **shared)
-            scores["second"] = {**self._score(found.module.concepts().detach()), "seconds": found.seconds}
-            found.module.unfrozen.restore()
-        cell = {"images": images, "seed": seed, "scores": scores, "history": first.history}
-        write_json(place / "cell.json", cell)
-        return cell
-
-    def _score(self, concepts: torch.Tensor) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for label, test in self.tests.items():
-            scores = score_concepts(self.segmenter, concepts, test)
-            found |= {f"{label}/{key}": scores[key] for key in _KEYS}
-        return found
-
-    def _train(self, images: int | None, seed: int) -> MaskDataset:
-        return load_segmentation(
-            self.config.data.train, "train", images=images, seed=seed, root=self.config.data.root
-        )
+    def _load(self, name: str, split: str, **draw: Any) -> MaskDataset:
+        return load_segmentation(name, split, root=self.config.data.root, **draw)

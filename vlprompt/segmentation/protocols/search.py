@@ -19,7 +19,7 @@ from vlprompt.core.errors import VLPromptError
 from vlprompt.core.files import write_text
 from vlprompt.core.options import options_model
 from vlprompt.core.seeding import derive_seed
-from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.cell import Cell, CellResult, Coordinate
 from vlprompt.experiments.folder import yaml_text
 from vlprompt.experiments.layout import Layout, label
 from vlprompt.experiments.report import RunRecord
@@ -68,7 +68,9 @@ class SearchExperiment(SegmentationExperiment):
                         Cell.at(model=model, method=method, data=data, images=images, seed=protocol.seeds[0])
                     )
         if not cells:
-            raise VLPromptError("there is nothing to search: no method learns, or none has an option of search.space.")
+            raise VLPromptError(
+                "there is nothing to search: no method learns, or none has an option of search.space."
+            )
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -80,20 +82,19 @@ class SearchExperiment(SegmentationExperiment):
 
         result = CellResult()
         result.facts[f"backbone/{cell['model']}"] = self.backbone(cell["model"]).fingerprint
-        result.facts[f"{_key(cell)}/params"] = best.params
+        result.facts[f"{_key(cell.where)}/params"] = best.params
         result.add({"loss": best.value, "trials": study.finished(), "pruned": study.pruned()})
         return result
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
-        return Layout(f"{_key(self.cells()[-1])}/loss", metric="loss", rows=_ROW, average="")
+        return Layout(f"{_key(self.cells()[-1].where)}/loss", metric="loss", rows=_ROW, average="")
 
     def summary(self, results: Results) -> dict[str, float]:
         """See :meth:`Experiment.summary`: the least validation loss of every study, and how many trials it took."""
         figures = {}
         for line in results.lines:
-            cell = Cell.at(**dict(line.where))
-            figures[f"{_key(cell)}/{line.metric}"] = line.value
+            figures[f"{_key(line.where)}/{line.metric}"] = line.value
         return figures
 
     def tables(self, results: Results) -> list[Table]:
@@ -112,8 +113,8 @@ class SearchExperiment(SegmentationExperiment):
         options = self.config.search
         record.title = f"Search on {', '.join(self.config.data.names)}"
         record.summary = (
-            f"{options.trials} trials, {options.startup} of them random; validation loss, nothing is scored on test data. "
-            "best.yaml in the folder of each cell is the configuration with the best options."
+            f"{options.trials} trials, {options.startup} of them random; validation loss, nothing is scored on test "
+            "data. best.yaml in the folder of each cell is the configuration with the best options."
         )
 
     def _space(self, model: str, method: str) -> dict[str, Dimension]:
@@ -157,7 +158,7 @@ class SearchExperiment(SegmentationExperiment):
         whole["data"]["name"] = cell["data"]
         whole["protocol"] |= {"name": "benchmark", "images": [cell.get("images")]}
         config = SegmentationConfig.parse(whole, {}, str(folder / "best.yaml"))
-        write_text(folder / "best.yaml", f"# vlprompt run {folder / 'best.yaml'}\n{yaml_text(config)}")
+        write_text(folder / "best.yaml", f"# vlprompt run best.yaml\n{yaml_text(config)}")
 
     def _baseline(self, method: str) -> dict[str, dict[str, Any]]:
         """Return the method that gains are counted from, if it is another one."""
@@ -323,7 +324,7 @@ def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
     return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)
 
 
-def _key(cell: Cell) -> str:
+def _key(where: Mapping[str, Coordinate]) -> str:
     """Return the beginning of a study's keys in ``metrics.json``."""
-    images = "" if cell.get("images") is None else f"/images{cell['images']}"
-    return f"{cell['model']}/{cell['method']}{images}/{cell['data']}"
+    images = "" if where.get("images") is None else f"/images{where['images']}"
+    return f"{where['model']}/{where['method']}{images}/{where['data']}"
