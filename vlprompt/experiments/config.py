@@ -283,7 +283,8 @@ def _literal(value: str) -> str:
 def _takes_text(model: type[BaseModel], key: str, value: str) -> bool:
     """Return whether a key's value is to be taken as written.
 
-    A key that takes text or a list takes ``[a, b]`` as a list; one that takes text or nothing takes ``null`` as nothing.
+    A key that takes text or a list takes ``[a, b]`` as a list; one that takes text or nothing takes ``null`` as
+    nothing.
     """
     kinds = set(_kinds(_annotation(model, key.split("."))))
     if str not in kinds:

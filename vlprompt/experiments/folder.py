@@ -28,7 +28,7 @@ from vlprompt.core.version import package_version
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.config import ExperimentConfig
 
-__all__ = ["RunFolder", "environment", "yaml_text"]
+__all__ = ["RunFolder", "environment", "read_timings", "yaml_text"]
 
 _CELL, _FAILURE, _TIMINGS, _DONE = "cell.json", "failure.json", "timings.json", "done.json"
 _RECORDED = (
@@ -170,6 +170,19 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+
+def read_timings(folder: Path, cell: Cell) -> dict[str, float]:
+    """Return the seconds that a finished cell of a run took, by name; empty if it measured none.
+
+    Args:
+        folder: The run's.
+        cell: One of its cells.
+    """
+    path = folder / "cells" / cell.name / _TIMINGS
+    if not path.is_file():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def environment() -> dict[str, str]:

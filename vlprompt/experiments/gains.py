@@ -19,8 +19,8 @@ def paired_gains(ours: Results, theirs: Results, name: str) -> dict[str, float]:
         name: Of the metric, in keys.
 
     Returns:
-        For k shots ``gain/shots<k>/<name>``: the mean difference over data sets, with ``_std`` and ``_ci95`` over seeds;
-        ``gain_over_tasks/...``: the same mean, with the interval over data sets (each the mean of its seeds); and
+        For k shots ``gain/shots<k>/<name>``: the mean difference over data sets, with ``_std`` and ``_ci95`` over
+        seeds. ``gain_over_tasks/...``: the same mean, with the interval over data sets, each the mean of its seeds.
         ``gain/<data set>/...`` if there are several. Seeds that a data set lacks are left out.
     """
     mine = _by_place(ours)

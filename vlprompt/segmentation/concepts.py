@@ -81,7 +81,7 @@ class MaskConcepts(ConceptSearch):
         return self.criterion(self.segmenter[0].decode(frozen, conditions, batch["size"]), batch["mask"])
 
     def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """Return the concepts as a file's content."""
+        """See :meth:`ConceptSearch.as_concepts`."""
         host = segmenter_identity(self.segmenter[0])
         return Concepts("segmenter", self.concepts().detach(), tuple(names), host)
 

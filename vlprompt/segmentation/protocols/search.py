@@ -38,7 +38,7 @@ log = logging.getLogger("vlprompt.run")
 _TRAIN = "train."
 _STUDY = "study"  # the name inside the SQLite file
 _MOST_FAILURES = 3  # of the first trials; then all would fail
-_ROW = ("model", "method", "images")
+_ROW = ("model", "method")
 _COLUMNS = {"loss": ".4f", "trials": ".0f", "pruned": ".0f"}
 
 
@@ -82,19 +82,20 @@ class SearchExperiment(SegmentationExperiment):
 
         result = CellResult()
         result.facts[f"backbone/{cell['model']}"] = self.backbone(cell["model"]).fingerprint
-        result.facts[f"{_key(cell.where)}/params"] = best.params
+        result.facts[f"{self._key(cell.where)}/params"] = best.params
         result.add({"loss": best.value, "trials": study.finished(), "pruned": study.pruned()})
         return result
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
-        return Layout(f"{_key(self.cells()[-1].where)}/loss", metric="loss", rows=_ROW, average="")
+        headline = f"{self._key(self.cells()[-1].where)}/loss"
+        return Layout(headline, metric="loss", rows=self._rows, average="")
 
     def summary(self, results: Results) -> dict[str, float]:
         """See :meth:`Experiment.summary`: the least validation loss of every study, and how many trials it took."""
         figures = {}
         for line in results.lines:
-            figures[f"{_key(line.where)}/{line.metric}"] = line.value
+            figures[f"{self._key(line.where)}/{line.metric}"] = line.value
         return figures
 
     def tables(self, results: Results) -> list[Table]:
@@ -102,9 +103,9 @@ class SearchExperiment(SegmentationExperiment):
         tables = []
         for (data,), lines in results.by("data").items():
             rows = []
-            for key, group in lines.by(*_ROW).items():
+            for key, group in lines.by(*self._rows).items():
                 values = {name: group.select(name).values()[0] for name in _COLUMNS}
-                rows.append(Row(label(_ROW, key), dict(values)))
+                rows.append(Row(label(self._rows, key), dict(values)))
             tables.append(Table(rows, title=f"Least validation loss on {data}", best=False, formats=_COLUMNS))
         return tables
 
@@ -116,6 +117,17 @@ class SearchExperiment(SegmentationExperiment):
             f"{options.trials} trials, {options.startup} of them random; validation loss, nothing is scored on test "
             "data. best.yaml in the folder of each cell is the configuration with the best options."
         )
+
+    @property
+    def _rows(self) -> tuple[str, ...]:
+        return (*_ROW, "images") if len(self.config.protocol.images) > 1 else _ROW
+
+    def _key(self, where: Mapping[str, Coordinate]) -> str:
+        """Return the beginning of a study's keys in ``metrics.json``."""
+        key = f"{where['model']}/{where['method']}"
+        if len(self.config.protocol.images) > 1:
+            key += f"/images{where.get('images') or 'all'}"
+        return f"{key}/{where['data']}"
 
     def _space(self, model: str, method: str) -> dict[str, Dimension]:
         """Return the dimensions that a model and a method have; empty if nothing learns."""
@@ -323,8 +335,3 @@ def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
         return trial.suggest_float(key, low, high, log=dimension.log)
     return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)
 
-
-def _key(where: Mapping[str, Coordinate]) -> str:
-    """Return the beginning of a study's keys in ``metrics.json``."""
-    images = "" if where.get("images") is None else f"/images{where['images']}"
-    return f"{where['model']}/{where['method']}{images}/{where['data']}"
