@@ -143,7 +143,7 @@ def test_every_accepted_key_changes_something(tmp_path: Path) -> None:
     cfg = _config(tmp_path)
     metrics = run(cfg, *few).metrics
     changes = (
-        "concepts.init=normal", "loss=dice", "segmenter.weights=random", "protocol.seeds=[2]", "train.lr=0.5",
+        "concepts.init=normal", "loss=smp_dice_bce", "segmenter.weights=random", "protocol.seeds=[2]", "train.lr=0.5",
         "backbone.pretrained=random", "data.name=scenes/masks@sketch",
     )  # fmt: skip
     for change in changes:

@@ -278,7 +278,7 @@ class SegmentationConfig(ExperimentConfig):
         """Return one method."""
         options = dict(self.methods[label])
         name = str(options.pop("name", label))
-        train = dict(options.pop("train", {}))
+        train = dict(options.pop("train", None) or {})
         return MethodSpec(name, options, train)
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -302,8 +302,10 @@ class SegmentationConfig(ExperimentConfig):
         return {**self.train.model_dump(), **self.method(method).train, **changes}
 
     def problems(self) -> list[str]:
-        """See :meth:`ExperimentConfig.problems`: what fits no other part."""
+        """See :meth:`ExperimentConfig.problems`: parts that don't fit each other."""
         problems = super().problems()
+        if type(self).raw_problems(self.model_dump(mode="json")):
+            return problems  # models and methods can't be read; their mistakes are listed already
         for model in self.models:
             for label in self.model(model).methods or ():
                 if label not in self.methods:
@@ -334,6 +336,8 @@ class SearchConfig(SegmentationConfig):
     def problems(self) -> list[str]:
         """See :meth:`ExperimentConfig.problems`: dimensions that nothing has, ranges without two ends."""
         problems = super().problems()
+        if problems:
+            return problems
         for label in self.search.own:
             if label not in self.methods:
                 problems.append(f"search.own: {UnknownNameError('method', label, self.methods)}")
@@ -376,7 +380,9 @@ def _model_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
     towers = {"backbone": content.get("backbone", {})}
     for label, options in _entries(content, "models").items():
-        options.pop("methods", None)
+        methods = options.pop("methods", None)
+        if methods is not None and not isinstance(methods, list):
+            problems.append(f"models.{label}.methods: input should be a list of labels, got {methods!r}.")
         if "backbone" in options:
             towers[f"models.{label}.backbone"] = options.pop("backbone")
         name = str(options.pop("name", label))
@@ -407,7 +413,7 @@ def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
 def _method_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
     for label, options in _entries(content, "methods").items():
-        train = options.pop("train", {})
+        train = options.pop("train", None) or {}
         name = str(options.pop("name", label))
         problems += option_problems(f"methods.{label}", STRATEGIES, name, options)
         where = f"methods.{label}.train"

@@ -1,4 +1,4 @@
-"""Scores of a segmentation model on a data set, at the masks' own size."""
+"""Scores of a segmentation model on a data set, at the size of the masks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
@@ -35,7 +36,7 @@ Loss = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """What was measured.
+    """Scores of a data set.
 
     Attributes:
         metrics: See :func:`vlprompt.metrics.masks.summarise_pairs`.
@@ -60,8 +61,8 @@ def evaluate_segmenter(
 ) -> SegmentationScores:
     """Segment every pair and compare with its mask.
 
-    Which pairs are asked is the data set's matter (``queries`` of ``load_segmentation``): only classes that an image
-    shows, TuneVLSeg's protocol, which no false find can lower, or all.
+    The data set says which pairs are asked (``queries`` of ``load_segmentation``): only the classes that an image
+    shows, which is TuneVLSeg's protocol and counts no false positives, or all classes.
 
     Args:
         segmenter: The model.
@@ -69,8 +70,8 @@ def evaluate_segmenter(
         threshold: Probability above which a pixel is inside.
         batch_size: Pairs at once.
         boundary: Whether to measure the distance of boundaries.
-        argmax: Let the classes compete too: every pixel gets the likeliest class above the threshold, else ground, and
-            ``argmax_miou`` is measured; needs a data set loaded with ``queries="all"``.
+        argmax: Let the classes compete too: every pixel gets the likeliest class above the threshold, else background,
+            and ``argmax_miou`` is measured. It needs a data set loaded with ``queries="all"``.
         loss: Adds the mean ``loss`` at the model's size to the metrics.
         states: Frozen states from an earlier call with the same model and data.
 
@@ -90,18 +91,23 @@ def evaluate_segmenter(
     try:
         for pairs in _batches(data, batch_size):
             frozen, size = source.frozen(pairs)
-            logits = segmenter.decode(frozen, [data.samples[i].phrase for i in pairs], size)
+            phrases = [data.samples[i].phrase for i in pairs]
+            logits = segmenter.decode(frozen, phrases, size)
             if loss is not None:
                 target = source.targets(pairs, size).to(logits.device)
-                total += float(torch.stack(list(loss(logits, target).values())).sum()) * len(pairs)
+                parts = list(loss(logits, target).values())
+                total += float(torch.stack(parts).sum()) * len(pairs)
+
             for row, index in zip(logits, pairs, strict=True):
-                mask, sample = source.mask(index), data.samples[index]
+                mask = source.mask(index)
+                sample = data.samples[index]
                 probs = probabilities(row, mask.shape)
                 scores.append(score_pair(probs > threshold, mask, sample.record, sample.label, boundary))
                 if argmax:
                     maps.add(sample.source, sample.label, probs, mask)
     finally:
         segmenter.train(was_training)
+
     metrics = summarise_pairs(scores, data.classnames)
     if loss is not None:
         metrics["loss"] = total / len(scores)
@@ -111,11 +117,16 @@ def evaluate_segmenter(
 
 
 def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
-    """Return (H, W) probabilities at an image's own size: the (1, h, w) logits resized bilinearly, then squashed."""
-    rows = logits.float()[None]
-    if tuple(rows.shape[-2:]) != tuple(size):
-        rows = F.interpolate(rows, size=tuple(size), mode="bilinear", align_corners=False)
-    return np.asarray(rows[0, 0].sigmoid().cpu().numpy(), np.float32)
+    """Return (H, W) probabilities at an image's own size.
+
+    Args:
+        logits: (1, h, w); they are resized bilinearly before the sigmoid.
+        size: (H, W).
+    """
+    batch = logits.float()[None]
+    if tuple(batch.shape[-2:]) != tuple(size):
+        batch = F.interpolate(batch, size=tuple(size), mode="bilinear", align_corners=False)
+    return np.asarray(batch[0, 0].sigmoid().cpu().numpy(), np.float32)
 
 
 def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
@@ -148,47 +159,64 @@ def build_segmenter(
 
 
 @torch.no_grad()
-def predict_mask(segmenter: Segmenter, image: object, phrase: str) -> NDArray[np.float32]:
-    """Return (H, W) probabilities of one PIL image's pixels, at its own size."""
-    from PIL import Image
-
-    assert isinstance(image, Image.Image)
+def predict_mask(segmenter: Segmenter, image: Image.Image, phrase: str) -> NDArray[np.float32]:
+    """Return (H, W) probabilities of an image's pixels, at its own size."""
     pixels = segmenter.preprocess(image)[None]
     return probabilities(segmenter(pixels, [phrase])[0], (image.height, image.width))
 
 
 class _ClassMaps:
-    """Counts overlaps of class maps; pairs arrive image by image."""
+    """Counts overlaps of class maps, in which classes compete for every pixel.
+
+    Pairs must arrive image by image: the map of an image is made when all its classes are there.
+
+    Args:
+        threshold: Probability that the likeliest class must exceed.
+    """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.inter: dict[int, int] = {}
-        self.union: dict[int, int] = {}
+        self.intersections: dict[int, int] = {}
+        self.unions: dict[int, int] = {}
         self._image: object = None
-        self._held: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
+        self._pairs: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
 
     def add(self, image: object, label: int, probs: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
+        """Add one class of an image.
+
+        Args:
+            image: What identifies it.
+            label: Of the class.
+            probs: (H, W).
+            mask: (H, W) of 0, 1 and 255.
+        """
         if image != self._image:
             self._close()
             self._image = image
-        self._held[label] = (probs, mask)
+        self._pairs[label] = (probs, mask)
 
     def counts(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Return label to pixels in both maps, and label to pixels in either."""
         self._close()
-        return self.inter, self.union
+        return self.intersections, self.unions
 
     def _close(self) -> None:
-        if not self._held:
+        """Make the map of the image whose classes are all there, and count its overlaps."""
+        if not self._pairs:
             return
-        labels = list(self._held)
-        probs = np.stack([p for p, _ in self._held.values()])
-        best = np.where(probs.max(0) > self.threshold, np.asarray(labels)[probs.argmax(0)], -1)
-        counts = np.all([m != IGNORE for _, m in self._held.values()], axis=0)
-        for label, (_, mask) in self._held.items():
-            ours, true = (best == label) & counts, (mask == 1) & counts
-            self.inter[label] = self.inter.get(label, 0) + int((ours & true).sum())
-            self.union[label] = self.union.get(label, 0) + int((ours | true).sum())
-        self._held = {}
+        labels = np.asarray(list(self._pairs))
+        probs = np.stack([probs for probs, _ in self._pairs.values()])
+        predicted = np.where(probs.max(0) > self.threshold, labels[probs.argmax(0)], -1)
+        counts = np.all([mask != IGNORE for _, mask in self._pairs.values()], axis=0)
+
+        for label, (_, mask) in self._pairs.items():
+            ours = (predicted == label) & counts
+            true = (mask == 1) & counts
+            intersection = int((ours & true).sum())
+            union = int((ours | true).sum())
+            self.intersections[label] = self.intersections.get(label, 0) + intersection
+            self.unions[label] = self.unions.get(label, 0) + union
+        self._pairs = {}
 
 
 def _batches(data: MaskDataset, size: int) -> list[list[int]]:

@@ -39,6 +39,8 @@ from vlprompt.training.options import TrainOptions
 
 __all__ = ["ConceptMaskConfig", "ConceptMaskExperiment"]
 
+_SEGMENTER = "clipseg"  # unless another one is named
+
 PHRASES = "phrases"
 """The baseline: every pair is asked for by the data set's own phrase."""
 
@@ -66,7 +68,7 @@ class ConceptMaskConfig(ConceptConfig):
     expected_task: ClassVar[str] = "segmentation"
 
     segmenter: dict[str, Any] = Field(
-        default_factory=lambda: {"name": "clipseg"}, description="name and the model's own options"
+        default_factory=lambda: {"name": _SEGMENTER}, description="name and the model's own options"
     )
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     data: ConceptMaskData = Field(default_factory=ConceptMaskData)
@@ -77,10 +79,11 @@ class ConceptMaskConfig(ConceptConfig):
     def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
         """See :meth:`ExperimentConfig.raw_problems`: names of the segmenter, the backbone and data sets."""
         problems = super().raw_problems(content)
-        segmenter = content.get("segmenter", {"name": "clipseg"})
+        segmenter = content.get("segmenter", {})
         if isinstance(segmenter, Mapping):
+            name = str(segmenter.get("name", _SEGMENTER))
             options = {key: value for key, value in segmenter.items() if key != "name"}
-            problems += option_problems("segmenter", SEGMENTERS, str(segmenter.get("name", "")), options)
+            problems += option_problems("segmenter", SEGMENTERS, name, options)
         problems += backbone_problems({"backbone": content.get("backbone", {})})
 
         data = content.get("data")
@@ -95,7 +98,7 @@ class ConceptMaskConfig(ConceptConfig):
     @property
     def segmenter_name(self) -> str:
         """The segmenter's registry name."""
-        return str(self.segmenter["name"])
+        return str(self.segmenter.get("name", _SEGMENTER))
 
     @property
     def segmenter_options(self) -> dict[str, Any]:

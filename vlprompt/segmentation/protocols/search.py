@@ -334,4 +334,3 @@ def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
     if key.startswith(_TRAIN) or not (float(low).is_integer() and float(high).is_integer()):
         return trial.suggest_float(key, low, high, log=dimension.log)
     return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)
-
