@@ -89,11 +89,13 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
     """
     write_text(folder / "table.md", "\n".join(table.markdown() for table in tables))
     paths = [folder / "table.md"]
+
     for number, table in enumerate(tables, 1):
         suffix = "" if number == 1 else f"-{number}"
         for text, ending in ((table.csv(), "csv"), (table.latex(), "tex")):
             paths.append(folder / f"table{suffix}.{ending}")
             write_text(paths[-1], text)
+
     return paths
 
 
@@ -140,6 +142,7 @@ def to_markdown(
     formats = formats or {}
     lines = ["| " + " | ".join(["method (%)", *map(_markdown, columns)]) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
+
     for row in rows:
         cells = [written(row.values.get(c), formats.get(c)) for c in columns]
         if best:
@@ -147,8 +150,10 @@ def to_markdown(
                 f"**{t}**" if t and c not in formats and _is_best(row, c, rows) else t
                 for c, t in zip(columns, cells, strict=True)
             ]
+
         mark = " †" if row.source == "published" else ""
         lines.append("| " + " | ".join([_markdown(row.method) + mark, *cells]) + " |")
+
     note = _note(rows)
     return "\n".join([*lines, *(["", f"† {note}"] if note else [])]) + "\n"
 
@@ -165,6 +170,7 @@ def to_csv(
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "source", "citation", *(f"{c}{s}" for c in columns for s in ("", "_ci95"))])
+
     for row in rows:
         numbers: list[object] = []
         for column in columns:
@@ -173,6 +179,7 @@ def to_csv(
             mean, half = (value.mean, value.ci95) if isinstance(value, Summary) else (value, None)
             numbers += ["" if x is None else round(factor * x, 6) for x in (mean, half)]
         writer.writerow([row.method, row.source, row.citation, *numbers])
+
     return out.getvalue()
 
 
@@ -187,6 +194,7 @@ def to_latex(
     formats = formats or {}
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join([r"method (\%)", *map(_latex, columns)]) + r" \\", r"\midrule"]
+
     for row in rows:
         cells = [written(row.values.get(c), formats.get(c), r"$\pm$") for c in columns]
         if best:
@@ -194,8 +202,10 @@ def to_latex(
                 rf"\textbf{{{t}}}" if t and c not in formats and _is_best(row, c, rows) else t
                 for c, t in zip(columns, cells, strict=True)
             ]
+
         mark = r"$^\dagger$" if row.source == "published" else ""
         lines.append(" & ".join([_latex(row.method) + mark, *cells]) + r" \\")
+
     note = _note(rows)
     end = [r"\bottomrule", r"\end{tabular}", *([rf"\\ $^\dagger$ {_latex(note)}"] if note else [])]
     return "\n".join([*lines, *end]) + "\n"

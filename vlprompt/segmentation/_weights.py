@@ -140,8 +140,8 @@ def sizes(decoder: Decoder, options: Mapping[str, Any], defaults: Mapping[str, A
         for name, value in decoder.sizes.items():
             if name in chosen and chosen[name] != value:
                 problems.append(
-                    f"{name}: got {chosen[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or "
-                    "say weights='random'."
+                    f"{name}: got {chosen[name]!r}, but the decoder of {decoder.source} has {value!r}. "
+                    "Leave it out, or say weights='random'."
                 )
     if problems:
         raise ConfigError(problems, "decoder")
