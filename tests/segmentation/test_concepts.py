@@ -143,11 +143,16 @@ def test_every_accepted_key_changes_something(tmp_path: Path) -> None:
     cfg = _config(tmp_path)
     metrics = run(cfg, *few).metrics
     changes = (
-        "concepts.init=normal", "loss=smp_dice_bce", "segmenter.weights=random", "protocol.seeds=[2]", "train.lr=0.5",
+        "concepts.init=normal", "segmenter.weights=random", "protocol.seeds=[2]", "train.lr=0.5",
         "backbone.pretrained=random", "data.name=scenes/masks@sketch",
     )  # fmt: skip
     for change in changes:
         assert run(cfg, *few, change).metrics[key] != metrics[key], change
+    histories = []
+    for loss in ("dice_bce", "smp_focal"):
+        outcome = run(cfg, *few, f"loss={loss}")
+        histories.append((outcome.folder / "cells" / "concepts_images6_seed1" / "history.jsonl").read_text())
+    assert histories[0] != histories[1]
     other = run(cfg, *few, "data.also_test={other: scenes/masks@sketch}")
     assert "class names/other/iou" in other.metrics
     assert other.metrics[key] == metrics[key]

@@ -152,7 +152,7 @@ def test_every_accepted_key_changes_something(cfg: Path) -> None:
     assert not (without.folder / "overlays").exists()
     changes = (
         "loss=smp_dice_bce", "data.phrase=a thing", "data.full_stop=true", "train.lr=0.5",
-        "data.augmentation=slight", "data.options={size: 64}", "backbone.resize=shortest",
+        "data.augmentation=slight", "data.options={size: 48}",
         "data.queries=all", "data.test_images=2",
     )  # fmt: skip
     few += ["methods.vpt.train=null", "methods.zero_shot=null", "boundary=false", "overlays=0"]

@@ -43,7 +43,7 @@ _FINE_TUNED = {
 
 
 def layout(config: SegmentationConfig, cells: Sequence[Cell]) -> Layout:
-    """Return how results are laid out; what is said first is the Dice of the last row.
+    """Return how results are laid out; what is said first is the Dice of the last row that is no baseline.
 
     Args:
         config: The benchmark's.
@@ -56,7 +56,8 @@ def layout(config: SegmentationConfig, cells: Sequence[Cell]) -> Layout:
         if config.protocol.baseline is not None and row != baseline:
             baselines[row] = (baseline,)
 
-    last = cells[-1]
+    compared = [cell for cell in cells if cell["method"] != config.protocol.baseline] or cells
+    last = compared[-1]
     key = _key(config, (last["model"], last["method"], last.get("depth")), last.get("images"))
     return Layout(
         headline=f"{key}/{_columns(config)[-1]}/dice",
