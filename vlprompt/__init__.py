@@ -16,15 +16,13 @@ if TYPE_CHECKING:
 
     from vlprompt.adaptation import create_adapter, list_adapters
     from vlprompt.backbones import Backbone, create_backbone, list_backbones
-    from vlprompt.classification.config import load_config
     from vlprompt.classification.evaluate import evaluate
-    from vlprompt.classification.experiment import run
     from vlprompt.classification.fit import RunResult, fit
     from vlprompt.classification.predict import predict
     from vlprompt.core.errors import VLPromptError
-    from vlprompt.data import list_datasets, load_dataset
-    from vlprompt.data.segmentation import load_segmentation
+    from vlprompt.data import list_datasets, load_dataset, load_segmentation
     from vlprompt.detection import create_detector, list_detectors
+    from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
     from vlprompt.saved.prompts import Kind, save
@@ -52,11 +50,10 @@ _HOME = {
     "list_learners": "vlprompt.learners",
     "list_personalisers": "vlprompt.generation",
     "list_segmenters": "vlprompt.segmentation",
-    "load_config": "vlprompt.classification.config",
     "load_dataset": "vlprompt.data",
-    "load_segmentation": "vlprompt.data.segmentation",
+    "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
-    "run": "vlprompt.classification.experiment",
+    "run": "vlprompt.experiments.tasks",
     "save": "vlprompt.saved.prompts",
     "scan": "vlprompt.security.scan",
 }
@@ -81,7 +78,6 @@ __all__ = [
     "list_personalisers",
     "list_segmenters",
     "load",
-    "load_config",
     "load_dataset",
     "load_segmentation",
     "predict",
@@ -95,7 +91,7 @@ def load(path: str | Path, backbone: Backbone | None = None, kind: Kind | None =
     """Read what :func:`vlprompt.save` wrote: a learner, or a segmentation model. No code in the files can run.
 
     Args:
-        path: The folder.
+        path: The folder, or that of the cell or run which saved it, if it saved no other.
         backbone: The backbone it was trained on; None builds it from the name in the file.
         kind: What it has to be; None takes either.
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -265,66 +263,3 @@ def test_killed_at_any_moment_a_run_ends_with_the_files_of_an_uninterrupted_one(
         folders.append(folder.rename(tmp_path / name / "run"))
     assert kills[1] >= 2
     assert_same_files(*folders)
-
-
-Tool = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Tool:
-    monkeypatch.chdir(tmp_path)
-
-    def run_tool(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["segment.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools" / "segment.py"), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(ended.value.code or 0), out, err
-
-    return run_tool
-
-
-def test_tool_evaluates_and_predicts(tool: Tool, cfg: Path, tmp_path: Path) -> None:
-    outcome = run(cfg, "methods.zero_shot=null", "protocol.seeds=[1]")
-    (prompt,) = outcome.folder.glob("cells/*/prompt")
-    status, out, _ = tool("evaluate", prompt, "scenes/masks@inverted", "--split", "val", "--csv", "pairs.csv")
-    assert status == 0
-    assert "scenes/masks@inverted (val, 100 pairs)" in out
-    assert len((tmp_path / "pairs.csv").read_text().splitlines()) == 101
-    Image.new("RGB", (90, 40), "white").save("wide.png")
-    status, out, _ = tool(
-        "predict", "wide.png", "a red circle", "--prompt", prompt, "--out", "m.png", "--overlay", "o.png"
-    )
-    assert status == 0
-    mask = Image.open("m.png")
-    assert (mask.size, mask.mode) == ((90, 40), "L")
-    assert set(np.unique(np.asarray(mask))) <= {0, 255}
-    assert Image.open("o.png").size == (90, 40)
-
-
-def test_tool_explains_mistakes(tool: Tool, tmp_path: Path) -> None:
-    Image.new("RGB", (9, 9)).save("a.png")
-    for arguments, message in (
-        (("predict", "b.png", "x"), "the file does not exist"),
-        (("predict", "a.png", " "), "empty"),
-        (("predict", "a.png", "red " * 99), "101 tokens, the text tower reads 77"),
-        (("evaluate", "nowhere", "scenes/masks"), "no such file"),
-        (("convert", "indexed", ".", ".", "--out", "o", "--class", "cat", "x"), "a value is a whole number"),
-    ):
-        status, _, err = tool(*arguments)
-        assert status == 2, arguments
-        assert message in err, err
-
-
-def test_tool_checks_a_folder_before_it_is_used(tool: Tool, tmp_path: Path) -> None:
-    lay.medvlsm(tmp_path / "own", {"train": 6, "val": 2, "test": 2}, ["polyp"])
-    status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
-    assert status == 0
-    assert "train: 6 pairs of 6 images, 0 unusable" in out
-    lay.mask_file(tmp_path / "own/masks/003_0.png", np.eye(5, dtype=np.uint8))
-    (tmp_path / "own/images/001.png").write_bytes((tmp_path / "own/images/008.png").read_bytes())
-    status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
-    assert status == 1
-    assert "003_0.png is 5 x 5, its image" in out
-    assert "train and test share 1 images, for example 001.png = 008.png" in out

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlprompt.adaptation import ADAPTERS
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import describe_problems, options_model
-from vlprompt.data.catalog import check_name
+from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
 from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 

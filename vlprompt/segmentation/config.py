@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,8 +12,8 @@ from typing_extensions import Self
 from vlprompt.backbones import list_backbones
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems, options_model
+from vlprompt.data.names import check_name
 from vlprompt.data.segmentation.augment import JointAugmentation
-from vlprompt.data.segmentation.catalog import check_segmentation_name
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds, merge
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
 from vlprompt.segmentation.fit import SegmentTrainOptions, SegmentTrainSection
@@ -441,21 +441,13 @@ def name_problems(where: str, names: Any) -> list[str]:
         return []
     problems = []
     for name in names:
-        mistake = _mistake(check_segmentation_name, name)
-        if mistake:
-            problems.append(f"{where}: {mistake}")
+        if not isinstance(name, str):
+            continue  # its type says so
+        try:
+            check_name(name, "segmentation")
+        except VLPromptError as error:
+            problems.append(f"{where}: {error}")
     return problems
-
-
-def _mistake(check: Callable[[str], object], name: Any) -> str:
-    """Return what a check says against a name; empty if it is valid, or no text, which its type says."""
-    if not isinstance(name, str):
-        return ""
-    try:
-        check(name)
-    except VLPromptError as error:
-        return str(error)
-    return ""
 
 
 def option_problems(where: str, registry: Any, name: str, options: Mapping[str, Any]) -> list[str]:

@@ -133,7 +133,7 @@ def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmente
     """Return a saved segmentation model. No code in the files can run.
 
     Args:
-        path: The folder that :func:`vlprompt.save` wrote.
+        path: The folder, or that of the cell or run which saved it, if it saved no other.
         backbone: The backbone it was trained on; None builds it from the name in the file.
 
     Raises:

@@ -12,8 +12,9 @@ from vlprompt.backbones import Backbone, create_backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.core.options import options_model
+from vlprompt.data import load_segmentation
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
-from vlprompt.data.segmentation import MaskDataset, load_segmentation, overlaps
+from vlprompt.data.segmentation import MaskDataset, overlaps
 from vlprompt.experiments.cell import Cell
 from vlprompt.experiments.config import BackboneOptions
 from vlprompt.experiments.experiment import Experiment
