@@ -1,4 +1,4 @@
-"""What a detector chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
+"""What a scanner chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ _GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 def best_mixing(
     logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], seen: Tensor
 ) -> tuple[float, float, float]:
-    """Choose the weights of trigger and object logits beside those of pairs.
+    """Choose the weights of trigger and object logits beside those of compositions.
 
     Args:
-        logits: ``pair`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
+        logits: ``composition`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
         targets: ``trigger`` (n,) and ``label`` (n,).
-        seen: (T, C), pairs that training showed.
+        seen: (T, C), compositions that training showed.
 
     Returns:
-        The two weights and the harmonic mean of the accuracies on images of seen and of unseen pairs that they reach
-        (plain accuracy if there is no unseen one); of equally good weights the smallest.
+        The two weights, and the harmonic mean of the accuracies on images of seen and of unseen compositions that they
+        reach (plain accuracy if there is no unseen one); of equally good weights the smallest.
     """
     classes = seen.shape[1]
     truth = targets["trigger"] * classes + targets["label"]
     is_seen = seen.flatten()[truth]
+
     best = (1.0, 1.0, -1.0)
     for a, b in itertools.product(_GRID, _GRID):
-        mixed = logits["pair"] + a * logits["trigger"][..., None] + b * logits["object"][:, None]
+        mixed = logits["composition"] + a * logits["trigger"][..., None] + b * logits["object"][:, None]
         right = (mixed.flatten(1).argmax(1) == truth).double()
         if bool(is_seen.all()) or not bool(is_seen.any()):
             score = float(right.mean())
         else:
-            first, second = float(right[is_seen].mean()), float(right[~is_seen].mean())
-            score = 2 * first * second / (first + second) if first + second else 0.0
+            of_seen = float(right[is_seen].mean())
+            of_unseen = float(right[~is_seen].mean())
+            score = 2 * of_seen * of_unseen / (of_seen + of_unseen) if of_seen + of_unseen else 0.0
         if score > best[2]:
             best = (a, b, score)
     return best

@@ -56,9 +56,9 @@ class Bank(nn.Module):
             (B, d) prompts, and the mean distance 1 - cosine between queries and the keys they took.
         """
         similarity = F.normalize(queries.detach(), dim=-1) @ F.normalize(self.keys, dim=-1).T
-        best, chosen = similarity.topk(self.top, dim=-1)
-        found = ((10 * best).softmax(-1)[..., None] * self.means[chosen]).sum(1)
-        return found, (1 - best).mean()
+        best, numbers = similarity.topk(self.top, dim=-1)
+        prompts = ((10 * best).softmax(-1)[..., None] * self.means[numbers]).sum(1)
+        return prompts, (1 - best).mean()
 
 
 def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Tensor:
@@ -70,8 +70,9 @@ def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Te
         bank: (M, d), all prompts of the first kind.
         other: (N, d), all of the second.
     """
-    taken = F.cosine_similarity(first, second, dim=-1).square().mean()
-    return taken + (F.normalize(bank, dim=-1) @ F.normalize(other, dim=-1).T).square().mean()
+    of_images = F.cosine_similarity(first, second, dim=-1).square().mean()
+    of_banks = (F.normalize(bank, dim=-1) @ F.normalize(other, dim=-1).T).square().mean()
+    return of_images + of_banks
 
 
 def diversity(bank: Tensor) -> Tensor:
