@@ -73,7 +73,7 @@ def test_labels_must_be_methods_that_can_do_what_is_asked(tmp_path: Path) -> Non
     with pytest.raises(
         ConfigError, match="spectral scans whole labelled sets only, and suspect=null leaves none"
     ):
-        SecurityConfig.read(path, ["suspect=null", "protocol.baseline=null", "variants=null"])
+        SecurityConfig.read(path, ["suspect=null", "protocol.baseline=null", "variants.one copy=null"])
 
 
 def test_a_file_of_another_task_says_which(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class DBOM(Learner, ImageScanner):
 
     Sentences: composition [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes
     of M vectors, w_t is one learned vector per trigger, and the object's name is written out, so that other objects can
-    be named. Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o) with the
-    evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). The score of a composition: tau (<f_p, composition> +
+    be named. Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o)
+    with the evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). The score of a composition: tau (<f_p, composition> +
     a <f_t, trigger> + b <f_o, object>), a and b chosen on validation data. e is standardised by the training images'
     mean and spread.
 
