@@ -31,6 +31,7 @@ class ToyConfig(ExperimentConfig):
     data: list[str] = Field(default_factory=lambda: ["a", "b"])
     seeds: Seeds = Field(default_factory=lambda: [1, 2])
     fail: list[str] = Field(default_factory=list, description="cells that raise")
+    fail_while: str = Field("", description="they raise only as long as this file exists; empty: always")
     kill: list[str] = Field(default_factory=list, description="cells whose process ends itself")
     files: dict[str, str] = Field(default_factory=dict)
 
@@ -52,7 +53,8 @@ class Toy(Experiment):
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
         write_text(folder / "attempt.txt", "started")
-        if cell.name in self.config.fail:
+        broken = not self.config.fail_while or Path(self.config.fail_while).exists()
+        if cell.name in self.config.fail and broken:
             raise DataError(f"{cell.name} can't be read.")
         if cell.name in self.config.kill:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,13 +1,14 @@
 """Searching concepts for a frozen model: what the trainer trains, and which of the model's parameters may join.
 
-Paper: Yi et al., arXiv 2305.18993. Its second stage (tuning the model with the found concepts as language input) is
+Paper: Yi et al., arXiv 2305.18993. Its second stage (tuning the model with the concepts as language input) is
 known from the abstract alone; which parameters it tunes is for the user to say here.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, Generic, TypeVar
@@ -15,21 +16,22 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import CheckpointError, ConfigError, nearest
 
-__all__ = ["ConceptSearch", "Found", "Unfrozen", "weights_id"]
+__all__ = ["ConceptSearch", "SearchResult", "Unfrozen", "weights_id"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Found(Generic[Module]):
-    """What a search left behind.
+class SearchResult(Generic[Module]):
+    """What a search leaves behind.
 
     Attributes:
         module: The concepts, in their host.
         history: One record per epoch.
-        seconds: Of all of it, encoding of the images included.
+        seconds: Of the whole search, encoding of the images included.
     """
 
     module: Module
@@ -51,26 +53,38 @@ class Unfrozen(nn.Module):
     def __init__(self, host: nn.Module, patterns: Sequence[str] = ()) -> None:
         super().__init__()
         host.requires_grad_(False)
-        known = dict(host.named_parameters())
+        parameters = dict(host.named_parameters())
+
         problems = []
         for pattern in patterns:
-            found = [name for name in known if fnmatch(name, pattern)]
-            if not found:
-                close = ", ".join(nearest(pattern, known)) or "none alike"
+            names = [name for name in parameters if fnmatch(name, pattern)]
+            if not names:
+                close = ", ".join(nearest(pattern, parameters)) or "none alike"
                 problems.append(f"unfreeze: {pattern!r} matches no parameter; near it: {close}.")
-            for name in found:
-                known[name].requires_grad_(True)
-                self.register_parameter(name.replace(".", "/"), known[name])
+            for name in names:
+                parameters[name].requires_grad_(True)
+                # torch allows no dot in the name of a parameter.
+                self.register_parameter(name.replace(".", "/"), parameters[name])
         if problems:
             raise ConfigError(problems, "concept search")
-        self._before = {n: p.detach().clone() for n, p in self.named_parameters()}
+
+        self._before = {name: p.detach().clone() for name, p in self.named_parameters()}
 
     def restore(self) -> None:
-        """Put back the values the model came with, and freeze it."""
+        """Put back the values that the model came with, and freeze it."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self._before[name])
                 parameter.requires_grad_(False)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Restore the model if the block fails: others may share it, and must not go on with half-trained values."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
 
 class ConceptSearch(nn.Module):
@@ -94,9 +108,17 @@ class ConceptSearch(nn.Module):
         """Return the host's losses of a batch."""
         raise NotImplementedError
 
+    def as_concepts(self, names: Sequence[str]) -> Concepts:
+        """Return what was learned as a file's content.
+
+        Args:
+            names: C names of the concepts.
+        """
+        raise NotImplementedError
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Return what is learned, by name."""
-        return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put learned tensors back.
@@ -104,13 +126,16 @@ class ConceptSearch(nn.Module):
         Raises:
             CheckpointError: If a tensor is missing, unknown or of another shape; names the first.
         """
-        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{n} is missing or unknown" for n in sorted({*own} ^ {*state})]
-        problems += [f"{n} has another shape" for n in own if n in state and own[n].shape != state[n].shape]
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        problems = [f"{name} is missing or unknown" for name in sorted({*parameters} ^ {*state})]
+        for name, parameter in parameters.items():
+            if name in state and parameter.shape != state[name].shape:
+                problems.append(f"{name} has another shape")
         if problems:
             raise CheckpointError(f"this state does not fit the search of concepts: {problems[0]}.")
+
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(state[name])
 
 

@@ -120,7 +120,7 @@ class CompositionSource:
 
 
 @dataclass(frozen=True)
-class CompositionReader:
+class CompositionReader(Reader):
     """Reads images at the native size, with their triggers.
 
     Attributes:
@@ -155,8 +155,12 @@ class CompositionReader:
 
     def check(self, source: CompositionSource) -> str:
         """Return why the image can't be decoded, empty if it can."""
-        inspect = getattr(self.base, "check", None)  # readers that draw their images have none
-        return "" if inspect is None else inspect(source.base)
+        return self.base.check(source.base)
+
+    def stamp(self, source: CompositionSource) -> str:
+        """See :meth:`Reader.stamp`."""
+        name = self.triggers[source.trigger]
+        return f"{self.base.stamp(source.base)}|{name}/{self.size}px/{self.seed}"
 
 
 @dataclass(frozen=True)

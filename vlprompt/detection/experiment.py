@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlprompt.concepts.experiment import ConceptOutcome, Scores, search_all, write_outcome
+from vlprompt.concepts.old_study import ConceptOutcome, Scores, search_all, write_outcome
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.files import write_json
 from vlprompt.detection import create_detector
@@ -89,7 +89,7 @@ class _Session:
         arguments: dict[str, Any] = {"length": search.length, "init": search.init, "resume": self.resume}
         first = search_concepts(self.detector, data, self.val, options=options, folder=place, **arguments)
         vectors = first.module.concepts().detach()
-        first.module.found(data.classnames).save(place / "concepts.safetensors")
+        first.module.as_concepts(data.classnames).save(place / "concepts.safetensors")
         scores = {"first": {**self._score(vectors), "seconds": first.seconds}}
         history = first.history
         if (second := self.config.second_stage) is not None:

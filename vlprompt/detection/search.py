@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from vlprompt.concepts.embedding import ConceptEmbedding, Concepts, normal_start, repeated, visual_start
-from vlprompt.concepts.search import ConceptSearch, Found
+from vlprompt.concepts.search import ConceptSearch, SearchResult
 from vlprompt.core.errors import DataError
 from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
@@ -62,8 +62,8 @@ class ConceptDetection(ConceptSearch):
             rows = {k.removeprefix("frozen/"): t.float() for k, t in batch.items() if k.startswith("frozen/")}
         return detector.losses(rows, self.concepts(), batch["targets"])
 
-    def found(self, names: Sequence[str]) -> Concepts:
-        """Return the concepts as a file's content."""
+    def as_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.as_concepts`."""
         return Concepts("detector", self.concepts().detach(), tuple(names), self.detector[0].identity)
 
 
@@ -109,7 +109,7 @@ def search_concepts(
     start: Tensor | None = None,
     resume: bool = False,
     folder: Any = None,
-) -> Found[ConceptDetection]:
+) -> SearchResult[ConceptDetection]:
     """Search a concept for every class of a data set.
 
     Args:
@@ -149,7 +149,7 @@ def search_concepts(
         identity={"detector": detector.identity, "data": train.name, "start": float(start.norm())},
     )
     history = trainer.run(resume).history
-    return Found(module, history, time.monotonic() - begun)
+    return SearchResult(module, history, time.monotonic() - begun)
 
 
 def class_vectors(detector: Detector, data: DetectionData) -> Tensor:

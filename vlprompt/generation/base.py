@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlprompt.concepts.embedding import Concepts
 from vlprompt.concepts.search import ConceptSearch
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.generation.hosts import Host
@@ -36,14 +35,6 @@ class Personaliser(ConceptSearch):
 
     def context(self, template: str | None = None) -> Tensor:
         """Return the (S, d) context of the concept, in a sentence of one's own if there is one."""
-        raise NotImplementedError
-
-    def found(self, name: str) -> Concepts:
-        """Return the concept as a file's content.
-
-        Args:
-            name: What to call it.
-        """
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -91,10 +91,10 @@ class ContextSearch(Personaliser):
             return _placed(vectors, *self.around)
         return _placed(vectors, *self.host.slots(template, self.word, len(vectors)))
 
-    def found(self, name: str) -> Concepts:
-        """See :meth:`Personaliser.found`."""
+    def as_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.as_concepts`."""
         facts = {"method": "cones", "mode": self.mode, "template": self.template, "word": self.word}
-        return Concepts("generator", self.vectors().detach()[None], (name,), self.host.identity, facts)
+        return Concepts("generator", self.vectors().detach()[None], tuple(names), self.host.identity, facts)
 
 
 def _start(

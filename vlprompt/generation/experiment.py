@@ -137,7 +137,7 @@ def _run_concept(
                 options=method.options,
                 watch=measure,
             )
-            result.module.found(concept.name).save(place.with_suffix(".safetensors"))
+            result.module.as_concepts([concept.name]).save(place.with_suffix(".safetensors"))
             for k, sample in enumerate(measure.last[: len(concept.images)]):
                 write_atomic(
                     place / f"{k}.png",

@@ -56,9 +56,9 @@ class InvertedWord(Personaliser):
         assert isinstance(self.concepts, nn.ParameterDict)
         return self.host.read_with(template or self.template, self.concepts["words"])
 
-    def found(self, name: str) -> Concepts:
-        """See :meth:`Personaliser.found`: the context that the word makes of its template."""
+    def as_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.as_concepts`: the context that the word makes of its template."""
         with torch.no_grad():
             vectors = self.context()[None]
         facts = {"method": "textual-inversion", "mode": "full", "template": self.template, "word": self.word}
-        return Concepts("generator", vectors, (name,), self.host.identity, facts)
+        return Concepts("generator", vectors, tuple(names), self.host.identity, facts)

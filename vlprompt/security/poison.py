@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.compositions import CompositionReader, CompositionSource, check_triggers
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
@@ -219,7 +219,7 @@ class _Line(BaseModel):
 
 
 @dataclass(frozen=True)
-class _CopyReader:
+class _CopyReader(Reader):
     """Reads images that hold their triggers already."""
 
     files: FileReader
@@ -229,6 +229,9 @@ class _CopyReader:
 
     def key(self, source: CompositionSource) -> str:
         return self.files.key(source.base)
+
+    def stamp(self, source: CompositionSource) -> str:
+        return self.files.stamp(source.base)
 
     def check(self, source: CompositionSource) -> str:
         return self.files.check(source.base)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlprompt.concepts.embedding import ConceptEmbedding, Concepts, normal_start
-from vlprompt.concepts.search import ConceptSearch, Found, weights_id
+from vlprompt.concepts.search import ConceptSearch, SearchResult, weights_id
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.segmentation.base import Frozen, Segmenter
@@ -80,8 +80,8 @@ class MaskConcepts(ConceptSearch):
         conditions = self.concepts()[batch["label"], 0]
         return self.criterion(self.segmenter[0].decode(frozen, conditions, batch["size"]), batch["mask"])
 
-    def found(self, names: Sequence[str]) -> Concepts:
-        """Return the concepts as a file's content."""
+    def as_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.as_concepts`."""
         host = segmenter_identity(self.segmenter[0])
         return Concepts("segmenter", self.concepts().detach(), tuple(names), host)
 
@@ -140,7 +140,7 @@ def search_masks(
     start: Tensor | None = None,
     folder: Path | None = None,
     resume: bool = False,
-) -> Found[MaskConcepts]:
+) -> SearchResult[MaskConcepts]:
     """Search a vector for every class of a data set; classes without training pairs keep their start.
 
     Args:
@@ -180,7 +180,7 @@ def search_masks(
         identity={**segmenter_identity(segmenter), "data": train.name, "start": float(start.norm())},
     )
     history = trainer.run(resume).history
-    return Found(module, history, time.monotonic() - begun)
+    return SearchResult(module, history, time.monotonic() - begun)
 
 
 def score_concepts(

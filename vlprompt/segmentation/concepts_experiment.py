@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.backbones import create_backbone
-from vlprompt.concepts.experiment import ConceptOutcome, Scores, search_all, write_outcome
+from vlprompt.concepts.old_study import ConceptOutcome, Scores, search_all, write_outcome
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.files import write_json
 from vlprompt.core.options import describe_problems
@@ -164,7 +164,7 @@ class _Session:
             self.segmenter, train, val, options=options, init=config.init, folder=place, **shared
         )
         vectors = first.module.concepts().detach()
-        first.module.found(train.classnames).save(place / "concepts.safetensors")
+        first.module.as_concepts(train.classnames).save(place / "concepts.safetensors")
         scores = {"first": {**self._score(vectors), "seconds": first.seconds}}
         if (second := config.second_stage) is not None:
             options = config.second_train().model_copy(update={"seed": seed})

@@ -16,9 +16,9 @@ __all__ = ["Across"]
 class Across(Protocol):
     """Train k-shot on all classes of a source, then score on targets.
 
-    Cross-dataset transfer to other tasks (Zhou et al., CVPR 2022, section 4.2) and generalisation to other domains of the
-    same classes (section 4.3) are the same cells; only the choice of targets differs. Of several sources each is trained
-    on by itself, and figures are averages over them. A source that is a target too is not scored on itself.
+    Cross-dataset transfer to other tasks (Zhou et al., CVPR 2022, section 4.2) and generalisation to other domains of
+    the same classes (section 4.3) are the same cells; only the choice of targets differs. Of several sources each is
+    trained on by itself, and figures are averages over them. A source that is a target too is not scored on itself.
 
     Figures are ``source/...`` and ``<target>/...`` for every target, and without prefix the average over the targets,
     which as published leaves the source out; each with ``_std`` and ``_ci95`` over seeds.

@@ -18,8 +18,8 @@ class FewShot(Protocol):
     """Train k-shot on all classes and test on all classes, for every data set, k and seed.
 
     Zhou et al., "Learning to prompt for vision-language models" (IJCV 2022), section 4.1. Figures are
-    ``shots16/accuracy`` with ``_std`` and ``_ci95`` per k (over the seeds of the average over data sets), the same below
-    ``<data set>/`` if there are several, and ``accuracy`` for the largest k.
+    ``shots16/accuracy`` with ``_std`` and ``_ci95`` per k (over the seeds of the average over data sets), the same
+    below ``<data set>/`` if there are several, and ``accuracy`` for the largest k.
     """
 
     always_named = False
@@ -54,8 +54,8 @@ class FewShot(Protocol):
 class Elevater(FewShot):
     """Train k-shot on every data set and score each by its own measure; the score is their unweighted mean.
 
-    Li et al., "ELEVATER" (NeurIPS 2022), section 4. Cells are drawn with ``sampling="elevater"``, so k shots are 4/5 k to
-    train on and 1/5 k to validate on. The headline is ``score``, and every data set has its own keys.
+    Li et al., "ELEVATER" (NeurIPS 2022), section 4. Cells are drawn with ``sampling="elevater"``, so k shots are 4/5 k
+    to train on and 1/5 k to validate on. The headline is ``score``, and every data set has its own keys.
     """
 
     headline = "score"
