@@ -273,7 +273,7 @@ def test_the_exit_status_of_the_command_says_whether_something_is_suspected(
     vlprompt.save(learner, tmp_path / "prompt")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / "scan.py"), *arguments]
+        command = [sys.executable, "-m", "vlprompt", "scan", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
