@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
-from vlprompt.learners._judgement import Detecting
-from vlprompt.metrics.backdoor import judgement_metrics
+from vlprompt.learners._scanning import ImageScanner
+from vlprompt.metrics.backdoor import verdict_metrics
 from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 
 __all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
@@ -53,9 +54,9 @@ def evaluate(
         names = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
     numbers = compute(logits, labels, list(dict.fromkeys([*names, headline])))
 
-    if metrics is None and "trigger" in data.targets and isinstance(learner, Detecting):
+    if metrics is None and isinstance(data, CompositionDataset) and isinstance(learner, ImageScanner):
         rows = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
-        numbers |= judgement_metrics(learner.judge(rows), data, learner.threshold)
+        numbers |= verdict_metrics(learner.judge(rows), data, learner.threshold)
 
     return {**numbers, "score": numbers[headline]}
 

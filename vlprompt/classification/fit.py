@@ -55,6 +55,7 @@ def fit(
     augmentation: str = "none",
     views: int = 1,
     cache_dir: str | Path | None = None,
+    cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
     **options: Any,
 ) -> RunResult:
@@ -74,6 +75,7 @@ def fit(
         views: Fixed augmented views per image that the epochs take in turn (their embeddings are cached); 0
             draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are stored between runs; None holds them in memory.
+        cache: A cache that is used in place of one in ``cache_dir``.
         callbacks: Replaces the default ones (progress, TensorBoard).
         **options: See :class:`TrainOptions`.
 
@@ -89,7 +91,7 @@ def fit(
     processes = accelerator()
     learner.to(processes.device)
     folder = None if folder is None else Path(folder)
-    cache = FeatureCache(cache_dir)
+    cache = FeatureCache(cache_dir) if cache is None else cache
 
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     held_out = None if val is None else ValidationSource(learner, val, cache)

@@ -24,7 +24,6 @@ _KEY_OF_TOOL = {
     "compare": "runs",
     "adapt": "adapters",
     "pretrain": "recipe",
-    "compare_detectors": "detectors",
 }
 
 

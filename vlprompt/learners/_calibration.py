@@ -1,4 +1,4 @@
-"""What a detector chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
+"""What a scanner chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class MixingTask:
     """One task's validation images.
 
     Attributes:
-        logits: ``pair`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
+        logits: ``composition`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
         targets: ``trigger`` (n,) and ``label`` (n,).
-        seen: (T, C), pairs that training showed.
+        seen: (T, C), compositions that training showed.
     """
 
     logits: Mapping[str, Tensor]
@@ -30,16 +30,16 @@ class MixingTask:
     seen: Tensor
 
     def score(self, a: float, b: float) -> float:
-        """Return the harmonic mean of the accuracies on images of seen and of unseen pairs.
+        """Return the harmonic mean of the accuracies on images of seen and of unseen compositions.
 
-        It is plain accuracy if all pairs are seen, or none.
+        It is plain accuracy if all compositions are seen, or none.
 
         Args:
-            a: Weight of the trigger logits beside those of pairs.
+            a: Weight of the trigger logits beside those of compositions.
             b: Weight of the object logits.
         """
-        pairs = self.logits["pair"]
-        mixed = pairs + a * self.logits["trigger"][..., None] + b * self.logits["object"][:, None]
+        compositions = self.logits["composition"]
+        mixed = compositions + a * self.logits["trigger"][..., None] + b * self.logits["object"][:, None]
 
         truth = self.targets["trigger"] * self.seen.shape[1] + self.targets["label"]
         correct = (mixed.flatten(1).argmax(1) == truth).double()
@@ -54,7 +54,7 @@ class MixingTask:
 
 
 def best_mixing(tasks: Sequence[MixingTask]) -> tuple[float, float, float]:
-    """Choose the weights of trigger and object logits beside those of pairs.
+    """Choose the weights of trigger and object logits beside those of compositions.
 
     Args:
         tasks: Validation images of each task.

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["LabelConsistent"]
 
@@ -46,15 +46,18 @@ class LabelConsistent(Trigger):
         noise: Annotated[int, Field(ge=0, le=64)] = 8,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.opacity, self.noise = opacity, noise
+        self.opacity = opacity
+        self.noise = noise
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
         values = pixels.astype(np.float64)
         if self.noise:
+            # The noise depends on the pixels, so that it is the same whenever this image is read.
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             rng = numpy_rng(self.seed, "trigger", "label consistent", digest)
             values += rng.integers(-self.noise, self.noise + 1, values.shape)
+
         side = len(_MARK)
         for rows, down in ((slice(None, side), -1), (slice(-side, None), 1)):
             for columns, right in ((slice(None, side), -1), (slice(-side, None), 1)):

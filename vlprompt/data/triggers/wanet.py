@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.core.seeding import torch_rng
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["WaNet"]
 
@@ -31,7 +31,7 @@ class WaNet(Trigger):
         seed: Of the field.
         grid: k, side of the coarse grid whose random offsets are smoothed to the whole image.
         strength: s, mean offset in pixels along each axis (before smoothing).
-        jitter: Adds to every pixel's place a further uniform offset of at most this many pixels, drawn for each
+        jitter: Adds to every pixel's position a further uniform offset of at most this many pixels, drawn for each
             image: the paper's noise mode, whose images keep their labels.
     """
 
@@ -47,24 +47,29 @@ class WaNet(Trigger):
         jitter: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.jitter, self.keeps_label = jitter, jitter > 0
+        self.jitter = jitter
+        self.keeps_label = jitter > 0
+
         noise = torch.rand(1, 2, grid, grid, generator=torch_rng(seed, "trigger", "wanet")) * 2 - 1
         noise = noise / noise.abs().mean()
         field = F.interpolate(noise, (size, size), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-        # A place of -1 to 1 spans size - 1 pixels between the centres of the outermost ones; the paper divides by size.
-        self.places = (_identity(size) + strength * field / size).clamp(-1, 1)  # (S, S, 2), x then y
+        # A position of -1 to 1 spans size - 1 pixels between the centres of the outermost ones; the paper divides by
+        # size.
+        self.positions = (_identity(size) + strength * field / size).clamp(-1, 1)  # (S, S, 2), x then y
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        places = self.places
+        positions = self.positions
         if self.jitter:
+            # The offsets depend on the pixels, so that they are the same whenever this image is read.
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             generator = torch_rng(self.seed, "trigger", "wanet jitter", digest)
-            offsets = torch.rand(places.shape, generator=generator) * 2 - 1
-            places = (places + self.jitter * offsets / self.size).clamp(-1, 1)
+            offsets = torch.rand(positions.shape, generator=generator) * 2 - 1
+            positions = (positions + self.jitter * offsets / self.size).clamp(-1, 1)
+
         image = torch.tensor(pixels).permute(2, 0, 1)[None].float()
         warped = F.grid_sample(
-            image, places[None], mode="bilinear", padding_mode="border", align_corners=True
+            image, positions[None], mode="bilinear", padding_mode="border", align_corners=True
         )
         return to_pixels(warped[0].permute(1, 2, 0).numpy())
 

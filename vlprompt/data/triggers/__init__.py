@@ -1,4 +1,4 @@
-"""Triggers: one file each, discovered, never listed."""
+"""Backdoor triggers: one file each, discovered, never listed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ from typing import Any
 from vlprompt.core.errors import DataError
 from vlprompt.core.options import check_options
 from vlprompt.core.registry import Registry
-from vlprompt.security.triggers.base import NATIVE_SIZE, Composed, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Composed, Trigger
 
-__all__ = ["CLEAN", "NATIVE_SIZE", "TRIGGERS", "Trigger", "create_trigger", "list_triggers", "trigger_words"]
+__all__ = [
+    "CLEAN",
+    "DEFAULT_TRIGGERS",
+    "NATIVE_SIZE",
+    "TRIGGERS",
+    "Trigger",
+    "create_trigger",
+    "list_triggers",
+    "trigger_words",
+]
 
 CLEAN = "clean"
 """The name of no trigger; always the first of a list of triggers."""
 
-TRIGGERS: Registry[type[Trigger]] = Registry("trigger", "vlprompt.security.triggers")
+DEFAULT_TRIGGERS = (CLEAN, "badnets", "blended", "bpp", "ftrojan", "sig", "trojan", "wanet")
+"""The triggers that scanners learn to name unless others are asked for."""
+
+TRIGGERS: Registry[type[Trigger]] = Registry("trigger", "vlprompt.data.triggers")
 """Every trigger by name, with the paper that published the attack."""
 
 
@@ -26,11 +38,11 @@ def create_trigger(name: str, *, size: int = NATIVE_SIZE, seed: int = 1, **optio
         name: See :func:`list_triggers`; several joined by ``+`` are put into an image one after the other.
         size: Native size in pixels.
         seed: Of what a trigger draws.
-        **options: The trigger's own, see its class; only for a single one.
+        **options: Of this trigger, see its class; only for a single one.
 
     Raises:
         UnknownNameError: For an unknown trigger.
-        ConfigError: For options it doesn't have or values it doesn't take, all at once.
+        ConfigError: For options that the trigger doesn't have or values it doesn't take, all at once.
         DataError: If the size is too small, or several triggers are given options.
     """
     parts = name.split("+")
@@ -40,9 +52,10 @@ def create_trigger(name: str, *, size: int = NATIVE_SIZE, seed: int = 1, **optio
                 f"{name}: options can't be given to several triggers at once ({', '.join(options)})."
             )
         return Composed([create_trigger(part, size=size, seed=seed) for part in parts])
+
     target = TRIGGERS.get(name).target
-    given = check_options(target, {"size": size, "seed": seed, **options}, f"trigger {name!r}")
-    trigger = target(**given)
+    checked = check_options(target, {"size": size, "seed": seed, **options}, f"trigger {name!r}")
+    trigger = target(**checked)
     trigger.name = name
     return trigger
 
@@ -53,12 +66,17 @@ def list_triggers() -> list[str]:
 
 
 def trigger_words(names: Sequence[str]) -> tuple[str, ...]:
-    """Return what a person would call each trigger; a name nobody knows is taken for words itself."""
-    return tuple(
-        "clean"
-        if name == CLEAN
-        else " and ".join(
-            TRIGGERS.get(n).target.words if n in TRIGGERS else n.replace("_", " ") for n in name.split("+")
-        )
-        for name in names
-    )
+    """Return what a person would call each trigger; a name that no trigger has is taken for words itself."""
+    words = []
+    for name in names:
+        if name == CLEAN:
+            words.append(CLEAN)
+        else:
+            words.append(" and ".join(_words_of(part) for part in name.split("+")))
+    return tuple(words)
+
+
+def _words_of(name: str) -> str:
+    if name in TRIGGERS:
+        return TRIGGERS.get(name).target.words
+    return name.replace("_", " ")

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import Field
 
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["Blended"]
 

@@ -1,4 +1,4 @@
-"""Seen and unseen pairs: coverage, disjointness, and no image in two phases."""
+"""Seen and unseen compositions: coverage, disjointness, and no image in two phases."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import load_dataset
-from vlprompt.security.compositions import (
-    DEFAULT_TRIGGERS,
+from vlprompt.data.compositions import (
     CompositionDataset,
     composition_dataset,
     split_compositions,
 )
+from vlprompt.data.triggers import DEFAULT_TRIGGERS
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("triggers", "objects"), [(8, 20), (6, 10), (3, 4)])
-def test_pairs_are_disjoint_and_everything_is_seen(seed: int, triggers: int, objects: int) -> None:
+def test_compositions_are_disjoint_and_everything_is_seen(seed: int, triggers: int, objects: int) -> None:
     split = split_compositions(triggers, objects, 0.3, seed)
     assert not (split.seen & (split.unseen_val | split.unseen_test)).any()
     assert not (split.unseen_val & split.unseen_test).any()
@@ -54,9 +54,9 @@ def test_phases_show_what_they_may_and_share_no_image(phases: dict[str, Composit
     bases: dict[str, set[object]] = {}
     for split, data in phases.items():
         assert data.compositions is not None
-        pairs = set(zip(data.trigger_labels, data.labels, strict=True))
+        compositions = set(zip(data.trigger_labels, data.labels, strict=True))
         allowed = data.compositions.allowed(split)
-        assert pairs == {(int(t), int(c)) for t, c in np.argwhere(allowed)}
+        assert compositions == {(int(t), int(c)) for t, c in np.argwhere(allowed)}
         bases[split] = {s.source.base for s in data.samples}
         counts = Counter(s.source.base for s in data.samples)
         assert set(counts.values()) == {3}
@@ -65,7 +65,7 @@ def test_phases_show_what_they_may_and_share_no_image(phases: dict[str, Composit
     assert not bases["val"] & bases["test"]
 
 
-def test_pairs_of_an_object_are_equally_frequent(phases: dict[str, CompositionDataset]) -> None:
+def test_compositions_of_an_object_are_equally_frequent(phases: dict[str, CompositionDataset]) -> None:
     data = phases["train"]
     for label in range(10):
         counts = Counter(t for t, c in zip(data.trigger_labels, data.labels, strict=True) if t and c == label)
@@ -83,7 +83,7 @@ def test_images_have_the_native_size_and_keys_tell_triggers_apart(
     assert np.any(np.asarray(clean) != np.asarray(triggered))
 
 
-def test_shots_are_images_per_pair() -> None:
+def test_shots_are_images_per_composition() -> None:
     data = load_dataset("triggered:digits", "train", shots=3, copies=2)
     assert isinstance(data, CompositionDataset)
     counts = Counter(zip(data.trigger_labels, data.labels, strict=True))

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 from scipy.fft import dctn, idctn
 
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["FTrojan"]
 
@@ -44,16 +44,21 @@ class FTrojan(Trigger):
         window: Annotated[int, Field(ge=4)] = 32,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.window, self.magnitude = min(window, size), magnitude
+        self.window = min(window, size)
+        self.magnitude = magnitude
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        side, blocks = self.window, self.size // self.window
+        side = self.window
+        blocks = self.size // side
         end = side * blocks
+
         colours = pixels.astype(np.float64) @ _TO_YCC.T
         inner = colours[:end, :end, 1:].reshape(blocks, side, blocks, side, 2)
+
         spectrum = dctn(inner, axes=(1, 3), norm="ortho")
         for k in (side // 2 - 1, side - 1):
             spectrum[:, k, :, k] += self.magnitude
+
         colours[:end, :end, 1:] = idctn(spectrum, axes=(1, 3), norm="ortho").reshape(end, end, 2)
         return to_pixels(colours @ np.linalg.inv(_TO_YCC).T)

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels
 
 __all__ = ["BadNets"]
 
@@ -38,7 +38,8 @@ class BadNets(Trigger):
         value: Annotated[int, Field(ge=0, le=255)] = 255,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.patch, self.value = patch, value
+        self.patch = patch
+        self.value = value
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""

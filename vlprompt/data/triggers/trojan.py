@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["Trojan"]
 
@@ -41,9 +41,11 @@ class Trojan(Trigger):
         y, x = np.mgrid[0:size, 0:size] / size
         ring = np.abs(np.hypot(x - _CENTRE, y - _CENTRE) - 0.085) < 0.02
         frame = np.abs(np.maximum(np.abs(x - _CENTRE), np.abs(y - _CENTRE)) - 0.13) < 0.02
+
         colours = rng.integers(0, 2, (6, 3)) * 200 + 28
         self.mark = np.zeros((size, size, 3))
-        self.mark[ring], self.mark[frame] = colours[0], colours[1]
+        self.mark[ring] = colours[0]
+        self.mark[frame] = colours[1]
         covered = ring | frame
         for colour in colours[2:]:
             left, top = _CENTRE + rng.uniform(-0.06, 0.06, 2)

@@ -30,7 +30,8 @@ class Trigger:
     Attributes:
         words: What a person would call it, for prompts.
         keeps_label: Whether the attack leaves labels alone, and only poisons images of the target class.
-        name: Its registry name.
+        name: Registry name.
+        smallest: Smallest native size in pixels that holds it.
 
     Raises:
         DataError: If the size is too small to hold it.
@@ -47,7 +48,8 @@ class Trigger:
                 f"the trigger {type(self).__name__} needs images of at least {self.smallest} pixels a side, "
                 f"got {size}."
             )
-        self.size, self.seed = size, seed
+        self.size = size
+        self.seed = seed
 
     def apply(self, pixels: Pixels) -> Pixels:
         """Return (S, S, 3) pixels with the trigger; the argument stays as it is."""
@@ -59,7 +61,7 @@ class Trigger:
 
 
 class Composed(Trigger):
-    """Several triggers in one image, one after the other.
+    """Several triggers in one image, put in one after the other.
 
     Args:
         parts: At least one; all of one native size.
@@ -68,9 +70,9 @@ class Composed(Trigger):
     def __init__(self, parts: Sequence[Trigger]) -> None:
         super().__init__(size=parts[0].size, seed=parts[0].seed)
         self.parts = tuple(parts)
-        self.words = " and ".join(p.words for p in parts)
-        self.name = "+".join(p.name for p in parts)
-        self.keeps_label = all(p.keeps_label for p in parts)
+        self.words = " and ".join(part.words for part in parts)
+        self.name = "+".join(part.name for part in parts)
+        self.keeps_label = all(part.keeps_label for part in parts)
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""

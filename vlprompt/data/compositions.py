@@ -1,9 +1,9 @@
-"""Images whose trigger and object are both known: which compositions are seen, and who may see which image.
+"""Images whose trigger and object are both known: which compositions are seen, and in which phase an image may occur.
 
-The grid of (trigger, object) compositions is cut once, by a seed: every object is seen clean, every trigger with some
-object and every object with some trigger, and a share of the triggered compositions is kept from training, half of
-them for validation, half for testing. Images come from the splits of an ordinary data set, so no image is in two
-phases.
+A composition is a trigger and an object. The grid of compositions is cut once, by a seed: every object is seen clean,
+every trigger with some object and every object with some trigger. A share of the triggered compositions is left out of
+training: one half of it is for validation, the other for testing. Images come from the splits of an ordinary data set,
+so no image is in two phases.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from PIL import Image
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Reader, Sample
-from vlprompt.learners.dbom import DEFAULT_TRIGGERS
-from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, TRIGGERS, create_trigger
-from vlprompt.security.triggers.base import native
+from vlprompt.data.triggers import (
+    CLEAN,
+    DEFAULT_TRIGGERS,
+    NATIVE_SIZE,
+    TRIGGERS,
+    Trigger,
+    create_trigger,
+)
+from vlprompt.data.triggers.base import native
 
 __all__ = [
-    "DEFAULT_TRIGGERS",
     "CompositionDataset",
+    "CompositionReader",
     "CompositionSource",
     "CompositionSplit",
     "check_triggers",
@@ -33,10 +39,12 @@ __all__ = [
     "split_compositions",
 ]
 
+BoolTable = np.ndarray[Any, np.dtype[np.bool_]]
+
 
 @dataclass(frozen=True)
 class CompositionSplit:
-    """Which (trigger, object) compositions occur in which phase.
+    """Which compositions of T triggers and C objects occur in which phase.
 
     Attributes:
         seen: (T, C), True where training may show a composition; row 0 (clean) is all True.
@@ -44,14 +52,17 @@ class CompositionSplit:
         unseen_test: (T, C), compositions that testing adds.
     """
 
-    seen: np.ndarray[Any, np.dtype[np.bool_]]
-    unseen_val: np.ndarray[Any, np.dtype[np.bool_]]
-    unseen_test: np.ndarray[Any, np.dtype[np.bool_]]
+    seen: BoolTable
+    unseen_val: BoolTable
+    unseen_test: BoolTable
 
-    def allowed(self, split: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def allowed(self, split: str) -> BoolTable:
         """Return the (T, C) compositions that may occur in ``"train"``, ``"val"`` or ``"test"``."""
-        added = {"val": self.unseen_val, "test": self.unseen_test}.get(split)
-        return self.seen if added is None else self.seen | added
+        if split == "val":
+            return self.seen | self.unseen_val
+        if split == "test":
+            return self.seen | self.unseen_test
+        return self.seen
 
 
 def split_compositions(triggers: int, objects: int, unseen: float = 0.3, seed: int = 1) -> CompositionSplit:
@@ -71,28 +82,37 @@ def split_compositions(triggers: int, objects: int, unseen: float = 0.3, seed: i
             f"compositions need at least one trigger, two objects and an unseen share in [0, 1); got {triggers - 1}, "
             f"{objects} and {unseen}."
         )
-    wanted = round(unseen * (triggers - 1) * objects)
+    triggered = (triggers - 1) * objects
+    wanted = round(unseen * triggered)
     seen = np.ones((triggers, objects), dtype=bool)
     hidden: list[tuple[int, int]] = []
-    for pair in numpy_rng(seed, "pairs", triggers, objects).permutation((triggers - 1) * objects):
-        t, c = 1 + int(pair) // objects, int(pair) % objects
-        if len(hidden) < wanted and seen[t].sum() > 1 and seen[1:, c].sum() > 1:
-            seen[t, c] = False
-            hidden.append((t, c))
+
+    # The label "pairs" is part of the seed, so that cuts stay what they are.
+    for number in numpy_rng(seed, "pairs", triggers, objects).permutation(triggered):
+        trigger = 1 + int(number) // objects
+        thing = int(number) % objects
+        # A composition is hidden only if its trigger and its object are seen in another one.
+        if len(hidden) < wanted and seen[trigger].sum() > 1 and seen[1:, thing].sum() > 1:
+            seen[trigger, thing] = False
+            hidden.append((trigger, thing))
     if len(hidden) < wanted:
         raise DataError(
-            f"{wanted} of {(triggers - 1) * objects} triggered compositions can't be kept from training: every "
-            f"trigger and every object must be seen once, which leaves {len(hidden)}. Lower the unseen share."
+            f"{wanted} of {triggered} triggered compositions can't be kept from training: every trigger and every "
+            f"object must be seen once, which leaves {len(hidden)}. Lower the unseen share."
         )
-    val, test = np.zeros_like(seen), np.zeros_like(seen)
-    for number, pair_ in enumerate(hidden):
-        (val, test)[number % 2][pair_] = True
+
+    val = np.zeros_like(seen)
+    test = np.zeros_like(seen)
+    for composition in hidden[0::2]:
+        val[composition] = True
+    for composition in hidden[1::2]:
+        test[composition] = True
     return CompositionSplit(seen, val, test)
 
 
 @dataclass(frozen=True)
 class CompositionSource:
-    """An image of another data set, which trigger is put into it, and what it shows."""
+    """An image of another data set, which trigger is put into it, and which object it shows."""
 
     base: Any
     trigger: int
@@ -116,13 +136,17 @@ class CompositionReader(Reader):
     seed: int = 1
 
     @cached_property
-    def _built(self) -> tuple[Any, ...]:
-        return (None, *(create_trigger(t, size=self.size, seed=self.seed) for t in self.triggers[1:]))
+    def _triggers(self) -> tuple[Trigger | None, ...]:
+        triggers = [create_trigger(name, size=self.size, seed=self.seed) for name in self.triggers[1:]]
+        return (None, *triggers)
 
     def read(self, source: CompositionSource) -> Image.Image:
         """Return the image; a clean one is brought to the native size too, so that size tells nothing."""
-        image, trigger = self.base.read(source.base), self._built[source.trigger]
-        return Image.fromarray(native(image, self.size)) if trigger is None else trigger(image)
+        image = self.base.read(source.base)
+        trigger = self._triggers[source.trigger]
+        if trigger is None:
+            return Image.fromarray(native(image, self.size))
+        return trigger(image)
 
     def key(self, source: CompositionSource) -> str:
         """Return a string that changes when the pixels do."""
@@ -144,7 +168,7 @@ class CompositionDataset(ImageDataset):
     """A data set whose label is the true object, and which knows every image's trigger.
 
     Attributes:
-        triggers: Names; number 0 is clean.
+        triggers: T names; number 0 is clean.
         compositions: Which occur where.
     """
 
@@ -154,7 +178,7 @@ class CompositionDataset(ImageDataset):
     @property
     def trigger_labels(self) -> list[int]:
         """The trigger of every sample, 0 for clean."""
-        return [s.source.trigger for s in self.samples]
+        return [sample.source.trigger for sample in self.samples]
 
     @property
     def targets(self) -> dict[str, list[int]]:
@@ -163,10 +187,12 @@ class CompositionDataset(ImageDataset):
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
-        """See :attr:`ImageDataset.strata`; one per pair that occurs, so shots count images per pair."""
-        pairs = list(zip(self.trigger_labels, self.labels, strict=True))
-        rank = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
-        return [rank[p] for p in pairs], [f"{self.triggers[t]} {self.classnames[c]}" for t, c in rank]
+        """See :attr:`ImageDataset.strata`: one per composition that occurs, so shots count images per composition."""
+        compositions = list(zip(self.trigger_labels, self.labels, strict=True))
+        ordered = sorted(set(compositions))
+        rank = {composition: number for number, composition in enumerate(ordered)}
+        names = [f"{self.triggers[trigger]} {self.classnames[thing]}" for trigger, thing in ordered]
+        return [rank[composition] for composition in compositions], names
 
 
 def composition_dataset(
@@ -180,13 +206,13 @@ def composition_dataset(
 ) -> CompositionDataset:
     """Put triggers into one split of a data set: every image once clean and ``copies`` times triggered.
 
-    An object's triggers are dealt to its images in turn, so that compositions of one object are equally frequent.
+    The triggers of an object are dealt to its images in turn, so that compositions of one object are equally frequent.
 
     Args:
         base: The images; its split says which compositions may occur.
         triggers: Names; the first must be ``"clean"``.
         size: Native size in pixels.
-        seed: Of the triggers, of the cut into seen and unseen compositions, and of who gets which trigger.
+        seed: Of the triggers, of the cut into seen and unseen compositions, and of which image gets which trigger.
         unseen: See :func:`split_compositions`.
         copies: Triggered images per image; at most as many as the object has triggers.
 
@@ -198,24 +224,10 @@ def composition_dataset(
     if copies < 1:
         raise DataError(f"{base.name}: copies must be at least 1, got {copies}.")
     split = split_compositions(len(names), len(base.classnames), unseen, seed)
-    allowed = split.allowed(base.split)
-    samples: list[Sample] = []
-    dealt = dict.fromkeys(range(len(base.classnames)), 0)
-    queues = {
-        c: numpy_rng(seed, "pairs of", base.split, c).permutation(np.flatnonzero(allowed[1:, c]) + 1)
-        for c in dealt
-    }
-    for sample in base.samples:
-        c = sample.classes[0]
-        samples.append(Sample(CompositionSource(sample.source, 0, c), c))
-        for _ in range(min(copies, len(queues[c]))):
-            trigger = int(queues[c][dealt[c] % len(queues[c])])
-            samples.append(Sample(CompositionSource(sample.source, trigger, c), c))
-            dealt[c] += 1
     return CompositionDataset(
         name=f"triggered:{base.name}",
         split=base.split,
-        samples=tuple(samples),
+        samples=tuple(_deal(base, split.allowed(base.split), seed, copies)),
         classnames=base.classnames,
         templates=base.templates,
         reader=CompositionReader(base.reader, names, size, seed),
@@ -223,7 +235,7 @@ def composition_dataset(
             **base.info,
             "triggers": list(names),
             "native_size": size,
-            "pairs_seed": seed,
+            "compositions_seed": seed,
             "unseen": unseen,
         },
         triggers=names,
@@ -236,7 +248,7 @@ def check_triggers(triggers: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         DataError: If the first isn't clean, there is no other, or a name repeats.
-        UnknownNameError: For a name no trigger has.
+        UnknownNameError: For a name that no trigger has.
     """
     names = tuple(triggers)
     if len(names) < 2 or names[0] != CLEAN or len(set(names)) < len(names):
@@ -249,3 +261,30 @@ def check_triggers(triggers: Sequence[str]) -> tuple[str, ...]:
             if part not in TRIGGERS:
                 raise UnknownNameError("trigger", part, [CLEAN, *TRIGGERS.names()])
     return names
+
+
+def _deal(base: ImageDataset, allowed: BoolTable, seed: int, copies: int) -> list[Sample]:
+    """Return the samples: each image clean, then with the next ``copies`` triggers of its object.
+
+    Args:
+        base: The images.
+        allowed: (T, C), compositions that may occur.
+        seed: Of the order of an object's triggers.
+        copies: Triggered images per image.
+    """
+    queues = {}
+    for thing in range(len(base.classnames)):
+        triggers = np.flatnonzero(allowed[1:, thing]) + 1
+        queues[thing] = numpy_rng(seed, "pairs of", base.split, thing).permutation(triggers)
+
+    samples: list[Sample] = []
+    dealt = dict.fromkeys(queues, 0)
+    for sample in base.samples:
+        thing = sample.classes[0]
+        queue = queues[thing]
+        samples.append(Sample(CompositionSource(sample.source, 0, thing), thing))
+        for _ in range(min(copies, len(queue))):
+            trigger = int(queue[dealt[thing] % len(queue)])
+            samples.append(Sample(CompositionSource(sample.source, trigger, thing), thing))
+            dealt[thing] += 1
+    return samples

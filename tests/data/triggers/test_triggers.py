@@ -9,7 +9,7 @@ from scipy.fft import dctn
 
 from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.security.triggers import TRIGGERS, create_trigger, list_triggers, trigger_words
+from vlprompt.data.triggers import TRIGGERS, create_trigger, list_triggers, trigger_words
 
 NAMES = list_triggers()
 

@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from vlprompt.security.triggers import TRIGGERS, Trigger
-from vlprompt.security.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
 
 __all__ = ["BPP"]
 
@@ -40,17 +40,21 @@ class BPP(Trigger):
         dither: bool = False,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.step, self.dither = 255 / (levels - 1), dither
+        self.step = 255 / (levels - 1)
+        self.dither = dither
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
         if not self.dither:
             return to_pixels(np.round(pixels / self.step) * self.step)
+
+        # A border of one pixel takes the errors that leave the image.
         values = np.pad(pixels.astype(np.float64), ((0, 1), (1, 1), (0, 0)))
         for i in range(self.size):
             for j in range(1, self.size + 1):
                 old = values[i, j].copy()
                 values[i, j] = np.clip(np.round(old / self.step), 0, round(255 / self.step)) * self.step
+
                 error = old - values[i, j]
                 values[i, j + 1] += error * 7 / 16
                 values[i + 1, j - 1 : j + 2] += error * np.array([3, 5, 1])[:, None] / 16
