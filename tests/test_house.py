@@ -12,16 +12,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vlprompt"
 FLOORS = [
     ["core"],
     ["backbones"],
-    ["metrics"],
+    ["concepts"],
     ["data"],
+    ["metrics"],
     ["learners"],
     ["saved"],
     ["training"],
     ["meta"],
     ["diffusion"],
     ["experiments"],
-    ["concepts"],
-    ["adaptation", "classification", "detection", "generation", "security", "segmentation"],
+    ["classification"],  # its fit and evaluate serve every learner
+    ["adaptation", "detection", "generation", "security", "segmentation"],
     ["cli"],
 ]
 

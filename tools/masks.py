@@ -20,6 +20,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import vlprompt
     from vlprompt.core.files import write_text
+    from vlprompt.experiments.figures import shares_by_layer
     from vlprompt.saved.weight_masks import read_masks
 
     backbone = vlprompt.load(args.masks[0]).backbone
@@ -30,9 +31,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{name:48s}", *(f"{100 * share / difference.count:8.2f}" for share in shares))
     print(f"{'all':48s}", *(f"{100 * masks.masked_share:8.2f}" for masks in found))
     if args.svg:
-        write_text(
-            args.svg, found[0].figure(args.masks[0], dict(zip(args.masks[1:], found[1:], strict=True)))
-        )
+        shares = {path: masks.sparsity() for path, masks in zip(args.masks, found, strict=True)}
+        write_text(args.svg, shares_by_layer(shares))
 
 
 if __name__ == "__main__":

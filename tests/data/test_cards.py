@@ -201,7 +201,7 @@ def test_wrong_source_options_name_the_card(own: Path, tmp_path: Path) -> None:
     own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "images", "options": {"folder": "x"}}}))
     with pytest.raises(ConfigError, match=r"card mine: source\.options: 2 problems"):
         load_dataset("mine", root=tmp_path)
-    own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "picturs"}}))
+    own.write_text(yaml.safe_dump({**GOOD, "source": {"kind": "imags"}}))
     with pytest.raises(UnknownNameError, match="'images'"):
         load_dataset("mine", root=tmp_path)
 

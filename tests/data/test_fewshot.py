@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data import FileReader, ImageDataset, Sample, base_new, few_shot, load_dataset
+from vlprompt.data import FileReader, ImageDataset, Reader, Sample, base_new, few_shot, load_dataset
 from vlprompt.data.fewshot import coop_indices
 
 
-class Words:
+class Words(Reader):
     """A reader of nothing: these tests are about which samples are drawn."""
 
     def read(self, source: str) -> Image.Image:

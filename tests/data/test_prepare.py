@@ -101,7 +101,7 @@ def test_fetch_check_and_use(mine: Path, site: Site, tool: Tool) -> None:
 
 def test_load_dataset_downloads_only_if_asked(mine: Path, site: Site) -> None:
     with pytest.raises(
-        DataError, match=r"mine is not in .*prepare\.py mine, or pass download=True \(1 MB\).*By hand"
+        DataError, match=r"mine is not in .*`vlprompt data prepare mine`, or pass download=True \(1 MB\).*By hand"
     ):
         load_dataset("mine", root=mine)
     assert site.asked == []
@@ -130,7 +130,7 @@ def test_only_the_split_file_is_missing(mine: Path, site: Site, tool: Tool) -> N
     (mine / "mine" / "split_mine.json").unlink()
     site.asked.clear()
     with pytest.raises(
-        DataError, match=r"split_mine\.json is missing\. Fetch it with tools/prepare\.py mine"
+        DataError, match=r"split_mine\.json is missing\. Fetch it with `vlprompt data prepare mine`"
     ):
         load_dataset("mine", root=mine)
     assert tool("mine", "--root", mine)[0] == 0

@@ -19,6 +19,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.backbones.weight_masks import pack, unpack
 from vlprompt.core.errors import CheckpointError, UnknownNameError
 from vlprompt.core.files import write_tensors
+from vlprompt.experiments.figures import shares_by_layer
 from vlprompt.learners import Learner
 from vlprompt.saved.prompts import read
 from vlprompt.saved.weight_masks import Masks, TaskMasks, fold, read_masks
@@ -129,7 +130,7 @@ def test_sparsity_and_difference(backbone: Backbone) -> None:
 
 def test_the_image_shows_every_layer_and_task(backbone: Backbone) -> None:
     first, second = (Masks(scattered(backbone, seed, share=0.2 * seed).masks()) for seed in (1, 2))
-    drawn = first.figure("pets", {"flowers": second})
+    drawn = shares_by_layer({"pets": first.sparsity(), "flowers": second.sparsity()})
     text = " ".join(ElementTree.fromstring(drawn).itertext())
     assert "pets" in text
     assert "flowers" in text

@@ -23,8 +23,10 @@ def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool
         image_graph: Keep a graph from the pixels on, also where nothing in the image tower learns.
         constant_text: The learner's class weights are constants; encode their sentences at every step anyway.
     """
-    backbone, tower = learner.backbone, learner.backbone.text
-    assemble, class_weights = tower.assemble, learner.class_weights
+    backbone = learner.backbone
+    tower = learner.backbone.text
+    assemble = tower.assemble
+    class_weights = learner.class_weights
     template = learner.templates[0]
 
     def encode(layout: Any, context: Any = None, deep: Any = None, adapters: Any = None) -> Tensor:

@@ -40,6 +40,7 @@ def take_step(
         for name, parameter in module.named_parameters():
             if start is not None and name in start:
                 parameter.copy_(start[name])
+
     size = len(batch["label"])
     options = TrainOptions(
         epochs=1,

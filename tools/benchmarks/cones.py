@@ -42,7 +42,8 @@ def bench_cones(
     configs = {"coop": load_config(coop), "cones": load_config(cones)}
     section = configs["cones"].backbone
     backbone = create_backbone(section.name, **section.arguments())
-    test, cache = load_dataset(data, "test"), FeatureCache()
+    test = load_dataset(data, "test")
+    cache = FeatureCache()
     zero = create_learner("zero_shot", backbone, test.classnames, test.templates)
     result: dict[str, Any] = {
         "data": data,
@@ -51,6 +52,7 @@ def bench_cones(
         "threads": torch.get_num_threads(),
         "zero_shot_accuracy": evaluate(zero, test, cache=cache)["accuracy"],
     }
+
     with tempfile.TemporaryDirectory() as folder:
         for k in _numbers(shots):
             draws = {s: load_dataset(data, "train", shots=k, seed=s) for s in _numbers(seeds)}
@@ -62,6 +64,7 @@ def bench_cones(
                     for seed, train in draws.items()
                 ]
                 result[f"{name}/shots{k}"] = _means(cells)
+
     return result
 
 

@@ -66,6 +66,7 @@ def bench_epoch(
     source = ImageBatches(data, tower.preprocess, Augmentation(), parse_options(options), views=1)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.002, momentum=0.9)
     started = time.perf_counter()
+
     for indices in source.plan(0):
         pixels = source.fetch(indices, 0)
         text = tower.text.encode_plain(learner.layout, learner.context, length=tower.text.context_length)
@@ -74,6 +75,7 @@ def bench_epoch(
         optimizer.zero_grad()
         F.cross_entropy(logits, pixels["label"]).backward()
         optimizer.step()
+
     naive = time.perf_counter() - started
     fast = sorted(clock.seconds[1:])[len(clock.seconds[1:]) // 2]
     return {

@@ -56,6 +56,7 @@ def bench_gram(
     ours = _Step(module, episode)
     fast = measure(ours, repeats)
     theirs = _Step(module, episode)
+
     with naive_towers(learner, image_graph=False):
         slow = measure(theirs, max(1, repeats // 3), warmup=0)
     return {
@@ -82,23 +83,28 @@ class _Step:
     """One episode: losses, and gradients of prompts and regulator, which are kept."""
 
     def __init__(self, module: MetaPrompts, episode: Episode) -> None:
-        self.module, self.episode = module, episode
-        self.loss, self.gradients = 0.0, list[Tensor]()
+        self.module = module
+        self.episode = episode
+        self.loss = 0.0
+        self.gradients = list[Tensor]()
 
     def __call__(self) -> None:
         total = torch.stack(list(self.module.loss({"episodes": [self.episode]}).values())).sum()
         learned = [p for p in self.module.parameters() if p.requires_grad]
-        self.loss, self.gradients = float(total.detach()), list(torch.autograd.grad(total, learned))
+        self.loss = float(total.detach())
+        self.gradients = list(torch.autograd.grad(total, learned))
 
 
 def _episode(names: list[str], ways: int, shots: int, dim: int) -> Episode:
     generator = torch.Generator().manual_seed(0)
     sides = []
+
     for own in (names[:ways], names[ways:]):
         features = F.normalize(torch.randn(ways * shots, dim, generator=generator), dim=-1)
         batch = {"embedding": features, "label": torch.arange(ways).repeat_interleave(shots)}
         centre = F.normalize(features.mean(0), dim=-1)
         sides.append(Side(tuple(own), batch, centre, torch.arange(ways * shots).numpy()))
+
     return Episode(sides[0], sides[1], (0, 1), 0.0)
 
 

@@ -70,7 +70,9 @@ def bench_learners(
         image_graph: Whether the naive step keeps a graph through the image tower where nothing in it learns.
     """
     tower = create_backbone(backbone)
-    rows, cases = {}, {}
+    rows = {}
+    cases = {}
+
     for name, options in _variants(only):
         try:
             case = _Case.build(tower, name, options, imagenet_names(classes), batch)
@@ -79,12 +81,15 @@ def bench_learners(
             continue
         if case is not None:
             cases[_row_name(name, options)] = case
+
     for name, case in cases.items():
         rows[name] = _measure_ours(case, repeats)
         log.info("%s: %.3f s", name, rows[name]["fast_s"])
+
     for name, case in cases.items() if naive else ():
         rows[name] |= _measure_naive(case, image_graph)
         log.info("%s, the obvious way: %.3f s (%.1fx)", name, rows[name]["naive_s"], rows[name]["speedup"])
+
     settings = {"backbone": backbone, "classes": classes, "batch": batch, "image_graph": image_graph}
     return {**settings, "threads": torch.get_num_threads(), "learners": dict(sorted(rows.items()))}
 
@@ -111,14 +116,18 @@ class _Case:
         generator = torch_rng(0, "bench learners")
         labels = torch.randint(len(names), (size,), generator=generator)
         images = torch.randn(size, 3, *backbone.image_size, generator=generator)
+
         prepare = getattr(learner, "prepare", None)
         if prepare is not None:
             views = torch.randn(1, _SHOTS * len(names), backbone.dim, generator=generator)
             prepare(views, torch.arange(len(names)).repeat(_SHOTS))
+
         if hasattr(learner, "solve") or not any(p.requires_grad for p in learner.parameters()):
             return None
+
         pixels = {"image": images, "label": labels}
         batch = pixels
+
         if learner.static_images:
             batch = {"embedding": learner.embed_images(images), "label": labels}
         return cls(learner, batch, pixels, learned(learner))
@@ -133,6 +142,7 @@ def _measure_ours(case: _Case, repeats: int) -> dict[str, Any]:
     case.step(case.batch, seed=2)  # warms up, and shows whether another seed gives another step
     with _watched(case) as seconds:
         fast = measure(lambda: case.step(case.batch), repeats, warmup=0)
+
     case.fast_s = fast.seconds
     text, image = (seconds[k] / repeats for k in ("text", "image"))
     return {
@@ -151,9 +161,13 @@ def _measure_naive(case: _Case, image_graph: bool) -> dict[str, Any]:
     sentences = case.groups * len(case.learner.classnames)
     size = 4 * 17 * tower.layers * tower.width * tower.context_length * sentences  # as in the packed tower
     parts = min(len(case.batch["label"]), -(-size // _NAIVE_BYTES)) if case.groups > 1 else 1
+
     with naive_towers(case.learner, image_graph, constant_text=case.groups == 0):
         slow = measure(lambda: case.step(case.pixels, parts=parts), repeats=1, warmup=0)
-    other_seed, fast, naive = case.updates[0], case.updates[-2], case.updates[-1]
+
+    other_seed = case.updates[0]
+    fast = case.updates[-2]
+    naive = case.updates[-1]
     draws = relative(other_seed, fast) > _NOISE
     return {
         "naive_s": slow.seconds,

@@ -69,11 +69,13 @@ def bench_masks(
     found["ours"] = _measured(lambda: _ours(ours, start, data), learner, repeats)
     result: dict[str, Any] = {"backbone": backbone, "learner": learner, "classes": classes, "batch": batch}
     result |= {"masked": masked, "parameters": sum(t.numel() for t in start.values())}
+
     if port:
         update = {n: p - start[n] for n, p in learned(ours).items()}
         ported = _Port(tower, ours, weights, start)
         found["port"] = _measured(lambda: ported.step(data), "port", repeats)
         result["update_rel_diff"] = relative(update, ported.updates())
+
     found["switch_tasks"] = _switching(tower, ours, masked, repeats)
     rows = {name: vars(value) for name, value in found.items()}
     return {**result, "threads": torch.get_num_threads(), **rows, "ratios": _ratios(found)}
@@ -89,6 +91,7 @@ def _switching(backbone: Backbone, learner: Any, share: float, repeats: int) -> 
     }
     switched = TaskMasks(backbone, tasks)
     switched.use("a")
+
     return _measured(
         lambda: switched.use("b" if switched.task == "a" else "a"), "switch of tasks", repeats + 4
     )
@@ -99,9 +102,11 @@ def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: i
 
 
 def _ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
-    ours, tuning = found["ours"], found["full_fine_tuning"]
+    ours = found["ours"]
+    tuning = found["full_fine_tuning"]
     both = tuning.cpu_seconds + found["teacher_forward"].cpu_seconds
     ratios: dict[str, float | None] = {"time_over_fine_tuning_and_teacher": ours.cpu_seconds / both}
+
     if ours.added_gib is not None and tuning.added_gib:
         ratios["memory_over_fine_tuning"] = ours.added_gib / tuning.added_gib
     if "port" in found:
@@ -135,7 +140,8 @@ class _FullFineTuning(nn.Module):
     def __init__(self, backbone: Backbone, weights: Tensor) -> None:
         super().__init__()
         self.visual: Any = copy.deepcopy(backbone.vision.visual).requires_grad_()
-        self.scale, self.weights = backbone.logit_scale, weights
+        self.scale = backbone.logit_scale
+        self.weights = weights
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         logits = self.scale * F.normalize(self.visual(batch["image"]), dim=-1) @ self.weights.T
@@ -172,7 +178,9 @@ class _Port:
     def __init__(
         self, backbone: Backbone, learner: Any, weights: Tensor, start: Mapping[str, Tensor]
     ) -> None:
-        self.scale, self.text, self.learner = backbone.logit_scale, weights, learner
+        self.scale = backbone.logit_scale
+        self.text = weights
+        self.learner = learner
         self.student = backbone.vision.visual
         self.teacher = copy.deepcopy(self.student).requires_grad_()
         self.start = {n: start[f"scores.{n.replace('.', '/')}"] for n in learner.kinds}
@@ -184,6 +192,7 @@ class _Port:
             for name, score in self.scores.items():
                 score.copy_(self.start[name])
                 score.grad = None
+
         masked = {
             n: _Binarise.apply(s, self.learner.threshold) * self.student.get_parameter(n)
             for n, s in self.scores.items()
@@ -195,11 +204,14 @@ class _Port:
         general = F.kl_div(student.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
         general.backward(retain_graph=True)
         kept = [s.grad.clone() for s in self._learned()]
+
         for score in self.scores.values():
             score.grad = None
+
         task.backward()
         generator = torch.Generator()
         generator.manual_seed(derive_seed(self.learner.seed, "gradient dropout", 0))
+
         with torch.no_grad():
             for score, other in zip(self._learned(), kept, strict=True):
                 score -= gradient_dropout(score.grad.clone(), other, self.learner.gdr_lambda, generator)

@@ -37,19 +37,26 @@ def measure(work: Callable[[], object], repeats: int = 3, warmup: int = 1) -> Me
     """Run ``work`` ``warmup + repeats`` times; the median of the counted runs is what is reported."""
     for _ in range(warmup):
         work()
+
     gc.collect()
+
     with suppress(
         OSError, AttributeError
     ):  # glibc keeps what was freed; hand it back, or it hides the next peak
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
     before = _status_gib("VmRSS")
     _reset_peak()
-    times, cpu_times = [], []
+    times = []
+    cpu_times = []
+
     for _ in range(max(1, repeats)):
-        started, cpu_started = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
+        cpu_started = time.process_time()
         work()
         times.append(time.perf_counter() - started)
         cpu_times.append(time.process_time() - cpu_started)
+
     peak = _status_gib("VmHWM")
     added = None if peak is None or before is None else max(0.0, peak - before)
     return Measured(statistics.median(times), statistics.median(cpu_times), peak, added)
@@ -57,12 +64,16 @@ def measure(work: Callable[[], object], repeats: int = 3, warmup: int = 1) -> Me
 
 def matrix_gflops(rows: int, inner: int, columns: int, seconds: float = 1.0) -> float:
     """Return the GFLOP/s of a plain float32 matrix product of this shape, the yardstick for a tower's own."""
-    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    a = torch.randn(rows, inner)
+    b = torch.randn(inner, columns)
     (a @ b).sum()
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
+    count = 0
+
     while time.perf_counter() - started < seconds:
         a @ b
         count += 1
+
     return 2e-9 * rows * inner * columns * count / (time.perf_counter() - started)
 
 

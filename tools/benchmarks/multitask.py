@@ -78,12 +78,14 @@ def bench_multitask(
     names = imagenet_names(classes)
     tasks = _tasks(names, _SUITES[suite])
     learner = create_learner("mvlpt", tower, names, family=family, position=position)
-    module, start = MultiTask(learner, tasks), learned(learner)
+    module = MultiTask(learner, tasks)
+    start = learned(learner)
     generator = torch_rng(0, "bench multitask")
     images = torch.randn(batch, 3, *tower.image_size, generator=generator)
     shown = {"embedding": tower.image_embeddings(images)} if learner.static_images else {"image": images}
     sizes = [len(own) for own, _ in tasks.values()]
     drawn = _drawn(sizes, batch, draws)
+
     encoded = [sum(sizes[t] for t in part["task"].unique().tolist()) for part in drawn]
 
     def all_draws() -> None:
@@ -91,20 +93,25 @@ def bench_multitask(
             take_step(module, {**shown, **part}, start)
 
     fast = measure(all_draws, repeats=1)
-    seconds, cpu = fast.seconds / len(drawn), fast.cpu_seconds / len(drawn)
+    seconds = fast.seconds / len(drawn)
+    cpu = fast.cpu_seconds / len(drawn)
     log.info("ours: %.3f s a step, %.1f of %d classes encoded", seconds, np.mean(encoded), classes)
     result: dict[str, Any] = {"backbone": backbone, "suite": suite, "family": family, "position": position}
     result |= {"tasks": len(tasks), "classes": classes, "classes_encoded": float(np.mean(encoded))}
     result |= {"classes_expected": sum(c * (1 - (1 - c / classes) ** batch) for c in sizes)}
     result |= {"batch": batch, "draws": draws, "threads": torch.get_num_threads()}
     result |= {"fast_s": seconds, "fast_cpu_s": cpu, "fast_peak_rss_gib": fast.peak_rss_gib}
+
     if not naive:
         return result
+
     take_step(module, {**shown, **drawn[0]}, start)
     ours = {n: p - start[n] for n, p in learned(learner).items()}
     obvious = _Obvious(learner, tasks, "joint_dedup")
+
     with naive_towers(learner, constant_text=family == "vpt"):
         slow = measure(lambda: take_step(obvious, {"image": images, **drawn[0]}, start), repeats=1, warmup=0)
+
     theirs = {n: p - start[n] for n, p in learned(learner).items()}
     return result | {
         "naive_s": slow.seconds,
@@ -130,6 +137,7 @@ class _Obvious(MultiTask):
         starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
         labels = starts[batch["task"].cpu()] + batch["label"].cpu()
         logits = logits.masked_fill(foreign.to(logits.device), float("-inf"))
+
         return {"cross_entropy": F.cross_entropy(logits, labels.to(logits.device))}
 
 
@@ -139,11 +147,13 @@ def _tasks(names: Sequence[str], suite: Sequence[int]) -> dict[str, tuple[Sequen
     shares = shares[np.round(len(names) * shares / shares.sum()) >= 2]
     if not len(shares):
         raise DataError(f"{len(names)} classes are too few for {len(suite)} tasks: no task would have two.")
+
     exact = len(names) * shares / shares.sum()
     sizes = np.floor(exact).astype(int)
     sizes[np.argsort(sizes - exact, kind="stable")[: len(names) - sizes.sum()]] += 1  # largest remainders
     ends = np.cumsum(sizes)
     parts = [names[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
     return {f"task {i}": (part, DEFAULT_TEMPLATES) for i, part in enumerate(parts)}
 
 
@@ -155,6 +165,7 @@ def _drawn(sizes: Sequence[int], batch: int, draws: int) -> list[dict[str, Tenso
     epochs = -(-draws // len(batches.plan(0)))
     parts = [(part, epoch) for epoch in range(epochs) for part in batches.plan(epoch)][:draws]
     fetched = [batches.fetch(part, epoch) for part, epoch in parts]
+
     return [{"label": found["label"], "task": found["task"]} for found in fetched]
 
 

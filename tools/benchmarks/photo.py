@@ -32,15 +32,18 @@ def bench_photo(
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+
     try:
         tower = create_backbone(backbone, pretrained or None)
         images = torch.randn(batch, 3, *tower.image_size, generator=torch_rng(0, "bench photo"))
         ours = measure(lambda: tower.encode_image(images), repeats)
         network = load_lite0()
+
         with torch.no_grad():
             plain = measure(lambda: network(images), repeats)
     finally:
         torch.set_num_threads(before)
+
     return {
         "backbone": backbone,
         "pixels": tower.image_size[0],

@@ -60,14 +60,17 @@ def bench_segment(
         cases = [("vpt", int(depth)) for depth in depths.split(",") if depth]
         cases += [(name, text_depth) for name in text.split(",") if name]
         segmenters = [create_segmenter("clipseg", backbone, name, depth=depth) for name, depth in cases]
+
     rows = [_case(theirs, segmenter, batch, repeats) for segmenter in segmenters]
     found = {f"{n}_{d}": row for (n, d), row in zip(cases, rows, strict=True)}
     ratios: dict[str, float] = {}
+
     for kind, chosen in (("vpt", lambda n: n == "vpt"), ("text", lambda n: n != "vpt")):
         for what in ("speedup", "speedup_frozen_weights"):
             values = [row[what] for (n, _), row in zip(cases, rows, strict=True) if chosen(n)]
             if values:
                 ratios[f"{kind}_mean_{what}"] = sum(values) / len(values)
+
     return {
         "size": size,
         "batch": batch,
@@ -84,7 +87,9 @@ def _transformers(size: str) -> Any:
         raise VLPromptError(
             "this benchmark compares with transformers >= 5: pip install transformers."
         ) from error
+
     config = default_config()
+
     if size == "small":
         config |= {"extract_layers": [0, 1, 2], "decoder_intermediate_size": 64}
         narrow = {
@@ -95,6 +100,7 @@ def _transformers(size: str) -> Any:
         }
         config["text_config"] |= narrow
         config["vision_config"] |= {**narrow, "image_size": 64}
+
     torch.manual_seed(0)
     return CLIPSegForImageSegmentation(CLIPSegConfig(**config)).eval()
 
@@ -116,6 +122,7 @@ def _case(theirs: Any, segmenter: Segmenter, batch: int, repeats: int) -> dict[s
     measured: dict[str, Measured] = {}
     gradients: dict[str, Tensor] = {}
     context: Any = segmenter.strategy.context
+
     for way, logits in steps.items():
         theirs.requires_grad_(way == "naive")
 
@@ -133,6 +140,7 @@ def _case(theirs: Any, segmenter: Segmenter, batch: int, repeats: int) -> dict[s
             measured[way].seconds,
             measured[way].cpu_seconds,
         )
+
     difference = (gradients["ours"] - gradients["naive"]).norm() / gradients["naive"].norm()
     return {
         **{way: vars(found) for way, found in measured.items()},
@@ -146,7 +154,9 @@ class _Naive:
     """The obvious step on transformers' modules, with a segmenter's own prompts."""
 
     def __init__(self, model: Any, segmenter: Segmenter) -> None:
-        self.model, self.strategy, self.text = model, segmenter.strategy, segmenter.backbone.text
+        self.model = model
+        self.strategy = segmenter.strategy
+        self.text = segmenter.backbone.text
 
     def __call__(self, images: Tensor, texts: list[str]) -> Tensor:
         """Return (B, 1, H, W) logits."""
@@ -156,21 +166,26 @@ class _Naive:
         rows = rows or self.strategy(pooled.detach())
         condition = self._text(texts, rows.text)
         picked = tuple(states[i] for i in model.extract_layers)
+
         return model.decoder(picked, condition).logits.unflatten(0, (len(texts), 1))
 
     def _vision(self, images: Tensor, rows: Tensor | None) -> tuple[list[Tensor], Tensor]:
         tower = self.model.clip.vision_model
         x = tower.embeddings(images)
         count = x.shape[1]
+
         if rows is not None:
             x = torch.cat([x, rows[0].expand(len(x), -1, -1)], dim=1)
+
         x = tower.pre_layrnorm(x)
         states = []
+
         for i, layer in enumerate(tower.encoder.layers):
             x = layer(x, attention_mask=None)
             states.append(x[:, :count])
             if rows is not None and i + 1 < len(rows):
                 x = torch.cat([x[:, :count], rows[i + 1].expand(len(x), -1, -1)], dim=1)
+
         return states, self.model.clip.visual_projection(tower.post_layernorm(x[:, 0]))
 
     def _text(self, texts: list[str], rows: Tensor | None) -> Tensor:
@@ -181,14 +196,18 @@ class _Naive:
         )
         own = None if rows is None else rows.expand(len(x), *rows.shape[-3:])
         count = 0 if own is None else own.shape[2]
+
         if own is not None:
             x = torch.cat([x[:, :1], own[:, 0], x[:, 1:]], dim=1)
+
         x = x + tower.embeddings.position_embedding.weight[: x.shape[1]]
         mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
+
         for i, layer in enumerate(tower.encoder.layers):
             x = layer(x, attention_mask=mask)
             if own is not None and i + 1 < own.shape[1]:
                 x = torch.cat([x[:, :1], own[:, i + 1], x[:, 1 + count :]], dim=1)
+
         ends = torch.tensor([len(row) - 1 + count for row in ids])
         pooled = tower.final_layer_norm(x)[torch.arange(len(x)), ends]
         return self.model.clip.text_projection(pooled)

@@ -64,8 +64,10 @@ def bench_text(
         "fast_gflops_per_s": 1e-9 * flops / fast_measured.seconds,
         "matmul_gflops_per_s": matrix_gflops(tokens, tower.width, 4 * tower.width),
     }
+
     if not naive:
         return result
+
     slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
     slow_measured = measure(slow, max(1, repeats // 3), warmup=0)
     return {
@@ -83,7 +85,8 @@ class _Pass:
     """One forward and backward pass from a fresh context; keeps the last features and gradient."""
 
     def __init__(self, start: Tensor, run: Any) -> None:
-        self.start, self.run = start, run
+        self.start = start
+        self.run = run
         self.features = self.gradient = torch.empty(0)
 
     def __call__(self) -> None:

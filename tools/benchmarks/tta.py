@@ -80,8 +80,10 @@ def bench_tta(
         "ours_s": encoding.seconds + adaptation.seconds / images,
         "ours_peak_rss_gib": adaptation.peak_rss_gib,
     }
+
     if not naive:
         return result
+
     slow = _Naive(adapter, pixels, steps)
     slow_measured = measure(slow, 1, warmup=0)
     naive_s = slow_measured.seconds - slow.aside
@@ -118,7 +120,9 @@ class _Naive:
     """
 
     def __init__(self, adapter: PromptAdapter, pixels: Tensor, steps: int) -> None:
-        self.adapter, self.pixels, self.steps = adapter, pixels, steps
+        self.adapter = adapter
+        self.pixels = pixels
+        self.steps = steps
         self.encoding = self.aside = 0.0
         self.probs = self.before = torch.empty(0)
 
@@ -133,12 +137,14 @@ class _Naive:
         context = start.clone()
         optimizer = Rule(self.steps).build([context])
         kept = None
+
         for _ in range(self.steps):
             features = self._features(self.pixels)
             leaf = context.detach().requires_grad_()
             gradient, kept = self._backward(layouts, features, leaf, kept)
             context.grad = gradient
             optimizer.step()
+
         with torch.no_grad():
             logits = self._features(self.pixels[:1]) @ self._weights(layouts, context).T
             self.probs = (self.adapter.backbone.logit_scale * logits)[0].softmax(-1)
@@ -157,15 +163,19 @@ class _Naive:
             weights = self._weights(layouts, leaf)
             loss, kept = self._loss(features, weights, kept)
             return torch.autograd.grad(loss, leaf)[0], kept
+
         started = time.perf_counter()
+
         with torch.no_grad():
             text = self.adapter.backbone.text
             own = text.encode(context_layout(text, self.adapter.classnames, len(leaf)), leaf)
+
         self.aside += time.perf_counter() - started
         own = F.normalize(own, dim=-1).requires_grad_()
         loss, kept = self._loss(features, own, kept)
         (pull,) = torch.autograd.grad(loss, own)
         total = torch.zeros_like(leaf)
+
         for layout, part in zip(layouts, pull.split(_NAIVE_CHUNK), strict=True):
             total += torch.autograd.grad(self._weights([layout], leaf), leaf, part)[0]
         return total, kept

@@ -41,6 +41,7 @@ def read_recipe(cfg: str | Path, overrides: Sequence[str] = ()) -> tuple[Entry[A
     name = raw.pop("recipe", None)
     if name is None:
         raise ConfigError([f"recipe: required, but missing. Known: {', '.join(RECIPES.names())}."], str(cfg))
+
     entry = RECIPES.get(str(name))
     model: type[BaseModel] = entry.extra["options"]
     try:

@@ -30,7 +30,10 @@ class CaptionBatches:
     def __init__(
         self, corpus: Corpus, batch_size: int, seed: int, shift: int = 2, curriculum: tuple[int, int] = (0, 0)
     ) -> None:
-        self.corpus, self.batch_size, self.seed, self.shift = corpus, batch_size, seed, shift
+        self.corpus = corpus
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shift = shift
         self.easy, self.easy_epochs = curriculum
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -38,6 +41,7 @@ class CaptionBatches:
         count = len(self.corpus.images)
         if epoch >= self.easy_epochs or not self.easy:
             return epoch_plan(count, self.batch_size, self.seed, epoch)
+
         passes = [
             epoch_plan(self.easy, self.batch_size, derive_seed(self.seed, "easy", turn), epoch)
             for turn in range(-(-count // self.easy))
@@ -51,6 +55,7 @@ class CaptionBatches:
         tokens = self.corpus.tokens[indices, draw, : last.max() + 1].astype(np.int64)
         sentences = self._sentences(epoch, int(indices[0]))
         images = self._shifted(np.stack([self.corpus.images[i] for i in indices]), epoch, int(indices[0]))
+
         return {
             "image": torch.from_numpy(images).permute(0, 3, 1, 2),
             "text": torch.from_numpy(tokens),
@@ -72,7 +77,8 @@ class CaptionBatches:
         ]
 
     def _shifted(self, images: NDArray[np.uint8], epoch: int, first: int) -> NDArray[np.uint8]:
-        reach, side = self.shift, images.shape[1]
+        reach = self.shift
+        side = images.shape[1]
         wide = np.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
         offsets = numpy_rng(self.seed, "shift", epoch, first).integers(0, 2 * reach + 1, (len(images), 2))
         return np.stack([w[y : y + side, x : x + side] for w, (y, x) in zip(wide, offsets, strict=True)])

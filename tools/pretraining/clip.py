@@ -83,6 +83,7 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     ship = _Ship(module, folder)
     validate = ZeroShot(module, WATCHED, options.watch)
     Trainer(module, batches, options.train, folder, validate, [ship], identity).run(resume)
+
     return ship.path
 
 
@@ -90,7 +91,9 @@ class _Ship(Callback):
     """Writes the packed weights and the history after every epoch."""
 
     def __init__(self, module: ContrastiveModule, folder: Path) -> None:
-        self.module, self.folder, self.path = module, folder, folder / "tiny.safetensors"
+        self.module = module
+        self.folder = folder
+        self.path = folder / "tiny.safetensors"
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write both files and one line."""

@@ -48,11 +48,14 @@ class Corpus:
 
     def positives(self, indices: NDArray[np.int64], draw: int) -> NDArray[np.bool_]:
         """Return (B, B): is caption ``draw`` of sample j true of image i?"""
-        truth, stated = self.truth[indices], self.stated[indices, draw]
+        truth = self.truth[indices]
+        stated = self.stated[indices, draw]
         positive = np.ones((len(indices), len(indices)), bool)
+
         for place in range(stated.shape[1]):  # a caption is true where every fact it states is true
             column = stated[:, place]
             positive &= truth[:, column] | (column < 0)[None]
+
         return positive
 
 
@@ -68,15 +71,19 @@ def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 
     images = render_all(pairs, cache, workers)
     texts: list[list[str]] = []
     known: dict[str, int] = {}
-    truths, stated = [], []
+    truths = []
+    stated = []
+
     for index in range(len(pairs)):
         drawn = pairs.captions(index, captions)
         texts.append([c.text for c in drawn])
         truths.append([known.setdefault(f, len(known)) for f in sorted(pairs.facts(index))])
         stated.append([[known.setdefault(f, len(known)) for f in sorted(c.facts)] for c in drawn])
+
     truth = np.zeros((len(pairs), len(known)), bool)
     for row, numbers in zip(truth, truths, strict=True):
         row[numbers] = True
+
     most = max(len(f) for row in stated for f in row)
     padded = np.array([[f + [-1] * (most - len(f)) for f in row] for row in stated], np.int32)
     named = attribute_sentences()
@@ -119,10 +126,12 @@ def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) 
     longest = max(len(numbers[text]) for row in captions for text in row)
     tokens = np.zeros((len(captions), len(captions[0]), longest), np.uint16)
     last = np.zeros(tokens.shape[:2], np.uint8)
+
     for i, row in enumerate(captions):
         for j, text in enumerate(row):
             tokens[i, j, : len(numbers[text])] = numbers[text]
             last[i, j] = len(numbers[text]) - 1
+
     numbered = {
         name: [[numbers[text] for text in said] for said in values] for name, values in sentences.items()
     }
@@ -133,18 +142,22 @@ def render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uin
     """Return (N, H, W, 3) uint8 pixels of all images, drawn once and kept beside ``cache``, memory-mapped."""
     shape = (len(pairs), pairs.size, pairs.size, 3)
     shown = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
+
     cache = cache.with_name(f"{cache.stem}-{shown:x}.u8")
     if not (cache.is_file() and cache.stat().st_size == int(np.prod(shape))):
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part")
         pixels = np.memmap(part, np.uint8, "w+", shape=shape)
         chunks = [range(i, min(i + 512, len(pairs))) for i in range(0, len(pairs), 512)]
+
         with ProcessPoolExecutor(workers) as pool:
             rendered = pool.map(_render_chunk, [pairs] * len(chunks), chunks)
             for chunk, block in zip(chunks, rendered, strict=True):
                 pixels[chunk.start : chunk.stop] = block
+
         pixels.flush()
         part.replace(cache)
+
     return np.memmap(cache, np.uint8, "r", shape=shape)
 
 

@@ -53,8 +53,13 @@ class ConditionedBatches:
         worded: float = 0.2,
         focus: float = 1.0,
     ) -> None:
-        self.images, self.seen, self.told = images, seen, told
-        self.batch_size, self.seed, self.drop, self.worded = batch_size, seed, drop, worded
+        self.images = images
+        self.seen = seen
+        self.told = told
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop = drop
+        self.worded = worded
         self.focus = focus
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -64,7 +69,8 @@ class ConditionedBatches:
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""
         rng = numpy_rng(self.seed, "noise and conditions", epoch, int(indices[0]))
-        count, rows = len(indices), torch.from_numpy(indices)
+        count = len(indices)
+        rows = torch.from_numpy(indices)
         condition = self._conditions(indices, rng)
         return {
             "image": self._images(indices),
@@ -79,8 +85,10 @@ class ConditionedBatches:
         return torch.from_numpy(np.stack([self.images[i] for i in indices])).permute(0, 3, 1, 2)
 
     def _conditions(self, indices: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-        count, rows = len(indices), torch.from_numpy(indices)
-        turn, kept = rng.random(count), rng.random(count) >= self.drop
+        count = len(indices)
+        rows = torch.from_numpy(indices)
+        turn = rng.random(count)
+        kept = rng.random(count) >= self.drop
         said = np.stack([rng.permutation(self.told.shape[1])[:2] for _ in indices])
         told = self.told[rows[:, None], torch.from_numpy(said)]
         seen = self.seen[rows, None].expand(-1, 2, -1)
@@ -88,6 +96,7 @@ class ConditionedBatches:
         by_text = torch.from_numpy(turn < self.worded)[:, None, None]
         by_both = torch.from_numpy(turn < self.worded * 4 / 3)[:, None, None]
         condition = torch.where(by_text, told, torch.where(by_both, both, seen))
+
         return condition * torch.from_numpy(kept)[:, None, None]
 
 
@@ -178,10 +187,15 @@ class DenoisingModule(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser = Denoiser(seed)
-        self.perception, self.naming, self.watched, self.decay = perception, naming, watched, decay
-        self.asking, self.questions = asking, questions
+        self.perception = perception
+        self.naming = naming
+        self.watched = watched
+        self.decay = decay
+        self.asking = asking
+        self.questions = questions
         self._eyes = [backbone]  # in a list: no part of this module's parameters
         facts = backbone.fingerprint["preprocess"]
+
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(facts[name]).view(1, 3, 1, 1), persistent=False)
         self.restart_average()
@@ -199,11 +213,14 @@ class DenoisingModule(nn.Module):
                 ``view`` (4,) left, top and side of a crop and the width of a blur, ``time`` (B,), ``noise``
                 (B, 48, 16, 16).
         """
-        clean, time, condition = to_patches(batch["image"].float() / 255), batch["time"], batch["condition"]
+        clean = to_patches(batch["image"].float() / 255)
+        time = batch["time"]
+        condition = batch["condition"]
         guess = self.denoiser(self.denoiser.noised(clean, batch["noise"], time), time, condition)
         level = self.denoiser.alphas[time]
         weight = (level / (1 - level)).clamp(_LEAST, _MOST)
         losses = {"pixels": (weight * (guess - clean).square().mean((1, 2, 3))).mean()}
+
         count = int(self.watched * len(clean))
         if count and (self.perception or self.naming or self.asking):
             losses |= self._perceived(guess[:count], condition[:count], batch)
@@ -213,8 +230,10 @@ class DenoisingModule(nn.Module):
         """Return what `tiny` finds wrong in a batch's first images; those without condition may show anything."""
         images = batch["image"][: len(guess)].float() / 255
         grain = from_patches(batch["noise"][-len(guess) :]) * 2 - 1  # standard normal, of other images
+
         with torch.no_grad():
             seen = self._look(images, grain, batch["view"])
+
         found = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
         told = condition.abs().sum((1, 2)) > 0
         share = told / told.sum().clamp(min=1)
@@ -222,9 +241,11 @@ class DenoisingModule(nn.Module):
             "embeddings": self.perception * ((1 - (found * seen).sum(-1)) * share).sum(),
             "names": self.naming * (self._apart(found, seen, batch["told"].flatten(0, 1)) * share).sum(),
         }
+
         if self.asking and self.questions:
             apart = torch.stack([self._apart(found, seen, answers) for answers in self.questions])
             losses["answers"] = self.asking * (apart.mean(0) * share).sum()
+
         return losses
 
     def _apart(self, found: Tensor, seen: Tensor, texts: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def pretrain_detection(
     watch = _Watch(detector)
     identity = options.model_dump(mode="json", exclude={"train"})
     Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
+
     return ship.path
 
 
@@ -105,17 +106,22 @@ class BoxBatches:
 
     def __init__(self, options: DetectionOptions, detector: OwlTiny, queries: Queries) -> None:
         scenes = BoxScenes(options.images, "", "pretraining", "any", options.seed)
-        self.options, self.boxes = options.train, []
+        self.options = options.train
+        self.boxes = []
         self.items: list[tuple[SceneObject, ...]] = []
-        self.queries, rows = queries, []
+        self.queries = queries
+        rows = []
+
         for start in range(0, len(scenes), 128):
             drawn = [scenes.boxes(i) for i in range(start, min(start + 128, len(scenes)))]
             pixels = [detector.preprocess(Image.fromarray(image)) for image, _, _ in drawn]
             rows.append(detector.frozen(torch.stack(pixels))["features"].half())
+
             for image, boxes, items in drawn:
                 x0, y0, x1, y1 = (torch.from_numpy(boxes) / image.shape[0]).T
                 self.boxes.append(torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1))
                 self.items.append(items)
+
         self.features = torch.cat(rows)
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -137,7 +143,8 @@ class HeadModule(nn.Module):
     def __init__(self, detector: OwlTiny, queries: Queries) -> None:
         super().__init__()
         self.head = detector.head.requires_grad_(True)
-        self._detector, self.queries = [detector], queries
+        self._detector = [detector]
+        self.queries = queries
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch of :class:`BoxBatches`."""
@@ -169,6 +176,7 @@ class _Watch:
                 self.detector, class_vectors(self.detector, data), data, self.rows[name]
             )
             found |= {f"{name}/{key}": scores[key] for key in ("AP", "AP50")}
+
         return found
 
 
@@ -176,7 +184,9 @@ class _Ship(Callback):
     """Writes the packed weights and the history after every epoch."""
 
     def __init__(self, module: HeadModule, folder: Path) -> None:
-        self.module, self.folder, self.path = module, folder, folder / "owl_tiny.safetensors"
+        self.module = module
+        self.folder = folder
+        self.path = folder / "owl_tiny.safetensors"
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write both files and one line."""

@@ -111,6 +111,7 @@ def pretrain_diffusion(
     )
     identity = options.model_dump(mode="json", exclude={"train", "sketch"})
     before: dict[str, Tensor] = {}
+
     if options.start:
         before = load_denoiser(options.start).state_dict()
         module.denoiser.load_state_dict(before)
@@ -119,10 +120,12 @@ def pretrain_diffusion(
         Trainer(
             SketchModule(module.denoiser), sketches, options.sketch, folder / "sketch", identity=identity
         ).run(resume)
+
     module.restart_average()
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
     ship = _Ship(module, folder, before, options.keep)
     Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
+
     return ship.path
 
 
@@ -137,12 +140,14 @@ def _embeddings(
         for start in range(0, len(images), 256):
             block = torch.from_numpy(np.array(images[start : start + 256])).permute(0, 3, 1, 2)
             rows.append(backbone.encode_image(_preprocessed(block, backbone)))
+
         texts = [c.text for i in range(len(pairs)) for c in pairs.captions(i, captions)]
         distinct = sorted(set(texts))
         parts = [backbone.encode_text(distinct[i : i + 512]) for i in range(0, len(distinct), 512)]
         place = {text: number for number, text in enumerate(distinct)}
         told = torch.cat(parts)[[place[text] for text in texts]]
         write_tensors(path, {"seen": torch.cat(rows), "told": told.view(len(pairs), captions, -1)})
+
     tensors, _ = read_tensors(path)
     return tensors["seen"], tensors["told"]
 
@@ -160,9 +165,13 @@ class _Watch:
     def __init__(
         self, module: DenoisingModule, backbone: Backbone, count: int, steps: int, folder: Path
     ) -> None:
-        self.module, self.backbone, self.steps, self.folder = module, backbone, steps, folder
+        self.module = module
+        self.backbone = backbone
+        self.steps = steps
+        self.folder = folder
         self.denoiser = Denoiser().eval()
         self.tasks = {}
+
         for task in WATCHED:
             data = build(task, "val")
             chosen = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
@@ -174,7 +183,9 @@ class _Watch:
     def __call__(self) -> dict[str, float]:
         """Return the share by task and their mean as ``"accuracy"``; writes ``samples.png``."""
         self.denoiser.load_state_dict(self.module.average)
-        scores, rows = {}, []
+        scores = {}
+        rows = []
+
         for task, (images, heads) in self.tasks.items():
             seen = self.backbone.encode_image(_preprocessed(images, self.backbone))
             noise = torch.randn(len(images), self.steps, 48, 16, 16, generator=torch_rng(0, "watch", task))
@@ -183,9 +194,11 @@ class _Watch:
             alike = (seen @ heads.T).argmax(1) == (again @ heads.T).argmax(1)
             scores[task] = float(alike.float().mean())
             rows += [images[:16].float() / 255, made[:16]]
+
         sheet = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
         image: Image.Image = tvf.to_pil_image(sheet)
         write_atomic(self.folder / "samples.png", lambda path: image.save(path, format="PNG"))
+
         return {"accuracy": sum(scores.values()) / len(scores), **scores}
 
 
@@ -198,8 +211,11 @@ class _Ship(Callback):
     """
 
     def __init__(self, module: DenoisingModule, folder: Path, before: dict[str, Tensor], keep: float) -> None:
-        self.module, self.folder, self.path = module, folder, folder / "tiny_diffusion.safetensors"
-        self.before, self.keep = before, keep
+        self.module = module
+        self.folder = folder
+        self.path = folder / "tiny_diffusion.safetensors"
+        self.before = before
+        self.keep = keep
 
     def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
         """Move the running average."""

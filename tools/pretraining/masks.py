@@ -84,6 +84,7 @@ def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, 
     Trainer(module, batches, options.train, folder, _Watch(segmenter, options.watch), [ship], identity).run(
         resume
     )
+
     return ship.path
 
 
@@ -103,8 +104,10 @@ class MaskModule(nn.Module):
         frozen = {n.removeprefix("frozen/"): t.float() for n, t in batch.items() if n.startswith("frozen/")}
         mask = batch["mask"].float()
         logits = self.segmenter.decode(frozen, batch["texts"], (mask.shape[2], mask.shape[3]))
-        found, wanted = logits.sigmoid().flatten(1), mask.flatten(1)
+        found = logits.sigmoid().flatten(1)
+        wanted = mask.flatten(1)
         overlap = (2 * (found * wanted).sum(1) + 1) / (found.sum(1) + wanted.sum(1) + 1)
+
         return {"bce": F.binary_cross_entropy_with_logits(logits, mask), "dice": 0.5 * (1 - overlap).mean()}
 
     def train(self, mode: bool = True) -> MaskModule:
@@ -135,7 +138,9 @@ class MaskBatches:
     def __init__(
         self, scenes: PhraseScenes, segmenter: Segmenter, folder: Path, options: TrainOptions
     ) -> None:
-        self.scenes, self.batch_size, self.seed = scenes, options.batch_size, options.seed
+        self.scenes = scenes
+        self.batch_size = options.batch_size
+        self.seed = options.seed
         key = derive_seed(
             scenes.seed,
             GENERATOR,
@@ -152,12 +157,15 @@ class MaskBatches:
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; the batch is what the module's loss reads."""
-        texts, masks = [], []
+        texts = []
+        masks = []
+
         for index in indices:
             text, named = self.scenes.phrase(int(index), epoch)
             objects = np.unpackbits(self.masks[index], axis=2).astype(bool)
             texts.append(text)
             masks.append(objects[named].any(0) if named else np.zeros_like(objects[0]))
+
         order = np.argsort(indices)  # a disk is read in one direction
         back = np.argsort(order)
         states = {
@@ -174,20 +182,26 @@ def _states(
     done = folder / "masks.npy"
     if not done.is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
-        masks, maps = [], {}
+        masks = []
+        maps = {}
+
         for start in range(0, len(scenes), _CHUNK):
             drawn = [scenes.rendered(i) for i in range(start, min(start + _CHUNK, len(scenes)))]
             masks += [m for _, m in drawn]
+
             pixels = normalised(segmenter.backbone, np.stack([image for image, _ in drawn]))
             for name, state in segmenter.frozen(pixels).items():
                 if name not in maps:
                     shape = (len(scenes), *state.shape[1:])
                     maps[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
                 maps[name][start : start + len(state)] = state.half().numpy()
+
         for array in maps.values():
             array.flush()
+
         np.save(done.with_suffix(".part.npy"), np.stack(masks))
         done.with_suffix(".part.npy").replace(done)
+
     states = {
         p.stem: np.load(p, mmap_mode="r")
         for p in sorted(folder.glob("*.npy"))
@@ -207,11 +221,14 @@ class _Watch:
     """Mean Dice per image on scenes like the training's, in held-out styles, and of held-out objects."""
 
     def __init__(self, segmenter: Segmenter, images: int) -> None:
-        self.segmenter, self.sets = segmenter, {}
+        self.segmenter = segmenter
+        self.sets = {}
+
         for style in ("plain", "sketch", "inverted"):
             scenes = MaskedScenes(10 * images, 0, "watch", style)
             seen = [i for i in range(len(scenes)) if scenes.spec(i).objects[0].shape not in HELD_OUT_MASKS]
             self.sets[style] = self._read(scenes, seen[:images])
+
             if style == "plain":
                 other = sorted(set(range(len(scenes))) - set(seen))
                 self.sets["objects"] = self._read(scenes, other[:images])
@@ -226,8 +243,10 @@ class _Watch:
         found = {}
         for name, (pixels, texts, masks) in self.sets.items():
             guess = self.segmenter(pixels, texts)[:, 0] > 0
-            both, either = (guess & masks).sum((1, 2)), guess.sum((1, 2)) + masks.sum((1, 2))
+            both = (guess & masks).sum((1, 2))
+            either = guess.sum((1, 2)) + masks.sum((1, 2))
             found[f"dice_{name}"] = float((2 * both / either.clamp(min=1)).mean())
+
         return found
 
 
@@ -235,7 +254,8 @@ class _Ship(Callback):
     """Writes the packed weights and the history after every epoch."""
 
     def __init__(self, module: MaskModule, path: Path) -> None:
-        self.module, self.path = module, path
+        self.module = module
+        self.path = path
 
     def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Write both files and one line."""

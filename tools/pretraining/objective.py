@@ -43,11 +43,13 @@ class ContrastiveModule(nn.Module):
     def __init__(self, seen_ids: list[int], seed: int) -> None:
         super().__init__()
         self.seen_ids = seen_ids
+
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "tiny", "initialisation"))
             self.clip = build_model(norm=True)
             full = self.clip.token_embedding.weight
             self.clip.token_embedding = nn.Embedding.from_pretrained(full[seen_ids].clone(), freeze=False)
+
         self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1), False)
 
@@ -67,6 +69,7 @@ class ContrastiveModule(nn.Module):
             image = self.encode_image(batch["image"])
             text = self.encode_text(batch["text"], batch["last"])
             named = self.encode_text(batch["sentence"], batch["sentence_last"])
+
         scale = self.clip.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         logits = (scale * image.float() @ torch.cat([text, named]).float().T).float()
         return {
@@ -80,7 +83,8 @@ class ContrastiveModule(nn.Module):
 
     def encode_text(self, text: Tensor, last: Tensor) -> Tensor:
         """Return unit features (B, d) of seen-token indices (B, T), read at position ``last`` (B,)."""
-        clip, length = self.clip, text.shape[1]
+        clip = self.clip
+        length = text.shape[1]
         x = clip.token_embedding(text) + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
         x = clip.ln_final(x[torch.arange(len(x)), last])
@@ -101,6 +105,7 @@ class ContrastiveModule(nn.Module):
         state = {n: t for n, t in self.trainable_state().items() if not n.startswith("visual.conv1.")}
         rows = state.pop("token_embedding.weight")
         model.load_state_dict({**state, **stem}, strict=False)
+
         with torch.no_grad():
             model.token_embedding.weight[self.seen_ids] = rows
         return pack_state(model, self.seen_ids)
@@ -108,7 +113,8 @@ class ContrastiveModule(nn.Module):
 
 def _contrast(logits: Tensor, positive: Tensor) -> dict[str, Tensor]:
     """UniCL's two directions, from (B, B) logits and what is true."""
-    rows, columns = positive / positive.sum(1, keepdim=True), positive / positive.sum(0, keepdim=True)
+    rows = positive / positive.sum(1, keepdim=True)
+    columns = positive / positive.sum(0, keepdim=True)
     return {
         "image_to_text": F.cross_entropy(logits, rows) / 2,
         "text_to_image": F.cross_entropy(logits.T, columns.T) / 2,

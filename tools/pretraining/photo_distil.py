@@ -54,8 +54,10 @@ class Teacher(nn.Module):
             norm.weight,
             norm.bias,
         )
-        self.weight, self.bias = weight.detach().flatten(1), bias.detach()
-        self.projection, self.mean = projection.float(), mean.float()
+        self.weight = weight.detach().flatten(1)
+        self.bias = bias.detach()
+        self.projection = projection.float()
+        self.mean = mean.float()
 
     @torch.no_grad()
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,10 @@ class MapBatches:
     """
 
     def __init__(self, maps: NDArray[Any], batch_size: int, seed: int, mix: float) -> None:
-        self.maps, self.batch_size, self.seed, self.mix = maps, batch_size, seed, mix
+        self.maps = maps
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mix = mix
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -97,9 +102,11 @@ class MapBatches:
         flip = rng.random(len(maps)) < 0.5
         maps[flip] = maps[flip][:, :, ::-1]
         others = np.roll(maps, 1, 0)
+
         for i in np.flatnonzero(rng.random(len(maps)) < self.mix):
             (top, bottom), (left, right) = (np.sort(rng.integers(0, _SIDE + 1, 2)) for _ in range(2))
             maps[i, top:bottom, left:right] = others[i, top:bottom, left:right]
+
         return {"map": torch.from_numpy(maps).flatten(1, 2)}
 
 
@@ -123,10 +130,13 @@ class DistilModule(nn.Module):
         teacher, rows = self.frozen
         with sdpa_kernel(SDPBackend.MATH):  # faster than the fused one for 50 tokens on a CPU
             image, places = self.embed(batch["map"])
+
         true, true_places = teacher(batch["map"])
-        image, places = image.float(), places.float()
+        image = image.float()
+        places = places.float()
         guess = (_SCALE * image @ rows.T).log_softmax(-1)
         target = (_SCALE * true @ rows.T).log_softmax(-1)
+
         return {
             "cosine": _COSINE * (1 - (image * true).sum(-1)).mean(),
             "places": _COSINE * (1 - (places * true_places).sum(-1)).mean(),
@@ -135,8 +145,10 @@ class DistilModule(nn.Module):
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Return unit embeddings of images (B, d) and of places (B, 49, d) from (B, 49, 320) maps."""
-        visual, x = self.visual, self.states(maps)
-        image, places = visual.ln_post(x.mean(1)) @ visual.proj, visual.ln_post(x) @ visual.proj
+        visual = self.visual
+        x = self.states(maps)
+        image = visual.ln_post(x.mean(1)) @ visual.proj
+        places = visual.ln_post(x) @ visual.proj
         return F.normalize(image, dim=-1), F.normalize(places, dim=-1)
 
     def states(self, maps: Tensor) -> Tensor:
@@ -155,8 +167,10 @@ class DistilModule(nn.Module):
         Args:
             maps: (B, 49, 320) a few hundred, for the regression.
         """
-        visual, teacher = self.visual, self.frozen[0]
-        mlp, width = visual.transformer.resblocks[-1].mlp, teacher.weight.shape[1]
+        visual = self.visual
+        teacher = self.frozen[0]
+        mlp = visual.transformer.resblocks[-1].mlp
+        width = teacher.weight.shape[1]
         mlp.c_fc.weight.copy_(teacher.weight * float(maps.std()))
         mlp.c_fc.bias.copy_(teacher.bias)
         mlp.c_proj.weight.zero_(), mlp.c_proj.bias.zero_()

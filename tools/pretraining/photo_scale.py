@@ -59,7 +59,9 @@ def calibrate(model: CLIP, photos: Path, classes_kept_back: int, seed: int) -> d
     features = torch.cat(
         [backbone.encode_image(torch.stack(images[i : i + 50])) for i in range(0, len(images), 50)]
     )
-    labels, cosines = torch.tensor([numbers[name] for name, _ in drawn]), features @ text.T
+    labels = torch.tensor([numbers[name] for name, _ in drawn])
+    cosines = features @ text.T
     scale, loss = best_scale(cosines, labels)
     right = float((cosines.argmax(1) == labels).float().mean())
+
     return {"scale": scale, "nll": loss, "accuracy": right, "pictures": float(len(drawn))}

@@ -39,9 +39,11 @@ def said(phrase: str, above: str, adjectives: list[str], rng: np.random.Generato
         return _TEMPLATES[int(rng.integers(len(_TEMPLATES)))].format(phrase)
     if form < 0.78:
         return f"a photo of a {phrase}, a type of {above}."
+
     unknown = " ".join([UNKNOWN] * int(rng.integers(1, _MOST_UNKNOWN + 1)))
     if form < 0.88:  # as learned context begins: vectors that mean nothing
         return f"{unknown} {phrase}."
+
     adjective = adjectives[int(rng.integers(len(adjectives)))] if rng.random() < 0.7 else UNKNOWN
     return f"a {adjective} {phrase}" if rng.random() < 0.5 else f"a photo of the {adjective} {phrase}."
 
@@ -60,7 +62,9 @@ class SentenceBatches:
     """
 
     def __init__(self, vocabulary: Vocabulary, batch_size: int, seed: int) -> None:
-        self.vocabulary, self.batch_size, self.seed = vocabulary, batch_size, seed
+        self.vocabulary = vocabulary
+        self.batch_size = batch_size
+        self.seed = seed
         self.adjectives: list[str] = plain_words()["adjectives"]
         kept = [i for i in range(len(vocabulary.phrases)) if i not in vocabulary.held_out]
         self.rows = np.array([i for i in kept for _ in range(_REPEATS[vocabulary.kinds[i]])])

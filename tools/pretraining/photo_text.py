@@ -72,10 +72,12 @@ class TextModule(nn.Module):
     def __init__(self, lite0: nn.Module, seen_ids: list[int], seed: int) -> None:
         super().__init__()
         self.seen_ids, self.lite0 = seen_ids, [lite0]  # in a list: no part of what is trained and saved
+
         with seeded_modules(seed, "photo", "initialisation"):
             self.clip = CLIP(**model_config())
             full = self.clip.token_embedding.weight
             self.clip.token_embedding = nn.Embedding.from_pretrained(full[seen_ids].clone(), freeze=False)
+
         rows = class_rows(lite0)
         self.projection = _principal(rows, model_config()["embed_dim"])
         self.clip.visual = nn.Identity()
@@ -104,13 +106,15 @@ class TextModule(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def _states(self, text: Tensor, last: Tensor) -> Tensor:
-        clip, length = self.clip, text.shape[1]
+        clip = self.clip
+        length = text.shape[1]
         unknown = text == len(self.seen_ids)
         x = clip.token_embedding(text.masked_fill(unknown, 0))
         x = torch.where(unknown[..., None], torch.randn_like(x) * _UNSEEN_STD, x)
         x = clip.transformer(
             x + clip.positional_embedding[:length], attn_mask=clip.attn_mask[:length, :length]
         )
+
         return x[torch.arange(len(x)), last]
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -129,19 +133,23 @@ class TextModule(nn.Module):
         """
         if self.head is None:
             raise ValueError("the text tower has no head yet.")
+
         lite0 = self.lite0[0]
         with seeded_modules(0, "photo", "unseen tokens"):
             model = build_photo_model(lite0)
+
         state = {n: t for n, t in self.trainable_state().items() if not n.startswith(_ENDS)}
         rows = state.pop("token_embedding.weight")
         model.load_state_dict(state, strict=False)
         model.ln_final.load_state_dict(self.head.norm.state_dict())
+
         with torch.no_grad():
             model.text_projection.copy_(self.head.projection)
             model.token_embedding.weight[self.seen_ids] = rows
             model.visual.projection.copy_(self.projection)
             model.visual.mean.copy_(expected_features(lite0))
             model.logit_scale.fill_(torch.tensor(scale).log())
+
         return model.eval()
 
 
@@ -161,7 +169,8 @@ class Watch:
     """
 
     def __init__(self, module: TextModule, batches: SentenceBatches) -> None:
-        self.module, self.batches = module, batches
+        self.module = module
+        self.batches = batches
         words = batches.vocabulary
         kinds = {k: words.of_kind(k) for k in dict.fromkeys(words.kinds)}
         self.parts = {**kinds, "held_out": sorted(words.held_out)}
@@ -173,13 +182,16 @@ class Watch:
         for kind, numbers in self.parts.items():
             if not numbers:
                 continue
+
             texts = [f"a photo of a {self.batches.vocabulary.phrases[i]}." for i in numbers]
-            batch, members = self.batches.tokens(texts), self.batches.members(numbers)
+            batch = self.batches.tokens(texts)
+            members = self.batches.members(numbers)
             text = self.module.encode(batch["text"], batch["last"]).float()
             target = F.normalize(members @ self.module.rows, dim=-1)
             nearest = (text @ self.module.rows.T).argmax(1)
             found[f"{kind}/top"] = float((members[torch.arange(len(members)), nearest] > 0).float().mean())
             found[f"{kind}/cosine"] = float((text * target).sum(-1).mean())
+
         return {"accuracy": found["name/top"], **found}
 
 
@@ -215,9 +227,11 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     history = progress.history + _teach_head(module.eval(), batches, options, folder / "head", watch, resume)
     model = module.model(options.scale)
     found = {"scale": options.scale}
+
     if options.photos is not None:
         found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
         model.logit_scale.data.fill_(torch.tensor(found["scale"]).log())
+
     path = folder / "photo.safetensors"
     about = {
         "words": _about_words(vocabulary),
@@ -225,6 +239,7 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
         **found,
     }
     write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": history})
+
     return path
 
 

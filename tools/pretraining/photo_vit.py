@@ -70,11 +70,14 @@ class Watch:
         """Return ``agreement`` and ``cosine`` by name, and their mean agreement as ``accuracy``."""
         teacher, rows = self.module.frozen
         found: dict[str, float] = {}
+
         for name, maps in self.maps.items():
-            image, (true, _) = self.module.embed(maps)[0], teacher(maps)
+            image = self.module.embed(maps)[0]
+            (true, _) = teacher(maps)
             same = (image @ rows.T).argmax(1) == (true @ rows.T).argmax(1)
             found[f"{name}/agreement"] = float(same.float().mean())
             found[f"{name}/cosine"] = float((image * true).sum(-1).mean())
+
         agreements = [v for k, v in found.items() if k.endswith("agreement")]
         return {"accuracy": sum(agreements) / len(agreements), **found}
 
@@ -141,8 +144,10 @@ def pretrain_vit(options: PhotoVitOptions, folder: Path, *, resume: bool = False
     stem = Lite0Stem(lite0)
     maps = training_maps(options, photographs, stem, folder)
     watched = watched_maps(options, photographs, stem, folder)
+
     with seeded_modules(options.seed, "photo-vit", "initialisation"):
         module = DistilModule(build_vit_model(lite0).visual, teacher, rows)
+
     module.start_from_teacher(torch.from_numpy(np.array(maps[:_START], np.float32)))
     batches = MapBatches(maps, options.train.batch_size, options.train.seed, options.mix)
     identity = options.model_dump(mode="json", exclude={"train", "photos", "words", "watch"})
@@ -150,6 +155,7 @@ def pretrain_vit(options: PhotoVitOptions, folder: Path, *, resume: bool = False
     progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
         resume
     )
+
     return _ship(options, folder, module, progress.history)
 
 
@@ -165,4 +171,5 @@ def _ship(
     model.logit_scale.data.fill_(float(np.log(found["scale"])))
     about = {"pictures_composed": options.images, "distilled": history[-1] if history else {}, **found}
     write_tensors(path, pack_vit(model), {"facts": about, "history": history})
+
     return path

@@ -48,12 +48,15 @@ class WordNet:
                 f"wordnet: {folder} holds no {missing[0]}. Install Debian's wordnet-base (apt-get install "
                 "wordnet-base), or unpack it anywhere and say wordnet=FOLDER. It is needed for this training alone."
             )
+
         self.lemmas: dict[str, list[str]] = {}
         self.above: dict[str, list[str]] = {}
         self._index = folder / "index.noun"
+
         for line in (folder / "data.noun").read_text(encoding="utf-8").splitlines():
             if line.startswith("  "):  # the licence
                 continue
+
             fields = line.split(" ")
             words = int(fields[3], 16)
             at = 4 + 2 * words
@@ -94,6 +97,7 @@ class WordNet:
             if one not in found:
                 found.add(one)
                 waiting += self.above[one]
+
         return found
 
 
@@ -144,26 +148,34 @@ def read_vocabulary(wordnet: WordNet, held_out: float, seed: int, near: bool = T
         raise DataError(
             f"wordnet: synset {missing[0]} of ImageNet is not in it; WordNet must be version 3.0."
         )
+
     known: dict[str, set[int]] = defaultdict(set)
+
     for number, synset in enumerate(ids):
         for above in {synset} | wordnet.ancestors(synset):
             known[above].add(number)
+
     found: dict[str, tuple[str, frozenset[int], str]] = {}
     for number, name in enumerate(synset_names("imagenet")):
         found[name.lower()] = ("name", frozenset([number]), ids[number])
+
     for word, synset in _words(wordnet, known):
         kind = "synonym" if synset in set(ids) else "hypernym"
         found.setdefault(word, (kind, frozenset(known[synset]), synset))
+
     for word, meanings in plain_words()["words"].items():
         rows = [found[m.lower()] for m in meanings if m.lower() in found]
         if rows:
             found[word] = ("plain", frozenset().union(*(r[1] for r in rows)), rows[0][2])
+
     for word, (kind, members, synset) in list(found.items()):
         if kind in ("name", "hypernym", "plain") and word.isalpha() and not word.endswith("s"):
             found.setdefault(_plural(word), ("plural", members, synset))
+
     for word, synset in _near(wordnet, known) if near else ():
         parents = [p for p in wordnet.above[synset] if p in known and len(known[p]) <= _NEAR]
         found.setdefault(word, ("near", frozenset().union(*(known[p] for p in parents)), parents[0]))
+
     return _arranged(wordnet, known, found, held_out, seed)
 
 

@@ -57,21 +57,28 @@ class Photographs:
     """
 
     def __init__(self, root: Path, held_out: int = 0, seed: int = 1) -> None:
-        self.root, self.seed = Path(root).expanduser(), seed
+        self.root = Path(root).expanduser()
+        self.seed = seed
+
         if not self.root.is_dir():
             raise DataError(
                 f"photos: there is no folder {str(root)!r}; it holds one tar or folder per WordNet id."
             )
+
         self._places: dict[str, list[_Place]] = {}
+
         for path in sorted(self.root.iterdir()):
             places = _in_tar(path) if path.suffix == ".tar" else _in_folder(path) if path.is_dir() else []
             if places:
                 self._places[path.stem] = places
+
         self.classes = sorted(self._places)
+
         if len(self.classes) <= held_out:
             raise DataError(
                 f"photos: {self.root} holds {len(self.classes)} classes, {held_out} are to be kept back."
             )
+
         drawn = numpy_rng(seed, "classes kept back").permutation(len(self.classes))[:held_out]
         self.unseen = [self.classes[i] for i in sorted(drawn)]
 
@@ -87,9 +94,11 @@ class Photographs:
             count = len(self._places[name])
             if (name in self.unseen) != (part == "unseen"):
                 continue
+
             order = numpy_rng(self.seed, "photographs kept back", name).permutation(count)
             back = {int(i) for i in order[: -(-count // 10)]}
             found += [(name, i) for i in range(count) if part == "unseen" or (i in back) == (part == "val")]
+
         return found
 
     def read(self, name: str, number: int) -> Image.Image:
@@ -111,6 +120,7 @@ def composed(
     grid = int(rng.choice(_GRIDS, p=_SHARES))
     edges = np.linspace(0, PIXELS, grid + 1).round().astype(int)
     canvas = np.zeros((PIXELS, PIXELS, 3), np.uint8)
+
     for cell in range(grid * grid):
         which = index % len(pool) if cell == 0 else int(rng.integers(len(pool)))
         image = photographs.read(*pool[which])
@@ -120,6 +130,7 @@ def composed(
         box = (left, top, left + side, top + side)
         part = np.asarray(image.resize((int(x1 - x0), int(y1 - y0)), Image.Resampling.BICUBIC, box))
         canvas[y0:y1, x0:x1] = part[:, ::-1] if rng.random() < 0.5 else part
+
     return canvas
 
 
@@ -127,7 +138,8 @@ def whole(photograph: Image.Image) -> NDArray[np.uint8]:
     """Return a photograph as (224, 224, 3): its shorter side fits, what is too long is cut off."""
     width, height = photograph.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    left = (width - side) / 2
+    top = (height - side) / 2
     box = (left, top, left + side, top + side)
     return np.asarray(photograph.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC, box))
 
@@ -153,8 +165,10 @@ def cached_maps(
         path: The maps are kept here and reused; its name must say what they show.
         chunk: Images at a time.
     """
-    shape, state = (count, _SIDE * _SIDE, MAP_CHANNELS), path.with_suffix(".json")
+    shape = (count, _SIDE * _SIDE, MAP_CHANNELS)
+    state = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
+
     done = int(state.read_text()) if state.is_file() and path.is_file() else 0
     if done < count:
         maps = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
@@ -166,6 +180,7 @@ def cached_maps(
             if (start // chunk) % 10 == 9 or numbers.stop == count:
                 maps.flush()
                 write_json(state, numbers.stop)
+
     return np.memmap(path, np.float16, "r", shape=shape)
 
 

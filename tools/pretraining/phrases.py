@@ -42,7 +42,9 @@ class PhraseScenes:
     """
 
     def __init__(self, count: int, seed: int = 0, negatives: float = 0.1) -> None:
-        self.count, self.seed, self.negatives = count, seed, negatives
+        self.count = count
+        self.seed = seed
+        self.negatives = negatives
         self._specs: dict[int, SceneSpec] = {}
 
     def __len__(self) -> int:
@@ -61,11 +63,13 @@ class PhraseScenes:
         wanted = int(rng.integers(1, MOST_OBJECTS + 1))
         first = ("large", "medium", "small")[int(rng.choice(3, p=[0.4, 0.5, 0.1]))]
         objects = [draw_object(rng, shapes=_SEEN, seen_only=True, size=first)]
+
         for _ in range(30):
             size = "medium" if rng.random() < 0.75 else "small"
             other = draw_object(rng, shapes=_SEEN, seen_only=True, size=size)
             if len(objects) < wanted and all(_apart(o, other) for o in objects):
                 objects.append(other)
+
         return draw_scene(rng, objects, style=style)
 
     def rendered(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -84,6 +88,7 @@ class PhraseScenes:
         said = _SAID[0 if absent else int(rng.choice(len(_SAID), p=[share for _, share in _SAID]))][0]
         noun = _noun(meant, said)
         text = _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(noun, a=article(noun))
+
         return text, [
             i for i, o in enumerate(objects) if all(getattr(o, a) == getattr(meant, a) for a in said)
         ]

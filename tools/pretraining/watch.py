@@ -25,8 +25,10 @@ class ZeroShot:
     """
 
     def __init__(self, module: ContrastiveModule, names: Sequence[tuple[str, str]], count: int = 200) -> None:
-        self.module, self.sets = module, {}
+        self.module = module
+        self.sets = {}
         place = {token: number for number, token in enumerate(module.seen_ids)}
+
         for task, style in names:
             data = build(task, "val", style)
             chosen = range(min(count, len(data)))
@@ -49,4 +51,5 @@ class ZeroShot:
             )
             guess = (self.module.encode_image(images) @ heads.T).argmax(1)
             scores[name] = float((guess == torch.tensor(data.labels[: len(images)])).float().mean())
+
         return {"accuracy": sum(scores.values()) / len(scores), **scores}

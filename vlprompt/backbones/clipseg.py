@@ -43,6 +43,7 @@ def build_clipseg(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(**_architecture(config))
+
     if state is not None:
         try:
             model.load_state_dict(_towers(state, config), strict=False)
@@ -50,6 +51,7 @@ def build_clipseg(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
             raise BackboneError(
                 f"{pretrained} does not hold CLIPSeg's towers in transformers' layout: {error}."
             ) from error
+
     preprocess = {
         "size": config["vision_config"]["image_size"],
         "mean": _MEAN,
@@ -92,6 +94,7 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     paths = _local(Path(source)) if Path(source).is_dir() else _fetched(source)
     if paths is None:
         raise BackboneError(f"{source} needs {_FILES[0]}, and {_FILES[1]} or {_FILES[2]}.")
+
     try:
         stored = json.loads(paths[0].read_text(encoding="utf-8"))
         state = (
@@ -103,10 +106,12 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BackboneError(
             f"{source} is not readable as configuration and plain tensors: {error}"
         ) from error
+
     # transformers leaves out of a configuration what has its own default value: patch 32 and 224 px among them.
     config = default_config()
     config["use_complex_transposed_convolution"] = False
     config["vision_config"] |= {"image_size": 224, "patch_size": 32}
+
     for key in ("text_config", "vision_config"):
         config[key] = {**config[key], **stored.get(key, {})}
     return {**config, **{k: v for k, v in stored.items() if k not in ("text_config", "vision_config")}}, state
@@ -122,13 +127,16 @@ def layer_state(state: Mapping[str, Tensor], prefix: str, names: Mapping[str, st
     """
     attention = f"{prefix}self_attn."
     out = {}
+
     for kind in ("weight", "bias"):
         packed = torch.cat([state[f"{attention}{part}_proj.{kind}"] for part in "qkv"])
         out[f"{names['self_attn']}.in_proj_{kind}"] = packed
         out[f"{names['self_attn']}.out_proj.{kind}"] = state[f"{attention}out_proj.{kind}"]
+
         for theirs, ours in names.items():
             if theirs != "self_attn":
                 out[f"{ours}.{kind}"] = state[f"{prefix}{theirs}.{kind}"]
+
     return out
 
 
@@ -139,7 +147,8 @@ _BLOCK = {
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return open_clip's arguments for transformers' configuration."""
-    text, vision = config["text_config"], config["vision_config"]
+    text = config["text_config"]
+    vision = config["vision_config"]
     return {
         "embed_dim": config["projection_dim"],
         "quick_gelu": vision["hidden_act"] == "quick_gelu",
@@ -164,7 +173,8 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _towers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return both towers' tensors by open_clip's names."""
-    text, vision = "clip.text_model.", "clip.vision_model."
+    text = "clip.text_model."
+    vision = "clip.vision_model."
     out = {
         "token_embedding.weight": state[f"{text}embeddings.token_embedding.weight"],
         "positional_embedding": state[f"{text}embeddings.position_embedding.weight"],
@@ -177,12 +187,15 @@ def _towers(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     }
     norms = {f"{text}final_layer_norm": "ln_final", f"{vision}pre_layrnorm": "visual.ln_pre"}
     norms[f"{vision}post_layernorm"] = "visual.ln_post"
+
     for theirs, ours in norms.items():
         out |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+
     for theirs, ours, part in ((text, "", "text_config"), (vision, "visual.", "vision_config")):
         for i in range(config[part]["num_hidden_layers"]):
             block = layer_state(state, f"{theirs}encoder.layers.{i}.", _BLOCK)
             out |= {f"{ours}transformer.resblocks.{i}.{name}": tensor for name, tensor in block.items()}
+
     return out
 
 

@@ -41,9 +41,11 @@ def build_cris(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
         arguments = open_clip.get_model_config("RN50") if pretrained is None else _architecture(state)
     except (KeyError, ValueError, IndexError) as error:
         raise BackboneError(f"{pretrained} holds no towers in CRIS' layout: {error} is missing.") from error
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(**{**arguments, "quick_gelu": True})
+
     if state:
         try:
             missing, _ = model.load_state_dict(state, strict=False)
@@ -53,6 +55,7 @@ def build_cris(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
             name for name in missing if name != "attn_mask" and not name.endswith("num_batches_tracked")
         ]:
             raise BackboneError(f"{pretrained} holds no towers in CRIS' layout: {missing[0]!r} is missing.")
+
     preprocess = {"size": _SIZE, "interpolation": "bicubic", "resize_mode": "squash"}
     facts = {"architecture": "cris", "pretrained": pretrained}
     return wrap_open_clip(model, preprocess, wrap_tokenizer(open_clip.SimpleTokenizer()), facts)
@@ -69,12 +72,14 @@ def read_cris(path: str) -> dict[str, Tensor]:
             f"no CRIS checkpoint at {path}. Its authors published none; issue 3 of DerrickWang005/CRIS.pytorch links "
             "one that others trained. What works offline: the embedded tiny backbone, whose decoder is in the package."
         )
+
     try:
         if Path(path).suffix == ".safetensors":
             return _stripped(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds; what torch advises (running the code) is no advice
         raise BackboneError(f"{path} is no safetensors file or torch state dict of plain tensors.") from error
+
     return _stripped(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {})
 
 

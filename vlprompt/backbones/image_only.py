@@ -57,15 +57,18 @@ def image_backbone(name: str, pretrained: str | None = None, **options: Any) -> 
     """
     if name != "tiny" or pretrained not in (None, "scenes") or options:
         return without_text(create_backbone(name, pretrained, **options))
+
     assert name in BACKBONES
     with torch.device("meta"):  # shapes only: nothing is allocated for the text tower
         model: Any = build_model()
+
     tensors, _ = read_tensors(WEIGHTS, prefixes=("visual.", "logit_scale"))
     part = _ImageModel(model).to_empty(device="cpu")
     try:
         part.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=True)
     except RuntimeError as error:
         raise BackboneError(f"{WEIGHTS} does not fit the tiny CLIP: {error}") from error
+
     facts = {"architecture": "tiny", "pretrained": "scenes"}
     return _wrap(part, {"size": model_config()["vision_cfg"]["image_size"]}, facts)
 

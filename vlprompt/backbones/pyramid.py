@@ -34,12 +34,15 @@ def pyramid_widths(backbone: Backbone) -> tuple[int, int, int]:
     visual: Any = backbone.vision.visual
     if is_resnet(backbone):
         return visual.layer2[-1].bn3.num_features, visual.layer3[-1].bn3.num_features, backbone.dim
+
     backbone.vision.require_prompts()
+
     if backbone.vision.kind != "vit" or visual.proj is None:
         raise BackboneError(
             "maps of three scales need a ModifiedResNet or a ViT of open_clip's own that projects its tokens into the "
             f"joint space; this image tower is {type(getattr(visual, 'trunk', visual)).__name__}. Try ViT-B-16 or RN50."
         )
+
     return backbone.vision.width, backbone.vision.width, backbone.dim
 
 
@@ -70,6 +73,7 @@ def dense_pool(backbone: Backbone, x: Tensor) -> Tensor:
         for f in (pool.q_proj, pool.k_proj, pool.v_proj)
     )
     attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
     return pool.c_proj(attended).transpose(1, 2).reshape(batch, -1, height, width)
 
 
@@ -80,6 +84,6 @@ def vit_maps(
     visual: Any = backbone.vision.visual
     early, middle, last = (x[:, 1 : 1 + grid[0] * grid[1]] for x in states)
     last = visual.ln_post(last) @ visual.proj
-    fine, kept, coarse = (x.transpose(1, 2).unflatten(2, grid) for x in (early, middle, last))
+    fine, medium, coarse = (x.transpose(1, 2).unflatten(2, grid) for x in (early, middle, last))
     doubled = F.interpolate(fine, scale_factor=2.0, mode="bilinear", align_corners=False)
-    return doubled, kept, F.avg_pool2d(coarse, 2)
+    return doubled, medium, F.avg_pool2d(coarse, 2)

@@ -55,6 +55,7 @@ class ReweightedBackbone(Backbone):
                 "adapters of attention can't be combined with replaced weights of the image tower. Fold the weights "
                 "into the backbone first, or leave the image tower alone (encoder=text)."
             )
+
         with _replaced(self._layers):
             return self.vision.encode(images.to(self.device), prompts)
 
@@ -94,6 +95,7 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
         parent = visual.get_submodule(place.rpartition(".")[0])
         reads_children = hasattr(parent, "in_proj_weight") or type(parent).__name__ == "AttentionPool2d"
         layers.setdefault(parent if reads_children else owner, []).append(_Place(owner, name, make))
+
     return list(layers.items())
 
 
@@ -112,27 +114,29 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
         return saved.cook() if isinstance(saved, _Recipe) else saved
 
     def around(places: Sequence[_Place]) -> tuple[Callable[..., None], Callable[..., None]]:
-        frozen = [place.frozen() for place in places]
+        frozen = [layer.frozen() for layer in places]
 
         def enter(*_: Any) -> None:
-            for place, weight in zip(places, frozen, strict=True):
-                made = place.make(weight)
+            for layer, weight in zip(places, frozen, strict=True):
+                made = layer.make(weight)
                 kind = weight.device.type
                 if torch.is_autocast_enabled(
                     kind
                 ):  # else it is cast by the layer, and the copy stays in the graph
                     made = made.to(torch.get_autocast_dtype(kind))
-                alive[made.untyped_storage().data_ptr()] = (weight, place.make)
-                place.owner._parameters[place.name] = made  # type: ignore[assignment]  # as functional_call does
+
+                alive[made.untyped_storage().data_ptr()] = (weight, layer.make)
+                layer.owner._parameters[layer.name] = made  # type: ignore[assignment]  # as functional_call does
 
         def leave(*_: Any) -> None:
-            for place, weight in zip(places, frozen, strict=True):
-                place.owner._parameters[place.name] = weight  # type: ignore[assignment]
+            for layer, weight in zip(places, frozen, strict=True):
+                layer.owner._parameters[layer.name] = weight  # type: ignore[assignment]
             alive.clear()
 
         return enter, leave
 
-    handles, undo = [], []
+    handles = []
+    undo = []
     for caller, places in layers:
         enter, leave = around(places)
         handles += [caller.register_forward_pre_hook(enter), caller.register_forward_hook(leave)]

@@ -75,7 +75,9 @@ def map_statistics(
     if min(x.shape[-2:]) < least:
         missing = [max(0, least - side) for side in x.shape[-2:]]
         x = nn.functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
-    across, down = x.diff(dim=-1), x.diff(dim=-2)
+
+    across = x.diff(dim=-1)
+    down = x.diff(dim=-2)
     steps = [across.abs(), down.abs(), across.diff(dim=-2).abs()]
     flat = x.flatten(2)
     mean = flat.mean(2)
@@ -84,6 +86,7 @@ def map_statistics(
     parts = [mean, flat.amax(2), flat.amin(2), spread]
     parts += [*(step.flatten(2).mean(2) for step in steps), steps[2].flatten(2).amax(2)]
     ranked = [*steps, across.diff(dim=-1).abs(), down.diff(dim=-2).abs()] if bends else steps
+
     return torch.cat(parts + [q for sizes in ranked for q in _quantiles(sizes, quantiles)], dim=1)
 
 
@@ -101,7 +104,7 @@ def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
 
 
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:
-    found = next((m for m in backbone.vision.visual.modules() if isinstance(m, nn.Conv2d)), None)
-    if found is None:
+    first = next((m for m in backbone.vision.visual.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
         raise BackboneError("this backbone's image tower has no convolution whose output could be looked at.")
-    return found
+    return first

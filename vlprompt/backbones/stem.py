@@ -28,23 +28,28 @@ class ConvStem(nn.Sequential):
     def __init__(self, width: int, norm: bool = False) -> None:
         layers: list[nn.Module] = []
         before = 3
+
         for channels, stride in zip(_CHANNELS, _STRIDES, strict=True):
             layers.append(nn.Conv2d(before, channels, 3, stride, 1, bias=not norm))
             layers += [nn.BatchNorm2d(channels), nn.GELU()] if norm else [nn.GELU()]
             before = channels
+
         super().__init__(*layers, nn.Conv2d(before, width, 1, bias=False))
-        self.width, self.norm = width, norm
+        self.width = width
+        self.norm = norm
 
     def fused(self) -> dict[str, Tensor]:
         """Return the state of the same function without batch norm: its running statistics go into the weights."""
         if not self.norm:
             return self.state_dict()
+
         plain = ConvStem(self.width)
         layers: list[Any] = list(copy.deepcopy(self).eval())
         convolutions = [
             fuse_conv_bn_eval(conv, norm) for conv, norm in zip(layers[:-1:3], layers[1:-1:3], strict=True)
         ]
+
         places = list(plain)
-        for place, conv in zip((*places[:-1:2], places[-1]), (*convolutions, layers[-1]), strict=True):
-            place.load_state_dict(conv.state_dict())
+        for slot, conv in zip((*places[:-1:2], places[-1]), (*convolutions, layers[-1]), strict=True):
+            slot.load_state_dict(conv.state_dict())
         return plain.state_dict()

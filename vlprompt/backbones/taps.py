@@ -52,14 +52,17 @@ def patch_of(tower: VisionTower) -> int:
     """
     if tower.refusal is not None:
         raise BackboneError(f"token states of an image can't be read on this backbone: {tower.refusal}")
+
     source = tower.visual if tower.kind == "vit" else tower.visual.trunk.patch_embed
     height, width = source.patch_size
+
     special = 1 if tower.kind == "vit" else int(getattr(tower.visual.trunk, "num_prefix_tokens", 1))
     if height != width or special != 1:
         raise BackboneError(
             f"dense features need square patches and one class token; this image tower has patches of "
             f"{height} x {width} pixels and {special} class tokens."
         )
+
     return int(height)
 
 
@@ -72,7 +75,8 @@ def grid_of(tower: VisionTower, size: tuple[int, int]) -> tuple[int, int]:
 def padded(images: Tensor, multiple: int) -> Tensor:
     """Continue the last row and column of (B, 3, H, W) until both sides are multiples; a copy only if needed."""
     height, width = images.shape[-2:]
-    below, right = -height % multiple, -width % multiple
+    below = -height % multiple
+    right = -width % multiple
     return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
 
@@ -111,6 +115,7 @@ def first_state(tower: VisionTower, images: Tensor) -> Tensor:
     patch = patch_of(tower)
     images = padded(images, patch)
     visual = tower.visual
+
     if tower.kind == "timm_vit":
         native = tuple(visual.trunk.patch_embed.img_size)
         if images.shape[-2:] != native:  # timm fixes the size when it builds the tower
@@ -119,6 +124,7 @@ def first_state(tower: VisionTower, images: Tensor) -> Tensor:
                 f"{images.shape[-2]} x {images.shape[-1]}. Use the segmenter's preprocess, or a ViT of open_clip's own."
             )
         return visual.trunk._pos_embed(visual.trunk.patch_embed(images))
+
     x = visual.conv1(images)
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)
@@ -151,10 +157,13 @@ def run_taps(
     """
     rows = None if prompts is None else _checked(tower, prompts, len(x))
     tokens = x.shape[1]
+
     if rows is not None:
         x = torch.cat([x, rows[:, 0].to(x.dtype)], dim=1)
+
     x = tower.visual.ln_pre(x) if tower.kind == "vit" else tower.visual.trunk.norm_pre(x)
     states = []
+
     last = len(tower.blocks) - 1 if pooled else max(blocks)
     for i, block in enumerate(tower.blocks[: last + 1]):
         x = run_block(block, x, None) if is_packable_block(block) else block(x)
@@ -164,6 +173,7 @@ def run_taps(
             x = torch.cat([x[:, :tokens], rows[:, i + 1].to(x.dtype)], dim=1)
         if keep_prompts and i in blocks:
             states.append(x)
+
     return Taps(tuple(states), tower.finish(x[:, :tokens]) if pooled else None)
 
 
@@ -172,10 +182,12 @@ def after_block(tower: VisionTower, last: int) -> list[nn.Parameter]:
     visual = tower.visual
     inner = visual if tower.kind == "vit" else visual.trunk
     unread = [p for block in tower.blocks[last + 1 :] for p in block.parameters()]
+
     for part in (inner, visual):
         for name in ("ln_post", "attn_pool", "norm", "fc_norm", "head"):
             module = getattr(part, name, None)
             unread += list(module.parameters()) if isinstance(module, nn.Module) else []
+
     projection = getattr(visual, "proj", None)
     return [*unread, *([projection] if isinstance(projection, nn.Parameter) else [])]
 
@@ -187,4 +199,5 @@ def _checked(tower: VisionTower, prompts: Tensor, batch: int) -> Tensor:
             f"visual prompts of shape {tuple(prompts.shape)} don't fit an image tower of {tower.layers} layers and "
             f"width {tower.width} with {batch} images."
         )
+
     return rows.expand(batch, -1, -1, -1)

@@ -42,24 +42,29 @@ class TextTower:
         self, model: nn.Module, tokenizer: TextTokenizer | None, missing_tokenizer: str = ""
     ) -> None:
         self.model: Any = model
-        self.tokenizer, self._missing = tokenizer, missing_tokenizer
+        self.tokenizer = tokenizer
+        self._missing = missing_tokenizer
         self.memory = 3 << 30
         # CustomTextCLIP keeps the tower in .text, CLIP spreads it over itself
         inner: Any = getattr(model, "text", model)
         self.refusal = _refusal(inner)
         self.context_length = int(getattr(model, "context_length", 77))
+
         if self.refusal is not None:
             self.width = self.layers = 0
             self.causal = False
             return
+
         self.embedding: nn.Embedding = inner.token_embedding
         self.positions: nn.Parameter = inner.positional_embedding
         self.blocks: Any = inner.transformer.resblocks
         self.batch_first: bool = getattr(inner.transformer, "batch_first", True)
-        self.norm, self.projection = inner.ln_final, inner.text_projection
+        self.norm = inner.ln_final
+        self.projection = inner.text_projection
         self.causal_mask: Tensor | None = inner.attn_mask
         self.pooling = str(getattr(inner, "pool_type", None) or getattr(inner, "text_pool_type", "argmax"))
-        self.width, self.layers = self.embedding.embedding_dim, len(self.blocks)
+        self.width = self.embedding.embedding_dim
+        self.layers = len(self.blocks)
         self.causal = self.causal_mask is not None
         # Pooling at the last place of a padded row makes the padding part of the sentence.
         self.packable = (
@@ -118,8 +123,10 @@ class TextTower:
             rows = tokenizer.rows(list(texts), self.context_length).to(device)
             with torch.no_grad():
                 return torch.cat([self.model.encode_text(part).float() for part in rows.split(256)])
+
         room = self.context_length - len(tokenizer.start) - len(tokenizer.end)
         sentences = [[*tokenizer.start, *tokenizer.encode(t)[:room], *tokenizer.end] for t in texts]
+
         with torch.no_grad():
             return torch.cat(
                 [self.encode(self.layout(sentences[i : i + batch])) for i in range(0, len(sentences), batch)]
@@ -193,8 +200,10 @@ class TextTower:
     def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
         """Return (G or 1, R, Dt) embeddings plus positions of a flat list of R sources."""
         device = self.embedding.weight.device
-        sources, positions = sources.to(device), positions.to(device)
+        sources = sources.to(device)
+        positions = positions.to(device)
         x = self.embedding(sources.clamp(min=0))[None]
+
         if context is not None:
             x = insert_rows(x.to(context.dtype), sources, context)
         return x + self.positions[positions].to(x.dtype)
@@ -211,16 +220,20 @@ class TextTower:
     ) -> tuple[Tensor | None, Tensor | None, bool]:
         self.require_prompts()
         slots = layout.slots
-        given = 0 if context is None else context.shape[-2]
-        if slots > given:
-            raise VLPromptError(f"the sentences refer to {slots} context vectors, {given} were given.")
+
+        available = 0 if context is None else context.shape[-2]
+        if slots > available:
+            raise VLPromptError(f"the sentences refer to {slots} context vectors, {available} were given.")
+
         for what, tensor in (("context", context), ("deep prompts", deep)):
             if tensor is not None and tensor.shape[-1] != self.width:
                 raise VLPromptError(f"{what} have width {tensor.shape[-1]}, the text tower has {self.width}.")
+
         if deep is not None and deep.shape[-3] > self.layers - 1:
             raise VLPromptError(
                 f"{deep.shape[-3]} layers of deep text prompts, the tower takes at most {self.layers - 1}."
             )
+
         grouped = (context is not None and context.dim() == 3) or (deep is not None and deep.dim() == 4)
         context = context[None] if context is not None and context.dim() == 2 else context
         deep = deep[None] if deep is not None and deep.dim() == 3 else deep
@@ -241,6 +254,7 @@ def _refusal(inner: Any) -> str | None:
             f"its text tower ({kind}) pools through a class token appended after the padding (CoCa), so a sentence "
             "has no end of its own. Learners that leave the text tower alone work."
         )
+
     return None
 
 
@@ -273,6 +287,7 @@ def _run_plain(
     groups = max(len(x), 1 if deep is None else len(deep))
     x = x.expand(groups, -1, -1).reshape(groups * classes, length, tower.width)
     mask = None if tower.causal_mask is None else tower.causal_mask[:length, :length].to(x.dtype)
+
     for i, block in enumerate(tower.blocks):
         if deep is not None and 1 <= i <= deep.shape[1]:
             flat = insert_rows(x.reshape(groups, classes * length, -1), sources.flatten(), deep[:, i - 1])
@@ -283,6 +298,7 @@ def _run_plain(
             x = block(x, attn_mask=mask)
         else:
             x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+
     return x
 
 

@@ -30,12 +30,15 @@ def build_tiny(pretrained: str | None = None, *, seed: int = 0) -> Backbone:
     """
     if pretrained not in (None, "scenes", "random"):
         raise UnknownNameError("weights tag of tiny", pretrained, ["scenes", "random"])
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_model()
+
     tag = pretrained or "scenes"
     if tag == "scenes":
         load_state(model)
+
     preprocess = {"size": model_config()["vision_cfg"]["image_size"]}
     tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     return wrap_open_clip(model, preprocess, tokenizer, {"architecture": "tiny", "pretrained": tag})

@@ -28,7 +28,8 @@ __all__ = ["WEIGHTS", "build_model", "load_state", "model_config", "pack_state",
 WEIGHTS = Path(str(files("vlprompt.backbones"))) / "weights" / "tiny.safetensors"
 
 _TABLE = "token_embedding.weight"
-_ROWS, _IDS = "token_embedding.seen_rows", "token_embedding.seen_ids"
+_ROWS = "token_embedding.seen_rows"
+_IDS = "token_embedding.seen_ids"
 _UNSEEN_STD = 0.02  # what open_clip initialises token embeddings with
 
 
@@ -66,14 +67,14 @@ def pack_state(model: CLIP, seen_ids: Sequence[int]) -> dict[str, Tensor]:
     return {**state, _ROWS: table[ids.long()].clone(), _IDS: ids}
 
 
-def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", given: str = "-") -> None:
+def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", elsewhere: str = "-") -> None:
     """Put shipped weights into a model of their architecture, in place.
 
     Args:
         model: The CLIP to fill; keeps its dtype and device.
         path: A packed file; default: that of ``tiny``, a model of :func:`model_config`.
         what: What to call the model in error messages, and what seeds embeddings that are not stored.
-        given: Beginning of the names of parameters that come from elsewhere.
+        elsewhere: Beginning of the names of parameters that come from elsewhere.
 
     Raises:
         BackboneError: If the file does not fit the architecture.
@@ -82,11 +83,13 @@ def load_state(model: CLIP, path: Path | None = None, what: str = "tiny", given:
     packed, _ = read_tensors(path or WEIGHTS)
     state = {**packed, **_unpack_table(packed, model, path or WEIGHTS, what)}
     state.pop(_ROWS, None), state.pop(_IDS, None)
-    wanted = {name for name, _ in model.named_parameters() if not name.startswith(given)}
+
+    wanted = {name for name, _ in model.named_parameters() if not name.startswith(elsewhere)}
     if problem := sorted(wanted ^ (set(state) & wanted)) or sorted(set(state) - set(model.state_dict())):
         raise BackboneError(
             f"{path or WEIGHTS} does not fit the {what} CLIP: {problem[0]!r} is missing or unknown."
         )
+
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     except RuntimeError as error:
@@ -102,12 +105,16 @@ def seen_token_ids() -> tuple[int, ...]:
 def _unpack_table(packed: Mapping[str, Tensor], model: CLIP, path: Path, what: str) -> dict[str, Tensor]:
     if _ROWS not in packed or _IDS not in packed:
         raise BackboneError(f"{path} holds no packed token embeddings; it was not written by pack_state.")
+
     vocabulary, width = model.token_embedding.weight.shape
-    rows, ids = packed[_ROWS].float(), packed[_IDS].long()
+    rows = packed[_ROWS].float()
+
+    ids = packed[_IDS].long()
     if rows.shape[1] != width or int(ids.max()) >= vocabulary:
         raise BackboneError(
             f"{path}: embeddings {tuple(rows.shape)} do not fit a table of {(vocabulary, width)}."
         )
+
     table = torch.randn(vocabulary, width, generator=torch_rng(0, what, "unseen tokens")) * _UNSEEN_STD
     table[ids] = rows
     return {_TABLE: table}

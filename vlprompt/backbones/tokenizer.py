@@ -36,7 +36,9 @@ class _BytePair:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.start, self.end, self.pad = [tokenizer.sot_token_id], [tokenizer.eot_token_id], 0
+        self.start = [tokenizer.sot_token_id]
+        self.end = [tokenizer.eot_token_id]
+        self.pad = 0
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer.encode(text)]
@@ -49,7 +51,8 @@ class _HuggingFace:
     """open_clip's HFTokenizer (SigLIP, mT5, BERT towers); special tokens are read off an encoded empty string."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, inner = tokenizer, tokenizer.tokenizer
+        self._tokenizer = tokenizer
+        inner = tokenizer.tokenizer
         empty = list(inner("").input_ids)
         ends = {i for i in (inner.eos_token_id, inner.sep_token_id) if i is not None}
         self.end = [i for i in empty if i in ends]

@@ -96,17 +96,21 @@ class VisionTower:
                 return _first(self.visual(images)).float()
             # No tokens: the same tower, block by block.
             prompts = VisualPrompts(images.new_empty(1, 0, self.width))
+
         tokens = self._check(prompts, len(images))
         # What lies below the prompts is frozen, so it makes no graph by itself.
         x = self._embed(images, before_norm=prompts.insertion == "append")
         places = self._places(x.shape[1], tokens.shape[2], prompts.insertion)
         x = _put(x, tokens[:, 0], places)
+
         if prompts.insertion == "append":
             x = self._norm_before(x)
+
         for i, block in enumerate(self.blocks):
             if 1 <= i < tokens.shape[1]:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
             x = self._run(block, x, adapters[i] if adapters is not None else None)
+
         x = torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1)
         return self.finish(x)
 
@@ -130,6 +134,7 @@ class VisionTower:
             return block(x)
         if self.kind == "vit":
             return run_block(block, x, adapter)
+
         handle = block.attn.qkv.register_forward_hook(lambda _, inputs, output: output + adapter(inputs[0]))
         try:
             return block(x)
@@ -148,6 +153,7 @@ class VisionTower:
         if self.kind == "timm_vit":
             x = visual.trunk._pos_embed(visual.trunk.patch_embed(images))
             return x if before_norm else visual.trunk.norm_pre(x)
+
         x = visual.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = x + visual.positional_embedding.to(x.dtype)
@@ -185,6 +191,7 @@ def _kind(visual: Any) -> tuple[str, str | None]:
         if not getattr(visual.transformer, "batch_first", True):
             return "conv", "its blocks run in a token-first layout that this open_clip version no longer uses"
         return "vit", None
+
     trunk = getattr(visual, "trunk", None)
     if getattr(trunk, "rope", None) is not None:
         return "conv", (
@@ -195,6 +202,7 @@ def _kind(visual: Any) -> tuple[str, str | None]:
         hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")
     ):
         return "timm_vit", None
+
     what = type(trunk).__name__ if trunk is not None else name
     return "conv", (
         f"its image tower ({what}) is not a sequence of tokens. Use a ViT backbone (for example ViT-B-16 or tiny), or "

@@ -28,14 +28,15 @@ def maskable(visual: nn.Module) -> dict[str, Kind]:
     Args:
         visual: The image side of an open_clip model; names are relative to it.
     """
-    found: dict[str, Kind] = {}
+    kinds: dict[str, Kind] = {}
     for path, module in visual.named_modules():
         if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):
-            found[f"{path}.in_proj_weight"] = "attention.in"
+            kinds[f"{path}.in_proj_weight"] = "attention.in"
         kind = _kind(path.split("."), module)
         if kind is not None:
-            found[f"{path}.weight"] = kind
-    return found
+            kinds[f"{path}.weight"] = kind
+
+    return kinds
 
 
 def _kind(words: Sequence[str], module: nn.Module) -> Kind | None:
@@ -47,6 +48,7 @@ def _kind(words: Sequence[str], module: nn.Module) -> Kind | None:
         return "attention.out" if words[-1] in _OUTPUTS else "attention.in"
     if isinstance(module, nn.Linear):
         return None
+
     stem = words[0] in ("conv1", "conv2", "conv3") or "patch_embed" in words
     return "patch" if stem else "conv"
 

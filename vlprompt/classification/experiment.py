@@ -34,7 +34,7 @@ from vlprompt.core.files import path_fingerprint, write_json, write_jsonl
 from vlprompt.core.options import options_model
 from vlprompt.core.processes import process_state
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
-from vlprompt.data.fingerprint import data_fingerprint, missing_data
+from vlprompt.data.fingerprint import captions_fingerprint, data_fingerprint, missing_captions, missing_data
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import parse_overrides
 from vlprompt.experiments.experiment import Experiment
@@ -111,6 +111,9 @@ class ClassificationExperiment(Experiment):
         for study in self.studies:
             for name in _data_names(study.config):
                 fingerprints[name] = data_fingerprint(name, study.config.data.root)
+            if study.config.protocol.name == "meta":
+                pairs = study.config.meta.pairs
+                fingerprints[f"meta.pairs {pairs}"] = captions_fingerprint(pairs)
             for path in self._paths(study.config):
                 fingerprints[path] = path_fingerprint(path)
         return {name: value for name, value in fingerprints.items() if value}
@@ -121,6 +124,8 @@ class ClassificationExperiment(Experiment):
         for study in self.studies:
             config = study.config
             sentences += [missing_data(name, config.data.root) for name in _data_names(config)]
+            if config.protocol.name == "meta":
+                sentences.append(missing_captions(config.meta.pairs))
             sentences.append(missing_weights(config.backbone.name, config.backbone.pretrained))
             for path in self._paths(config):
                 if path_fingerprint(path) == "absent":

@@ -32,7 +32,9 @@ class UnknownNameError(VLPromptError, KeyError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        self.kind, self.name, self.known = kind, name, sorted(known)
+        self.kind = kind
+        self.name = name
+        self.known = sorted(known)
         super().__init__(_unknown_message(kind, name, self.known, hint))
 
     def __str__(self) -> str:  # KeyError would print the repr, with escaped newlines
@@ -72,16 +74,18 @@ class NonFiniteError(VLPromptError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Return up to ``count`` known names that look like ``name``, best first."""
     lowered = {k.lower(): k for k in known}
-    found = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.5)
-    return [lowered[f] for f in found]
+    matches = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.5)
+    return [lowered[f] for f in matches]
 
 
 def _unknown_message(kind: str, name: str, known: list[str], hint: str) -> str:
     lines = [f"unknown {kind} {name!r}."]
     if close := nearest(name, known):
         lines.append(f"Did you mean {' or '.join(repr(c) for c in close)}?")
-    shown = ", ".join(known[:40]) + (f", ... ({len(known)} in all)" if len(known) > 40 else "")
-    lines.append(f"Known: {shown or 'none'}.")
+
+    listing = ", ".join(known[:40]) + (f", ... ({len(known)} in all)" if len(known) > 40 else "")
+    lines.append(f"Known: {listing or 'none'}.")
+
     if hint:
         lines.append(hint)
     return " ".join(lines)

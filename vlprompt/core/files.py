@@ -41,6 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
         temporary.replace(path)
@@ -94,11 +95,14 @@ def path_fingerprint(path: Path | str) -> str:
         files = sorted(file for file in root.rglob("*") if file.is_file())
     else:
         return "absent"
+
     digest = hashlib.sha256()
+
     for file in files:
         status = file.stat()
         name = "" if file == root else file.relative_to(root).as_posix()
         digest.update(f"{name}\x1f{status.st_size}\x1f{status.st_mtime_ns}\n".encode())
+
     return digest.hexdigest()[:12]
 
 
@@ -125,6 +129,7 @@ def read_tensors(
     """
     if not Path(path).is_file():
         raise CheckpointError(f"no such file: {path}.")
+
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
@@ -133,6 +138,7 @@ def read_tensors(
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}). It may be truncated."
         ) from error
+
     return tensors, metadata
 
 

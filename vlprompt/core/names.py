@@ -30,6 +30,7 @@ def check_classnames(
     origins = list(map(str, names)) if origins is None else list(origins)
     cleaned = tuple(clean_classname(str(name)) for name in names)
     seen: dict[str, int] = {}
+
     for index, name in enumerate(cleaned):
         if not name:
             raise DataError(
@@ -41,6 +42,7 @@ def check_classnames(
                 f"{where}: two classes are called {name!r}: {origins[first]!r} and {origins[index]!r}. "
                 "Rename one, for example with classnames={...}."
             )
+
     return cleaned
 
 
@@ -50,10 +52,12 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         DataError: If there is none, or one has not exactly one ``{}`` and no other brace.
     """
-    given = (templates,) if isinstance(templates, str) else tuple(templates)
-    if not given:
+    sentences = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not sentences:
         raise DataError("at least one template is needed, for example 'a photo of a {}.'.")
-    for template in given:
+
+    for template in sentences:
         if "{}" not in template or set(template.replace("{}", "", 1)) & {"{", "}"}:
             raise DataError(f"a template has exactly one {{}} for the class name, got {template[:120]!r}.")
-    return given
+
+    return sentences

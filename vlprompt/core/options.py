@@ -30,6 +30,7 @@ def options_model(target: Callable[..., Any]) -> type[BaseModel]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
     return create_model(getattr(target, "__name__", "Options"), __config__=config, **fields)
 
 
@@ -50,15 +51,17 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], source
 def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return what a Google-style docstring says before its ``Args:``, and what it says of each argument."""
     text, _, rest = inspect.cleandoc(target.__doc__ or "").partition("\nArgs:\n")
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     name = ""
+
     for line in rest.split("\n\n")[0].splitlines():
         if line.startswith("        "):  # goes on
-            found[name] += f" {line.strip()}"
+            descriptions[name] += f" {line.strip()}"
         else:
             name, _, described = line.strip().partition(": ")
-            found[name] = described
-    return text.strip(), found
+            descriptions[name] = described
+
+    return text.strip(), descriptions
 
 
 def describe_problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -69,13 +72,16 @@ def describe_problems(error: ValidationError, model: type[BaseModel], prefix: st
 def _describe(problem: Any, model: type[BaseModel], prefix: str) -> str:
     path = [str(p) for p in problem["loc"]]
     key = ".".join([*([prefix] if prefix else []), *path])
+
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, path[:-1])
         close = nearest(path[-1], known, count=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         return f"{key}: unknown key{hint} Known: {', '.join(sorted(known)) or 'none'}."
+
     if problem["type"] == "missing":
         return f"{key}: required, but missing."
+
     message = problem["msg"]
     if problem["type"] == "value_error":  # a validator of ours: a whole sentence that names the value
         return f"{key}: {message.removeprefix('Value error, ')}"

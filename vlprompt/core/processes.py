@@ -22,10 +22,9 @@ def process_state() -> PartialState:
 
 def divide_threads(processes: int) -> int:
     """Return the threads that each of so many processes gets of this machine's cores, at least one."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    # A container or a batch system may allow fewer cores than the machine has.
+    allowed = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
     return max(1, cores // processes)
 
 

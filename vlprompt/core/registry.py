@@ -57,7 +57,8 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, package: str) -> None:
-        self.kind, self.package = kind, package
+        self.kind = kind
+        self.package = package
         self._entries: dict[str, Entry[T]] = {}
         self._discovered = False
 
@@ -72,11 +73,13 @@ class Registry(Generic[T]):
 
         def add(target: T) -> T:
             entry = Entry(name, target, summary, paper, needs, extra)
-            held = self._entries.get(name)
-            if held is not None and (held.owner, _qualname(held.target)) != (entry.owner, _qualname(target)):
+            existing = self._entries.get(name, entry)
+            same = (existing.owner, _qualname(existing.target)) == (entry.owner, _qualname(target))
+            if not same:
                 raise VLPromptError(
-                    f"{self.kind} {name!r} is registered twice: by {held.owner} and by {entry.owner}. Rename one."
+                    f"{self.kind} {name!r} is registered twice: by {existing.owner} and by {entry.owner}. Rename one."
                 )
+
             self._entries[name] = entry
             return target
 
@@ -108,11 +111,13 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
+
         self._discovered = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self.package}.{module.name}")
+
         for point in entry_points(group=f"vlprompt.{self.kind}s"):
             try:
                 point.load()

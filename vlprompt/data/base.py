@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,14 +16,32 @@ from vlprompt.core.errors import DataError
 __all__ = ["ImageDataset", "Reader", "Sample", "hash_strings"]
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """Turns a sample's source into pixels; one per kind of storage."""
 
+    @abstractmethod
     def read(self, source: Any) -> Image.Image:
-        """Return the image as RGB. Raises DataError with the source's name if it can't be decoded."""
+        """Return the image as RGB.
 
+        Raises:
+            DataError: If it can't be decoded; names the source.
+        """
+
+    @abstractmethod
     def key(self, source: Any) -> str:
         """Return a string that changes exactly when the image's bytes change; feature caches rely on it."""
+
+    def check(self, source: Any) -> str:
+        """Return why an image can't be decoded, empty if it can; images that are drawn always can."""
+        return ""
+
+    def stamp(self, source: Any) -> str:
+        """Return a string that changes when the image is written again, without reading its bytes.
+
+        Fingerprints of whole data sets are made of stamps, so a stamp must be cheap: for a file, its size and
+        modification time. The default is :meth:`key`, which is cheap where images are drawn.
+        """
+        return self.key(source)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ __all__ = [
     "SourceSpec",
     "SplitSpec",
     "card_names",
+    "card_path",
     "cards_dir",
     "load_card",
     "validation_problems",
@@ -199,6 +200,14 @@ def card_names(task: str | None = None) -> list[str]:
     )
 
 
+def card_path(name: str) -> Path:
+    """Return the file of a card. Raises UnknownNameError with the nearest names."""
+    files = _card_files()
+    if name not in files:
+        raise UnknownNameError("data set card", name, files)
+    return files[name]
+
+
 def load_card(name: str) -> Card:
     """Read and check one card.
 
@@ -206,10 +215,7 @@ def load_card(name: str) -> Card:
         UnknownNameError: With the nearest names.
         ConfigError: With all mistakes of the file at once.
     """
-    files = _card_files()
-    if name not in files:
-        raise UnknownNameError("data set card", name, files)
-    path = files[name]
+    path = card_path(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

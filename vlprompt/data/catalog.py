@@ -80,7 +80,7 @@ def load_dataset(
             from what it drew; ``"auto"`` is elevater for the cards of that benchmark and private for all others.
         on_bad_image: ``"skip"`` names unreadable images in a warning and leaves them out, ``"error"``
             refuses.
-        download: Fetch a data set that isn't there, if its card says from where (see ``tools/prepare.py``).
+        download: Fetch a data set that isn't there, if its card says from where (see ``vlprompt data prepare``).
         strict_shots: Refuse classes with fewer images than ``shots``.
         max_bad_share: Share of unreadable images in [0, 1] above which ``"skip"`` refuses too.
         classnames: Other class names, all in order, or a mapping of some old names (or folder names) to new
@@ -231,11 +231,13 @@ def _build(ways: _Ways, options: Mapping[str, Any], download: bool) -> ImageData
         except AbsentError as error:
             missing.append(str(error))
     request = ways[0][1]
+    if request.card is None:
+        raise AbsentError(" ".join(missing))
     from vlprompt.data.prepare import advice, fetch  # only now: it needs the network, other data sets don't
 
     if not download:
-        raise AbsentError(f"{' '.join(missing)} {advice(request.need_card, request.root)}")
-    fetch(request.need_card, request.root)
+        raise AbsentError(f"{' '.join(missing)} {advice(request.card, request.root)}")
+    fetch(request.card, request.root)
     return _build(ways, options, download=False)
 
 

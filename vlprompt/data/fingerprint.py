@@ -1,25 +1,191 @@
-"""What a run depends on: a fingerprint of a data set's files, and a sentence where files are missing."""
+"""What a run depends on: fingerprints of the data that it reads, and sentences for data that are missing.
+
+With other images, labels, class names or templates a data set has another fingerprint, and a run that reads it is
+another run. Images are not read for it: a file's size and modification time stand for its bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
-from vlprompt.data.catalog import default_root
+from vlprompt.data.base import ImageDataset
+from vlprompt.data.captions import CAPTION_SOURCES, open_captions
+from vlprompt.data.cards import card_names, card_path, load_card
+from vlprompt.data.catalog import check_name, open_split
+from vlprompt.data.segmentation.base import MaskDataset
+from vlprompt.data.segmentation.catalog import is_segmentation, open_pairs
+from vlprompt.data.segmentation.sources import pair_sources
+from vlprompt.data.sources import AbsentError, sources
+from vlprompt.data.splits import SPLITS
 
-__all__ = ["data_fingerprint", "missing_data"]
+__all__ = ["captions_fingerprint", "data_fingerprint", "missing_captions", "missing_data"]
+
+Root = str | os.PathLike[str] | None
 
 
-def data_fingerprint(name: str, root: str | os.PathLike[str] | None = None) -> str:
-    """Return what changes when a file of a data set changes; empty for embedded data."""
-    kind, colon, argument = name.partition(":")
-    if not colon:
+def data_fingerprint(name: str, root: Root = None) -> str:
+    """Return a short string that changes when anything changes that a data set gives to a run.
+
+    It covers all splits: sample names, labels, masks and phrases, the sizes and modification times of their files,
+    class names and templates, and the card. Files that no split lists don't count.
+
+    Args:
+        name: A data set of classification or segmentation, as the catalogue names it, or ``coco:JSON:FOLDER``.
+        root: Folder of downloaded data sets; ``default_root()`` if None.
+
+    Returns:
+        12 hex digits; empty for data that are drawn or come with the library; ``"absent"`` if it isn't there.
+
+    Raises:
+        UnknownNameError: For a name that the catalogue doesn't know.
+        DataError: If there are files, but no split of them can be opened.
+    """
+    if name.startswith("coco:"):
+        return _boxes_fingerprint(name)
+    if _is_embedded(name):
         return ""
-    folder = default_root() if root is None else Path(root).expanduser()
-    return path_fingerprint(folder / argument)
+
+    digest = hashlib.sha256()
+    if name in card_names():
+        digest.update(card_path(name).read_bytes())
+    try:
+        for split, content in _splits(name, root):
+            digest.update(f"\x1d{split}".encode())
+            facts = [content] if isinstance(content, str) else _facts(content)
+            for fact in facts:
+                digest.update(f"\n{fact}".encode())
+    except AbsentError:
+        return "absent"
+    return digest.hexdigest()[:12]
 
 
-def missing_data(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
-    """Return what is missing of a data set and how to get it; None if it is there."""
-    return f"{name} does not exist." if data_fingerprint(name, root) == "absent" else None
+def missing_data(name: str, root: Root = None) -> str | None:
+    """Return why a data set can't be read and how to get it; None if it can.
+
+    Args:
+        name: See :func:`data_fingerprint`.
+        root: See :func:`data_fingerprint`.
+
+    Raises:
+        UnknownNameError: For a name that the catalogue doesn't know.
+    """
+    if name.startswith("coco:"):
+        absent = [path for path in _box_paths(name) if not path.exists()]
+        return f"{name}: {' and '.join(str(path) for path in absent)} does not exist." if absent else None
+    if _is_embedded(name):
+        return None
+    try:
+        next(_splits(name, root))
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def captions_fingerprint(name: str) -> str:
+    """Return what :func:`data_fingerprint` does, for images with captions.
+
+    Args:
+        name: ``scenes:COUNT``, ``folder:PATH``, ``csv:PATH`` or ``tar:PATTERN``.
+
+    Raises:
+        UnknownNameError: For an unknown kind.
+        DataError: If there are files, but they can't be read as captions.
+    """
+    if CAPTION_SOURCES.get(name.partition(":")[0]).extra.get("embedded"):
+        return ""
+    try:
+        captions = open_captions(name)
+    except AbsentError:
+        return "absent"
+
+    digest = hashlib.sha256(captions.identity().encode())
+    for index in range(len(captions)):
+        digest.update(f"\n{captions.stamp(index)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def missing_captions(name: str) -> str | None:
+    """Return why images with captions can't be read; None if they can. See :func:`captions_fingerprint`."""
+    if CAPTION_SOURCES.get(name.partition(":")[0]).extra.get("embedded"):
+        return None
+    try:
+        open_captions(name)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _is_embedded(name: str) -> bool:
+    """Return whether a data set is drawn or comes with the library. Raises UnknownNameError."""
+    registry = pair_sources if is_segmentation(name) else sources
+    if registry is sources:
+        check_name(name)
+    if name.startswith("scenes/"):
+        kind = "scenes"
+    elif name in card_names():
+        kind = load_card(name).source.kind
+    else:
+        kind = name.partition(":")[0]
+    return bool(registry.get(kind).extra.get("embedded"))
+
+
+def _splits(name: str, root: Root) -> Iterator[tuple[str, ImageDataset | MaskDataset | str]]:
+    """Yield every split with its data, or with the reason why it can't be opened.
+
+    A data set may have no validation or no training part, so a split that can't be opened is no error by itself.
+
+    Raises:
+        AbsentError: If no split is there.
+        DataError: If no split can be opened.
+    """
+    problems: dict[str, DataError] = {}
+    for split in SPLITS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # loading the data warns again, when somebody reads it
+                data = (
+                    open_pairs(name, split, root) if is_segmentation(name) else open_split(name, split, root)
+                )
+        except DataError as error:
+            problems[split] = error
+        else:
+            yield split, data
+
+    if len(problems) == len(SPLITS):
+        absent = [error for error in problems.values() if isinstance(error, AbsentError)]
+        raise absent[0] if absent else problems[SPLITS[0]]
+    for split, problem in problems.items():
+        yield split, str(problem)
+
+
+def _facts(data: ImageDataset | MaskDataset) -> Iterator[str]:
+    """Yield a line for the names of a split and one for each of its samples."""
+    yield repr(data.classnames)
+    if isinstance(data, MaskDataset):
+        for pair in data.samples:
+            images = data.reader.stamp(pair.source)
+            masks = data.reader.mask_stamp(pair)
+            yield f"{pair}\x1f{images}\x1f{masks}"
+    else:
+        yield repr(data.templates)
+        for sample in data.samples:
+            yield f"{sample}\x1f{data.reader.stamp(sample.source)}"
+
+
+def _box_paths(name: str) -> list[Path]:
+    """Return the file of annotations and the folder of images of ``coco:JSON:FOLDER``."""
+    annotations, _, folder = name.removeprefix("coco:").partition(":")
+    return [Path(annotations), Path(folder or Path(annotations).parent)]
+
+
+def _boxes_fingerprint(name: str) -> str:
+    parts = [path_fingerprint(path) for path in _box_paths(name)]
+    if "absent" in parts:
+        return "absent"
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.base import ImageDataset
+from vlprompt.data.base import ImageDataset, Reader
 
 __all__ = [
     "EXTENSIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "VerificationReport",
     "decode",
     "drop_bad",
+    "file_stamp",
     "pixel_key",
     "read_image",
     "read_with_note",
@@ -86,7 +87,7 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
 
 
 @dataclass(frozen=True)
-class FileReader:
+class FileReader(Reader):
     """Reads images below one folder; a source is a path relative to it, with ``/``.
 
     Attributes:
@@ -119,6 +120,10 @@ class FileReader:
         except OSError as error:
             raise DataError(f"can't read the image {path}: {error.strerror or error}.") from None
         return _digests[stat]
+
+    def stamp(self, source: str) -> str:
+        """See :meth:`Reader.stamp`; ``"absent"`` if there is no such file."""
+        return file_stamp(self.path(source))
 
 
 @dataclass(frozen=True)
@@ -155,28 +160,31 @@ def verify(
 ) -> VerificationReport:
     """Decode images once and report the unreadable ones, without keeping any.
 
-    Data sets that draw their images (their readers have no ``check``) have nothing to verify. Results
-    are remembered in memory by path, size and time of change. JPEG files are decoded at an eighth of their
-    size, which still walks every byte of them.
+    Results are remembered in memory by path, size and time of change. JPEG files are decoded at an eighth of
+    their size, which still reads every byte of them.
 
     Args:
         dataset: What to check.
         indices: Which samples; all of them if None.
         workers: Threads; the machine's cores (at most 8) if None.
     """
-    inspect = getattr(dataset.reader, "check", None)
     chosen = list(range(len(dataset)) if indices is None else indices)
-    if inspect is None:
-        return VerificationReport(len(chosen))
+    threads = workers or min(8, os.cpu_count() or 1)
 
-    def check(index: int) -> BadImage | None:
-        source = dataset.samples[index].source
-        reason = inspect(source)
-        return BadImage(index, str(source), reason) if reason else None
+    def check(part: list[int]) -> list[BadImage]:
+        bad = []
+        for index in part:
+            source = dataset.samples[index].source
+            reason = dataset.reader.check(source)
+            if reason:
+                bad.append(BadImage(index, str(source), reason))
+        return bad
 
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        found = [bad for bad in pool.map(check, chosen) if bad is not None]
-    return VerificationReport(len(chosen), tuple(sorted(found, key=lambda b: b.index)))
+    # One task for each thread: a task for each image would cost more than looking at a drawn one.
+    parts = [chosen[start::threads] for start in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        bad_images = [bad for part in pool.map(check, parts) for bad in part]
+    return VerificationReport(len(chosen), tuple(sorted(bad_images, key=lambda bad: bad.index)))
 
 
 def drop_bad(
@@ -217,6 +225,15 @@ def refuse_if_fatal(
             f"than the {max_share:.1%} that may be skipped (max_bad_share)."
         )
     warnings.warn(f"{name} ({split}): {report}. They are skipped.", stacklevel=4)
+
+
+def file_stamp(path: Path) -> str:
+    """Return the size in bytes and the modification time in ns of a file, ``"absent"`` if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "absent"
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False) -> Image.Image:

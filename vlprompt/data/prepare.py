@@ -90,7 +90,7 @@ def _damaged(data: ImageDataset | MaskDataset, split: str) -> list[str]:
 def advice(card: Card, root: Path) -> str:
     """Return what to do about a data set that isn't there: by program, by hand, and what to take instead."""
     if card.archives:
-        how = f"Fetch it with tools/prepare.py {card.name}, or pass download=True ({card.download_mb} MB). "
+        how = f"Fetch it with `vlprompt data prepare {card.name}`, or pass download=True ({card.download_mb} MB). "
     else:
         how = "Nobody serves it to programs. "
     hand = f"By hand: {_one_line(card.by_hand)} " if card.by_hand else ""

@@ -12,13 +12,14 @@ from pathlib import Path
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, decode
+from vlprompt.data.base import Reader
+from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, decode, file_stamp
 
 __all__ = ["ZipReader"]
 
 
 @dataclass(frozen=True)
-class ZipReader:
+class ZipReader(Reader):
     """Reads images from archives in one folder, and those that lie there unpacked.
 
     Attributes:
@@ -55,6 +56,11 @@ class ZipReader:
         if not member:
             return self._files.key(source)
         return "file:" + hashlib.sha256(self._bytes(archive, member)).hexdigest()
+
+    def stamp(self, source: str) -> str:
+        """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
+        archive, _, member = source.partition("@")
+        return f"{file_stamp(self.root / archive)}@{member}"
 
     def members(self, archive: str) -> frozenset[str]:
         """Return the names inside an archive. Raises DataError if it can't be read."""

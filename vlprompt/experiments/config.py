@@ -108,8 +108,10 @@ class ExperimentConfig(BaseModel):
             raise ConfigError(
                 [f"task: this file is of the task {task!r}, not of {cls.expected_task!r}."], source
             )
+
         content = resolve(merge(raw, overrides), source)
         content.setdefault("task", cls.expected_task)
+
         problems = cls.raw_problems(content)
         try:
             config = cls.model_validate(content)
@@ -117,6 +119,7 @@ class ExperimentConfig(BaseModel):
             keys = {problem.partition(": ")[0] for problem in problems}  # each mistake is said once
             others = [text for text in describe_problems(error, cls) if text.partition(": ")[0] not in keys]
             raise ConfigError([*others, *problems], source) from error
+
         problems += config.problems()
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)), source)
@@ -172,13 +175,15 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """
     base = dict(below)
     for section in _NAMED_SECTIONS:
-        old, new = base.get(section), above.get(section)
+        old = base.get(section)
+        new = above.get(section)
         if (
             isinstance(old, Mapping)
             and isinstance(new, Mapping)
             and new.get("name", old.get("name")) != old.get("name")
         ):
             base.pop(section)
+
     return _plain(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(dict(above))))
 
 
@@ -197,7 +202,9 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
         raise ConfigError(
             [f"{text!r}: an override looks like dotted.key=value." for text in wrong], "command line"
         )
+
     content = OmegaConf.create({})
+
     for text in overrides:
         key, _, value = text.partition("=")
         try:
@@ -205,6 +212,7 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
             OmegaConf.update(content, key, parsed, merge=True, force_add=True)
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise ConfigError([f"{text!r}: {str(error).strip()}"], "command line") from error
+
     return _plain(content)
 
 
@@ -236,12 +244,15 @@ def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
     for path in (folder / name for folder in folders for name in names):
         if path.is_file():
             return path
+
     shipped = list_configs()
+
     for name in names:
         if name in shipped:
             return shipped[name]
         if (configs_dir() / name).is_file():  # with its family: classification/coop_tiny.yaml
             return configs_dir() / name
+
     raise UnknownNameError("configuration", str(cfg), shipped, "Or give the path of a YAML file.")
 
 
@@ -250,12 +261,15 @@ def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         circle = " -> ".join(p.name for p in [*above, path])
         raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
+
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(["the top of the file must be keys and values."], path.name)
+
     content = _plain(loaded)
     bases = content.pop("_base_", [])
     merged: dict[str, Any] = {}
+
     for base in [bases] if isinstance(bases, str) else bases:
         merged = merge(merged, _compose(config_path(base, path.parent), (*above, path)))
     return merge(merged, content)
@@ -289,6 +303,7 @@ def _takes_text(model: type[BaseModel], key: str, value: str) -> bool:
     kinds = set(_kinds(_annotation(model, key.split("."))))
     if str not in kinds:
         return False
+
     opening = value.lstrip()[:1]
     if (opening == "[" and list in kinds) or (opening == "{" and dict in kinds):
         return False
@@ -304,6 +319,7 @@ def _annotation(model: Any, keys: Sequence[str]) -> Any:
         if key not in fields:
             return None
         current = fields[key].annotation
+
     return current
 
 

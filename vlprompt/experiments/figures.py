@@ -66,15 +66,17 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> str:
         dict.fromkeys(k for record in history for k, v in record.items() if isinstance(v, int | float))
     )
     panels = {g: [k for k in keys if g in re.split(r"[/_]", k)] for g in groups}
-    panels = {g: found for g, found in panels.items() if found}
+
+    panels = {g: lines for g, lines in panels.items() if lines}
     if not panels:
         return ""
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(3.6 * len(panels), 2.7), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (group, found) in zip(axes, panels.items(), strict=True):
+        for axis, (group, lines) in zip(axes, panels.items(), strict=True):
             title, factor = groups[group]
-            for colour, key in zip(PALETTE * len(found), found, strict=False):
+            for colour, key in zip(PALETTE * len(lines), lines, strict=False):
                 points = [
                     (r.get("epoch", i) + 1, factor * r[key])
                     for i, r in enumerate(history)
@@ -82,10 +84,13 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> str:
                 ]
                 marker = "o" if len(points) <= 60 else ""
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=2.5, label=key)
+
             _finish(axis, title, "epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            if len(found) > 1:
+
+            if len(lines) > 1:
                 axis.legend(fontsize=8)
+
         return _svg(figure, "Learning curves")
 
 
@@ -101,19 +106,23 @@ def per_class(names: Sequence[str], recall: np.ndarray, counts: np.ndarray, show
     order = [int(c) for c in np.argsort(recall, kind="stable") if counts[c] > 0]
     if len(order) > shown:
         order = [*order[: shown // 2], *order[-(shown // 2) :]]
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 0.6 + 0.2 * len(order)), layout="constrained")
         axis = figure.subplots()
         values = 100 * recall[order]
         axis.barh(range(len(order)), values, color=[_traffic(v) for v in values], height=0.72)
+
         for row, (value, c) in enumerate(zip(values, order, strict=True)):
             axis.text(value + 0.8, row, f"{value:.0f}  (n={counts[c]})", va="center", fontsize=7, alpha=0.75)
+
         axis.set_yticks(range(len(order)), [_short(names[c]) for c in order], fontsize=8)
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlim(0, 112)
         axis.set_xticks([0, 20, 40, 60, 80, 100])
         axis.axvline(float(100 * np.nanmean(recall)), color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
         _finish(axis, "", "accuracy (%), dotted: mean over classes", grid="x")
+
         return _svg(figure, "Accuracy per class")
 
 
@@ -129,6 +138,7 @@ def confusion(names: Sequence[str], counts: np.ndarray) -> str:
     size = min(7.2, max(3.6, 1.8 + 0.34 * classes))
     colours = LinearSegmentedColormap.from_list("share", [(0.23, 0.51, 0.96, 0.0), (0.23, 0.51, 0.96, 1.0)])
     font = 8 if classes <= 15 else 6
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(size, size), layout="constrained")
         axis = figure.subplots()
@@ -136,9 +146,11 @@ def confusion(names: Sequence[str], counts: np.ndarray) -> str:
         labels = [_short(n, 16) for n in names]
         axis.set_xticks(range(classes), labels, rotation=90, fontsize=font)
         axis.set_yticks(range(classes), labels, fontsize=font)
+
         if classes <= 15:
             for i, j in np.argwhere(counts > 0):
                 axis.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7)
+
         axis.spines[:].set_visible(False)
         axis.set(xlabel="predicted", ylabel="true")
         return _svg(figure, "Confusion matrix")
@@ -157,6 +169,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
     used = total > 0
     hit = np.bincount(which, weights=correct, minlength=bins)[used] / total[used]
     mean = np.bincount(which, weights=confidence, minlength=bins)[used] / total[used]
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(3.6, 3.2), layout="constrained")
         axis = figure.subplots()
@@ -169,6 +182,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
         axis.set(xlim=(0, 101), ylim=(0, 102), ylabel="accuracy, share of samples (%)")
         axis.legend(fontsize=8, loc="upper left")
         _finish(axis, "", "confidence (%)")
+
         return _svg(figure, "Confidence against accuracy")
 
 
@@ -191,24 +205,29 @@ def shots_curve(
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.2), layout="constrained")
         axis = figure.subplots()
+
         for colour, (method, points) in zip(PALETTE * len(curves), curves.items(), strict=False):
             if [k for k, _, _ in points] == [0]:
                 axis.axhline(100 * points[0][1], color=colour, linestyle="--", label=method)
                 continue
+
             shots, mean, half = (np.array(column, dtype=float) for column in zip(*points, strict=True))
             axis.plot(shots, 100 * mean, color=colour, marker="o", markersize=4, label=method)
             half = np.nan_to_num(half)
             axis.fill_between(
                 shots, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.15, linewidth=0
             )
+
         ticks = sorted({k for points in curves.values() for k, _, _ in points if k > 0})
         if ticks:
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [str(k) for k in ticks])
             axis.minorticks_off()
+
         axis.set_ylabel(y)
         axis.legend(fontsize=8)
         _finish(axis, "", x)
+
         return _svg(figure, title)
 
 
@@ -220,18 +239,22 @@ def shares_by_layer(shares: Mapping[str, Mapping[str, float]]) -> str:
     """
     layers = list(dict.fromkeys(layer for series in shares.values() for layer in series))
     height = 0.8 / max(1, len(shares))
+
     with rc_context(_STYLE):
         figure = Figure(
             figsize=(7.2, 0.8 + 0.2 * len(layers) * max(1.0, 0.6 * len(shares))), layout="constrained"
         )
         axis = figure.subplots()
+
         for i, (label, series) in enumerate(shares.items()):
             rows = [row + (i - (len(shares) - 1) / 2) * height for row in range(len(layers))]
             values = [100 * series.get(layer, 0.0) for layer in layers]
             axis.barh(rows, values, height=0.9 * height, color=PALETTE[i % len(PALETTE)], label=label)
+
         axis.set_yticks(range(len(layers)), [_short(layer, 48) for layer in layers], fontsize=7)
         axis.set_ylim(len(layers) - 0.4, -0.6)
         _finish(axis, "", "weights switched off (%)", grid="x")
+
         if len(shares) > 1:
             axis.legend(fontsize=8)
         return _svg(figure, "Weights switched off, by layer")
@@ -244,11 +267,13 @@ def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes
         names: N tasks.
         gains: (N, N) relative gains in percent; NaN leaves a gap.
     """
-    count, finite = len(names), np.abs(gains[np.isfinite(gains)])
+    count = len(names)
+    finite = np.abs(gains[np.isfinite(gains)])
     limit = max(1.0, float(finite.max())) if finite.size else 1.0
     ends = [(0.94, 0.27, 0.27, 1.0), (0.5, 0.5, 0.5, 0.04), (0.06, 0.73, 0.51, 1.0)]
     colours = LinearSegmentedColormap.from_list("gain", ends)
     size = max(4.2, 2.2 + 0.42 * count)
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(size + 0.8, size), layout="constrained")
         axis = figure.subplots()
@@ -256,8 +281,10 @@ def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes
         labels = [_short(n, 18) for n in names]
         axis.set_xticks(range(count), labels, rotation=90, fontsize=8)
         axis.set_yticks(range(count), labels, fontsize=8)
+
         for i, j in np.argwhere(np.isfinite(gains)) if count <= 20 else ():
             axis.text(j, i, f"{gains[i, j]:+.1f}", ha="center", va="center", fontsize=7)
+
         axis.spines[:].set_visible(False)
         axis.set(xlabel="target", ylabel="source")
         figure.colorbar(
@@ -267,6 +294,7 @@ def transfer_matrix(names: Sequence[str], gains: np.ndarray) -> tuple[str, bytes
         figure.set_facecolor("white")
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
         figure.set_facecolor("none")
+
         return _svg(figure, "Relative gain of every target from every source"), png.getvalue()
 
 
@@ -281,11 +309,14 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylab
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 2.8), layout="constrained")
         axis = figure.subplots()
+
         for colour, (label, points) in zip(PALETTE * len(lines), lines.items(), strict=False):
             axis.plot(*zip(*points, strict=True), color=colour, label=label)
+
         axis.set_ylabel(ylabel)
         _finish(axis, "", xlabel)
         axis.legend(fontsize=8)
+
         return _svg(figure, f"{ylabel} by {xlabel}")
 
 
@@ -311,6 +342,7 @@ def _svg(figure: Figure, label: str) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
+
     text = out.getvalue().decode()
     text = re.sub(
         r"<metadata>.*?</metadata>| font-family: [^;\"]*;", "", text[text.index("<svg") :], flags=re.DOTALL
@@ -318,4 +350,5 @@ def _svg(figure: Figure, label: str) -> str:
     style = f"width:100%;max-width:{figure.get_figwidth() * 96:.0f}px;height:auto"
     text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
+
     return text.replace(INK, "currentColor")

@@ -30,7 +30,10 @@ from vlprompt.experiments.config import ExperimentConfig
 
 __all__ = ["RunFolder", "environment", "read_timings", "yaml_text"]
 
-_CELL, _FAILURE, _TIMINGS, _DONE = "cell.json", "failure.json", "timings.json", "done.json"
+_CELL = "cell.json"
+_FAILURE = "failure.json"
+_TIMINGS = "timings.json"
+_DONE = "done.json"
 _RECORDED = (
     "torch",
     "torchvision",
@@ -52,7 +55,8 @@ class RunFolder:
     """
 
     def __init__(self, config: ExperimentConfig, sources: Mapping[str, str]) -> None:
-        self.config, self.sources = config, dict(sources)
+        self.config = config
+        self.sources = dict(sources)
         self.parent = Path(config.output) / config.name
         self.path = self.parent / self._digest()
 
@@ -86,9 +90,11 @@ class RunFolder:
         """Rename the folder to ``<id>.N`` with the first free N; return the new path, None if there was none."""
         if not self.path.exists():
             return None
+
         number = 1
         while (self.parent / f"{self.path.name}.{number}").exists():
             number += 1
+
         moved = self.parent / f"{self.path.name}.{number}"
         self.path.rename(moved)
         return moved
@@ -106,9 +112,11 @@ class RunFolder:
         folder = self.cell(cell)
         if not (folder / _CELL).is_file():
             return None
+
         try:
             record = json.loads((folder / _CELL).read_text(encoding="utf-8"))
             timings = {}
+
             if (folder / _TIMINGS).is_file():
                 timings = json.loads((folder / _TIMINGS).read_text(encoding="utf-8"))
             return CellResult.from_record(record, timings)
@@ -142,10 +150,12 @@ class RunFolder:
     def _differences(self, other: Path) -> list[str]:
         theirs = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8")) or {}
         lines = _compare(theirs, self.config.model_dump(mode="json"))
+
         if (other / "sources.json").is_file():
             sources = json.loads((other / "sources.json").read_text(encoding="utf-8"))
             changed = [k for k in sorted({*sources, *self.sources}) if sources.get(k) != self.sources.get(k)]
             lines += [f"the files of {name}" for name in changed]
+
         return lines or ["nothing that its files tell"]
 
     @contextlib.contextmanager
@@ -157,12 +167,14 @@ class RunFolder:
         """
         self.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.parent / f".{self.path.name}.lock")
+
         holder = self.parent / f".{self.path.name}.holder"
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise CheckpointError(f"{self.path} is being written by {_who(holder)}. Wait until it is done, "
                                   "or name another folder with output=FOLDER.") from None  # fmt: skip
+
         try:
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": started})
@@ -201,6 +213,7 @@ def _environment_record() -> dict[str, Any]:
     for package in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+
     return {
         **environment(),
         "packages": versions,
@@ -226,9 +239,12 @@ def _compare(theirs: Any, ours: Any, key: str = "") -> list[str]:
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         keys: Sequence[str] = list(dict.fromkeys([*theirs, *ours]))
         lines = []
+
         for name in keys:
             if not key and name == "output":
                 continue
             lines += _compare(theirs.get(name), ours.get(name), f"{key}.{name}" if key else str(name))
+
         return lines
+
     return [] if theirs == ours else [f"{key} ({theirs!r} there, {ours!r} here)"]

@@ -27,28 +27,33 @@ def paired_gains(ours: Results, theirs: Results, name: str) -> dict[str, float]:
     other = _by_place(theirs)
     shared = [key for key in mine if key in other]
     figures: dict[str, float] = {}
+
     for shots in dict.fromkeys(shots for _, shots, _ in shared):
         pairs = {(data, seed): (data, shots, seed) for data, k, seed in shared if k == shots}
         datasets = list(dict.fromkeys(data for data, _ in pairs))
         seeds = list(dict.fromkeys(seed for _, seed in pairs))
+
         seeds = [seed for seed in seeds if all((data, seed) in pairs for data in datasets)]
         if not seeds:  # averages over different data sets don't compare
             continue
+
         a = np.array([[mine[pairs[data, seed]] for data in datasets] for seed in seeds])
         b = np.array([[other[pairs[data, seed]] for data in datasets] for seed in seeds])
         key = f"shots{shots}/{name}"
         figures |= paired_difference(list(a.mean(1)), list(b.mean(1))).flat(f"gain/{key}")
         figures |= paired_difference(list(a.mean(0)), list(b.mean(0))).flat(f"gain_over_tasks/{key}")
+
         if len(datasets) > 1:
             for number, data in enumerate(datasets):
                 gain = paired_difference(list(a[:, number]), list(b[:, number]))
                 figures |= gain.flat(f"gain/{data}/{key}")
+
     return figures
 
 
 def _by_place(results: Results) -> dict[tuple[object, object, object], float]:
     values = {}
     for line in results.lines:
-        place = (line.where.get("data"), line.where.get("shots"), line.where.get("seed"))
-        values[place] = line.value
+        key = (line.where.get("data"), line.where.get("shots"), line.where.get("seed"))
+        values[key] = line.value
     return values

@@ -52,6 +52,7 @@ def tabulate(results: Results, layout: Layout) -> list[Table]:
         title = label(layout.tables, key)
         tables.append(_value_table(group, layout, title))
         tables += gain_tables(group, layout, title)
+
     return tables
 
 
@@ -67,6 +68,7 @@ def label(names: Sequence[str], values: Sequence[Coordinate]) -> str:
             words.append(value)
         else:
             words.append(f"{name} {value}")
+
     return ", ".join(words)
 
 
@@ -88,31 +90,38 @@ def gain_tables(results: Results, layout: Layout, title: str = "") -> list[Table
     """Return a table of paired gains for each baseline of the layout."""
     by_row = {label(layout.rows, key): group for key, group in results.by(*layout.rows).items()}
     rows: dict[str, list[Row]] = {}
+
     for name, baselines in layout.baselines.items():
         for baseline in baselines:
             if name in by_row and baseline in by_row and name != baseline:
                 values = _gains(by_row[name], by_row[baseline], layout)
                 if values:
                     rows.setdefault(baseline, []).append(Row(name, dict(values)))
+
     tables = []
+
     for baseline, lines in rows.items():
         caption = f"Gain over {baseline} in points, paired, with 95 % intervals"
         heading = f"{title}: {caption[0].lower()}{caption[1:]}" if title else caption
         tables.append(Table(lines, title=heading, best=False))
+
     return tables
 
 
 def _value_table(results: Results, layout: Layout, title: str) -> Table:
     several = len(results.coordinates(layout.average)) > 1 if layout.average else False
     rows = []
+
     for key, group in results.by(*layout.rows).items():
         values: dict[str, float | Summary] = {}
         for column, lines in group.by(*layout.columns).items():
             repeated = list(lines.value_by(layout.over).values())
             values[label(layout.columns, column) or layout.metric] = summarise(repeated)
+
         if several:
             values |= _averages(group, layout)
         rows.append(Row(label(layout.rows, key), values))
+
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
     columns.sort(key=lambda column: column.startswith(AVERAGE))  # stable: averages last
     return Table(rows, columns, title, layout.note)
@@ -122,11 +131,13 @@ def _averages(group: Results, layout: Layout) -> dict[str, float | Summary]:
     """Return the average column, one for each value of the other columns."""
     others = tuple(name for name in layout.columns if name != layout.average)
     values: dict[str, float | Summary] = {}
+
     for key, lines in group.by(*others).items():
         means = complete_means(lines, layout.over, layout.average)
         if means:
             name = ", ".join([AVERAGE, *([label(others, key)] if label(others, key) else [])])
             values[name] = summarise(list(means.values()))
+
     return values
 
 
@@ -134,16 +145,19 @@ def _gains(ours: Results, theirs: Results, layout: Layout) -> dict[str, Summary]
     """Return the paired gain of each column, and of their average over repetitions and over data sets."""
     values: dict[str, Summary] = {}
     baseline = theirs.by(*layout.columns)
+
     for key, lines in ours.by(*layout.columns).items():
         if key in baseline:
             pairs = _pairs(lines.value_by(layout.over), baseline[key].value_by(layout.over))
             if pairs:
                 values[label(layout.columns, key) or layout.metric] = _paired(pairs)
+
     if not layout.average or len(ours.coordinates(layout.average)) < 2:
         return values
 
     others = tuple(name for name in layout.columns if name != layout.average)
     baseline = theirs.by(*others)
+
     for key, lines in ours.by(*others).items():
         if key not in baseline:
             continue
@@ -156,6 +170,7 @@ def _gains(ours: Results, theirs: Results, layout: Layout) -> dict[str, Summary]
             pairs = _pairs(mine, complete_means(baseline[key], over, across))
             if pairs:
                 values[f"{AVERAGE} over {what}s{suffix}".replace("datas", "data sets")] = _paired(pairs)
+
     return values
 
 

@@ -71,6 +71,7 @@ class ToolConfig(BaseModel):
             config = cls.model_validate(read_yaml(cfg, overrides, cls.tool))
         except ValidationError as error:
             raise ConfigError(describe_problems(error, cls), str(cfg)) from error
+
         if problems := config.problems():
             raise ConfigError(problems, str(cfg))
         return config
@@ -98,13 +99,16 @@ def read_yaml(cfg: str | Path, overrides: Sequence[str] = (), tool: str = "") ->
             raise ConfigError(
                 [f"{o!r}: an override looks like dotted.key=value." for o in wrong], "command line"
             )
+
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([str(error).strip()], str(cfg)) from error
+
     assert isinstance(plain, dict)
     raw = {str(k): v for k, v in plain.items()}
     _require_tool(raw, tool, str(cfg))
+
     return raw
 
 
@@ -136,9 +140,11 @@ def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
     for place in (folder / name for folder in folders for name in names):
         if place.is_file():
             return place
+
     for place in configs_dir().glob("*/*.yaml"):
         if place.name in names:
             return place
+
     known = [p.name for p in configs_dir().rglob("*.yaml")]
     raise UnknownNameError("configuration", str(cfg), known, "Or give the path of a YAML file.")
 
@@ -148,11 +154,14 @@ def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
     if path in above:
         circle = " -> ".join(p.name for p in [*above, path])
         raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
+
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(["the top of the file must be keys and values."], path.name)
+
     bases = loaded.pop("_base_", [])
     merged = OmegaConf.create({})
+
     for base in [bases] if isinstance(bases, str) else bases:
         merged = _merge(merged, _compose(config_path(base, path.parent), (*above, path)))
     return _merge(merged, loaded)

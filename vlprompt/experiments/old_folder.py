@@ -23,12 +23,14 @@ def open_folder(config: Any, resume: bool) -> Path:
     """Return the folder of a configuration with ``name`` and ``output``, emptied unless it is resumed."""
     digest = hashlib.sha256(yaml_text(config).encode()).hexdigest()[:8]
     folder = Path(config.output) / config.name / digest
+
     state = process_state()
     if state.is_main_process:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         text = f"# vlprompt {package_version()}\n{yaml_text(config)}"
         write_text(folder / "config.yaml", text)
+
     state.wait_for_everyone()
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +12,12 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
+from vlprompt.data.thumbnails import data_uri
 from vlprompt.experiments.tables import Table, is_fraction, percent
 
-__all__ = ["RunRecord", "data_uri", "write_report"]
+__all__ = ["RunRecord", "write_report"]
 
 MATRIX_CLASSES = 40  # above this a confusion matrix can't be read, and a list of confusions can
-THUMBNAIL = 144  # longest side of a sample image, pixels
 ImageSource = Callable[[int], Image.Image]
 
 
@@ -120,7 +118,8 @@ def _predictions(record: RunRecord, probs: np.ndarray, labels: np.ndarray) -> di
 
     from vlprompt.experiments import figures
 
-    names, classes = list(record.classnames), len(record.classnames)
+    names = list(record.classnames)
+    classes = len(record.classnames)
     if probs.shape != (len(labels), classes) or not len(labels):
         raise DataError(
             f"the report needs probabilities of shape ({len(labels)}, {classes}), "
@@ -167,13 +166,17 @@ def _metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     for key, value in metrics.items():
         if key.endswith(("_std", "_ci95")):
             continue
+
         half = metrics.get(f"{key}_ci95")
+
         if is_fraction(key):
             text = f"{100 * value:.1f}" + (f" ± {100 * half:.1f}" if half is not None else "") + " %"
         else:
             text = f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
             text += f" ± {half:.2g}" if half is not None else ""
+
         rows.append((key, text))
+
     return rows
 
 
@@ -195,7 +198,8 @@ def _samples(
     record: RunRecord, image: ImageSource, probs: np.ndarray, labels: np.ndarray, each: int = 8
 ) -> list[dict[str, Any]]:
     """Return images: the most confident mistakes first, then right ones of as many classes as possible."""
-    confidence, guesses = probs.max(1), probs.argmax(1)
+    confidence = probs.max(1)
+    guesses = probs.argmax(1)
     by_confidence = np.argsort(-confidence, kind="stable")
     wrong = [int(i) for i in by_confidence if guesses[i] != labels[i]][:each]
     right = [int(i) for i in by_confidence if guesses[i] == labels[i]]
@@ -204,6 +208,7 @@ def _samples(
     chosen = [first_of_class[i] for i in spread]
     chosen += [i for i in right if i not in chosen][: each - len(chosen)]
     groups = {"Most confident mistakes": wrong, "Right": chosen}
+
     return [
         {"title": title, "images": [_sample(record, image, probs[i], int(labels[i]), i) for i in indices]}
         for title, indices in groups.items()
@@ -217,16 +222,9 @@ def _sample(
     try:
         uri, pixelated = data_uri(image(index))
     except DataError:  # an image that went missing since must not cost the report
-        uri, pixelated = "", False
+        uri = ""
+        pixelated = False
+
     top = [int(c) for c in np.argsort(-probs, kind="stable")[:3]]
     guesses = [{"name": record.classnames[c], "percent": 100 * probs[c], "hit": c == label} for c in top]
     return {"image": uri, "pixelated": pixelated, "true": record.classnames[label], "guesses": guesses}
-
-
-def data_uri(image: Image.Image) -> tuple[str, bool]:
-    """Return an image as a PNG data URI, and whether its pixels should stay sharp when enlarged."""
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    small.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode(), max(small.size) <= 32

@@ -68,6 +68,7 @@ class Results:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} can't be read: {error}.") from error
+
         for number, text in enumerate(texts, 1):
             try:
                 record = json.loads(text)
@@ -76,6 +77,7 @@ class Results:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{path}, line {number} is no line of results: {error}.") from error
             lines.append(Line(record, metric, value))
+
         return cls(lines)
 
     def text(self) -> str:
@@ -140,15 +142,16 @@ class Results:
         Raises:
             DataError: If a value of the coordinate has several lines: they would need a further coordinate.
         """
-        found: dict[Any, float] = {}
+        by_value: dict[Any, float] = {}
         for line in self.lines:
             key = line.where.get(name)
-            if key in found:
+            if key in by_value:
                 raise DataError(
                     f"results are ambiguous: {name}={key!r} has several values of {line.metric!r}."
                 )
-            found[key] = line.value
-        return found
+            by_value[key] = line.value
+
+        return by_value
 
 
 def _condition(wanted: Any) -> Callable[[Any], bool]:

@@ -131,13 +131,16 @@ def describe_plan(experiment: Experiment) -> str:
     folder = RunFolder(experiment.config, experiment.sources())
     cells = _plan(experiment)
     lines = [f"{folder.path}: {len(cells)} cells"]
+
     for cell in cells:
         finished = " (finished)" if folder.result(cell) is not None else ""
         needs = f"  needs {', '.join(cell.needs)}" if cell.needs else ""
         lines.append(f"  {cell.name}{finished}{needs}")
+
     missing = experiment.missing()
     lines += [f"missing: {sentence}" for sentence in missing]
     lines.append("nothing is missing" if not missing else f"{len(missing)} things are missing")
+
     return "\n".join(lines)
 
 
@@ -145,6 +148,7 @@ def _plan(experiment: Experiment) -> list[Cell]:
     """Return the cells; two that would share a folder are a mistake in the configuration."""
     cells = experiment.cells()
     names: dict[str, Cell] = {}
+
     for cell in cells:
         other = names.setdefault(cell.name.casefold(), cell)
         if other is not cell:
@@ -152,6 +156,7 @@ def _plan(experiment: Experiment) -> list[Cell]:
                 f"two cells of {experiment.config.name} would share the folder {cell.name!r}: {other.where} and "
                 f"{cell.where}. Give them labels that differ in letters or numbers."
             )
+
     return cells
 
 
@@ -167,6 +172,7 @@ def _execute(
     done = {cell.name for cell in finished}
     failures: dict[Cell, Failure] = {}
     running: dict[Future[CellResult | Failure], Cell] = {}
+
     if progress is not None:
         progress(folder.parent.name, len(finished), len(cells))
 
@@ -189,8 +195,10 @@ def _execute(
                 finished[cell] = answer
                 done.add(cell.name)
                 folder.keep(cell, answer)
+
             if progress is not None:
                 progress(folder.parent.name, len(finished) + len(failures), len(cells))
+
     return failures
 
 
@@ -226,8 +234,10 @@ def _conclude(
     sentences = _sentences(failures)
     layout = experiment.layout()
     facts: dict[str, Any] = {}
+
     for result in ordered.values():
         facts |= result.facts
+
     metrics = {
         "runs": float(len(cells)),
         "runs_failed": float(len(failures)),
@@ -253,6 +263,7 @@ def _conclude(
     )
     experiment.page(record, results, folder.path)
     write_report(folder.path / "report.html", record)
+
     if not failures:
         folder.finish(layout.headline)
     return RunOutcome(folder.path, metrics, layout.headline, results, tables, sentences)
@@ -274,6 +285,7 @@ def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) ->
     process_state().wait_for_everyone()
     finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
     failures: dict[Cell, Failure] = {}
+
     if not folder.finished:
         with create_executor("serial", experiment) as executor:
             for cell in cells:
@@ -283,6 +295,7 @@ def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) ->
                         failures[cell] = answer
                     else:
                         finished[cell] = answer
+
     results = Results.of(finished)
     return RunOutcome(folder.path, {}, experiment.layout().headline, results, failures=_sentences(failures))
 
@@ -292,10 +305,13 @@ def _sentences(failures: dict[Cell, Failure]) -> list[str]:
     stopped: dict[str, list[str]] = {}
     for cell, failure in failures.items():
         stopped.setdefault(failure.message, []).append(cell.name)
+
     sentences = []
+
     for message, names in stopped.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         sentences.append(f"{names[0]}{others}: {message}")
+
     return sentences
 
 

@@ -43,9 +43,11 @@ def summarise(values: Sequence[float]) -> Summary:
     """
     if len(values) == 0:
         raise DataError("no values to summarise.")
+
     data = np.asarray(values, dtype=float)
     if len(data) == 1:  # one run says nothing about the spread; a zero would claim it does
         return Summary(float(data[0]), None, None, 1)
+
     std = float(data.std(ddof=1))
     half = float(stats.t.ppf(0.975, len(data) - 1)) * std / len(data) ** 0.5
     return Summary(float(data.mean()), std, half, len(data))

@@ -76,11 +76,13 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
     """
     write_text(folder / "table.md", "\n".join(table.markdown() for table in tables))
     paths = [folder / "table.md"]
+
     for number, table in enumerate(tables, 1):
         suffix = "" if number == 1 else f"-{number}"
         for text, ending in ((table.csv(), "csv"), (table.latex(), "tex")):
             paths.append(folder / f"table{suffix}.{ending}")
             write_text(paths[-1], text)
+
     return paths
 
 
@@ -105,14 +107,17 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[str] | None = None, best:
     columns = columns or _columns(rows)
     lines = ["| " + " | ".join(["method (%)", *map(_markdown, columns)]) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
+
     for row in rows:
         cells = [percent(row.values.get(c)) for c in columns]
         if best:
             cells = [
                 f"**{t}**" if t and _is_best(row, c, rows) else t for c, t in zip(columns, cells, strict=True)
             ]
+
         mark = " †" if row.source == "published" else ""
         lines.append("| " + " | ".join([_markdown(row.method) + mark, *cells]) + " |")
+
     note = _note(rows)
     return "\n".join([*lines, *(["", f"† {note}"] if note else [])]) + "\n"
 
@@ -123,12 +128,14 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "source", "citation", *(f"{c}{s}" for c in columns for s in ("", "_ci95"))])
+
     for row in rows:
         numbers: list[object] = []
         for value in (row.values.get(c) for c in columns):
             mean, half = (value.mean, value.ci95) if isinstance(value, Summary) else (value, None)
             numbers += ["" if x is None else round(100 * x, 6) for x in (mean, half)]
         writer.writerow([row.method, row.source, row.citation, *numbers])
+
     return out.getvalue()
 
 
@@ -137,6 +144,7 @@ def to_latex(rows: Sequence[Row], columns: Sequence[str] | None = None, best: bo
     columns = columns or _columns(rows)
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join([r"method (\%)", *map(_latex, columns)]) + r" \\", r"\midrule"]
+
     for row in rows:
         cells = [percent(row.values.get(c), r"$\pm$") for c in columns]
         if best:
@@ -144,8 +152,10 @@ def to_latex(rows: Sequence[Row], columns: Sequence[str] | None = None, best: bo
                 rf"\textbf{{{t}}}" if t and _is_best(row, c, rows) else t
                 for c, t in zip(columns, cells, strict=True)
             ]
+
         mark = r"$^\dagger$" if row.source == "published" else ""
         lines.append(" & ".join([_latex(row.method) + mark, *cells]) + r" \\")
+
     note = _note(rows)
     end = [r"\bottomrule", r"\end{tabular}", *([rf"\\ $^\dagger$ {_latex(note)}"] if note else [])]
     return "\n".join([*lines, *end]) + "\n"

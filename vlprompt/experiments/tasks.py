@@ -51,6 +51,7 @@ def read_experiment(cfg: str | Path, overrides: Sequence[str] = ()) -> Experimen
     """
     raw = compose(cfg)
     tasks = list_tasks()
+
     task = raw.get("task")
     if task == _PRETRAINING:
         raise ConfigError([f"task: {cfg} makes embedded weights; its command is python tools/pretrain.py --cfg {cfg}, "
@@ -67,9 +68,10 @@ def _builder(task: str) -> Build:
     if task in plug_ins:
         builder: Build = plug_ins[task].load()
         return builder
+
     module = importlib.import_module(f"vlprompt.{task}.experiment")
-    own: Build = module.build
-    return own
+    function: Build = module.build
+    return function
 
 
 def _own_tasks() -> list[str]:

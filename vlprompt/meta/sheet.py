@@ -9,7 +9,7 @@ from pathlib import Path
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
 from vlprompt.data.captions.store import CaptionStore
-from vlprompt.experiments.report import data_uri
+from vlprompt.data.thumbnails import data_uri
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
 
 __all__ = ["write_sheet"]

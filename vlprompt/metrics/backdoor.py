@@ -33,12 +33,15 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
         ``best_hm``, ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
-    trigger, label = targets["trigger"], targets["label"]
+    trigger = targets["trigger"]
+    label = targets["label"]
     seen = torch.as_tensor(data.compositions.seen)
     own_seen = seen[trigger, label]
     figures = detection_metrics(judgement.score, trigger, own_seen, threshold, data.triggers)
+
     if judgement.trigger is not None:
         figures |= _split("trigger_accuracy", judgement.trigger.argmax(1) == trigger, trigger > 0, own_seen)
+
     if judgement.object is not None:
         right = judgement.object.argmax(1) == label
         for name, chosen in (("clean", trigger == 0), ("triggered", trigger > 0)):
@@ -47,18 +50,22 @@ def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict
         for number, name in enumerate(data.triggers):
             if bool((trigger == number).any()):
                 figures[f"object_accuracy/{name}"] = float(right[trigger == number].double().mean())
+
     if judgement.pairs is not None:
         figures |= _pair_figures(judgement.pairs, targets, data)
     return figures
 
 
 def _pair_figures(pairs: Tensor, targets: Mapping[str, Tensor], data: Any) -> dict[str, float]:
-    flat, truth = pairs.flatten(1), targets["trigger"] * pairs.shape[2] + targets["label"]
+    flat = pairs.flatten(1)
+    truth = targets["trigger"] * pairs.shape[2] + targets["label"]
     figures = {"pair_accuracy_open": open_world_accuracy(flat, truth)}
     seen = torch.as_tensor(data.compositions.seen).flatten()
     possible = torch.as_tensor(data.compositions.allowed(data.split)).flatten()
+
     if bool(seen[truth].all()) or not bool(seen[truth].any()):
         return figures
+
     figures |= bias_sweep(flat, truth, seen, possible)
     return figures | {f"parity_{k}": v for k, v in bias_sweep(flat, truth, seen, possible, "parity").items()}
 
@@ -78,18 +85,23 @@ def detection_metrics(
     Raises:
         DataError: If there is no clean or no triggered image.
     """
-    clean, poisoned = trigger == 0, trigger > 0
+    clean = trigger == 0
+    poisoned = trigger > 0
     if not bool(clean.any()) or not bool(poisoned.any()):
         raise DataError("detection needs clean and triggered images to measure.")
+
     figures = {"fpr": float((score[clean] >= threshold).double().mean())}
+
     for suffix, chosen in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):
         if bool(chosen.any()):
             figures[f"auroc{suffix}"] = _auroc(score[clean], score[chosen])
             figures[f"tpr{suffix}"] = float((score[chosen] >= threshold).double().mean())
             figures[f"fpr_at_95_tpr{suffix}"] = false_alarms_at(score[clean], score[chosen])
+
     for number, name in enumerate(names):
         if number and bool((trigger == number).any()):
             figures[f"auroc/{name}"] = _auroc(score[clean], score[trigger == number])
+
     return figures
 
 

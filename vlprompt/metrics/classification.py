@@ -50,7 +50,8 @@ def mean_per_class(logits: Tensor, labels: Tensor) -> float:
         logits: Scores, (n, C).
         labels: True classes, (n,); a class without a sample doesn't count.
     """
-    truth, guess = labels.numpy(), logits.argmax(1).numpy()
+    truth = labels.numpy()
+    guess = logits.argmax(1).numpy()
     return float(recall_score(truth, guess, labels=np.unique(truth), average="macro"))
 
 
@@ -154,9 +155,11 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
     for name in names:
         if name not in METRICS:
             raise UnknownNameError("metric", name, METRICS)
+
     scores = torch.as_tensor(logits).detach().cpu().double()
     truth = torch.as_tensor(labels).detach().cpu().long()
     _check(scores, truth)
+
     if truth.ndim == 2 and (single := [n for n in names if n not in MULTI_LABEL_METRICS]):
         raise DataError(f"{', '.join(single)} need one label per sample; these labels are multi-label.")
     return {name: METRICS[name](scores, truth) for name in names}

@@ -59,17 +59,20 @@ def bias_sweep(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, mo
         raise DataError("a sweep needs images of seen and of unseen pairs.")
     if not bool(possible[truth].all()):
         raise DataError("an image's true pair is not among the possible ones.")
+
     margins = _Margins(scores.double(), truth, seen & possible, ~seen & possible)
     biases = margins.changes() if mode == "exact" else margins.reference_biases()
     sweep = Sweep()
-    found = [margins.accuracies(b, own_seen) for b in biases]
+    measured = [margins.accuracies(b, own_seen) for b in biases]
     sweep.biases = np.asarray(biases)
-    sweep.seen, sweep.unseen = (np.array([f[i] for f in found]) for i in (0, 1))
+    sweep.seen, sweep.unseen = (np.array([pair[i] for pair in measured]) for i in (0, 1))
     total = sweep.seen + sweep.unseen
     means = np.divide(2 * sweep.seen * sweep.unseen, total, out=np.zeros_like(total), where=total > 0)
     sweep["auc"] = float(abs(np.sum((sweep.seen[1:] + sweep.seen[:-1]) / 2 * np.diff(sweep.unseen))))
     sweep["best_hm"] = float(means.max())
-    sweep["best_seen"], sweep["best_unseen"] = float(sweep.seen.max()), float(sweep.unseen.max())
+    sweep["best_seen"] = float(sweep.seen.max())
+    sweep["best_unseen"] = float(sweep.unseen.max())
+
     return sweep
 
 

@@ -75,10 +75,15 @@ def score_pair(
         raise DataError(f"{record}: the prediction is {predicted.shape}, the mask {mask.shape}.")
     if strange := sorted({int(v) for v in np.unique(mask)} - {0, 1, IGNORE}):
         raise DataError(f"{record}: a mask holds 0, 1 and 255 only, got {strange[:3]}.")
-    counts, true = mask != IGNORE, mask == 1
+
+    counts = mask != IGNORE
+    true = mask == 1
     ours = predicted.astype(bool) & counts
-    inter, union = int((ours & true).sum()), int((ours | true).sum())
-    size, area = int(ours.sum() + true.sum()), int(counts.sum())
+    inter = int((ours & true).sum())
+    union = int((ours | true).sum())
+    size = int(ours.sum() + true.sum())
+    area = int(counts.sum())
+
     return PairScore(
         record,
         label,
@@ -100,13 +105,16 @@ def hausdorff(first: Mask, second: Mask, percentile: float = 95.0) -> float:
     """
     if not first.any() or not second.any():
         return 0.0 if first.any() == second.any() else float(np.hypot(*first.shape))
+
     edges = [m & ~ndimage.binary_erosion(m, border_value=0) for m in (first, second)]
     # Of every pixel its distance to the nearest pixel of the other boundary; cropping changes no distance.
     rows, columns = (np.flatnonzero((edges[0] | edges[1]).any(axis)) for axis in (1, 0))
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    a, b = edges[0][box], edges[1][box]
+    a = edges[0][box]
+    b = edges[1][box]
     there = ndimage.distance_transform_edt(~b)[a]
     back = ndimage.distance_transform_edt(~a)[b]
+
     return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
 
 
@@ -123,13 +131,17 @@ def summarise_pairs(scores: Sequence[PairScore], classnames: Sequence[str]) -> d
     """
     if not scores:
         raise DataError("no pairs to summarise.")
+
     distances = [s.hd95 for s in scores if not np.isnan(s.hd95)]
     by_class: dict[int, list[PairScore]] = {}
+
     for score in scores:
         by_class.setdefault(score.label, []).append(score)
-    filled, empty = [s for s in scores if not s.empty], [s for s in scores if s.empty]
+
+    filled = [s for s in scores if not s.empty]
+    empty = [s for s in scores if s.empty]
     pooled = {c: (sum(s.intersection for s in v), sum(s.union for s in v)) for c, v in by_class.items()}
-    found = {
+    metrics = {
         "dice": _mean(s.dice for s in scores),
         "iou": _mean(s.iou for s in scores),
         **({"hd95": _mean(distances)} if distances else {}),
@@ -142,20 +154,23 @@ def summarise_pairs(scores: Sequence[PairScore], classnames: Sequence[str]) -> d
         **({"dice_empty": _mean(s.dice for s in empty)} if empty else {}),
         "pairs": float(len(scores)),
     }
+
     if 1 < len(by_class) <= 40:
-        found |= {f"class/{classnames[c]}/dice": _mean(s.dice for s in by_class[c]) for c in sorted(by_class)}
-    return found
+        metrics |= {
+            f"class/{classnames[c]}/dice": _mean(s.dice for s in by_class[c]) for c in sorted(by_class)
+        }
+    return metrics
 
 
 def mean_iou_of_maps(
     intersections: Mapping[int, int], unions: Mapping[int, int], classnames: Sequence[str]
 ) -> dict[str, float]:
     """Return the mIoU of class maps (``argmax`` mode) over classes that occur in truth or prediction, pixels pooled."""
-    shown = [c for c in sorted(unions) if unions[c]]
-    if not shown:
+    present = [c for c in sorted(unions) if unions[c]]
+    if not present:
         return {"argmax_miou": 1.0}
-    values = {c: intersections.get(c, 0) / unions[c] for c in shown}
-    named = {f"argmax_iou/{classnames[c]}": v for c, v in values.items()} if len(shown) <= 40 else {}
+    values = {c: intersections.get(c, 0) / unions[c] for c in present}
+    named = {f"argmax_iou/{classnames[c]}": v for c, v in values.items()} if len(present) <= 40 else {}
     return {"argmax_miou": _mean(values.values()), **named}
 
 

@@ -84,6 +84,7 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / "prompt.safetensors", state, {"card": card})
     write_json(folder / "prompt.json", card)
+
     return folder
 
 
@@ -110,11 +111,14 @@ def load(
         raise CheckpointError(
             f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {tool}."
         )
+
     if backbone is None:
         backbone = _rebuild(path, card.backbone)
+
     check_backbone(path, card, backbone)
     if card.kind == "segmenter":
         return _segmenter(path, card, backbone, tensors)
+
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
@@ -141,11 +145,13 @@ def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:
     """
     folder = Path(path)
     tensors, metadata = read_tensors(folder / "prompt.safetensors")
+
     card = _parse(folder, metadata.get("card"))
     if _digest(tensors) != card.tensors:
         raise CheckpointError(
             f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged."
         )
+
     return card, tensors
 
 
@@ -159,13 +165,16 @@ def _parse(folder: Path, inner: Any) -> PromptCard:
         outer = inner
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'prompt.json'} is not readable JSON: {error}.") from error
+
     if isinstance(outer, dict) and isinstance(inner, dict) and outer.get("tensors") != inner.get("tensors"):
         outer = inner  # a save was killed between its two files
+
     try:
         card = PromptCard.model_validate(outer)
     except ValidationError as error:
         problems = " ".join(describe_problems(error, PromptCard)[:5])
         raise CheckpointError(f"{folder / 'prompt.json'} is not a prompt card of ours: {problems}") from error
+
     if card.format > _FORMAT:
         raise CheckpointError(
             f"{folder} was written by a newer vlprompt ({card.version}); this one is {package_version()}."
@@ -174,6 +183,7 @@ def _parse(folder: Path, inner: Any) -> PromptCard:
         raise CheckpointError(
             f"{folder / 'prompt.json'} is not a prompt card of ours: {clash[0]!r} is no option."
         )
+
     return card
 
 
@@ -196,11 +206,13 @@ def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> No
     Raises:
         CheckpointError: Names every difference of the two fingerprints.
     """
-    saved, given = card.backbone, backbone.fingerprint
+    saved = card.backbone
+    actual = backbone.fingerprint
+
     # The place weights were read from may differ; what they are may not.
-    differs = [k for k in sorted({*saved, *given} - {"id", "pretrained"}) if saved.get(k) != given.get(k)]
+    differs = [k for k in sorted({*saved, *actual} - {"id", "pretrained"}) if saved.get(k) != actual.get(k)]
     if differs:
-        lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {given.get(k)!r}" for k in differs)
+        lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {actual.get(k)!r}" for k in differs)
         raise CheckpointError(f"{path} was trained on another backbone than the one given:\n{lines}")
 
 
@@ -222,12 +234,16 @@ def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
     for pattern in map(str, patterns):
         roots = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         matches = []
+
         for root in map(Path, roots):
             candidates = [root, root / "prompt", *sorted(root.glob("cells/*/prompt"))]
             matches += [str(path) for path in candidates if (path / "prompt.safetensors").is_file()]
+
         if not matches:
             raise CheckpointError(
                 f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors, or a run's folder."
             )
+
         folders += matches
+
     return folders

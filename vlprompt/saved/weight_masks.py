@@ -22,7 +22,6 @@ from vlprompt.backbones.base import content_id
 from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.backbones.weight_masks import maskable, pack, unpack
 from vlprompt.core.errors import CheckpointError, UnknownNameError
-from vlprompt.experiments.figures import shares_by_layer
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["MaskDifference", "Masks", "TaskMasks", "fold", "read_masks"]
@@ -74,10 +73,10 @@ class Masks(Mapping[str, Tensor]):
     @property
     def digest(self) -> str:
         """A checksum of names and bits."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         for name in sorted(self.bits):
-            found.update(name.encode() + b"\0" + self.bits[name].numpy().tobytes())
-        return found.hexdigest()[:12]
+            hasher.update(name.encode() + b"\0" + self.bits[name].numpy().tobytes())
+        return hasher.hexdigest()[:12]
 
     def sparsity(self) -> dict[str, float]:
         """Return the share of weights that are switched off, by name."""
@@ -95,27 +94,23 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             CheckpointError: If they are masks of different towers.
         """
-        found = {}
+        differences = {}
         for name in dict.fromkeys([*self, *other]):
             shape = self.shapes.get(name, other.shapes.get(name, ()))
             if other.shapes.get(name, shape) != shape:
                 raise CheckpointError(
                     f"these masks belong to different towers: {name} is {shape} and {other.shapes[name]}."
                 )
+
             first, second = (
                 ~m[name] if name in m else torch.zeros(shape, dtype=torch.bool) for m in (self, other)
             )
             both = int((first & second).sum())
-            found[name] = MaskDifference(
+            differences[name] = MaskDifference(
                 both, int(first.sum()) - both, int(second.sum()) - both, first.numel()
             )
-        return found
 
-    def figure(self, label: str = "", others: Mapping[str, Masks] | None = None) -> str:
-        """Draw the share of switched-off weights per layer as an SVG element, beside others by their labels."""
-        return shares_by_layer(
-            {label: self.sparsity(), **{k: m.sparsity() for k, m in (others or {}).items()}}
-        )
+        return differences
 
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}
@@ -137,20 +132,24 @@ def read_masks(path: str | Path, backbone: Backbone) -> Masks:
     """
     card, tensors = read(path)
     check_backbone(path, card, backbone)
+
     packed = {
         n.removeprefix("scores.").replace("/", "."): t for n, t in tensors.items() if n.startswith("scores.")
     }
     if not packed:
         raise CheckpointError(f"{path} holds what {card.method} learned, and no masks.")
-    known = maskable(backbone.vision.visual)
+
+    kinds = maskable(backbone.vision.visual)
     masks = {}
+
     for name, bits in packed.items():
-        shape = backbone.vision.visual.get_parameter(name).shape if name in known else None
+        shape = backbone.vision.visual.get_parameter(name).shape if name in kinds else None
         if shape is None or bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-shape.numel() // 8),):
             raise CheckpointError(
                 f"{path}: {name} is no mask of this backbone ({bits.dtype}, {tuple(bits.shape)})."
             )
         masks[name] = unpack(bits, shape)
+
     return Masks(masks)
 
 
@@ -161,10 +160,12 @@ def fold(backbone: Backbone, masks: Mapping[str, Tensor]) -> Backbone:
     """
     masks = masks if isinstance(masks, Masks) else Masks(masks)
     folded = copy.deepcopy(backbone)
+
     with torch.no_grad():
         for name, mask in masks.items():
             weight = folded.vision.visual.get_parameter(name)
             weight.mul_(mask.to(weight.device))
+
     folded.fingerprint = _fingerprint(backbone, masks)
     return folded
 
@@ -209,6 +210,7 @@ class TaskMasks:
             self._used[name].index_copy_(0, off, self._frozen[name].index_select(0, off))
         for name, off in self._off[task].items() if task is not None else ():
             self._used[name].index_fill_(0, off, 0.0)
+
         self.task = task
         plain = self._plain.fingerprint
         self.backbone.fingerprint = plain if task is None else _fingerprint(self._plain, self._masks[task])

@@ -100,7 +100,7 @@ class CompositionSource:
 
 
 @dataclass(frozen=True)
-class CompositionReader:
+class CompositionReader(Reader):
     """Reads images at the native size, with their triggers.
 
     Attributes:
@@ -131,8 +131,12 @@ class CompositionReader:
 
     def check(self, source: CompositionSource) -> str:
         """Return why the image can't be decoded, empty if it can."""
-        inspect = getattr(self.base, "check", None)
-        return "" if inspect is None else inspect(source.base)
+        return self.base.check(source.base)
+
+    def stamp(self, source: CompositionSource) -> str:
+        """See :meth:`Reader.stamp`."""
+        name = self.triggers[source.trigger]
+        return f"{self.base.stamp(source.base)}|{name}/{self.size}px/{self.seed}"
 
 
 @dataclass(frozen=True)

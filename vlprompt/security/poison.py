@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
 from vlprompt.security.compositions import CompositionReader, CompositionSource, check_triggers
@@ -208,7 +208,7 @@ class _Line(BaseModel):
 
 
 @dataclass(frozen=True)
-class _CopyReader:
+class _CopyReader(Reader):
     """Reads images that hold their triggers already."""
 
     files: FileReader
@@ -221,6 +221,9 @@ class _CopyReader:
 
     def check(self, source: CompositionSource) -> str:
         return self.files.check(source.base)
+
+    def stamp(self, source: CompositionSource) -> str:
+        return self.files.stamp(source.base)
 
 
 def read_poisoned(folder: str | Path) -> PoisonedDataset:

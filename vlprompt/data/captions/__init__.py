@@ -31,6 +31,9 @@ class CaptionSource(Protocol):
     def identity(self) -> str:
         """Return a string that changes when the captioned images or their order do."""
 
+    def stamp(self, index: int) -> str:
+        """Return a string that changes when one image is written again, as readers of data sets do."""
+
 
 CAPTION_SOURCES: Registry[type[CaptionSource]] = Registry("caption source", "vlprompt.data.captions")
 """Classes whose only argument is what follows the colon."""

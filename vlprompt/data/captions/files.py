@@ -11,8 +11,9 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.images import read_image
+from vlprompt.data.images import file_stamp, read_image
 from vlprompt.data.listing import list_images
+from vlprompt.data.sources import AbsentError
 from vlprompt.data.splits import is_inside
 
 __all__ = ["FolderCaptions", "TableCaptions"]
@@ -43,6 +44,10 @@ class _Files:
         facts = ((name, str(_size(self.root / name)), caption) for name, caption in self.pairs)
         return hash_strings("\t".join(fact) for fact in facts)
 
+    def stamp(self, index: int) -> str:
+        """See :meth:`CaptionSource.stamp`."""
+        return file_stamp(self.root / self.pairs[index][0])
+
 
 @CAPTION_SOURCES.register("folder", summary="images beside captions in .txt files", grammar="folder:PATH")
 class FolderCaptions(_Files):
@@ -58,7 +63,7 @@ class FolderCaptions(_Files):
     def __init__(self, argument: str) -> None:
         root = Path(argument).expanduser()
         if not root.is_dir():
-            raise DataError(f"pairs folder:{argument}: there is no folder {str(root)!r}.")
+            raise AbsentError(f"pairs folder:{argument}: there is no folder {str(root)!r}.")
         images = list_images(root, root)
         texts = {name: _read(root / name) for name in images}
         if missing := sum(not text for text in texts.values()):
@@ -87,7 +92,7 @@ class TableCaptions(_Files):
     def __init__(self, argument: str) -> None:
         table = Path(argument).expanduser()
         if not table.is_file():
-            raise DataError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
+            raise AbsentError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
         delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
         try:
             with table.open(encoding="utf-8-sig", newline="") as file:

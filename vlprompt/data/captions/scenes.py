@@ -18,7 +18,7 @@ _SEED = 1303  # other scenes than the embedded backbone was pretrained on
 
 
 @CAPTION_SOURCES.register(
-    "scenes", summary="captioned scenes, drawn on the fly", grammar="scenes:COUNT[@SEED]"
+    "scenes", summary="captioned scenes, drawn on the fly", grammar="scenes:COUNT[@SEED]", embedded=True
 )
 class SceneCaptions:
     """Captioned scenes without what pretraining never saw: no held-out style, combination or wording.
@@ -50,3 +50,7 @@ class SceneCaptions:
     def identity(self) -> str:
         """See :meth:`CaptionSource.identity`; a longer sequence begins like a shorter one."""
         return f"{GENERATOR}/pairs/{self.pairs.seed}/{self.pairs.count}"
+
+    def stamp(self, index: int) -> str:
+        """See :meth:`CaptionSource.stamp`; a drawn image never changes."""
+        return ""

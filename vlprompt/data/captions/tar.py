@@ -13,7 +13,8 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.images import EXTENSIONS, decode
+from vlprompt.data.images import EXTENSIONS, decode, file_stamp
+from vlprompt.data.sources import AbsentError
 
 __all__ = ["TarCaptions"]
 
@@ -53,7 +54,7 @@ class TarCaptions:
     def __init__(self, argument: str) -> None:
         archives = sorted(glob.glob(str(Path(argument).expanduser())))
         if not archives:
-            raise DataError(f"pairs tar:{argument}: no archive matches.")
+            raise AbsentError(f"pairs tar:{argument}: no archive matches.")
         samples = [s for archive in archives for s in _scan(Path(archive))]
         self.samples = [s for s in samples if s.place is not None and s.caption]
 
@@ -75,6 +76,11 @@ class TarCaptions:
     def identity(self) -> str:
         """See :meth:`CaptionSource.identity`."""
         return hash_strings(f"{s.archive.name}\t{s.name}\t{s.place}\t{s.caption}" for s in self.samples)
+
+    def stamp(self, index: int) -> str:
+        """See :meth:`CaptionSource.stamp`: the archive's, and the name inside it."""
+        sample = self.samples[index]
+        return f"{file_stamp(sample.archive)}@{sample.name}"
 
 
 def _scan(archive: Path) -> list[_Sample]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.scenes.attributes import (
     BACKGROUNDS,
     COLOURS,
@@ -80,7 +80,7 @@ class SceneSource:
 
 
 @dataclass(frozen=True)
-class SceneReader:
+class SceneReader(Reader):
     """Draws images on the fly.
 
     Attributes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,15 +59,23 @@ class MaskedImage:
     record: str
 
 
-class MaskReader(Reader, Protocol):
+class MaskReader(Reader):
     """Reads images as every data set does, and masks."""
 
+    @abstractmethod
     def mask(self, sample: MaskSample, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Return the mask of an image of ``size`` (width, height).
 
         Raises:
             DataError: If it doesn't fit or can't be read.
         """
+
+    def mask_stamp(self, sample: MaskSample) -> str:
+        """Return a string that changes when the pair's mask is written again (see :meth:`Reader.stamp`).
+
+        The default is empty: the image's stamp says enough where both are drawn.
+        """
+        return ""
 
 
 @dataclass(frozen=True)

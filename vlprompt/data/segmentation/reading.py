@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError
-from vlprompt.data.segmentation.base import IGNORE, MaskSample
+from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, file_stamp
+from vlprompt.data.segmentation.base import IGNORE, MaskReader, MaskSample
 
 __all__ = ["MaskFiles", "MaskRule", "SizePolicy", "raw_values", "read_mask", "resize_mask"]
 
@@ -70,7 +70,7 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
 
 
 @dataclass(frozen=True)
-class MaskFiles:
+class MaskFiles(MaskReader):
     """Reads images below one folder and masks below another; sources are relative paths with ``/``.
 
     Attributes:
@@ -108,6 +108,14 @@ class MaskFiles:
             part = read_mask(self.masks / name, self.rule, sample.values)
             whole = _unite(whole, self._fitted(part, sample, name, size))
         return whole
+
+    def stamp(self, source: str) -> str:
+        """See :meth:`FileReader.stamp`."""
+        return self._files.stamp(source)
+
+    def mask_stamp(self, sample: MaskSample) -> str:
+        """See :meth:`MaskReader.mask_stamp`."""
+        return " ".join(file_stamp(self.masks / name) for name in sample.masks)
 
     def _fitted(
         self, part: NDArray[np.uint8], sample: MaskSample, name: str, size: tuple[int, int]
@@ -173,6 +181,6 @@ def _inside(
         raise DataError(
             f"the mask {path} holds {len(found)} values ({shown}); a binary one holds 0 and one other. If it is a JPEG "
             "or was resized, pass threshold=127; if the values are classes, name them (a card's values, or "
-            "tools/segment.py convert)."
+            "`vlprompt data convert indexed`)."
         )
     return raw != 0

@@ -21,7 +21,8 @@ from pydantic import Field
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
-from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.base import ImageDataset, Reader, Sample
+from vlprompt.data.images import file_stamp
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut
@@ -53,7 +54,7 @@ class _Options(Layout):
 
 
 @dataclass(frozen=True)
-class ArrayReader:
+class ArrayReader(Reader):
     """Reads image number ``source`` of a part.
 
     Attributes:
@@ -72,6 +73,10 @@ class ArrayReader:
         """Return ``pixels:`` and the sha256 of shape and pixels."""
         pixels = self._pixels(source)
         return f"pixels:{hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()}"
+
+    def stamp(self, source: int) -> str:
+        """See :meth:`Reader.stamp`: those of the files, and the image's number."""
+        return f"{':'.join(file_stamp(file) for file in self.files)}@{source}"
 
     def labels(self) -> list[int]:
         """Return the data set's own class number of every image, from 0."""

@@ -14,7 +14,7 @@ from vlprompt.core.errors import DataError, nearest
 from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
-from vlprompt.data.sources import Request, sources
+from vlprompt.data.sources import AbsentError, Request, sources
 from vlprompt.data.sources.folder import DEFAULT_TEMPLATES
 from vlprompt.data.splits import cut, is_inside, normal_split
 
@@ -56,7 +56,7 @@ def build(
     """
     table = Path(request.argument).expanduser()
     if not request.argument or not table.is_file():
-        raise DataError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
+        raise AbsentError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
     rows = _rows(table, (path_column, label_column, split_column), delimiter)
     origins = sorted({r.label for r in rows})
     label_of = {name: label for label, name in enumerate(origins)}

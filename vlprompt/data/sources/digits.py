@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlprompt.core.errors import DataError, UnknownNameError
-from vlprompt.data.base import ImageDataset
+from vlprompt.data.base import ImageDataset, Reader
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.splits import cut
 
@@ -23,7 +23,7 @@ _LOOKS = ("dark_on_light", "light_on_dark")
 
 
 @dataclass(frozen=True)
-class DigitsReader:
+class DigitsReader(Reader):
     """Draws digit number ``source`` (0..1796).
 
     Attributes:
@@ -44,7 +44,7 @@ class DigitsReader:
         return f"digits:{_RECIPE}:{self.size}:{self.look}:{pixels}"
 
 
-@sources.register("digits", summary="scikit-learn's 1,797 handwritten digits; offline")
+@sources.register("digits", summary="scikit-learn's 1,797 handwritten digits; offline", embedded=True)
 def build(
     request: Request, *, size: int = 64, look: Literal["dark_on_light", "light_on_dark"] = "dark_on_light"
 ) -> ImageDataset:

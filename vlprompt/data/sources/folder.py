@@ -18,7 +18,7 @@ from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import list_folders, list_images
-from vlprompt.data.sources import Request, sources
+from vlprompt.data.sources import AbsentError, Request, sources
 from vlprompt.data.splits import cut, normal_split
 
 __all__ = ["DEFAULT_TEMPLATES", "build"]
@@ -57,7 +57,7 @@ def build(
         raise UnknownNameError("empty_class policy", str(empty_class), ("error", "skip"))
     root = Path(request.argument).expanduser()
     if not request.argument or not root.is_dir():
-        raise DataError(
+        raise AbsentError(
             f"{request.name}: there is no folder {str(root)!r}. Write folder:PATH, with class folders in it."
         )
     endings = tuple(e.lower() if e.startswith(".") else f".{e.lower()}" for e in extensions)

@@ -99,7 +99,7 @@ def _split(
         return parts, card.classnames, f"official lists {', '.join(p.path for p in options.lists.values())}"
     if card.splits.file and wanted in ("auto", "published"):
         raise DataError(
-            f"{card.name}: {folder / card.splits.file} is missing. Fetch it with tools/prepare.py {card.name}, "
+            f"{card.name}: {folder / card.splits.file} is missing. Fetch it with `vlprompt data prepare {card.name}`, "
             f"or get it from {card.splits.url}."
         )
     raise DataError(f"{card.name} has no split_source={wanted!r}.")

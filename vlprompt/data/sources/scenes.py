@@ -10,7 +10,9 @@ from vlprompt.data.sources import Request, sources
 __all__ = ["build", "task_and_style"]
 
 
-@sources.register("scenes", summary="images drawn from a seed; offline", grammar="scenes/TASK[@STYLE]")
+@sources.register(
+    "scenes", summary="images drawn from a seed; offline", grammar="scenes/TASK[@STYLE]", embedded=True
+)
 def build(request: Request, *, style: str | None = None, size: int = 64) -> ImageDataset:
     """Build one split of a task.
 

@@ -68,6 +68,7 @@ class ProcessesExecutor(Executor):
         self._busy.remove(pool)
         error = done.exception()
         self._free.append(pool if error is None else None)
+
         if error is None:
             future.set_result(done.result())
         else:

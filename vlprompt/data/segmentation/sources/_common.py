@@ -11,7 +11,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskSample
-from vlprompt.data.sources import Request
+from vlprompt.data.sources import AbsentError, Request
 from vlprompt.data.splits import cut
 
 __all__ = [
@@ -42,7 +42,7 @@ def own_folder(request: Request, expected: str) -> Path:
     """Return the folder of ``kind:PATH``. Raises DataError if it isn't there."""
     root = Path(request.argument).expanduser()
     if not request.argument or not root.is_dir():
-        raise DataError(f"{request.name}: there is no folder {str(root)!r}. Expected in it: {expected}.")
+        raise AbsentError(f"{request.name}: there is no folder {str(root)!r}. Expected in it: {expected}.")
     return root
 
 

@@ -1,4 +1,4 @@
-"""per_class: one binary mask per image and class, which is what conversions write (tools/segment.py convert).
+"""per_class: one binary mask per image and class, which is what conversions write (``vlprompt data convert``).
 
 ``PATH/images/<split>/<image>`` and ``PATH/annotations/<split>/<class>/<image's name>.png``, only for classes that
 occur in an image. Folders are called train, val, test or training, validation. Where there is no test part, the
@@ -32,7 +32,7 @@ from vlprompt.data.splits import normal_split
 
 __all__ = ["PerClassOptions", "build", "with_validation"]
 
-_EXPECTED = "images/<split>/ and annotations/<split>/<class>/, as tools/segment.py convert writes them"
+_EXPECTED = "images/<split>/ and annotations/<split>/<class>/, as `vlprompt data convert` writes them"
 _OF_TRAIN = {"val": 0.1, "train": 0.9}
 _PLAIN = ("{}",)
 

@@ -19,7 +19,7 @@ from vlprompt.data.scenes.captions import phrase
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.tasks import GENERATOR
 from vlprompt.data.scenes.wording import words
-from vlprompt.data.segmentation.base import MaskDataset, MaskSample
+from vlprompt.data.segmentation.base import MaskDataset, MaskReader, MaskSample
 from vlprompt.data.segmentation.sources import pair_sources
 from vlprompt.data.sources import Request
 from vlprompt.data.sources.scenes import task_and_style
@@ -35,7 +35,7 @@ _SEED = 2024
 
 
 @dataclass(frozen=True)
-class SceneMasks:
+class SceneMasks(MaskReader):
     """Draws images and masks; a source is (split, style, number).
 
     Attributes:
@@ -61,7 +61,9 @@ class SceneMasks:
         return _render(*source, self.size)
 
 
-@pair_sources.register("scenes", summary="drawn from a seed; offline", grammar="scenes/masks[@STYLE]")
+@pair_sources.register(
+    "scenes", summary="drawn from a seed; offline", grammar="scenes/masks[@STYLE]", embedded=True
+)
 def build(request: Request, *, style: str | None = None, size: int = 64) -> MaskDataset:
     """Build one split.
 
