@@ -77,7 +77,7 @@ def test_a_run_writes_concepts_table_and_report(detectors: dict[str, Any], data:
 
 @pytest.mark.slow
 def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
-    coco_folder: Path, tmp_path: Path
+    coco_folder: Path, tmp_path: Path, one_thread: None
 ) -> None:
     pytest.importorskip("pycocotools")
     tmp_path.joinpath("serial").mkdir()
