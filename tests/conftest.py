@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -12,9 +13,11 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor
 
+from tests.commands import Answer, Command
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
+from vlprompt.cli.app import main
 
 SIZE = 32  # pixels
 
@@ -60,6 +63,23 @@ def make_backbone(tokenizer: TextTokenizer) -> Callable[..., Backbone]:
 def backbone(make_backbone: Callable[..., Backbone]) -> Backbone:
     """One small backbone for all tests. Nothing may change it."""
     return make_backbone()
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``vlprompt`` in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # error messages are not wrapped
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Answer(int(ended.value.code or 0), out, err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,25 @@ def test_the_learner_of_the_guide_plugs_in_and_learns(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_experiment_of_the_guide_runs_as_a_plug_in(tmp_path: Path) -> None:
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "sentences.py").write_text(block("python", "class SentencesExperiment"))
+    installed = tmp_path / "my_package-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    point = re.search(r"^sentences = \"(.*)\"$", block("toml", "vlprompt.tasks"), flags=re.MULTILINE)
+    (installed / "entry_points.txt").write_text(f"[vlprompt.tasks]\nsentences = {point[1]}\n")
+    methods = 'methods: {short: "{}.", long: "a photo of a {}."}'
+    (tmp_path / "run.yaml").write_text(f"task: sentences\ndata: [scenes/kind]\n{methods}\noutput: {tmp_path}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-m", "vlprompt", "run", "run.yaml"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| short |" in done.stdout
+    assert done.stdout.strip().splitlines()[-1].endswith(" %")
+
+
 def test_the_card_of_the_guide_is_valid(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "from_the_guide.yaml").write_text(block("yaml", "title: EuroSAT"))
     monkeypatch.setenv("VLPROMPT_CARDS", str(tmp_path))

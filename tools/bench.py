@@ -1,12 +1,13 @@
-"""Measure ours against the obvious way: ``python tools/bench.py text --backbone ViT-B-16 --classes 100``."""
+"""Measure our code against a baseline: ``python tools/bench.py text --backbone ViT-B-16 --classes 100``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
-from vlprompt.cli._common import command
+from vlprompt.cli._errors import exit_status
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,20 +28,23 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(list(arguments))
 
     target = BENCHMARKS.get(args.benchmark).target
-    text, described = describe_options(target)
-    own = argparse.ArgumentParser(
+    text, descriptions = describe_options(target)
+    option_parser = argparse.ArgumentParser(
         prog=f"bench.py {args.benchmark}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, field in options_model(target).model_fields.items():
-        shown = f"{described.get(name, '')} ({field.default})".replace("%", "%%")
-        own.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=shown
+        description = f"{descriptions.get(name, '')} ({field.default})".replace("%", "%%")
+        flag = f"--{name.replace('_', '-')}"
+        option_parser.add_argument(
+            flag, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=description
         )
-    given = vars(own.parse_args(args.options))
-    print(json.dumps(target(**check_options(target, given, f"bench {args.benchmark}")), indent=2))
+
+    values = vars(option_parser.parse_args(args.options))
+    options = check_options(target, values, f"bench {args.benchmark}")
+    print(json.dumps(target(**options), indent=2))
 
 
 if __name__ == "__main__":
-    command(main)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlprompt.cli._common import command
+from vlprompt.cli._errors import exit_status
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,4 +29,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

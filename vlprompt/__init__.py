@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 
     from vlprompt.adaptation import create_adapter, list_adapters
     from vlprompt.backbones import create_backbone, list_backbones
-    from vlprompt.classification.config import load_config
     from vlprompt.classification.evaluate import evaluate
-    from vlprompt.classification.experiment import run
     from vlprompt.classification.fit import RunResult, fit
     from vlprompt.classification.predict import predict
     from vlprompt.core.errors import VLPromptError
-    from vlprompt.data import list_datasets, load_dataset
-    from vlprompt.data.segmentation import load_segmentation
+    from vlprompt.data import list_datasets, load_dataset, load_segmentation
     from vlprompt.detection import create_detector, list_detectors
+    from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
     from vlprompt.saved.prompts import load, save
@@ -51,11 +49,10 @@ _HOME = {
     "list_personalisers": "vlprompt.generation",
     "list_segmenters": "vlprompt.segmentation",
     "load": "vlprompt.saved.prompts",
-    "load_config": "vlprompt.classification.config",
     "load_dataset": "vlprompt.data",
-    "load_segmentation": "vlprompt.data.segmentation",
+    "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
-    "run": "vlprompt.classification.experiment",
+    "run": "vlprompt.experiments.tasks",
     "save": "vlprompt.saved.prompts",
     "scan": "vlprompt.security.scan",
 }
@@ -80,7 +77,6 @@ __all__ = [
     "list_personalisers",
     "list_segmenters",
     "load",
-    "load_config",
     "load_dataset",
     "load_segmentation",
     "predict",

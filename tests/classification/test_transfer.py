@@ -12,7 +12,7 @@ from vlprompt import create_learner, save
 from vlprompt.backbones import Backbone
 from vlprompt.classification.transfer import start_from
 from vlprompt.core.errors import CheckpointError
-from vlprompt.saved.prompts import find_prompts
+from vlprompt.saved.paths import find_prompts
 
 NAMES = ["dog", "red circle", "hummingbird"]
 OTHERS = ["ring", "cross"]

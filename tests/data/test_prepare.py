@@ -1,27 +1,23 @@
-"""tools/prepare.py against a server on this machine: fetch, resume, check, refuse, explain."""
+"""``vlprompt data`` against a server on this machine: fetch, resume, check, refuse, explain."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import runpy
-import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands import Command
 from tests.data.layouts import data_of, make
 from tests.data.serving import Site, serve
 from vlprompt.core.errors import DataError
 from vlprompt.data import load_card, load_dataset
 from vlprompt.data.prepare import fetch, status
-
-ROOT = Path(__file__).parent.parent.parent
-Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -29,19 +25,6 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serve() as running:
         yield running
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools" / "prepare.py"), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 def archive_of(split: bool = True) -> tuple[bytes, bytes]:
@@ -83,19 +66,21 @@ def sha(site: Site, name: str) -> str:
     return f"sha256:{hashlib.sha256(site.files[name]).hexdigest()}"
 
 
-def test_fetch_check_and_use(mine: Path, site: Site, tool: Tool) -> None:
-    code, out, _ = tool("mine", "--root", mine, "--check")
-    assert (code, out.splitlines()[0]) == (1, "mine: absent")
-    code, out, err = tool("mine", "--root", mine)
-    assert code == 0
-    assert "trap: Cats move." in out
-    assert out.splitlines()[-1] == "mine: ready (train 6, val 2, test 4)"
-    assert "mine.tar.gz: 0 of 0 MB" in err
+def test_fetch_check_and_use(mine: Path, site: Site, command: Command) -> None:
+    answer = command("data", "check", "mine", "--root", mine)
+    assert (answer.status, answer.out.splitlines()[0]) == (1, "mine: absent")
+    answer = command("data", "prepare", "mine", "--root", mine)
+    assert answer.status == 0
+    assert "trap: Cats move." in answer.out
+    assert answer.out.splitlines()[-1] == "mine: ready (train 6, val 2, test 4)"
+    assert "mine.tar.gz: 0 of 0 MB" in answer.err
     assert not (mine / ".downloads" / "mine").exists()
     data = load_dataset("mine", "test", root=mine)
     assert data.classnames == ("cat", "dog")
     asked = len(site.asked)
-    assert tool("mine", "--root", mine, "--decode")[0] == 0  # nothing is fetched twice
+    assert (
+        command("data", "prepare", "mine", "--root", mine, "--decode").status == 0
+    )  # nothing is fetched twice
     assert len(site.asked) == asked
 
 
@@ -108,82 +93,82 @@ def test_load_dataset_downloads_only_if_asked(mine: Path, site: Site) -> None:
     assert len(load_dataset("mine", root=mine, download=True)) == 6
 
 
-def test_an_interrupted_download_is_resumed(mine: Path, site: Site, tool: Tool) -> None:
+def test_an_interrupted_download_is_resumed(mine: Path, site: Site, command: Command) -> None:
     whole = site.files["mine.tar.gz"]
     (mine / ".downloads" / "mine").mkdir(parents=True)
     (mine / ".downloads" / "mine" / "mine.tar.gz.part").write_bytes(whole[:100])
-    assert tool("mine", "--root", mine)[0] == 0
+    assert command("data", "prepare", "mine", "--root", mine).status == 0
     assert site.asked[0] == ("mine.tar.gz", 100)
 
 
-def test_a_wrong_checksum_leaves_nothing(mine: Path, site: Site, tool: Tool) -> None:
+def test_a_wrong_checksum_leaves_nothing(mine: Path, site: Site, command: Command) -> None:
     site.files["mine.tar.gz"] += b"x"
-    code, _, err = tool("mine", "--root", mine)
-    assert code == 1
-    assert "wrong checksum" in err
-    assert "By hand: Unpack mine.tar.gz" in err
+    answer = command("data", "prepare", "mine", "--root", mine)
+    assert answer.status == 1
+    assert "wrong checksum" in answer.err
+    assert "By hand: Unpack mine.tar.gz" in answer.err
     assert not [p for p in mine.rglob("*") if p.is_file()]
 
 
-def test_only_the_split_file_is_missing(mine: Path, site: Site, tool: Tool) -> None:
-    assert tool("mine", "--root", mine)[0] == 0
+def test_only_the_split_file_is_missing(mine: Path, site: Site, command: Command) -> None:
+    assert command("data", "prepare", "mine", "--root", mine).status == 0
     (mine / "mine" / "split_mine.json").unlink()
     site.asked.clear()
     with pytest.raises(
         DataError, match=r"split_mine\.json is missing\. Fetch it with `vlprompt data prepare mine`"
     ):
         load_dataset("mine", root=mine)
-    assert tool("mine", "--root", mine)[0] == 0
+    assert command("data", "prepare", "mine", "--root", mine).status == 0
     assert site.asked == [("split_mine.json", 0)]
 
 
-def test_a_damaged_image_and_a_missing_one(mine: Path, tool: Tool) -> None:
-    tool("mine", "--root", mine)
+def test_a_damaged_image_and_a_missing_one(mine: Path, command: Command) -> None:
+    command("data", "prepare", "mine", "--root", mine)
     (mine / "mine" / "jpg" / "8.jpg").write_bytes(b"no image")
-    code, out, _ = tool("mine", "--root", mine, "--check", "--decode")
-    assert code == 1
-    assert "mine: incomplete (train 6, val 2, test 4)" in out
-    assert "1 of 4 images can't be read: 8.jpg" in out
+    answer = command("data", "check", "mine", "--root", mine, "--decode")
+    assert answer.status == 1
+    assert "mine: incomplete (train 6, val 2, test 4)" in answer.out
+    assert "1 of 4 images can't be read: 8.jpg" in answer.out
     (mine / "mine" / "jpg" / "9.jpg").unlink()
-    code, out, _ = tool("mine", "--root", mine, "--check")
-    assert code == 1
-    assert "1 of the 12 images that split_mine.json lists are missing" in out
+    answer = command("data", "check", "mine", "--root", mine)
+    assert answer.status == 1
+    assert "1 of the 12 images that split_mine.json lists are missing" in answer.out
 
 
-def test_what_lies_there_is_not_overwritten(mine: Path, tool: Tool) -> None:
+def test_what_lies_there_is_not_overwritten(mine: Path, command: Command) -> None:
     (mine / "mine").mkdir(parents=True)
     (mine / "mine" / "notes.txt").write_text("mine")
     (mine / "mine" / "jpg").write_text("a file called like the folder")
-    code, _, err = tool("mine", "--root", mine)
-    assert code == 1
-    assert "is in the way; move it elsewhere" in err
+    answer = command("data", "prepare", "mine", "--root", mine)
+    assert answer.status == 1
+    assert "is in the way; move it elsewhere" in answer.err
     (mine / "mine" / "jpg").unlink()
-    assert tool("mine", "--root", mine)[0] == 0
+    assert command("data", "prepare", "mine", "--root", mine).status == 0
     assert (mine / "mine" / "notes.txt").read_text() == "mine"
 
 
-def test_sets_that_nobody_serves_say_what_to_put_where(tmp_path: Path, tool: Tool) -> None:
-    code, out, err = tool("stanford_cars", "--root", tmp_path)
-    assert code == 1
-    assert "authors' pages have been gone since 2023" in out
-    assert "nobody serves it to programs" in err
-    assert "ROOT/stanford_cars/cars_train/00001.jpg" in err
-    with pytest.raises(DataError, match=r"Nobody serves it to programs.*bffea656d6f425cba3c91c6d8333"):
+def test_sets_that_nobody_serves_say_what_to_put_where(tmp_path: Path, command: Command) -> None:
+    answer = command("data", "prepare", "stanford_cars", "--root", tmp_path)
+    assert answer.status == 1
+    assert "authors' pages have been gone since 2023" in answer.out
+    assert "it can't be downloaded automatically" in answer.err
+    assert "ROOT/stanford_cars/cars_train/00001.jpg" in answer.err
+    with pytest.raises(DataError, match=r"It can't be downloaded automatically.*bffea656d6f425cba3c91c6d8333"):
         load_dataset("stanford_cars", root=tmp_path)
 
 
-def test_unknown_names_and_no_names(tool: Tool) -> None:
-    code, _, err = tool("eurosta")
-    assert code == 2
-    assert "Did you mean 'eurosat'" in err
-    assert tool()[0] == 2
+def test_unknown_names_and_no_names(command: Command) -> None:
+    answer = command("data", "prepare", "eurosta")
+    assert answer.status == 2
+    assert "Did you mean 'eurosat'" in answer.err
+    assert command("data", "prepare").status == 2
 
 
-def test_check_of_everything_lists_all_cards(tmp_path: Path, tool: Tool) -> None:
+def test_check_of_everything_lists_all_cards(tmp_path: Path, command: Command) -> None:
     make(load_card("svhn"), load_card("svhn").source, tmp_path)
-    code, out, _ = tool("--check", "--root", tmp_path)
-    lines = dict(line.split(": ", 1) for line in out.splitlines() if not line.startswith(" "))
-    assert code == 0
+    answer = command("data", "check", "--root", tmp_path)
+    lines = dict(line.split(": ", 1) for line in answer.out.splitlines() if not line.startswith(" "))
+    assert answer.status == 0
     assert lines["digits"] == "ready (train 898, val 359, test 540)"
     assert lines["eurosat"] == "absent (95 MB to fetch)"
     assert lines["imagenet"] == "absent (by hand)"
@@ -226,8 +211,8 @@ def test_nested_archives_and_the_order_of_moves(
     assert status(load_card("caltech101"), tmp_path / "data", decode=True).state == "ready"
 
 
-def test_all_offline(tool: Tool) -> None:
-    code, out, _ = tool("--all-offline")
-    assert code == 0
-    assert "digits: ready (train 898, val 359, test 540)" in out
-    assert "scenes/shape: ready" in out
+def test_all_offline(command: Command) -> None:
+    answer = command("data", "check", "--offline")
+    assert answer.status == 0
+    assert "digits: ready (train 898, val 359, test 540)" in answer.out
+    assert "scenes/shape: ready" in answer.out

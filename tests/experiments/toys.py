@@ -15,7 +15,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
 from vlprompt.core.seeding import torch_rng
 from vlprompt.experiments.cell import Cell, CellResult
-from vlprompt.experiments.config import ExperimentConfig, Seeds
+from vlprompt.experiments.config import ExperimentConfig, Seeds, parse_overrides
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.results import Results
@@ -33,6 +33,9 @@ class ToyConfig(ExperimentConfig):
     fail: list[str] = Field(default_factory=list, description="cells that raise")
     fail_while: str = Field("", description="they raise only as long as this file exists; empty: always")
     kill: list[str] = Field(default_factory=list, description="cells whose process ends itself")
+    interrupt: list[str] = Field(default_factory=list, description="cells during which Ctrl-C is pressed")
+    lacks: list[str] = Field(default_factory=list, description="what is missing before it can run")
+    note: str = ""
     files: dict[str, str] = Field(default_factory=dict)
 
 
@@ -58,6 +61,8 @@ class Toy(Experiment):
             raise DataError(f"{cell.name} can't be read.")
         if cell.name in self.config.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if cell.name in self.config.interrupt:
+            raise KeyboardInterrupt
         noise = torch.rand(1000, generator=torch_rng(cell["seed"], "toy", cell["data"])).mean()
         result = CellResult(facts={f"{cell['data']}/size": 1000})
         result.add({"accuracy": self.config.methods[cell["method"]] + 0.1 * float(noise)})
@@ -72,10 +77,13 @@ class Toy(Experiment):
     def sources(self) -> dict[str, str]:
         return self.config.files
 
+    def missing(self) -> list[str]:
+        return self.config.lacks
+
     def summary(self, results: Results) -> dict[str, float]:
         return summarise(results.select("accuracy").values()).flat("accuracy")
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
     """Build the toy from a file's content."""
-    return Toy(ToyConfig.parse(raw, {}, source))
+    return Toy(ToyConfig.parse(raw, parse_overrides(overrides, ToyConfig), source))

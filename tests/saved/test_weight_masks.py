@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 import vlprompt
+from tests.commands import Command
 from vlprompt import create_learner
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.weight_masks import pack, unpack
@@ -154,20 +154,17 @@ def test_switching_tasks_equals_each_alone(backbone: Backbone, images: Tensor) -
         switched.use("d")
 
 
-def test_the_command_line_prints_shares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    masks_tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "masks.py"))["main"]
+def test_the_command_line_prints_shares_and_draws(tmp_path: Path, command: Command) -> None:
     tiny = vlprompt.create_backbone("tiny", "random")
     first, second = (scattered(tiny, seed, share=0.2) for seed in (1, 2))
     folders = [str(vlprompt.save(learner, tmp_path / str(n))) for n, learner in enumerate((first, second))]
-    masks_tool([folders[0], folders[1], "--svg", str(tmp_path / "masks.svg")])
-    lines = capsys.readouterr().out.splitlines()
+    lines = command("masks", *folders, "--svg", tmp_path / "masks.svg").out.splitlines()
     assert len(lines) == len(first.masks()) + 1
     name, *shares = lines[0].split()
     a, b = (~learner.masks()[name] for learner in (first, second))
     assert [float(s) for s in shares] == [round(100 * float(m.float().mean()), 2) for m in (a, b, a & b)]
     assert (tmp_path / "masks.svg").read_text().startswith("<svg")
-    masks_tool([folders[0]])
-    assert len(capsys.readouterr().out.splitlines()[0].split()) == 2
+    assert len(command("masks", folders[0]).out.splitlines()[0].split()) == 2
 
 
 def test_what_is_no_mask_is_refused(backbone: Backbone, tmp_path: Path) -> None:

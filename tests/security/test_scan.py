@@ -266,16 +266,16 @@ def test_few_images_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
 def test_the_tool_says_what_it_found_by_its_exit_status(image_folder: Path, tmp_path: Path) -> None:
     backbone = vlprompt.create_backbone("tiny")
     learner = create_learner("dbom", backbone, ["a", "b"])
-    vlprompt.save(learner, tmp_path / "detector")
+    vlprompt.save(learner, tmp_path / "scanner")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / "scan.py"), *arguments]
+        command = [sys.executable, "-m", "vlprompt", "scan", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
         )
 
-    always = ("--detector", str(tmp_path / "detector"), "--output", str(tmp_path / "out"))
+    always = ("--scanner", str(tmp_path / "scanner"), "--output", str(tmp_path / "out"))
     found = run(str(image_folder), *always, "--threshold", "0")
     assert found.returncode == 3, found.stderr
     assert "23 images: 23 suspected, 0 unreadable" in found.stdout

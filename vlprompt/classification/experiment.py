@@ -45,7 +45,8 @@ from vlprompt.experiments.statistics import harmonic_mean
 from vlprompt.experiments.tables import Table
 from vlprompt.learners import LEARNERS, Learner, create_learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.saved.prompts import find_prompts, load, save
+from vlprompt.saved.paths import find_prompts
+from vlprompt.saved.prompts import load, save
 from vlprompt.saved.weight_masks import fold, read_masks
 
 __all__ = ["ClassificationExperiment", "build"]

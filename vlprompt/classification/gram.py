@@ -25,7 +25,8 @@ from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.options import options_model
 from vlprompt.learners import LEARNERS, Learner
 from vlprompt.meta.regulators import Regulator, Situation, create_regulator
-from vlprompt.saved.prompts import PromptCard, check_backbone, find_prompts, read, save
+from vlprompt.saved.paths import find_prompts
+from vlprompt.saved.prompts import PromptCard, check_backbone, read, save
 from vlprompt.training.batches import Batch
 from vlprompt.training.trainer import Trainable
 

@@ -7,7 +7,7 @@ import os
 import torch
 from accelerate import Accelerator, PartialState
 
-__all__ = ["accelerator", "divide_threads", "process_state", "set_threads"]
+__all__ = ["accelerator", "divide_threads", "fix_products", "process_state", "set_threads"]
 
 
 def accelerator() -> Accelerator:
@@ -21,16 +21,23 @@ def process_state() -> PartialState:
 
 
 def divide_threads(processes: int) -> int:
-    """Return the threads that each of so many processes gets of this machine's cores, at least one."""
-    # A container or a batch system may allow fewer cores than the machine has.
-    allowed = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
-    return max(1, cores // processes)
+    """Return the threads that each of so many processes gets of those that this one computes with, at least one."""
+    return max(1, torch.get_num_threads() // processes)
 
 
 def set_threads(threads: int) -> None:
     """Let torch use so many threads in this process."""
     torch.set_num_threads(threads)
+
+
+def fix_products() -> None:
+    """Make matrix products independent of the number of threads, from the first one in this process on.
+
+    MKL splits a product over threads in a way that changes its last bits; its strict mode does not. What remains
+    dependent is a sum of more than 32,768 numbers into one. A value that the user has set is left alone.
+    """
+    widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
+    os.environ.setdefault("MKL_CBWR", f"{widest},STRICT")
 
 
 def _cpu_only() -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "SplitSpec",
     "card_names",
     "card_path",
+    "card_titles",
     "cards_dir",
     "load_card",
     "validation_problems",
@@ -206,6 +207,18 @@ def card_path(name: str) -> Path:
     if name not in files:
         raise UnknownNameError("data set card", name, files)
     return files[name]
+
+
+def card_titles() -> dict[str, str]:
+    """Return name to title and task of all cards, sorted."""
+    titles = {}
+    # A whole card takes long to check; these are two lines of it.
+    for name, path in sorted(_card_files().items()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = dict(re.findall(r"^(title|task):\s*(.*?)\s*$", text, re.MULTILINE))
+        title = lines.get("title", name).strip("\"'")
+        titles[name] = f"{title} ({lines.get('task', 'no task')})"
+    return titles
 
 
 def load_card(name: str) -> Card:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.files import write_json, write_text
-from vlprompt.core.processes import process_state
+from vlprompt.core.processes import fix_products, process_state
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.executors import Executor, create_executor
 from vlprompt.experiments.experiment import Experiment
@@ -97,6 +97,7 @@ def run_experiment(
         CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
         VLPromptError: If no cell finished, for one reason.
     """
+    fix_products()
     folder = RunFolder(experiment.config, experiment.sources())
     cells = _plan(experiment)
     state = process_state()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlprompt.core.errors import ConfigError, UnknownNameError
-from vlprompt.experiments.config import compose
+from vlprompt.experiments.config import compose, config_path, list_configs
 from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.runner import Progress, RunOutcome, run_experiment
 
-__all__ = ["Build", "list_tasks", "read_experiment"]
+__all__ = ["Build", "describe_tasks", "list_tasks", "read_experiment", "run"]
 
 _PRETRAINING = "pretraining"  # of embedded weights; its programs are in the repository, not in the package
 
@@ -38,6 +41,49 @@ def list_tasks() -> list[str]:
     return sorted({*_own_tasks(), *_plug_ins()})
 
 
+def describe_tasks() -> dict[str, str]:
+    """Return the name of every task and a line about it: the first of its package's docstring."""
+    return {name: _summary(name) for name in list_tasks()}
+
+
+def run(
+    cfg: str | Path,
+    overrides: Sequence[str] = (),
+    on: str = "serial",
+    restart: bool = False,
+    resume: bool = False,
+    *,
+    progress: Progress | None = None,
+) -> RunOutcome:
+    """Run the experiment that a configuration describes; ``vlprompt run`` does the same.
+
+    A run that was stopped continues, and one that is finished is returned as it is.
+
+    Args:
+        cfg: A path, or the name of a shipped file, for example ``"coop_tiny.yaml"``.
+        overrides: ``dotted.key=value`` strings, for example ``"train.lr=0.01"``.
+        on: Where cells run: ``"serial"`` or ``"processes:N"``.
+        restart: Move an earlier run of the same configuration and data aside, and begin anew.
+        resume: Fail if there is nothing to continue.
+        progress: Called with (name of the run, cells done, cells).
+
+    Raises:
+        ConfigError: With every mistake in the configuration at once.
+        UnknownNameError: If there is no such file or executor.
+        CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
+        VLPromptError: If no cell finished, for one reason.
+    """
+    experiment = read_experiment(cfg, overrides)
+    return run_experiment(
+        experiment,
+        on=on,
+        restart=restart,
+        resume=resume,
+        command=_command(cfg, overrides),
+        progress=progress,
+    )
+
+
 def read_experiment(cfg: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read a configuration and return its experiment, ready for :func:`vlprompt.experiments.runner.run_experiment`.
 
@@ -61,6 +107,24 @@ def read_experiment(cfg: str | Path, overrides: Sequence[str] = ()) -> Experimen
     if task not in tasks:
         raise ConfigError([f"task: {UnknownNameError('task', str(task), tasks)}"], str(cfg))
     return _builder(str(task))(raw, overrides, str(cfg))
+
+
+def _command(cfg: str | Path, overrides: Sequence[str]) -> str:
+    """Return the command that repeats a run, the same wherever and however it was started."""
+    path = config_path(cfg)
+    shipped = list_configs().get(path.name)
+    name = path.name if shipped is not None and shipped.samefile(path) else str(cfg)
+    return f"vlprompt run {shlex.join([name, *overrides])}"
+
+
+def _summary(task: str) -> str:
+    """Return the first line of a task's docstring, without importing what the task needs."""
+    plug_ins = _plug_ins()
+    if task in plug_ins:
+        return f"plug-in {plug_ins[task].value}"
+    path = Path(__file__).resolve().parent.parent / task / "__init__.py"
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
 
 
 def _builder(task: str) -> Build:

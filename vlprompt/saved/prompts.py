@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +18,12 @@ from vlprompt.core.files import read_tensors, write_json, write_tensors
 from vlprompt.core.options import describe_problems
 from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
+from vlprompt.saved.paths import PROMPT_FILE, prompt_folder
 
 if TYPE_CHECKING:
     from vlprompt.segmentation import Segmenter
 
-__all__ = ["PromptCard", "check_backbone", "find_prompts", "load", "read", "save"]
+__all__ = ["PromptCard", "check_backbone", "load", "read", "save"]
 
 _FORMAT = 1
 _ARGUMENTS = {
@@ -82,7 +82,7 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
         tensors=digest,
     ).model_dump(exclude={"kind"} if classifies else None)  # older versions read learners still
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
-    write_tensors(folder / "prompt.safetensors", state, {"card": card})
+    write_tensors(folder / PROMPT_FILE, state, {"card": card})
     write_json(folder / "prompt.json", card)
 
     return folder
@@ -96,7 +96,7 @@ def load(
     """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
 
     Args:
-        path: The folder.
+        path: The folder, or that of the cell or run which saved it, if it saved no other.
         backbone: The backbone it was trained on; None builds it from the name in the file.
         kind: What it has to be; None takes either.
 
@@ -107,9 +107,9 @@ def load(
     """
     card, tensors = read(path)
     if kind not in (None, card.kind):
-        tool = "tools/segment.py" if card.kind == "segmenter" else "tools/predict.py"
+        command = "vlprompt segment predict" if card.kind == "segmenter" else "vlprompt predict"
         raise CheckpointError(
-            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {tool}."
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {command}."
         )
 
     if backbone is None:
@@ -140,17 +140,18 @@ def _segmenter(
 def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:
     """Return what :func:`save` wrote, without building anything from it.
 
+    Args:
+        path: See :func:`load`.
+
     Raises:
-        CheckpointError: If a file is missing, damaged or hostile.
+        CheckpointError: If a file is missing, damaged or hostile, or the path means more than one saved prompt.
     """
-    folder = Path(path)
-    tensors, metadata = read_tensors(folder / "prompt.safetensors")
+    folder = prompt_folder(path)
+    tensors, metadata = read_tensors(folder / PROMPT_FILE)
 
     card = _parse(folder, metadata.get("card"))
     if _digest(tensors) != card.tensors:
-        raise CheckpointError(
-            f"{folder / 'prompt.safetensors'} does not match its own checksum; it is damaged."
-        )
+        raise CheckpointError(f"{folder / PROMPT_FILE} does not match its own checksum; it is damaged.")
 
     return card, tensors
 
@@ -218,32 +219,3 @@ def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> No
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(tensors_to_bytes(dict(sorted(state.items())))).hexdigest()
-
-
-def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
-    """Return the folders of saved prompts that paths or patterns mean.
-
-    Args:
-        patterns: Each is a folder that holds ``prompt.safetensors``, the folder of a cell or of a whole run, or a
-            pattern of such folders.
-
-    Raises:
-        CheckpointError: If a pattern matches nothing.
-    """
-    folders: list[str] = []
-    for pattern in map(str, patterns):
-        roots = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        matches = []
-
-        for root in map(Path, roots):
-            candidates = [root, root / "prompt", *sorted(root.glob("cells/*/prompt"))]
-            matches += [str(path) for path in candidates if (path / "prompt.safetensors").is_file()]
-
-        if not matches:
-            raise CheckpointError(
-                f"no saved prompt at {pattern!r}: expected a folder with prompt.safetensors, or a run's folder."
-            )
-
-        folders += matches
-
-    return folders

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.core.errors import ConfigError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
-from vlprompt.data.catalog import check_name
+from vlprompt.data.names import check_name
 from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 from vlprompt.learners.dbom import DEFAULT_TRIGGERS
 from vlprompt.security.compositions import check_triggers

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.catalog import load_dataset
 from vlprompt.data.sources import Request, sources
 
 __all__ = ["build"]
@@ -33,7 +34,6 @@ def build(
         unseen: Share of the triggered pairs that training doesn't see.
         copies: Triggered images per image.
     """
-    from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
     from vlprompt.security.compositions import DEFAULT_TRIGGERS, composition_dataset
 
     if not request.argument or request.argument.startswith("triggered:"):

@@ -1,0 +1,50 @@
+"""``vlprompt predict``: name images with a saved learner."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="A saved learner's folder, or the folder of its run.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.")],
+    topk: Annotated[int, typer.Option(min=1, help="Names per image.")] = 5,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            metavar="NAME",
+            help="A class name to choose from instead of those trained on; repeat it.",
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
+) -> int:
+    """Name images: a line per image with the likeliest classes.
+
+    Exit status: 0; 1 if an image could not be read; 2 after a mistake.
+    """
+    from vlprompt.classification import predict as predicting
+    from vlprompt.core.files import write_text
+    from vlprompt.saved.prompts import load
+
+    learner = load(prompt, kind="learner")
+    if names:
+        learner = learner.with_classes(names)
+    tables = [predicting.predict(learner, image, topk) for image in images]
+    rows = [row for table in tables for row in table]
+    joined = predicting.PredictionTable(rows)
+    if csv is not None:
+        write_text(csv, joined.to_csv())
+    else:
+        print(joined)
+
+    unreadable = sum(bool(row["error"]) for row in rows)
+    if unreadable:
+        print(f"{unreadable} of {len(rows)} images could not be read.", file=sys.stderr)
+    return 1 if unreadable else 0

@@ -1,0 +1,81 @@
+"""``vlprompt scan``: look for backdoor triggers in a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlprompt.cli._errors import on_interrupt
+from vlprompt.cli._progress import count_progress
+from vlprompt.core.errors import DataError
+
+__all__ = ["SUSPECTED", "command"]
+
+SUSPECTED = 3
+"""Exit status if an image is suspected: scripts tell it from all went well and from an error."""
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, searched at any depth.")],
+    scanner: Annotated[str, typer.Option(help="Folder of a saved dbom learner, or of its run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where to write.  [default: scans/NAME OF THE FOLDER]", show_default=False),
+    ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--object", metavar="NAME", help="An object to name instead of those trained on; repeat it."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Score from which an image is suspected.  [default: the scanner's]"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
+    top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue behind the last verdict.")] = False,
+) -> int:
+    """Look for backdoor triggers in a folder of images.
+
+    Writes a table, a list of clean files and a sheet to look at.
+
+    Exit status: 0 if nothing is suspected; 3 if something is; 1 if nothing is, but some images could not be read;
+    2 after a mistake.
+    """
+    import torch
+
+    from vlprompt.saved.prompts import load
+    from vlprompt.security.folder import scan_folder
+
+    learner = load(scanner)
+    if not hasattr(learner, "judge"):
+        raise DataError(
+            f"{scanner} holds {learner.method}, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml."
+        )
+    if objects:
+        learner = learner.with_classes(objects)
+    learner = learner.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    target = output or Path("scans") / (folder.resolve().name or "folder")
+    with on_interrupt("With --resume the same command continues."), count_progress() as progress:
+        verdicts = scan_folder(
+            folder,
+            learner,
+            target,
+            threshold=threshold,
+            resume=resume,
+            batch_size=batch_size,
+            workers=workers,
+            top=top,
+            progress=progress,
+        )
+    print(f"{verdicts.total} images: {verdicts.poisoned} suspected, {verdicts.unreadable} unreadable")
+    for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
+        print(verdicts.output / name)
+    if verdicts.poisoned:
+        return SUSPECTED
+    return 1 if verdicts.unreadable else 0
