@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from vlprompt.concepts.search import ConceptSearch, SearchResult
+from vlprompt.concepts.search import SearchResult
 from vlprompt.core.files import read_jsonl, write_json, write_jsonl, write_text
 from vlprompt.core.options import describe_problems
 from vlprompt.experiments.cell import Cell, CellResult
@@ -186,8 +186,8 @@ class ConceptExperiment(Experiment):
         """
 
     @abstractmethod
-    def score(self, module: ConceptSearch) -> Scores:
-        """Return the scores of the concepts that a module has learned, on every test set."""
+    def score(self, module: Any) -> Scores:
+        """Return the scores, on every test set, of what :meth:`search` left in its module."""
 
     @abstractmethod
     def classnames(self) -> tuple[str, ...]:
