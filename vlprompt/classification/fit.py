@@ -24,7 +24,7 @@ from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_identity"]
+__all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_identity", "validation"]
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ def fit(
 
     history: list[dict[str, Any]] = []
     if learner.solves:
-        samples = None if held_out is None else held_out.validation_data()
-        solution = learner.solve(source.solver_data(), samples, seed=checked.seed)
-        history = [{"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}]
+        history = [_solve(source, held_out)]
     elif learner.learned_parameters() and checked.epochs:
         trainer = Trainer(
             regulated(learner, start, lambda: source.training_data()[0][0], checked.optimizer),
@@ -120,11 +118,10 @@ def fit(
         history = trainer.run(resume).history
 
     learner.eval()
-    metrics: dict[str, float] = {}
+    metrics = {}
     if held_out is not None:
-        metrics |= calibrate(learner, [held_out])
-        scores = evaluate(learner, held_out.data, cache=cache)
-        metrics |= {f"val/{name}": value for name, value in scores.items()}
+        metrics = calibrate(learner, [held_out])
+        metrics |= validation(evaluate(learner, held_out.data, cache=cache))
     metrics |= describe(learner)
 
     return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
@@ -148,9 +145,21 @@ def calibrate(learner: Learner, sources: Sequence[ValidationSource]) -> dict[str
     return {f"chosen/{name}": float(value) for name, value in choices.items()}
 
 
+def validation(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return scores on validation data as metrics (``val/...``)."""
+    return {f"val/{name}": value for name, value in scores.items()}
+
+
 def describe(learner: Learner) -> dict[str, float]:
     """Return the numbers by which a learner describes what it learned, as metrics (``learned/...``)."""
     return {f"learned/{name}": value for name, value in learner.figures().items()}
+
+
+def _solve(source: TrainingSource, held_out: ValidationSource | None) -> dict[str, Any]:
+    """Let a learner find all parameters at once; return the one record of its history."""
+    samples = None if held_out is None else held_out.validation_data()
+    solution = source.learner.solve(source.solver_data(), samples, seed=source.options.seed)
+    return {"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}
 
 
 def _check_samples(learner: Learner, train: ImageDataset) -> None:

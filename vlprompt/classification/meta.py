@@ -57,19 +57,7 @@ def meta_train(
     learner.to(processes.device)
     module = MetaPrompts(learner, meta)
 
-    store_folder = Path(meta.store) if meta.store else _default_store(config, backbone)
-    with processes.main_process_first():
-        store = build_store(meta.pairs, backbone, store_folder, shard=meta.shard)
-    built = time.monotonic()
-
-    # Where every pair is a class, a class has one pair; otherwise it needs enough for both sides of an episode.
-    members = 1 if meta.clusters.names == "pair" else meta.episodes.support + meta.episodes.query
-    hierarchy = cluster_pairs(store, meta.clusters, members, seed)
-    log.info(
-        "%d pairs in %.0f s, %d pseudo-classes (%d left out) in %.0f s",
-        *(len(store), built - started, len(hierarchy.classes), hierarchy.dropped, time.monotonic() - built),
-    )
-
+    store, hierarchy = _clustered(config, backbone, seed)
     episodes = _episodes(config, backbone, learner, store, hierarchy, seed)
     if processes.is_main_process:
         write_sheet(folder / "clusters.html", store, hierarchy, episodes.held_out)
@@ -106,6 +94,27 @@ def meta_train(
         write_json(folder / "clusters.json", _summary(hierarchy, episodes))
 
     return numbers, history
+
+
+def _clustered(config: ClassificationConfig, backbone: Backbone, seed: int) -> tuple[CaptionStore, Hierarchy]:
+    """Encode the captioned images, unless that is done, and cluster them."""
+    started = time.monotonic()
+    meta = config.meta
+    store_folder = Path(meta.store) if meta.store else _default_store(config, backbone)
+    with accelerator().main_process_first():
+        store = build_store(meta.pairs, backbone, store_folder, shard=meta.shard)
+    built = time.monotonic()
+
+    # Where every pair is a class, a class has one pair; otherwise it needs enough for both sides of an episode.
+    members = 1 if meta.clusters.names == "pair" else meta.episodes.support + meta.episodes.query
+    hierarchy = cluster_pairs(store, meta.clusters, members, seed)
+
+    log.info("%d pairs in %.0f s", len(store), built - started)
+    log.info(
+        "%d pseudo-classes (%d left out) in %.0f s",
+        *(len(hierarchy.classes), hierarchy.dropped, time.monotonic() - built),
+    )
+    return store, hierarchy
 
 
 def _episodes(

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.classification.evaluate import evaluate
-from vlprompt.classification.fit import RunResult, calibrate, describe, parse_options, run_identity
+from vlprompt.classification.fit import (
+    RunResult,
+    calibrate,
+    describe,
+    parse_options,
+    run_identity,
+    validation,
+)
 from vlprompt.classification.options import LabelSpace, MultiTaskOptions
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.classification.task_batches import MultiTaskBatches
@@ -35,6 +42,7 @@ from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = [
@@ -288,22 +296,16 @@ def fit_multitask(
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
     module = MultiTask(learner, lists, sharing.label_space)
 
-    views_of = Augmentation.parse(augmentation)
-    sources = []
-    for name, data in tasks.items():
-        classifier, places = module.classifier(name)
-        sources.append(TrainingSource(classifier, data.train, views_of, views, checked, cache, places))
+    sources = _sources(module, tasks, Augmentation.parse(augmentation), views, checked, cache)
     learner.survey(sources)
 
     held_out = {name: data.val for name, data in tasks.items() if data.val is not None}
     history: list[dict[str, Any]] = []
     if checked.epochs and learner.learned_parameters():
-        sizes = [len(data.train) for data in tasks.values()]
-        mixed = (checked.batch_size, checked.seed, checked.drop_last)
         parts = {n: run_identity(module.tasks[n], d.train, augmentation, views) for n, d in tasks.items()}
         trainer = Trainer(
             regulated(learner, start, lambda: _embeddings(sources), checked.optimizer, module),
-            MultiTaskBatches([source.batches() for source in sources], sizes, sharing.exponent, *mixed),
+            _batches(sources, sharing.exponent, checked),
             checked,
             folder,
             validate=(lambda: module.evaluate(held_out, cache)) if held_out else None,
@@ -316,14 +318,41 @@ def fit_multitask(
     module.train(False)
     metrics = {"seconds": time.monotonic() - started}
     if held_out:
-        metrics |= calibrate(
-            learner, [ValidationSource(module.tasks[name], data, cache) for name, data in held_out.items()]
-        )
-        module.train(False)  # forgets what was computed with other choices
-        metrics |= {f"val/{name}": value for name, value in module.evaluate(held_out, cache).items()}
+        samples = [ValidationSource(module.tasks[name], data, cache) for name, data in held_out.items()]
+        metrics |= calibrate(learner, samples)
+        metrics |= validation(module.evaluate(held_out, cache))
     metrics |= describe(learner)
 
     return RunResult(metrics, history, folder, learner), module
+
+
+def _sources(
+    module: MultiTask,
+    tasks: Mapping[str, TaskData],
+    augmentation: Augmentation,
+    views: int,
+    options: TrainOptions,
+    cache: FeatureCache,
+) -> list[TrainingSource]:
+    """Return what each task trains on, with the classifier whose loss its samples enter."""
+    sources = []
+    for name, data in tasks.items():
+        classifier, places = module.classifier(name)
+        source = TrainingSource(classifier, data.train, augmentation, views, options, cache, places)
+        sources.append(source)
+    return sources
+
+
+def _batches(sources: Sequence[TrainingSource], exponent: float, options: TrainOptions) -> MultiTaskBatches:
+    """Return batches that mix the tasks."""
+    return MultiTaskBatches(
+        [source.batches() for source in sources],
+        [len(source.data) for source in sources],
+        exponent,
+        options.batch_size,
+        options.seed,
+        options.drop_last,
+    )
 
 
 def _embeddings(sources: Sequence[TrainingSource]) -> Tensor:
