@@ -30,7 +30,10 @@ from vlprompt.training.trainer import Trainer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vlprompt"
 TRIGGERS = ["clean", "blended", "sig"]
-OPTIONS: dict[str, dict[str, Any]] = {"dbom": {"triggers": TRIGGERS, "hidden": 16}, "promptsrc": {"text_depth": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dbom": {"triggers": TRIGGERS, "hidden": 16},
+    "promptsrc": {"text_depth": 2},
+}
 RUN: dict[str, Any] = {"epochs": 1, "batch_size": 16, "lr": 1e-3, "callbacks": [], "checkpoint_seconds": 0.0}
 
 OF_TRAINER = {name for name, member in vars(Hooks).items() if inspect.isfunction(member)}

@@ -1,7 +1,7 @@
 """How the embedded models were trained; nothing here is needed to use them.
 
-A recipe is one file here and one YAML in ``configs/pretraining/``, whose ``recipe`` names it and whose other keys are its
-options.
+A recipe is one file here and one YAML in ``configs/pretraining/``, whose ``recipe`` names it and whose other keys are
+its options.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def read_recipe(cfg: str | Path, overrides: Sequence[str] = ()) -> tuple[Entry[A
     raw = compose(cfg)
     task = raw.pop("task", TASK)
     if task != TASK:
-        raise ConfigError([f"task: this file is of the task {task!r}; its command is vlprompt run {cfg}."], str(cfg))
+        raise ConfigError(
+            [f"task: this file is of the task {task!r}; its command is vlprompt run {cfg}."], str(cfg)
+        )
     name = raw.pop("recipe", None)
     if name is None:
         raise ConfigError([f"recipe: required, but missing. Known: {', '.join(RECIPES.names())}."], str(cfg))

@@ -394,7 +394,9 @@ class DBOM(Learner, ImageScanner):
 
             embeddings = source.validation_data()[0]
             targets = {name: torch.tensor(values) for name, values in data.targets.items()}
-            batches = [source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(_ROWS)]
+            batches = [
+                source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(_ROWS)
+            ]
             logits = {}
             for name in ("composition", "trigger", "object"):
                 logits[name] = torch.cat([parts[name].float().cpu() for parts in batches])

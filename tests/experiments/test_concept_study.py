@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vlprompt.concepts.embedding import ConceptEmbedding, Concepts
 from vlprompt.concepts.search import ConceptSearch, SearchResult
-from vlprompt.concepts.study import ConceptConfig, ConceptExperiment, Scores
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.seeding import torch_rng
+from vlprompt.experiments.concept_study import ConceptConfig, ConceptExperiment, Scores
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.statistics import paired_difference
 from vlprompt.training.options import TrainOptions
