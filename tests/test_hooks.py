@@ -136,10 +136,13 @@ def test_meta_training_calls_what_has_a_meaning_there(
     calls: Calls = set()
     learner = _build(name, backbone, tasks["digits"].train, calls)
     options = MetaOptions.model_validate({"regulator": {"name": "diagonal"}})
+    refusal = ""
     try:
         module = MetaPrompts(learner, options)
     except DataError as error:
-        assert name in str(error)
+        refusal = str(error)
+    if refusal:
+        assert name in refusal
         return
 
     pixels = not learner.static_images
