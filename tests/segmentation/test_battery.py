@@ -167,7 +167,7 @@ def test_what_was_saved_comes_back(
         assert torch.equal(again(images[:4], TEXTS), segmenter(images[:4], TEXTS))
     assert json.loads((folder / "prompt.json").read_text())["kind"] == "segmenter"
     with pytest.raises(
-        CheckpointError, match=rf"holds a segmenter \({model}\), not a learner; its command is"
+        CheckpointError, match=rf"holds a segmenter \({model}\), not a learner; use it with"
     ):
         vlprompt.load(folder, backbone, kind="learner")
 

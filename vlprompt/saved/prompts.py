@@ -156,7 +156,7 @@ def check_kind(path: str | Path, card: PromptCard, kind: Kind) -> None:
     """
     if card.kind != kind:
         raise CheckpointError(
-            f"{path} holds a {card.kind} ({card.method}), not a {kind}; its command is {_COMMANDS[card.kind]}."
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {_COMMANDS[card.kind]}."
         )
 
 
