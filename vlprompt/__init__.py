@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from vlprompt.classification.fit import RunResult, fit
     from vlprompt.classification.predict import predict
     from vlprompt.core.errors import VLPromptError
-    from vlprompt.data import list_datasets, load_dataset
-    from vlprompt.data.segmentation import load_segmentation
+    from vlprompt.data import list_datasets, load_dataset, load_segmentation
     from vlprompt.detection import create_detector, list_detectors
     from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
@@ -51,7 +50,7 @@ _HOME = {
     "list_segmenters": "vlprompt.segmentation",
     "load": "vlprompt.saved.prompts",
     "load_dataset": "vlprompt.data",
-    "load_segmentation": "vlprompt.data.segmentation",
+    "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
     "run": "vlprompt.experiments.tasks",
     "save": "vlprompt.saved.prompts",

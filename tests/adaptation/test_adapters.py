@@ -106,10 +106,10 @@ def test_where_nothing_moves_it_is_zero_shot(
 
 def test_weight_decay_alone_moves_the_prompt(backbone: Backbone) -> None:
     coop = create_learner("coop", backbone, NAMES, init="a photo of a")
-    embeddings, kept = torch.randn(1, 4, backbone.dim), torch.ones(1, 4, dtype=torch.bool)
+    embeddings, mask = torch.randn(1, 4, backbone.dim), torch.ones(1, 4, dtype=torch.bool)
     flat = Tuner(coop, lambda z, k, w: 0.0 * z.sum((-1, -2)), Rule(1, 0.1, weight_decay=0.5))
     start = coop.context.detach()
-    torch.testing.assert_close(flat.tune(embeddings, kept).prompts["context"][0], 0.95 * start)
+    torch.testing.assert_close(flat.tune(embeddings, mask).prompts["context"][0], 0.95 * start)
 
 
 def test_the_first_step_of_adamw_is_bounded_by_its_rate(
@@ -118,9 +118,9 @@ def test_the_first_step_of_adamw_is_bounded_by_its_rate(
     adapter = build("tpt", backbone, lr=5e-3, weight_decay=0.01)
     assert isinstance(adapter, PromptAdapter)
     views = adapter.encode(open_images(images, backbone))
-    kept = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
+    mask = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
     start = dict(adapter.learner.named_parameters())["context"].detach()
-    delta = adapter.tuner.tune(views.embeddings, kept).prompts["context"] - start
+    delta = adapter.tuner.tune(views.embeddings, mask).prompts["context"] - start
     moved = (delta + 5e-3 * 0.01 * start).abs()
     assert float(moved.max()) <= 5e-3 * (1 + 1e-5)
     assert float(moved.median()) > 0.9 * 5e-3  # sign descent, whatever the gradient's size
@@ -171,16 +171,16 @@ def marginal(adapter: Adapter, steps: int, image: Image.Image) -> float:
     """Marginal entropy of the kept views after some steps."""
     assert isinstance(adapter, PromptAdapter)
     views = adapter.encode(open_images(image, adapter.backbone))
-    kept = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
+    mask = adapter.select(adapter.view_logits(views.embeddings), views.embeddings, 0)
     tuner = Tuner(adapter.learner, adapter.loss, Rule(steps, 1e-3))
     if adapter.needs_pixels:
-        prompts = tuner.tune_through_images(views.pixels, kept).prompts
+        prompts = tuner.tune_through_images(views.pixels, mask).prompts
     else:
-        prompts = tuner.tune(views.embeddings, kept).prompts
+        prompts = tuner.tune(views.embeddings, mask).prompts
     learner = adapter.learner.with_classes(NAMES).train()  # a copy
     learner.load_trainable_state({n: p[0] for n, p in prompts.items()})
     pixels = adapter.plan.make(open_images(image, adapter.backbone)[0], adapter.backbone)
-    return float(marginal_entropy(learner(pixels)[kept[0]].detach()))
+    return float(marginal_entropy(learner(pixels)[mask[0]].detach()))
 
 
 def test_other_classes_are_named_with_a_learners_prompts(

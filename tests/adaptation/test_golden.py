@@ -67,6 +67,6 @@ def test_chosen_views_are_the_authors() -> None:
     near = cosine_then_entropy(logits, logits, 0.8, 1.0)
     assert near.nonzero()[:, 0].tolist() == fixed["near"]
     assert len(fixed["near"]) == 102
-    kept = cosine_then_entropy(logits, logits, 0.8, 0.3)
-    assert kept.nonzero()[:, 0].tolist() == fixed["kept"]
+    mask = cosine_then_entropy(logits, logits, 0.8, 0.3)
+    assert mask.nonzero()[:, 0].tolist() == fixed["kept"]
     assert len(fixed["kept"]) == 30

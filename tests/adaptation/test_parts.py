@@ -27,12 +27,12 @@ def noise(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 def test_marginal_entropy_is_the_entropy_of_the_mean() -> None:
     logits = noise(3, 6, 5)
-    kept = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)
-    for row, mask, got in zip(logits, kept, marginal_entropy(logits, kept), strict=True):
-        mean = torch.stack([view.exp() / view.exp().sum() for view in row[mask]]).mean(0)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    for row, used, got in zip(logits, mask, marginal_entropy(logits, mask), strict=True):
+        mean = torch.stack([view.exp() / view.exp().sum() for view in row[used]]).mean(0)
         assert float(got) == pytest.approx(float(-(mean * mean.log()).sum()), abs=1e-6)
-    assert float(marginal_entropy(logits, kept)[2]) == pytest.approx(float(entropies(logits)[2, 2]), abs=1e-6)
-    torch.testing.assert_close(marginal_entropy(logits)[1], marginal_entropy(logits, kept)[1])
+    assert float(marginal_entropy(logits, mask)[2]) == pytest.approx(float(entropies(logits)[2, 2]), abs=1e-6)
+    torch.testing.assert_close(marginal_entropy(logits)[1], marginal_entropy(logits, mask)[1])
 
 
 def test_marginal_entropy_of_certain_views_is_finite() -> None:
@@ -46,8 +46,8 @@ def test_marginal_entropy_of_certain_views_is_finite() -> None:
 
 def test_gradient_of_marginal_entropy_is_the_finite_difference() -> None:
     logits = noise(2, 4, 3).double().requires_grad_()
-    kept = torch.tensor([[True, False, True, True], [True, True, False, False]])
-    assert torch.autograd.gradcheck(lambda z: marginal_entropy(z, kept), (logits,))
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    assert torch.autograd.gradcheck(lambda z: marginal_entropy(z, mask), (logits,))
 
 
 def test_dispersion_is_the_mean_distance_from_the_centre() -> None:
@@ -63,22 +63,22 @@ def test_dispersion_is_the_mean_distance_from_the_centre() -> None:
 )
 def test_counts_of_kept_views(share: float, views: int, count: int) -> None:
     assert keep_count(share, views) == count
-    kept = lowest_entropy(noise(2, views, 7), share)
-    assert kept.sum(-1).tolist() == [count, count]
+    mask = lowest_entropy(noise(2, views, 7), share)
+    assert mask.sum(-1).tolist() == [count, count]
 
 
 def test_the_most_confident_views_are_kept() -> None:
     logits = noise(1, 10, 4)
     uncertainty = entropies(logits)[0]
-    kept = lowest_entropy(logits, 0.3)[0]
-    assert float(uncertainty[kept].max()) < float(uncertainty[~kept].min())
+    mask = lowest_entropy(logits, 0.3)[0]
+    assert float(uncertainty[mask].max()) < float(uncertainty[~mask].min())
 
 
 def test_kept_sets_do_not_depend_on_the_order_of_views_1_to_the_last() -> None:
     logits = noise(128, 7)
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(127)])
-    kept = cosine_then_entropy(logits, logits, 0.8, 0.3)
-    assert torch.equal(cosine_then_entropy(logits[order], logits[order], 0.8, 0.3), kept[order])
+    mask = cosine_then_entropy(logits, logits, 0.8, 0.3)
+    assert torch.equal(cosine_then_entropy(logits[order], logits[order], 0.8, 0.3), mask[order])
     assert int(cosine_then_entropy(logits, logits, 0.8, 1.0).sum()) == 102
     assert bool(cosine_then_entropy(logits, logits, 0.1, 1.0)[0])
 
@@ -91,13 +91,13 @@ def test_without_a_cosine_filter_it_is_tpts_rule() -> None:
 
 def test_parallel_filters_are_two_filters_on_generated_views_and_one_on_the_others() -> None:
     logits, vectors = noise(30, 5), noise(30, 8, seed=1)
-    kept = parallel_filters(logits, vectors, 10, 0.8, 0.3)
+    mask = parallel_filters(logits, vectors, 10, 0.8, 0.3)
     uncertainty = entropies(logits)
     standard = set(uncertainty[:20].argsort()[:6].tolist())
     confident = {20 + i for i in uncertainty[20:].argsort()[:3].tolist()}
     cosine = torch.tensor([float(F.cosine_similarity(vectors[0], v, dim=0)) for v in vectors[20:]])
     near = {20 + i for i in cosine.argsort(descending=True)[:8].tolist()}
-    assert set(kept.nonzero()[:, 0].tolist()) == standard | (confident & near)
+    assert set(mask.nonzero()[:, 0].tolist()) == standard | (confident & near)
     assert torch.equal(parallel_filters(logits, vectors, 0, 0.8, 0.3), lowest_entropy(logits, 0.3))
 
 

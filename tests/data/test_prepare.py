@@ -151,9 +151,9 @@ def test_sets_that_nobody_serves_say_what_to_put_where(tmp_path: Path, command: 
     answer = command("data", "prepare", "stanford_cars", "--root", tmp_path)
     assert answer.status == 1
     assert "authors' pages have been gone since 2023" in answer.out
-    assert "nobody serves it to programs" in answer.err
+    assert "it can't be downloaded automatically" in answer.err
     assert "ROOT/stanford_cars/cars_train/00001.jpg" in answer.err
-    with pytest.raises(DataError, match=r"Nobody serves it to programs.*bffea656d6f425cba3c91c6d8333"):
+    with pytest.raises(DataError, match=r"It can't be downloaded automatically.*bffea656d6f425cba3c91c6d8333"):
         load_dataset("stanford_cars", root=tmp_path)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt import create_backbone, create_learner, load_dataset
-from vlprompt.adaptation.generate import named_alike
+from vlprompt.adaptation.stored_views import classified_alike
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.core.files import write_tensors
 from vlprompt.diffusion import create_generator
@@ -152,6 +152,6 @@ def test_the_shipped_weights_draw_what_tiny_sees() -> None:
     learner = create_learner("zero_shot", create_backbone("tiny"), data.classnames, data.templates)
     images = [data[i][0] for i in range(24)]
     made = shipped.generate(images, 1, seed=0)
-    assert named_alike(learner, images, made) >= 0.7
-    assert named_alike(learner, images, made, blur=0.8) >= 0.7  # no pattern that only deceives
-    assert named_alike(learner, images, made[1:] + made[:1]) < 0.4  # another image's are not like it
+    assert classified_alike(learner, images, made) >= 0.7
+    assert classified_alike(learner, images, made, blur=0.8) >= 0.7  # no pattern that only deceives
+    assert classified_alike(learner, images, made[1:] + made[:1]) < 0.4  # another image's are not like it

@@ -9,7 +9,7 @@ import torch
 from vlprompt import create_backbone
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.data.segmentation import load_segmentation
+from vlprompt.data import load_segmentation
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.segmentation import Segmenter, create_segmenter
 from vlprompt.segmentation.concepts import (

@@ -13,7 +13,7 @@ import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
-from vlprompt.data.segmentation import load_segmentation
+from vlprompt.data import load_segmentation
 from vlprompt.segmentation import Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter, predict_mask
 from vlprompt.segmentation.losses import segmentation_loss

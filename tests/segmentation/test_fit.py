@@ -9,7 +9,8 @@ import torch
 import vlprompt
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
-from vlprompt.data.segmentation import MaskDataset, load_segmentation
+from vlprompt.data import load_segmentation
+from vlprompt.data.segmentation import MaskDataset
 from vlprompt.segmentation import Segmenter
 from vlprompt.segmentation.fit import (
     SegmentationTask,

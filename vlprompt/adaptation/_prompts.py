@@ -22,14 +22,15 @@ __all__ = ["PromptAdapter"]
 class PromptAdapter(Adapter):
     """Base of methods that tune prompts on one image; a method overrides :meth:`select` or :meth:`loss`.
 
-    From a learner with prompts (CoOp, MaPLe, ...) everything it learned is tuned; prompts in the image tower make
-    the kept views run through it again. From a backbone, the words before the class name are.
+    If adaptation starts from a learner with prompts (CoOp, MaPLe, ...), everything that it learned is tuned; if its
+    prompts are in the image tower, the kept views run through the tower again. If it starts from a backbone, the words
+    before the class name are tuned.
 
     Args:
         learner: See :class:`Adapter`.
         plan: How views are made.
         rule: How prompts move.
-        share: Of the views that are listened to, the most confident ones.
+        share: Share of the views that are used, the most confident ones.
         together: Images whose later passes share one run of the text tower.
 
     Raises:
@@ -38,8 +39,11 @@ class PromptAdapter(Adapter):
 
     def __init__(self, learner: Learner, plan: ViewPlan, rule: Rule, share: float, together: int) -> None:
         super().__init__(learner, plan)
-        self.share, self.together, self.optimizer = share, together, rule.optimizer
+        self.share = share
+        self.together = together
+        self.optimizer = rule.optimizer
         self.tuner = Tuner(learner, self.loss, rule)
+        # Prompts inside the image tower change what it sees, so an embedding from before the step is of no use.
         self.needs_pixels = not learner.static_images
 
     @classmethod
@@ -54,12 +58,12 @@ class PromptAdapter(Adapter):
         init = options.get("init") or "a photo of a"
         return create_learner("coop", backbone, classnames, templates, init=init)
 
-    def loss(self, logits: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         """Return (G,) values to minimise (see :data:`vlprompt.adaptation._tuning.Loss`)."""
-        return marginal_entropy(logits, kept)
+        return marginal_entropy(logits, mask)
 
     def select(self, logits: Tensor, embeddings: Tensor, generated: int) -> Tensor:
-        """Return the (G, V) mask of views to listen to, from the logits before the first step.
+        """Return the (G, V) mask of views that are used, from the logits before the first step.
 
         Args:
             logits: (G, V, C).
@@ -71,13 +75,16 @@ class PromptAdapter(Adapter):
     def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
         """See :meth:`Adapter.adapt`."""
         logits = self.view_logits(views.embeddings)
-        kept = self.select(logits, views.embeddings, views.generated)
+        mask = self.select(logits, views.embeddings, views.generated)
         if self.needs_pixels:
-            return self.tune_pixels(views.pixels, kept).softmax(-1), kept
-        parts = zip(views.embeddings.split(self.together), kept.split(self.together), strict=True)
-        tuned = [self.tuner.tune(part, mask).logits for part, mask in parts]
-        return torch.cat(tuned).softmax(-1), kept
+            return self.tune_pixels(views.pixels, mask).softmax(-1), mask
 
-    def tune_pixels(self, pixels: tuple[Tensor, ...], kept: Tensor) -> Tensor:
+        tuned = []
+        embeddings = views.embeddings.split(self.together)
+        for part, rows in zip(embeddings, mask.split(self.together), strict=True):
+            tuned.append(self.tuner.tune(part, rows).logits)
+        return torch.cat(tuned).softmax(-1), mask
+
+    def tune_pixels(self, pixels: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """Return (G, C) logits of view 0 after tuning prompts that enter the image tower."""
-        return self.tuner.tune_through_images(pixels, kept).logits
+        return self.tuner.tune_through_images(pixels, mask).logits

@@ -1,9 +1,9 @@
 """Tuning a learner's prompts for one image at a time, many images side by side, without touching the learner.
 
-Nothing is computed twice. Views are encoded before, once. Every image starts from the same prompts, so the first
-step's pass through the text tower is the same for all of them: it is run once, and an image's own gradient is a
-backward pass through it. Later passes run the text tower for all images together, prompts per image, class
-tokens shared.
+Nothing is computed twice. Views are encoded once, before. Every image starts from the same prompts, so the first
+pass through the text tower is the same for all of them: it runs once, and the gradient of each image is a backward
+pass through it. Later passes run the text tower for all images together, with prompts for each image and shared class
+tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vlprompt.learners import LEARNERS, Learner
 __all__ = ["GradientTransform", "ImageLoss", "Loss", "Rate", "Rule", "Tuned", "Tuner", "require_prompts"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of (G, V, C) logits, a (G, V) mask of views and (G, C, d) class weights: (G,) values to make small."""
+"""Takes (G, V, C) logits, a (G, V) mask of views and (G, C, d) class weights; returns (G,) values to minimise."""
 ImageLoss = Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]
-"""Runs the image tower through the function it gets and returns its features and a further loss."""
+"""Takes the function that runs the image tower; calls it, and returns its features and a further loss."""
 GradientTransform = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Of gradients by name, one row per image: what the step uses in their place, of the same shapes."""
+"""Takes gradients by name, one row per image; returns what the step uses instead, in the same shapes."""
 Rate = Annotated[float, Field(ge=0)]
 
 
@@ -52,7 +52,7 @@ class Rule:
     transform: GradientTransform | None = None
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """Return an optimiser without memory; it works number by number, so rows don't see each other."""
+        """Return a fresh optimiser; it treats each number alone, so rows do not affect each other."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.lr)
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
@@ -60,7 +60,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning gave: prompts by name with one row per image, and the logits of view 0 under them, (G, C)."""
+    """The result of tuning on G images.
+
+    Attributes:
+        prompts: By name, with one row per image.
+        logits: (G, C) of view 0 under these prompts.
+    """
 
     prompts: dict[str, Tensor]
     logits: Tensor
@@ -77,41 +82,52 @@ class Tuner:
 
     def __init__(self, learner: Learner, loss: Loss, rule: Rule) -> None:
         require_prompts(learner)
-        self.learner, self.loss, self.rule = learner, loss, rule
+        self.learner = learner
+        self.loss = loss
+        self.rule = rule
         self._caller = _Caller(learner)
-        self._start = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
+        self._start = {
+            name: parameter.detach()
+            for name, parameter in learner.named_parameters()
+            if parameter.requires_grad
+        }
         self._first: tuple[dict[str, Tensor], Tensor] | None = None
 
     def start_weights(self) -> Tensor:
         """Return the (C, d) class weights that every image starts from, without a graph."""
         return self._first_pass()[1].detach()
 
-    def tune(self, embeddings: Tensor, kept: Tensor) -> Tuned:
+    def tune(self, embeddings: Tensor, mask: Tensor) -> Tuned:
         """Tune on encoded views; for learners that leave the image tower alone.
 
         Args:
             embeddings: (G, V, d) of G images.
-            kept: (G, V) mask of the views to listen to.
+            mask: (G, V) mask of the views that are used.
 
         Raises:
             NonFiniteError: If a gradient is NaN or infinite.
         """
         features = F.normalize(embeddings, dim=-1)
-        prompts = {n: p.expand(len(features), *p.shape).clone() for n, p in self._start.items()}
+        prompts = {}
+        for name, start in self._start.items():
+            prompts[name] = start.expand(len(features), *start.shape).clone()
         optimizer = self.rule.build(list(prompts.values()))
+
         for step in range(self.rule.steps):
+            is_first = step == 0  # all images start from the same prompts
             gradients = (
-                self._first_gradients(features, kept)
-                if step == 0
-                else self._gradients(prompts, features, kept)
+                self._first_gradients(features, mask)
+                if is_first
+                else self._gradients(prompts, features, mask)
             )
             self._move(optimizer, prompts, gradients)
+
         with torch.no_grad():
             weights = self._weights(prompts)
             return Tuned(prompts, self._logits(features[:, :1], weights)[:, 0])
 
     def tune_through_images(
-        self, pixels: tuple[Tensor, ...], kept: Tensor, extra: ImageLoss | None = None
+        self, pixels: tuple[Tensor, ...], mask: Tensor, extra: ImageLoss | None = None
     ) -> Tuned:
         """Tune on pixels, image by image; for learners whose prompts enter the image tower.
 
@@ -119,51 +135,66 @@ class Tuner:
 
         Args:
             pixels: G tensors (V, 3, H, W).
-            kept: (G, V) mask of the views to listen to.
+            mask: (G, V) mask of the views that are used.
             extra: A further loss that watches the image tower.
 
         Raises:
             NonFiniteError: If a gradient is NaN or infinite.
         """
-        tuned = [self._tune_one(views, mask, extra) for views, mask in zip(pixels, kept, strict=True)]
-        prompts = {n: torch.cat([t.prompts[n] for t in tuned]) for n in self._start}
-        return Tuned(prompts, torch.cat([t.logits for t in tuned]))
+        tuned = [self._tune_one(views, row, extra) for views, row in zip(pixels, mask, strict=True)]
+        prompts = {}
+        for name in self._start:
+            prompts[name] = torch.cat([one.prompts[name] for one in tuned])
+        return Tuned(prompts, torch.cat([one.logits for one in tuned]))
 
     def _tune_one(self, views: Tensor, mask: Tensor, extra: ImageLoss | None) -> Tuned:
-        prompts = {n: p[None].clone() for n, p in self._start.items()}
+        """Tune on the (V, 3, H, W) views of one image with a (V,) mask; the result has one row."""
+        prompts = {name: start[None].clone() for name, start in self._start.items()}
         optimizer = self.rule.build(list(prompts.values()))
-        listened = views[mask.to(views.device)]
-        everything = torch.ones(1, len(listened), dtype=torch.bool, device=views.device)
+        used = views[mask.to(views.device)]
+        all_used = torch.ones(1, len(used), dtype=torch.bool, device=views.device)
+
         for _ in range(self.rule.steps):
             leaves = _leaves(prompts, row=0)
-            run = partial(self._features, leaves, listened)
+            run = partial(self._features, leaves, used)
             features, further = (run(), 0.0) if extra is None else extra(run)
             weights = self._weights(leaves)
-            loss = self.loss(self._logits(features[None], weights[None]), everything, weights[None]).sum()
-            found = torch.autograd.grad(loss + further, list(leaves.values()), allow_unused=True)
-            gradients = {
-                n: torch.zeros_like(prompts[n]) if g is None else g[None]
-                for n, g in zip(leaves, found, strict=True)
-            }
+            logits = self._logits(features[None], weights[None])
+            loss = self.loss(logits, all_used, weights[None]).sum() + further
+
+            rows = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            gradients = {}
+            for name, row in zip(leaves, rows, strict=True):
+                gradients[name] = torch.zeros_like(prompts[name]) if row is None else row[None]
             self._move(optimizer, prompts, gradients)
-        # Learners remember constants where no gradient is asked for; these prompts are not theirs.
+
+        # With a graph: learners cache constants where no gradient is asked for, and these prompts are not theirs.
         leaves = _leaves(prompts, row=0)
         logits = self._logits(self._features(leaves, views[:1]), self._weights(leaves))
         return Tuned(prompts, logits.detach())
 
-    def _first_gradients(self, features: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """At the start the loss pulls at each image's own weights; one shared graph takes that to the prompts."""
-        leaves, weights = self._first_pass()
-        own = weights.detach().expand(len(features), -1, -1).clone().requires_grad_()
-        loss = self.loss(self._logits(features, own), kept, own).sum()
-        (pulls,) = torch.autograd.grad(loss, own)
-        rows = [torch.autograd.grad(weights, list(leaves.values()), p, retain_graph=True) for p in pulls]
-        return {n: torch.stack(parts) for n, parts in zip(leaves, zip(*rows, strict=True), strict=True)}
+    def _first_gradients(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of the first step, one row for each image.
 
-    def _gradients(self, prompts: dict[str, Tensor], features: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        The loss of an image depends on a copy of the class weights; the gradient of the copy goes through the one
+        shared graph to the prompts.
+        """
+        leaves, weights = self._first_pass()
+        copies = weights.detach().expand(len(features), -1, -1).clone().requires_grad_()
+        loss = self.loss(self._logits(features, copies), mask, copies).sum()
+        (weight_gradients,) = torch.autograd.grad(loss, copies)
+
+        rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+        for gradient in weight_gradients:
+            parts = torch.autograd.grad(weights, list(leaves.values()), gradient, retain_graph=True)
+            for name, part in zip(leaves, parts, strict=True):
+                rows[name].append(part)
+        return {name: torch.stack(parts) for name, parts in rows.items()}
+
+    def _gradients(self, prompts: dict[str, Tensor], features: Tensor, mask: Tensor) -> dict[str, Tensor]:
         leaves = _leaves(prompts)
         weights = self._weights(leaves)
-        loss = self.loss(self._logits(features, weights), kept, weights).sum()
+        loss = self.loss(self._logits(features, weights), mask, weights).sum()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def _first_pass(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -177,6 +208,7 @@ class Tuner:
     ) -> None:
         if self.rule.transform is not None:
             gradients = self.rule.transform(gradients)
+
         for name, gradient in gradients.items():
             if not bool(gradient.isfinite().all()):
                 raise NonFiniteError(
@@ -203,12 +235,17 @@ def require_prompts(learner: Learner) -> None:
     """
     prompted = {"text", "vision"}
     needs = LEARNERS.get(learner.method).needs if learner.method in LEARNERS else ()
-    if not prompted & set(needs) or type(learner).logits is not Learner.logits:
-        known = [e.name for e in LEARNERS if prompted & set(e.needs) and e.target.logits is Learner.logits]
-        raise DataError(
-            f"{learner.method or type(learner).__name__} has no prompts that test-time tuning could move. "
-            f"Start from a backbone, or from one of: {', '.join(known)}."
-        )
+    if prompted & set(needs) and type(learner).logits is Learner.logits:
+        return
+
+    suitable = []
+    for entry in LEARNERS:
+        if prompted & set(entry.needs) and entry.target.logits is Learner.logits:
+            suitable.append(entry.name)
+    raise DataError(
+        f"{learner.method or type(learner).__name__} has no prompts that test-time tuning could move. "
+        f"Start from a backbone, or from one of: {', '.join(suitable)}."
+    )
 
 
 class _Caller(nn.Module):
@@ -222,10 +259,14 @@ class _Caller(nn.Module):
         return getattr(self.learner, method)(*arguments)
 
     def call(self, method: str, parameters: dict[str, Tensor], *arguments: Any) -> Tensor:
-        renamed = {f"learner.{n}": p for n, p in parameters.items()}
+        renamed = {f"learner.{name}": parameter for name, parameter in parameters.items()}
         return functional_call(self, renamed, (method, *arguments))
 
 
 def _leaves(tensors: dict[str, Tensor], row: int | None = None) -> dict[str, Tensor]:
     """Return tensors, or one row of each, as the start of a new graph."""
-    return {n: (t if row is None else t[row]).detach().requires_grad_() for n, t in tensors.items()}
+    leaves = {}
+    for name, tensor in tensors.items():
+        part = tensor if row is None else tensor[row]
+        leaves[name] = part.detach().requires_grad_()
+    return leaves

@@ -1,4 +1,4 @@
-"""What every adapter is: views of an image, the classifier it starts from, and a rule that improves on it."""
+"""The base of all adapters: views of an image, a classifier to start from, and a rule that improves its prediction."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Adapter", "EncodedViews"]
 
-_TOGETHER = 16  # images whose views are in memory at once
+_TOGETHER = 16  # images whose views are in memory at the same time
 
 
 @dataclass(frozen=True)
 class EncodedViews:
-    """All views of B images, seen by the image tower once.
+    """All views of B images, after one pass through the image tower.
 
     Attributes:
         embeddings: (B, V, d) image embeddings, not normalised.
-        generated: How many of the V views, the last ones, came from diffusion.
-        pixels: B tensors (V, 3, H, W), where the adapter tunes the image tower; else empty.
-        seconds: (B, 2) wall time of generation and of encoding.
+        generated: Number of views that come from diffusion; they are the last of the V views.
+        pixels: B tensors (V, 3, H, W) if the adapter tunes the image tower; else empty.
+        seconds: (B, 2) wall time, in seconds per image, of generation and of encoding.
     """
 
     embeddings: Tensor
@@ -50,12 +50,12 @@ class Adapter:
         plan: How views are made.
 
     Attributes:
-        episodic: True if every image is adapted to on its own, so that neither order nor company matters;
-            False if the adapter learns from the stream (:meth:`reset` forgets it).
+        episodic: True if the adapter treats every image alone, so that neither the order nor the other images matter;
+            False if it learns from the stream (:meth:`reset` forgets it).
         method: Its registry name.
         options: The options it was built with.
         needs_pixels: Whether :meth:`adapt` runs the image tower again.
-        optimizer: What moves its prompts; empty where nothing is tuned.
+        optimizer: Name of the optimiser that moves its prompts; empty if nothing is tuned.
     """
 
     episodic: ClassVar[bool] = True
@@ -91,18 +91,21 @@ class Adapter:
         return self.learner.backbone
 
     def predict(self, images: Images) -> Predictions:
-        """Adapt to images and name them.
+        """Adapt to images and classify them.
 
         Args:
             images: One or several; see :func:`vlprompt.adaptation.views.open_images` for all forms.
 
         Raises:
-            DataError: If there is no image, or one can't be read; says which. Nothing was adapted then.
+            DataError: If there is no image, or one can't be read; says which. Nothing is adapted then.
             NonFiniteError: If an embedding or a gradient is NaN or infinite.
         """
         opened = open_images(images, self.backbone)
-        parts = [opened[i : i + _TOGETHER] for i in range(0, len(opened), _TOGETHER)]
-        return Predictions.cat([self.predict_encoded(self.encode(part)) for part in parts])
+        parts = []
+        for first in range(0, len(opened), _TOGETHER):
+            views = self.encode(opened[first : first + _TOGETHER])
+            parts.append(self.predict_encoded(views))
+        return Predictions.cat(parts)
 
     def reset(self) -> None:
         """Forget everything learned from images; episodic adapters have nothing to forget."""
@@ -121,59 +124,69 @@ class Adapter:
             raise CheckpointError(f"{self.method} keeps no state, but {', '.join(sorted(state))} was given.")
 
     def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
-        """Return (B, C) probabilities and the (B, V) mask of the views that were listened to."""
+        """Return (B, C) probabilities and the (B, V) mask of the views that were used."""
         raise NotImplementedError
 
     def view_identity(self) -> tuple[object, ...]:
-        """Return what encoded standard views depend on: adapters that agree can share them."""
+        """Return what encoded standard views depend on; adapters that return the same can share them."""
         tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
         return (self.plan, tower, self.needs_pixels)
 
     def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:
-        """Return per image (N, 3, H, W) views that come from elsewhere; none unless a method overrides this."""
+        """Return (N, 3, H, W) generated views of each image; an empty list unless a method overrides this."""
         return []
 
     @torch.no_grad()
     def encode(self, opened: Sequence[OpenedImage], standard: EncodedViews | None = None) -> EncodedViews:
         """Make and encode all views of B images.
 
-        An image's standard views go through the image tower together and alone, and so do its generated ones, so that
-        nobody's company changes a bit of anybody's embeddings.
+        The standard views of one image are one batch of the image tower, and its generated views are another. The size
+        of a batch changes the last bits of an embedding, so this is what keeps images independent of each other.
 
         Args:
             opened: The images.
-            standard: What another adapter of the same :meth:`view_identity` made of their standard views.
+            standard: Their standard views, if another adapter with the same :meth:`view_identity` encoded them already.
 
         Raises:
             DataError: If the images have different numbers of ready-made views.
             NonFiniteError: If an embedding is NaN or infinite.
         """
         if standard is None:
-            standard = self._encode([partial(self.plan.make, p, self.backbone) for p in opened])
+            standard = self._encode([partial(self.plan.make, image, self.backbone) for image in opened])
+
         started = time.perf_counter()
-        made = self.generate(opened)
-        if not made:
+        variations = self.generate(opened)
+        if not variations:
             return standard
         generation = (time.perf_counter() - started) / len(opened)
-        generated = self._encode([partial(torch.as_tensor, views) for views in made])
+
+        generated = self._encode([partial(torch.as_tensor, views) for views in variations])
         seconds = standard.seconds + generated.seconds
         seconds[:, 0] += generation
         return EncodedViews(
             torch.cat([standard.embeddings, generated.embeddings], 1),
             generated.embeddings.shape[1],
-            tuple(torch.cat(p) for p in zip(standard.pixels, generated.pixels, strict=True)),
+            tuple(torch.cat(pair) for pair in zip(standard.pixels, generated.pixels, strict=True)),
             seconds,
         )
 
-    def _encode(self, make: Sequence[Callable[[], Tensor]]) -> EncodedViews:
-        """Make and encode one kind of views."""
-        rows, pixels, seconds = [], [], []
-        for views_of in make:
+    def _encode(self, makers: Sequence[Callable[[], Tensor]]) -> EncodedViews:
+        """Make and encode one kind of views.
+
+        Args:
+            makers: For each image, a function that makes its (V, 3, H, W) views.
+        """
+        rows: list[Tensor] = []
+        pixels: list[Tensor] = []
+        seconds: list[list[float]] = []
+        for make_views in makers:
             started = time.perf_counter()
-            views = views_of().to(self.backbone.device)
+            views = make_views().to(self.backbone.device)
             rows.append(self.learner.embed_images(views))
-            pixels += [views] if self.needs_pixels else []
+            if self.needs_pixels:
+                pixels.append(views)
             seconds.append([0.0, time.perf_counter() - started])
+
         if len({len(row) for row in rows}) > 1:
             raise DataError("the images have different numbers of views.")
         embeddings = torch.stack(rows)
@@ -184,15 +197,17 @@ class Adapter:
         return EncodedViews(embeddings, 0, tuple(pixels), torch.tensor(seconds))
 
     def predict_encoded(self, views: EncodedViews) -> Predictions:
-        """Adapt to images whose views were encoded already (see :meth:`encode`)."""
+        """Adapt to images from their encoded views (see :meth:`encode`)."""
         started = time.perf_counter()
-        probs, kept = self.adapt(views)
+        probs, mask = self.adapt(views)
         adaptation = (time.perf_counter() - started) / len(probs)
+
         before = self.view_logits(views.embeddings[:, :1])[:, 0].softmax(-1)
         seconds = torch.cat([views.seconds, torch.full((len(probs), 1), adaptation)], dim=1)
-        return Predictions(self.classnames, probs.cpu(), before.cpu(), kept.cpu(), seconds)
+        return Predictions(self.classnames, probs.cpu(), before.cpu(), mask.cpu(), seconds)
 
     @torch.no_grad()
     def view_logits(self, embeddings: Tensor) -> Tensor:
-        """Return (B, V, C) logits of (B, V, d) embeddings by the classifier that is started from."""
-        return torch.stack([self.learner.logits(rows) for rows in embeddings])  # one by one: see encode()
+        """Return (B, V, C) logits of (B, V, d) embeddings by the classifier before adaptation."""
+        # Image by image, so that the other images change no bit (see encode).
+        return torch.stack([self.learner.logits(rows) for rows in embeddings])

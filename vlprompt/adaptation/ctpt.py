@@ -1,4 +1,4 @@
-"""C-TPT: TPT that also spreads the class weights, so that its confidence means more.
+"""C-TPT: TPT that also spreads the class weights, which makes its confidence better calibrated.
 
 Paper: Yoon et al., "C-TPT: Calibrated Test-Time Prompt Tuning for Vision-Language Models via Text Feature Dispersion",
     ICLR 2024, arXiv 2403.14119, section 4.
@@ -36,7 +36,7 @@ class CalibratedPromptTuning(PromptAdapter):
         views: V, including the image itself.
         augment: See :class:`ViewPlan`; the authors use AugMix throughout.
         seed: Of the views.
-        share: Of the views that are listened to, the most confident ones.
+        share: Share of the views that are used, the most confident ones.
         steps: Updates per image.
         lr: Learning rate of AdamW.
         weight_decay: Of AdamW.
@@ -67,6 +67,6 @@ class CalibratedPromptTuning(PromptAdapter):
         super().__init__(learner, ViewPlan(views, augment, seed), rule, share, together)
         self.spread = spread
 
-    def loss(self, logits: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         """See :meth:`PromptAdapter.loss`."""
-        return marginal_entropy(logits, kept) - self.spread * dispersion(weights)
+        return marginal_entropy(logits, mask) - self.spread * dispersion(weights)

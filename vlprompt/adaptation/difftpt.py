@@ -30,6 +30,7 @@ __all__ = ["DiffusionPromptTuning"]
 
 FilterSpace = Literal["logits", "features", "probabilities"]
 FilterScope = Literal["all", "generated_only"]
+# What each variant compares, and which views it filters by similarity.
 _VARIANTS: dict[str, tuple[FilterSpace, FilterScope]] = {
     "code": ("logits", "all"),
     "paper": ("features", "generated_only"),
@@ -49,12 +50,12 @@ class DiffusionPromptTuning(PromptAdapter):
         learner: See :class:`PromptAdapter`.
         source: Where generated views come from (:class:`vlprompt.diffusion.ViewSource`); None needs generated=0.
         generated: N, generated views per image.
-        variant: ``"code"`` or ``"paper"``: what ``filter_space`` and ``filter_scope`` are unless they are given.
+        variant: ``"code"`` or ``"paper"``: sets ``filter_space`` and ``filter_scope`` where they are None.
         filter_space: What cosines compare: ``"logits"``, ``"features"`` (image embeddings) or ``"probabilities"``.
         filter_scope: ``"all"`` filters every view but the first by cosine, then by entropy; ``"generated_only"``
             filters standard views by entropy, generated ones by entropy and by cosine.
-        cosine_share: Of the views that pass the cosine filter.
-        share: Of the views that pass the entropy filter.
+        cosine_share: Share of the views that pass the cosine filter.
+        share: Share of the views that pass the entropy filter.
         init: The words before the class name whose embeddings are tuned; None: "a photo of a".
         views: Standard views, including the image itself (the code has 65 of them beside 63 generated).
         augment: See :class:`ViewPlan`.
@@ -100,18 +101,29 @@ class DiffusionPromptTuning(PromptAdapter):
             )
         rule = Rule(steps, lr, weight_decay=weight_decay)
         super().__init__(learner, ViewPlan(views, augment, seed), rule, share, together)
-        self.source, self.generated, self.cosine_share = source, generated, cosine_share
-        self.filter_space = filter_space or _VARIANTS[variant][0]
-        self.filter_scope = filter_scope or _VARIANTS[variant][1]
+        self.source = source
+        self.generated = generated
+        self.cosine_share = cosine_share
+
+        space, scope = _VARIANTS[variant]
+        self.filter_space = filter_space or space
+        self.filter_scope = filter_scope or scope
 
     def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:
         """See :meth:`Adapter.generate`; generated images are preprocessed, never cropped."""
         if self.source is None or not self.generated:
             return []
-        if any(p.image is None for p in opened):
-            raise DataError("views that were made elsewhere have no image to generate variations of.")
-        images = self.source.views([p.image for p in opened if p.image is not None], self.generated)
-        return [torch.stack([self.backbone.preprocess(i) for i in made]) for made in images]
+
+        images = []
+        for one in opened:
+            if one.image is None:
+                raise DataError("views that were made elsewhere have no image to generate variations of.")
+            images.append(one.image)
+
+        views = []
+        for variations in self.source.views(images, self.generated):
+            views.append(torch.stack([self.backbone.preprocess(variation) for variation in variations]))
+        return views
 
     def select(self, logits: Tensor, embeddings: Tensor, generated: int) -> Tensor:
         """See :meth:`PromptAdapter.select`."""

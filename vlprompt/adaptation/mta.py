@@ -1,4 +1,4 @@
-"""MTA: the mode of the views' features, found by a mean shift that learns which views are worth listening to.
+"""MTA: the mode of the views' features, by a mean shift that also learns a weight for each view.
 
 Paper: Zanella and Ben Ayed, "On the Test-Time Zero-Shot Generalization of Vision-Language Models: Do We Really Need
     Prompt Learning?", CVPR 2024, arXiv 2405.02266, section 3.
@@ -21,7 +21,8 @@ from vlprompt.learners import Learner
 
 __all__ = ["MeanShift", "robust_mode"]
 
-_ITERATIONS, _TOLERANCE = 5, 1e-6
+_ITERATIONS = 5
+_TOLERANCE = 1e-6
 _LEAST_BANDWIDTH = 1e-8  # squared; identical views have none of their own
 
 
@@ -29,7 +30,7 @@ _LEAST_BANDWIDTH = 1e-8  # squared; identical views have none of their own
     "mta", summary="the mode of the views' features by robust mean shift; no gradients", paper="2405.02266"
 )
 class MeanShift(Adapter):
-    """The classifier sees the mode of the views' features in place of the image's own.
+    """The classifier gets the mode of the views' features instead of the feature of the image.
 
     Args:
         learner: See :class:`Adapter`.
@@ -53,17 +54,19 @@ class MeanShift(Adapter):
         sharpness: Annotated[float, Field(gt=0)] = 0.2,
     ) -> None:
         super().__init__(learner, ViewPlan(views, augment, seed))
-        self.neighbours, self.affinity, self.sharpness = neighbours, affinity, sharpness
+        self.neighbours = neighbours
+        self.affinity = affinity
+        self.sharpness = sharpness
 
     @torch.no_grad()
     def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
         """See :meth:`Adapter.adapt`."""
         features = F.normalize(views.embeddings, dim=-1)
         probs = self.view_logits(views.embeddings).softmax(-1)
-        modes = [
-            robust_mode(f, p, self.neighbours, self.affinity, self.sharpness)
-            for f, p in zip(features, probs, strict=True)
-        ]
+
+        modes = []
+        for rows, predictions in zip(features, probs, strict=True):
+            modes.append(robust_mode(rows, predictions, self.neighbours, self.affinity, self.sharpness))
         adapted = self.view_logits(torch.stack(modes)[:, None])[:, 0].softmax(-1)
         return adapted, torch.ones(features.shape[:2], dtype=torch.bool)
 
@@ -71,20 +74,31 @@ class MeanShift(Adapter):
 def robust_mode(
     features: Tensor, probs: Tensor, neighbours: float = 0.3, affinity: float = 4.0, sharpness: float = 0.2
 ) -> Tensor:
-    """Return the (d,) unit-length mode of (V, d) unit-length features with (V, C) predictions.
+    """Return the (d,) unit-length mode of the features of one image.
 
     Alternates the inlierness y = softmax((k(m) + affinity * A y) / sharpness), with A = P P^T and Gaussian
     densities k, and the mode m = sum_v y_v k_v f_v, normalised; up to 5 rounds of up to 5 iterations each.
+    Zanella and Ben Ayed, CVPR 2024, section 3.
+
+    Args:
+        features: (V, d) unit-length features, the image itself first.
+        probs: (V, C) predictions.
+        neighbours: See :class:`MeanShift`.
+        affinity: See :class:`MeanShift`.
+        sharpness: See :class:`MeanShift`.
     """
     views = len(features)
     if views == 1:
         return features[0]
+
     squared = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
     nearest = squared.sort(dim=1).values[:, 1 : 1 + keep_count(neighbours, views - 1)]
     bandwidth = (0.5 * nearest.mean(1)).clamp(min=_LEAST_BANDWIDTH)
+
     agreement = affinity * probs @ probs.T
     inlierness = features.new_full((views,), 1 / views)
     mode = features[0]
+
     for _ in range(_ITERATIONS):
         density = _density(features, mode, bandwidth)
         for _ in range(_ITERATIONS):
@@ -92,6 +106,7 @@ def robust_mode(
             inlierness = ((density + agreement @ inlierness) / sharpness).softmax(0)
             if float((before - inlierness).norm()) < _TOLERANCE:
                 break
+
         for _ in range(_ITERATIONS):
             before = mode
             mode = F.normalize((_density(features, mode, bandwidth) * inlierness) @ features, dim=0)
@@ -101,4 +116,5 @@ def robust_mode(
 
 
 def _density(features: Tensor, mode: Tensor, bandwidth: Tensor) -> Tensor:
+    """Return the (V,) Gaussian densities of the features at the mode."""
     return torch.exp(-(features - mode).square().sum(1) / (2 * bandwidth))

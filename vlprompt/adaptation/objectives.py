@@ -1,4 +1,4 @@
-"""What test-time adaptation minimises, as functions of logits and class weights, one value per sample."""
+"""Losses of test-time adaptation: functions of logits and class weights, one value per sample."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 __all__ = ["dispersion", "marginal_entropy"]
 
 
-def marginal_entropy(logits: Tensor, kept: Tensor | None = None) -> Tensor:
+def marginal_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the entropy, in nats, of the mean of the kept views' probabilities.
 
     Shu et al., "Test-Time Prompt Tuning", NeurIPS 2022, equation 2 (after Zhang et al., MEMO, 2110.09506).
 
     Args:
         logits: (..., V, C).
-        kept: (..., V) mask of the views that count, at least one each; all of them if None.
+        mask: (..., V), True for the views that count, at least one each; None for all of them.
 
     Returns:
         (...).
     """
     log_probs = logits.log_softmax(-1)
-    if kept is None:
+    if mask is None:
         mean = log_probs.logsumexp(-2) - math.log(logits.shape[-2])
     else:
-        log_probs = log_probs.masked_fill(~kept[..., None], -torch.inf)
-        mean = log_probs.logsumexp(-2) - kept.sum(-1, keepdim=True).log()
-    mean = mean.clamp(min=torch.finfo(mean.dtype).min)  # 0 * log 0 is 0
+        log_probs = log_probs.masked_fill(~mask[..., None], -torch.inf)
+        mean = log_probs.logsumexp(-2) - mask.sum(-1, keepdim=True).log()
+    # Without a lower bound, 0 * log 0 would be NaN in place of 0.
+    mean = mean.clamp(min=torch.finfo(mean.dtype).min)
     return -(mean.exp() * mean).sum(-1)
 
 

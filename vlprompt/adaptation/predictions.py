@@ -1,9 +1,10 @@
-"""What an adapter says of images, and what it took."""
+"""Predictions of an adapter, with the seconds that they took."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ class Predictions:
         classnames: C names.
         probs: (B, C) probabilities after adaptation; their highest is the prediction.
         before: (B, C) probabilities of the same classifier before adaptation.
-        kept: (B, V) which views the adaptation listened to; view 0 is the image itself.
-        seconds: (B, 3) wall time per image of generating views by diffusion, making and encoding all views,
-            and adapting.
+        kept: (B, V) mask of the views that the adaptation used; view 0 is the image itself.
+        seconds: (B, 3) wall time per image, in seconds: generating views by diffusion, making and encoding all views,
+            adapting.
     """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("probs", "before", "kept", "seconds")
 
     classnames: tuple[str, ...]
     probs: Tensor
@@ -55,7 +58,7 @@ class Predictions:
 
     @property
     def views_kept(self) -> Tensor:
-        """(B,) number of views the adaptation listened to."""
+        """(B,) number of views that the adaptation used."""
         return self.kept.sum(-1)
 
     def __str__(self) -> str:
@@ -65,5 +68,10 @@ class Predictions:
     @classmethod
     def cat(cls, parts: Sequence[Predictions]) -> Predictions:
         """Return the predictions of several runs of images as one."""
-        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)[1:]}
-        return cls(parts[0].classnames, **tensors)
+        rows = [part.tensors() for part in parts]
+        joined = {name: torch.cat([row[name] for row in rows]) for name in cls.TENSORS}
+        return cls(parts[0].classnames, **joined)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, as they are written to files."""
+        return {"probs": self.probs, "before": self.before, "kept": self.kept, "seconds": self.seconds}

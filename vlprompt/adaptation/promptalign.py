@@ -1,4 +1,4 @@
-"""PromptAlign: TPT that also moves what the image tower sees towards what it saw in training.
+"""PromptAlign: TPT that also moves the statistics of image tokens towards those of the training data.
 
 Paper: Hassan et al., "Align Your Prompts: Test-Time Prompting with Distribution Alignment for Zero-Shot
     Generalization", NeurIPS 2023, arXiv 2311.01459, section 3.
@@ -32,12 +32,12 @@ __all__ = ["PromptAlign", "SourceStatistics", "source_statistics"]
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """What the image tower's blocks put out on a learner's training data.
+    """Statistics of the outputs of the image tower's blocks on a learner's training data.
 
     Attributes:
-        means: (L, T, W) per block, token and channel, over images.
-        variances: (L, T, W).
-        backbone: The fingerprint's id.
+        means: (L, T, W) means over images, per block, token and channel.
+        variances: (L, T, W) variances over images.
+        backbone: Id of the backbone's fingerprint.
     """
 
     means: Tensor
@@ -64,7 +64,12 @@ class SourceStatistics:
 
 @torch.no_grad()
 def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32) -> SourceStatistics:
-    """Return the statistics of a learner's image tower, with its prompts, over a data set (its training data).
+    """Return the statistics of a learner's image tower, with its prompts, over a data set.
+
+    Args:
+        learner: One whose prompts enter the image tower.
+        data: Its training data.
+        batch_size: Images per pass.
 
     Raises:
         DataError: If there is no image, or the tower has no blocks.
@@ -72,14 +77,19 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     backbone = learner.eval().backbone
     if not len(data) or not backbone.vision.layers:
         raise DataError("source statistics need at least one image and an image tower with blocks.")
-    total = squares = torch.zeros((), dtype=torch.float64)
+
+    # In float64: a variance is a difference of two sums that are much larger.
+    total = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(data), batch_size):
         rows = range(start, min(start + batch_size, len(data)))
         pixels = torch.stack([backbone.preprocess(data[i][0]) for i in rows]).to(backbone.device)
-        with _watched(backbone.vision.blocks) as seen:
+        with _recorded_outputs(backbone.vision.blocks) as outputs:
             learner.embed_images(pixels)
-        states = torch.stack(seen).double().cpu()  # (L, B, T, W)
-        total, squares = total + states.sum(1), squares + states.square().sum(1)
+        states = torch.stack(outputs).double().cpu()  # (L, B, T, W)
+        total = total + states.sum(1)
+        squares = squares + states.square().sum(1)
+
     mean = total / len(data)
     variance = (squares / len(data) - mean.square()).clamp(min=0)
     return SourceStatistics(mean.float(), variance.float(), backbone.fingerprint["id"])
@@ -92,7 +102,7 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     needs=("text gradients", "image gradients", "source statistics"),
 )
 class PromptAlign(PromptAdapter):
-    """Minimise marginal entropy + weight * distance of the kept views' token statistics from the source's.
+    """Minimise marginal entropy + weight * distance of the kept views' token statistics from the source statistics.
 
     The distance is the mean over the first ``layers`` blocks of half the mean absolute difference of the means plus
     half that of the variances, per token and channel, over the kept views.
@@ -105,7 +115,7 @@ class PromptAlign(PromptAdapter):
         views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
-        share: Of the views that are listened to, the most confident ones.
+        share: Share of the views that are used, the most confident ones.
         steps: Updates per image.
         lr: Learning rate of AdamW (the paper: 0.04 under shift, 0.0005 on fine-grained data sets).
         weight_decay: Of AdamW.
@@ -137,41 +147,49 @@ class PromptAlign(PromptAdapter):
                 f"promptalign moves prompts of the image tower; {learner.method} has none. Start from maple, ivlp, "
                 "vpt, upt or promptsrc."
             )
-        held = SourceStatistics.load(statistics) if isinstance(statistics, str) else statistics
-        if held.backbone != self.backbone.fingerprint["id"]:
+        if isinstance(statistics, str):
+            statistics = SourceStatistics.load(statistics)
+        if statistics.backbone != self.backbone.fingerprint["id"]:
             raise CheckpointError("the source statistics were measured on another backbone.")
-        self.weight, self.layers = weight, min(layers, self.backbone.vision.layers)
-        device = self.backbone.device
-        self.means = held.means[: self.layers].to(device)
-        self.variances = held.variances[: self.layers].to(device)
 
-    def tune_pixels(self, pixels: tuple[Tensor, ...], kept: Tensor) -> Tensor:
+        self.weight = weight
+        self.layers = min(layers, self.backbone.vision.layers)
+        device = self.backbone.device
+        self.means = statistics.means[: self.layers].to(device)
+        self.variances = statistics.variances[: self.layers].to(device)
+
+    def tune_pixels(self, pixels: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """See :meth:`PromptAdapter.tune_pixels`."""
-        return self.tuner.tune_through_images(pixels, kept, self.aligned).logits
+        return self.tuner.tune_through_images(pixels, mask, self.aligned).logits
 
     def aligned(self, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Run the image tower and return its features and the weighted distance from the source statistics."""
-        with _watched(self.backbone.vision.blocks[: self.layers]) as seen:
+        with _recorded_outputs(self.backbone.vision.blocks[: self.layers]) as outputs:
             features = run()
-        states = torch.stack(seen)  # (L, V, T, W)
+        states = torch.stack(outputs)  # (L, V, T, W)
         if states.shape[2] != self.means.shape[1]:
             raise CheckpointError(
                 f"the source statistics have {self.means.shape[1]} tokens, the learner's image tower has "
                 f"{states.shape[2]}: they were measured with other prompts."
             )
+
         mean = states.mean(1)
         variance = (states - mean[:, None]).square().mean(1)
-        distance = 0.5 * (mean - self.means).abs().mean() + 0.5 * (variance - self.variances).abs().mean()
+        mean_distance = (mean - self.means).abs().mean()
+        variance_distance = (variance - self.variances).abs().mean()
+        distance = 0.5 * mean_distance + 0.5 * variance_distance
         return features, self.weight * distance
 
 
 @contextmanager
-def _watched(blocks: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Collect what blocks put out while open, (B, T, W) each."""
-    seen: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda _, inputs, output: seen.append(output)) for block in blocks]
+def _recorded_outputs(blocks: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of blocks while the context is open, (B, T, W) each."""
+    outputs: list[Tensor] = []
+    handles = []
+    for block in blocks:
+        handles.append(block.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

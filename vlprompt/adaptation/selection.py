@@ -1,7 +1,7 @@
-"""Which views of an image an adaptation listens to: all by rank, never by threshold.
+"""Selection of the views that an adaptation uses: by rank, never by threshold.
 
-Every function takes all views at once and returns a mask; how many views are kept is ``max(1, floor(share *
-count))``, as published, except that a share never keeps none.
+Every function takes all views at once and returns a mask. The number of kept views is ``max(1, floor(share * count))``,
+as published, except that at least one view is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ __all__ = ["cosine_then_entropy", "entropies", "keep_count", "lowest_entropy", "
 
 def keep_count(share: float, count: int) -> int:
     """Return how many of ``count`` views a share in (0, 1] keeps (6 of 64 at 0.1)."""
-    return max(1, math.floor(share * count + 1e-9))  # 0.29 * 100 is 28.999... in floating point
+    # 0.29 * 100 is 28.999... in floating point.
+    return max(1, math.floor(share * count + 1e-9))
 
 
 def entropies(logits: Tensor) -> Tensor:
@@ -44,15 +45,17 @@ def cosine_then_entropy(logits: Tensor, vectors: Tensor, cosine_share: float, en
 
     Args:
         logits: (..., V, C).
-        vectors: (..., V, D) what is compared.
+        vectors: (..., V, D) that are compared.
         cosine_share: In (0, 1].
         entropy_share: In (0, 1].
     """
     views = logits.shape[-2]
     if views == 1:
         return torch.ones_like(logits[..., 0], dtype=torch.bool)
+
     near = _smallest(-_cosine_with_first(vectors), keep_count(cosine_share, views - 1))
     near = torch.cat([torch.ones_like(near[..., :1]), near], dim=-1)
+
     count = keep_count(entropy_share, keep_count(cosine_share, views - 1) + 1)
     return _smallest(entropies(logits).masked_fill(~near, torch.inf), count)
 
@@ -67,19 +70,20 @@ def parallel_filters(
 
     Args:
         logits: (..., V, C), the generated views last.
-        vectors: (..., V, D) what is compared with view 0.
-        generated: How many of the V views were generated.
+        vectors: (..., V, D) that are compared with view 0.
+        generated: Number of generated views.
         cosine_share: In (0, 1], of the generated views.
         entropy_share: In (0, 1], of the standard views, and of the generated ones.
     """
     standard = logits.shape[-2] - generated
-    kept = lowest_entropy(logits[..., :standard, :], entropy_share)
+    mask = lowest_entropy(logits[..., :standard, :], entropy_share)
     if not generated:
-        return kept
+        return mask
+
     confident = lowest_entropy(logits[..., standard:, :], entropy_share)
     cosine = _cosine_with_first(vectors)[..., standard - 1 :]
     near = _smallest(-cosine, keep_count(cosine_share, generated))
-    return torch.cat([kept, confident & near], dim=-1)
+    return torch.cat([mask, confident & near], dim=-1)
 
 
 def _cosine_with_first(vectors: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Adapting to a data set as a stream of images: views shared between methods, results kept as they come."""
+"""Adapting to a data set as a stream of images: views shared between methods, results written batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
 
-__all__ = ["adapt_dataset"]
+__all__ = ["adapt_dataset", "read_predictions"]
 
 Progress = Callable[[int, int], None]
-_FIELDS = tuple(f.name for f in fields(Predictions))[1:]
 
 
 def adapt_dataset(
@@ -40,22 +38,22 @@ def adapt_dataset(
     Args:
         adapters: By a label of one's choice.
         data: Its class names must be the adapters'.
-        folder: Where batches are kept; None keeps none.
+        folder: Where batches are written; None for nowhere.
         batch_size: Images in memory at once.
-        progress: Called with (done, n).
+        progress: Called with (done, n) after each batch.
 
     Returns:
         Predictions by label, in the data set's order.
 
     Raises:
-        DataError: If the data set is empty, its class names differ or an image can't be read; what was done is kept.
+        DataError: If the data set is empty, its class names differ or an image can't be read; finished batches stay.
         CheckpointError: If the folder holds results of other images or methods.
     """
     _check(adapters, data)
     for adapter in adapters.values():
         adapter.reset()
+
     parts: dict[str, list[Predictions]] = {label: [] for label in adapters}
-    resuming = folder is not None
     for start in range(0, len(data), batch_size):
         rows = range(start, min(start + batch_size, len(data)))
         path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
@@ -63,54 +61,81 @@ def adapt_dataset(
             "sources": hash_strings(str(data.samples[i].source) for i in rows),
             "labels": sorted(adapters),
         }
-        if resuming and path is not None and path.is_file():
-            found = _read(path, facts, adapters)
+        if path is not None and path.is_file():
+            batch = _read(path, facts, adapters)
         else:
-            resuming = False
-            found = _adapt(adapters, open_images([data[i][0] for i in rows], _any(adapters).backbone))
+            images = [data[i][0] for i in rows]
+            backbone = next(iter(adapters.values())).backbone
+            batch = _adapt(adapters, open_images(images, backbone))
             if path is not None:
-                _write(path, facts, adapters, found)
-        for label, predictions in found.items():
+                _write(path, facts, adapters, batch)
+
+        for label, predictions in batch.items():
             parts[label].append(predictions)
         if progress is not None:
             progress(rows.stop, len(data))
-    return {label: Predictions.cat(found) for label, found in parts.items()}
+    return {label: Predictions.cat(batches) for label, batches in parts.items()}
 
 
-def _adapt(adapters: Mapping[str, Adapter], opened: Sequence[OpenedImage]) -> dict[str, Predictions]:
+def read_predictions(folder: str | Path, label: str, classnames: Sequence[str]) -> Predictions:
+    """Return the predictions of one method that :func:`adapt_dataset` wrote.
+
+    Raises:
+        CheckpointError: If there are none, or a file is damaged.
+    """
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder} holds no predictions.")
+    batches = [_predictions(read_tensors(path)[0], label, tuple(classnames)) for path in paths]
+    return Predictions.cat(batches)
+
+
+def _adapt(adapters: Mapping[str, Adapter], images: Sequence[OpenedImage]) -> dict[str, Predictions]:
+    """Run all methods on one batch."""
     encoded: dict[tuple[object, ...], EncodedViews] = {}
-    found = {}
+    predictions = {}
     for label, adapter in adapters.items():
         identity = adapter.view_identity()
-        views = adapter.encode(opened, encoded.get(identity))
+        views = adapter.encode(images, encoded.get(identity))
+        # Generated views belong to one method; what others may share are the standard views alone.
         if not views.generated:
             encoded[identity] = views
-        found[label] = adapter.predict_encoded(views)
-    return found
+        predictions[label] = adapter.predict_encoded(views)
+    return predictions
 
 
 def _write(
-    path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter], found: Mapping[str, Predictions]
+    path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter], batch: Mapping[str, Predictions]
 ) -> None:
     tensors: dict[str, Tensor] = {}
-    for label, predictions in found.items():
-        tensors |= {f"{label}/{name}": getattr(predictions, name) for name in _FIELDS}
-        tensors |= {f"{label}/state/{name}": t for name, t in adapters[label].state().items()}
+    for label, predictions in batch.items():
+        tensors |= {f"{label}/{name}": tensor for name, tensor in predictions.tensors().items()}
+        # The state comes from behind the batch: what learns from the stream goes on from there.
+        tensors |= {f"{label}/state/{name}": tensor for name, tensor in adapters[label].state().items()}
     write_tensors(path, tensors, facts)
 
 
 def _read(path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> dict[str, Predictions]:
-    tensors, held = read_tensors(path)
-    if held != facts:
+    """Return a batch that was written before, and put every method into the state that it had behind it."""
+    tensors, metadata = read_tensors(path)
+    if metadata != facts:
         raise CheckpointError(
             f"{path} holds results of other images or methods. Name another folder, or delete this one."
         )
-    found = {}
+    batch = {}
     for label, adapter in adapters.items():
-        state = f"{label}/state/"
-        adapter.load_state({n.removeprefix(state): t for n, t in tensors.items() if n.startswith(state)})
-        found[label] = Predictions(adapter.classnames, *(tensors[f"{label}/{name}"] for name in _FIELDS))
-    return found
+        prefix = f"{label}/state/"
+        state = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
+        adapter.load_state(state)
+        batch[label] = _predictions(tensors, label, adapter.classnames)
+    return batch
+
+
+def _predictions(tensors: Mapping[str, Tensor], label: str, classnames: tuple[str, ...]) -> Predictions:
+    parts = {name: tensors[f"{label}/{name}"] for name in Predictions.TENSORS}
+    return Predictions(classnames, **parts)
 
 
 def _check(adapters: Mapping[str, Adapter], data: ImageDataset) -> None:
@@ -122,7 +147,3 @@ def _check(adapters: Mapping[str, Adapter], data: ImageDataset) -> None:
                 f"{data.name} has other class names than the adapter {label!r}. Build it with "
                 "classnames=data.classnames."
             )
-
-
-def _any(adapters: Mapping[str, Adapter]) -> Adapter:
-    return next(iter(adapters.values()))

@@ -37,13 +37,13 @@ class PromptTuning(PromptAdapter):
         views: V, including the image itself.
         augment: See :class:`ViewPlan`; the paper adds AugMix on fine-grained data sets.
         seed: Of the views.
-        share: Of the views that are listened to, the most confident ones (the paper's rho).
+        share: Share of the views that are used, the most confident ones (the paper's rho).
         steps: Updates per image.
         lr: Learning rate.
         optimizer: Fresh for every image.
         weight_decay: Of AdamW; PyTorch's default, as in the authors' code.
-        together: Images whose later passes share one run of the text tower; the results are those of one by one,
-            to float precision.
+        together: Images whose later passes share one run of the text tower; this changes results by no more than
+            float precision.
         transform: Applied to the gradients before each step, one row per image.
 
     Raises:

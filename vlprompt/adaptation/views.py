@@ -1,10 +1,10 @@
 """Views of an image: the image itself, then random crops and flips, with AugMix on top if asked.
 
-Every view is a function of (seed, image, view number) and of nothing else: not of the batch, the order of the
-stream or the number of workers.
+Every view is a function of (seed, image, view number), and does not depend on the batch, on the order of the stream or
+on the number of workers.
 
-Where AugMix differs from ``torchvision.transforms.AugMix``: it has the strength test-time prompt tuning uses
-(severity 1 of the authors' scale; at torchvision's severity 1 its geometric operations do nothing), and it mixes
+AugMix differs from ``torchvision.transforms.AugMix`` in two points: it has the strength that test-time prompt tuning
+uses (severity 1 of the authors' scale; at torchvision's severity 1 the geometric operations do nothing), and it mixes
 after normalisation.
 """
 
@@ -36,8 +36,8 @@ __all__ = ["Augment", "Images", "OpenedImage", "ViewPlan", "open_images"]
 Augment = Annotated[str, Field(pattern=r"^(crop_flip|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
 """``crop_flip`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the image."""
 Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
-_LEAST = 0.08  # share of the area: torchvision's RandomResizedCrop
-_CHAINS = 3
+_LEAST_AREA = 0.08  # of a crop, as a share of the image, as in torchvision's RandomResizedCrop
+_CHAINS = 3  # of AugMix
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class OpenedImage:
     """One sample.
 
     Attributes:
-        key: What its views are drawn from: a hash of its pixels, so the same image has the same views however
-            it was given.
+        key: A hash of its pixels, from which its views are drawn: the same image has the same views, whether it comes
+            as a file, a PIL image or a tensor.
         image: RGB; None for ready-made views.
-        first: (3, H, W) view 0 as it was given, or None to let the backbone's preprocessing make it.
-        ready: (V, 3, H, W) ready-made views, which nothing is added to.
+        first: (3, H, W) view 0, if the image came as preprocessed pixels; None if the backbone has to preprocess it.
+        ready: (V, 3, H, W) ready-made views; no others are made then.
     """
 
     key: str
@@ -79,14 +79,16 @@ class ViewPlan:
             return opened.ready
         image = opened.image
         assert image is not None
+
         first = backbone.preprocess(image) if opened.first is None else opened.first
-        rest = [self._view(image, opened.key, k, backbone) for k in range(1, self.count)]
+        rest = [self._view(image, opened.key, number, backbone) for number in range(1, self.count)]
         return torch.stack([first, *rest])
 
     def _view(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
         rng = numpy_rng(self.seed, "view", key, number)
         kind, _, share = self.augment.partition(":")
-        least = float(share or _LEAST)
+        least = float(share or _LEAST_AREA)
+
         height, width = backbone.image_size
         top, left, h, w = crop_box(image.height, image.width, (least, 1.0), rng.random)
         crop = tvf.resized_crop(image, top, left, h, w, [height, width], InterpolationMode.BILINEAR)
@@ -111,7 +113,10 @@ def open_images(images: Images, backbone: Backbone) -> list[OpenedImage]:
         return _from_tensor(images, backbone)
     if isinstance(images, (Image.Image, str, Path)):
         images = [images]
-    opened = [p for image in images for p in _open(image, backbone)]
+
+    opened: list[OpenedImage] = []
+    for image in images:
+        opened += _open(image, backbone)
     if not opened:
         raise DataError("no images to adapt to: the batch is empty.")
     return opened
@@ -120,18 +125,30 @@ def open_images(images: Images, backbone: Backbone) -> list[OpenedImage]:
 def augmix(
     image: Image.Image, preprocess: Callable[[Image.Image], Tensor], rng: np.random.Generator
 ) -> Tensor:
-    """Return m * x + (1 - m) * sum_i w_i chain_i(x), mixed after normalisation, of an RGB image.
+    """Return m * x + (1 - m) * sum_i w_i chain_i(x) of an RGB image x, mixed after normalisation.
 
     Hendrycks et al., "AugMix", ICLR 2020, algorithm 1, with 3 chains of 1 to 3 operations at severity 1 and no
     operation that changes colour, as test-time prompt tuning uses it: m ~ Beta(1, 1), w ~ Dirichlet(1, 1, 1).
+
+    Args:
+        image: x.
+        preprocess: Returns (3, H, W) normalised pixels.
+        rng: Of all draws.
+
+    Returns:
+        (3, H, W).
     """
     plain = preprocess(image)
-    weights, share = rng.dirichlet([1.0] * _CHAINS), rng.beta(1.0, 1.0)
+    weights = rng.dirichlet([1.0] * _CHAINS)
+    share = rng.beta(1.0, 1.0)
+
     mixed = torch.zeros_like(plain)
     for weight in weights:
         chained = image
         for _ in range(rng.integers(1, 4)):
-            chained = _OPERATIONS[rng.integers(len(_OPERATIONS))](chained, rng.uniform(0.1, 1.0), rng)
+            operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
+            level = rng.uniform(0.1, 1.0)
+            chained = operation(chained, level, rng)
         mixed += float(weight) * preprocess(chained)
     return share * plain + (1 - share) * mixed
 
@@ -159,6 +176,7 @@ def _translate(axis: int) -> Callable[[Image.Image, float, np.random.Generator],
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
+    """Return the value with a random sign."""
     return -value if rng.random() > 0.5 else value
 
 
@@ -182,7 +200,8 @@ def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[
     if isinstance(image, Image.Image):
         try:
             image.load()
-        except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
+        except OSError as error:
+            # Pillow decodes late: an image that was opened may still turn out to be truncated.
             raise DataError(f"can't read the image: {error}.") from None
         rgb = to_rgb(image)
     elif isinstance(image, (str, Path)):
@@ -193,6 +212,7 @@ def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[
 
 
 def _from_tensor(images: Tensor, backbone: Backbone) -> list[OpenedImage]:
+    """Return the images of a tensor in any of the forms of :func:`open_images`."""
     size = tuple(backbone.image_size)
     shape = tuple(images.shape)
     if images.dim() == 3:
@@ -201,9 +221,11 @@ def _from_tensor(images: Tensor, backbone: Backbone) -> list[OpenedImage]:
         raise DataError(f"a tensor of images is (B, 3, H, W), of views (B, V, 3, H, W); got {shape}.")
     if not len(images) or (images.dim() == 5 and not images.shape[1]):
         raise DataError(f"no images to adapt to: the batch is empty, {shape}.")
+
     if images.dtype == torch.uint8 and images.dim() == 4:
         opened = [tvf.to_pil_image(image.cpu()) for image in images]
         return [OpenedImage(pixel_key(image), image) for image in opened]
+
     if not images.is_floating_point() or tuple(images.shape[-2:]) != size:
         raise DataError(
             f"a float tensor holds pixels preprocessed for the backbone, {size[0]} x {size[1]}, an uint8 tensor "
@@ -212,12 +234,19 @@ def _from_tensor(images: Tensor, backbone: Backbone) -> list[OpenedImage]:
     images = images.detach().cpu().float()
     if images.dim() == 5:
         return [OpenedImage(_tensor_key(views), None, ready=views) for views in images]
-    facts = backbone.fingerprint["preprocess"]
-    mean, std = (torch.tensor(facts[k])[:, None, None] for k in ("mean", "std"))
-    return [
-        OpenedImage(_tensor_key(x), tvf.to_pil_image((x * std + mean).clamp(0, 1)), first=x) for x in images
-    ]
+
+    # Crops are cut from an image, so the normalisation is undone.
+    preprocessing = backbone.fingerprint["preprocess"]
+    mean = torch.tensor(preprocessing["mean"])[:, None, None]
+    std = torch.tensor(preprocessing["std"])[:, None, None]
+    restored = []
+    for pixels in images:
+        image = tvf.to_pil_image((pixels * std + mean).clamp(0, 1))
+        restored.append(OpenedImage(_tensor_key(pixels), image, first=pixels))
+    return restored
 
 
-def _tensor_key(x: Tensor) -> str:
-    return hashlib.sha256(f"{tuple(x.shape)}".encode() + x.contiguous().numpy().tobytes()).hexdigest()[:32]
+def _tensor_key(pixels: Tensor) -> str:
+    """Return 32 hex digits of the shape and all values."""
+    content = f"{tuple(pixels.shape)}".encode() + pixels.contiguous().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -33,7 +33,7 @@ class Zero(Adapter):
         views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
-        share: Of the views that vote, the most confident ones.
+        share: Share of the views that vote, the most confident ones.
     """
 
     def __init__(
@@ -53,17 +53,24 @@ class Zero(Adapter):
         logits = self.view_logits(views.embeddings)
         voters = keep_count(self.share, logits.shape[1])
         order = entropies(logits).argsort(dim=-1, stable=True)
-        ballots = logits.argmax(-1).gather(1, order)  # (B, V), the most confident view's first
+
+        ballots = logits.argmax(-1).gather(1, order)  # (B, V), that of the most confident view first
         probs = torch.stack([count_votes(row, voters, logits.shape[-1]) for row in ballots])
-        kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :voters], True)
-        return probs, kept
+
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :voters], True)
+        return probs, mask
 
 
 def count_votes(ballots: Tensor, voters: int, classes: int) -> Tensor:
-    """Return (C,) shares of the votes of the first ``voters`` of (V,) ballots, best view first.
+    """Return the (C,) shares of votes.
 
-    A tie goes to the tied class that a further view names first, or else to the one that the most confident voter
-    of a tied class names; the winner gets half a vote more.
+    A tie goes to the tied class that a further view votes for first, or else to the tied class that the most confident
+    voter votes for; the winner gets half a vote more.
+
+    Args:
+        ballots: (V,) classes, that of the most confident view first.
+        voters: Number of views that vote, the first ones.
+        classes: C.
     """
     votes = torch.bincount(ballots[:voters], minlength=classes).float()
     tied = votes == votes.max()

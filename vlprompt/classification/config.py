@@ -14,7 +14,7 @@ from vlprompt.backbones import list_backbones
 from vlprompt.classification.options import MultiTaskOptions, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
-from vlprompt.data.catalog import check_name
+from vlprompt.data.names import check_name
 from vlprompt.data.transforms import Augmentation
 from vlprompt.experiments.config import (
     STRICT,

@@ -60,7 +60,7 @@ def prepare(
     Exit status: 0 if all are ready; 1 if not; 2 after a mistake.
     """
     from vlprompt.data.cards import load_card
-    from vlprompt.data.catalog import default_root
+    from vlprompt.data.names import default_root
     from vlprompt.data.prepare import explain, fetch, status
 
     cards = [load_card(name) for name in names]  # a wrong name is said before anything is fetched
@@ -97,7 +97,7 @@ def check(
     """
     from vlprompt.data import list_datasets as all_datasets
     from vlprompt.data.cards import card_names
-    from vlprompt.data.catalog import default_root
+    from vlprompt.data.names import default_root
 
     place = root or default_root()
     if offline:
@@ -136,11 +136,10 @@ def _check_card(name: str, root: Path, decode: bool) -> bool:
 
 def _check_splits(name: str, root: Path) -> bool:
     """Open every part of a data set without a card, and read one sample of each."""
-    from vlprompt.data import load_dataset
-    from vlprompt.data.segmentation import load_segmentation
-    from vlprompt.data.segmentation.catalog import is_segmentation
+    from vlprompt.data import load_dataset, load_segmentation
+    from vlprompt.data.names import parse_name
 
-    load = load_segmentation if is_segmentation(name) else load_dataset
+    load = load_segmentation if parse_name(name).task == "segmentation" else load_dataset
     sizes = {}
     for split in ("train", "val", "test"):
         data = load(name, split, root=root)

@@ -94,10 +94,9 @@ def _backbones() -> dict[str, str]:
 def _datasets() -> dict[str, str]:
     from vlprompt.data import list_datasets, load_dataset
     from vlprompt.data.cards import card_titles
-    from vlprompt.data.segmentation import list_segmentation
 
     titles = card_titles()
-    masks = set(list_segmentation())
+    masks = set(list_datasets("segmentation"))
     summaries = {}
     for name in list_datasets():
         if name in titles:

@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:
     """Score a saved segmentation model on data sets."""
     from vlprompt.core.files import write_text
-    from vlprompt.data.segmentation import load_segmentation
+    from vlprompt.data import load_segmentation
     from vlprompt.segmentation.evaluate import evaluate_segmenter, load_trained
 
     segmenter = load_trained(prompt)
@@ -131,7 +131,8 @@ def check(
 
     Exit status: 0 if all is well; 1 if something is wrong; 2 after a mistake.
     """
-    from vlprompt.data.segmentation import load_segmentation, overlaps
+    from vlprompt.data import load_segmentation
+    from vlprompt.data.segmentation import overlaps
 
     splits = {}
     problems = 0

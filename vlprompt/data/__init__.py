@@ -3,9 +3,11 @@
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.cache import FeatureCache
 from vlprompt.data.cards import Card, cards_dir, load_card
-from vlprompt.data.catalog import default_root, list_datasets, load_dataset
+from vlprompt.data.catalog import load_dataset
 from vlprompt.data.fewshot import base_new, few_shot
 from vlprompt.data.images import FileReader, VerificationReport, read_image, verify
+from vlprompt.data.names import default_root, list_datasets
+from vlprompt.data.segmentation.catalog import load_segmentation
 from vlprompt.data.transforms import AUGMENTATIONS, Augmentation
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "list_datasets",
     "load_card",
     "load_dataset",
+    "load_segmentation",
     "read_image",
     "verify",
 ]

@@ -16,12 +16,12 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.captions import CAPTION_SOURCES, open_captions
-from vlprompt.data.cards import card_names, card_path, load_card
-from vlprompt.data.catalog import check_name, open_split
+from vlprompt.data.cards import card_path
+from vlprompt.data.catalog import open_split
+from vlprompt.data.names import DataName, parse_name
 from vlprompt.data.segmentation.base import MaskDataset
-from vlprompt.data.segmentation.catalog import is_segmentation, open_pairs
-from vlprompt.data.segmentation.sources import pair_sources
-from vlprompt.data.sources import AbsentError, sources
+from vlprompt.data.segmentation.catalog import open_pairs
+from vlprompt.data.sources import AbsentError
 from vlprompt.data.splits import SPLITS
 
 __all__ = ["captions_fingerprint", "data_fingerprint", "missing_captions", "missing_data"]
@@ -48,14 +48,15 @@ def data_fingerprint(name: str, root: Root = None) -> str:
     """
     if name.startswith("coco:"):
         return _boxes_fingerprint(name)
-    if _is_embedded(name):
+    parsed = parse_name(name)
+    if parsed.embedded:
         return ""
 
     digest = hashlib.sha256()
-    if name in card_names():
+    if parsed.card is not None:
         digest.update(card_path(name).read_bytes())
     try:
-        for split, content in _splits(name, root):
+        for split, content in _splits(parsed, root):
             digest.update(f"\x1d{split}".encode())
             facts = [content] if isinstance(content, str) else _facts(content)
             for fact in facts:
@@ -78,10 +79,11 @@ def missing_data(name: str, root: Root = None) -> str | None:
     if name.startswith("coco:"):
         absent = [path for path in _box_paths(name) if not path.exists()]
         return f"{name}: {' and '.join(str(path) for path in absent)} does not exist." if absent else None
-    if _is_embedded(name):
+    parsed = parse_name(name)
+    if parsed.embedded:
         return None
     try:
-        next(_splits(name, root))
+        next(_splits(parsed, root))
     except DataError as error:
         return str(error)
     return None
@@ -121,21 +123,7 @@ def missing_captions(name: str) -> str | None:
     return None
 
 
-def _is_embedded(name: str) -> bool:
-    """Return whether a data set is drawn or comes with the library. Raises UnknownNameError."""
-    registry = pair_sources if is_segmentation(name) else sources
-    if registry is sources:
-        check_name(name)
-    if name.startswith("scenes/"):
-        kind = "scenes"
-    elif name in card_names():
-        kind = load_card(name).source.kind
-    else:
-        kind = name.partition(":")[0]
-    return bool(registry.get(kind).extra.get("embedded"))
-
-
-def _splits(name: str, root: Root) -> Iterator[tuple[str, ImageDataset | MaskDataset | str]]:
+def _splits(name: DataName, root: Root) -> Iterator[tuple[str, ImageDataset | MaskDataset | str]]:
     """Yield every split with its data, or with the reason why it can't be opened.
 
     A data set may have no validation or no training part, so a split that can't be opened is no error by itself.
@@ -149,9 +137,7 @@ def _splits(name: str, root: Root) -> Iterator[tuple[str, ImageDataset | MaskDat
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # loading the data warns again, when somebody reads it
-                data = (
-                    open_pairs(name, split, root) if is_segmentation(name) else open_split(name, split, root)
-                )
+                data = _open(name, split, root)
         except DataError as error:
             problems[split] = error
         else:
@@ -162,6 +148,12 @@ def _splits(name: str, root: Root) -> Iterator[tuple[str, ImageDataset | MaskDat
         raise absent[0] if absent else problems[SPLITS[0]]
     for split, problem in problems.items():
         yield split, str(problem)
+
+
+def _open(name: DataName, split: str, root: Root) -> ImageDataset | MaskDataset:
+    if name.task == "segmentation":
+        return open_pairs(name.text, split, root)
+    return open_split(name.text, split, root)
 
 
 def _facts(data: ImageDataset | MaskDataset) -> Iterator[str]:

@@ -5,6 +5,7 @@ An embedded generator is one more file in this folder that registers itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlprompt.core.options import check_options
@@ -12,7 +13,15 @@ from vlprompt.core.registry import Registry
 from vlprompt.diffusion.base import Generator, ViewSource
 from vlprompt.diffusion.store import ViewStore
 
-__all__ = ["GENERATORS", "Generator", "ViewSource", "ViewStore", "create_generator", "list_generators"]
+__all__ = [
+    "GENERATORS",
+    "Generator",
+    "ViewSource",
+    "ViewStore",
+    "create_generator",
+    "list_generators",
+    "missing_generator",
+]
 
 GENERATORS: Registry[type[Generator]] = Registry("generator", "vlprompt.diffusion")
 """Every kind of generator by name."""
@@ -38,3 +47,16 @@ def create_generator(name: str, **options: Any) -> Generator:
 def list_generators() -> list[str]:
     """Return the sorted names of all generators."""
     return GENERATORS.names()
+
+
+def missing_generator(name: str, options: Mapping[str, Any]) -> str | None:
+    """Return what must be fetched or installed before a generator can be built, as a sentence; None if nothing.
+
+    Args:
+        name: See :func:`list_generators`.
+        options: See :func:`create_generator`.
+
+    Raises:
+        UnknownNameError: For an unknown generator.
+    """
+    return GENERATORS.get(name).target.missing(options)

@@ -1,8 +1,9 @@
-"""What every generator is, and the source of generated views: a store, a generator, or both."""
+"""The base of all generators, and the source of generated views: a store, a generator, or both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +13,7 @@ from vlprompt.core.seeding import derive_seed
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion.store import ViewStore
 
-__all__ = ["Generator", "ViewSource", "import_diffusers"]
+__all__ = ["Generator", "ViewSource", "import_diffusers", "missing_diffusers"]
 
 Done = Callable[[int, int, Image.Image], None]
 
@@ -21,14 +22,23 @@ class Generator:
     """Base of all generators of variations of images.
 
     Attributes:
-        identity: Everything that its images depend on, beside the source image and the seed; JSON-able.
-        title: What to call it in records: the pipeline's name or path.
+        identity: Everything that its images depend on, apart from the source image and the seed; JSON-able.
+        title: Its name in records: the pipeline's name or path.
         batch: Images per call of :meth:`draw`.
     """
 
     identity: dict[str, Any]
     title: str = ""
     batch: int = 8
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """Return what must be fetched or installed before the generator can be built, as a sentence; None if nothing.
+
+        Args:
+            options: Of the constructor.
+        """
+        return None
 
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
         """Return one variation per RGB image and 63-bit seed, which depends on nothing else."""
@@ -39,13 +49,13 @@ class Generator:
     ) -> list[list[Image.Image]]:
         """Return n variations of each RGB image.
 
-        Variation k of an image depends on (seed, image, k): more of them, or other company, change none.
+        Variation k of an image depends on (seed, image, k) alone, not on the number of variations or on other images.
 
         Args:
             images: B images.
             n: Variations of each.
             seed: Of all noise.
-            done: Called with (image number, k, variation) as soon as it is there.
+            done: Called with (image number, k, variation) as soon as a variation exists.
         """
         return self.fill(images, [list(range(n))] * len(images), seed, done)
 
@@ -56,27 +66,31 @@ class Generator:
         seed: int,
         done: Done | None = None,
     ) -> list[list[Image.Image]]:
-        """Return variations ``numbers[i]`` of image i; see :meth:`generate`."""
+        """Return the variations with the numbers ``numbers[i]`` of image i; see :meth:`generate`."""
         keys = [pixel_key(image) for image in images]
-        jobs = [(i, k) for i, wanted in enumerate(numbers) for k in wanted]
-        made: list[list[Image.Image]] = [[] for _ in images]
+        jobs = []
+        for index, wanted in enumerate(numbers):
+            jobs += [(index, number) for number in wanted]
+
+        variations: list[list[Image.Image]] = [[] for _ in images]
         for start in range(0, len(jobs), self.batch):
             part = jobs[start : start + self.batch]
-            seeds = [derive_seed(seed, "generate", keys[i], k) for i, k in part]
-            for (i, k), variation in zip(part, self.draw([images[i] for i, _ in part], seeds), strict=True):
-                made[i].append(variation)
+            sources = [images[index] for index, _ in part]
+            seeds = [derive_seed(seed, "generate", keys[index], number) for index, number in part]
+            for (index, number), variation in zip(part, self.draw(sources, seeds), strict=True):
+                variations[index].append(variation)
                 if done is not None:
-                    done(i, k, variation)
-        return made
+                    done(index, number, variation)
+        return variations
 
 
 class ViewSource:
     """Where an adapter's generated views come from.
 
     Args:
-        generator: Makes what is missing; None takes stored views only.
-        store: Keeps what was made; None keeps nothing.
-        seed: Of what is generated.
+        generator: Makes views that are missing; None: stored views only.
+        store: Where generated views are written; None: nowhere.
+        seed: Of generated views.
 
     Raises:
         DataError: If there is neither.
@@ -90,17 +104,19 @@ class ViewSource:
             raise DataError("generated views need a generator, a store that was filled before, or both.")
         if generator is not None and store is not None:
             store.claim(generator.identity, seed, generator.title)
-        self.generator, self.store, self.seed = generator, store, seed
+        self.generator = generator
+        self.store = store
+        self.seed = seed
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What the views depend on beside the images: the generator's identity and the seed."""
+        """The generator's identity and the seed: all that views depend on, apart from the images."""
         if self.generator is not None:
             return {**self.generator.identity, "seed": self.seed}
         return self.store.made_by if self.store is not None else {}
 
     def views(self, images: Sequence[Image.Image], n: int) -> list[list[Image.Image]]:
-        """Return n generated views of each RGB image, taken from the store where they are there.
+        """Return n generated views of each RGB image; those in the store are read, the others generated.
 
         Raises:
             DataError: If views are missing and nothing can make them; says how many.
@@ -108,16 +124,28 @@ class ViewSource:
         if self.store is None:
             assert self.generator is not None
             return self.generator.generate(images, n, self.seed)
-        store, keys = self.store, [pixel_key(image) for image in images]
+
+        store = self.store
+        keys = [pixel_key(image) for image in images]
         missing = [store.missing(key, n) for key in keys]
+        count = sum(map(len, missing))
         if self.generator is not None:
-            self.generator.fill(images, missing, self.seed, lambda i, k, made: store.put(keys[i], k, made))
-        elif count := sum(map(len, missing)):
+            self.generator.fill(
+                images, missing, self.seed, lambda index, number, view: store.put(keys[index], number, view)
+            )
+        elif count:
             raise DataError(
-                f"{count} of {n * len(images)} generated views are not in {store.root}. Generate them with "
-                "tools/generate.py, or name a generator that makes them on the fly."
+                f"{count} of {n * len(images)} generated views are not in {store.root}. Give the source a generator; "
+                "in a configuration: diffusion.on_the_fly=true."
             )
         return [store.get(key, n) for key in keys]
+
+
+def missing_diffusers() -> str | None:
+    """Return how to install the package diffusers, as a sentence; None if it is installed."""
+    if importlib.util.find_spec("diffusers") is not None:
+        return None
+    return "the packages of diffusion are not installed: pip install 'vlprompt[diffusion]'."
 
 
 def import_diffusers() -> Any:

@@ -1,10 +1,11 @@
 """The network of ``tiny-diffusion``: a small diffusers UNet on 64 x 64 images, conditioned on `tiny`'s embeddings.
 
 An image is cut into 4 x 4 patches (48 channels on a 16 x 16 grid, an orthogonal change of coordinates), which makes
-a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`, so images,
-sentences and learned vectors enter alike: each is a token of cross-attention, and their mean joins the embedding of
-time and is unfolded into a canvas, further channels beside the noisy image: convolutions alone can't tell where
-"top left" is. Twelve of its channels are a sketch, an image of 32 x 32 pixels, which the network adds detail to.
+a step cheap enough for a CPU. The condition is a sequence of vectors of the joint space of `tiny`: embeddings of images
+or sentences, or learned vectors. Each vector is a token of cross-attention. Their mean is added to the embedding of the
+time, and it is unfolded into a canvas of further channels beside the noisy image, because convolutions alone do not
+know where "top left" is. Twelve channels of the canvas are a sketch, an image of 32 x 32 pixels, to which the network
+adds detail.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ WEIGHTS = Path(str(files("vlprompt.diffusion"))) / "weights" / "tiny_diffusion.s
 
 Scheduler = Literal["renoise", "ddim", "dpm"]
 _PATCH = 4
-_LEAST_NOISE = 800  # where the last noise of "renoise" stands: below, the network trusts what it drew before
-_CANVAS, _HIDDEN = 16, 256  # channels of the canvas, and the width of the layer before it
-_SKETCH = 12  # of its channels: 3 colours of 2 x 2 pixels
+_LEAST_NOISE = 800  # last time of "renoise"; at lower times the network copies what it drew before
+_CANVAS = 16  # channels of the canvas
+_HIDDEN = 256  # width of the layer before the canvas
+_SKETCH = 12  # channels of the canvas that are the sketch: 3 colours of 2 x 2 pixels
 
 
 def to_patches(images: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class Denoiser(nn.Module):
     """Predicts a clean image from a noisy one and a condition.
 
     The noise schedule is the cosine one (Nichol & Dhariwal, ICML 2021) in 1,000 steps. The network predicts the clean
-    image itself: one as small as this would leave noise in place if it had to name the noise.
+    image: a network as small as this that predicts the noise would leave some of it in the image.
 
     Args:
         seed: Of the random weights.
@@ -70,7 +72,8 @@ class Denoiser(nn.Module):
         config = json.loads((files("vlprompt.diffusion") / "tiny_unet.json").read_text(encoding="utf-8"))
         with seeded_modules(seed, "tiny-diffusion", "initialisation"):
             self.unet = import_diffusers().UNet2DConditionModel(**config)
-            self.dim, side = int(config["cross_attention_dim"]), int(config["sample_size"])
+            self.dim = int(config["cross_attention_dim"])
+            side = int(config["sample_size"])
             self.canvas = nn.Sequential(
                 nn.Linear(self.dim, _HIDDEN),
                 nn.SiLU(),
@@ -94,13 +97,15 @@ class Denoiser(nn.Module):
             raise DataError(
                 f"a condition is (B, S, {self.dim}) with B = {len(noisy)}; got {tuple(condition.shape)}."
             )
-        tokens = condition * self.dim**0.5  # entries of about one, as the network's other inputs
-        # For at most 64 places the plain attention is faster on a CPU than the fused one, and as exact.
+
+        tokens = condition * self.dim**0.5  # entries of about one, like the other inputs of the network
+        # For at most 64 positions the plain attention is faster on a CPU than the fused one, and as exact.
         with sdpa_kernel(SDPBackend.MATH):
-            whole = tokens.mean(1)
-            canvas = self.canvas(whole)
-            seen = torch.cat([noisy, canvas], 1)
-            detail = self.unet(seen, time, tokens, class_labels=whole, return_dict=False)[0]
+            mean = tokens.mean(1)
+            canvas = self.canvas(mean)
+            channels = torch.cat([noisy, canvas], 1)
+            detail = self.unet(channels, time, tokens, class_labels=mean, return_dict=False)[0]
+
         sketch = F.interpolate(_sketch(canvas).float(), scale_factor=2, mode="bilinear", align_corners=False)
         return detail.float() + F.pixel_unshuffle(sketch, _PATCH)
 
@@ -122,7 +127,7 @@ class Denoiser(nn.Module):
         guidance: float = 1.0,
         scheduler: Scheduler = "renoise",
     ) -> Tensor:
-        """Return (B, 3, 64, 64) images in [0, 1]; a function of condition and noise alone.
+        """Return (B, 3, 64, 64) images in [0, 1], which depend on condition and noise alone.
 
         Args:
             condition: (B, S, d), see :meth:`forward`.
@@ -130,29 +135,35 @@ class Denoiser(nn.Module):
             steps: Passes through the network; twice as many rows under guidance.
             guidance: Weight of the condition against none (Ho & Salimans, 2022); 1 switches guidance off.
             scheduler: ``"renoise"`` hides the image in fresh noise before it is denoised again, as consistency models
-                are sampled (Song et al., ICML 2023, algorithm 1). ``"ddim"`` and ``"dpm"`` (DPM-Solver++) follow an
-                equation that holds for networks that predict the mean image; the comparison of embeddings in
-                this one's training moves it off the mean, and their errors add up.
+                are sampled (Song et al., ICML 2023, algorithm 1). ``"ddim"`` and ``"dpm"`` (DPM-Solver++) solve an
+                equation that holds for networks that predict the mean image. This network was also trained to match
+                embeddings, so it predicts something else, and the errors of the solvers add up.
         """
-        start = noise[:, 0].to(condition.device)
+        noise = noise.to(condition.device)
         if scheduler == "renoise":
-            patches = start
-            for step, time in enumerate(
-                torch.linspace(len(self.alphas) - 1, _LEAST_NOISE, steps).long().tolist()
-            ):
-                when = torch.full((len(start),), time, device=start.device)
-                if step:
-                    patches = self.noised(patches, noise[:, step].to(start.device), when)
-                patches = self._guided(patches, when, condition, guidance)
-            return from_patches(patches).clamp(0, 1)
-        solver = self._scheduler(scheduler)
+            patches = self._renoise(condition, noise, steps, guidance)
+        else:
+            patches = self._solve(condition, noise[:, 0], steps, guidance, self._scheduler(scheduler))
+        return from_patches(patches).clamp(0, 1)
+
+    def _renoise(self, condition: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        patches = noise[:, 0]
+        times = torch.linspace(len(self.alphas) - 1, _LEAST_NOISE, steps).long().tolist()
+        for step, time in enumerate(times):
+            batch_time = torch.full((len(patches),), time, device=patches.device)
+            if step:
+                patches = self.noised(patches, noise[:, step], batch_time)
+            patches = self._guided(patches, batch_time, condition, guidance)
+        return patches
+
+    def _solve(self, condition: Tensor, start: Tensor, steps: int, guidance: float, solver: Any) -> Tensor:
         solver.set_timesteps(steps)
         patches = start
         for time in solver.timesteps:
-            when = torch.full((len(start),), int(time), device=start.device)
-            clean = self._guided(patches, when, condition, guidance)
+            batch_time = torch.full((len(start),), int(time), device=start.device)
+            clean = self._guided(patches, batch_time, condition, guidance)
             patches = solver.step(clean, time, patches, return_dict=False)[0]
-        return from_patches(patches).clamp(0, 1)
+        return patches
 
     def _guided(self, noisy: Tensor, time: Tensor, condition: Tensor, guidance: float) -> Tensor:
         clean = self(noisy, time, condition)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -17,18 +18,19 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.core.errors import BackboneError
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator, import_diffusers
+from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
 
 __all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
 Scheduler = Literal["own", "dpm", "unipc"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 _SCHEDULERS = {"dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class _Pipeline(Generator):
-    """What both kinds share: loading, the scheduler, and an identity that follows the weights."""
+    """Base of both kinds: loading, the scheduler, and an identity that depends on the weights."""
 
     classname: ClassVar[str]
 
@@ -43,14 +45,18 @@ class _Pipeline(Generator):
         device: str | None,
         batch: int,
     ) -> None:
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = _dtype(precision, place)
-        self.pipe = load_pipeline(self.classname, pipeline, revision).to(place, dtype)
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = _dtype(precision, target)
+        self.pipe = load_pipeline(self.classname, pipeline, revision).to(target, dtype)
         self.pipe.set_progress_bar_config(disable=True)
+
         if scheduler != "own":
             kind = getattr(import_diffusers(), _SCHEDULERS[scheduler])
             self.pipe.scheduler = kind.from_config(self.pipe.scheduler.config)
-        self.steps, self.guidance, self.batch = steps, guidance, batch
+
+        self.steps = steps
+        self.guidance = guidance
+        self.batch = batch
         self.title = pipeline if revision is None else f"{pipeline}@{revision}"
         self.identity = {
             "kind": self.classname,
@@ -60,6 +66,20 @@ class _Pipeline(Generator):
             "scheduler": type(self.pipe.scheduler).__name__,
             "precision": str(dtype).removeprefix("torch."),
         }
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """See :meth:`Generator.missing`: a pipeline is a local folder, or in the cache of the Hugging Face Hub."""
+        pipeline = str(options["pipeline"])
+        if Path(pipeline).is_dir():
+            return missing_diffusers()
+        try:
+            path = try_to_load_from_cache(pipeline, "model_index.json", revision=options.get("revision"))
+        except ValueError:  # a path, and no name on the Hub
+            return f"the diffusion pipeline {pipeline} does not exist."
+        if not isinstance(path, str):
+            return f"the diffusion pipeline {pipeline!r} is not on this machine; the first run fetches it."
+        return missing_diffusers()
 
     @torch.no_grad()
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
@@ -74,7 +94,7 @@ class _Pipeline(Generator):
         )
 
     def run(self, images: Sequence[Image.Image], **arguments: Any) -> list[Image.Image]:
-        """Call the pipeline with what it wants of the images."""
+        """Call the pipeline with the images in the form that it takes."""
         raise NotImplementedError
 
 
@@ -161,7 +181,8 @@ class ImageToImage(_Pipeline):
         batch: Annotated[int, Field(ge=1)] = 8,
     ) -> None:
         super().__init__(pipeline, revision, steps, guidance, scheduler, precision, device, batch)
-        self.strength, self.prompt = strength, prompt
+        self.strength = strength
+        self.prompt = prompt
         self.identity |= {"kind": type(self.pipe).__name__, "strength": strength, "prompt": prompt}
 
     def run(self, images: Sequence[Image.Image], **arguments: Any) -> list[Image.Image]:
@@ -219,9 +240,9 @@ def _hash_weights(pipe: Any) -> str:
     """Return 12 hex digits of all weights, in name order: a folder that is moved keeps its views."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
-        for name, tensor in (
-            sorted(module.state_dict().items()) if isinstance(module, torch.nn.Module) else ()
-        ):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Generated images on disk: one lossless file each, under a hash of the image they came from."""
+"""Generated images on disk: one lossless file each, in a folder named by a hash of the source image."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _FORMAT = 1
 class ViewStore:
     """Variations of images by one generator with one seed.
 
-    ``<root>/store.json`` says which (pipeline weights, steps, guidance, ...); ``<root>/<ab>/<image>/<k>.png`` is
-    variation k. Files are written atomically, so a killed generation loses at most the image it was at.
+    ``<root>/store.json`` describes them (pipeline weights, steps, guidance, ...); ``<root>/<ab>/<image>/<k>.png`` is
+    variation k. Files are written atomically, so a killed process loses at most the image that it was generating.
 
     Args:
-        root: The folder; made when something is written.
+        root: The folder; it is created when something is written.
 
     Raises:
         CheckpointError: If the folder's ``store.json`` is damaged.
@@ -37,36 +37,40 @@ class ViewStore:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """Identity of the generator whose views it holds, and the seed; empty while nobody claimed it."""
+        """Identity of the generator whose views it holds, and the seed; empty before the first :meth:`claim`."""
         return dict(self._card.get("made_by", {}))
 
     def claim(self, identity: Mapping[str, Any], seed: int, title: str = "") -> None:
-        """Make the store that of a generator and a seed, or check that it is.
+        """Record the generator and the seed of an empty store, or check those of one that is in use.
 
         Args:
             identity: See :class:`vlprompt.diffusion.Generator`.
             seed: Of its noise.
-            title: Recorded, not compared: the same pipeline may lie elsewhere.
+            title: Recorded, not compared: the same pipeline may be in another folder.
 
         Raises:
             CheckpointError: If it holds views of another one; names every difference.
         """
-        asked = json.loads(json.dumps({**identity, "seed": seed}))
+        wanted = json.loads(json.dumps({**identity, "seed": seed}))
         if not self._card:
-            self._card = {"format": _FORMAT, "title": title, "made_by": asked}
+            self._card = {"format": _FORMAT, "title": title, "made_by": wanted}
             write_json(self.root / "store.json", self._card)
             return
-        held = self._card["made_by"]
-        differs = [k for k in sorted({*held, *asked}) if held.get(k) != asked.get(k)]
-        if differs:
-            lines = "\n".join(f"  - {k}: stored {held.get(k)!r}, asked for {asked.get(k)!r}" for k in differs)
+
+        stored = self._card["made_by"]
+        differences = []
+        for key in sorted({*stored, *wanted}):
+            if stored.get(key) != wanted.get(key):
+                differences.append(f"  - {key}: stored {stored.get(key)!r}, asked for {wanted.get(key)!r}")
+        if differences:
+            lines = "\n".join(differences)
             raise CheckpointError(
                 f"{self.root} holds views of another generator ({self._card['title']}). Name another folder.\n{lines}"
             )
 
     def missing(self, key: str, n: int) -> list[int]:
-        """Return which of an image's variations 0 .. n-1 are not there."""
-        return [k for k in range(n) if not self._path(key, k).is_file()]
+        """Return which of an image's variations 0 .. n-1 are not in the store."""
+        return [number for number in range(n) if not self._path(key, number).is_file()]
 
     def get(self, key: str, n: int) -> list[Image.Image]:
         """Return an image's first n variations.
@@ -74,7 +78,7 @@ class ViewStore:
         Raises:
             DataError: If one is missing or damaged; names the file.
         """
-        return [read_image(self._path(key, k)) for k in range(n)]
+        return [read_image(self._path(key, number)) for number in range(n)]
 
     def put(self, key: str, k: int, image: Image.Image) -> None:
         """Write one variation, atomically.

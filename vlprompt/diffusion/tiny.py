@@ -1,15 +1,15 @@
 """``tiny-diffusion``: variations of images, and images of sentences, by the embedded denoiser; offline.
 
-The interface for further conditions: :meth:`TinyDiffusion.from_condition` takes a sequence of S vectors of length d
-per image, whatever they were learned from; :attr:`TinyDiffusion.denoiser` is differentiable in them.
+For other conditions: :meth:`TinyDiffusion.from_condition` takes a sequence of S vectors of length d per image, for
+example learned ones; :attr:`TinyDiffusion.denoiser` is differentiable in them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from vlprompt.backbones import create_backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import derive_seed
 from vlprompt.diffusion import GENERATORS
-from vlprompt.diffusion.base import Generator
+from vlprompt.diffusion.base import Generator, missing_diffusers
 from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
 
 __all__ = ["TinyDiffusion"]
@@ -31,9 +31,9 @@ __all__ = ["TinyDiffusion"]
     "tiny-diffusion", summary="embedded, offline: drawn scenes that share `tiny`'s embedding, from pure noise"
 )
 class TinyDiffusion(Generator):
-    """Makes 64 x 64 images of what `tiny` sees in an image, or reads in a sentence.
+    """Makes 64 x 64 images from the embedding by `tiny` of an image or of a sentence.
 
-    Like Stable Diffusion's image variation it keeps what is shown, as far as the embedding says it, and no pixel.
+    Like Stable Diffusion's image variation, it keeps the content as far as the embedding describes it, and no pixel.
 
     Args:
         steps: Denoising steps.
@@ -65,10 +65,13 @@ class TinyDiffusion(Generator):
         device: str | None = None,
         batch: Annotated[int, Field(ge=1)] = 64,
     ) -> None:
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.denoiser = load_denoiser(Path(weights) if weights else None).to(place)
-        self.backbone = create_backbone("tiny").to(place)
-        self.steps, self.guidance, self.scheduler, self.batch = steps, guidance, scheduler, batch
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.denoiser = load_denoiser(Path(weights) if weights else None).to(target)
+        self.backbone = create_backbone("tiny").to(target)
+        self.steps = steps
+        self.guidance = guidance
+        self.scheduler = scheduler
+        self.batch = batch
         self.identity = {
             "kind": "tiny-diffusion",
             "weights": _hash(self.denoiser),
@@ -77,6 +80,14 @@ class TinyDiffusion(Generator):
             "guidance": guidance,
             "scheduler": scheduler,
         }
+
+    @classmethod
+    def missing(cls, options: Mapping[str, Any]) -> str | None:
+        """See :meth:`Generator.missing`."""
+        weights = options.get("weights")
+        if weights and not Path(weights).is_file():
+            return f"the weights {weights} of tiny-diffusion do not exist."
+        return missing_diffusers()
 
     def draw(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
         """See :meth:`Generator.draw`."""
@@ -87,25 +98,27 @@ class TinyDiffusion(Generator):
         """Return n images of each sentence.
 
         Args:
-            texts: B sentences, as `tiny` was pretrained on: what an image of one or two objects shows.
+            texts: B sentences like those that `tiny` was pretrained on: descriptions of images of one or two objects.
             n: Images of each.
             seed: Of all noise; image k of a sentence depends on (seed, sentence, k) alone.
         """
-        jobs = [(text, k) for text in texts for k in range(n)]
-        told = self.backbone.encode_text(list(texts)).repeat_interleave(n, 0)[:, None]
-        seeds = [derive_seed(seed, "generate", text, k) for text, k in jobs]
-        made: list[Image.Image] = []
-        for start in range(0, len(jobs), self.batch):
+        conditions = self.backbone.encode_text(list(texts)).repeat_interleave(n, 0)[:, None]
+        seeds = []
+        for text in texts:
+            seeds += [derive_seed(seed, "generate", text, number) for number in range(n)]
+
+        images: list[Image.Image] = []
+        for start in range(0, len(seeds), self.batch):
             part = slice(start, start + self.batch)
-            made += self.from_condition(told[part], seeds[part])
-        return [made[i : i + n] for i in range(0, len(made), n)]
+            images += self.from_condition(conditions[part], seeds[part])
+        return [images[start : start + n] for start in range(0, len(images), n)]
 
     def from_condition(self, condition: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
         """Return one image per condition and seed.
 
         Args:
             condition: (B, S, d) vectors of `tiny`'s joint space, of about unit length: embeddings of images or
-                sentences, or learned ones. Their order says nothing; zeros stand for no condition.
+                sentences, or learned ones. Their order does not matter; zeros stand for no condition.
             seeds: B seeds of the noise.
 
         Raises:
@@ -113,13 +126,17 @@ class TinyDiffusion(Generator):
         """
         if len(condition) != len(seeds):
             raise DataError(f"{len(condition)} conditions, but {len(seeds)} seeds.")
+
+        # Each image has a random stream of its own, so the other images of the batch do not change its noise.
         count = self.steps if self.scheduler == "renoise" else 1
-        noise = torch.stack(
-            [torch.randn(count, 48, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        )
-        place = next(self.denoiser.parameters()).device
+        noises = []
+        for seed in seeds:
+            rng = torch.Generator().manual_seed(seed)
+            noises.append(torch.randn(count, 48, 16, 16, generator=rng))
+
+        device = next(self.denoiser.parameters()).device
         images = self.denoiser.sample(
-            condition.detach().to(place), noise, self.steps, self.guidance, self.scheduler
+            condition.detach().to(device), torch.stack(noises), self.steps, self.guidance, self.scheduler
         )
         return [tvf.to_pil_image(image) for image in images.cpu()]
 

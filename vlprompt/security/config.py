@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
-from vlprompt.data.catalog import check_name
 from vlprompt.data.compositions import check_triggers
+from vlprompt.data.names import check_name
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.experiments.backbone import backbone_problems
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,9 @@ from vlprompt.concepts.old_study import ConceptOutcome, Scores, search_all, writ
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.files import write_json
 from vlprompt.core.options import describe_problems
-from vlprompt.data.segmentation import MaskDataset, load_segmentation
-from vlprompt.data.segmentation.catalog import check_segmentation_name
+from vlprompt.data import load_segmentation
+from vlprompt.data.names import check_name
+from vlprompt.data.segmentation import MaskDataset
 from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
 from vlprompt.experiments.old_folder import open_folder
 from vlprompt.segmentation import SEGMENTERS, create_segmenter
@@ -78,10 +80,11 @@ class ConceptMaskConfig(ToolConfig):
         except ValidationError as error:
             problems += describe_problems(error, TrainOptions, "second_stage.train")
         tests = {f"data.test.{k}": v for k, v in self.data.test.items()}
+        check_mask_name = partial(check_name, task="segmentation")
         checks: list[tuple[str, Callable[[str], object], str]] = [
             ("segmenter", SEGMENTERS.get, self.segmenter),
-            ("data.train", check_segmentation_name, self.data.train),
-            *((key, check_segmentation_name, name) for key, name in tests.items()),
+            ("data.train", check_mask_name, self.data.train),
+            *((key, check_mask_name, name) for key, name in tests.items()),
         ]
         for key, check, name in checks:
             try:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems, options_model
+from vlprompt.data.names import check_name
 from vlprompt.data.segmentation.augment import JointAugmentation
-from vlprompt.data.segmentation.catalog import check_segmentation_name
 from vlprompt.experiments.old_config import BackboneOptions, read_yaml
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
 from vlprompt.segmentation.fit import SegmentTrainOptions
@@ -255,7 +255,7 @@ def _data_problems(config: SegmentConfig) -> list[str]:
     problems = []
     for name in config.data.names:
         try:
-            check_segmentation_name(name)
+            check_name(name, "segmentation")
         except VLPromptError as error:
             problems.append(f"data.names: {error}")
     try:

@@ -18,7 +18,8 @@ from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.files import write_json
 from vlprompt.core.options import options_model
 from vlprompt.core.processes import accelerator
-from vlprompt.data.segmentation import MaskDataset, load_segmentation, overlaps
+from vlprompt.data import load_segmentation
+from vlprompt.data.segmentation import MaskDataset, overlaps
 from vlprompt.experiments.cells import Cell, ProtocolResult, run_cells
 from vlprompt.experiments.old_folder import environment, failures, open_folder, write_history
 from vlprompt.saved.prompts import save

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.data.segmentation import pairs_layouts as lay
-from vlprompt.data import load_card
+from vlprompt.data import load_card, load_segmentation
 from vlprompt.data.cards import card_names
 from vlprompt.data.prepare import explain, status
-from vlprompt.data.segmentation import MaskDataset, load_segmentation
+from vlprompt.data.segmentation import MaskDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is it whole")
 COUNTS = {"train": 6, "val": 2, "test": 3}

@@ -12,7 +12,8 @@ from PIL import Image
 import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
 from vlprompt.core.errors import DataError, UnknownNameError
-from vlprompt.data.segmentation import label_leaks, load_segmentation, overlaps, pair_problems
+from vlprompt.data import load_segmentation
+from vlprompt.data.segmentation import label_leaks, overlaps, pair_problems
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.data.segmentation import pairs_layouts as lay
 from vlprompt.core.errors import DataError, UnknownNameError
-from vlprompt.data.segmentation import MaskRule, load_segmentation, read_mask
+from vlprompt.data import load_segmentation
+from vlprompt.data.segmentation import MaskRule, read_mask
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskedImage
 from vlprompt.data.segmentation.convert import convert_coco, convert_indexed

@@ -1,7 +1,9 @@
-"""Images with masks and the phrases that ask for them: reading, checking, drawing and converting such data sets."""
+"""Images with masks and the phrases that ask for them: samples, readers, checks and conversions.
+
+Such data sets are opened by :func:`vlprompt.load_segmentation` (``catalog``).
+"""
 
 from vlprompt.data.segmentation.base import MaskDataset, MaskedImage, MaskSample
-from vlprompt.data.segmentation.catalog import list_segmentation, load_segmentation
 from vlprompt.data.segmentation.guards import label_leaks, overlaps, pair_problems
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, read_mask
 
@@ -12,8 +14,6 @@ __all__ = [
     "MaskSample",
     "MaskedImage",
     "label_leaks",
-    "list_segmentation",
-    "load_segmentation",
     "overlaps",
     "pair_problems",
     "read_mask",

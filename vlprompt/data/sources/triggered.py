@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.catalog import load_dataset
 from vlprompt.data.compositions import composition_dataset
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
@@ -35,8 +36,6 @@ def build(
         unseen: Share of the triggered compositions that training doesn't see.
         copies: Triggered images per image.
     """
-    from vlprompt.data.catalog import load_dataset  # the catalogue imports sources
-
     if not request.argument or request.argument.startswith("triggered:"):
         raise DataError(
             f"{request.name}: name the data set to put triggers into, for example triggered:scenes/shape."

@@ -1,0 +1,96 @@
+"""Figures and tables of test-time adaptation: every method beside the same classifier without adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vlprompt.adaptation.config import AdaptationConfig
+from vlprompt.experiments.cell import Coordinate
+from vlprompt.experiments.layout import AVERAGE, Layout, complete_means, tabulate
+from vlprompt.experiments.results import Line, Results
+from vlprompt.experiments.statistics import paired_difference, summarise
+from vlprompt.experiments.tables import Table
+
+__all__ = ["METRICS", "adaptation_tables", "headline", "headline_data", "summary"]
+
+METRICS = ("accuracy", "mean_per_class", "ece")
+_BEFORE = "before_"
+_ALIKE = ("alike", "alike_blurred")
+
+
+def headline(config: AdaptationConfig) -> str:
+    """Return the key of the figure that is said first: the accuracy of the first method."""
+    return f"{next(iter(config.methods))}/{headline_data(config)}/accuracy"
+
+
+def headline_data(config: AdaptationConfig) -> str:
+    """Return what stands for the data sets in keys of figures: the average, or the only one."""
+    return _columns(config)[-1]
+
+
+def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
+    """Return the figures of ``metrics.json``.
+
+    Args:
+        results: The long table; a line of a method has its metric twice, the second time as ``before_<metric>``.
+        config: Of the run.
+
+    Returns:
+        ``<method>/<data>/<metric>``, the mean over seeds, with ``_std`` and ``_ci95``; the same as ``before_<metric>``,
+        without adaptation; and ``<metric>_gain``, paired over seeds. ``<data>`` is also ``average``, over data sets.
+        ``views/<data>/alike`` is the share of stored views, in [0, 1], that get the class of their image.
+    """
+    figures: dict[str, float] = {}
+    for label in config.methods:
+        for data in _columns(config):
+            for metric in METRICS:
+                after = _by_seed(results.select(metric, method=label), data, config)
+                before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
+                if not after:
+                    continue
+                gains = paired_difference(list(after.values()), list(before.values()))
+                figures |= summarise(list(after.values())).flat(f"{label}/{data}/{metric}")
+                figures |= summarise(list(before.values())).flat(f"{label}/{data}/{_BEFORE}{metric}")
+                figures |= gains.flat(f"{label}/{data}/{metric}_gain")
+
+    for metric in _ALIKE:
+        for name in results.select(metric).coordinates("data"):
+            shares = results.select(metric, data=name).values()
+            figures |= summarise(shares).flat(f"views/{name}/{metric}")
+    return figures
+
+
+def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
+    """Return accuracies, a row for each method and one for each classifier without adaptation, and paired gains.
+
+    Args:
+        results: The long table.
+        config: Of the run.
+        layout: Without baselines: which classifier a method starts from is read from the results.
+    """
+    baselines: dict[str, tuple[str, ...]] = {}
+    before: dict[tuple[Coordinate, ...], Line] = {}
+    for label in config.methods:
+        for line in results.select(f"{_BEFORE}accuracy", method=label).lines:
+            row = f"without adaptation ({line.where['start']})"
+            baselines[label] = (row,)
+            # Methods that start from the same classifier share its row.
+            key = (row, line.where["data"], line.where["seed"])
+            before.setdefault(key, Line({**line.where, "method": row}, "accuracy", line.value))
+
+    after = results.select("accuracy", method=set(config.methods))
+    rows = Results([*before.values(), *after.lines])
+    return tabulate(rows, replace(layout, baselines=baselines))
+
+
+def _columns(config: AdaptationConfig) -> list[str]:
+    names = config.data.names
+    return [*names, AVERAGE] if len(names) > 1 else list(names)
+
+
+def _by_seed(lines: Results, data: str, config: AdaptationConfig) -> dict[Coordinate, float]:
+    """Return one value for each seed; of the average only for seeds that have every data set."""
+    if data != AVERAGE:
+        return lines.select(data=data).value_by("seed")
+    complete = set(lines.coordinates("data")) == set(config.data.names)
+    return complete_means(lines, "seed", "data") if complete else {}
