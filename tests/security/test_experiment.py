@@ -274,7 +274,7 @@ import torch
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.tasks import read_experiment
 torch.set_num_threads(1)
-run_experiment(read_experiment(sys.argv[1], [f"output={sys.argv[2]}"]))
+run_experiment(read_experiment(sys.argv[1]))
 """
 
 
@@ -284,16 +284,18 @@ def test_killed_anywhere_and_run_again_ends_with_the_same_files(tmp_path: Path, 
     path.write_text(yaml.safe_dump({**_KILLED, "data": {"name": images}}))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", _PROGRAM, str(path), str(output)], env=environment)
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", _PROGRAM, str(path)]
+        return subprocess.Popen(command, env=environment, cwd=folder)
 
     assert start(tmp_path / "whole").wait() == 0
     kills = 0
-    for finished in (0, 1, 3):  # cells that exist when the run is killed
+    for finished in (0, 2):  # cells that exist when the run is killed
         running = start(tmp_path / "killed")
         while running.poll() is None:
-            cells = list((tmp_path / "killed").glob("small/*/cells/*/cell.json"))
-            folders = list((tmp_path / "killed").glob("small/*/cells/*"))
+            cells = list((tmp_path / "killed").glob("runs/small/*/cells/*/cell.json"))
+            folders = list((tmp_path / "killed").glob("runs/small/*/cells/*"))
             if len(cells) >= finished and folders:
                 running.send_signal(signal.SIGKILL)
                 kills += 1
@@ -304,7 +306,7 @@ def test_killed_anywhere_and_run_again_ends_with_the_same_files(tmp_path: Path, 
     assert start(tmp_path / "killed").wait() == 0
 
     for name in FILES:
-        whole = next((tmp_path / "whole").glob(f"small/*/{name}")).read_bytes()
-        assert next((tmp_path / "killed").glob(f"small/*/{name}")).read_bytes() == whole, name
-    metrics = json.loads(next((tmp_path / "killed").glob("small/*/metrics.json")).read_text())
+        whole = next((tmp_path / "whole").glob(f"runs/small/*/{name}")).read_bytes()
+        assert next((tmp_path / "killed").glob(f"runs/small/*/{name}")).read_bytes() == whole, name
+    metrics = json.loads(next((tmp_path / "killed").glob("runs/small/*/metrics.json")).read_text())
     assert metrics["runs_failed"] == 0

@@ -50,11 +50,12 @@ def command(
     """
     import torch
 
+    from vlprompt.learners import Learner
     from vlprompt.learners._scanning import ImageScanner
     from vlprompt.saved.prompts import load
     from vlprompt.security.folder import scan_folder
 
-    learner = load(prompt)
+    learner: Learner = load(prompt)
     if not isinstance(learner, ImageScanner):
         raise DataError(
             f"{prompt} holds {learner.method}, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml."
