@@ -89,6 +89,7 @@ class FeatureCache:
         """
         if not len(dataset):
             raise DataError(f"{dataset.name} ({dataset.split}): no images to encode.")
+
         store = self._store(fingerprint, dtype)
         with (
             ThreadPoolExecutor(max(1, workers)) as pool,
@@ -112,6 +113,7 @@ class FeatureCache:
                     report(done, len(dataset))
             finally:  # what was encoded before an error is not encoded again
                 store.flush()
+
         return store.rows(keys)
 
     def _store(self, fingerprint: str, dtype: torch.dtype) -> ShardStore:
@@ -121,6 +123,7 @@ class FeatureCache:
                 digest = hashlib.sha256(f"{fingerprint}\x1f{dtype}".encode()).hexdigest()
                 folder = self.root / digest[:16]
             self._stores[fingerprint, dtype] = ShardStore(folder, fingerprint, dtype, self.rows_per_shard)
+
         store = self._stores[fingerprint, dtype]
         store.refresh()
         return store
@@ -151,6 +154,7 @@ def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[i
                 batch.append(index)
         if batch:
             batches.append(batch)
+
     return batches
 
 
@@ -182,6 +186,7 @@ def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) 
         raise DataError(
             f"encode must turn {len(indices)} images into ({len(indices)}, d); got {tuple(features.shape)}."
         )
+
     finite = torch.isfinite(features).all(dim=1)
     if not bool(finite.all()):
         worst = indices[int((~finite).nonzero()[0])]
@@ -189,6 +194,7 @@ def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) 
         raise NonFiniteError(
             f"{dataset.name} ({dataset.split}): the features of image {source} are not finite."
         )
+
     return features
 
 
@@ -197,10 +203,12 @@ def _reporter(progress: ProgressCallback | bool, title: str) -> Iterator[Progres
     if callable(progress):
         yield progress
         return
+
     console = Console(stderr=True)
     if not progress or not console.is_terminal:
         yield lambda done, total: None
         return
+
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -194,6 +194,7 @@ def card_names(task: str | None = None) -> list[str]:
     files = _card_files()
     if task is None:
         return sorted(files)
+
     # A whole card takes long to check, and its task is one line of it.
     line = re.compile(rf"^task:\s*{re.escape(task)}\s*(#.*)?$", re.MULTILINE)
     return sorted(
@@ -218,6 +219,7 @@ def card_titles() -> dict[str, str]:
         lines = dict(re.findall(r"^(title|task):\s*(.*?)\s*$", text, re.MULTILINE))
         title = lines.get("title", name).strip("\"'")
         titles[name] = f"{title} ({lines.get('task', 'no task')})"
+
     return titles
 
 
@@ -233,12 +235,15 @@ def load_card(name: str) -> Card:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(path)) from None
+
     if not isinstance(content, dict):
         raise ConfigError(["a card is a mapping of keys to values"], str(path))
+
     if content.get("synsets") and "classnames" not in content:
         from vlprompt.data.imagenet import synset_names  # only now: it takes open_clip's import
 
         content["classnames"] = synset_names(str(content["synsets"]))
+
     try:
         return Card.model_validate({**content, "name": name})
     except ValidationError as error:
@@ -256,9 +261,10 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
         else:
             got = "" if item["type"] == "missing" else f" (got {item['input']!r})"
             problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got[:120]}")
+
     return problems
 
 
 def _card_files() -> dict[str, Path]:
-    own = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
-    return {path.stem: path for folder in (cards_dir(), *own) for path in sorted(folder.glob("*.yaml"))}
+    further = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
+    return {path.stem: path for folder in (cards_dir(), *further) for path in sorted(folder.glob("*.yaml"))}

@@ -57,8 +57,10 @@ def download(
             f"{target} is there, but is not the file that is expected ({expected}; it has "
             f"{checksum(target, (expected or 'sha256:').partition(':')[0])}). Move it away, then try again."
         )
+
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
+
     reasons = []
     for url in urls:
         try:
@@ -76,6 +78,7 @@ def download(
             reasons.append(f"{url}: {error}")
         except OSError as error:
             raise DataError(f"{part} can't be written: {error.strerror or error}.") from None
+
     raise DataError(f"{target.name} could not be fetched. {'; '.join(reasons)}.")
 
 
@@ -85,9 +88,9 @@ class _BrokenError(Exception):
 
 def _check(part: Path, expected: str | None) -> None:
     if not matches(part, expected):
-        found = checksum(part, str(expected).partition(":")[0])
+        actual = checksum(part, str(expected).partition(":")[0])
         part.unlink()
-        raise _BrokenError(f"wrong checksum {found}, expected {expected}; what came was thrown away")
+        raise _BrokenError(f"wrong checksum {actual}, expected {expected}; what came was thrown away")
 
 
 def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> None:
@@ -109,6 +112,7 @@ def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> N
             reason = str(error.reason)
         except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
+
         grown = part.is_file() and part.stat().st_size > have
         failures = 0 if grown else failures + 1
         if failures >= _RETRIES:
@@ -130,15 +134,18 @@ def _one_connection(url: str, part: Path, have: int, timeout: float, progress: P
             raise http.client.HTTPException(
                 f"asked from byte {have}, got {answer.headers.get('Content-Range')!r}"
             )
+
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length and length.isdigit() else None
         _need_space(part, (total or 0) - have)
+
         with part.open("ab" if have else "wb") as file:
             while block := answer.read(_BLOCK):
                 file.write(block)
                 have += len(block)
                 if progress is not None:
                     progress(part.name.removesuffix(".part"), have, total)
+
     return total is None or have >= total
 
 

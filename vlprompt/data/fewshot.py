@@ -65,17 +65,20 @@ def few_shot(
     strata, names = dataset.strata
     groups = _by_class(strata)
     _check_supply(dataset, names, groups, wanted, strict_shots)
+
     if sampling == "private":
         queues = _shuffled(dataset, groups, shots, seed)
     elif sampling == "coop_compat":
         queues = _reference_draws(dataset, train, shots, seed)
     else:
         raise DataError(f"unknown sampling {sampling!r}; known: 'private', 'coop_compat'.")
+
     chosen, bad = _take_readable(dataset, queues, wanted)
     report = VerificationReport(sum(map(len, chosen)) + len(bad), tuple(bad))
     refuse_if_fatal(dataset.name, dataset.split, report, on_bad_image, max_bad_share, len(dataset))
     indices = [i for group in chosen for i in group]
     info = {"skipped": [b.name for b in bad]} if bad else {}
+
     return dataset.subset(indices, shots=shots, seed=seed, sampling=sampling, indices=indices, **info)
 
 
@@ -112,6 +115,7 @@ def base_new(dataset: ImageDataset, which: Literal["all", "base", "new"]) -> Ima
         return dataset
     if which not in ("base", "new"):
         raise DataError(f"{dataset.name}: unknown classes={which!r}; known: 'all', 'base', 'new'.")
+
     classes = range(middle) if which == "base" else range(middle, count)
     if not classes:
         raise DataError(f"{dataset.name}: it has {count} class, which leaves none for 'new'.")
@@ -140,9 +144,10 @@ def _check_supply(
     short = [(c, len(groups.get(c, []))) for c in range(len(names)) if len(groups.get(c, [])) < wanted]
     if not short:
         return
-    shown = ", ".join(f"{names[c]!r} has {n}" for c, n in short[:10])
+
+    examples = ", ".join(f"{names[c]!r} has {n}" for c, n in short[:10])
     more = f", and {len(short) - 10} more" if len(short) > 10 else ""
-    message = f"{dataset.name} ({dataset.split}): {wanted} shots asked for, but {shown}{more}."
+    message = f"{dataset.name} ({dataset.split}): {wanted} shots asked for, but {examples}{more}."
     if strict:
         raise DataError(f"{message} Ask for at most {min(n for _, n in short)}, or pass strict_shots=False.")
     warnings.warn(f"{message} All of these are taken.", stacklevel=4)
@@ -187,6 +192,7 @@ def _take_readable(
         for queue, index in batch:
             if index not in broken:
                 chosen[queue].append(index)
+
     return chosen, bad
 
 

@@ -119,6 +119,7 @@ class FileReader(Reader):
                 _digests[stat] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise DataError(f"can't read the image {path}: {error.strerror or error}.") from None
+
         return _digests[stat]
 
     def stamp(self, source: str) -> str:
@@ -150,9 +151,9 @@ class VerificationReport:
     def __str__(self) -> str:
         if not self.bad:
             return f"{self.checked} images checked, all readable"
-        shown = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
+        examples = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
         more = f"; and {len(self.bad) - 10} more" if len(self.bad) > 10 else ""
-        return f"{len(self.bad)} of {self.checked} images can't be read: {shown}{more}"
+        return f"{len(self.bad)} of {self.checked} images can't be read: {examples}{more}"
 
 
 def verify(
@@ -184,6 +185,7 @@ def verify(
     parts = [chosen[start::threads] for start in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         bad_images = [bad for part in pool.map(check, parts) for bad in part]
+
     return VerificationReport(len(chosen), tuple(sorted(bad_images, key=lambda bad: bad.index)))
 
 
@@ -204,11 +206,13 @@ def drop_bad(
     report = verify(dataset) if report is None else report
     if not report.bad:
         return dataset
+
     refuse_if_fatal(dataset.name, dataset.split, report, policy, max_share, len(dataset))
     bad = {b.index for b in report.bad}
     names = [*dataset.info.get("skipped", []), *(b.name for b in report.bad)]
-    kept = [i for i in range(len(dataset)) if i not in bad]
-    return dataset.subset(kept, skipped=names)
+    readable = [i for i in range(len(dataset)) if i not in bad]
+
+    return dataset.subset(readable, skipped=names)
 
 
 def refuse_if_fatal(
@@ -252,6 +256,7 @@ def _verdict(path: Path, max_pixels: int) -> str:
         stat = _stat(path)
     except OSError as error:
         return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
     if stat not in _verdicts:
         try:
             with _opened(path, path, max_pixels) as image:
@@ -259,6 +264,7 @@ def _verdict(path: Path, max_pixels: int) -> str:
             _verdicts[stat] = ""
         except UndecodableError as error:
             _verdicts[stat] = error.reason
+
     return _verdicts[stat]
 
 
@@ -331,10 +337,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+
     return image.convert("RGB")
 
 
@@ -354,5 +362,5 @@ def _to_bytes(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def _stat(path: Path) -> _Stat:
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns

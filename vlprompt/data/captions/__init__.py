@@ -50,6 +50,7 @@ def open_captions(name: str) -> CaptionSource:
     entry = CAPTION_SOURCES.get(kind)
     if not colon or not argument:
         raise DataError(f"pairs {name!r}: write {entry.extra['grammar']}.")
+
     source = entry.target(argument)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     if not len(source):
         raise DataError(f"pairs {name!r}: there is no image with a caption.")

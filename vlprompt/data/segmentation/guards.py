@@ -38,12 +38,15 @@ def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tu
     """
     keys = {s: {d.reader.key(source): source for source in d.images()} for s, d in splits.items()}
     names = list(splits)
-    found = {}
+
+    shared_of = {}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            if shared := [k for k in keys[first] if k in keys[second]]:
-                found[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
-    return found
+            shared = [k for k in keys[first] if k in keys[second]]
+            if shared:
+                shared_of[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
+
+    return shared_of
 
 
 def label_leaks(data: MaskDataset) -> dict[str, int]:
@@ -59,10 +62,9 @@ def label_leaks(data: MaskDataset) -> dict[str, int]:
     for index, sample in enumerate(data.samples):
         mask = data[index].mask
         full.setdefault((sample.label, sample.phrase), []).append(bool((mask == 1).any()))
-    shown = {label for (label, _), found in full.items() if any(found)}
-    return {
-        phrase: len(found) for (label, phrase), found in full.items() if not any(found) and label in shown
-    }
+
+    visible = {label for (label, _), hits in full.items() if any(hits)}
+    return {phrase: len(hits) for (label, phrase), hits in full.items() if not any(hits) and label in visible}
 
 
 def pair_problems(data: MaskDataset, indices: Iterable[int] | None = None) -> list[str]:

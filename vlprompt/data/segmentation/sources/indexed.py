@@ -65,35 +65,42 @@ def build(
         AbsentError: If it isn't there.
         DataError: If halves of pairs are missing.
     """
-    card, options = request.need_card, parse_options(request, IndexedOptions)
+    card = request.need_card
+    options = parse_options(request, IndexedOptions)
     folder = find_folder(request, options)
     if not (folder / options.masks).is_dir():
         raise absent(request, [f"{folder.name}/{options.masks}"])
+
     parts: dict[str, tuple[MaskSample, ...]] = {}
     for split, part in options.parts.items():
-        names, problems = _names(request, folder, options, part), []
-        kept = []
+        names = _names(request, folder, options, part)
+        problems = []
+        complete = []
         for name in names:
-            image, mask = f"{name}{options.image_end}", f"{name}{options.mask_end}"
+            image = f"{name}{options.image_end}"
+            mask = f"{name}{options.mask_end}"
             lacks = [
                 p for p in (folder / options.images / image, folder / options.masks / mask) if not p.is_file()
             ]
             if lacks:
                 problems.append(f"{name} lacks {lacks[0]}")
             else:
-                kept.append((image, mask))
+                complete.append((image, mask))
+
         refuse_missing(f"{request.name} ({split})", problems, on_missing)
         parts[split] = tuple(
             MaskSample(
                 i, (m,), class_phrase(card.templates, c, f"{i}|{c}"), label, f"{i}|{c}", options.values[label]
             )
-            for i, m in kept
+            for i, m in complete
             for label, c in enumerate(card.classnames)
         )
+
     parts, how = with_validation(card.name, parts)
     rule = MaskRule(ignore=options.ignore)
     reader = MaskFiles(folder / options.images, folder / options.masks, rule, on_size_mismatch)
     info = {"source": "indexed", "split_source": how}
+
     return MaskDataset(request.name, request.split, need_part(request, parts), card.classnames, reader, info)
 
 
@@ -103,8 +110,10 @@ def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part)
         if not path.is_file():
             raise absent(request, [f"{folder.name}/{part.list}"])
         return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    place = folder / options.images / part.folder
-    if not place.is_dir():
+
+    part_folder = folder / options.images / part.folder
+    if not part_folder.is_dir():
         raise absent(request, [f"{folder.name}/{options.images}/{part.folder}"])
-    found = list_images(place, folder / options.images)
-    return [p.removesuffix(options.image_end) for p in found if p.endswith(options.image_end)]
+
+    images = list_images(part_folder, folder / options.images)
+    return [p.removesuffix(options.image_end) for p in images if p.endswith(options.image_end)]
