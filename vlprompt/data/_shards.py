@@ -96,7 +96,7 @@ class ShardStore:
         return result
 
     def flush(self) -> None:
-        """Write what was added since the last shard; a disk that can't take it costs but a warning."""
+        """Write what was added since the last shard; a disk that can't take it causes a warning only."""
         if self.folder is None or not self._new_keys:
             return
 
@@ -119,9 +119,8 @@ class ShardStore:
             warnings.warn(f"features could not be stored under {self.folder}: {error}", stacklevel=3)
             return
 
-        if self._read(
-            path
-        ):  # from here on the file's pages serve these rows, and the copies in memory can go
+        if self._read(path):
+            # From here on these rows are pages of the file, so the copies in memory can go.
             for table in pending:
                 self._tables[table] = torch.empty(0, self._tables[table].shape[1])
 

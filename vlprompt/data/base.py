@@ -97,12 +97,12 @@ class ImageDataset:
 
     @property
     def targets(self) -> dict[str, list[int]]:
-        """What is known of every sample, as a learner's batches name it; data sets of pairs know more."""
+        """What is known of every sample, by the key that a learner's batch has for it."""
         return {"label": self.labels}
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
-        """The group of every sample of which shots draw equally many, and the groups' names: the classes."""
+        """The group of every sample and the names of the groups; shots draw equally many of each group."""
         return self.labels, self.classnames
 
     @property

@@ -1,8 +1,8 @@
 """Exact feature cache: a frozen tower never sees the same view of the same image twice.
 
 A row is keyed by what it depends on: the image's bytes, the view, the backbone's fingerprint (which covers
-weights, activation and preprocessing) and the type it is stored in. Nothing else is consulted, so nothing can
-go stale.
+weights, activation and preprocessing) and the type it is stored in. It depends on nothing else, so it can
+never be out of date.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class FeatureCache:
         workers: int = 2,
         progress: ProgressCallback | bool = True,
     ) -> torch.Tensor:
-        """Return the features of one view of every image, encoding only those that are not known yet.
+        """Return the features of one view of every image, encoding only those that are not stored yet.
 
-        Batches are runs of consecutive samples, minus the known ones: a run that was killed between two of
-        them and started again makes the very batches it would have made, hence the same bits.
+        Batches are runs of consecutive samples, without those that are stored already: a run that was killed
+        between two batches and started again makes the same batches again, hence the same bits.
 
         Args:
             dataset: n images.
@@ -175,7 +175,7 @@ def _prefetched(
             if (batch := next(coming, None)) is not None:
                 running.append((batch, [pool.submit(load, i) for i in batch]))
             yield indices, images
-    finally:  # after an error nobody waits for images that were only asked for in advance
+    finally:  # after an error the images that were decoded ahead are not needed
         for _, futures in running:
             for future in futures:
                 future.cancel()

@@ -85,7 +85,7 @@ class SplitSpec(_Strict):
         sizes: Images in each part, or pairs of an image and a phrase.
         counts: Which of them.
         otherwise: How the parts are made where there is no published split, or its file is missing.
-        draw: How few-shot subsets are drawn unless somebody says otherwise (see ``sampling`` of ``load_dataset``).
+        draw: How few-shot subsets are drawn unless the caller says otherwise (see ``sampling`` of ``load_dataset``).
     """
 
     file: str | None = None
@@ -115,7 +115,7 @@ class Card(_Strict):
         paper: Where it was published.
         licence: As the authors state it.
         homepage: The authors' page.
-        archives: What is fetched, from where; empty if nobody serves it without a form.
+        archives: What is fetched, from where; empty if it can only be had by filling in a form.
         traps: What people got wrong before.
         verified: Which facts of this card were compared with what.
         by_hand: What to put where, if the program can't fetch it.
@@ -180,17 +180,16 @@ def cards_dir() -> Path:
     checkout = package.parent
     if (package / "cards").is_dir():
         return package / "cards"
+    # Only beside a pyproject.toml: in site-packages, a folder "datasets" belongs to another package.
     if (checkout / "pyproject.toml").is_file() and (checkout / "datasets").is_dir():
-        return (
-            checkout / "datasets"
-        )  # only beside a pyproject.toml: site-packages may hold a stranger's "datasets"
+        return checkout / "datasets"
     raise DataError(
         f"no data set cards: neither {package / 'cards'} nor {checkout / 'datasets'} exists. Reinstall."
     )
 
 
 def card_names(task: str | None = None) -> list[str]:
-    """Return the sorted names of all cards, shipped and one's own; only those of a task if one is named."""
+    """Return the sorted names of all cards, shipped ones and those of ``VLPROMPT_CARDS``, or only those of a task."""
     files = _card_files()
     if task is None:
         return sorted(files)

@@ -42,13 +42,13 @@ def download(
         target: Where it goes.
         expected: Its checksum (see :mod:`vlprompt.data.checksums`); None if none is known.
         timeout: Seconds without a byte after which a connection counts as broken.
-        progress: Told about every block.
+        progress: Called for every block.
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: If no place serves it whole, its checksum is wrong (nothing is kept then), or the disk is full.
+        DataError: If no address serves it whole, its checksum is wrong (nothing is kept then), or the disk is full.
     """
     if target.is_file():
         if matches(target, expected):
@@ -66,9 +66,8 @@ def download(
         try:
             resumed = part.is_file() and part.stat().st_size > 0
             _fetch(url, part, timeout, progress)
-            if resumed and not matches(
-                part, expected
-            ):  # the first half may be another version's: once more, whole
+            if resumed and not matches(part, expected):
+                # The first half may come from another version of the file: fetch all of it again.
                 part.unlink()
                 _fetch(url, part, timeout, progress)
             _check(part, expected)
@@ -83,14 +82,14 @@ def download(
 
 
 class _BrokenError(Exception):
-    """A place that does not serve the file; the next one may."""
+    """One address does not serve the file; the next one may."""
 
 
 def _check(part: Path, expected: str | None) -> None:
     if not matches(part, expected):
         actual = checksum(part, str(expected).partition(":")[0])
         part.unlink()
-        raise _BrokenError(f"wrong checksum {actual}, expected {expected}; what came was thrown away")
+        raise _BrokenError(f"wrong checksum {actual}, expected {expected}; the file was removed")
 
 
 def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> None:

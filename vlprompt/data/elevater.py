@@ -90,6 +90,7 @@ def elevater_indices(
         seed: Seed of the one shuffle.
         skip: Positions that may not be drawn.
     """
+    # One shuffle of the whole list, as in the reference: the draw depends on the order of the list.
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     counts = [0] * classes
@@ -99,6 +100,7 @@ def elevater_indices(
         class_counts = [counts[c] for c in labels[index]]
         if index in skip or not class_counts or min(class_counts) >= shots:
             continue
+        # An image of several classes is taken if one of them is rare so far, or none is far above its shots.
         if min(class_counts) <= shots / 2 or max(class_counts) <= 1.5 * shots:
             chosen.append(index)
             for c in labels[index]:

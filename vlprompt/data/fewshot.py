@@ -1,9 +1,9 @@
 """Few-shot subsets and the base/new halves of a class list.
 
 Paper: CoOp, 2109.01134, section 4.1 (1, 2, 4, 8, 16 shots, three seeds); CoCoOp, 2203.05557, section 4.1
-(base/new). Differs from the reference: the default draws come from a private generator, so a subset does not
-depend on what else was drawn in the process before; ``coop_compat`` follows the reference's single global
-stream draw for draw.
+(base/new). Differs from the reference: by default each class has a generator of its own, so a subset does not
+depend on earlier draws of the process. ``coop_compat`` follows the single global stream of the reference, draw by
+draw.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from vlprompt.data.images import BadImage, BadImagePolicy, VerificationReport, r
 
 __all__ = ["VAL_SHOTS", "base_new", "coop_indices", "few_shot"]
 
-VAL_SHOTS = (
-    4  # the protocol tunes on at most this many validation images per class, however many it trains on
-)
+# The protocol tunes on at most so many validation images per class, however many it trains on.
+VAL_SHOTS = 4
 Sampling = Literal["private", "coop_compat"]
 
 
@@ -46,7 +45,7 @@ def few_shot(
         dataset: The whole split.
         shots: Images per class, at least 1.
         seed: The protocol's seed.
-        sampling: ``"private"``, or ``"coop_compat"`` for the reference's very subset.
+        sampling: ``"private"``, or ``"coop_compat"`` for exactly the subset of the reference.
         train: The whole train split; ``coop_compat`` needs it for ``val``, whose draws follow train's in one
             stream.
         strict_shots: Refuse a class that has fewer than ``shots`` images, instead of taking all with a

@@ -1,8 +1,8 @@
-"""Images from files: robust decoding, content keys, and the pass that finds unreadable ones early.
+"""Images from files: robust decoding, content keys, and a check that finds unreadable images early.
 
-Decoding happens in threads and processes far from the user; a damaged file must surface as one sentence that
-names it. :func:`verify` decodes every image of a split once, up front, so that which images are used is
-decided before any worker starts and is the same in every process.
+Images are decoded in threads and processes, where the user sees no traceback, so a damaged file becomes one sentence
+with its name. :func:`verify` decodes every image of a split once, before any worker starts: which images are used is
+then the same in every process.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ __all__ = [
 ]
 
 EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = (
-    89_478_485  # Pillow's own warning level: 256 MiB of RGB; a header that claims more is taken for an attack
-)
-MAX_ASPECT = (
-    500  # a line of one pixel by a million is a small file, but not once its shorter side has a tower's size
-)
+# Where Pillow itself begins to warn: 256 MiB of RGB. A header that claims more is treated as an attack.
+MAX_PIXELS = 89_478_485
+# A line of one pixel by a million is a small file, but huge after its shorter side is enlarged to a tower's input.
+MAX_ASPECT = 500
 BadImagePolicy = Literal["skip", "error"]
 
-_Stat = tuple[str, int, int]  # path, bytes, modification time in ns: what in-memory results are keyed by
+# Path, bytes, modification time in ns: while they are equal, a file is not read again.
+_Stat = tuple[str, int, int]
 _digests: dict[_Stat, str] = {}
 _verdicts: dict[_Stat, str] = {}
 
@@ -291,9 +290,8 @@ def _opened(source: Path | io.BytesIO, path: Path, max_pixels: int) -> Iterator[
             yield image
     except UndecodableError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders throw OSError, SyntaxError, struct.error, zlib.error, ... at damaged bytes
+    # Decoders raise OSError, SyntaxError, struct.error, zlib.error and others at damaged bytes.
+    except Exception as error:
         raise UndecodableError(path, _reason(path, error)) from None
 
 

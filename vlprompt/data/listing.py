@@ -28,12 +28,14 @@ def list_images(folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS
     """
     images = []
     for parent, folders, files in os.walk(folder):
+        # os.walk visits what is left in this list, in this order.
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in extensions and _stays(path, root):
                 images.append(path.relative_to(root).as_posix())
 
+    # Bytes, not characters: the order does not depend on the locale.
     return sorted(images, key=os.fsencode)
 
 

@@ -4,7 +4,7 @@ A name has one of three forms:
 
 - the name of a card, such as ``oxford_pets`` or ``kvasir_seg``;
 - ``scenes/TASK`` or ``scenes/TASK@STYLE``: images that are drawn;
-- ``KIND:ARGUMENT``: files of one's own, such as ``folder:PATH`` or ``pairs:PATH``.
+- ``KIND:ARGUMENT``: the user's own files, such as ``folder:PATH`` or ``pairs:PATH``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def default_root() -> Path:
 def list_datasets(task: Task | None = None) -> list[str]:
     """Return the sorted names of all data sets, or only those of a task.
 
-    Styles (``scenes/TASK@STYLE``) and files of one's own (``folder:PATH``, ``csv:PATH``, ``pairs:PATH``,
+    Styles (``scenes/TASK@STYLE``) and your own files (``folder:PATH``, ``csv:PATH``, ``pairs:PATH``,
     ``prompts:PATH``, ``per_class:PATH``) come in addition.
     """
     masks = [*card_names("segmentation"), *(f"scenes/{name}" for name in MASK_TASKS)]

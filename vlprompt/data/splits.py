@@ -121,8 +121,8 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
 
     Args:
         path: The JSON file.
-        expected: Checksum of the published file, if it is known; another one is worth a warning, since copies
-            that people pass on differ in white space, and results record what was read.
+        expected: Checksum of the published file, if it is known. Another checksum causes a warning only, since
+            copies differ in white space; results record what was read.
 
     Raises:
         DataError: If it is damaged, not of this format, its labels have gaps, a label has two names, or a

@@ -1,7 +1,7 @@
 """Images with captions: where they come from, and the store of their features that meta-training reads.
 
 A kind of source is one file here: a class whose instances give image and caption by number, registered under the
-word before the colon in ``kind:ARGUMENT``. Nothing has to be labelled.
+word before the colon in ``kind:ARGUMENT``. No labels are needed.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def draw_object(
     seen_only: bool = False,
     **fixed: Any,
 ) -> SceneObject:
-    """Draw one object; what is given by name stays fixed.
+    """Draw one object; attributes that are passed by name stay fixed.
 
     Args:
         rng: Source of randomness.

@@ -237,7 +237,7 @@ def _first_word(attribute: str, value: str) -> str:
 
 
 def _item(rng: Rng, **fixed: Any) -> SceneObject:
-    """Draw an object that is large enough to be told apart at 64 pixels."""
+    """Draw an object that is large enough to be recognised at 64 pixels."""
     size = "large" if rng.random() < 0.5 else "medium"
     return draw_object(rng, **{"size": size, **fixed})
 

@@ -1,4 +1,4 @@
-"""What makes a segmentation result worthless, found before it is measured: shared images, phrases that tell."""
+"""What makes a segmentation result worthless: images that two splits share, and label leakage through phrases."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tu
 
 
 def label_leaks(data: MaskDataset) -> dict[str, int]:
-    """Find phrases that give the answer away: of a class asked for in several ways, those with empty masks only.
+    """Find label leakage: phrases of a class whose masks are all empty, while its other phrases have masks.
 
     A model that learns such a phrase is right without looking at the image, and an empty mask that is found counts
     as a perfect one. Every mask is read.
 
     Returns:
-        Phrase to the number of its pairs; empty if no phrase tells.
+        Phrase to the number of its pairs; empty if no phrase leaks the label.
     """
     full: dict[tuple[int, str], list[bool]] = {}
     for index, sample in enumerate(data.samples):

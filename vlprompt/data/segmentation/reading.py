@@ -1,7 +1,7 @@
 """Masks from files: which pixels a file means, and what is refused of it.
 
-A mask that is read wrongly trains a wrong model without a word, so nothing is guessed: a file with more than two
-values, or of another size than its image, is an error until somebody says what it means.
+A mask that is read wrongly trains a wrong model without any error, so nothing is guessed: a file with more than two
+values, or of another size than its image, is an error until the user says what it means.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class MaskFiles(MaskReader):
 
 
 def _unite(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Inside either; what isn't, but doesn't count in one of them, doesn't count."""
+    """Return the union; a pixel that is outside both and ignored in one is ignored."""
     inside = (a == 1) | (b == 1)
     void = (a == IGNORE) | (b == IGNORE)
     return np.where(inside, np.uint8(1), np.where(void, np.uint8(IGNORE), np.uint8(0)))

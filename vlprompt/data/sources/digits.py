@@ -86,9 +86,8 @@ def _data() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 def _draw(pixels: np.ndarray[Any, Any], size: int, look: str) -> Image.Image:
     """Enlarge (8, 8) ink to RGB: bicubic, then contrast, which turns slopes into the edges of strokes."""
-    ink = np.pad(pixels / _INK, 1).astype(
-        np.float32
-    )  # strokes touch the border: a blank ring rounds their ends
+    # Strokes touch the border: a blank ring rounds their ends.
+    ink = np.pad(pixels / _INK, 1).astype(np.float32)
     field = np.asarray(Image.fromarray(ink).resize((size, size), Image.Resampling.BICUBIC))
     stroke = np.clip((field - 0.5) * 2.5 + 0.5, 0, 1)
     grey = 1 - stroke if look == "dark_on_light" else stroke

@@ -1,4 +1,4 @@
-"""folder:PATH: anybody's images in class folders.
+"""folder:PATH: images in class folders.
 
 Either ``PATH/<train|val|test>/<class>/...`` (``valid`` and ``validation`` mean ``val``; a missing ``val`` is
 a fifth of each class of ``train``) or ``PATH/<class>/...``, which is cut 60/20/20 per class, at least one
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,22 @@ _LAYOUTS = ("auto", "splits", "classes")
 _Groups = dict[str, list[str]]  # class folder -> images
 
 
-@sources.register("folder", summary="class folders of one's own: folder:PATH", grammar="folder:PATH")
+@dataclass(frozen=True)
+class _Part:
+    """One split as it is read.
+
+    Attributes:
+        origins: Class folders, by label.
+        samples: Its samples.
+        how: Where the split comes from, for the record.
+    """
+
+    origins: list[str]
+    samples: tuple[Sample, ...]
+    how: str
+
+
+@sources.register("folder", summary="your own class folders: folder:PATH", grammar="folder:PATH")
 def build(
     request: Request,
     *,
@@ -43,7 +59,7 @@ def build(
 
     Args:
         request: ``argument`` is the folder.
-        layout: Whether PATH holds splits or classes; found out if ``"auto"``.
+        layout: Whether PATH holds splits or classes; ``"auto"`` looks at the names of the folders.
         extensions: Endings that count as images.
         empty_class: What to do about a class folder without images.
         split_seed: Another cut of the same folder, where the folder holds no splits.
@@ -65,19 +81,18 @@ def build(
     endings = tuple(e.lower() if e.startswith(".") else f".{e.lower()}" for e in extensions)
     split_folders = _split_folders(root, layout)
     if split_folders:
-        groups, how = _from_splits(request, root, split_folders, endings, empty_class, split_seed)
+        part = _from_splits(request, root, split_folders, endings, empty_class, split_seed)
     else:
-        folders = list_folders(root, root)
-        groups, how = _cut_classes(
-            request, root, _listing(root, root, folders, endings, empty_class), split_seed
-        )
+        listing = _listing(root, root, list_folders(root, root), endings, empty_class)
+        part = _cut_classes(request, listing, split_seed)
 
-    origins, parts = groups
-    names = _classnames(root, origins)
-    info = {"source": "folder", "split_source": how, "origins": origins}
+    names = _classnames(root, part.origins)
+    info = {"source": "folder", "split_source": part.how, "origins": part.origins}
     info["fewshot_key"] = f"folder:{root.resolve().name}"  # the same draw wherever the folder lies
 
-    return ImageDataset(request.name, request.split, parts, names, DEFAULT_TEMPLATES, FileReader(root), info)
+    return ImageDataset(
+        request.name, request.split, part.samples, names, DEFAULT_TEMPLATES, FileReader(root), info
+    )
 
 
 def _split_folders(root: Path, layout: str) -> dict[str, Path]:
@@ -138,13 +153,11 @@ def _listing(
     return {name: images for name, images in groups.items() if images}
 
 
-def _cut_classes(
-    request: Request, root: Path, listing: _Groups, seed: int
-) -> tuple[tuple[list[str], tuple[Sample, ...]], str]:
+def _cut_classes(request: Request, listing: _Groups, seed: int) -> _Part:
     origins = list(listing)
     groups = {label: listing[name] for label, name in enumerate(origins)}
     parts = cut(groups, _SHARES, "folder", origins, seed)
-    return (origins, parts[request.split]), f"cut 60/20/20 per class by path, seed {seed}"
+    return _Part(origins, parts[request.split], f"cut 60/20/20 per class by path, seed {seed}")
 
 
 def _from_splits(
@@ -154,19 +167,16 @@ def _from_splits(
     endings: Sequence[str],
     empty_class: str,
     seed: int,
-) -> tuple[tuple[list[str], tuple[Sample, ...]], str]:
-    train = _listing(
-        split_folders["train"], root, list_folders(split_folders["train"], root), endings, empty_class
-    )
+) -> _Part:
+    train_folder = split_folders["train"]
+    train = _listing(train_folder, root, list_folders(train_folder, root), endings, empty_class)
     origins = list(train)
     groups = {label: train[name] for label, name in enumerate(origins)}
 
     if "val" not in split_folders and request.split in ("train", "val"):
         parts = cut(groups, _VAL_OF_TRAIN, "folder", origins, seed)
-        return (
-            origins,
-            parts[request.split],
-        ), f"folders {sorted(split_folders)}; val is 20 % of train per class, seed {seed}"
+        how = f"folders {sorted(split_folders)}; val is 20 % of train per class, seed {seed}"
+        return _Part(origins, parts[request.split], how)
 
     if request.split not in split_folders:
         raise DataError(
@@ -182,7 +192,7 @@ def _from_splits(
         groups = {label: listing.get(name, []) for label, name in enumerate(origins)}
 
     samples = tuple(Sample(image, label) for label in groups for image in groups[label])
-    return (origins, samples), f"folders {sorted(split_folders)}"
+    return _Part(origins, samples, f"folders {sorted(split_folders)}")
 
 
 def _classnames(root: Path, origins: list[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """synsets: ImageNet and its variants, class folders named by WordNet ids (or, in V2, by label).
 
-Differs from the reference code: its validation list is the test list, so choosing by it peeks at the test set; here
-val is cut from train, and the variants, which are for testing only, have no other split.
+Differs from the reference code: there, the validation list is the test list, so choosing a model by it uses test
+images. Here val is cut from train. The variants are for testing only and have no other split.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ Every image is paired with every class; which classes it shows is read from its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from vlprompt.data.cards import Card
 from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -75,26 +77,19 @@ def build(
     for split, part in options.parts.items():
         names = _names(request, folder, options, part)
         problems = []
-        complete = []
+        samples: list[MaskSample] = []
         for name in names:
             image = f"{name}{options.image_end}"
             mask = f"{name}{options.mask_end}"
-            lacks = [
-                p for p in (folder / options.images / image, folder / options.masks / mask) if not p.is_file()
-            ]
-            if lacks:
-                problems.append(f"{name} lacks {lacks[0]}")
+            paths = (folder / options.images / image, folder / options.masks / mask)
+            missing = [path for path in paths if not path.is_file()]
+            if missing:
+                problems.append(f"{name} lacks {missing[0]}")
             else:
-                complete.append((image, mask))
+                samples += _samples(card, options, image, mask)
 
         refuse_missing(f"{request.name} ({split})", problems, on_missing)
-        parts[split] = tuple(
-            MaskSample(
-                i, (m,), class_phrase(card.templates, c, f"{i}|{c}"), label, f"{i}|{c}", options.values[label]
-            )
-            for i, m in complete
-            for label, c in enumerate(card.classnames)
-        )
+        parts[split] = tuple(samples)
 
     parts, how = with_validation(card.name, parts)
     rule = MaskRule(ignore=options.ignore)
@@ -102,6 +97,14 @@ def build(
     info = {"source": "indexed", "split_source": how}
 
     return MaskDataset(request.name, request.split, need_part(request, parts), card.classnames, reader, info)
+
+
+def _samples(card: Card, options: IndexedOptions, image: str, mask: str) -> Iterator[MaskSample]:
+    """Yield one pair for each class, whether the image shows it or not."""
+    for label, classname in enumerate(card.classnames):
+        record = f"{image}|{classname}"
+        phrase = class_phrase(card.templates, classname, record)
+        yield MaskSample(image, (mask,), phrase, label, record, options.values[label])
 
 
 def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part) -> list[str]:

@@ -63,7 +63,7 @@ class PairedOptions(Layout):
     threshold: int | None = None
 
 
-@pair_sources.register("pairs", summary="images/ and masks/ of one's own, one phrase", grammar="pairs:PATH")
+@pair_sources.register("pairs", summary="your own images/ and masks/, one phrase", grammar="pairs:PATH")
 def build(
     request: Request,
     *,
@@ -78,7 +78,7 @@ def build(
     Args:
         request: What is asked for.
         threshold: See :class:`MaskRule`; the card's if None.
-        suffix: What a mask's name has behind its image's; found out if None.
+        suffix: What a mask's name has behind its image's; None takes the one that fits most images.
         on_missing: What to do about images without a mask, and masks without an image.
         on_size_mismatch: What to do where a mask isn't its image's size.
         split_seed: Another cut of the same folder.
@@ -97,14 +97,7 @@ def build(
     ending = options.suffix if suffix is None and request.card is not None else suffix
     parts: dict[str, tuple[MaskSample, ...]] = {}
     for part, part_folders in options.parts.items():
-        if not (folder / part_folders.images).is_dir() or not (folder / part_folders.masks).is_dir():
-            if request.card is not None:
-                raise absent(
-                    request, [f"{folder.name}/{part_folders.images} and {folder.name}/{part_folders.masks}"]
-                )
-            raise DataError(
-                f"{request.name}: {part} needs the folders {part_folders.images} and {part_folders.masks}."
-            )
+        _check_folders(request, folder, part, part_folders)
         parts[part] = _pairs(request, folder, part_folders, ending, on_missing)
 
     shares = {str(part): share for part, share in options.shares.items()} or _SHARES
@@ -133,6 +126,17 @@ def _own_options(request: Request, folder: Path) -> PairedOptions:
     return PairedOptions.model_validate({"folders": ("",), "parts": parts})
 
 
+def _check_folders(request: Request, folder: Path, part: str, part_folders: _Folders) -> None:
+    """Refuse a part without its two folders; a card's data set counts as absent then."""
+    images = part_folders.images
+    masks = part_folders.masks
+    if (folder / images).is_dir() and (folder / masks).is_dir():
+        return
+    if request.card is not None:
+        raise absent(request, [f"{folder.name}/{images} and {folder.name}/{masks}"])
+    raise DataError(f"{request.name}: {part} needs the folders {images} and {masks}.")
+
+
 def _pairs(
     request: Request, folder: Path, part_folders: _Folders, suffix: str | None, on_missing: Missing
 ) -> tuple[MaskSample, ...]:
@@ -142,6 +146,7 @@ def _pairs(
     if suffix is None:
         suffix = max(_SUFFIXES, key=lambda s: sum(f"{stem}{s}" in masks for stem in images))
 
+    # Where images and masks lie in one folder, a name with the masks' ending is no image.
     together = part_folders.images == part_folders.masks
     if together:
         ends = re.compile(rf"{re.escape(suffix)}(_\d+)?$")
@@ -195,15 +200,14 @@ def _cut(
 ) -> tuple[dict[str, tuple[MaskSample, ...]], str]:
     """Make the splits out of the parts that exist."""
     if "all" in parts:
-        return _by_hash(request, parts["all"], shares, seed), f"all images cut by name, {shares}, seed {seed}"
+        how = f"all images cut by name, {shares}, seed {seed}"
+        return _by_hash(request, parts["all"], shares, seed), how
     if "val" in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
 
     of_train = {"val": shares.get("val", 0.1), "train": 1 - shares.get("val", 0.1)}
-    return {
-        **parts,
-        **_by_hash(request, parts["train"], of_train, seed),
-    }, f"folders {sorted(parts)}; val is {of_train['val']:.0%} of train by name, seed {seed}"
+    how = f"folders {sorted(parts)}; val is {of_train['val']:.0%} of train by name, seed {seed}"
+    return {**parts, **_by_hash(request, parts["train"], of_train, seed)}, how
 
 
 def _by_hash(

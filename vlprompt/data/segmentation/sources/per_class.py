@@ -2,7 +2,7 @@
 
 ``PATH/images/<split>/<image>`` and ``PATH/annotations/<split>/<class>/<image's name>.png``, only for classes that
 occur in an image. Folders are called train, val, test or training, validation. Where there is no test part, the
-official validation part is tested on, and a tenth of the training images validates: never one part for both.
+official validation part is tested on, and a tenth of the training images validates: no part is used for both.
 
 Reference: the layout of naamiinepal/tunevlseg's binarised data sets.
 """

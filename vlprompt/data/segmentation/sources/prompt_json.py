@@ -2,7 +2,7 @@
 
 A file holds a list of records; of each, ``img_name``, ``mask_name`` and ``prompts`` are read. ``prompts`` maps ``p0``
 (empty: no text), ``p1`` (the class) and ``p2`` ... (richer, made from the true mask) to a phrase or a list of
-equivalent ones. A record of one's own may name its class in ``class``.
+equivalent ones. A record may name its class in ``class``.
 
 Reference: naamiinepal/medvlsm DATASETS.MD and its annotation files.
 """
