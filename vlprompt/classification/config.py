@@ -286,7 +286,8 @@ class ClassificationConfig(ExperimentConfig):
             yield BEFORE, label, {**stage, "task": self.task, "name": self.name}
         whole = self.model_dump(mode="json", exclude={"methods", "settings", "before"})
         whole["protocol"]["baseline"] = None
-        for title, changes in (self.settings or {None: {}}).items():
+        settings: list[tuple[str | None, dict[str, Any]]] = [*self.settings.items()] or [(None, {})]
+        for title, changes in settings:
             content = merge(whole, changes)
             if not self.methods:
                 yield title, self.learner_name, content
