@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,15 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def images() -> Tensor:
     """(6, 3, 32, 32) noise."""
     return torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Work in one thread, as the processes of an executor do on a small machine: sums depend on the number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _spread(model: torch.nn.Module) -> None:

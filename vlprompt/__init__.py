@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     __version__: str
 
     from vlprompt.adaptation import create_adapter, list_adapters
-    from vlprompt.backbones import create_backbone, list_backbones
+    from vlprompt.backbones import Backbone, create_backbone, list_backbones
     from vlprompt.classification.evaluate import evaluate
     from vlprompt.classification.fit import RunResult, fit
     from vlprompt.classification.predict import predict
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
-    from vlprompt.saved.prompts import load, save
+    from vlprompt.saved.prompts import Kind, save
     from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
     from vlprompt.segmentation.evaluate import evaluate_segmenter
@@ -48,7 +50,6 @@ _HOME = {
     "list_learners": "vlprompt.learners",
     "list_personalisers": "vlprompt.generation",
     "list_segmenters": "vlprompt.segmentation",
-    "load": "vlprompt.saved.prompts",
     "load_dataset": "vlprompt.data",
     "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
@@ -84,6 +85,32 @@ __all__ = [
     "save",
     "scan",
 ]
+
+
+def load(path: str | Path, backbone: Backbone | None = None, kind: Kind | None = None) -> Any:
+    """Read what :func:`vlprompt.save` wrote: a learner, or a segmentation model. No code in the files can run.
+
+    Args:
+        path: The folder, or that of the cell or run which saved it, if it saved no other.
+        backbone: The backbone it was trained on; None builds it from the name in the file.
+        kind: What it has to be; None takes either.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or hostile, of another kind, or the backbone is another
+            one; names the difference.
+        BackboneError: If the backbone's weights can't be fetched.
+    """
+    from vlprompt.saved.prompts import build_learner, check_kind, read
+
+    card, tensors = read(path)
+    if kind is not None:
+        check_kind(path, card, kind)
+    if card.kind == "learner":
+        return build_learner(path, card, tensors, backbone)
+
+    from vlprompt.segmentation.evaluate import build_segmenter  # those who classify need none of it
+
+    return build_segmenter(path, card, tensors, backbone)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlprompt.detection import create_detector
-from vlprompt.detection.data import DetectionData, Labelled
+from vlprompt.detection.data import DetectionData, ImageObjects
 
 OWL: dict[str, Any] = {
     "text_config": {
@@ -88,8 +88,8 @@ def data() -> DetectionData:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)) for _ in range(4)]
 
-    def entry(boxes: list[Any], labels: list[int], crowd: list[bool]) -> Labelled:
-        return Labelled(
+    def entry(boxes: list[Any], labels: list[int], crowd: list[bool]) -> ImageObjects:
+        return ImageObjects(
             np.array(boxes, np.float32).reshape(-1, 4),
             np.array(labels, np.int64),
             np.array(crowd, bool),

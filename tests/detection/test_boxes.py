@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from vlprompt.detection.boxes import box_losses, match
-from vlprompt.detection.data import Labelled
+from vlprompt.detection.data import ImageObjects
 
 
 def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]:
@@ -82,7 +82,7 @@ def test_images_without_objects_only_teach_what_is_not_there() -> None:
 
 
 def test_targets_are_fractions_and_leave_crowds_out() -> None:
-    entry = Labelled(
+    entry = ImageObjects(
         np.array([[10, 10, 30, 20], [0, 0, 40, 40]], np.float32),
         np.array([3, 1]),
         np.array([False, True]),

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import BackboneError, ConfigError, DataError
 from vlprompt.detection.base import Detections
-from vlprompt.detection.config import DetectConfig
-from vlprompt.detection.data import DetectionData, write_coco
-from vlprompt.detection.evaluate import average_precision, features, kept_boxes
-from vlprompt.detection.experiment import run_detection
+from vlprompt.detection.data import DetectionData
+from vlprompt.detection.evaluate import average_precision, best_boxes, features
 from vlprompt.detection.search import class_vectors, search_concepts
 from vlprompt.training.options import TrainOptions
 
@@ -58,10 +53,10 @@ def test_boxes_are_ranked_over_classes_and_in_pixels() -> None:
     found = Detections(
         torch.tensor([[[1.0, 3.0], [2.0, -1.0]]]), torch.tensor([[[0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.2]]])
     )
-    (kept,) = kept_boxes(found, [(40, 20)])
-    assert kept["labels"].tolist() == [1, 0, 0, 1]
-    assert kept["boxes"][:2].tolist() == [[0, 0, 40, 20], [10, 8, 30, 12]]
-    torch.testing.assert_close(kept["scores"], torch.tensor([3.0, 2.0, 1.0, -1.0]).sigmoid())
+    (best,) = best_boxes(found, [(40, 20)])
+    assert best["labels"].tolist() == [1, 0, 0, 1]
+    assert best["boxes"][:2].tolist() == [[0, 0, 40, 20], [10, 8, 30, 12]]
+    torch.testing.assert_close(best["scores"], torch.tensor([3.0, 2.0, 1.0, -1.0]).sigmoid())
 
 
 @pytest.mark.parametrize(
@@ -114,50 +109,3 @@ def test_the_second_stage_changes_what_is_named_and_puts_it_back(
     assert all(torch.equal(p, before[n]) for n, p in detector.named_parameters())
     with pytest.raises(ConfigError, match=r"'head\.embd\.\*' matches no parameter; near it"):
         search_concepts(detector, data, options=TRAIN, unfreeze=["head.embd.*"])
-
-
-def test_a_run_writes_concepts_table_and_report(
-    detectors: dict[str, Any], data: DetectionData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("pycocotools")
-    path = write_coco(data, tmp_path / "coco")
-    name = f"coco:{path}:{path.parent}"
-    cfg = tmp_path / "run.yaml"
-    cfg.write_text(
-        f"name: small\noutput: {tmp_path / 'runs'}\ndetector: {{name: owl-tiny, weights: random}}\n"
-        f"data: {{train: '{name}', val: '{name}', test: {{mine: '{name}'}}, images: [null]}}\n"
-        "train: {epochs: 1, batch_size: 2, optimizer: adamw, select: best, select_metric: AP}\n"
-        "second_stage: {unfreeze: ['head.embed.*'], train: {lr: 0.01}}\nseeds: [1, 2]\n"
-    )
-    config = DetectConfig.read(cfg)
-    outcome = run_detection(config)
-    capsys.readouterr()
-    assert "class names" in outcome.table
-    assert "concepts, all images, second stage" in outcome.table
-    saved = Concepts.load(outcome.folder / "imagesall-seed1" / "concepts.safetensors", "detector")
-    saved.check_host(detectors["owl-tiny"].identity)
-    assert saved.names == data.classnames
-    assert {"class names/mine/AP", "concepts, all images/mine/AP50_ci95"} <= set(outcome.metrics)
-    assert (outcome.folder / "report.html").is_file()
-    assert run_detection(config, resume=True).metrics == outcome.metrics
-
-
-def test_mistakes_are_all_named(data: DetectionData, tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text(
-        "detector: {name: owl-tny}\ndata: {test: {a: scenes/shape}}\ntrain: {select: best}\n"
-        "second_stage: {unfreeze: [x], train: {epoch: 1}}\n"
-    )
-    with pytest.raises(ConfigError) as caught:
-        DetectConfig.read(path)
-    assert len(caught.value.problems) == 3
-    for text in ("'owl-tiny'", "did you mean 'epochs'", "data.val"):
-        assert any(text in problem for problem in caught.value.problems), text
-    mine, other = write_coco(data, tmp_path / "a"), replace(data, classnames=("x", "y", "z"))
-    theirs = write_coco(other, tmp_path / "b")
-    path.write_text(
-        f"output: {tmp_path}\ndetector: {{name: owl-tiny, weights: random}}\n"
-        f"data: {{train: 'coco:{mine}:', test: {{a: 'coco:{theirs}:'}}}}\n"
-    )
-    with pytest.raises(DataError, match=r"data\.test\.a: annotations has other classes"):
-        run_detection(DetectConfig.read(path))

@@ -1,11 +1,16 @@
+"""Concepts in the place of a segmenter's phrases: the search, and experiments with it."""
+
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.data.segmentation import pairs_layouts as lay
+from tests.segmentation.runs import read, run, write_config
 from vlprompt import create_backbone
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
@@ -18,8 +23,8 @@ from vlprompt.segmentation.concepts import (
     search_masks,
     segmenter_identity,
 )
-from vlprompt.segmentation.concepts_experiment import ConceptMaskConfig, run_mask_concepts
 from vlprompt.segmentation.evaluate import evaluate_segmenter
+from vlprompt.segmentation.protocols import concepts as protocol
 from vlprompt.training.options import TrainOptions
 
 TRAIN = TrainOptions(
@@ -81,40 +86,97 @@ def test_models_that_read_words_are_refused(data: MaskDataset) -> None:
         search_masks(reader, data, options=TRAIN)
 
 
-def test_a_run_writes_concepts_table_and_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: MaskDataset
-) -> None:
-    import vlprompt.segmentation.concepts_experiment as module
+def _config(folder: Path, **content: Any) -> Path:
+    data = {"name": "scenes/masks", "validate_on": "val", **content.pop("data", {})}
+    train = {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "select": "best", "select_metric": "dice"}
+    whole = {
+        "task": "segmentation", "data": data, "train": train,
+        "protocol": {"name": "concepts", "images": [6], "seeds": [1]},
+        "second_stage": {"unfreeze": ["decoder.*"]},
+    }  # fmt: skip
+    return write_config(folder, {**whole, **content})
 
-    def small(name: str, split: str = "train", **options: Any) -> MaskDataset:
-        return load_segmentation(name, split, **{**options, "images": 6})
 
-    monkeypatch.setattr(module, "load_segmentation", small)
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"name: small\noutput: {tmp_path / 'runs'}\n"
-        "data: {test: {plain: scenes/masks}, validate_on: val}\n"
-        "train: {epochs: 1, batch_size: 4, optimizer: adamw, select: best, select_metric: dice}\n"
-        "second_stage: {unfreeze: ['decoder.*']}\n"
-    )
-    config = ConceptMaskConfig.read(path)
-    outcome = run_mask_concepts(config)
-    for row in ("class names", "phrases", "concepts, all images", "concepts, all images, second stage"):
-        assert row in outcome.table
-        assert f"{row}/plain/dice" in outcome.metrics
-    saved = Concepts.load(outcome.folder / "imagesall-seed1" / "concepts.safetensors", "segmenter")
+@pytest.fixture
+def fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(name: str, split: str = "train", **options: Any) -> MaskDataset:
+        return load_segmentation(name, split, **{"images": 6, **options})
+
+    monkeypatch.setattr(protocol, "load_segmentation", few)
+
+
+@pytest.mark.usefixtures("fewer_images")
+def test_a_run_writes_concepts_table_and_report(tmp_path: Path, data: MaskDataset) -> None:
+    cfg = _config(tmp_path)
+    outcome = run(cfg)
+    assert outcome.failures == []
+    for row in ("class names", "phrases", "concepts, 6 images", "concepts, 6 images, second stage"):
+        assert row in outcome.text
+        assert f"{row}/test/dice" in outcome.metrics
+    assert outcome.headline == "concepts, 6 images/test/dice"
+    cell = outcome.folder / "cells" / "concepts_images6_seed1"
+    saved = Concepts.load(cell / "concepts.safetensors", "segmenter")
     saved.check_host(segmenter_identity(create_segmenter("clipseg", create_backbone("tiny"))))
     assert saved.names == data.classnames
-    assert run_mask_concepts(config, resume=True).metrics == outcome.metrics
+    again = run(cfg)
+    assert again.finished_before
+    assert again.metrics == outcome.metrics
+
+
+@pytest.mark.usefixtures("fewer_images")
+def test_a_cell_is_the_same_whichever_ran_before(tmp_path: Path) -> None:
+    """The second stage tunes the host, which all cells share, and puts its values back."""
+    cfg = _config(tmp_path)
+    overrides = ("protocol.seeds=[1,2]",)
+    outcome = run(cfg, *overrides)
+    experiment = read(cfg, *overrides)
+    cell = experiment.cells()[-1]
+    alone = experiment.run(cell, tmp_path / "alone")
+    together = json.loads((outcome.folder / "cells" / cell.name / "cell.json").read_text())
+    assert json.loads(json.dumps(alone.record())) == {k: together[k] for k in ("measurements", "facts")}
+
+
+@pytest.mark.usefixtures("fewer_images")
+def test_every_accepted_key_changes_something(tmp_path: Path) -> None:
+    key = "concepts, 6 images/test/dice"
+    few = ("second_stage=null", "train.lr=0.1")
+    cfg = _config(tmp_path)
+    metrics = run(cfg, *few).metrics
+    changes = (
+        "concepts.init=normal", "segmenter.weights=random", "protocol.seeds=[2]", "train.lr=0.5",
+        "backbone.pretrained=random", "data.name=scenes/masks@sketch",
+    )  # fmt: skip
+    for change in changes:
+        assert run(cfg, *few, change).metrics[key] != metrics[key], change
+    histories = []
+    for loss in ("dice_bce", "smp_focal"):
+        outcome = run(cfg, *few, f"loss={loss}")
+        histories.append((outcome.folder / "cells" / "concepts_images6_seed1" / "history.jsonl").read_text())
+    assert histories[0] != histories[1]
+    other = run(cfg, *few, "data.also_test={other: scenes/masks@sketch}")
+    assert "class names/other/iou" in other.metrics
+    assert other.metrics[key] == metrics[key]
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text("segmenter: clipsag\ndata: {train: scenes/mask, test: {a: scenes/masks}}\n")
+    path = _config(tmp_path, segmenter={"name": "clipsag"}, data={"name": "scenes/mask"})
     with pytest.raises(ConfigError) as caught:
-        ConceptMaskConfig.read(path)
-    assert len(caught.value.problems) == 2
+        read(path, "backbone.name=tyni")
+    assert len(caught.value.problems) == 3
     assert "clipseg" in caught.value.problems[0]
-    path.write_text("data: {test: {a: scenes/masks}}\ntrain: {epoch: 1}\n")
-    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
-        ConceptMaskConfig.read(path)
+    for override, message in (
+        ("train.epoch=1", "did you mean 'epochs'"),
+        ("segmenter.redduce=4", "segmenter.redduce: unknown key; did you mean 'reduce'"),
+        ("data.also_test={test: scenes/masks}", "choose another"),
+        ("train.seed=3", "protocol.seeds=[3]"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read(_config(tmp_path), override)
+        assert message in str(caught.value)
+
+
+def test_another_data_set_has_the_same_classes(tmp_path: Path) -> None:
+    lay.medvlsm(tmp_path / "own", {"train": 6, "val": 2, "test": 2}, ["polyp"])
+    cfg = _config(tmp_path, data={"also_test": {"mine": f"prompts:{tmp_path / 'own'}"}})
+    with pytest.raises(DataError, match=r"data\.also_test\.mine: .* has other classes than scenes/masks"):
+        run(cfg)

@@ -1,241 +1,265 @@
-"""Whole runs: every cell, tables, images, what fails, what is kept, the search, the tool."""
+"""Whole benchmarks: every cell, tables, overlays, what fails, what is kept, where cells run."""
 
 from __future__ import annotations
 
 import json
-import runpy
+import os
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+import torch
 from PIL import Image
 
 import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
-from vlprompt.core.errors import ConfigError, VLPromptError
-from vlprompt.segmentation.config import load_segment_config
-from vlprompt.segmentation.experiment import Session, one_cell, run_segmentation
+from tests.segmentation.runs import BENCHMARK, SKETCH, read, run, write_config
+from vlprompt.core.errors import VLPromptError
+from vlprompt.experiments.cell import Cell
+from vlprompt.experiments.folder import RunFolder
+from vlprompt.learners import create_learner
+from vlprompt.segmentation.evaluate import load_trained
+from vlprompt.segmentation.protocols.benchmark import BenchmarkExperiment
 
 ROOT = Path(__file__).parents[2]
-MODEL = {"backbone": "tiny", "weights": "random", "reduce": 8, "hidden": 16}
-RUN: dict[str, Any] = {
-    "name": "small",
-    "models": {"small": {"name": "clipseg", **MODEL}},
-    "strategies": {"zero_shot": {}, "vpt": {"train": {"lr": 0.05}}},
-    "data": {"names": ["scenes/masks@sketch"], "images": 4, "val_images": 3, "test_images": 6},
-    "train": {"epochs": 2, "batch_size": 4},
-    "seeds": [1, 2],
-    "overlays": 2,
-}
 
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**RUN, "output": str(tmp_path / "runs")}))
-    return path
+    return write_config(tmp_path, BENCHMARK)
 
 
-def test_a_run_leaves_tables_images_and_models_that_score_the_same(cfg: Path) -> None:
-    config = load_segment_config(cfg, ["depths=[1,2]"])
-    outcome = run_segmentation(config)
+def _benchmark(cfg: Path, *overrides: str) -> BenchmarkExperiment:
+    experiment = read(cfg, *overrides)
+    assert isinstance(experiment, BenchmarkExperiment)
+    return experiment
+
+
+def test_a_run_leaves_tables_overlays_and_models_that_score_the_same(cfg: Path) -> None:
+    outcome = run(cfg, "protocol.depths=[1,2]")
     assert outcome.failures == []
     assert outcome.metrics["runs"] == 5  # zero-shot once, two depths by two seeds
     names = {p.relative_to(outcome.folder).as_posix() for p in outcome.folder.rglob("*") if p.is_file()}
-    assert {"results.md", "results.csv", "results.tex", "report.html", "metrics.json", "cells.json",
+    assert {"table.md", "table.csv", "table.tex", "report.html", "metrics.json", "results.jsonl",
             "dice-against-depth.svg", "overlays/small-scenes-masks-sketch.png"} <= names  # fmt: skip
-    cell = next(c for c in Session(config, outcome.folder).plan() if c.strategy == "vpt" and c.depth == 2)
-    folder = outcome.folder / "cells" / cell.name
-    numbers = json.loads((folder / "cell.json").read_text())
+
+    cells = _benchmark(cfg, "protocol.depths=[1,2]").cells()
+    deep = [cell for cell in cells if cell.get("depth") == 2]
+    folder = outcome.folder / "cells" / deep[0].name
     learned = vlprompt.load(folder / "prompt")
-    data = vlprompt.load_segmentation("scenes/masks@sketch", "test", images=6)
-    assert vlprompt.evaluate_segmenter(learned, data).metrics["dice"] == pytest.approx(
-        numbers["dice"], abs=1e-6
-    )
-    assert numbers["trainable"] == learned.num_trainable() == 2 * 4 * 160
-    by_hand = [
-        json.loads((outcome.folder / "cells" / c.name / "cell.json").read_text())["dice"]
-        for c in Session(config, outcome.folder).plan()
-        if c.depth == 2
-    ]
-    place = "small/vpt/depth2/scenes/masks@sketch"
-    assert outcome.metrics[f"{place}/dice"] == pytest.approx(np.mean(by_hand))
-    zero = outcome.metrics["small/zero_shot/scenes/masks@sketch/dice"]
-    assert outcome.metrics[f"{place}/dice_gain"] == pytest.approx(np.mean(by_hand) - zero)
-    assert f"| small vpt depth 2 (1,280) | {100 * np.mean(by_hand):.1f} ± " in outcome.table.replace("**", "")
-    assert "| every pixel marked (0) | " in outcome.table
+    data = vlprompt.load_segmentation(SKETCH, "test", images=6)
+    by_hand = [outcome.results.select("dice", depth=2, seed=c["seed"], part=None).values()[0] for c in deep]
+    assert vlprompt.evaluate_segmenter(learned, data).metrics["dice"] == pytest.approx(by_hand[0], abs=1e-6)
+    assert learned.num_trainable() == 2 * 4 * 160
+
+    key = f"small/vpt/depth2/{SKETCH}"
+    assert outcome.metrics["small/vpt/depth2/trainable"] == 2 * 4 * 160
+    assert outcome.metrics[f"{key}/dice"] == pytest.approx(np.mean(by_hand))
+    zero = outcome.metrics[f"small/zero_shot/{SKETCH}/dice"]
+    assert outcome.metrics[f"{key}/dice_gain"] == pytest.approx(np.mean(by_hand) - zero)
+    assert outcome.headline == f"{key}/dice"
+    text = outcome.text.replace("**", "")
+    assert f"| small, vpt, depth 2 | 1,280 | {100 * np.mean(by_hand):.1f} ± " in text
+    assert "| every pixel marked | 0 | " in text
+    assert "distances (hd95) in pixels" in text
+    hd95 = outcome.metrics[f"{key}/hd95"]
+    assert f"{hd95:.1f} ± " in text
 
 
-def test_finished_cells_are_kept_and_a_failing_one_stops_no_other(cfg: Path) -> None:
-    overrides = ["strategies.too_deep={name: vpt, depth: 9}", "seeds=[1]"]
-    config = load_segment_config(cfg, overrides)
-    first = run_segmentation(config)
+def test_a_finished_run_stays_and_a_failing_cell_stops_no_other(cfg: Path) -> None:
+    overrides = ["methods.too_deep={name: vpt, depth: 9}", "protocol.seeds=[1]"]
+    first = run(cfg, *overrides)
+    assert first.exit_code == 1
     assert len(first.failures) == 1
     assert "too_deep" in first.failures[0]
     assert "allowed: 1 to 5" in first.failures[0]
     assert first.metrics["runs_failed"] == 1
     files = sorted(first.folder.glob("cells/*/cell.json"))
     assert len(files) == 2
-    before = {p: p.stat().st_mtime_ns for p in files}
-    done = json.loads(files[0].read_text())
+
+    before = {path: path.stat().st_mtime_ns for path in files}
+    content = json.loads(files[0].read_text())
     files[1].unlink()
-    again = run_segmentation(config, resume=True)
+    again = run(cfg, *overrides)
     assert files[0].stat().st_mtime_ns == before[files[0]]
-    assert json.loads(files[0].read_text()) == done
-    assert {k: v for k, v in again.metrics.items() if k.endswith("dice")} == {
-        k: v for k, v in first.metrics.items() if k.endswith("dice")
-    }
-    only = one_cell(config, strategy="too_deep")
+    assert json.loads(files[0].read_text()) == content
+    assert again.metrics == first.metrics
+
     with pytest.raises(VLPromptError, match="allowed: 1 to 5"):  # nothing else there is to show
-        run_segmentation(only)
+        run(cfg, *overrides, "methods.zero_shot=null", "methods.vpt=null")
+
+
+def test_null_takes_methods_and_models_out(cfg: Path) -> None:
+    experiment = _benchmark(cfg, "methods.zero_shot=null", "models.other={name: cris}", "models.small=null")
+    assert {(cell["model"], cell["method"]) for cell in experiment.cells()} == {("other", "vpt")}
 
 
 def test_a_training_image_that_is_tested_on_is_left_out(tmp_path: Path, cfg: Path) -> None:
     root = tmp_path / "own"
     lay.medvlsm(root, {"train": 6, "val": 2, "test": 2}, ["polyp"])
-    (root / "images/001.png").write_bytes(
-        (root / "images/008.png").read_bytes()
-    )  # another name, the same image
-    config = load_segment_config(cfg, [f"data.names=[prompts:{root}]", "data.images=null"])
-    train = Session(config, tmp_path / "x").data(f"prompts:{root}", "train", 1)
+    # Another name, the same image.
+    (root / "images/001.png").write_bytes((root / "images/008.png").read_bytes())
+    experiment = _benchmark(cfg, f"data.name=[prompts:{root}]", "protocol.images=null")
+    train = experiment.data(experiment.cells()[-1], "train")
     assert len(train) == 5
     assert train.info["shared_content_dropped"] == 1
 
 
-def test_every_mistake_of_a_configuration_at_once(cfg: Path) -> None:
-    overrides = [
-        "models.small.hiden=3", "models.small.backbone=tyni", "strategies.vpt.detph=2", "strategies.vpt.train.epoch=1",
-        "data.names=[scenes/mask]", "data.augmentation=slite", "data.argmax=true", "baseline=zero",
-    ]  # fmt: skip
-    with pytest.raises(ConfigError) as caught:
-        load_segment_config(cfg, overrides)
-    text = str(caught.value)
-    assert len(caught.value.problems) == 8
-    for part in (
-        "models.small.hiden: unknown key; did you mean 'hidden'", "Did you mean 'tiny'", "did you mean 'depth'",
-        "strategies.vpt.train.epoch: unknown key; did you mean 'epochs'", "Did you mean 'scenes/masks'",
-        "Did you mean 'slight'", "data.queries=all", "Did you mean 'zero_shot'",
-    ):  # fmt: skip
-        assert part in text, part
-    with pytest.raises(
-        ConfigError, match=r"search\.space\.depth: give low and high with low < high, or choices"
-    ):
-        load_segment_config(cfg, ["search.space={depth: {low: 3}}"])
+def test_other_images_are_another_run(tmp_path: Path, cfg: Path) -> None:
+    root = tmp_path / "own"
+    lay.medvlsm(root, {"train": 6, "val": 2, "test": 2}, ["polyp"])
+    override = f"data.name=prompts:{root}"
+
+    def folder() -> Path:
+        experiment = _benchmark(cfg, override)
+        return RunFolder(experiment.config, experiment.sources()).path
+
+    before = folder()
+    assert before == folder()
+    (root / "images/001.png").write_bytes((root / "images/002.png").read_bytes() + b"\0")
+    assert folder() != before
 
 
-def test_one_cell_is_the_first_that_learns(cfg: Path) -> None:
-    config = one_cell(load_segment_config(cfg))
-    assert list(config.strategies) == ["vpt"]
-    assert config.seeds == [1]
-    with pytest.raises(VLPromptError, match="Did you mean 'vpt'"):
-        one_cell(config, strategy="vtp")
-
-
-def test_search_continues_where_it_was_killed_as_if_it_had_not_been(cfg: Path, tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna")
-    from vlprompt.segmentation import search as module
-
-    overrides = [
-        "search.trials=4",
-        "search.startup=2",
-        "seeds=[1]",
-        "train.epochs=1",
-        "search.space={train.lr: {low: 0.01, high: 0.1, log: true}, depth: {low: 1, high: 2}}",
-    ]
-    whole = module.search(load_segment_config(cfg, [*overrides, "name=whole"]))
-    (name,) = whole.best
-    assert name == "small_vpt_scenes-masks@sketch_4images"  # zero-shot has nothing to vary
-    killed = load_segment_config(cfg, [*overrides, "name=killed"])
-    train, calls = Session.train, []
-
-    def dies(self: Session, *arguments: Any, **options: Any) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train(self, *arguments, **options)
-
-    Session.train = dies  # type: ignore[method-assign]  # the kill
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            module.search(killed)
-    finally:
-        Session.train = train  # type: ignore[method-assign]
-    again = module.search(killed, resume=True)
-    assert again.best == whole.best
-    study = optuna.load_study(study_name=name, storage=f"sqlite:///{again.folder / 'search.db'}")
-    assert [t.state.name for t in study.trials].count("COMPLETE") == 4
-    assert [t.state.name for t in study.trials].count("FAIL") == 1
-    best = min((t.value, t.params) for t in study.trials if t.value is not None)
-    assert (again.best[name]["value"], again.best[name]["params"]) == best
-    found = load_segment_config(again.folder / f"best_{name}.yaml")
-    assert found.train_options("vpt")["lr"] == best[1]["train.lr"]
-    assert found.strategy("vpt").options["depth"] == best[1]["depth"]
-
-
-Tool = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Tool:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["segment.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools" / "segment.py"), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def test_tool_trains_evaluates_and_predicts(tool: Tool, cfg: Path, tmp_path: Path) -> None:
-    status, out, _ = tool("train", "--cfg", cfg, "--strategy", "vpt")
-    assert status == 0
-    prompt = out.rsplit("learned: ", 1)[1].strip()
-    status, out, _ = tool("evaluate", prompt, "scenes/masks@inverted", "--split", "val", "--csv", "pairs.csv")
-    assert status == 0
-    assert "scenes/masks@inverted (val, 100 pairs)" in out
-    assert len((tmp_path / "pairs.csv").read_text().splitlines()) == 101
-    Image.new("RGB", (90, 40), "white").save("wide.png")
-    status, out, _ = tool(
-        "predict", "wide.png", "a red circle", "--prompt", prompt, "--out", "m.png", "--overlay", "o.png"
+def test_several_numbers_of_images_are_compared(cfg: Path) -> None:
+    outcome = run(cfg, "protocol.images=[2,4]", "protocol.seeds=[1]", "train.epochs=1", "overlays=0")
+    assert outcome.metrics["runs"] == 3  # what learns nothing needs no images
+    for images in (2, 4):
+        assert f"small/vpt/images{images}/{SKETCH}/dice_gain" in outcome.metrics
+        assert f"{images} training images:" in outcome.text
+    two, four = (outcome.metrics[f"small/vpt/images{n}/{SKETCH}/dice"] for n in (2, 4))
+    assert two != four
+    assert (
+        outcome.metrics[f"small/zero_shot/images2/{SKETCH}/dice"]
+        == outcome.metrics[f"small/zero_shot/images4/{SKETCH}/dice"]
     )
-    assert status == 0
-    mask = Image.open("m.png")
-    assert (mask.size, mask.mode) == ((90, 40), "L")
-    assert set(np.unique(np.asarray(mask))) <= {0, 255}
-    assert Image.open("o.png").size == (90, 40)
 
 
-def test_tool_explains_mistakes(tool: Tool, tmp_path: Path) -> None:
-    Image.new("RGB", (9, 9)).save("a.png")
-    for arguments, message in (
-        (("predict", "b.png", "x"), "the file does not exist"),
-        (("predict", "a.png", " "), "empty"),
-        (("predict", "a.png", "red " * 99), "101 tokens, the text tower reads 77"),
-        (("evaluate", "nowhere", "scenes/masks"), "no such file"),
-        (("bench", "--cfg", "tunevlseg_tny.yaml"), "Did you mean 'tunevlseg_tiny.yaml'"),
-        (("convert", "indexed", ".", ".", "--out", "o", "--class", "cat", "x"), "a value is a whole number"),
-    ):
-        status, _, err = tool(*arguments)
-        assert status == 2, arguments
-        assert message in err, err
+def test_every_accepted_key_changes_something(cfg: Path) -> None:
+    few = ["protocol.seeds=[1]", "train.epochs=1"]
+    metrics = run(cfg, *few).metrics
+    without = run(cfg, *few, "boundary=false", "overlays=0", "protocol.baseline=null")
+    assert f"small/vpt/{SKETCH}/hd95" in metrics
+    assert f"small/vpt/{SKETCH}/dice_gain" in metrics
+    assert not [key for key in without.metrics if key.endswith(("hd95", "dice_gain"))]
+    assert "Gain over" not in without.text
+    assert not (without.folder / "overlays").exists()
+    changes = (
+        "loss=smp_dice_bce", "data.phrase=a thing", "data.full_stop=true", "train.lr=0.5",
+        "data.augmentation=slight", "data.options={size: 48}",
+        "data.queries=all", "data.test_images=2",
+    )  # fmt: skip
+    few += ["methods.vpt.train=null", "methods.zero_shot=null", "boundary=false", "overlays=0"]
+    key = f"small/vpt/{SKETCH}/dice"
+    dice = run(cfg, *few).metrics[key]
+    for change in changes:
+        assert run(cfg, *few, change).metrics[key] != dice, change
 
 
-def test_tool_checks_a_folder_before_it_is_used(tool: Tool, tmp_path: Path) -> None:
-    lay.medvlsm(tmp_path / "own", {"train": 6, "val": 2, "test": 2}, ["polyp"])
-    status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
-    assert status == 0
-    assert "train: 6 pairs of 6 images, 0 unusable" in out
-    lay.mask_file(tmp_path / "own/masks/003_0.png", np.eye(5, dtype=np.uint8))
-    (tmp_path / "own/images/001.png").write_bytes((tmp_path / "own/images/008.png").read_bytes())
-    status, out, _ = tool("check", f"prompts:{tmp_path / 'own'}")
-    assert status == 1
-    assert "003_0.png is 5 x 5, its image" in out
-    assert "train and test share 1 images, for example 001.png = 008.png" in out
+def test_masks_of_weights_are_folded_into_the_backbone(tmp_path: Path, cfg: Path) -> None:
+    backbone = vlprompt.create_backbone("tiny")
+    learner = create_learner("amt", backbone, ("a", "b"))
+    vlprompt.save(learner, tmp_path / "masks")
+    experiment = _benchmark(cfg, f"backbone.masks={tmp_path / 'masks'}")
+    assert experiment.backbone("small").fingerprint["masks"]
+    assert str(tmp_path / "masks") in experiment.sources()
+
+
+def test_a_cell_is_the_same_alone_and_among_others_and_in_other_processes(tmp_path: Path) -> None:
+    content = {**BENCHMARK, "methods": {**BENCHMARK["methods"], "coop": {}, "end_to_end": {}}}
+    cfg = write_config(tmp_path, content)
+    serial = run(cfg, "name=serial")
+    parallel = run(cfg, "name=parallel", on="processes:2")
+    assert parallel.failures == serial.failures == []
+    for name in ("metrics.json", "results.jsonl"):
+        assert (serial.folder / name).read_bytes() == (parallel.folder / name).read_bytes()
+
+    experiment = _benchmark(cfg)
+    cell = experiment.cells()[-1]
+    alone = experiment.run(cell, tmp_path / "alone")
+    together = json.loads((serial.folder / "cells" / cell.name / "cell.json").read_text())
+    assert json.loads(json.dumps(alone.record())) == {k: together[k] for k in ("measurements", "facts")}
+
+
+def test_parts_of_several_seeds_do_not_depend_on_which_came_first(cfg: Path) -> None:
+    """Training images leave out what the validation images of the same seed show."""
+    override = "protocol.images=null"
+    cells = [cell for cell in _benchmark(cfg, override).cells() if cell["method"] == "vpt"]
+    forwards = _benchmark(cfg, override)
+    backwards = _benchmark(cfg, override)
+    first = [forwards.data(cell, "train").fingerprint() for cell in cells]
+    last = [backwards.data(cell, "train").fingerprint() for cell in reversed(cells)]
+    assert first == last[::-1]
+
+
+def test_best_images_are_drawn_as_the_files_of_cells_say(cfg: Path) -> None:
+    outcome = run(cfg, "protocol.seeds=[1]")
+    cell = Cell.at(model="small", method="vpt", data=SKETCH, images=4, seed=1)
+    mask = np.asarray(Image.open(outcome.folder / "cells" / cell.name / "overlays" / "0.png"))
+    data = vlprompt.load_segmentation(SKETCH, "test", images=6)
+    learned = load_trained(outcome.folder / "cells" / cell.name / "prompt")
+    expected = vlprompt.segmentation.evaluate.predict_mask(learned, data[0].image, data[0].phrase) > 0.5
+    assert np.array_equal(mask == 255, expected)
+    page = (outcome.folder / "report.html").read_text()
+    assert 'alt="small-scenes-masks-sketch"' in page
+    assert page.count("data:image/png;base64") == 1
+
+
+_KILLED = """
+import sys
+from vlprompt.experiments.runner import run_experiment
+from vlprompt.experiments.tasks import read_experiment
+outcome = run_experiment(read_experiment(sys.argv[1], sys.argv[2:]))
+sys.exit(outcome.exit_code)
+"""
+
+
+def run_killed(cfg: Path, moments: tuple[float, ...], *overrides: str) -> int:
+    """Start a run in a process of its own and kill it after each of some seconds, then let it finish.
+
+    Returns:
+        How often it was killed before it could finish.
+    """
+    command = [sys.executable, "-c", _KILLED, str(cfg), *overrides]
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    kills = 0
+    for moment in moments:
+        running = subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload]
+        time.sleep(moment)
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+            kills += 1
+        running.wait()
+    subprocess.run(command, env=environment, check=True, **quiet)  # type: ignore[call-overload]
+    return kills
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """Compare the files of two runs that must not depend on kills."""
+    for name in ("metrics.json", "results.jsonl", "report.html", "table.md"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    content = {**BENCHMARK, "train": {"epochs": 30, "batch_size": 4, "checkpoint_seconds": 0}}
+    folders = []
+    kills = []
+    for name, moments in (("whole", ()), ("killed", (9.0, 10.0, 11.0, 12.0, 13.0))):
+        (tmp_path / name).mkdir()
+        cfg = write_config(tmp_path / name, content)
+        # The same relative folder, since the report shows the configuration.
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        override = f"output={tmp_path / 'runs'}"
+        kills.append(run_killed(cfg, moments, override))
+        (folder,) = (tmp_path / "runs" / "small").glob("????????")
+        folders.append(folder.rename(tmp_path / name / "run"))
+    assert kills[1] >= 2
+    assert_same_files(*folders)

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from vlprompt.backbones import Backbone, create_backbone, missing_weights
 from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
-from vlprompt.classification.gram import read_start
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -45,6 +44,7 @@ from vlprompt.experiments.statistics import harmonic_mean
 from vlprompt.experiments.tables import Table
 from vlprompt.learners import LEARNERS, Learner, create_learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.meta.start import read_start
 from vlprompt.saved.paths import find_prompts
 from vlprompt.saved.prompts import load, save
 from vlprompt.saved.weight_masks import fold, read_masks
@@ -278,7 +278,7 @@ class _StudyCell:
     def trained(self) -> tuple[Learner, ImageDataset, FeatureCache]:
         """Return the saved learner of a finished cell, the first part that it was tested on, and its cache."""
         backbone = self.experiment.backbone(self.config)
-        learner = cast(Learner, load(self.folder / "prompt", backbone))
+        learner = load(self.folder / "prompt", backbone)
         part, test = next(iter(self._tests(self.cell["data"]).items()))
         return learner, test, self._cache(test, part)
 
@@ -331,7 +331,7 @@ class _StudyCell:
         """Score on another data set what the source cell learned."""
         process_state().wait_for_everyone()  # the source's files are written by one process
         source = self.cell.sibling(target=None)
-        learner = cast(Learner, load(self.folder.parent / source.name / "prompt", backbone))
+        learner = load(self.folder.parent / source.name / "prompt", backbone)
         test = self._load(self.cell["target"], "test")
         self._add_scores(self._scores(learner, test, ""), test, {})
 

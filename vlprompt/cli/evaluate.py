@@ -33,7 +33,7 @@ def command(
     from vlprompt.data import load_dataset
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt, kind="learner")
+    learner = load(prompt)
     dataset = load_dataset(data, split, classes=classes.value, root=root)
     if learner.classnames != dataset.classnames:
         learner = learner.with_classes(dataset.classnames)

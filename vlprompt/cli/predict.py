@@ -33,7 +33,7 @@ def command(
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt, kind="learner")
+    learner = load(prompt)
     if names:
         learner = learner.with_classes(names)
     tables = [predicting.predict(learner, image, topk) for image in images]

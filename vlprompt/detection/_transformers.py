@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.seeding import seeded_modules
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "is_fetched"]
 
 _OFFLINE = "What works offline: the embedded detector owl-tiny, or random weights (pretrained=None)."
 
@@ -32,6 +35,7 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
         raise BackboneError(
             f"this detector needs the package transformers ({error}). Install it: pip install 'vlprompt[detection]'."
         ) from error
+
     kind = getattr(transformers, classname)
     try:
         if pretrained is not None:
@@ -40,10 +44,17 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
             with seeded_modules(seed, "detector", classname):
                 model = kind(kind.config_class(**(config or {})))
     except Exception as error:  # the hub client, transformers and torch each raise their own kinds
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = shorten(text, 300, placeholder=" ...").rstrip(".")
+        lines = str(error).strip().splitlines()
+        reason = shorten(lines[0] if lines else type(error).__name__, 300, placeholder=" ...").rstrip(".")
         raise BackboneError(
             f"{classname} {pretrained or 'with this configuration'} can't be built: {reason}. Weights come from the "
             f"Hugging Face Hub: fetch them where there is a network and name the folder. {_OFFLINE}"
         ) from error
     return model.requires_grad_(False).eval()
+
+
+def is_fetched(pretrained: str) -> bool:
+    """Return whether weights are on this machine: a folder, or a name on the Hub whose files are in the cache."""
+    if Path(pretrained).exists():
+        return True
+    return isinstance(try_to_load_from_cache(pretrained, "config.json"), str)

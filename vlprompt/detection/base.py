@@ -20,7 +20,7 @@ Frozen = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says of B images.
+    """What a detector predicts for B images.
 
     Attributes:
         logits: (B, N, C), of "this box shows concept c".
@@ -47,27 +47,35 @@ class Detector(nn.Module):
     tower: tuple[str, ...] = ()
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Return (3, h, w), the same for every image; sides are squashed, so boxes as fractions stay true."""
+        """Return (3, h, w), the same size for every image.
+
+        Sides are squashed, so that boxes as fractions of the sides stay true.
+        """
         raise NotImplementedError
 
     def frozen(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what of (B, 3, h, w) images no concept changes; the first axis of each tensor is the image."""
+        """Return what no concept changes of (B, 3, h, w) images; the first axis of each tensor is the image."""
         raise NotImplementedError
 
     def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
         """Return detections of (C, L, d) concepts; a concept's logit is the mean over its L vectors."""
         raise NotImplementedError
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether :meth:`read` works: there is a text encoder and a tokenizer for it."""
+        return True
+
     def read(self, texts: Sequence[str]) -> Tensor:
         """Return (n, d) outputs of the text encoder.
 
         Raises:
-            BackboneError: If there is no text encoder or tokenizer any more.
+            BackboneError: If there is no text encoder or tokenizer.
         """
         raise NotImplementedError
 
     def embeds(self, frozen: Frozen) -> Tensor:
-        """Return (B, N, d) what each box shows, in the space of concepts.
+        """Return (B, N, d): what each box shows, in the space of concepts.
 
         Raises:
             DataError: If boxes have no such vectors.
@@ -79,9 +87,9 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def losses(self, frozen: Frozen, concepts: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return the host's own losses, named; their sum is minimised."""
-        found = self.detect(frozen, concepts)
-        return box_losses(found.logits, found.boxes, targets)
+        """Return the host's own losses by name; their sum is minimised."""
+        detections = self.detect(frozen, concepts)
+        return box_losses(detections.logits, detections.boxes, targets)
 
     def forward(self, images: Tensor, concepts: Tensor) -> Detections:
         """Return detections of (C, L, d) concepts in (B, 3, h, w) images."""

@@ -39,16 +39,20 @@ def box_losses(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> dict
         targets: B images' objects.
     """
     pairs = match(logits, boxes, targets)
-    count = max(1, sum(len(t["labels"]) for t in targets))
+    count = max(1, sum(len(target["labels"]) for target in targets))
     wanted = torch.zeros_like(logits)
-    distance, overlap = logits.new_zeros(()), logits.new_zeros(())
-    for b, (target, (rows, columns)) in enumerate(zip(targets, pairs, strict=True)):
+    distance = logits.new_zeros(())
+    overlap = logits.new_zeros(())
+
+    for image, (target, (rows, columns)) in enumerate(zip(targets, pairs, strict=True)):
         if not len(rows):
             continue
-        wanted[b, rows, target["labels"].to(logits.device)[columns]] = 1
-        true, found = target["boxes"].to(boxes)[columns], boxes[b, rows]
-        distance = distance + (found - true).abs().sum()
-        overlap = overlap + (1 - generalized_box_iou(_corners(found), _corners(true)).diagonal()).sum()
+        wanted[image, rows, target["labels"].to(logits.device)[columns]] = 1
+        predicted = boxes[image, rows]
+        true = target["boxes"].to(boxes)[columns]
+        distance = distance + (predicted - true).abs().sum()
+        overlap = overlap + (1 - generalized_box_iou(_corners(predicted), _corners(true)).diagonal()).sum()
+
     return {
         "class": CLASS * _focal(logits, wanted).sum() / count,
         "box": BOX * distance / count,
@@ -58,21 +62,32 @@ def box_losses(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> dict
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[tuple[Tensor, Tensor]]:
-    """Return, per image, which predictions stand for which objects: (rows of N, columns of T)."""
-    found = []
-    for scores, mine, target in zip(logits.float().sigmoid(), boxes.float(), targets, strict=True):
-        labels, true = target["labels"].to(scores.device), target["boxes"].to(mine)
+    """Return, per image, which predictions stand for which objects: (rows of N, columns of T).
+
+    The sum of the costs of the chosen pairs is the least there is (Carion et al., section 3.1).
+
+    Args:
+        logits: (B, N, C).
+        boxes: (B, N, 4) centre and sides, in fractions.
+        targets: Objects of the B images.
+    """
+    pairs = []
+    for scores, predicted, target in zip(logits.float().sigmoid(), boxes.float(), targets, strict=True):
+        labels = target["labels"].to(scores.device)
+        true = target["boxes"].to(predicted)
         if not len(labels):
-            found.append((torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)))
+            nothing = torch.zeros(0, dtype=torch.long)
+            pairs.append((nothing, nothing))
             continue
-        p = scores[:, labels]
+
+        p = scores[:, labels]  # (N, T)
         positive = _ALPHA * (1 - p) ** 2 * -(p + 1e-8).log()
         negative = (1 - _ALPHA) * p**2 * -(1 - p + 1e-8).log()
-        cost = CLASS * (positive - negative) + BOX * torch.cdist(mine, true, p=1)
-        cost = cost - GIOU * generalized_box_iou(_corners(mine), _corners(true))
+        cost = CLASS * (positive - negative) + BOX * torch.cdist(predicted, true, p=1)
+        cost = cost - GIOU * generalized_box_iou(_corners(predicted), _corners(true))
         rows, columns = linear_sum_assignment(cost.nan_to_num(nan=1e9).cpu().numpy())
-        found.append((torch.as_tensor(rows), torch.as_tensor(columns)))
-    return found
+        pairs.append((torch.as_tensor(rows), torch.as_tensor(columns)))
+    return pairs
 
 
 def _focal(logits: Tensor, wanted: Tensor) -> Tensor:

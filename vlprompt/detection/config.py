@@ -1,107 +1,126 @@
-"""Configurations of the search of concepts for detectors, validated as a whole before anything runs."""
+"""Configurations of the search of concepts for detectors, checked as a whole before anything runs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import describe_problems, options_model
 from vlprompt.detection import DETECTORS
-from vlprompt.detection.data import DetectionData, read_coco
-from vlprompt.detection.scenes import scene_boxes
-from vlprompt.experiments.old_config import ToolConfig
-from vlprompt.training.options import TrainOptions
+from vlprompt.detection.sources import check_boxes_name, has_splits
+from vlprompt.experiments.concept_study import OWN_TEST, ConceptConfig, ConceptData
+from vlprompt.experiments.config import STRICT
 
-__all__ = ["BoxDataOptions", "DetectConfig", "SearchOptions", "StageOptions", "load_boxes"]
-
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["BoxData", "ConceptOptions", "DetectionConfig"]
 
 
-class BoxDataOptions(BaseModel):
-    """The ``data:`` section: names are ``scenes/TASK[@STYLE]``, or ``coco:JSON:FOLDER`` for every split."""
+class BoxData(ConceptData):
+    """The ``data:`` section: scenes that are drawn, or boxes in COCO's format (see :func:`load_boxes`)."""
 
-    model_config = _STRICT
-
-    train: str = "scenes/shape"
-    val: str | None = Field(None, description="for curves and select=best; None: none")
-    test: dict[str, str] = Field(min_length=1, description="label to a data set of the same classes")
-    images: list[Annotated[int, Field(ge=1)] | None] = Field(
-        default=[None], min_length=1, description="training images drawn; null: all"
+    name: str = Field(
+        "scenes/shape",
+        description="scenes/TASK[@STYLE], or coco:JSON:FOLDER with {split} in place of the split",
     )
 
 
-class SearchOptions(BaseModel):
-    """The ``search:`` section: the concepts."""
+class ConceptOptions(BaseModel):
+    """The ``concepts:`` section: what is searched, and where the search starts."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     length: int = Field(1, ge=1, description="L, vectors per concept")
-    init: Literal["text", "normal", "visual"] = "text"
+    init: Literal["text", "normal", "visual"] = Field(
+        "text", description="the names' text features, noise of their spread, or what the training boxes show"
+    )
 
 
-class StageOptions(BaseModel):
-    """The ``second_stage:`` section: parameters of the detector that learn after the search, together with concepts."""
+class DetectionConfig(ConceptConfig):
+    """A whole experiment: concepts for one detector."""
 
-    model_config = _STRICT
+    expected_task: ClassVar[str] = "detection"
 
-    unfreeze: list[str] = Field(min_length=1, description="shell patterns of parameter names")
-    train: dict[str, Any] = Field(default_factory=dict, description="what differs from the train section")
-
-
-class DetectConfig(ToolConfig):
-    """A whole run; what ``tools/detect.py --cfg`` reads."""
-
-    name: str = Field("detect", pattern=r"^[\w.-]+$", description="folder under output")
-    output: str = "runs"
     detector: dict[str, Any] = Field(
         default_factory=lambda: {"name": "owl-tiny"}, description="name and the detector's own options"
     )
-    data: BoxDataOptions
-    search: SearchOptions = Field(default_factory=SearchOptions)
-    train: TrainOptions = Field(default_factory=TrainOptions)
-    second_stage: StageOptions | None = None
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
+    data: BoxData = Field(default_factory=BoxData)
+    concepts: ConceptOptions = Field(default_factory=ConceptOptions)
+
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """See :meth:`ExperimentConfig.raw_problems`: the detector's name and options, names of data sets."""
+        problems = super().raw_problems(content)
+        if isinstance(content.get("detector"), Mapping):
+            problems += _detector_problems(content["detector"])
+        if isinstance(content.get("data"), Mapping):
+            problems += _data_problems(content["data"])
+        return problems
+
+    @property
+    def detector_name(self) -> str:
+        """The detector's registry name."""
+        return str(self.detector["name"])
 
     @property
     def detector_options(self) -> dict[str, Any]:
         """The detector's own options."""
-        return {k: v for k, v in self.detector.items() if k != "name"}
+        return {key: value for key, value in self.detector.items() if key != "name"}
 
-    def second_train(self) -> TrainOptions:
-        """Return the second stage's training options."""
-        own = self.second_stage.train if self.second_stage is not None else {}
-        return TrainOptions.model_validate({**self.train.model_dump(), **own})
+    def test_names(self) -> dict[str, str]:
+        """Return label to name of every test set; a data set without splits has no test split of its own."""
+        tests = {OWN_TEST: self.data.name} if has_splits(self.data.name) else {}
+        return {**tests, **self.data.also_test}
+
+    def weight_paths(self) -> list[str]:
+        """Return the files and folders that the detector's weights are read from."""
+        values = [self.detector.get(key) for key in ("pretrained", "weights")]
+        return [value for value in values if isinstance(value, str) and Path(value).exists()]
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the detector, the second stage and data, one sentence each."""
-        problems = []
-        try:
-            model = options_model(DETECTORS.get(str(self.detector.get("name"))).target)
-            model.model_validate(self.detector_options)
-        except ValidationError as error:
-            problems += describe_problems(error, model, "detector")
-        except VLPromptError as error:
-            problems.append(f"detector.name: {error}")
-        try:
-            self.second_train()
-        except ValidationError as error:
-            problems += describe_problems(error, TrainOptions, "second_stage.train")
-        if self.train.select == "best" and self.data.val is None:
-            problems.append("data.val: train.select=best chooses on validation data.")
+        """See :meth:`ExperimentConfig.problems`: splits that a data set doesn't have."""
+        problems = super().problems()
+        name = self.data.name
+        if not has_splits(name):
+            advice = "name one file for each split: coco:{split}.json:images"
+            if not self.data.also_test:
+                problems.append(
+                    f"data.name: {name!r} is one file and has no test split; {advice}, or add also_test."
+                )
+            if self.data.validate_on == "val":
+                problems.append(
+                    f"data.validate_on: {name!r} is one file and has no validation split; {advice}."
+                )
         return problems
 
 
-def load_boxes(name: str, split: str) -> DetectionData:
-    """Return one split of a data set by name.
+def _detector_problems(section: Mapping[str, Any]) -> list[str]:
+    if "name" not in section:
+        return ["detector.name: required, but missing."]
+    try:
+        model = options_model(DETECTORS.get(str(section["name"])).target)
+    except VLPromptError as error:
+        return [f"detector.name: {error}"]
+    try:
+        model.model_validate({key: value for key, value in section.items() if key != "name"})
+    except ValidationError as error:
+        return describe_problems(error, model, "detector")
+    return []
 
-    Raises:
-        DataError: If the name is of no known kind, or the files are not what they should be.
-        UnknownNameError: For unknown drawn scenes.
-    """
-    if name.startswith("coco:"):
-        annotations, _, folder = name.removeprefix("coco:").partition(":")
-        return read_coco(annotations, folder or Path(annotations).parent)
-    return scene_boxes(name, split)
+
+def _data_problems(section: Mapping[str, Any]) -> list[str]:
+    names = {"data.name": section.get("name")}
+    if isinstance(section.get("also_test"), Mapping):
+        names |= {f"data.also_test.{label}": name for label, name in section["also_test"].items()}
+
+    problems = []
+    for key, name in names.items():
+        if not isinstance(name, str):  # the model says so
+            continue
+        try:
+            check_boxes_name(name)
+        except VLPromptError as error:
+            problems.append(f"{key}: {error}")
+    return problems

@@ -1,10 +1,10 @@
-"""Images with boxes: COCO's format, and drawn scenes."""
+"""Images with boxes, and files of them in COCO's format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import read_image
 from vlprompt.detection.boxes import Target
 
-__all__ = ["DetectionData", "Labelled", "read_coco", "write_coco"]
+__all__ = ["DetectionData", "ImageObjects", "read_coco", "write_coco"]
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """An image's objects.
+class ImageObjects:
+    """The objects of one image.
 
     Attributes:
-        boxes: (T, 4) x0 y0 x1 y1 in pixels.
-        labels: (T,) numbers of classes.
-        crowd: (T,) whether a box stands for many objects: not trained on, and no mistake to find or to miss.
-        size: (W, H) of the image in pixels.
+        boxes: (T, 4) x0, y0, x1, y1 in pixels.
+        labels: (T,) class numbers.
+        crowd: (T,) whether a box stands for many objects. Such a box is not trained on, and in scoring it is no mistake
+            to detect it or to miss it.
+        size: Width and height of the image in pixels.
     """
 
     boxes: NDArray[np.float32]
@@ -38,14 +39,28 @@ class Labelled:
     crowd: NDArray[np.bool_]
     size: tuple[int, int]
 
+    @classmethod
+    def of(cls, objects: Sequence[tuple[Any, int, bool]], size: tuple[int, int]) -> ImageObjects:
+        """Return the objects of an image.
+
+        Args:
+            objects: (box, class number, whether it is a crowd) of each.
+            size: Width and height in pixels.
+        """
+        return cls(
+            np.array([box for box, _, _ in objects], np.float32).reshape(-1, 4),
+            np.array([label for _, label, _ in objects], np.int64),
+            np.array([crowd for _, _, crowd in objects], bool),
+            size,
+        )
+
     def target(self) -> Target:
-        """Return what a loss reads."""
-        kept = ~self.crowd
-        x0, y0, x1, y1 = (
-            torch.from_numpy(self.boxes[kept]).float() / torch.tensor([*self.size, *self.size])
-        ).T
+        """Return what a loss reads: without crowds, boxes as centre and sides in fractions."""
+        single = ~self.crowd
+        sides = torch.tensor([*self.size, *self.size])
+        x0, y0, x1, y1 = (torch.from_numpy(self.boxes[single]).float() / sides).T
         boxes = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1)
-        return {"labels": torch.from_numpy(self.labels[kept]), "boxes": boxes.reshape(-1, 4)}
+        return {"labels": torch.from_numpy(self.labels[single]), "boxes": boxes.reshape(-1, 4)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class DetectionData:
 
     name: str
     classnames: tuple[str, ...]
-    objects: tuple[Labelled, ...]
+    objects: tuple[ImageObjects, ...]
     image: Callable[[int], Image.Image]
     templates: tuple[str, ...] = ("a photo of a {}.",)
 
@@ -70,28 +85,28 @@ class DetectionData:
         return len(self.objects)
 
     def few(self, images: int | None, seed: int) -> DetectionData:
-        """Return a seeded draw of so many images; None: all.
+        """Return a seeded draw of the images.
+
+        Args:
+            images: How many; None for all.
+            seed: Of the draw.
 
         Raises:
-            DataError: If there are fewer, or a class has no object among those drawn.
+            DataError: If there are fewer.
         """
         if images is None:
             return self
         if images > len(self):
             raise DataError(f"{self.name} has {len(self)} images, {images} were asked for.")
-        order = [int(i) for i in numpy_rng(seed, "detection", self.name, images).permutation(len(self))]
-        chosen = order[:images]
-        return DetectionData(
-            self.name,
-            self.classnames,
-            tuple(self.objects[i] for i in chosen),
-            lambda i: self.image(chosen[i]),
-            self.templates,
-        )
+
+        rng = numpy_rng(seed, "detection", self.name, images)
+        drawn = [int(i) for i in rng.permutation(len(self))[:images]]
+        objects = tuple(self.objects[i] for i in drawn)
+        return replace(self, objects=objects, image=lambda i: self.image(drawn[i]))
 
 
 def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
-    """Read a data set in COCO's format. Boxes without area are left out.
+    """Read a data set in COCO's format (Lin et al., ECCV 2014). Boxes without area are left out.
 
     Args:
         annotations: The JSON file: ``images``, ``annotations``, ``categories``.
@@ -100,64 +115,100 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
     Raises:
         DataError: If the file is not of that format, or refers to what isn't there; names what.
     """
-    path, folder = Path(annotations), Path(images)
+    path = Path(annotations)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        entries = {int(p["id"]): p for p in raw["images"]}
-        categories = sorted((int(c["id"]), str(c["name"])) for c in raw["categories"])
-        boxes: dict[int, list[Any]] = {i: [] for i in entries}
-        numbers = {number: k for k, (number, _) in enumerate(categories)}
-        for a in raw["annotations"]:
-            where = f"annotation {a.get('id')}"
-            if (owner := int(a["image_id"])) not in boxes:
-                raise DataError(f"{path}: {where} belongs to image {owner}, which is not listed.")
-            if (category := int(a["category_id"])) not in numbers:
-                raise DataError(f"{path}: {where} is of category {category}, which is not listed.")
-            x, y, w, h = map(float, a["bbox"])
-            if w > 0 and h > 0:
-                box = (x, y, x + w, y + h)
-                boxes[owner].append((box, numbers[category], bool(a.get("iscrowd", 0))))
-        files = {i: folder / str(p["file_name"]) for i, p in entries.items()}
-        sizes = {i: (int(p["width"]), int(p["height"])) for i, p in entries.items()}
+        entries = {int(entry["id"]): entry for entry in raw["images"]}
+        files = {number: Path(images) / str(entry["file_name"]) for number, entry in entries.items()}
+        sizes = {number: (int(entry["width"]), int(entry["height"])) for number, entry in entries.items()}
+        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in raw["categories"])
+        labels = {number: label for label, (number, _) in enumerate(categories)}
+        boxes = _read_boxes(path, raw["annotations"], list(entries), labels)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not in COCO's format: {type(error).__name__} {error}.") from error
+
     if not files or not categories:
         raise DataError(f"{path} lists {len(files)} images and {len(categories)} categories.")
-    if missing := [str(f) for f in files.values() if not f.is_file()]:
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
         raise DataError(f"{path}: {len(missing)} of {len(files)} images are missing, first {missing[0]}.")
+
     order = list(files)
-    objects = tuple(_labelled(boxes[i], sizes[i]) for i in order)
-    names = tuple(name for _, name in categories)
-    return DetectionData(path.stem, names, objects, lambda i: read_image(files[order[i]]))
+    return DetectionData(
+        name=path.stem,
+        classnames=tuple(name for _, name in categories),
+        objects=tuple(ImageObjects.of(boxes[number], sizes[number]) for number in order),
+        image=lambda i: read_image(files[order[i]]),
+    )
 
 
 def write_coco(data: DetectionData, folder: str | Path) -> Path:
-    """Write a data set in COCO's format: ``annotations.json`` and PNG images beside it; return the JSON's path."""
-    place = Path(folder)
+    """Write a data set in COCO's format: ``annotations.json``, and PNG images beside it.
+
+    Args:
+        data: What to write.
+        folder: Where to.
+
+    Returns:
+        The path of the JSON file.
+    """
     entries: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for i, entry in enumerate(data.objects):
-        shown = data.image(i)
-        write_atomic(place / f"{i:06d}.png", lambda path, image=shown: image.save(path, format="PNG"))  # type: ignore[misc]
-        entries.append(
-            {"id": i, "file_name": f"{i:06d}.png", "width": entry.size[0], "height": entry.size[1]}
-        )
-        for box, label, crowd in zip(entry.boxes.tolist(), entry.labels, entry.crowd, strict=True):
+    annotations: list[dict[str, Any]] = []
+    for i, objects in enumerate(data.objects):
+        name = f"{i:06d}.png"
+        width, height = objects.size
+        _write_png(Path(folder) / name, data.image(i))
+        entries.append({"id": i, "file_name": name, "width": width, "height": height})
+
+        for box, label, crowd in zip(objects.boxes.tolist(), objects.labels, objects.crowd, strict=True):
             x0, y0, x1, y1 = box
-            side = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-            facts = {"image_id": i, "category_id": int(label) + 1, "iscrowd": int(crowd)}
-            found.append({"id": len(found) + 1, **facts, **side})
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(data.classnames)]
-    write_json(
-        place / "annotations.json", {"images": entries, "annotations": found, "categories": categories}
-    )
-    return place / "annotations.json"
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": int(label) + 1,
+                    "iscrowd": int(crowd),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                }
+            )
+
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(data.classnames)]
+    path = Path(folder) / "annotations.json"
+    write_json(path, {"images": entries, "annotations": annotations, "categories": categories})
+    return path
 
 
-def _labelled(found: Sequence[tuple[Any, int, bool]], size: tuple[int, int]) -> Labelled:
-    return Labelled(
-        np.array([f[0] for f in found], np.float32).reshape(-1, 4),
-        np.array([f[1] for f in found], np.int64),
-        np.array([f[2] for f in found], bool),
-        size,
-    )
+def _read_boxes(
+    path: Path, annotations: Sequence[Mapping[str, Any]], images: Sequence[int], labels: Mapping[int, int]
+) -> dict[int, list[tuple[Any, int, bool]]]:
+    """Return the (box, class number, crowd) of each image.
+
+    Args:
+        path: Of the file, for messages.
+        annotations: Of the file.
+        images: Numbers of its images.
+        labels: Number of a category to class number.
+    """
+    boxes: dict[int, list[tuple[Any, int, bool]]] = {number: [] for number in images}
+    for annotation in annotations:
+        image = int(annotation["image_id"])
+        category = int(annotation["category_id"])
+        if image not in boxes:
+            raise DataError(
+                f"{path}: annotation {annotation.get('id')} belongs to image {image}, which is not listed."
+            )
+        if category not in labels:
+            raise DataError(
+                f"{path}: annotation {annotation.get('id')} is of category {category}, which is not listed."
+            )
+
+        x, y, width, height = map(float, annotation["bbox"])
+        if width > 0 and height > 0:
+            box = (x, y, x + width, y + height)
+            boxes[image].append((box, labels[category], bool(annotation.get("iscrowd", 0))))
+    return boxes
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))

@@ -11,12 +11,14 @@ from torchvision.ops import box_convert
 
 from vlprompt.core.errors import BackboneError
 from vlprompt.detection.base import Detections, Detector
-from vlprompt.detection.data import DetectionData
+from vlprompt.detection.data import DetectionData, ImageObjects
 
-__all__ = ["average_precision", "features", "kept_boxes"]
+__all__ = ["average_precision", "best_boxes", "features"]
 
 MOST = 100
 """Boxes per image that count, as in COCO's evaluation."""
+
+_METRICS = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # our names to torchmetrics'
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def average_precision(
         detector: The host.
         concepts: (C, L, d), one per class of the data.
         data: Images with boxes.
-        rows: What :func:`features` returned for them, if they are kept.
+        rows: What :func:`features` returned for them; None: images are encoded here.
 
     Raises:
         BackboneError: If torchmetrics or pycocotools is missing; says what to do.
@@ -37,53 +39,65 @@ def average_precision(
     metric = _metric()
     start = 0
     for part in batches(detector, data) if rows is None else _split(rows, 64):
-        found = detector.detect(part, concepts)
-        objects = data.objects[start : start + len(found.boxes)]
+        detections = detector.detect(part, concepts)
+        objects = data.objects[start : start + len(detections.boxes)]
         start += len(objects)
-        truth = [
-            {
-                "boxes": torch.from_numpy(o.boxes),
-                "labels": torch.from_numpy(o.labels),
-                "iscrowd": torch.from_numpy(o.crowd).long(),
-            }
-            for o in objects
-        ]
-        metric.update(kept_boxes(found, [o.size for o in objects]), truth)
+        predictions = best_boxes(detections, [entry.size for entry in objects])
+        metric.update(predictions, [_truth(entry) for entry in objects])
+
     numbers = metric.compute()
-    names = {
-        int(c): float(v)
-        for c, v in zip(numbers["classes"].view(-1), numbers["map_per_class"].view(-1), strict=True)
-    }
-    per_class = {f"AP/{name}": names[i] for i, name in enumerate(data.classnames) if names.get(i, -1.0) >= 0}
-    found_keys = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
-    return {key: max(0.0, float(numbers[theirs])) for key, theirs in found_keys.items()} | per_class
+    scores = {name: max(0.0, float(numbers[key])) for name, key in _METRICS.items()}
+    by_class = zip(numbers["classes"].view(-1), numbers["map_per_class"].view(-1), strict=True)
+    per_class = {int(label): float(value) for label, value in by_class}
+    for label, name in enumerate(data.classnames):
+        if per_class.get(label, -1.0) >= 0:  # -1: the class has no object
+            scores[f"AP/{name}"] = per_class[label]
+    return scores
 
 
 @torch.no_grad()
 def features(detector: Detector, data: DetectionData) -> dict[str, Tensor]:
-    """Return what of all images no concept changes, float16 on the CPU; the first axis is the image."""
+    """Return what no concept changes of all images, float16 on the CPU; the first axis is the image."""
     parts = list(batches(detector, data))
     return {key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]}
 
 
 def batches(detector: Detector, data: DetectionData, size: int = 32) -> Iterator[dict[str, Tensor]]:
-    """Yield what of the images no concept changes, in batches."""
+    """Yield what no concept changes of the images, in batches."""
     for start in range(0, len(data), size):
         images = [detector.preprocess(data.image(i)) for i in range(start, min(start + size, len(data)))]
         with torch.no_grad():
             yield detector.frozen(torch.stack(images))
 
 
-def kept_boxes(found: Detections, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-    """Return each image's best (box, class) pairs as torchmetrics takes them, boxes x0 y0 x1 y1 in pixels."""
-    scores = found.logits.float().sigmoid().cpu()
-    corners = box_convert(found.boxes.float().cpu(), "cxcywh", "xyxy")
-    kept = []
+def best_boxes(detections: Detections, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    """Return the best (box, class) pairs of each image as torchmetrics takes them.
+
+    Args:
+        detections: Of B images.
+        sizes: Width and height of each in pixels.
+
+    Returns:
+        For each image ``boxes`` (n, 4) x0, y0, x1, y1 in pixels, ``scores`` (n,) and ``labels`` (n,).
+    """
+    scores = detections.logits.float().sigmoid().cpu()
+    corners = box_convert(detections.boxes.float().cpu(), "cxcywh", "xyxy")
+    best = []
     for score, boxes, (width, height) in zip(scores, corners, sizes, strict=True):
+        classes = score.shape[1]
         values, order = score.flatten().topk(min(MOST, score.numel()))
-        boxes = boxes[order // score.shape[1]] * torch.tensor([width, height, width, height])
-        kept.append({"boxes": boxes, "scores": values, "labels": order % score.shape[1]})
-    return kept
+        pixels = boxes[order // classes] * torch.tensor([width, height, width, height])
+        best.append({"boxes": pixels, "scores": values, "labels": order % classes})
+    return best
+
+
+def _truth(objects: ImageObjects) -> dict[str, Tensor]:
+    """Return an image's objects as torchmetrics takes them."""
+    return {
+        "boxes": torch.from_numpy(objects.boxes),
+        "labels": torch.from_numpy(objects.labels),
+        "iscrowd": torch.from_numpy(objects.crowd).long(),
+    }
 
 
 def _split(rows: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

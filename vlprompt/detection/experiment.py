@@ -1,118 +1,174 @@
-"""Running a configuration: search concepts, and score them beside the class names on every test set."""
+"""Experiments of detection: concepts for a frozen detector, scored beside the class names on every test set."""
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vlprompt.concepts.old_study import ConceptOutcome, Scores, search_all, write_outcome
-from vlprompt.core.errors import BackboneError, DataError
-from vlprompt.core.files import write_json
+from vlprompt.concepts.search import SearchResult
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import path_fingerprint
 from vlprompt.detection import create_detector
+from vlprompt.detection._transformers import is_fetched
 from vlprompt.detection.base import Detector
-from vlprompt.detection.config import DetectConfig, load_boxes
+from vlprompt.detection.config import DetectionConfig
 from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
-from vlprompt.detection.search import class_vectors, search_concepts
-from vlprompt.experiments.old_folder import open_folder
+from vlprompt.detection.search import ConceptDetection, class_vectors, search_concepts
+from vlprompt.detection.sources import boxes_fingerprint, load_boxes, missing_boxes
+from vlprompt.experiments.concept_study import ConceptExperiment, Scores
+from vlprompt.experiments.config import parse_overrides
+from vlprompt.experiments.experiment import Experiment
+from vlprompt.training.options import TrainOptions
 
-__all__ = ["run_detection"]
+__all__ = ["DetectionExperiment", "build"]
 
 log = logging.getLogger("vlprompt.detection")
-_KEYS = ("AP", "AP50")
 
 
-def run_detection(config: DetectConfig, resume: bool = False, command: str = "") -> ConceptOutcome:
-    """Search concepts with every number of images and seed, and score them.
-
-    Args:
-        config: See :meth:`DetectConfig.read`.
-        resume: Keep cells that were finished before, continue an unfinished one.
-        command: Shown in the report.
-
-    Raises:
-        VLPromptError: If anything the configuration names can't be had; finished cells are kept.
-    """
-    folder = open_folder(config, resume)
-    session = _Session(config, folder, resume)
-    names = session.score_names()
-    rows: Scores = {} if names is None else {"class names": {k: [v] for k, v in names.items()}}
-    history = search_all(rows, config.data.images, config.seeds, session.run_cell)
-    facts = {
-        "detector": session.detector.identity,
-        "data": config.data.train,
-        "seeds": list(config.seeds),
-    }
-    title = f"Concepts for {config.detector['name']} on {config.data.train}"
-    label = next(iter(config.data.test))
-    headline = (f"{label}/AP50", f"AP50 on {label}")
-    return write_outcome(
-        folder, rows, facts, title=title, headline=headline, history=history, command=command
-    )
+def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
+    """Return the experiment that a configuration of this task describes (see :class:`Build`)."""
+    content = parse_overrides(overrides, DetectionConfig)
+    return DetectionExperiment(DetectionConfig.parse(raw, content, source))
 
 
-class _Session:
-    """The cells of one run, sharing the detector and what it sees of the test images."""
+class DetectionExperiment(ConceptExperiment):
+    """Concepts for one detector; cells share it, and what it sees of the test images."""
 
-    def __init__(self, config: DetectConfig, folder: Path, resume: bool) -> None:
-        self.config, self.folder, self.resume = config, folder, resume
-        self.detector: Detector = create_detector(str(config.detector["name"]), **config.detector_options)
-        self.train = load_boxes(config.data.train, "train")
-        self.val = None if config.data.val is None else load_boxes(config.data.val, "val")
-        self.tests = {label: load_boxes(name, "test") for label, name in config.data.test.items()}
-        for label, test in self.tests.items():
-            if test.classnames != self.train.classnames:
-                raise DataError(f"data.test.{label}: {test.name} has other classes than {self.train.name}.")
-        self._rows: dict[str, dict[str, Tensor]] = {}
+    config: DetectionConfig
+    metrics = ("AP", "AP50")
+    headline_metric = "AP50"
 
-    def score_names(self) -> dict[str, float] | None:
-        """Return the scores of the class names' own text features; None if names can't be read."""
-        try:
-            told = class_vectors(self.detector, self.train)
-        except BackboneError as error:
-            log.info("class names are left out: %s", error)
+    def __init__(self, config: DetectionConfig) -> None:
+        super().__init__(config)
+        self._test_features: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def detector(self) -> Detector:
+        """The host."""
+        return create_detector(self.config.detector_name, **self.config.detector_options)
+
+    @cached_property
+    def train(self) -> DetectionData:
+        """All training images."""
+        return load_boxes(self.config.data.name, "train")
+
+    @cached_property
+    def val(self) -> DetectionData | None:
+        """Validation images, if the configuration asks for them."""
+        if self.config.data.validate_on == "none":
             return None
-        return self._score(told)
+        return load_boxes(self.config.data.name, "val")
 
-    def run_cell(self, images: int | None, seed: int) -> dict[str, Any]:
-        """Search and score, or return what a finished cell left behind."""
-        place = self.folder / f"images{images or 'all'}-seed{seed}"
-        if self.resume and (place / "cell.json").is_file():
-            return json.loads((place / "cell.json").read_text(encoding="utf-8"))
-        data = self.train.few(images, seed)
-        options = self.config.train.model_copy(update={"seed": seed})
-        search = self.config.search
-        arguments: dict[str, Any] = {"length": search.length, "init": search.init, "resume": self.resume}
-        first = search_concepts(self.detector, data, self.val, options=options, folder=place, **arguments)
-        vectors = first.module.concepts().detach()
-        first.module.as_concepts(data.classnames).save(place / "concepts.safetensors")
-        scores = {"first": {**self._score(vectors), "seconds": first.seconds}}
-        history = first.history
-        if (second := self.config.second_stage) is not None:
-            options = self.config.second_train().model_copy(update={"seed": seed})
-            arguments |= {"unfreeze": second.unfreeze, "start": vectors, "folder": place / "second"}
-            found = search_concepts(self.detector, data, self.val, options=options, **arguments)
-            static = found.module.static
-            after = self._score(found.module.concepts().detach(), keep=static)
-            scores["second"] = {**after, "seconds": found.seconds}
-            found.module.unfrozen.restore()
-        cell = {"images": images, "seed": seed, "scores": scores, "history": history}
-        write_json(place / "cell.json", cell)
-        return cell
+    @cached_property
+    def tests(self) -> dict[str, DetectionData]:
+        """Label to test set.
 
-    def _score(self, concepts: Tensor, keep: bool = True) -> dict[str, float]:
-        found: dict[str, float] = {}
+        Raises:
+            DataError: If one has other classes than the training images.
+        """
+        tests = {label: load_boxes(name, "test") for label, name in self.test_names().items()}
+        for label, test in tests.items():
+            if test.classnames != self.train.classnames:
+                raise DataError(
+                    f"data.also_test.{label}: {test.name} has other classes than {self.train.name}."
+                )
+        return tests
+
+    @property
+    def host_name(self) -> str:
+        """See :attr:`ConceptExperiment.host_name`."""
+        return self.config.detector_name
+
+    def host_facts(self) -> dict[str, Any]:
+        """See :meth:`ConceptExperiment.host_facts`."""
+        return {"detector": self.detector.identity}
+
+    def test_names(self) -> dict[str, str]:
+        """See :meth:`ConceptExperiment.test_names`."""
+        return self.config.test_names()
+
+    def classnames(self) -> tuple[str, ...]:
+        """See :meth:`ConceptExperiment.classnames`."""
+        return self.train.classnames
+
+    def sources(self) -> dict[str, str]:
+        """See :meth:`Experiment.sources`."""
+        fingerprints = {f"{name}/{split}": boxes_fingerprint(name, split) for name, split in self._files()}
+        for path in self.config.weight_paths():
+            fingerprints[path] = path_fingerprint(path)
+        return {name: value for name, value in fingerprints.items() if value}
+
+    def missing(self) -> list[str]:
+        """See :meth:`Experiment.missing`."""
+        sentences = [missing_boxes(name, split) for name, split in self._files()]
+        pretrained = self.config.detector_options.get("pretrained")
+        if pretrained is not None and not is_fetched(pretrained):
+            sentences.append(
+                f"the weights {pretrained!r} are not on this machine; the first run fetches them."
+            )
+        return list(dict.fromkeys(sentence for sentence in sentences if sentence))
+
+    def score_baseline(self, method: str) -> Scores:
+        """See :meth:`ConceptExperiment.score_baseline`."""
+        if not self.detector.reads_text:
+            log.info("%s is left out: this detector reads no text", method)
+            return {}
+        return self._scores(class_vectors(self.detector, self.train))
+
+    def search(
+        self,
+        images: int | None,
+        options: TrainOptions,
+        folder: Path,
+        unfreeze: Sequence[str] = (),
+        start: Tensor | None = None,
+    ) -> SearchResult[ConceptDetection]:
+        """See :meth:`ConceptExperiment.search`."""
+        return search_concepts(
+            self.detector,
+            self.train.few(images, options.seed),
+            self.val,
+            options=options,
+            length=self.config.concepts.length,
+            init=self.config.concepts.init,
+            unfreeze=unfreeze,
+            start=start,
+            folder=folder,
+            resume=True,
+        )
+
+    def score(self, module: ConceptDetection) -> Scores:
+        """See :meth:`ConceptExperiment.score`."""
+        return self._scores(module.concepts().detach(), same_features=module.static)
+
+    def _scores(self, concepts: Tensor, same_features: bool = True) -> Scores:
+        """Return average precision on every test set.
+
+        Args:
+            concepts: (C, L, d).
+            same_features: Whether the detector still sees the images as it came; if so, they are encoded once.
+        """
+        scores = {}
         for label, test in self.tests.items():
-            rows = self._kept(label, test) if keep else None
-            scores = average_precision(self.detector, concepts, test, rows)
-            found |= {f"{label}/{key}": scores[key] for key in _KEYS}
-        return found
+            rows = self._features(label, test) if same_features else None
+            scores[label] = average_precision(self.detector, concepts, test, rows)
+        return scores
 
-    def _kept(self, label: str, test: DetectionData) -> dict[str, Tensor]:
-        if label not in self._rows:
-            self._rows[label] = features(self.detector, test)
-        return self._rows[label]
+    def _features(self, label: str, test: DetectionData) -> dict[str, Tensor]:
+        if label not in self._test_features:
+            self._test_features[label] = features(self.detector, test)
+        return self._test_features[label]
+
+    def _files(self) -> list[tuple[str, str]]:
+        """Return (name, split) of everything that is read."""
+        name = self.config.data.name
+        files = [(name, "train")]
+        if self.config.data.validate_on == "val":
+            files.append((name, "val"))
+        return files + [(test, "test") for test in self.test_names().values()]

@@ -31,15 +31,15 @@ _START, _END, _DOT, _WORD = 101, 102, 1012, 3899  # BERT's [CLS], [SEP], "." and
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class _Given(nn.Module):
-    """Stands in the text encoder's place and says what it is told to."""
+class _ConceptEncoder(nn.Module):
+    """Stands in the text encoder's place and returns concepts whatever it reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.states: Tensor | None = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Return the given states as an encoder returns its own."""
+        """Return :attr:`states` as an encoder returns its own."""
         return SimpleNamespace(last_hidden_state=self.states)
 
 
@@ -74,12 +74,15 @@ class GroundingDino(Detector):
         model: Any = build_model("GroundingDinoForObjectDetection", pretrained, config, seed)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.text: nn.Module | None = model.model.text_backbone
-        self.given = model.model.text_backbone = _Given()
-        self.model, self.size, self.source = model, size, pretrained
+        self.encoder = _ConceptEncoder()
+        model.model.text_backbone = self.encoder
+        self.model = model
+        self.size = size
+        self.source = pretrained
         self.width = int(model.config.text_config.hidden_size)
         self.most = int(model.config.max_text_len)
         self.identity = {"kind": "GroundingDino", "size": size, "weights": weights_id(model)}
-        self.tower = ("",)  # fused from the start: nothing may be kept once anything of the model learns
+        self.tower = ("",)  # fused from the start: nothing stays the same once any parameter learns
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """See :meth:`Detector.preprocess`."""
@@ -93,17 +96,22 @@ class GroundingDino(Detector):
 
     def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
         """See :meth:`Detector.detect`; a class's logit is the mean over its tokens."""
-        out, places = self._run(frozen, concepts)
-        return Detections(out.logits[..., places].mean(-1), out.pred_boxes)
+        out, positions = self._run(frozen, concepts)
+        return Detections(out.logits[..., positions].mean(-1), out.pred_boxes)
 
     def losses(self, frozen: Frozen, concepts: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
         """See :meth:`Detector.losses`: transformers' own, over tokens, with its weights."""
-        labels = [
-            {"class_labels": t["labels"].to(self.device), "boxes": t["boxes"].to(self.device)}
-            for t in targets
-        ]
+        labels = []
+        for target in targets:
+            boxes = target["boxes"].to(self.device)
+            labels.append({"class_labels": target["labels"].to(self.device), "boxes": boxes})
         out, _ = self._run(frozen, concepts, labels)
         return {"detection": out.loss}
+
+    @property
+    def reads_text(self) -> bool:
+        """See :attr:`Detector.reads_text`; random weights have no tokenizer."""
+        return self.text is not None and self.source is not None
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
@@ -123,31 +131,38 @@ class GroundingDino(Detector):
         self.text = None
 
     def _run(self, frozen: Frozen, concepts: Tensor, labels: Any = None) -> tuple[Any, Tensor]:
-        """Return the model's output, and the (C, L) places of the concepts' tokens."""
+        """Return the model's output, and the (C, L) positions of the concepts' tokens.
+
+        Args:
+            frozen: See :meth:`frozen`.
+            concepts: (C, L, d).
+            labels: What transformers computes the loss with; None: it computes none.
+        """
         classes, length, _ = concepts.shape
         ids = [_START, *([_WORD] * length + [_DOT]) * classes, _END]
         if len(ids) > self.most:
             raise DataError(
                 f"{classes} concepts of {length} vectors make {len(ids)} tokens; this model reads {self.most}."
             )
+
         row = torch.tensor(ids, device=self.device)
-        shown = row == _WORD
-        states = concepts.new_zeros(len(ids), self.width).index_put(
-            (shown.nonzero()[:, 0],), concepts.flatten(0, 1)
-        )
+        is_concept = row == _WORD
+        positions = is_concept.nonzero()[:, 0]
+        states = concepts.new_zeros(len(ids), self.width).index_put((positions,), concepts.flatten(0, 1))
+
         pixels = frozen["pixels"].to(self.device)
         count = len(pixels)
-        self.given.states = states.expand(count, -1, -1)
+        self.encoder.states = states.expand(count, -1, -1)
         try:
             out = self.model(
                 pixel_values=pixels,
                 input_ids=row.expand(count, -1),
-                attention_mask=shown.long().expand(count, -1),
+                attention_mask=is_concept.long().expand(count, -1),
                 labels=labels,
             )
         finally:
-            self.given.states = None
-        return out, shown.nonzero()[:, 0].view(classes, length)
+            self.encoder.states = None
+        return out, positions.view(classes, length)
 
     def _tokenizer(self) -> Any:
         import transformers

@@ -58,10 +58,12 @@ class OwlViT(Detector):
         super().__init__()
         self.model = build_model(f"{self.kind}ForObjectDetection", pretrained, config, seed)
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        facts = self.model.config
-        self.width = int(facts.projection_dim)
-        self.size = int(facts.vision_config.image_size)
-        self.tokens = int(facts.text_config.max_position_embeddings)
+
+        settings = self.model.config
+        self.width = int(settings.projection_dim)
+        self.size = int(settings.vision_config.image_size)
+        self.tokens = int(settings.text_config.max_position_embeddings)
+
         self.tower = (f"model.{self.part}.vision_model.", "model.layer_norm.")
         text = (f"{self.part}.text_model.", f"{self.part}.text_projection.")
         self.identity = {"kind": self.kind, "weights": weights_id(self.model, without=text)}
@@ -78,7 +80,7 @@ class OwlViT(Detector):
 
     def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
         """See :meth:`Detector.detect`."""
-        grid = frozen["features"].to(self.device)
+        grid = frozen["features"].to(self.device)  # (B, rows, columns, W)
         features = grid.flatten(1, 2)
         queries = concepts.flatten(0, 1).expand(len(grid), -1, -1)
         logits, _ = self.model.class_predictor(features, queries)
@@ -90,21 +92,29 @@ class OwlViT(Detector):
         features = frozen["features"].to(self.device).flatten(1, 2)
         return self.model.class_predictor(features)[1]
 
+    @property
+    def reads_text(self) -> bool:
+        """See :attr:`Detector.reads_text`."""
+        return self._owl.text_model is not None
+
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Tensor:
         """See :meth:`Detector.read`; of unit length."""
-        owl = getattr(self.model, self.part)
-        if owl.text_model is None:
+        if not self.reads_text:
             raise BackboneError("the text encoder of this detector was dropped; use saved concepts.")
         ids = wrap_tokenizer(open_clip.SimpleTokenizer()).rows(list(texts), self.tokens).to(self.device)
-        # The end is pooled and attention is causal, so what pads a sentence is never seen.
-        pooled = owl.text_projection(owl.text_model(input_ids=ids).pooler_output)
+        # The end token is pooled and attention is causal, so the padding behind it changes nothing.
+        pooled = self._owl.text_projection(self._owl.text_model(input_ids=ids).pooler_output)
         return F.normalize(pooled, dim=-1)
 
     def drop_text(self) -> None:
         """See :meth:`Detector.drop_text`."""
-        owl = getattr(self.model, self.part)
-        owl.text_model = owl.text_projection = None
+        self._owl.text_model = None
+        self._owl.text_projection = None
+
+    @property
+    def _owl(self) -> Any:
+        return getattr(self.model, self.part)  # transformers calls it by the model's kind
 
 
 @DETECTORS.register("owlv2", summary="transformers' OWLv2, by name, folder or config", paper="2306.09683")

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import create_backbone
+from vlprompt.backbones.image_only import without_text
 from vlprompt.backbones.taps import first_state, run_taps
 from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
@@ -51,27 +52,38 @@ class OwlHead(nn.Module):
         )
         self.leave = nn.LayerNorm(width)
         self.embed = nn.Linear(width, dim)
-        self.shift, self.scale = nn.Linear(width, 1), nn.Linear(width, 1)
+        self.shift = nn.Linear(width, 1)
+        self.scale = nn.Linear(width, 1)
         self.box = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4)
         )
-        with torch.no_grad():  # at first nothing is seen anywhere, and every box is its patch
+
+        # At first no object is seen anywhere, and every box is its patch.
+        with torch.no_grad():
             self.shift.bias.fill_(-0.8)
             self.scale.bias.fill_(10.0)
             self.box[-1].weight.mul_(0.1)  # type: ignore[operator]
             self.box[-1].bias.zero_()  # type: ignore[operator]
-        places = (torch.arange(grid) + 0.5) / grid
-        y, x = torch.meshgrid(places, places, indexing="ij")
+        centres = (torch.arange(grid) + 0.5) / grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
         side = torch.full_like(x, 2 / grid)
-        self.register_buffer(
-            "bias", torch.stack([x, y, side, side], -1).flatten(0, 1).logit(), persistent=False
-        )
+        patches = torch.stack([x, y, side, side], -1).flatten(0, 1)
+        self.register_buffer("bias", patches.logit(), persistent=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (B, N, d) unit vectors, (B, N, 1) shifts and scales of cosines, and (B, N, 4) boxes."""
+        """Return what each of N patches shows.
+
+        Args:
+            tokens: (B, N, 2 W), those of two depths side by side.
+
+        Returns:
+            Unit vectors (B, N, d), shifts and scales of cosines (B, N, 1) each, and boxes (B, N, 4).
+        """
         x = self.leave(self.block(self.enter(tokens)))
-        scale = F.elu(self.scale(x)) + 1
-        return F.normalize(self.embed(x), dim=-1), self.shift(x), scale, (self.box(x) + self.bias).sigmoid()
+        vectors = F.normalize(self.embed(x), dim=-1)
+        scale = F.elu(self.scale(x)) + 1  # above 0
+        boxes = (self.box(x) + self.bias).sigmoid()
+        return vectors, self.shift(x), scale, boxes
 
 
 @DETECTORS.register(
@@ -98,8 +110,9 @@ class OwlTiny(Detector):
             self.head = OwlHead(self.backbone.vision.width, self.width, grid)
         if weights != "random":
             self._load(Path(weights) if weights else WEIGHTS)
+
         self.tower = ("backbone.",)
-        self._told = True
+        self._has_text = True
         self.identity = {
             "kind": "owl-tiny",
             "weights": weights_id(self.head),
@@ -113,15 +126,15 @@ class OwlTiny(Detector):
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> dict[str, Tensor]:
-        """See :meth:`Detector.frozen`."""
+        """See :meth:`Detector.frozen`: the tokens of two depths of the tower, without the class token."""
         tower = self.backbone.vision
         taps = run_taps(tower, first_state(tower, images.to(self.device)), _TAPS)
         return {"features": torch.cat([state[:, 1:] for state in taps.states], -1)}
 
     def detect(self, frozen: Frozen, concepts: Tensor) -> Detections:
         """See :meth:`Detector.detect`."""
-        units, shift, scale, boxes = self.head(frozen["features"].to(self.device).float())
-        cosines = units @ F.normalize(concepts.flatten(0, 1), dim=-1).T
+        vectors, shift, scale, boxes = self.head(frozen["features"].to(self.device).float())
+        cosines = vectors @ F.normalize(concepts.flatten(0, 1), dim=-1).T  # (B, N, C L)
         logits = (cosines.unflatten(-1, concepts.shape[:2]).mean(-1) + shift) * scale
         return Detections(logits, boxes)
 
@@ -129,21 +142,25 @@ class OwlTiny(Detector):
         """See :meth:`Detector.embeds`."""
         return self.head(frozen["features"].to(self.device).float())[0]
 
+    @property
+    def reads_text(self) -> bool:
+        """See :attr:`Detector.reads_text`."""
+        return self._has_text
+
     def read(self, texts: Sequence[str]) -> Tensor:
         """See :meth:`Detector.read`; of unit length."""
-        if not self._told:
+        if not self._has_text:
             raise BackboneError("the text encoder of this detector was dropped; use saved concepts.")
         return self.backbone.encode_text(texts)
 
     def drop_text(self) -> None:
         """See :meth:`Detector.drop_text`."""
-        from vlprompt.backbones.image_only import without_text
-
-        self.backbone, self._told = without_text(self.backbone), False
+        self.backbone = without_text(self.backbone)
+        self._has_text = False
 
     def _load(self, path: Path) -> None:
-        packed, _ = read_tensors(path)
+        packed, _ = read_tensors(path)  # float16, to be small
         try:
-            self.head.load_state_dict({n: t.float() for n, t in packed.items()}, strict=True)
+            self.head.load_state_dict({name: tensor.float() for name, tensor in packed.items()}, strict=True)
         except RuntimeError as error:
             raise BackboneError(f"{path} does not fit owl-tiny: {error}") from error

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-import numpy as np
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.scenes.attributes import check
+from vlprompt.data.scenes.attributes import STYLES, check
 from vlprompt.data.scenes.boxes import BOX_TASKS, BoxScenes, box_classes
-from vlprompt.detection.data import DetectionData, Labelled
+from vlprompt.detection.data import DetectionData, ImageObjects
 
-__all__ = ["SPLITS", "scene_boxes"]
+__all__ = ["SPLITS", "check_scene_name", "scene_boxes"]
 
 #: Images in each split.
 SPLITS = {"train": 512, "val": 128, "test": 256}
+
+_TEMPLATES = ("a photo of a {}.", "a {}.")
+
+
+def check_scene_name(name: str) -> tuple[str, str]:
+    """Return task and style of a name; nothing is drawn.
+
+    Args:
+        name: ``scenes/<task>`` or ``scenes/<task>@<style>``; the tasks are :data:`BOX_TASKS`.
+
+    Raises:
+        DataError: If the name is of another kind.
+        UnknownNameError: For an unknown task or style.
+    """
+    kind, _, rest = name.partition("/")
+    task, _, style = rest.partition("@")
+    if kind != "scenes":
+        names = ", ".join(f"scenes/{task}" for task in BOX_TASKS)
+        raise DataError(f"unknown detection data {name!r}: {names}, each with @STYLE, or coco:JSON:FOLDER.")
+    check("detection task", task, BOX_TASKS)
+    check("style", style or "plain", STYLES)
+    return task, style or "plain"
 
 
 def scene_boxes(name: str, split: str) -> DetectionData:
     """Return one split of drawn scenes with boxes.
 
     Args:
-        name: ``scenes/<task>`` or ``scenes/<task>@<style>``; the tasks are :data:`BOX_TASKS`.
+        name: See :func:`check_scene_name`.
         split: ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
@@ -28,34 +49,27 @@ def scene_boxes(name: str, split: str) -> DetectionData:
         UnknownNameError: For an unknown task, style or split.
     """
     check("split", split, SPLITS)
-    kind, _, rest = name.partition("/")
-    task, _, style = rest.partition("@")
-    if kind != "scenes":
-        known = ", ".join(f"scenes/{t}" for t in BOX_TASKS)
-        raise DataError(f"unknown detection data {name!r}: {known}, each with @STYLE, or coco:JSON:FOLDER.")
-    wanted = box_classes(task)
-    scenes = BoxScenes(SPLITS[split], task, split, style or "plain")
+    task, style = check_scene_name(name)
+    classes = box_classes(task)
+    scenes = BoxScenes(SPLITS[split], task, split, style)
+
     objects = []
     for i in range(len(scenes)):
-        image, boxes, items = scenes.boxes(i)
-        found = [
-            (box, k)
-            for box, item in zip(boxes, items, strict=True)
-            for k, (shape, colour) in enumerate(wanted.values())
-            if item.shape == shape and colour in (None, item.colour) and box[2] > box[0]
-        ]
-        objects.append(
-            Labelled(
-                np.array([b for b, _ in found], np.float32).reshape(-1, 4),
-                np.array([k for _, k in found], np.int64),
-                np.zeros(len(found), bool),
-                (image.shape[1], image.shape[0]),
-            )
-        )
+        pixels, boxes, items = scenes.boxes(i)
+        labelled = []
+        for box, item in zip(boxes, items, strict=True):
+            if box[2] <= box[0]:  # hidden behind other objects
+                continue
+            for label, (shape, colour) in enumerate(classes.values()):
+                if item.shape == shape and colour in (None, item.colour):
+                    labelled.append((box, label, False))
+        height, width = pixels.shape[:2]
+        objects.append(ImageObjects.of(labelled, (width, height)))
+
     return DetectionData(
-        name,
-        tuple(wanted),
-        tuple(objects),
-        lambda i: Image.fromarray(scenes.boxes(i)[0]),
-        ("a photo of a {}.", "a {}."),
+        name=name,
+        classnames=tuple(classes),
+        objects=tuple(objects),
+        image=lambda i: Image.fromarray(scenes.boxes(i)[0]),
+        templates=_TEMPLATES,
     )

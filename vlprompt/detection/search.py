@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ __all__ = ["ConceptDetection", "DetectionBatches", "class_vectors", "search_conc
 
 Init = Literal["text", "normal", "visual"]
 
+_JITTER = 0.05  # share of a vector's length: the L vectors of a class would stay equal if they started equal
+
 
 class ConceptDetection(ConceptSearch):
     """Concepts as a detector's classes, trained by its own losses.
@@ -38,15 +41,17 @@ class ConceptDetection(ConceptSearch):
         detector: The host.
         concepts: What is learned.
         unfreeze: Patterns of the detector's parameters that learn too (second stage).
+
+    Attributes:
+        static: Whether what the detector sees of an image stays the same, so that images are encoded once.
     """
 
     concepts: ConceptEmbedding
 
     def __init__(self, detector: Detector, concepts: ConceptEmbedding, unfreeze: Sequence[str] = ()) -> None:
         super().__init__(concepts, detector, unfreeze)
-        self.detector = [detector]
+        self.detector = [detector]  # in a list: its parameters are not the module's
         names = [name.replace("/", ".") for name, _ in self.unfrozen.named_parameters()]
-        #: Whether what the detector sees of an image stays the same, so that it may be kept.
         self.static = not any(name.startswith(detector.tower) for name in names if detector.tower)
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,10 +62,13 @@ class ConceptDetection(ConceptSearch):
         """
         detector = self.detector[0]
         if "image" in batch:
-            rows = detector.frozen(batch["image"])
+            frozen = detector.frozen(batch["image"])
         else:
-            rows = {k.removeprefix("frozen/"): t.float() for k, t in batch.items() if k.startswith("frozen/")}
-        return detector.losses(rows, self.concepts(), batch["targets"])
+            frozen = {}
+            for key, value in batch.items():
+                if key.startswith("frozen/"):
+                    frozen[key.removeprefix("frozen/")] = value.float()
+        return detector.losses(frozen, self.concepts(), batch["targets"])
 
     def as_concepts(self, names: Sequence[str]) -> Concepts:
         """See :meth:`ConceptSearch.as_concepts`."""
@@ -68,20 +76,24 @@ class ConceptDetection(ConceptSearch):
 
 
 class DetectionBatches:
-    """Batches of images with their objects; what the detector sees of them is kept if it never changes.
+    """Batches of images with their objects.
 
     Args:
         data: Training images.
         detector: The host.
         options: ``batch_size``, ``seed`` and ``drop_last`` are read.
-        rows: What :func:`vlprompt.detection.evaluate.features` returned; None: pixels are decoded each time.
+        rows: What :func:`vlprompt.detection.evaluate.features` returned for the images; None: pixels are decoded each
+            time, because what the detector sees of them changes.
     """
 
     def __init__(
         self, data: DetectionData, detector: Detector, options: TrainOptions, rows: dict[str, Tensor] | None
     ) -> None:
-        self.data, self.detector, self.options, self.rows = data, detector, options, rows
-        self.targets = [entry.target() for entry in data.objects]
+        self.data = data
+        self.detector = detector
+        self.options = options
+        self.rows = rows
+        self.targets = [objects.target() for objects in data.objects]
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -93,8 +105,12 @@ class DetectionBatches:
         batch: Batch = {"targets": [self.targets[i] for i in indices]}
         if self.rows is None:
             images = [self.detector.preprocess(self.data.image(int(i))) for i in indices]
-            return {**batch, "image": torch.stack(images)}
-        return {**batch, **{f"frozen/{k}": t[torch.as_tensor(indices)] for k, t in self.rows.items()}}
+            batch["image"] = torch.stack(images)
+        else:
+            chosen = torch.as_tensor(indices)
+            for key, tensor in self.rows.items():
+                batch[f"frozen/{key}"] = tensor[chosen]
+        return batch
 
 
 def search_concepts(
@@ -107,13 +123,13 @@ def search_concepts(
     init: Init = "text",
     unfreeze: Sequence[str] = (),
     start: Tensor | None = None,
+    folder: Path | None = None,
     resume: bool = False,
-    folder: Any = None,
 ) -> SearchResult[ConceptDetection]:
     """Search a concept for every class of a data set.
 
     Args:
-        detector: The host; changed only where ``unfreeze`` says so.
+        detector: The host; changed only where ``unfreeze`` says so. If the search fails, it is put back.
         train: Images with boxes.
         val: For ``options.select="best"`` (by ``AP``) and the curves; never test data.
         options: Of the trainer.
@@ -122,8 +138,8 @@ def search_concepts(
             what the training boxes show.
         unfreeze: Second stage: patterns of the detector's parameters that learn too.
         start: (C, L, d) concepts to start from instead, for example of a first stage.
-        resume: Continue from the checkpoint in the folder.
-        folder: Where a checkpoint is kept; None keeps none.
+        folder: Where a checkpoint is saved; None saves none.
+        resume: Continue from it.
 
     Raises:
         DataError: If there are no images, or a class has no object to start from.
@@ -132,29 +148,32 @@ def search_concepts(
     """
     if not len(train):
         raise DataError(f"{train.name}: there are no training images.")
-    begun = time.monotonic()
+    started = time.monotonic()
     concepts = ConceptEmbedding(len(train.classnames), length, detector.width).to(detector.device)
     module = ConceptDetection(detector, concepts, unfreeze)
+
     rows = features(detector, train) if module.static else None
+    val_rows = features(detector, val) if module.static and val is not None else None
     if start is None:
         start = _start(detector, train, init, length, options.seed, rows)
     concepts.begin(start)
-    seen = None if val is None or not module.static else features(detector, val)
+
     trainer = Trainer(
         module,
         DetectionBatches(train, detector, options, rows),
         options,
         folder,
-        validate=None if val is None else (lambda: average_precision(detector, concepts(), val, seen)),
+        validate=None if val is None else (lambda: average_precision(detector, concepts(), val, val_rows)),
         identity={"detector": detector.identity, "data": train.name, "start": float(start.norm())},
     )
-    history = trainer.run(resume).history
-    return SearchResult(module, history, time.monotonic() - begun)
+    with module.unfrozen.restored_on_error():
+        history = trainer.run(resume).history
+    return SearchResult(module, history, time.monotonic() - started)
 
 
 def class_vectors(detector: Detector, data: DetectionData) -> Tensor:
-    """Return (C, 1, d) what the text encoder says of the class names, averaged over the templates."""
-    texts = [t.format(c) for c in data.classnames for t in data.templates]
+    """Return the (C, 1, d) text features of the class names, averaged over the templates."""
+    texts = [template.format(name) for name in data.classnames for template in data.templates]
     return detector.read(texts).unflatten(0, (len(data.classnames), -1)).mean(1)[:, None]
 
 
@@ -166,35 +185,48 @@ def _start(
     seed: int,
     rows: dict[str, Tensor] | None,
 ) -> Tensor:
+    """Return the (C, L, d) vectors that a search starts from."""
     if init == "text":
-        return repeated(class_vectors(detector, data)[:, 0], length, 0.05, seed)
+        return repeated(class_vectors(detector, data)[:, 0], length, _JITTER, seed)
     if init == "visual":
-        shown, labels = _shown(detector, data, rows)
-        return repeated(visual_start(shown, labels, data.classnames, norm=1.0), length, 0.05, seed)
+        vectors, labels = _object_vectors(detector, data, rows)
+        return repeated(visual_start(vectors, labels, data.classnames, norm=1.0), length, _JITTER, seed)
+
     shape = (len(data.classnames), length, detector.width)
-    try:
-        told = class_vectors(detector, data)
-    except Exception:  # no tokenizer, no text encoder: noise needs neither
-        told = None
-    return normal_start(shape, told, seed).to(detector.device)
+    like = class_vectors(detector, data) if detector.reads_text else None
+    return normal_start(shape, like, seed).to(detector.device)
 
 
 @torch.no_grad()
-def _shown(detector: Detector, data: DetectionData, rows: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return (n, d) vectors of the boxes that lie best on the training objects, and the objects' (n,) classes."""
-    held = rows if rows is not None else features(detector, data)
-    shown, labels = [], []
-    for i, entry in enumerate(data.objects):
-        target = entry.target()
+def _object_vectors(
+    detector: Detector, data: DetectionData, rows: dict[str, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return what the detector sees of every training object.
+
+    Args:
+        detector: The host.
+        data: Images with boxes.
+        rows: What :func:`features` returned for them; None: it is computed.
+
+    Returns:
+        (n, d) vectors, each of the box that lies best on an object, and the objects' (n,) classes.
+    """
+    rows = rows if rows is not None else features(detector, data)
+    # Where boxes lie may depend on the concepts; one vector of zeros is the concept of nothing.
+    no_concept = torch.zeros(1, 1, detector.width, device=detector.device)
+    vectors = []
+    labels = []
+    for i, objects in enumerate(data.objects):
+        target = objects.target()
         if not len(target["labels"]):
             continue
-        row = {key: tensor[i : i + 1].float() for key, tensor in held.items()}
-        vectors = detector.embeds(row)[0]
-        none = vectors.new_zeros(1, 1, detector.width)
-        boxes = box_convert(detector.detect(row, none).boxes[0], "cxcywh", "xyxy")
-        best = box_iou(box_convert(target["boxes"].to(boxes), "cxcywh", "xyxy"), boxes).argmax(1)
-        shown.append(vectors[best])
+        row = {key: tensor[i : i + 1].float() for key, tensor in rows.items()}
+        embeddings = detector.embeds(row)[0]
+        boxes = box_convert(detector.detect(row, no_concept.to(embeddings)).boxes[0], "cxcywh", "xyxy")
+        true_boxes = box_convert(target["boxes"].to(boxes), "cxcywh", "xyxy")
+        best = box_iou(true_boxes, boxes).argmax(1)
+        vectors.append(embeddings[best])
         labels.append(target["labels"])
-    if not shown:
+    if not vectors:
         raise DataError(f"{data.name}: no training image has an object to start from.")
-    return torch.cat(shown), torch.cat(labels).to(detector.device)
+    return torch.cat(vectors), torch.cat(labels).to(detector.device)

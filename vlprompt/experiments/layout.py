@@ -95,7 +95,8 @@ def gain_tables(results: Results, layout: Layout, title: str = "") -> list[Table
         for baseline in baselines:
             if name in by_row and baseline in by_row and name != baseline:
                 values = _gains(by_row[name], by_row[baseline], layout)
-                rows.setdefault(baseline, []).append(Row(name, dict(values)))
+                if values:
+                    rows.setdefault(baseline, []).append(Row(name, dict(values)))
 
     tables = []
 
@@ -175,7 +176,7 @@ def _gains(ours: Results, theirs: Results, layout: Layout) -> dict[str, Summary]
 
 def _pairs(ours: Mapping[Coordinate, float], theirs: Mapping[Coordinate, float]) -> list[tuple[float, float]]:
     """Pair repetitions; a baseline that was measured once stands beside every one of ours."""
-    if len(theirs) == 1 and len(ours) > 1:
+    if len(theirs) == 1 and (len(ours) > 1 or None in theirs):
         only = next(iter(theirs.values()))
         return [(value, only) for value in ours.values()]
     return [(value, theirs[key]) for key, value in ours.items() if key in theirs]

@@ -13,7 +13,7 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
 from vlprompt.data.thumbnails import data_uri
-from vlprompt.experiments.tables import Table, is_fraction, percent
+from vlprompt.experiments.tables import Table, is_fraction, written
 
 __all__ = ["RunRecord", "write_report"]
 
@@ -156,7 +156,12 @@ def _table(table: Table) -> dict[str, Any]:
     lines = []
     for row in table.rows:
         mark = " †" if row.source == "published" else ""
-        lines.append([row.method + mark, *(percent(row.values.get(column)) for column in columns)])
+        lines.append(
+            [
+                row.method + mark,
+                *(written(row.values.get(column), table.formats.get(column)) for column in columns),
+            ]
+        )
     return {"title": table.title or "Results", "columns": columns, "lines": lines, "note": table.note}
 
 

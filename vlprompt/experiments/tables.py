@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,8 +13,19 @@ from vlprompt.core.files import write_text
 from vlprompt.experiments.statistics import Summary
 from vlprompt.metrics.classification import METRICS
 
-__all__ = ["Row", "Table", "is_fraction", "percent", "to_csv", "to_latex", "to_markdown", "write_tables"]
+__all__ = [
+    "Row",
+    "Table",
+    "is_fraction",
+    "percent",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "write_tables",
+    "written",
+]
 
+_MASK_METRICS = ("dice", "iou", "miou")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -45,6 +56,7 @@ class Table:
         title: What stands above it.
         note: What stands below it: what was measured and how.
         best: Whether the highest measured value of a column is bold.
+        formats: Columns that hold no fractions (pixels, losses, counts), and how their numbers are written (``".1f"``).
     """
 
     rows: list[Row]
@@ -52,21 +64,22 @@ class Table:
     title: str = ""
     note: str = ""
     best: bool = True
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """Return the table as Markdown, the title above and the note below."""
         title = f"{self.title}:\n\n" if self.title else ""
         note = f"\n{self.note}\n" if self.note else ""
-        return f"{title}{to_markdown(self.rows, self.columns or None, self.best)}{note}"
+        return f"{title}{to_markdown(self.rows, self.columns or None, self.best, self.formats)}{note}"
 
     def csv(self) -> str:
         """Return the table as CSV with full precision, without title and note."""
-        return to_csv(self.rows, self.columns or None)
+        return to_csv(self.rows, self.columns or None, self.formats)
 
     def latex(self) -> str:
         """Return the table as LaTeX, title and note as comments."""
         comments = "".join(f"% {text}\n" for text in (self.title, self.note) if text)
-        return f"{comments}{to_latex(self.rows, self.columns or None, self.best)}"
+        return f"{comments}{to_latex(self.rows, self.columns or None, self.best, self.formats)}"
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
@@ -96,23 +109,46 @@ def percent(value: float | Summary | None, plus_minus: str = "±") -> str:
     return f"{100 * value:.1f}"
 
 
-def to_markdown(rows: Sequence[Row], columns: Sequence[str] | None = None, best: bool = True) -> str:
+def written(value: float | Summary | None, number_format: str | None = None, plus_minus: str = "±") -> str:
+    """Write a value of a table.
+
+    Args:
+        value: A number, or one with an interval; None for an empty text.
+        number_format: How a number that is no fraction is written; None for a fraction, in percent.
+        plus_minus: What stands before the interval.
+    """
+    if value is None or number_format is None:
+        return percent(value, plus_minus)
+    if isinstance(value, Summary) and value.ci95 is not None:
+        return f"{value.mean:{number_format}} {plus_minus} {value.ci95:{number_format}}"
+    return f"{_mean(value):{number_format}}"
+
+
+def to_markdown(
+    rows: Sequence[Row],
+    columns: Sequence[str] | None = None,
+    best: bool = True,
+    formats: Mapping[str, str] | None = None,
+) -> str:
     """Return a Markdown table in percent; a column's best measured value is bold, published rows carry †.
 
     Args:
         rows: Lines in the order given.
         columns: Columns in order; all that occur by default.
         best: Whether to set the highest measured value in bold.
+        formats: See :class:`Table`.
     """
     columns = columns or _columns(rows)
+    formats = formats or {}
     lines = ["| " + " | ".join(["method (%)", *map(_markdown, columns)]) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
 
     for row in rows:
-        cells = [percent(row.values.get(c)) for c in columns]
+        cells = [written(row.values.get(c), formats.get(c)) for c in columns]
         if best:
             cells = [
-                f"**{t}**" if t and _is_best(row, c, rows) else t for c, t in zip(columns, cells, strict=True)
+                f"**{t}**" if t and c not in formats and _is_best(row, c, rows) else t
+                for c, t in zip(columns, cells, strict=True)
             ]
 
         mark = " †" if row.source == "published" else ""
@@ -122,34 +158,48 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[str] | None = None, best:
     return "\n".join([*lines, *(["", f"† {note}"] if note else [])]) + "\n"
 
 
-def to_csv(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """Return CSV in percent, at full precision: mean and ``_ci95`` of every column, source of every row."""
+def to_csv(
+    rows: Sequence[Row], columns: Sequence[str] | None = None, formats: Mapping[str, str] | None = None
+) -> str:
+    """Return CSV in percent, at full precision: mean and ``_ci95`` of every column, source of every row.
+
+    Columns of ``formats`` hold no fractions, and stay as they are.
+    """
     columns = columns or _columns(rows)
+    formats = formats or {}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "source", "citation", *(f"{c}{s}" for c in columns for s in ("", "_ci95"))])
 
     for row in rows:
         numbers: list[object] = []
-        for value in (row.values.get(c) for c in columns):
+        for column in columns:
+            value = row.values.get(column)
+            factor = 1 if column in formats else 100
             mean, half = (value.mean, value.ci95) if isinstance(value, Summary) else (value, None)
-            numbers += ["" if x is None else round(100 * x, 6) for x in (mean, half)]
+            numbers += ["" if x is None else round(factor * x, 6) for x in (mean, half)]
         writer.writerow([row.method, row.source, row.citation, *numbers])
 
     return out.getvalue()
 
 
-def to_latex(rows: Sequence[Row], columns: Sequence[str] | None = None, best: bool = True) -> str:
+def to_latex(
+    rows: Sequence[Row],
+    columns: Sequence[str] | None = None,
+    best: bool = True,
+    formats: Mapping[str, str] | None = None,
+) -> str:
     """Return a LaTeX tabular (package booktabs) in percent, marked like the Markdown table."""
     columns = columns or _columns(rows)
+    formats = formats or {}
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join([r"method (\%)", *map(_latex, columns)]) + r" \\", r"\midrule"]
 
     for row in rows:
-        cells = [percent(row.values.get(c), r"$\pm$") for c in columns]
+        cells = [written(row.values.get(c), formats.get(c), r"$\pm$") for c in columns]
         if best:
             cells = [
-                rf"\textbf{{{t}}}" if t and _is_best(row, c, rows) else t
+                rf"\textbf{{{t}}}" if t and c not in formats and _is_best(row, c, rows) else t
                 for c, t in zip(columns, cells, strict=True)
             ]
 
@@ -164,7 +214,7 @@ def to_latex(rows: Sequence[Row], columns: Sequence[str] | None = None, best: bo
 def is_fraction(key: str) -> bool:
     """Tell whether a flat metrics key, for example ``"shots4/accuracy_std"``, holds a fraction in [0, 1]."""
     stem = key.rsplit("/", 1)[-1].removesuffix("_std").removesuffix("_ci95").removesuffix("_gain")
-    fractions = {*METRICS, "score", "harmonic_mean"} - {"nll"}
+    fractions = {*METRICS, *_MASK_METRICS, "score", "harmonic_mean"} - {"nll"}
     return any(stem == name or stem.endswith(f"_{name}") for name in fractions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,30 +15,35 @@ from torch import Tensor
 
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import DataError
+from vlprompt.core.files import write_json
 from vlprompt.core.options import check_options
 from vlprompt.generation import PERSONALISERS
 from vlprompt.generation.base import NoisedBatches, Personaliser
 from vlprompt.generation.hosts import Host
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["Personalised", "concept_context", "personalise"]
 
+Watch = Callable[[Personaliser], Mapping[str, float]]
+
 
 @dataclass(frozen=True)
 class Personalised:
-    """What a search left behind.
+    """What a search leaves behind.
 
     Attributes:
         module: What was learned, in its host.
-        history: One record per step that was looked at: ``step``, ``seconds`` of training so far, and measures.
-        seconds: Of all training, without what was looked at.
+        history: One record per step at which it was measured: ``step``, ``loss`` from the first step on, and measures.
+        clock: Step to seconds of training so far, for the steps of the history.
+        seconds: Of all training, without measuring.
         start: Seconds before the first step: encoding of images and of the text that the search starts from.
     """
 
     module: Personaliser
     history: list[dict[str, float]] = field(repr=False)
+    clock: dict[int, float] = field(repr=False)
     seconds: float
     start: float
 
@@ -50,21 +56,21 @@ def personalise(
     *,
     train: TrainOptions,
     options: Mapping[str, Any] | None = None,
-    watch: Callable[[Personaliser], Mapping[str, float]] | None = None,
+    watch: Watch | None = None,
     folder: Path | None = None,
     resume: bool = False,
 ) -> Personalised:
     """Learn a concept.
 
     Args:
-        host: The frozen model.
+        host: The frozen model. If the search fails, it is put back as it came.
         images: A few images of the concept.
         word: What it is, coarsely; the search starts there.
         method: See :func:`vlprompt.generation.list_personalisers`.
         train: ``epochs`` are steps, since a step sees every image; ``batch_size`` noise levels per step.
         options: The method's own, see its class.
-        watch: Measures what was learned, at the start and every ``train.eval_every`` steps; not timed.
-        folder: Where a checkpoint is kept; None keeps none.
+        watch: Measures what was learned, before the first step and every ``train.eval_every`` steps; not timed.
+        folder: Where a checkpoint is saved; None saves none.
         resume: Continue from it.
 
     Raises:
@@ -80,18 +86,36 @@ def personalise(
     module: Personaliser = entry.target(host, images, word, **checked)
     module.method = method
     batches = NoisedBatches(host.latents(images), train.batch_size, train.seed, host.levels)
-    begun = time.monotonic() - started
-    history = _Watch(module, watch, train.eval_every)
+    before_training = time.monotonic() - started
+
+    def measure() -> Mapping[str, float]:
+        assert watch is not None
+        with torch.no_grad():
+            return watch(module)
+
+    # The start is measured here, also after a kill: the checkpoint holds later states only.
+    history: list[dict[str, float]] = []
+    if watch is not None:
+        history.append(_record(0, measure()))
+
+    clock = _Clock(folder)
     trainer = Trainer(
         module,
         batches,
         train,
         folder,
-        callbacks=[history],
+        validate=None if watch is None else measure,
+        callbacks=[clock],
         identity={"method": method, "host": host.identity},
     )
-    progress = trainer.run(resume)
-    return Personalised(module, history.records, progress.seconds, begun)
+    with module.unfrozen.restored_on_error():
+        progress = trainer.run(resume)
+
+    for record in progress.history:
+        measures = {key.removeprefix("val/"): record[key] for key in record if key.startswith("val/")}
+        if measures:
+            history.append(_record(int(record["epoch"]) + 1, measures, float(record["loss"])))
+    return Personalised(module, history, clock.seconds, progress.seconds, before_training)
 
 
 def concept_context(path: str | Path, host: Host, template: str | None = None) -> Tensor:
@@ -111,37 +135,49 @@ def concept_context(path: str | Path, host: Host, template: str | None = None) -
     """
     concepts = Concepts.load(path, "generator")
     concepts.check_host(host.identity, path)
-    vectors, facts = concepts.vectors[0], concepts.facts
+    vectors = concepts.vectors[0]
+    facts = concepts.facts
     if facts["mode"] == "full":
         if template is not None:
             raise DataError(f"{path} holds a whole context (mode full); it can't stand in a template.")
         return vectors[None]
+
     around, first = host.slots(template or facts["template"], facts["word"], len(vectors))
     vectors = vectors.to(around)
     return torch.cat([around[:first], vectors, around[first + len(vectors) :]])[None]
 
 
-class _Watch(Callback):
-    """Measures the concept between steps, off the clock."""
+class _Clock(Callback):
+    """Notes the seconds of training at every measured step, in a file that a resumed run goes on with.
 
-    def __init__(self, module: Personaliser, measure: Any, every: int) -> None:
-        self.module, self.measure, self.every = module, measure, every
-        self.records: list[dict[str, float]] = []
+    Args:
+        folder: Where ``seconds.json`` is written; None: nowhere.
+    """
 
-    def on_start(self, trainer: Trainer) -> None:
-        """Measure the start."""
-        self._record(0, 0.0)
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "seconds.json"
+        self.seconds: dict[int, float] = {}
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """Measure after every so many steps, and after the last one."""
-        step = int(record["epoch"]) + 1
-        if step % self.every == 0 or step == trainer.options.epochs:
-            self._record(step, trainer.progress.seconds, float(record["loss"]))
+    def on_start(self, trainer: TrainingView) -> None:
+        """Take up what an earlier session noted, up to its last checkpoint."""
+        self.seconds = {0: 0.0}
+        if trainer.progress.epoch and self.path is not None and self.path.is_file():
+            noted = json.loads(self.path.read_text(encoding="utf-8"))
+            for step, seconds in noted.items():
+                if int(step) <= trainer.progress.epoch:
+                    self.seconds[int(step)] = float(seconds)
 
-    def _record(self, step: int, seconds: float, loss: float | None = None) -> None:
-        if self.measure is None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
+        """Note the time of a step that was measured."""
+        if not any(key.startswith("val/") for key in record):
             return
-        with torch.no_grad():
-            numbers = {k: float(v) for k, v in self.measure(self.module).items()}
-        held = {} if loss is None else {"loss": loss}
-        self.records.append({"step": float(step), "seconds": seconds, **held, **numbers})
+        self.seconds[int(record["epoch"]) + 1] = trainer.progress.seconds
+        if self.path is not None:
+            write_json(self.path, self.seconds)
+
+
+def _record(step: int, measures: Mapping[str, float], loss: float | None = None) -> dict[str, float]:
+    record = {"step": float(step)}
+    if loss is not None:
+        record["loss"] = loss
+    return {**record, **{key: float(value) for key, value in measures.items()}}

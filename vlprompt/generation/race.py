@@ -1,121 +1,136 @@
-"""Who is there first: steps and seconds to the best similarity that the baseline ever reaches."""
+"""Who is there first: steps, and seconds, to the best similarity that the baseline ever reaches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import summarise
 
-__all__ = ["Race", "summary_table"]
+__all__ = ["Clock", "Race", "arrivals", "races_of", "timing_figures", "timing_table"]
 
-_LAST = 3  # records whose mean is what a method reaches in the end
+_LAST = 3  # measurements whose mean is what a method reaches in the end
+
+Clock = Mapping[int, float]
+"""Step to seconds of training so far, at every step where the similarity was measured."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Race:
-    """What every method measured on one concept.
+    """What every method measured on one concept with one seed.
 
     Attributes:
         concept: Its name.
-        results: Label to ``start`` and ``seconds``, and the ``history`` of steps, seconds and similarities.
+        seed: Of training and of samples.
+        curves: Method to (step, similarity), in the order of steps.
     """
 
     concept: str
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seed: int
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
-    def add(self, label: str, result: Mapping[str, Any]) -> None:
-        """Take a method's measures in."""
-        self.results[label] = dict(result)
+    def first(self, method: str) -> float:
+        """Return the similarity before the first step."""
+        return self.curves[method][0][1]
 
-    def final(self, label: str) -> float:
-        """Return the similarity a method reaches: the mean of its last three records."""
-        return float(np.mean([r["similarity"] for r in self.results[label]["history"][-_LAST:]]))
-
-    def best(self, label: str) -> float:
+    def best(self, method: str) -> float:
         """Return the highest similarity a method ever had."""
-        return max(float(r["similarity"]) for r in self.results[label]["history"])
+        return max(similarity for _, similarity in self.curves[method])
 
-    def arrival(self, label: str, goal: float) -> tuple[float, float] | None:
-        """Return (steps, seconds of training) after which a method was first at the goal; None if never."""
-        for record in self.results[label]["history"]:
-            if record["similarity"] >= goal:
-                return record["step"], record["seconds"]
+    def last(self, method: str) -> float:
+        """Return the similarity a method ends with: the mean of its last three measurements."""
+        return float(np.mean([similarity for _, similarity in self.curves[method][-_LAST:]]))
+
+    def arrival(self, method: str, goal: float) -> int | None:
+        """Return the first step at which a method was measured at the goal or above; None if it never was."""
+        for step, similarity in self.curves[method]:
+            if similarity >= goal:
+                return step
         return None
 
-    def seconds_per_step(self, label: str) -> float:
-        """Return the mean over all steps."""
-        last = self.results[label]["history"][-1]
-        return last["seconds"] / max(1.0, last["step"])
 
-    def record(self) -> dict[str, Any]:
-        """Return everything, JSON-able."""
-        return {"concept": self.concept, **self.results}
-
-    def drawing(self) -> tuple[str, str]:
-        """Return a text and an SVG of similarity by step."""
-        from vlprompt.experiments.figures import curves
-
-        lines = {
-            label: [(r["step"], r["similarity"]) for r in result["history"]]
-            for label, result in self.results.items()
-        }
-        text = "Similarity of drawn images to images of the concept that no search saw."
-        return text, curves(lines, "step", "similarity")
-
-
-def summary_table(races: Sequence[Race], baseline: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return a Markdown table over all concepts, and its numbers.
+def races_of(results: Results, methods: Sequence[str]) -> list[Race]:
+    """Return the races that all methods finished, in the order of the results.
 
     Args:
-        races: One per concept.
-        baseline: The method whose best similarity is the goal; None: the first one.
+        results: Lines of ``similarity`` with the coordinates ``method``, ``concept``, ``seed`` and ``step``.
+        methods: Those that take part.
     """
-    labels = list(races[0].results)
-    base = baseline or labels[0]
+    races = []
+    for (concept, seed), lines in results.select("similarity").by("concept", "seed").items():
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for (method, step), measured in lines.by("method", "step").items():
+            curves.setdefault(str(method), []).append((int(step or 0), measured.lines[0].value))
+        if all(method in curves for method in methods):
+            races.append(Race(str(concept), int(seed or 0), curves))
+    return races
+
+
+def arrivals(races: Sequence[Race], method: str, baseline: str) -> list[tuple[Race, int, int]]:
+    """Return (race, step of the method, step of the baseline) at the baseline's best, where the method gets there."""
+    both = []
+    for race in races:
+        goal = race.best(baseline)
+        step = race.arrival(method, goal)
+        baseline_step = race.arrival(baseline, goal)
+        if step is not None and baseline_step is not None:
+            both.append((race, step, baseline_step))
+    return both
+
+
+def timing_figures(
+    races: Sequence[Race], methods: Sequence[str], baseline: str, clocks: Mapping[tuple[str, str, int], Clock]
+) -> dict[str, dict[str, float | None]]:
+    """Return what a clock says of each method.
+
+    Args:
+        races: See :func:`races_of`.
+        methods: In order.
+        baseline: The method whose best similarity is the goal.
+        clocks: By method, concept and seed.
+
+    Returns:
+        Method to ``seconds_per_step``, ``seconds`` to the goal (mean over the races where it gets there), and
+        ``speedup``: how many times faster than the baseline, the ratio of the sums of seconds. None: it never gets
+        there. Infinity: it is there before the first step.
+    """
+    figures: dict[str, dict[str, float | None]] = {}
+    for method in methods:
+        per_step = []
+        for race in races:
+            step, seconds = max(clocks[method, race.concept, race.seed].items())
+            per_step.append(seconds / max(1, step))
+
+        both = arrivals(races, method, baseline)
+        ours = sum(clocks[method, race.concept, race.seed][step] for race, step, _ in both)
+        theirs = sum(clocks[baseline, race.concept, race.seed][step] for race, _, step in both)
+        figures[method] = {
+            "seconds_per_step": summarise(per_step).mean,
+            "seconds": ours / len(both) if both else None,
+            "speedup": None if not both else (theirs / ours if ours > 0 else float("inf")),
+        }
+    return figures
+
+
+def timing_table(figures: Mapping[str, Mapping[str, float | None]], baseline: str) -> str:
+    """Return the figures of :func:`timing_figures` as a Markdown table."""
     lines = [
-        f"| method | similarity at the start | best | at the end | ms per step | steps to {base}'s best | seconds "
-        "| times faster |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| method | ms per step | seconds to {baseline}'s best similarity | times faster |",
+        "|---|---:|---:|---:|",
     ]
-    metrics: dict[str, Any] = {}
-    for label in labels:
-        row = _row(races, label, base)
-        metrics |= {f"{label}/{k}": v if np.isfinite(v) else None for k, v in row.items()}
-        there = f"{row['arrived']:.0f} of {len(races)}" if row["arrived"] < len(races) else ""
-        cells = [f"{row[key]:.3f}" for key in ("first", "best", "last")]
-        cells += [
-            f"{1000 * row['seconds_per_step']:.0f}",
-            f"{_or_never(row['steps'], '.0f')} {there}".strip(),
-        ]
-        cells += [_or_never(row["seconds"], ".1f"), _or_never(row["speedup"], ".1f")]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    note = (
-        f"Means over {len(races)} concepts; times faster: the ratio of the sums of seconds, over the concepts where "
-        "both arrive. Drawing images to measure is not timed."
-    )
-    return "\n".join([*lines, "", note, ""]), metrics
+    for method, row in figures.items():
+        per_step = row["seconds_per_step"]
+        assert per_step is not None
+        cells = [f"{1000 * per_step:.0f}", _text(row["seconds"]), _text(row["speedup"])]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    note = "Of training alone: drawing the images that similarity is measured on is not timed."
+    return "\n".join([*lines, "", note, ""])
 
 
-def _row(races: Sequence[Race], label: str, base: str) -> dict[str, float]:
-    found = [(race.arrival(label, race.best(base)), race.arrival(base, race.best(base))) for race in races]
-    both = [(mine, theirs) for mine, theirs in found if mine is not None and theirs is not None]
-    nan = float("nan")
-    mine, theirs = sum(m[1] for m, _ in both), sum(t[1] for _, t in both)
-    return {
-        "first": summarise([race.results[label]["history"][0]["similarity"] for race in races]).mean,
-        "best": summarise([race.best(label) for race in races]).mean,
-        "last": summarise([race.final(label) for race in races]).mean,
-        "seconds_per_step": summarise([race.seconds_per_step(label) for race in races]).mean,
-        "arrived": float(len(both)),
-        "steps": summarise([m[0] for m, _ in both]).mean if both else nan,
-        "seconds": mine / len(both) if both else nan,
-        "speedup": theirs / mine if both and mine > 0 else (float("inf") if both else nan),
-    }
-
-
-def _or_never(value: float, form: str) -> str:
-    return "never" if value != value else ("at once" if value == float("inf") else format(value, form))
+def _text(value: float | None) -> str:
+    if value is None:
+        return "never"
+    return "at once" if value == float("inf") else f"{value:.1f}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensors_to_bytes
@@ -20,12 +20,24 @@ from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
 from vlprompt.saved.paths import PROMPT_FILE, prompt_folder
 
-if TYPE_CHECKING:
-    from vlprompt.segmentation import Segmenter
+__all__ = [
+    "Kind",
+    "PromptCard",
+    "Prompted",
+    "backbone_of",
+    "build_learner",
+    "check_backbone",
+    "check_kind",
+    "load",
+    "read",
+    "save",
+]
 
-__all__ = ["PromptCard", "check_backbone", "load", "read", "save"]
+Kind = Literal["learner", "segmenter"]
+"""What saved prompts belong to."""
 
 _FORMAT = 1
+_COMMANDS: dict[str, str] = {"learner": "vlprompt predict", "segmenter": "vlprompt segment predict"}
 _ARGUMENTS = {
     "name",
     "backbone",
@@ -40,7 +52,7 @@ class PromptCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
-    kind: Literal["learner", "segmenter"] = "learner"
+    kind: Kind = "learner"
     method: str
     options: dict[str, Any]
     classnames: list[str]
@@ -51,7 +63,26 @@ class PromptCard(BaseModel):
     tensors: str
 
 
-def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+class Prompted(Protocol):
+    """What can be saved beside a learner: a model with learned prompts that says of which kind it is.
+
+    Attributes:
+        kind: What the card calls it.
+        method: Its registry name.
+        options: What it was built with.
+        backbone: What the prompts were trained on.
+    """
+
+    kind: Kind
+    method: str
+    options: dict[str, Any]
+    backbone: Backbone
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return what was learned, by name."""
+
+
+def save(learner: Learner | Prompted, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
     """Write what was learned as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
 
     Args:
@@ -67,11 +98,10 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
     """
     folder = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
-    digest = _digest(state)
-    classifies = isinstance(learner, Learner)
-    card = PromptCard(
+    is_learner = isinstance(learner, Learner)
+    content = PromptCard(
         format=_FORMAT,
-        kind="learner" if classifies else "segmenter",
+        kind="learner" if isinstance(learner, Learner) else learner.kind,
         method=learner.method,
         options=learner.options,
         classnames=list(learner.classnames) if isinstance(learner, Learner) else [],
@@ -79,8 +109,11 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
         backbone=learner.backbone.fingerprint,
         version=package_version(),
         metrics=dict(metrics or {}),
-        tensors=digest,
-    ).model_dump(exclude={"kind"} if classifies else None)  # older versions read learners still
+        tensors=_digest(state),
+    )
+    # Older versions know no kinds; without the key they still read learners.
+    card = content.model_dump(exclude={"kind"} if is_learner else None)
+
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / PROMPT_FILE, state, {"card": card})
     write_json(folder / "prompt.json", card)
@@ -88,53 +121,61 @@ def save(learner: Learner | Segmenter, path: str | Path, metrics: Mapping[str, f
     return folder
 
 
-def load(
-    path: str | Path,
-    backbone: Backbone | None = None,
-    kind: Literal["learner", "segmenter"] | None = None,
-) -> Any:
-    """Read what :func:`save` wrote: a :class:`Learner` or a :class:`Segmenter`. No code in the files can run.
+def load(path: str | Path, backbone: Backbone | None = None) -> Learner:
+    """Read a learner that :func:`save` wrote. No code in the files can run.
 
     Args:
         path: The folder, or that of the cell or run which saved it, if it saved no other.
         backbone: The backbone it was trained on; None builds it from the name in the file.
-        kind: What it has to be; None takes either.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or hostile, of the other kind, or the backbone is another
+        CheckpointError: If a file is missing, damaged or hostile, of another kind, or the backbone is another
             one; names the difference.
         BackboneError: If the backbone's weights can't be fetched.
     """
     card, tensors = read(path)
-    if kind not in (None, card.kind):
-        command = "vlprompt segment predict" if card.kind == "segmenter" else "vlprompt predict"
-        raise CheckpointError(
-            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {command}."
-        )
+    return build_learner(path, card, tensors, backbone)
 
-    if backbone is None:
-        backbone = _rebuild(path, card.backbone)
 
-    check_backbone(path, card, backbone)
-    if card.kind == "segmenter":
-        return _segmenter(path, card, backbone, tensors)
-
+def build_learner(
+    path: str | Path, card: PromptCard, tensors: Mapping[str, Tensor], backbone: Backbone | None = None
+) -> Learner:
+    """Return the learner that :func:`read` found the parts of; arguments and errors as :func:`load`."""
+    check_kind(path, card, "learner")
+    backbone = backbone_of(path, card, backbone)
     learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
 
 
-def _segmenter(
-    path: str | Path, card: PromptCard, backbone: Backbone, tensors: Mapping[str, Tensor]
-) -> Segmenter:
-    from vlprompt.segmentation import create_segmenter  # those who classify need none of it
+def check_kind(path: str | Path, card: PromptCard, kind: Kind) -> None:
+    """Refuse prompts of another kind.
 
-    try:
-        segmenter = create_segmenter(card.method, backbone, **card.options)
-    except TypeError as error:
-        raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
-    segmenter.load_trainable_state(tensors)
-    return segmenter.eval()
+    Raises:
+        CheckpointError: Says what they are and which command takes them.
+    """
+    if card.kind != kind:
+        raise CheckpointError(
+            f"{path} holds a {card.kind} ({card.method}), not a {kind}; use it with {_COMMANDS[card.kind]}."
+        )
+
+
+def backbone_of(path: str | Path, card: PromptCard, backbone: Backbone | None) -> Backbone:
+    """Return the backbone that saved prompts belong to.
+
+    Args:
+        path: Where the prompts lie, for messages.
+        card: What they are.
+        backbone: One that was built already, to be checked; None builds it from the name in the card.
+
+    Raises:
+        CheckpointError: If it is another one, or the card names none that can be built.
+        BackboneError: If its weights can't be fetched.
+    """
+    if backbone is None:
+        backbone = _rebuild(path, card.backbone)
+    check_backbone(path, card, backbone)
+    return backbone
 
 
 def read(path: str | Path) -> tuple[PromptCard, dict[str, Tensor]]:

@@ -32,19 +32,26 @@ def create_segmenter(name: str, backbone: Backbone, strategy: str = "zero_shot",
         BackboneError: If model or strategy can't work on this backbone; says why.
         VLPromptError: If the strategy can't work on this model; says why.
     """
-    model, tuned = SEGMENTERS.get(name), STRATEGIES.get(strategy)
-    mine, theirs = options_model(model.target).model_fields, options_model(tuned.target).model_fields
-    if unknown := [key for key in options if key not in mine and key not in theirs]:
-        raise ConfigError(
-            [_unknown(key, {*mine, *theirs}) for key in unknown], f"segmenter {name!r} with {strategy!r}"
-        )
-    kept = check_options(model.target, {k: v for k, v in options.items() if k in mine}, f"segmenter {name!r}")
-    given = check_options(
-        tuned.target, {k: v for k, v in options.items() if k in theirs}, f"strategy {strategy!r}"
-    )
-    built = model.target(backbone, tuned.target(backbone, **given), **kept)
-    built.method, built.options = name, {"strategy": strategy, **options}
-    return built.to(backbone.device).eval()
+    model_type = SEGMENTERS.get(name).target
+    strategy_type = STRATEGIES.get(strategy).target
+    model_fields = options_model(model_type).model_fields
+    strategy_fields = options_model(strategy_type).model_fields
+
+    allowed = {*model_fields, *strategy_fields}
+    problems = [_unknown(key, allowed) for key in options if key not in allowed]
+    if problems:
+        raise ConfigError(problems, f"segmenter {name!r} with {strategy!r}")
+
+    # An option that both have, such as the seed, goes to both.
+    of_model = {key: value for key, value in options.items() if key in model_fields}
+    of_strategy = {key: value for key, value in options.items() if key in strategy_fields}
+    of_model = check_options(model_type, of_model, f"segmenter {name!r}")
+    of_strategy = check_options(strategy_type, of_strategy, f"strategy {strategy!r}")
+
+    segmenter = model_type(backbone, strategy_type(backbone, **of_strategy), **of_model)
+    segmenter.method = name
+    segmenter.options = {"strategy": strategy, **options}
+    return segmenter.to(backbone.device).eval()
 
 
 def list_segmenters() -> list[str]:
@@ -52,7 +59,7 @@ def list_segmenters() -> list[str]:
     return SEGMENTERS.names()
 
 
-def _unknown(key: str, known: set[str]) -> str:
-    close = nearest(key, known, count=1)
+def _unknown(key: str, allowed: set[str]) -> str:
+    close = nearest(key, allowed, count=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{key}: unknown key{hint} Known: {', '.join(sorted(known))}."
+    return f"{key}: unknown key{hint} Known: {', '.join(sorted(allowed))}."

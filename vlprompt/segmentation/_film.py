@@ -1,4 +1,4 @@
-"""CLIPSeg's decoder: tokens of three depths, reduced and summed from deep to shallow, modulated by a phrase.
+"""CLIPSeg's decoder: tokens of three blocks, reduced, summed from deep to shallow, and modulated by a phrase.
 
 Lüddecke and Ecker, CVPR 2022, arXiv 2112.10003, section 3.
 """
@@ -39,8 +39,10 @@ class FilmDecoder(nn.Module):
         conditional: int = 0,
     ) -> None:
         super().__init__()
-        self.conditional, self.width = conditional, reduce
-        self.film_mul, self.film_add = nn.Linear(dim, reduce), nn.Linear(dim, reduce)
+        self.conditional = conditional
+        self.width = reduce
+        self.film_mul = nn.Linear(dim, reduce)
+        self.film_add = nn.Linear(dim, reduce)
         self.reduces = nn.ModuleList(nn.Linear(width, reduce) for _ in range(taps))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(reduce, heads, hidden, dropout=0.0, batch_first=True)
@@ -50,7 +52,7 @@ class FilmDecoder(nn.Module):
 
     def reduced(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return (B, R, reduce) tokens of every tap, deepest first, from (B, R, W) states, shallowest first."""
-        return tuple(f(x) for f, x in zip(self.reduces, reversed(states), strict=True))
+        return tuple(reduce(state) for reduce, state in zip(self.reduces, reversed(states), strict=True))
 
     def features(self, reduced: tuple[Tensor, ...], condition: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return (B, reduce, rows, columns) maps; tokens beside the grid's (class token, prompts) are dropped last."""
@@ -69,8 +71,11 @@ class FilmDecoder(nn.Module):
 
 
 def _refined(reduce: int, patch: int) -> nn.Sequential:
-    """Two steps whose factors multiply to the patch; the published one needs a side that 16 = 4 x 4 divides."""
-    first = next(f for f in range(int(patch**0.5), 0, -1) if patch % f == 0)
+    """Return an upsampling in two steps whose factors multiply to the patch.
+
+    The published one is always 4 x 4, which fits patches of 16 pixels only.
+    """
+    first = next(factor for factor in range(int(patch**0.5), 0, -1) if patch % factor == 0)
     second = patch // first
     return nn.Sequential(
         nn.Conv2d(reduce, reduce, 3, padding=1),

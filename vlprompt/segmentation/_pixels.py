@@ -1,4 +1,4 @@
-"""Images as segmentation models see them: whole. Classification crops the middle, and a mask has no use for that."""
+"""Preprocessing for segmentation, which sees whole images; classification crops their middle."""
 
 from __future__ import annotations
 
@@ -30,4 +30,5 @@ class Squash:
         whole = image.convert("RGB")
         if whole.size != self.size[::-1]:
             whole = whole.resize(self.size[::-1], Image.Resampling.BICUBIC)
-        return self.inner(whole)  # which finds nothing to resize or crop any more
+        # The size is right already, so this resizes and crops nothing.
+        return self.inner(whole)

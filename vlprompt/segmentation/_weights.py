@@ -1,4 +1,4 @@
-"""Where a decoder's sizes and weights come from: the package, a CLIPSeg in transformers' layout, or nowhere."""
+"""Sizes and weights of decoders: from the package, from a checkpoint in a published layout, or random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "cris_decoder", "embedded",
 
 log = logging.getLogger("vlprompt.segmentation")
 
-#: Where the package keeps decoders of the embedded backbone, as <model>_tiny.safetensors.
+#: Folder of the decoders of the embedded backbone, as <model>_tiny.safetensors.
 EMBEDDED = Path(str(files("vlprompt.segmentation"))) / "weights"
 
 _LAYER = {
@@ -32,7 +32,7 @@ _LAYER = {
 
 @dataclass(frozen=True)
 class Decoder:
-    """What is known of a decoder before it is built.
+    """A decoder's sizes and weights, before it is built.
 
     Attributes:
         source: Where it comes from, for messages; empty for random weights.
@@ -55,11 +55,17 @@ def embedded(model: str, backbone: Backbone) -> Decoder | None:
     if metadata.get("backbone") != facts["weights"]:
         log.warning("%s was trained on other weights of tiny than these: the decoder is random.", path.name)
         return None
-    return Decoder(path.name, metadata["sizes"], {n: t.float() for n, t in state.items()})
+    weights = {name: tensor.float() for name, tensor in state.items()}
+    return Decoder(path.name, metadata["sizes"], weights)
 
 
 def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:
-    """Return the CLIPSeg decoder that is asked for: None takes what belongs to the backbone, ``"random"`` nothing.
+    """Return the weights of a CLIPSeg decoder.
+
+    Args:
+        backbone: What the decoder will read.
+        weights: None takes those that belong to the backbone, if there are any; ``"random"`` takes none; otherwise a
+            folder or Hugging Face name in transformers' layout.
 
     Raises:
         BackboneError: If a checkpoint can't be had or read.
@@ -69,15 +75,15 @@ def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:
         if facts.get("pretrained") is None:
             return Decoder(sizes=_clipseg_sizes(default_config()))
         weights = str(facts["pretrained"])
-    if weights is None and (found := embedded("clipseg", backbone)):
-        return found
-    if weights in (None, "random"):
+    if weights is None:
+        return embedded("clipseg", backbone) or Decoder()
+    if weights == "random":
         return Decoder()
-    config, state = read_checkpoint(str(weights))
+
+    config, checkpoint = read_checkpoint(weights)
     try:
-        return Decoder(
-            str(weights), _clipseg_sizes(config), _clipseg_state(state, len(config["extract_layers"]))
-        )
+        state = _clipseg_state(checkpoint, len(config["extract_layers"]))
+        return Decoder(weights, _clipseg_sizes(config), state)
     except KeyError as error:
         raise BackboneError(
             f"{weights} holds no CLIPSeg decoder in transformers' layout: {error} is missing."
@@ -85,7 +91,12 @@ def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:
 
 
 def cris_decoder(backbone: Backbone, weights: str | None) -> Decoder:
-    """Return the CRIS decoder that is asked for, as :func:`clipseg_decoder` does; ``weights`` may be a file.
+    """Return the weights of a CRIS decoder.
+
+    Args:
+        backbone: What the decoder will read.
+        weights: None takes those that belong to the backbone, if there are any; ``"random"`` takes none; otherwise the
+            path of a checkpoint in the published layout.
 
     Raises:
         BackboneError: If a checkpoint can't be read.
@@ -93,40 +104,48 @@ def cris_decoder(backbone: Backbone, weights: str | None) -> Decoder:
     facts = backbone.fingerprint
     if weights is None and facts.get("architecture") == "cris" and facts.get("pretrained") is not None:
         weights = str(facts["pretrained"])
-    if weights is None and (found := embedded("cris", backbone)):
-        return found
-    if weights in (None, "random"):
+    if weights is None:
+        return embedded("cris", backbone) or Decoder()
+    if weights == "random":
         return Decoder()
-    stored = read_cris(str(weights))
-    connect = "backbone.visual.attnpool."
-    state = {
-        n.removeprefix(connect): t.float() for n, t in stored.items() if n.startswith(f"{connect}connect.")
-    }
-    state |= {n: t.float() for n, t in stored.items() if n.startswith(("neck.", "decoder.", "proj."))}
-    layers = {n.split(".")[2] for n in state if n.startswith("decoder.layers.")}
+
+    # The connection beside the attention pool is the decoder's here; in checkpoints it lies in the image tower.
+    pool = "backbone.visual.attnpool."
+    state = {}
+    for name, tensor in read_cris(weights).items():
+        if name.startswith((f"{pool}connect.", "neck.", "decoder.", "proj.")):
+            state[name.removeprefix(pool)] = tensor.float()
+    layers = {name.split(".")[2] for name in state if name.startswith("decoder.layers.")}
     try:
         hidden, width = state["decoder.layers.0.ffn.0.weight"].shape
     except KeyError as error:
         raise BackboneError(f"{weights} holds no decoder in CRIS' layout: {error} is missing.") from error
-    return Decoder(str(weights), {"width": width, "layers": len(layers), "hidden": hidden}, state)
+    return Decoder(weights, {"width": width, "layers": len(layers), "hidden": hidden}, state)
 
 
-def sizes(decoder: Decoder, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's sizes: the weights' own, else what was given, else the default.
+def sizes(decoder: Decoder, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's sizes: those of the weights, else the options, else the defaults.
+
+    Args:
+        decoder: The weights.
+        options: What the user asks for; None leaves a size open.
+        defaults: What is taken where neither says anything.
 
     Raises:
-        ConfigError: If something else was given than the weights have.
+        ConfigError: If an option asks for another size than the weights have.
     """
-    clash = [
-        f"{name}: got {given[name]!r}, but the decoder of {decoder.source} has {value!r}. Leave it out, or say "
-        "weights='random'."
-        for name, value in decoder.sizes.items()
-        if decoder.source and given.get(name) is not None and given[name] != value
-    ]
-    if clash:
-        raise ConfigError(clash, "decoder")
-    asked = {name: value for name, value in given.items() if value is not None}
-    return {**otherwise, **decoder.sizes, **asked}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    problems = []
+    if decoder.source:
+        for name, value in decoder.sizes.items():
+            if name in chosen and chosen[name] != value:
+                problems.append(
+                    f"{name}: got {chosen[name]!r}, but the decoder of {decoder.source} has {value!r}. "
+                    "Leave it out, or say weights='random'."
+                )
+    if problems:
+        raise ConfigError(problems, "decoder")
+    return {**defaults, **decoder.sizes, **chosen}
 
 
 def fill(module: nn.Module, decoder: Decoder, model: str) -> None:
@@ -157,11 +176,17 @@ def _clipseg_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clipseg_state(state: Mapping[str, Tensor], taps: int) -> dict[str, Tensor]:
     """Return a decoder's tensors by :class:`FilmDecoder`'s names."""
-    out: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name in ("film_mul", "film_add", *(f"reduces.{i}" for i in range(taps))):
-        out |= {f"{name}.{kind}": state[f"decoder.{name}.{kind}"] for kind in ("weight", "bias")}
+        for kind in ("weight", "bias"):
+            renamed[f"{name}.{kind}"] = state[f"decoder.{name}.{kind}"]
+
     for i in range(taps):
         layer = layer_state(state, f"decoder.layers.{i}.", _LAYER)
-        out |= {f"layers.{i}.{name}": tensor for name, tensor in layer.items()}
+        renamed |= {f"layers.{i}.{name}": tensor for name, tensor in layer.items()}
+
     head = "decoder.transposed_convolution"
-    return out | {n.replace(head, "upsample"): t for n, t in state.items() if n.startswith(head)}
+    for name, tensor in state.items():
+        if name.startswith(head):
+            renamed[name.replace(head, "upsample")] = tensor
+    return renamed

@@ -1,4 +1,4 @@
-"""What every segmentation model is: frozen towers, a decoder, a strategy that says what of it learns."""
+"""The base of every segmentation model: frozen towers, a decoder, and a strategy that says what is tuned."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.trainable import Trainable
+from vlprompt.saved.prompts import Kind
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
 
 __all__ = ["Frozen", "LastLayer", "Segmenter", "Texts"]
 
-#: What of an image no training of a strategy changes; every tensor's first axis is the image.
+#: States of images that training never changes; the first axis of every tensor is the image.
 Frozen: TypeAlias = dict[str, Tensor]
-#: B phrases, or (B, d) features in their place.
+#: B phrases, or (B, d) features instead of them.
 Texts: TypeAlias = Sequence[str] | Tensor
 LastLayer: TypeAlias = Literal["frozen", "new", "tuned"]
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, Trainable):
     """Base of all models: ``segmenter(images, texts)`` gives one logit per pixel for "this pixel is what is named".
 
     A model builds ``decoder``, calls :meth:`settle`, and defines :meth:`frozen` and :meth:`decode`. Keyword-only
@@ -38,11 +40,13 @@ class Segmenter(nn.Module):
         words: Whether the decoder reads every word's state beside the phrase's feature.
 
     Attributes:
+        kind: What cards of saved prompts call it.
         method: Its registry name.
         options: The strategy's name and all options it was built with.
         decoder: What turns tower states and a phrase into logits.
     """
 
+    kind: Kind = "segmenter"
     method: str = ""
     options: dict[str, Any]
     decoder: nn.Module
@@ -55,11 +59,12 @@ class Segmenter(nn.Module):
         self.conditions = Conditions(self.backbone.text, words)
 
     def settle(self) -> None:
-        """Freeze what the strategy doesn't tune; to be called when the model is complete."""
+        """Freeze what the strategy doesn't tune. A model calls it when all its parts are built."""
         tunes = self.strategy.tunes
         self.decoder.requires_grad_(self.decoder_learns)
         if tunes == "all":
             self.backbone.model.requires_grad_(True)
+
         for parameter in self.tuned_besides():
             parameter.requires_grad_(tunes != "nothing")
         for parameter in self.untouched():
@@ -70,15 +75,16 @@ class Segmenter(nn.Module):
         return []
 
     def untouched(self) -> list[nn.Parameter]:
-        """Return the parameters that logits don't depend on, so that end-to-end tuning leaves them alone."""
-        return [p for n, p in self.backbone.model.named_parameters() if n in ("logit_scale", "logit_bias")]
+        """Return the parameters that logits don't depend on: end-to-end tuning leaves them out."""
+        unused = ("logit_scale", "logit_bias")
+        return [p for name, p in self.backbone.model.named_parameters() if name in unused]
 
     def forward(self, images: Tensor, texts: Texts) -> Tensor:
         """Return (B, 1, H, W) logits of B phrases.
 
         Args:
             images: (B, 3, H, W) preprocessed pixels of any size.
-            texts: B phrases, or (B, d) features in their place.
+            texts: B phrases, or (B, d) features instead of them.
 
         Raises:
             DataError: If there isn't one phrase per image.
@@ -89,7 +95,7 @@ class Segmenter(nn.Module):
         return self.decode(self.frozen(images), texts, size)
 
     def frozen(self, images: Tensor) -> Frozen:
-        """Return what of (B, 3, H, W) images training never changes; may be cached per image."""
+        """Return states of (B, 3, H, W) images that training never changes; they may be cached per image."""
         raise NotImplementedError
 
     def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
@@ -103,7 +109,7 @@ class Segmenter(nn.Module):
 
     @property
     def static_images(self) -> bool:
-        """Whether nothing learned touches the image tower, so that all its states are frozen."""
+        """Whether nothing that learns enters the image tower, so that all its states are frozen."""
         return not self.strategy.prompts_vision and self.strategy.tunes != "all"
 
     @property
@@ -124,23 +130,27 @@ class Segmenter(nn.Module):
         if isinstance(texts, str) or len(texts) != count:
             got = repr(texts) if isinstance(texts, str) else f"{len(texts)} phrases"
             raise DataError(f"segmentation takes one phrase per image: got {got} for {count} images.")
+
         if isinstance(texts, Tensor):
             if texts.shape[1:] != (self.backbone.dim,):
                 raise DataError(
                     f"features of phrases have shape {tuple(texts.shape)}, expected (B, {self.backbone.dim})."
                 )
             return texts.to(self.backbone.device), None
-        if blank := [i for i, text in enumerate(texts) if not text.strip()]:
-            raise DataError(f"phrase number {blank[0]} is empty; say what to segment.")
-        return self.conditions(texts, rows.text, remember=self._texts_stand(rows))
 
-    def _texts_stand(self, rows: Rows) -> bool:
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise DataError(f"phrase number {number} is empty; say what to segment.")
+        return self.conditions(texts, rows.text, remember=self._static_texts(rows))
+
+    def _static_texts(self, rows: Rows) -> bool:
+        """Return whether features of phrases stay the same until something is trained or loaded."""
         if self.strategy.tunes != "all" and rows.text is None:
             return True
         return not self.training and not torch.is_grad_enabled()
 
     def train(self, mode: bool = True) -> Segmenter:
-        """Switch what learns; frozen parts and batch statistics stay in evaluation mode."""
+        """Set the mode of what learns; frozen parts and batch statistics stay in evaluation mode."""
         super().train(mode)
         self.decoder.train(mode and self.decoder_learns)
         for module in self.decoder.modules():
@@ -149,39 +159,20 @@ class Segmenter(nn.Module):
         self._forget()
         return self
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return what is learned, by name, and nothing else."""
-        return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
-
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put learned tensors back.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unknown, not finite or of another shape; each is named.
-        """
-        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{n} is missing" for n in own if n not in state]
-        problems += [f"{n} is unknown" for n in state if n not in own]
-        for name in own.keys() & state.keys():
-            if state[name].shape != own[name].shape:
-                problems.append(
-                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-                )
-            elif not bool(state[name].isfinite().all()):
-                problems.append(f"{name} is not finite")
-        if problems:
-            raise CheckpointError(
-                f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        """See :meth:`Trainable.load_trainable_state`."""
+        super().load_trainable_state(state)
         self._forget()
+
+    def title(self) -> str:
+        """Return its registry name, or that of its class if it was not built by name."""
+        return self.method or type(self).__name__
 
     def num_trainable(self) -> int:
         """Return how many numbers are learned."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def _forget(self) -> None:
+        """Drop cached features of phrases, if what learns changes them."""
         if self.strategy.tunes == "all" or self.strategy.prompts_text:
             self.conditions.clear()

@@ -1,7 +1,7 @@
-"""ConES for segmentation: a searched vector per class stands where a phrase's feature would.
+"""ConES for segmentation: a searched vector per class instead of the feature of a phrase.
 
-Paper: Yi et al., arXiv 2305.18993. Known (abstract): concepts take the text encoder's place, the visual model is
-frozen, the task's loss is the objective. Reconstructed: one vector per class, where it starts, all settings.
+Paper: Yi et al., arXiv 2305.18993. Stated in the abstract: concepts take the text encoder's place, the visual model is
+frozen, the task's loss is the objective. Reconstructed here: one vector per class, where it starts, all settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
+from vlprompt.segmentation.fit import frozen_of
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, epoch_plan
@@ -57,16 +58,16 @@ class MaskConcepts(ConceptSearch):
         unfreeze: Sequence[str] = (),
     ) -> None:
         super().__init__(concepts, segmenter, unfreeze)
-        self.segmenter, self.criterion = [segmenter], criterion
+        self.segmenter = [segmenter]  # in a list: its parameters are not this module's
+        self.criterion = criterion
         names = [name.replace("/", ".") for name, _ in self.unfrozen.named_parameters()]
-        if strange := [name for name in names if not name.startswith("decoder.")]:
-            raise ConfigError(
-                [f"unfreeze: {strange[0]!r} is no parameter of the decoder; the towers stay frozen."],
-                "concept search",
-            )
+        for name in names:
+            if not name.startswith("decoder."):
+                problem = f"unfreeze: {name!r} is no parameter of the decoder; the towers stay frozen."
+                raise ConfigError([problem], "concept search")
         if names and segmenter.strategy.tunes != "decoder":
             problem = (
-                "unfreeze: build the segmenter with strategy 'decoder', whose kept states lie before it."
+                "unfreeze: build the segmenter with strategy 'decoder', whose cached states lie before it."
             )
             raise ConfigError([problem], "concept search")
 
@@ -76,9 +77,9 @@ class MaskConcepts(ConceptSearch):
         Args:
             batch: ``frozen/<name>`` states, ``label`` (B,), ``mask`` (B, H, W) and ``size``.
         """
-        frozen = {k.removeprefix("frozen/"): v for k, v in batch.items() if k.startswith("frozen/")}
         conditions = self.concepts()[batch["label"], 0]
-        return self.criterion(self.segmenter[0].decode(frozen, conditions, batch["size"]), batch["mask"])
+        logits = self.segmenter[0].decode(frozen_of(batch), conditions, batch["size"])
+        return self.criterion(logits, batch["mask"])
 
     def as_concepts(self, names: Sequence[str]) -> Concepts:
         """See :meth:`ConceptSearch.as_concepts`."""
@@ -87,14 +88,16 @@ class MaskConcepts(ConceptSearch):
 
 
 class _Batches:
-    """Batches of pairs by the number of their class; states of all images are kept."""
+    """Batches of pairs by the number of their class; states of all images are cached."""
 
     def __init__(self, states: PairStates, options: TrainOptions) -> None:
-        self.states, self.options = states, options
+        self.states = states
+        self.options = options
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
-        options, count = self.options, len(self.states.data)
+        options = self.options
+        count = len(self.states.data)
         return epoch_plan(count, options.batch_size, options.seed, epoch, options.drop_last)
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
@@ -106,26 +109,34 @@ class _Batches:
         return {**batch, "label": labels, "mask": self.states.targets(pairs, size), "size": size}
 
 
-class _Spoken:
-    """A segmenter that reads class names as concepts; all that scoring asks of a segmenter."""
+class _ConceptReader:
+    """A segmenter that reads class names as concepts; it has what scoring needs of a segmenter.
+
+    Args:
+        segmenter: The host.
+        names: C class names.
+        concepts: (C, 1, d).
+    """
 
     training = False
 
     def __init__(self, segmenter: Segmenter, names: Sequence[str], concepts: Tensor) -> None:
-        self.segmenter, self.concepts = segmenter, concepts
-        self.places = {name: i for i, name in enumerate(names)}
-        self.preprocess, self.frozen = segmenter.preprocess, segmenter.frozen
+        self.segmenter = segmenter
+        self.concepts = concepts
+        self.numbers = {name: i for i, name in enumerate(names)}
+        self.preprocess = segmenter.preprocess
+        self.frozen = segmenter.frozen
 
     def decode(self, frozen: Frozen, texts: Sequence[str], size: tuple[int, int]) -> Tensor:
         """See :meth:`Segmenter.decode`."""
-        rows = self.concepts[[self.places[text] for text in texts], 0]
-        return self.segmenter.decode(frozen, rows, size)
+        features = self.concepts[[self.numbers[text] for text in texts], 0]
+        return self.segmenter.decode(frozen, features, size)
 
     def eval(self) -> None:
-        """Nothing to switch."""
+        """Do nothing: the host stays in evaluation mode."""
 
     def train(self, mode: bool = True) -> None:
-        """Nothing to switch."""
+        """Do nothing: the host stays in evaluation mode."""
 
 
 def search_masks(
@@ -163,20 +174,24 @@ def search_masks(
         raise DataError(f"{train.name}: there are no training pairs.")
     begun = time.monotonic()
     if start is None:
-        start = _told(segmenter, train.classnames)
-        start = start if init == "text" else normal_start(tuple(start.shape), start, options.seed)  # type: ignore[arg-type]
+        start = _name_features(segmenter, train.classnames)
+        if init == "normal":
+            shape = (len(start), start.shape[1], start.shape[2])
+            start = normal_start(shape, start, options.seed)
     concepts = ConceptEmbedding(len(start), start.shape[1], start.shape[2]).to(segmenter.backbone.device)
     concepts.begin(start)
+
     module = MaskConcepts(segmenter, concepts, segmentation_loss(loss), unfreeze)
     states = PairStates(segmenter, train)
     states.prepare()
-    held = None if val is None else PairStates(segmenter, val)
+    val_states = None if val is None else PairStates(segmenter, val)
+
     trainer = Trainer(
         module,
         _Batches(states, options),
         options,
         folder,
-        validate=None if val is None else (lambda: score_concepts(segmenter, concepts(), val, held)),
+        validate=None if val is None else (lambda: score_concepts(segmenter, concepts(), val, val_states)),
         identity={**segmenter_identity(segmenter), "data": train.name, "start": float(start.norm())},
     )
     history = trainer.run(resume).history
@@ -187,14 +202,14 @@ def score_concepts(
     segmenter: Segmenter, concepts: Tensor, data: MaskDataset, states: PairStates | None = None
 ) -> dict[str, float]:
     """Return Dice, IoU and the other measures of :func:`evaluate_segmenter` with concepts as phrases."""
-    spoken: Any = _Spoken(segmenter, data.classnames, concepts.detach())
-    found = evaluate_segmenter(spoken, named(data), boundary=False, states=states)
-    return {k: v for k, v in found.metrics.items() if "/" not in k}
+    reader: Any = _ConceptReader(segmenter, data.classnames, concepts.detach())
+    scores = evaluate_segmenter(reader, named(data), boundary=False, states=states)
+    return {name: value for name, value in scores.metrics.items() if "/" not in name}
 
 
 def named(data: MaskDataset) -> MaskDataset:
-    """Return the same pairs, each asked for by its class's name."""
-    samples = (replace(s, phrase=data.classnames[s.label]) for s in data.samples)
+    """Return the same pairs, each asked for by the name of its class."""
+    samples = (replace(sample, phrase=data.classnames[sample.label]) for sample in data.samples)
     return data.with_samples(samples, phrases="class names")
 
 
@@ -208,7 +223,7 @@ def segmenter_identity(segmenter: Segmenter) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _told(segmenter: Segmenter, names: Sequence[str]) -> Tensor:
+def _name_features(segmenter: Segmenter, names: Sequence[str]) -> Tensor:
     """Return (C, 1, d) features of class names, as the segmenter reads phrases."""
     features, words = segmenter.conditions(list(names), None, remember=False)
     if words is not None:

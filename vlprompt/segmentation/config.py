@@ -1,45 +1,64 @@
-"""Configurations of segmentation runs, validated as a whole before anything runs."""
+"""Configurations of segmentation: models, methods, data and a protocol, validated as a whole before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from typing_extensions import Self
 
+from vlprompt.backbones import list_backbones
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems, options_model
 from vlprompt.data.names import check_name
 from vlprompt.data.segmentation.augment import JointAugmentation
-from vlprompt.experiments.old_config import BackboneOptions, read_yaml
+from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds, merge
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
-from vlprompt.segmentation.fit import SegmentTrainOptions
+from vlprompt.segmentation.fit import SegmentTrainOptions, SegmentTrainSection
 from vlprompt.segmentation.losses import LossName
 
 __all__ = [
+    "BenchmarkProtocol",
+    "DataOptions",
+    "Dimension",
+    "MethodSpec",
     "ModelSpec",
-    "PairsOptions",
+    "SearchConfig",
     "SearchOptions",
-    "SegmentConfig",
-    "StrategySpec",
-    "load_segment_config",
+    "SearchProtocol",
+    "SegmentationConfig",
+    "backbone_problems",
+    "name_problems",
+    "option_problems",
 ]
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+_ARGUMENTS = ("root", "queries", "phrase", "full_stop", "leaks", "empty")  # of load_segmentation
+_SET_ELSEWHERE = {"name", "split", "images", "seed", "dedupe", "download", *_ARGUMENTS}
+_NO_INIT = "only classification starts from a meta-training; leave it out."
 
 
-class PairsOptions(BaseModel):
+def _as_list(value: Any) -> Any:
+    """Return one number as a list of it, for keys that take one or several."""
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+ImageCounts = Annotated[
+    list[Annotated[int, Field(ge=1)] | None], Field(min_length=1), BeforeValidator(_as_list)
+]
+"""Numbers of training images that are drawn in all; None is all there are."""
+
+
+class DataOptions(BaseModel):
     """The ``data:`` section: what to train and test on."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    names: list[str] = Field(
-        min_length=1,
-        description="catalogue names, scenes/masks@STYLE, pairs:PATH, prompts:PATH or per_class:PATH",
+    name: str | list[str] = Field(
+        "scenes/masks",
+        description="catalogue name(s), scenes/masks@STYLE, pairs:PATH, prompts:PATH or per_class:PATH",
     )
-    images: int | None = Field(None, ge=1, description="training images that are drawn; empty: all")
     val_images: int | None = Field(None, ge=1, description="validation images that are drawn; empty: all")
     test_images: int | None = Field(None, ge=1, description="test images that are drawn, for a quick look")
     root: str | None = Field(None, description="where data sets lie")
@@ -53,34 +72,99 @@ class PairsOptions(BaseModel):
         None, description="replaces every phrase, or those of some classes"
     )
     full_stop: bool = Field(False, description="put a full stop behind phrases without one")
-    leaks: Literal["mend", "keep"] = "mend"
-    empty: Literal["keep", "drop", "error"] = "keep"
+    leaks: Literal["mend", "keep"] = Field(
+        "mend", description="phrases that say that there is nothing: ask for the class, or keep them"
+    )
+    empty: Literal["keep", "drop", "error"] = Field("keep", description="pairs whose mask is empty")
     augmentation: str = Field("none", description="none or slight; slight rules caching out")
     options: dict[str, Any] = Field(
         default_factory=dict, description="of the data sets' sources: prompt, threshold, size, on_missing ..."
     )
 
+    @field_validator("name")
+    @classmethod
+    def _check_names(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("name at least one data set.")
+        return value
+
+    @field_validator("augmentation")
+    @classmethod
+    def _check_augmentation(cls, value: str) -> str:
+        try:
+            JointAugmentation(value)
+        except VLPromptError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        wrong = sorted(_SET_ELSEWHERE & value.keys())
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} is no option of one kind of data set; it is set elsewhere or not at all."
+            )
+        return value
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets as a list."""
+        return [self.name] if isinstance(self.name, str) else list(self.name)
+
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`load_segmentation` takes for every split."""
-        keys = ("root", "queries", "phrase", "full_stop", "leaks", "empty")
-        return {**{k: getattr(self, k) for k in keys}, **self.options}
+        return {**{key: getattr(self, key) for key in _ARGUMENTS}, **self.options}
+
+
+class SharedProtocol(BaseModel):
+    """What the protocols of this task share."""
+
+    model_config = STRICT
+
+    images: ImageCounts = Field(
+        default=[None], description="training images drawn in all, one number or several; null: all"
+    )
+    seeds: Seeds = Field(default_factory=lambda: [1])
+    baseline: str | None = Field("zero_shot", description="method that gains are counted from")
+
+
+class BenchmarkProtocol(SharedProtocol):
+    """The ``protocol:`` section: every method of every model on every data set."""
+
+    name: Literal["benchmark"] = "benchmark"
+    depths: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="prompt depths to compare, for methods that have one; drawn as a figure",
+    )
+
+
+class SearchProtocol(SharedProtocol):
+    """The ``protocol:`` section: options are searched; the first seed draws images and starts."""
+
+    name: Literal["search"] = "search"
 
 
 class Dimension(BaseModel):
     """One searched option: a range of numbers or a choice."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     low: float | None = None
     high: float | None = None
     log: bool = False
     choices: list[Any] | None = Field(None, min_length=1)
 
+    @property
+    def is_range(self) -> bool:
+        """Whether it has two ends in the right order."""
+        return self.low is not None and self.high is not None and self.low < self.high
+
 
 class SearchOptions(BaseModel):
     """The ``search:`` section: TuneVLSeg's, 20 trials of which 10 are random, the least validation loss wins."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     trials: int = Field(20, ge=1)
     startup: int = Field(10, ge=1, description="random trials before the sampler learns from them")
@@ -94,154 +178,280 @@ class SearchOptions(BaseModel):
             "train.weight_decay": Dimension(low=1e-5, high=1e-2, log=True),
             "depth": Dimension(low=1, high=11),
         },
-        description="train.KEY, or an option of model or strategy; what a strategy lacks is left out for it",
+        description="train.KEY, or an option of model or method; what a method lacks is left out for it",
     )
     own: dict[str, dict[str, Dimension]] = Field(
-        default_factory=dict, description="strategy label to further dimensions"
+        default_factory=dict, description="method label to further dimensions"
     )
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model of a run: its registry name, backbone, options, and the strategies it is run with."""
+    """One model of a run.
+
+    Attributes:
+        name: Its registry name.
+        backbone: The towers.
+        options: Its own.
+        methods: Labels of the methods that it is run with; None for all.
+    """
 
     name: str
     backbone: BackboneOptions
     options: dict[str, Any]
-    strategies: tuple[str, ...] | None
+    methods: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
-class StrategySpec:
-    """One strategy of a run: its registry name, options, and what it trains differently."""
+class MethodSpec:
+    """One method of a run.
+
+    Attributes:
+        name: Name of its strategy.
+        options: The strategy's own.
+        train: What it trains differently.
+    """
 
     name: str
     options: dict[str, Any]
     train: dict[str, Any]
 
 
-class SegmentConfig(BaseModel):
-    """A whole run; what ``tools/segment.py bench --cfg`` reads."""
+class SegmentationConfig(ExperimentConfig):
+    """Models and methods, and what they are trained and tested on: a benchmark, and the base of a search."""
 
-    model_config = _STRICT
+    expected_task: ClassVar[str] = "segmentation"
 
-    name: str = Field("segment", pattern=r"^[\w.-]+$", description="folder under output")
-    output: str = "runs"
+    backbone: BackboneOptions = Field(
+        default_factory=BackboneOptions, description="of every model that names none of its own"
+    )
     models: dict[str, dict[str, Any]] = Field(
+        default={"clipseg": {}},
         min_length=1,
         description="label to the model's options; name is the label unless it is given; backbone: a name or section; "
-        "strategies: labels of those to run, all if it is left out",
+        "methods: labels of those to run, all if it is left out",
     )
-    strategies: dict[str, dict[str, Any]] = Field(
+    methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="label to the strategy's options; name is the label unless it is given; train: what it trains "
+        description="label to the options of a strategy; name is the label unless it is given; train: what it trains "
         "differently",
     )
-    data: PairsOptions
-    train: SegmentTrainOptions = Field(default_factory=SegmentTrainOptions)
+    data: DataOptions = Field(default_factory=DataOptions)
+    train: SegmentTrainSection = Field(default_factory=SegmentTrainSection)
     loss: LossName = "dice_bce"
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1], min_length=1)
-    depths: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=list,
-        description="prompt depths to compare, for strategies that have one; drawn as a figure",
-    )
-    baseline: str = Field("zero_shot", description="strategy that gains are counted from")
+    protocol: BenchmarkProtocol = Field(default_factory=BenchmarkProtocol)
     boundary: bool = Field(True, description="measure the distance of boundaries on the test data")
     overlays: int = Field(4, ge=0, description="test images that are drawn with their masks")
-    search: SearchOptions = Field(default_factory=SearchOptions)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> Self:
+        """See :meth:`ExperimentConfig.parse`; a model or method that is null is taken out."""
+        content = merge(raw, overrides)
+        for section in ("models", "methods"):
+            entries = content.get(section)
+            if isinstance(entries, Mapping):
+                content[section] = {
+                    label: options for label, options in entries.items() if options is not None
+                }
+        return super().parse(content, {}, source)
+
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """See :meth:`ExperimentConfig.raw_problems`: names and options of models, methods and data sets."""
+        return [
+            *super().raw_problems(content),
+            *_model_problems(content),
+            *_method_problems(content),
+            *_data_name_problems(content),
+        ]
 
     def model(self, label: str) -> ModelSpec:
         """Return one model."""
-        given = dict(self.models[label])
-        name, backbone, some = (
-            given.pop("name", label),
-            given.pop("backbone", "tiny"),
-            given.pop("strategies", None),
-        )
-        section = {"name": backbone} if isinstance(backbone, str) else backbone
-        parsed = BackboneOptions.model_validate(section)
-        return ModelSpec(str(name), parsed, given, None if some is None else tuple(some))
+        options = dict(self.models[label])
+        name = str(options.pop("name", label))
+        backbone = options.pop("backbone", None)
+        methods = options.pop("methods", None)
+        section = self.backbone if backbone is None else _backbone_section(backbone)
+        return ModelSpec(name, section, options, None if methods is None else tuple(methods))
 
-    def strategy(self, label: str) -> StrategySpec:
-        """Return one strategy."""
-        given = dict(self.strategies[label])
-        train = given.pop("train", {})
-        return StrategySpec(str(given.pop("name", label)), given, dict(train))
+    def method(self, label: str) -> MethodSpec:
+        """Return one method."""
+        options = dict(self.methods[label])
+        name = str(options.pop("name", label))
+        train = dict(options.pop("train", None) or {})
+        return MethodSpec(name, options, train)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return (model, strategy) labels in order, without what a model isn't run with."""
-        return [
-            (m, s)
-            for m in self.models
-            for s in self.strategies
-            if (only := self.model(m).strategies) is None or s in only
-        ]
+        """Return (model, method) labels in order, without what a model isn't run with."""
+        pairs = []
+        for model in self.models:
+            chosen = self.model(model).methods
+            for method in self.methods:
+                if chosen is None or method in chosen:
+                    pairs.append((model, method))
+        return pairs
 
-    def train_options(self, strategy: str, **changes: Any) -> dict[str, Any]:
-        """Return the training options of a strategy."""
-        return {**self.train.model_dump(), **self.strategy(strategy).train, **changes}
+    def learns(self, model: str, method: str) -> bool:
+        """Return whether a method changes anything of a model."""
+        strategy = STRATEGIES.get(self.method(method).name).target
+        last_layer = self.model(model).options.get("last_layer")
+        return strategy.tunes != "nothing" or last_layer in ("new", "tuned")
+
+    def train_options(self, method: str, **changes: Any) -> dict[str, Any]:
+        """Return the training options of a method."""
+        return {**self.train.model_dump(), **self.method(method).train, **changes}
+
+    def problems(self) -> list[str]:
+        """See :meth:`ExperimentConfig.problems`: parts that don't fit each other."""
+        problems = super().problems()
+        if type(self).raw_problems(self.model_dump(mode="json")):
+            return problems  # models and methods can't be read; their mistakes are listed already
+        for model in self.models:
+            for label in self.model(model).methods or ():
+                if label not in self.methods:
+                    problems.append(
+                        f"models.{model}.methods: {UnknownNameError('method', label, self.methods)}"
+                    )
+        baseline = self.protocol.baseline
+        if baseline is not None and baseline not in self.methods and baseline != "zero_shot":
+            problems.append(f"protocol.baseline: {UnknownNameError('method', baseline, self.methods)}")
+        if self.data.argmax and self.data.queries != "all":
+            problems.append(
+                "data.argmax: classes can only compete if all are asked for; write data.queries=all."
+            )
+        if self.train.init:
+            problems.append(f"train.init: {_NO_INIT}")
+        for label in self.methods:
+            if self.method(label).train.get("init"):
+                problems.append(f"methods.{label}.train.init: {_NO_INIT}")
+        return problems
 
 
-def load_segment_config(cfg: str | Path, overrides: Sequence[str] = ()) -> SegmentConfig:
-    """Read a configuration file (see :func:`vlprompt.experiments.old_config.read_yaml`).
+class SearchConfig(SegmentationConfig):
+    """What a benchmark has, and which options are varied."""
 
-    Raises:
-        ConfigError: With every mistake at once, in all sections, and the nearest valid keys and names.
-        UnknownNameError: If there is no such file.
+    protocol: SearchProtocol = Field(default_factory=SearchProtocol)  # type: ignore[assignment]
+    search: SearchOptions = Field(default_factory=SearchOptions)
+
+    def problems(self) -> list[str]:
+        """See :meth:`ExperimentConfig.problems`: dimensions that nothing has, ranges without two ends."""
+        problems = super().problems()
+        if problems:
+            return problems
+        for label in self.search.own:
+            if label not in self.methods:
+                problems.append(f"search.own: {UnknownNameError('method', label, self.methods)}")
+
+        options = self._searchable_options()
+        spaces = {"search.space": self.search.space}
+        spaces |= {f"search.own.{label}": space for label, space in self.search.own.items()}
+        for where, space in spaces.items():
+            for key, dimension in space.items():
+                # The depth is searched for those methods that have one; a file may have none of them.
+                if key not in options and not (where == "search.space" and key == "depth"):
+                    problems.append(f"{where}: {UnknownNameError('option', key, options)}")
+                if dimension.is_range == (dimension.choices is not None):
+                    problems.append(f"{where}.{key}: give low and high with low < high, or choices.")
+        return problems
+
+    def _searchable_options(self) -> set[str]:
+        options = {f"train.{key}" for key in SegmentTrainSection.model_fields}
+        for label in self.models:
+            options |= options_model(SEGMENTERS.get(self.model(label).name).target).model_fields.keys()
+        for label in self.methods:
+            options |= options_model(STRATEGIES.get(self.method(label).name).target).model_fields.keys()
+        return options
+
+
+def _backbone_section(value: Any) -> BackboneOptions:
+    """Return the backbone of a model, which may be given by its name alone."""
+    return BackboneOptions.model_validate({"name": value} if isinstance(value, str) else value)
+
+
+def _entries(content: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
+    """Return those entries of a section that are mappings; what else is wrong, the types say."""
+    entries = content.get(section)
+    if not isinstance(entries, Mapping):
+        return {}
+    return {str(label): dict(options) for label, options in entries.items() if isinstance(options, Mapping)}
+
+
+def _model_problems(content: Mapping[str, Any]) -> list[str]:
+    problems = []
+    towers = {"backbone": content.get("backbone", {})}
+    for label, options in _entries(content, "models").items():
+        methods = options.pop("methods", None)
+        if methods is not None and not isinstance(methods, list):
+            problems.append(f"models.{label}.methods: input should be a list of labels, got {methods!r}.")
+        if "backbone" in options:
+            towers[f"models.{label}.backbone"] = options.pop("backbone")
+        name = str(options.pop("name", label))
+        problems += option_problems(f"models.{label}", SEGMENTERS, name, options)
+    return problems + backbone_problems(towers)
+
+
+def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with backbones.
+
+    Args:
+        towers: Dotted key to a name or section. Types of the section ``backbone`` are not checked here: it is a field
+            of its own.
     """
-    raw = read_yaml(cfg, overrides)
-    for section in ("models", "strategies"):  # null takes an entry of a base out
-        if isinstance(raw.get(section), dict):
-            raw[section] = {label: options for label, options in raw[section].items() if options is not None}
-    try:
-        config = SegmentConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(describe_problems(error, SegmentConfig), str(cfg)) from error
-    problems = [*_model_problems(config), *_strategy_problems(config), *_data_problems(config)]
-    if not problems:
-        problems = _search_problems(config)
-    if problems:
-        raise ConfigError(problems, str(cfg))
-    return config
-
-
-def _model_problems(config: SegmentConfig) -> list[str]:
-    from vlprompt.backbones import list_backbones
-
     problems = []
-    for label in config.models:
+    backbones = list_backbones()
+    for where, value in towers.items():
         try:
-            spec = config.model(label)
+            name = _backbone_section(value).name
         except ValidationError as error:
-            problems += describe_problems(error, BackboneOptions, f"models.{label}.backbone")
+            problems += describe_problems(error, BackboneOptions, where) if where != "backbone" else []
             continue
-        if spec.backbone.name not in (known := list_backbones()):
-            problems.append(
-                f"models.{label}.backbone: {UnknownNameError('backbone', spec.backbone.name, known)}"
-            )
-        problems += _option_problems(f"models.{label}", SEGMENTERS, spec.name, spec.options)
-        for strange in [s for s in spec.strategies or () if s not in config.strategies]:
-            problems.append(
-                f"models.{label}.strategies: {UnknownNameError('strategy', strange, config.strategies)}"
-            )
+        if name not in backbones:
+            problems.append(f"{where}: {UnknownNameError('backbone', name, backbones)}")
     return problems
 
 
-def _strategy_problems(config: SegmentConfig) -> list[str]:
+def _method_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
-    for label in config.strategies:
-        spec = config.strategy(label)
-        problems += _option_problems(f"strategies.{label}", STRATEGIES, spec.name, spec.options)
+    for label, options in _entries(content, "methods").items():
+        train = options.pop("train", None) or {}
+        name = str(options.pop("name", label))
+        problems += option_problems(f"methods.{label}", STRATEGIES, name, options)
+        where = f"methods.{label}.train"
+        if isinstance(train, Mapping) and "seed" in train:
+            problems.append(f"{where}.seed: seeds belong to the protocol; write protocol.seeds.")
+            train = {key: value for key, value in train.items() if key != "seed"}
         try:
-            SegmentTrainOptions(**{**config.train.model_dump(), **spec.train})
+            SegmentTrainSection.model_validate(train)
         except ValidationError as error:
-            problems += describe_problems(error, SegmentTrainOptions, f"strategies.{label}.train")
-    if config.baseline not in config.strategies and config.baseline != "zero_shot":
-        problems.append(f"baseline: {UnknownNameError('strategy', config.baseline, config.strategies)}")
+            problems += describe_problems(error, SegmentTrainOptions, where)
     return problems
 
 
-def _option_problems(where: str, registry: Any, name: str, options: Mapping[str, Any]) -> list[str]:
+def _data_name_problems(content: Mapping[str, Any]) -> list[str]:
+    section = content.get("data")
+    if not isinstance(section, Mapping):
+        return []
+    names = section.get("name", [])
+    return name_problems("data.name", [names] if isinstance(names, str) else names)
+
+
+def name_problems(where: str, names: Any) -> list[str]:
+    """Return a sentence for every name that means no segmentation data set."""
+    if not isinstance(names, Iterable):
+        return []
+    problems = []
+    for name in names:
+        if not isinstance(name, str):
+            continue  # its type says so
+        try:
+            check_name(name, "segmentation")
+        except VLPromptError as error:
+            problems.append(f"{where}: {error}")
+    return problems
+
+
+def option_problems(where: str, registry: Any, name: str, options: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a name of a registry, or with options of what it names."""
     try:
         check_options(registry.get(name).target, options, where)
     except ConfigError as error:
@@ -249,42 +459,3 @@ def _option_problems(where: str, registry: Any, name: str, options: Mapping[str,
     except VLPromptError as error:
         return [f"{where}: {error}"]
     return []
-
-
-def _data_problems(config: SegmentConfig) -> list[str]:
-    problems = []
-    for name in config.data.names:
-        try:
-            check_name(name, "segmentation")
-        except VLPromptError as error:
-            problems.append(f"data.names: {error}")
-    try:
-        JointAugmentation(config.data.augmentation)
-    except VLPromptError as error:
-        problems.append(f"data.augmentation: {error}")
-    if config.data.argmax and config.data.queries != "all":
-        problems.append("data.argmax: classes can only compete if all are asked for; set data.queries=all.")
-    return problems
-
-
-def _search_problems(config: SegmentConfig) -> list[str]:
-    problems = []
-    strange = [label for label in config.search.own if label not in config.strategies]
-    problems += [f"search.own: {UnknownNameError('strategy', label, config.strategies)}" for label in strange]
-    known = {f"train.{k}" for k in SegmentTrainOptions.model_fields}
-    for model in config.models:
-        known |= options_model(SEGMENTERS.get(config.model(model).name).target).model_fields.keys()
-    for strategy in config.strategies:
-        known |= options_model(STRATEGIES.get(config.strategy(strategy).name).target).model_fields.keys()
-    spaces = {"search.space": config.search.space}
-    spaces |= {f"search.own.{label}": space for label, space in config.search.own.items()}
-    for where, space in spaces.items():
-        for key, dimension in space.items():
-            if key not in known and not (where == "search.space" and key == "depth"):
-                problems.append(f"{where}: {UnknownNameError('option', key, known)}")
-            ranged = (
-                dimension.low is not None and dimension.high is not None and dimension.low < dimension.high
-            )
-            if ranged == (dimension.choices is not None):
-                problems.append(f"{where}.{key}: give low and high with low < high, or choices.")
-    return problems

@@ -16,24 +16,33 @@ from torch import Tensor, nn
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.processes import accelerator
+from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.data.segmentation.reading import resize_mask
-from vlprompt.segmentation.base import Segmenter
+from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, Batches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
-from vlprompt.training.options import TrainOptions
+from vlprompt.training.options import TrainOptions, TrainSection
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["SegmentTrainOptions", "SegmentationFit", "SegmentationTask", "check_phrases", "fit_segmenter"]
+__all__ = [
+    "SegmentTrainOptions",
+    "SegmentTrainSection",
+    "SegmentationFit",
+    "SegmentationTask",
+    "check_phrases",
+    "fit_segmenter",
+    "frozen_of",
+]
 
 
-class SegmentTrainOptions(TrainOptions):
-    """Training options with TuneVLSeg's recipe as defaults (its section 4 and public configuration)."""
+class SegmentTrainSection(TrainSection):
+    """The ``train:`` section with TuneVLSeg's recipe as defaults (its section 4 and public configuration)."""
 
     epochs: int = Field(20, ge=0, description="passes over the pairs; 0 evaluates only")
     lr: float = Field(2e-4, gt=0, description="base learning rate per step")
@@ -50,12 +59,16 @@ class SegmentTrainOptions(TrainOptions):
     min_epochs: int = Field(10, ge=0)
 
 
+class SegmentTrainOptions(SegmentTrainSection, TrainOptions):
+    """The section, and the seed of the run."""
+
+
 @dataclass(frozen=True)
 class SegmentationFit:
-    """What training left behind.
+    """The result of a training.
 
     Attributes:
-        metrics: Validation figures of the kept weights (``val/...``) and ``seconds``.
+        metrics: Validation figures of the chosen weights (``val/...``) and ``seconds``.
         history: One record per epoch.
     """
 
@@ -63,7 +76,7 @@ class SegmentationFit:
     history: list[dict[str, Any]] = field(repr=False)
 
 
-class SegmentationTask(nn.Module):
+class SegmentationTask(nn.Module, Wrapper):
     """A segmentation model and its loss, as the trainer wants them.
 
     Args:
@@ -73,11 +86,17 @@ class SegmentationTask(nn.Module):
 
     def __init__(self, segmenter: Segmenter, loss: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> None:
         super().__init__()
-        self.segmenter, self.criterion = segmenter, loss
+        self.segmenter = segmenter
+        self.criterion = loss
+
+    @property
+    def wrapped(self) -> Trainable:
+        """See :attr:`Wrapper.wrapped`."""
+        return self.segmenter
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """See :class:`vlprompt.training.trainer.Trainable`."""
-        frozen = {k.removeprefix("frozen/"): v for k, v in batch.items() if k.startswith("frozen/")}
+        """See :meth:`vlprompt.core.trainable.Trainable.loss`."""
+        frozen = frozen_of(batch)
         if frozen:
             logits = self.segmenter.decode(frozen, batch["texts"], batch["size"])
         else:
@@ -92,28 +111,32 @@ class SegmentationTask(nn.Module):
         """See :meth:`Segmenter.load_trainable_state`."""
         self.segmenter.load_trainable_state(state)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what has weight decay, weight matrices of linear and convolution layers, and what hasn't."""
-        decayed = {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in self.named_modules()
-            for name, _ in module.named_parameters(recurse=False)
-            if (name == "weight" and isinstance(module, nn.Linear | nn.modules.conv._ConvNd))
-            or name.endswith("proj_weight")
-        }
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return what has weight decay, the weight matrices of linear and convolution layers, and what has none."""
+        decayed = set()
+        for prefix, module in self.named_modules():
+            has_matrix = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+            for name, _ in module.named_parameters(recurse=False):
+                if (name == "weight" and has_matrix) or name.endswith("proj_weight"):
+                    decayed.add(f"{prefix}.{name}" if prefix else name)
+
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"names": [n for n in learned if n in decayed]}]
-        groups.append({"names": [n for n in learned if n not in decayed], "weight_decay": 0.0})
+        with_decay = [name for name in learned if name in decayed]
+        without = [name for name in learned if name not in decayed]
+        groups: list[ParameterGroup] = [{"names": with_decay}, {"names": without, "weight_decay": 0.0}]
         return [group for group in groups if group["names"]]
 
 
 class _PairBatches:
-    """Batches of pairs: cached frozen states, or pixels where views differ or states don't fit."""
+    """Batches of pairs: cached frozen states, or pixels where images are augmented or states don't fit in memory."""
 
     def __init__(
         self, states: PairStates, augmentation: JointAugmentation, options: TrainOptions, cached: bool
     ) -> None:
-        self.states, self.augmentation, self.options, self.cached = states, augmentation, options, cached
+        self.states = states
+        self.augmentation = augmentation
+        self.options = options
+        self.cached = cached
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -129,11 +152,14 @@ class _PairBatches:
             frozen, size = self.states.frozen(pairs)
             batch |= {f"frozen/{name}": state for name, state in frozen.items()}
             return {**batch, "size": size, "mask": self.states.targets(pairs, size)}
-        images, masks = [], []
+
+        images = []
+        masks = []
         for i in pairs:
             image, mask = self.augmentation.augment(data[i], self.options.seed, epoch)
-            images.append(self.states.segmenter.preprocess(image))
-            masks.append(resize_mask(mask, (images[-1].shape[-1], images[-1].shape[-2])))
+            pixels = self.states.segmenter.preprocess(image)
+            images.append(pixels)
+            masks.append(resize_mask(mask, (pixels.shape[-1], pixels.shape[-2])))
         return {**batch, "image": torch.stack(images), "mask": torch.from_numpy(np.stack(masks))}
 
 
@@ -150,15 +176,15 @@ def fit_segmenter(
     callbacks: Sequence[Callback] | None = None,
     **options: Any,
 ) -> SegmentationFit:
-    """Train what of a segmentation model is tuned; its parameters are changed in place.
+    """Train a segmentation model; the parameters that its strategy tunes are changed in place.
 
-    Without augmentation, what training never changes is computed once per image (``Segmenter.frozen``).
+    Without augmentation, states that training never changes are computed once per image (``Segmenter.frozen``).
 
     Args:
         segmenter: See :func:`vlprompt.create_segmenter`.
         train: Training pairs.
         val: Validation pairs, for the schedule, early stopping and the choice of the epoch. Never test data. Without
-            them the rate is constant and the last epoch is kept.
+            them the rate is constant and the last epoch is taken.
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: See :class:`JointAugmentation`.
@@ -178,50 +204,59 @@ def fit_segmenter(
     segmenter.to(processes.device)
     checked = _options(options, val is not None)
     _read_phrases(segmenter, [train] if val is None else [train, val])
-    criterion, views = segmentation_loss(loss), JointAugmentation(augmentation)
-    held = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
+    criterion = segmentation_loss(loss)
+    views = JointAugmentation(augmentation)
+    val_states = None if val is None else PairStates(segmenter, val, limit_mb=cache_mb)
 
     def validate() -> dict[str, float]:
         assert val is not None
-        found = evaluate_segmenter(segmenter, val, boundary=False, loss=criterion, states=held).metrics
-        return {k: v for k, v in found.items() if "/" not in k}
+        scores = evaluate_segmenter(segmenter, val, boundary=False, loss=criterion, states=val_states)
+        return {name: value for name, value in scores.metrics.items() if "/" not in name}
 
     history: list[dict[str, Any]] = []
     if segmenter.num_trainable() and checked.epochs:
+        path = None if folder is None else Path(folder)
+        if callbacks is None:
+            callbacks = default_callbacks(segmenter.method, path)
         trainer = Trainer(
             SegmentationTask(segmenter, criterion),
             _batches(segmenter, train, views, checked, cache_mb),
             checked,
-            None if folder is None else Path(folder),
+            path,
             validate=None if val is None else validate,
-            callbacks=default_callbacks(segmenter.method, None if folder is None else Path(folder))
-            if callbacks is None
-            else callbacks,
+            callbacks=callbacks,
             identity=_identity(segmenter, train, augmentation, loss),
             accelerator=processes,
         )
         history = trainer.run(resume).history
+
     segmenter.eval()
-    metrics = {} if val is None else {f"val/{k}": v for k, v in validate().items()}
-    return SegmentationFit({"seconds": time.monotonic() - started, **metrics}, history)
+    metrics = {} if val is None else {f"val/{name}": value for name, value in validate().items()}
+    seconds = time.monotonic() - started
+    return SegmentationFit({"seconds": seconds, **metrics}, history)
 
 
 def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
-    """Refuse phrases that the text tower can't read whole, before anything is computed.
+    """Refuse phrases that are longer than the text tower reads, before anything is computed.
 
     Raises:
         DataError: Names the longest one and its record.
     """
-    tower, prompts = segmenter.backbone.text, 0
+    tower = segmenter.backbone.text
+    prompts = 0  # tokens
     if segmenter.strategy.prompts_text:
         with torch.no_grad():
             feature = torch.zeros(1, segmenter.backbone.dim, device=segmenter.backbone.device)
             rows = segmenter.strategy(feature).text
         prompts = 0 if rows is None else rows.shape[-2]
-    lengths = {p: len(tower.sentence(p)) + prompts for p in dict.fromkeys(s.phrase for s in data.samples)}
-    longest = max(lengths, key=lambda p: lengths[p])
+
+    lengths: dict[str, int] = {}
+    for sample in data.samples:
+        if sample.phrase not in lengths:
+            lengths[sample.phrase] = len(tower.sentence(sample.phrase)) + prompts
+    longest = max(lengths, key=lambda phrase: lengths[phrase])
     if lengths[longest] > tower.context_length:
-        record = next(s.record for s in data.samples if s.phrase == longest)
+        record = next(sample.record for sample in data.samples if sample.phrase == longest)
         raise DataError(
             f"{data.name}, {record}: the phrase {longest[:80]!r} takes {lengths[longest]} tokens with the "
             f"{prompts} of the prompt; the text tower reads {tower.context_length}. Use shorter phrases "
@@ -232,7 +267,8 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
 def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
     """Check all phrases, and let a model with a frozen text side encode them now, together.
 
-    The last bits of a feature depend on what is encoded beside it, and a resumed run meets phrases in other company.
+    The last bits of a feature depend on the phrases that are encoded with it, and a resumed run would encode others
+    together.
     """
     for data in parts:
         if not len(data):
@@ -245,10 +281,17 @@ def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
         segmenter.conditions(phrases, None, remember=True)
 
 
-def _options(given: Mapping[str, Any], validated: bool) -> SegmentTrainOptions:
-    unwatched = {} if validated else {"schedule": "constant", "select": "last", "stop_patience": None}
+def frozen_of(batch: Mapping[str, Any]) -> Frozen:
+    """Return the frozen states of a batch, which has them as ``frozen/<name>``."""
+    prefix = "frozen/"
+    return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+
+
+def _options(options: Mapping[str, Any], has_val: bool) -> SegmentTrainOptions:
+    """Return checked options; what needs validation data is off without them."""
+    without_val = {} if has_val else {"schedule": "constant", "select": "last", "stop_patience": None}
     try:
-        return SegmentTrainOptions(**{**unwatched, **given})
+        return SegmentTrainOptions(**{**without_val, **options})
     except ValidationError as error:
         raise ConfigError(describe_problems(error, SegmentTrainOptions), "training options") from error
 

@@ -1,8 +1,8 @@
-"""Losses of text-prompted segmentation: Dice and cross-entropy of single images, right for empty masks too.
+"""Losses of text-prompted segmentation: Dice and cross-entropy of single images, also for empty masks.
 
 Paper: TuneVLSeg, ACCV 2024, 2410.05239, section 4 (1.0 Dice + 0.2 cross-entropy).
-segmentation_models_pytorch's DiceLoss pools a batch's pixels and multiplies by 0 where a mask is empty, so that it
-can't learn that a phrase fits nothing; this one does neither. Names that begin with ``smp_`` take that library's.
+segmentation_models_pytorch's DiceLoss pools the pixels of a batch and multiplies by 0 where a mask is empty, so that
+it can't learn that a phrase fits nothing. This one does neither. Names that begin with ``smp_`` take that library's.
 """
 
 from __future__ import annotations
@@ -40,18 +40,20 @@ def segmentation_loss(
     """
     if name not in LOSSES:
         raise UnknownNameError("segmentation loss", name, LOSSES)
+
     if name == "dice_bce":
         return lambda logits, masks: {
             "dice": dice_weight * dice(logits, masks),
             "bce": bce_weight * bce(logits, masks),
         }
-    theirs = _smp(name)
+
+    smp_loss = _smp_loss(name)
     if name == "smp_dice_bce":
         return lambda logits, masks: {
-            "dice": dice_weight * theirs(logits, _floats(masks)[:, None]),
+            "dice": dice_weight * smp_loss(logits, _floats(masks)[:, None]),
             "bce": bce_weight * bce(logits, masks),
         }
-    return lambda logits, masks: {name.removeprefix("smp_"): theirs(logits, _floats(masks)[:, None])}
+    return lambda logits, masks: {name.removeprefix("smp_"): smp_loss(logits, _floats(masks)[:, None])}
 
 
 def dice(logits: Tensor, masks: Tensor) -> Tensor:
@@ -66,28 +68,35 @@ def dice(logits: Tensor, masks: Tensor) -> Tensor:
     counts = (masks != IGNORE).flatten(1)
     p = logits.float().flatten(1).sigmoid() * counts
     t = (masks == 1).flatten(1).float()
-    overlap, total = (p * t).sum(1), p.sum(1) + t.sum(1)
+    overlap = (p * t).sum(1)
+    total = p.sum(1) + t.sum(1)
     return (1 - (2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean()
 
 
 def bce(logits: Tensor, masks: Tensor) -> Tensor:
     """Return the mean over images of the mean cross-entropy of the pixels that count; arguments as :func:`dice`."""
     counts = (masks != IGNORE).flatten(1).float()
-    each = F.binary_cross_entropy_with_logits(
-        logits.float().flatten(1), (masks == 1).flatten(1).float(), reduction="none"
-    )
-    return ((each * counts).sum(1) / counts.sum(1).clamp(min=1)).mean()
+    targets = (masks == 1).flatten(1).float()
+    per_pixel = F.binary_cross_entropy_with_logits(logits.float().flatten(1), targets, reduction="none")
+    per_image = (per_pixel * counts).sum(1) / counts.sum(1).clamp(min=1)
+    return per_image.mean()
 
 
 def _floats(masks: Tensor) -> Tensor:
+    """Return masks as floats.
+
+    Raises:
+        VLPromptError: If there are pixels that don't count.
+    """
     if bool((masks == IGNORE).any()):
         raise VLPromptError("losses of segmentation_models_pytorch know no ignored pixels; use dice_bce.")
     return masks.float()
 
 
-def _smp(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _smp_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a loss of segmentation_models_pytorch."""
     try:
-        from segmentation_models_pytorch import losses
+        from segmentation_models_pytorch import losses  # an extra of the package
     except ImportError:
         raise VLPromptError(
             f"loss {name!r} needs segmentation_models_pytorch: pip install 'vlprompt[segmentation]'. dice_bce doesn't."

@@ -1,4 +1,4 @@
-"""Pairs of a data set as a segmentation model takes them: what training never changes is computed once per image."""
+"""Pairs of a data set as a segmentation model takes them; states that training never changes are computed once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class PairStates:
     def __init__(
         self, segmenter: Segmenter, data: MaskDataset, batch_size: int = 16, limit_mb: float = 2000.0
     ) -> None:
-        self.segmenter, self.data, self.batch_size = segmenter, data, batch_size
-        self.room = limit_mb * 1e6
+        self.segmenter = segmenter
+        self.data = data
+        self.batch_size = batch_size
+        self.room = limit_mb * 1e6  # bytes
         self.sizes: dict[Any, tuple[int, int]] = {}  # (H, W) of an image as the model sees it
         self._originals: dict[Any, tuple[int, int]] = {}  # (width, height) of the file
         self._states: dict[Any, Frozen] = {}
@@ -54,29 +56,35 @@ class PairStates:
             DataError: If the images have several sizes.
         """
         sources = [self.data.samples[i].source for i in pairs]
-        found = {s: self._states[s] for s in dict.fromkeys(sources) if s in self._states}
-        if missing := [s for s in dict.fromkeys(sources) if s not in found]:
-            found |= self._encode(missing)
-        sizes = {self.sizes[s] for s in sources}
+        unique = dict.fromkeys(sources)
+        states = {source: self._states[source] for source in unique if source in self._states}
+        missing = [source for source in unique if source not in states]
+        if missing:
+            states |= self._encode(missing)
+
+        sizes = {self.sizes[source] for source in sources}
         if len(sizes) > 1:
             raise DataError(
                 f"{self.data.name}: images of one batch have several sizes ({sorted(sizes)[:3]}); use batch_size 1."
             )
-        names = found[sources[0]].keys()
-        return {n: torch.stack([found[s][n] for s in sources]) for n in names}, sizes.pop()
+        names = states[sources[0]].keys()
+        stacked = {name: torch.stack([states[source][name] for source in sources]) for name in names}
+        return stacked, sizes.pop()
 
     def mask(self, pair: int) -> NDArray[np.uint8]:
         """Return a pair's mask at its own size."""
-        if pair not in self._masks:
-            sample, reader = self.data.samples[pair], self.data.reader
-            if sample.source not in self._originals:
-                self._originals[sample.source] = reader.read(sample.source).size
-            mask = reader.mask(sample, self._originals[sample.source])
-            if self.room < mask.nbytes:
-                return mask
+        if pair in self._masks:
+            return self._masks[pair]
+        sample = self.data.samples[pair]
+        reader = self.data.reader
+        if sample.source not in self._originals:
+            self._originals[sample.source] = reader.read(sample.source).size
+
+        mask = reader.mask(sample, self._originals[sample.source])
+        if self.room >= mask.nbytes:
             self.room -= mask.nbytes
             self._masks[pair] = mask
-        return self._masks[pair]
+        return mask
 
     def targets(self, pairs: Sequence[int], size: tuple[int, int]) -> Tensor:
         """Return (B, h, w) masks at the model's size, by the nearest pixel."""
@@ -90,17 +98,21 @@ class PairStates:
             original = self.data.reader.read(source)
             self._originals[source] = original.size
             images[source] = self.segmenter.preprocess(original)
+
         groups: dict[tuple[int, int], list[Any]] = {}
         for source, image in images.items():
             self.sizes[source] = (int(image.shape[-2]), int(image.shape[-1]))
             groups.setdefault(self.sizes[source], []).append(source)
-        found: dict[Any, Frozen] = {}
+        states: dict[Any, Frozen] = {}
         for group in groups.values():
-            states = self.segmenter.frozen(torch.stack([images[s] for s in group]))
-            found |= {s: {n: t[i] for n, t in states.items()} for i, s in enumerate(group)}
-        for source, state in found.items():
-            need = sum(t.numel() * t.element_size() for t in state.values())
-            if need <= self.room and source not in self._states:
-                self.room -= need
-                self._states[source] = {n: t.clone() for n, t in state.items()}
-        return found
+            batch = self.segmenter.frozen(torch.stack([images[source] for source in group]))
+            for i, source in enumerate(group):
+                states[source] = {name: tensor[i] for name, tensor in batch.items()}
+
+        for source, state in states.items():
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # bytes
+            if size <= self.room and source not in self._states:
+                self.room -= size
+                # A view would keep the whole batch in memory.
+                self._states[source] = {name: tensor.clone() for name, tensor in state.items()}
+        return states

@@ -1,26 +1,22 @@
-"""What a segmentation run leaves for people: tables, gains, Dice against depth, images with masks, one page."""
+"""What a benchmark of segmentation leaves for people: figures, tables, gains, Dice against depth."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import yaml
-
-from vlprompt.core.files import write_atomic, write_text
-from vlprompt.experiments import tables
-from vlprompt.experiments.report import RunRecord, write_report
+from vlprompt.experiments import figures
+from vlprompt.experiments.cell import Cell
+from vlprompt.experiments.layout import AVERAGE, Layout, complete_means, gain_tables, label
+from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import Summary, paired_difference, summarise
+from vlprompt.experiments.tables import Row, Table
+from vlprompt.segmentation.config import SegmentationConfig
 
-if TYPE_CHECKING:
-    from vlprompt.segmentation.config import SegmentConfig
-    from vlprompt.segmentation.experiment import SegmentCell, Session
+__all__ = ["benchmark_tables", "depth_caption", "depth_figure", "describe", "layout", "summary"]
 
-__all__ = ["summary", "write_results"]
-
-Cells = Mapping["SegmentCell", Mapping[str, float]]
-_SHOWN = (
+_ROW = ("model", "method", "depth")
+_METRICS = (
     "dice",
     "iou",
     "hd95",
@@ -31,7 +27,12 @@ _SHOWN = (
     "dice_empty",
     "argmax_miou",
 )
-_PUBLISHED = "MedVLSM, MIDL 2024, 2308.07706, table 2: whole model fine-tuned, same splits"
+_ALL_FOREGROUND = "all_foreground_dice"
+_TRAINABLE = "learns"
+_FORMATS = {"hd95": ".1f", _TRAINABLE: ",.0f"}  # pixels, numbers; everything else is a fraction
+_FIRST_FIGURES = 6  # that open the report
+
+_CITATION = "MedVLSM, MIDL 2024, 2308.07706, table 2: whole model fine-tuned, same splits"
 #: Test Dice of models fine-tuned end to end, in percent. TuneVLSeg's repository holds no table of its own results.
 _FINE_TUNED = {
     "CLIPSeg": {"kvasir_seg": 89.51, "clinicdb": 88.74, "bkai_igh": 86.47, "isic2016": 92.12, "dfu": 73.24,
@@ -41,210 +42,209 @@ _FINE_TUNED = {
 }  # fmt: skip
 
 
-def summary(config: SegmentConfig, cells: Cells) -> dict[str, float]:
-    """Return flat figures: ``<model>/<strategy>[/depthJ]/<data set>/<measure>`` with ``_ci95``, and paired gains."""
+def layout(config: SegmentationConfig, cells: Sequence[Cell]) -> Layout:
+    """Return how results are laid out; what is said first is the Dice of the last row that is no baseline.
+
+    Args:
+        config: The benchmark's.
+        cells: All of them.
+    """
+    rows = {label(_ROW, tuple(cell.get(name) for name in _ROW)): cell for cell in cells}
+    baselines = {}
+    for row, cell in rows.items():
+        baseline = label(_ROW, (cell["model"], config.protocol.baseline, None))
+        if config.protocol.baseline is not None and row != baseline:
+            baselines[row] = (baseline,)
+
+    compared = [cell for cell in cells if cell["method"] != config.protocol.baseline] or cells
+    last = compared[-1]
+    key = _key(config, (last["model"], last["method"], last.get("depth")), last.get("images"))
+    return Layout(
+        headline=f"{key}/{_columns(config)[-1]}/dice",
+        metric="dice",
+        rows=_ROW,
+        columns=("data",),
+        average="data",
+        baselines=baselines,
+        note=_heading(config),
+    )
+
+
+def summary(config: SegmentationConfig, results: Results) -> dict[str, float]:
+    """Return flat figures: ``<model>/<method>[/depthJ][/imagesN]/<data set>/<metric>``, and paired gains in Dice."""
     flat: dict[str, float] = {}
-    for model, strategy, depth in _rows(cells):
-        for name in _columns(config):
-            place = f"{model}/{strategy}" + ("" if depth is None else f"/depth{depth}") + f"/{name}"
-            for measure in _SHOWN:
-                values = _by_seed(config, cells, model, strategy, depth, name, measure)
-                if values:
-                    flat |= summarise(list(values.values())).flat(f"{place}/{measure}")
-            gain = _gain(config, cells, model, strategy, depth, name)
-            if gain is not None and strategy != config.baseline:
-                flat |= gain.flat(f"{place}/dice_gain")
-        trainable = [
-            n["trainable"]
-            for c, n in cells.items()
-            if (c.model, c.strategy, c.depth) == (model, strategy, depth)
-        ]
-        flat[f"{model}/{strategy}" + ("" if depth is None else f"/depth{depth}") + "/trainable"] = trainable[
-            0
-        ]
+    for images, lines in _by_images(config, results):
+        for row, group in lines.by(*_ROW).items():
+            key = _key(config, row, images)
+            baseline = lines.select(model=row[0], method=config.protocol.baseline, depth=None)
+            for column in _columns(config):
+                for metric in _METRICS:
+                    values = _by_seed(config, group, metric, column)
+                    if values:
+                        flat |= summarise(list(values.values())).flat(f"{key}/{column}/{metric}")
+                gain = _gain(config, group, baseline, column)
+                if gain is not None and row[1] != config.protocol.baseline:
+                    flat |= gain.flat(f"{key}/{column}/dice_gain")
+            flat[f"{key}/trainable"] = group.select("trainable", part=None).values()[0]
     return flat
 
 
-def write_results(
-    session: Session, cells: Cells, metrics: Mapping[str, Any], failures: Sequence[str], command: str
-) -> str:
-    """Write tables, figures, overlays and the report into the run's folder; return the Markdown."""
-    from vlprompt.segmentation.overlays import overlay_sheets
+def benchmark_tables(config: SegmentationConfig, results: Results, laid_out: Layout) -> list[Table]:
+    """Return Dice beside published figures, the other metrics, and paired gains, for every number of images.
 
-    config, folder = session.config, session.folder
-    dice, gains = _dice_rows(config, cells), _gain_rows(config, cells)
-    columns = [*_columns(config)]
-    markdown = f"{_heading(config)}\n\n{tables.to_markdown(dice, columns)}"
-    if others := _other_rows(config, cells):
-        markdown += f"\nOther measures, mean over data sets; distances (hd95) in pixels:\n\n{others}"
-    if gains:
-        text = f"\nGain in Dice over {config.baseline}, in points, paired over seeds:\n\n"
-        markdown += text + tables.to_markdown(gains, columns, best=False)
-    write_text(folder / "results.md", markdown)
-    write_text(folder / "results.csv", tables.to_csv(dice, columns))
-    write_text(folder / "results.tex", tables.to_latex(dice, columns))
-    drawings = _depth_figure(config, cells)
-    for title, (_, svg) in drawings.items():
-        write_text(folder / f"{'-'.join(title.lower().split())}.svg", svg)
-    for name, png in overlay_sheets(session, cells).items():
-        write_atomic(folder / "overlays" / f"{name}.png", _writer(png))
-        data = base64.b64encode(png).decode()
-        image = f'<img alt="{name}" style="max-width:100%" src="data:image/png;base64,{data}">'
-        drawings[f"Masks: {name}"] = ("Image, truth, and what each strategy finds (first seed).", image)
-    write_report(folder / "report.html", _record(config, cells, metrics, drawings, failures, command))
-    return markdown
+    Args:
+        config: The benchmark's.
+        results: All lines.
+        laid_out: See :func:`layout`.
+    """
+    tables: list[Table] = []
+    several = len(config.protocol.images) > 1
+    for images, lines in _by_images(config, results):
+        if not len(lines):
+            continue
+        title = f"{images or 'all'} training images" if several else ""
+        tables.append(_dice_table(config, lines, title, laid_out.note))
+        tables.append(_other_table(config, lines, title))
+        tables += gain_tables(lines.select("dice", part=None), laid_out, title)
+    return tables
 
 
-def _writer(data: bytes) -> Any:
-    return lambda path: path.write_bytes(data)
+def depth_figure(config: SegmentationConfig, results: Results) -> str:
+    """Return Dice against the prompt depth as SVG; empty unless depths are compared."""
+    if len(config.protocol.depths) < 2:
+        return ""
+    images = config.protocol.images[-1]
+    lines = dict(_by_images(config, results))[images]
+    column = _columns(config)[-1]
+    curves: dict[str, list[tuple[int, float, float | None]]] = {}
+    for row, group in lines.by(*_ROW).items():
+        model, method, depth = row
+        values = _by_seed(config, group, "dice", column)
+        # What has no depth is a horizontal line: only the baseline is worth one.
+        if not values or (depth is None and method != config.protocol.baseline):
+            continue
+        mean = summarise(list(values.values()))
+        points = curves.setdefault(label(_ROW, (model, method, None)), [])
+        points.append((int(depth or 0), mean.mean, mean.ci95))
+    return figures.shots_curve(curves, "prompt depth (layers)", "Dice (%)", "Dice against prompt depth")
 
 
-def _heading(config: SegmentConfig) -> str:
-    seeds = ", ".join(map(str, config.seeds))
-    images = f"{config.data.images} training images" if config.data.images else "all training images"
+def depth_caption(config: SegmentationConfig) -> str:
+    """Return what stands above the figure of :func:`depth_figure`."""
+    column = _columns(config)[-1]
+    return (
+        f"Dice on {column} against the number of layers with prompts of their own; 95 % intervals over seeds."
+    )
+
+
+def describe(record: RunRecord, config: SegmentationConfig, results: Results) -> None:
+    """Set the title, the summary and the figures that open the page, the baseline first."""
+    record.title = f"Segmentation of {', '.join(config.data.names)}"
+    record.summary = _heading(config)
+    lines = dict(_by_images(config, results))[config.protocol.images[-1]]
+    column = _columns(config)[-1]
+    rows = sorted(lines.by(*_ROW).items(), key=lambda item: item[0][1] != config.protocol.baseline)
+    for row, group in rows[:_FIRST_FIGURES]:
+        values = _by_seed(config, group, "dice", column)
+        if values:
+            record.headline = {**record.headline, label(_ROW, row): summarise(list(values.values())).mean}
+
+
+def _heading(config: SegmentationConfig) -> str:
+    seeds = ", ".join(map(str, config.protocol.seeds))
+    counts = "/".join(str(images or "all") for images in config.protocol.images)
     asked = "the classes they show" if config.data.queries == "present" else "every class"
     return (
-        f"Dice per pair at the masks' own size on test, {images}, seeds {seeds}; mean and 95 % interval over seeds. "
-        f"Images are asked for {asked}. In brackets: numbers that learn."
+        f"Dice per pair at the masks' own size on test, {counts} training images, seeds {seeds}; mean and 95 % "
+        f"interval over seeds. Images are asked for {asked}."
     )
 
 
-def _rows(cells: Cells) -> list[tuple[str, str, int | None]]:
-    return list(dict.fromkeys((c.model, c.strategy, c.depth) for c in cells))
+def _columns(config: SegmentationConfig) -> list[str]:
+    """Return the data sets, and their average if there are several."""
+    names = config.data.names
+    return [*names, AVERAGE] if len(names) > 1 else list(names)
 
 
-def _columns(config: SegmentConfig) -> list[str]:
-    return [*config.data.names, *(["average"] if len(config.data.names) > 1 else [])]
+def _key(config: SegmentationConfig, row: tuple[object, ...], images: int | None) -> str:
+    """Return the beginning of a row's keys in ``metrics.json``."""
+    model, method, depth = row
+    key = f"{model}/{method}" if depth is None else f"{model}/{method}/depth{depth}"
+    return f"{key}/images{images or 'all'}" if len(config.protocol.images) > 1 else key
 
 
-def _by_seed(
-    config: SegmentConfig, cells: Cells, model: str, strategy: str, depth: int | None, name: str, measure: str
-) -> dict[int, float]:
-    """Return a figure by seed; of the average over data sets only seeds that all of them have."""
-    found: dict[int, list[float]] = {}
-    for cell, numbers in cells.items():
-        place = (cell.model, cell.strategy, cell.depth) == (model, strategy, depth)
-        if place and name in (cell.dataset, "average") and measure in numbers:
-            found.setdefault(cell.seed, []).append(numbers[measure])
-    needed = len(config.data.names) if name == "average" else 1
-    return {seed: sum(v) / len(v) for seed, v in found.items() if len(v) == needed}
+def _by_images(config: SegmentationConfig, results: Results) -> list[tuple[int | None, Results]]:
+    """Return the lines of every number of training images; what learns nothing is among all of them."""
+    groups = []
+    for images in config.protocol.images:
+        lines = [
+            line
+            for line in results.lines
+            if line.where.get("images") == images
+            or not config.learns(str(line.where["model"]), str(line.where["method"]))
+        ]
+        groups.append((images, Results(lines)))
+    return groups
 
 
-def _gain(
-    config: SegmentConfig, cells: Cells, model: str, strategy: str, depth: int | None, name: str
-) -> Summary | None:
-    """Return the paired gain in Dice over the baseline; a baseline that learns nothing is the same for every seed."""
-    ours = _by_seed(config, cells, model, strategy, depth, name, "dice")
-    theirs = _by_seed(config, cells, model, config.baseline, None, name, "dice")
-    if not theirs or not ours:
+def _by_seed(config: SegmentationConfig, group: Results, metric: str, column: str) -> dict[int, float]:
+    """Return a row's metric by seed; of the average over data sets only seeds that all of them have."""
+    lines = group.select(metric, part=None)
+    if column != AVERAGE:
+        return lines.select(data=column).value_by("seed")
+    if set(lines.coordinates("data")) != set(config.data.names):
+        return {}  # the average over some data sets compares with nothing
+    return {int(str(seed)): value for seed, value in complete_means(lines, "seed", "data").items()}
+
+
+def _gain(config: SegmentationConfig, ours: Results, theirs: Results, column: str) -> Summary | None:
+    """Return the paired gain in Dice over the baseline; one that learns nothing is the same for every seed."""
+    values = _by_seed(config, ours, "dice", column)
+    baseline = _by_seed(config, theirs, "dice", column)
+    if len(baseline) == 1:
+        baseline = dict.fromkeys(values, next(iter(baseline.values())))
+    seeds = [seed for seed in values if seed in baseline]
+    if not seeds:
         return None
-    if len(theirs) == 1:
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    seeds = [s for s in ours if s in theirs]
-    return paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None
+    return paired_difference([values[seed] for seed in seeds], [baseline[seed] for seed in seeds])
 
 
-def _label(cells: Cells, row: tuple[str, str, int | None]) -> str:
-    model, strategy, depth = row
-    count = int(_trainable(cells, row))
-    return f"{model} {strategy}" + ("" if depth is None else f" depth {depth}") + f" ({count:,})"
-
-
-def _trainable(cells: Cells, row: tuple[str, str, int | None]) -> float:
-    return next(n["trainable"] for c, n in cells.items() if (c.model, c.strategy, c.depth) == row)
-
-
-def _dice_rows(config: SegmentConfig, cells: Cells) -> list[tables.Row]:
+def _dice_table(config: SegmentationConfig, lines: Results, title: str, note: str) -> Table:
+    """Return Dice, the count of learned numbers, what marking every pixel reaches, and published figures."""
     rows = []
-    everything: dict[str, float] = {}
-    for row in _rows(cells):
+    everything: dict[str, float | Summary] = {}
+    for row, group in lines.by(*_ROW).items():
         values: dict[str, float | Summary] = {}
-        for name in _columns(config):
-            if found := _by_seed(config, cells, *row, name, "dice"):
-                values[name] = summarise(list(found.values()))
-            if found := _by_seed(config, cells, *row, name, "all_foreground_dice"):
-                everything[name] = next(iter(found.values()))
-        rows.append(tables.Row(_label(cells, row), values))
-    rows.append(tables.Row("every pixel marked (0)", dict(everything)))
-    for model, dice in _FINE_TUNED.items():
-        known: dict[str, float | Summary] = {n: dice[n] / 100 for n in config.data.names if n in dice}
-        if known:
-            rows.append(tables.Row(f"{model} fine-tuned", known, "published", _PUBLISHED))
-    return rows
+        values[_TRAINABLE] = group.select("trainable", part=None).values()[0]
+        for column in _columns(config):
+            dice = _by_seed(config, group, "dice", column)
+            if dice:
+                values[column] = summarise(list(dice.values()))
+            marked = _by_seed(config, group, _ALL_FOREGROUND, column)
+            if marked:
+                everything[column] = next(iter(marked.values()))
+        rows.append(Row(label(_ROW, row), values))
+    rows.append(Row("every pixel marked", {_TRAINABLE: 0.0, **everything}))
+
+    for model, dice_of in _FINE_TUNED.items():
+        published: dict[str, float | Summary] = {
+            name: dice_of[name] / 100 for name in config.data.names if name in dice_of
+        }
+        if published:
+            rows.append(Row(f"{model} fine-tuned", published, "published", _CITATION))
+    return Table(rows, [_TRAINABLE, *_columns(config)], title, note, formats=_FORMATS)
 
 
-def _gain_rows(config: SegmentConfig, cells: Cells) -> list[tables.Row]:
+def _other_table(config: SegmentationConfig, lines: Results, title: str) -> Table:
+    """Return the other metrics, on the one data set or averaged over all."""
+    column = _columns(config)[-1]
     rows = []
-    for row in _rows(cells):
-        found = {n: _gain(config, cells, *row, n) for n in _columns(config)}
-        values: dict[str, float | Summary] = {n: g for n, g in found.items() if g is not None}
-        if row[1] != config.baseline and values:
-            rows.append(tables.Row(_label(cells, row), values))
-    return rows
-
-
-def _other_rows(config: SegmentConfig, cells: Cells) -> str:
-    """Return a table of the other measures; it mixes percent and pixels, so it is written here."""
-    name = _columns(config)[-1]
-    measures = [m for m in _SHOWN[1:] if m != "all_foreground_dice" and any(m in n for n in cells.values())]
-    lines = ["| method | " + " | ".join(measures) + " |", "|---|" + "---:|" * len(measures)]
-    for row in _rows(cells):
-        texts = []
-        for measure in measures:
-            found = _by_seed(config, cells, *row, name, measure)
-            value = summarise(list(found.values())) if found else None
-            if value is not None and measure == "hd95":
-                texts.append(f"{value.mean:.1f}" + ("" if value.ci95 is None else f" ± {value.ci95:.1f}"))
-            else:
-                texts.append(tables.percent(value))
-        lines.append(f"| {_label(cells, row)} | " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _depth_figure(config: SegmentConfig, cells: Cells) -> dict[str, tuple[str, str]]:
-    if len(config.depths) < 2:
-        return {}
-    from vlprompt.experiments import figures
-
-    name = _columns(config)[-1]
-    curves: dict[str, list[tuple[int, float, float | None]]] = {}
-    for model, strategy, depth in _rows(cells):
-        found = list(_by_seed(config, cells, model, strategy, depth, name, "dice").values())
-        if not found or (depth is None and strategy != config.baseline):
-            continue
-        value = summarise(found)
-        curves.setdefault(f"{model} {strategy}", []).append((depth or 0, value.mean, value.ci95))
-    text = (
-        f"Dice on {name} against the number of layers with prompts of their own; 95 % intervals over seeds."
-    )
-    svg = figures.shots_curve(curves, "prompt depth (layers)", "Dice (%)", "Dice against prompt depth")
-    return {"Dice against depth": (text, svg)}
-
-
-def _record(
-    config: SegmentConfig,
-    cells: Cells,
-    metrics: Mapping[str, Any],
-    drawings: dict[str, tuple[str, str]],
-    failures: Sequence[str],
-    command: str,
-) -> RunRecord:
-    numbers = {
-        k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-    }
-    name = _columns(config)[-1]
-    headline = {}
-    for row in sorted(_rows(cells), key=lambda r: r[1] != config.baseline):
-        if found := _by_seed(config, cells, *row, name, "dice"):
-            headline[_label(cells, row)] = summarise(list(found.values())).mean
-    return RunRecord(
-        title=f"Segmentation of {', '.join(config.data.names)}",
-        headline=dict(list(headline.items())[:6]),
-        summary=_heading(config),
-        metrics={k: v for k, v in numbers.items() if not k.endswith("hd95")},
-        drawings=drawings,
-        failures=failures,
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        command=command,
-        environment={k: str(v) for k, v in metrics.items() if k in ("vlprompt", "torch", "python")},
-    )
+    for row, group in lines.by(*_ROW).items():
+        values: dict[str, float | Summary] = {}
+        for metric in _METRICS:
+            by_seed = _by_seed(config, group, metric, column)
+            if by_seed and metric not in ("dice", _ALL_FOREGROUND):
+                values[metric] = summarise(list(by_seed.values()))
+        rows.append(Row(label(_ROW, row), values))
+    heading = f"Other metrics on {column}, distances (hd95) in pixels"
+    return Table(rows, title=f"{title}: {heading}" if title else heading, best=False, formats=_FORMATS)

@@ -1,0 +1,1 @@
+"""Kinds of segmentation experiments: comparing methods, searching options, searching concepts."""
