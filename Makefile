@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
-	$(BIN)/python tools/train.py --cfg quickstart.yaml
+	$(BIN)/vlprompt run quickstart.yaml
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlprompt.cli._common import command
+
 from vlprompt.core.errors import VLPromptError
 
 DOCS = Path(__file__).parent

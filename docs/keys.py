@@ -67,7 +67,9 @@ def page() -> str:
         for model in models:
             title = task if len(models) == 1 else f"{task}: {model.__name__}"
             summary = inspect.cleandoc(model.__doc__ or "").partition("\n")[0]
-            parts.append(f"## {title}\n\n{summary}\n\n| Key | Type | Default | What it is |\n|---|---|---|---|")
+            parts.append(
+                f"## {title}\n\n{summary}\n\n| Key | Type | Default | What it is |\n|---|---|---|---|"
+            )
             rows = [_row(key, field) for key, field in keys(model)]
             parts[-1] += "\n" + "\n".join(rows) + "\n"
     return "\n".join(parts)
@@ -92,7 +94,14 @@ def _type(annotation: Any) -> str:
         return "mapping"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return "section"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping", Any: "any"}
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        dict: "mapping",
+        Any: "any",
+    }
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

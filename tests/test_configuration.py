@@ -18,7 +18,7 @@ SYNONYMS = {  # the word of one task for what all call otherwise
 }  # fmt: skip
 
 
-def _keys_module():  # noqa: ANN202 - a module of docs/, which is no package
+def _keys_module():
     spec = importlib.util.spec_from_file_location("keys", ROOT / "docs" / "keys.py")
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,9 @@ def test_shipped_files_lie_with_their_task_and_have_names_of_their_own() -> None
     assert {path.parent.name for path in files} == {*list_tasks(), "pretraining"}
 
 
-@pytest.mark.parametrize("name", [n for n, path in list_configs().items() if path.parent.name != "pretraining"])
+@pytest.mark.parametrize(
+    "name", [n for n, path in list_configs().items() if path.parent.name != "pretraining"]
+)
 def test_every_shipped_file_is_valid_and_opens_with_its_command(name: str) -> None:
     path = list_configs()[name]
     head = path.read_text(encoding="utf-8").partition("\ntask:")[0]

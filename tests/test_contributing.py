@@ -75,7 +75,9 @@ def test_the_experiment_of_the_guide_runs_as_a_plug_in(tmp_path: Path) -> None:
     point = re.search(r"^sentences = \"(.*)\"$", block("toml", "vlprompt.tasks"), flags=re.MULTILINE)
     (installed / "entry_points.txt").write_text(f"[vlprompt.tasks]\nsentences = {point[1]}\n")
     methods = 'methods: {short: "{}.", long: "a photo of a {}."}'
-    (tmp_path / "run.yaml").write_text(f"task: sentences\ndata: [scenes/kind]\n{methods}\noutput: {tmp_path}\n")
+    (tmp_path / "run.yaml").write_text(
+        f"task: sentences\ndata: [scenes/kind]\n{methods}\noutput: {tmp_path}\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     command = [sys.executable, "-m", "vlprompt", "run", "run.yaml"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vlprompt
 
@@ -23,7 +26,7 @@ import json, os, sys
 events = []
 def watch(event, args):
     if event.startswith(("socket.", "urllib.")) or event in ("os.mkdir", "os.rename"):
-        if "torchinductor" not in str(args[0]):  # PyTorch makes that one itself, in the temporary directory
+        if "torchinductor" not in str(args[:1]):  # PyTorch makes that one itself, in the temporary directory
             events.append([event, str(args[:2])])
     elif event == "open" and isinstance(args[0], str):
         writes = set(args[1] or "") & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -33,6 +36,11 @@ sys.dont_write_bytecode = True
 sys.addaudithook(watch)
 """
 REPORT = "\nprint(json.dumps(events))\n"
+TO_FILE = """
+def report():
+    with open("events.jsonl", "a") as file:
+        file.write(json.dumps(events) + "\\n")
+"""
 
 
 def run_watched(code: str, folder: Path) -> list[list[str]]:
@@ -76,30 +84,89 @@ def test_the_public_contract_is_importable() -> None:
     assert all(getattr(vlprompt, name) is not None for name in vlprompt.__all__)
 
 
-def test_a_wheel_carries_cards_configurations_weights_and_types(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a copy, because setuptools leaves a build folder where it works
-    for folder in ("vlprompt", "datasets", "configs"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(source),
-        "--no-deps",
-        "--no-build-isolation",
-        "--quiet",
-    ]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path)], check=True)
-    inside = set(zipfile.ZipFile(next(tmp_path.glob("vlprompt-*.whl"))).namelist())
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this source tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy, because setuptools leaves a build folder where it works
+    for name in ("vlprompt", "datasets", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+
+    pip("wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
+    return next(folder.glob("vlprompt-*.whl"))
+
+
+def pip(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+
+
+def test_a_wheel_carries_cards_configurations_weights_and_types(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
     assert {"vlprompt/py.typed", "vlprompt/experiments/report.html.j2"} <= inside
     for folder, installed in (("datasets", "vlprompt/cards"), ("configs", "vlprompt/configs")):
         files = {p.relative_to(ROOT / folder).as_posix() for p in (ROOT / folder).rglob("*.yaml")}
         assert {f"{installed}/{f}" for f in files} <= inside
     data = [p for s in ("py", "json", "safetensors") for p in (ROOT / "vlprompt").rglob(f"*.{s}")]
     assert {p.relative_to(ROOT).as_posix() for p in data} <= inside
-    assert not [
-        name for name in inside if name.startswith(("tests/", "tools/", "benchmarks/", "pretraining/"))
-    ]
+
+
+def test_a_wheel_carries_nothing_else(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vlprompt"}
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_does_the_quickstart_in_a_folder_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """Install the wheel beside the packages of this environment; nothing is written outside the folder."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip("--python", python, "install", "--no-deps", wheel)
+    (site_packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    (site_packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (site_packages / "sitecustomize.py").write_text(f"import atexit{WATCH}{TO_FILE}atexit.register(report)\n")
+
+    folder = tmp_path / "folder"
+    (folder / "home").mkdir(parents=True)
+
+    def vlprompt_command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [tmp_path / "venv" / "bin" / "vlprompt", *arguments],
+            cwd=folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(folder / "home"),
+                "TMPDIR": str(folder / "home"),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = vlprompt_command("run", "quickstart.yaml")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"runs/quickstart/[0-9a-f]{8}/metrics\.json: accuracy 7\d\.\d %", last)
+    run_folder = Path(last.partition(": ")[0]).parent
+
+    Image.new("RGB", (32, 32)).save(folder / "image.png")
+    done = vlprompt_command("predict", run_folder, "image.png", "--topk", "1")
+    assert done.returncode == 0, done.stderr
+    assert "image.png" in done.stdout
+
+    done = vlprompt_command("report", run_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (folder / run_folder / "table.md").read_text()
+
+    again = vlprompt_command("run", "quickstart.yaml")
+    assert f"finished before: nothing was left to run; the results are in {run_folder}" in again.stdout
+    assert again.stdout.splitlines()[-1] == last
+
+    records = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    events = [event for record in records for event in record]
+    assert [event for event in events if event[0] in ("socket.connect", "socket.getaddrinfo")] == []
+    written = [Path(folder, event[1]) for event in events if event[0] == "open"]
+    assert len(written) > 20
+    assert [str(path) for path in written if not path.is_relative_to(folder)] == []

@@ -1,4 +1,4 @@
-"""What the README names exists."""
+"""What the README and the documents name exists."""
 
 from __future__ import annotations
 
@@ -8,25 +8,45 @@ from pathlib import Path
 import pytest
 
 import vlprompt
-from vlprompt.experiments.old_config import configs_dir
+from vlprompt.cli.app import COMMANDS
+from vlprompt.experiments.config import list_configs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+}
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_learner_is_listed() -> None:
     assert [name for name in vlprompt.list_learners() if f"`{name}`" not in README] == []
 
 
-def test_every_configuration_named_exists() -> None:
-    named = re.findall(r"--cfg ([\w.]+\.yaml)", README)
-    assert named
-    assert [name for name in named if not (configs_dir() / name).is_file()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_configuration_named_exists(page: str) -> None:
+    configs = list_configs()
+    for name in re.findall(r"(?:vlprompt run|--cfg) ([\w./]+\.yaml)", PAGES[page]):
+        assert name in configs, name
 
 
-def test_every_tool_and_image_named_exists() -> None:
-    named = re.findall(r"tools/\w+\.py|docs/[\w.]+", README)
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_named_exists(page: str) -> None:
+    for name in re.findall(r"(?:^|`)vlprompt ([a-z]+)", PAGES[page], re.MULTILINE):
+        assert name in COMMANDS, name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_named_exists(page: str) -> None:
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\(([\w./-]+)\)", PAGES[page]):
+        assert (folder / target).exists(), target
+    for target in re.findall(r"\btools/\w+\.py", PAGES[page]):
+        assert (ROOT / target).is_file(), target
 
 
 @pytest.mark.parametrize("name", vlprompt.__all__)

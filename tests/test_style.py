@@ -38,6 +38,12 @@ def documented(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | as
                 stack += node.body
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines of a function's statements; arguments and documentation don't make it long."""
+    statements = function.body[1:] if ast.get_docstring(function) else function.body
+    return function.end_lineno - statements[0].lineno + 1 if statements else 0
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -59,7 +65,7 @@ def test_size(path: Path) -> None:
     functions = [
         n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    long = {f.name: size for f in functions if (size := f.end_lineno - f.lineno + 1) > MAX_FUNCTION_LINES}
+    long = {f.name: body_lines(f) for f in functions if body_lines(f) > MAX_FUNCTION_LINES}
     assert long == {}, f"functions longer than {MAX_FUNCTION_LINES} lines: {long}"
 
 

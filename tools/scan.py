@@ -1,4 +1,4 @@
-"""The same as ``vlprompt scan``: ``python tools/scan.py FOLDER --scanner runs/dbom_tiny/ID``."""
+"""The same as ``vlprompt scan``: ``python tools/scan.py FOLDER --detector runs/dbom_tiny/ID``."""
 
 from __future__ import annotations
 

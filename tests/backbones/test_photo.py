@@ -35,7 +35,7 @@ IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 def ready(name: str, backbone: Backbone) -> Learner:
     learner = create_learner(name, backbone, NAMES)
-    if hasattr(learner, "prepare"):
+    if learner.prepares:
         learner.prepare(backbone.image_embeddings(IMAGES)[None], torch.tensor([0, 1]))
     return learner.eval()
 

@@ -18,6 +18,7 @@ from vlprompt.core.files import read_tensors
 
 ROOT = Path(__file__).parents[2]
 BASE = """
+task: classification
 name: test
 output: {output}
 backbone: {{name: tiny, pretrained: random}}
@@ -62,8 +63,13 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def _folder(folder: Path) -> Path:
-    (found,) = (folder / "runs" / "test").iterdir()
-    return found
+    (run_folder,) = (folder / "runs" / "test").glob("[!.]*")
+    return run_folder
+
+
+def _cell(folder: Path) -> Path:
+    (cell,) = (_folder(folder) / "cells").iterdir()
+    return cell
 
 
 def test_a_run_leaves_everything_the_contract_names(tool: Tool, tmp_path: Path) -> None:
@@ -72,10 +78,14 @@ def test_a_run_leaves_everything_the_contract_names(tool: Tool, tmp_path: Path) 
     last = out.strip().splitlines()[-1]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert last == f"{folder / 'metrics.json'}: accuracy {100 * metrics['accuracy']:.1f} %"
-    for name in ("config.yaml", "history.jsonl", "checkpoint/trainer.safetensors", "report.html"):
+    for name in ("config.yaml", "results.jsonl", "table.md", "report.html", "environment.json"):
         assert (folder / name).is_file()
-    assert list(folder.glob("events.out.tfevents.*"))
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 4
+    cell = _cell(tmp_path)
+    assert cell.name == "coop_digits_2shots_seed1"
+    for name in ("cell.json", "history.jsonl", "checkpoint/trainer.safetensors", "prompt/prompt.safetensors"):
+        assert (cell / name).is_file()
+    assert list(cell.glob("events.out.tfevents.*"))
+    assert len((cell / "history.jsonl").read_text().splitlines()) == 4
     for key in (
         "protocol",
         "seeds",
@@ -86,7 +96,7 @@ def test_a_run_leaves_everything_the_contract_names(tool: Tool, tmp_path: Path) 
     ):
         assert key in metrics
 
-    scores = json.loads(tool("evaluate", folder / "prompt", "--data", "digits")[0])
+    scores = json.loads(tool("evaluate", folder, "--data", "digits")[0])
     assert scores["accuracy"] == pytest.approx(metrics["accuracy"])
 
 
@@ -95,7 +105,7 @@ def test_mistakes_exit_with_two_and_no_stack(tool: Tool, tmp_path: Path) -> None
     assert "did you mean 'epochs'" in err
     assert "Did you mean 'digits'" in err
     assert "'coop_tiny.yaml'" in tool("train", "--cfg", "coop_tny", code=2)[1]
-    assert "no such file" in tool("evaluate", tmp_path, "--data", "digits", code=2)[1]
+    assert "no saved prompt at" in tool("evaluate", tmp_path, "--data", "digits", code=2)[1]
 
 
 def test_more_shots_than_exist_is_refused_when_strict(tool: Tool, tmp_path: Path) -> None:
@@ -114,12 +124,12 @@ def test_one_failing_cell_does_not_lose_the_others(tool: Tool, tmp_path: Path) -
 
 
 def _prompt(folder: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(_folder(folder) / "prompt" / "prompt.safetensors")[0]
+    return read_tensors(_cell(folder) / "prompt" / "prompt.safetensors")[0]
 
 
 def _kill_after_a_checkpoint(config: Path, moment: float, *options: str) -> None:
     """Start the run in a process of its own and kill it some seconds after it wrote a checkpoint."""
-    pattern = "runs/test/*/checkpoint/trainer.safetensors"
+    pattern = "runs/test/*/cells/*/checkpoint/trainer.safetensors"
     before = {path: path.stat().st_mtime_ns for path in config.parent.glob(pattern)}
     running = subprocess.Popen(
         [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(config), *options],
@@ -149,17 +159,20 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tool: Tool, tmp_pat
 
     config = _config(killed)
     reached = []
-    for moment, resume in ((0.0, []), (0.2, ["--resume"])):
-        _kill_after_a_checkpoint(config, moment, *options, *resume)
-        checkpoint = _folder(killed) / "checkpoint" / "trainer.safetensors"
+    for moment in (0.0, 0.2):
+        _kill_after_a_checkpoint(config, moment, *options)
+        checkpoint = _cell(killed) / "checkpoint" / "trainer.safetensors"
         reached.append(read_tensors(checkpoint)[1]["progress"]["epoch"])
     assert reached[0] < reached[1] < 60
 
-    tool("train", "--cfg", config, "--resume", *options)
+    tool("train", "--cfg", config, *options)
     for name, tensor in _prompt(whole).items():
         assert torch.equal(tensor, _prompt(killed)[name])
-    histories = [(_folder(f) / "history.jsonl").read_text() for f in (whole, killed)]
+    histories = [(_cell(folder) / "history.jsonl").read_text() for folder in (whole, killed)]
     assert histories[0] == histories[1]
+    for name in ("metrics.json", "results.jsonl", "report.html", "table.md"):
+        contents = [(_folder(folder) / name).read_text() for folder in (whole, killed)]
+        assert contents[0].replace(str(whole), "") == contents[1].replace(str(killed), ""), name
 
 
 def test_two_processes_equal_one(tool: Tool, tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from vlprompt import create_adapter, create_learner, fit, load, load_dataset
 from vlprompt.backbones import Backbone
-from vlprompt.classification.gram import Regulated, read_start, save_start
 from vlprompt.classification.multitask import TaskData, fit_multitask
 from vlprompt.core.errors import CheckpointError, DataError, UnknownNameError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.meta.functional import prompt_shapes
+from vlprompt.meta.regulated import Regulated
 from vlprompt.meta.regulators import PROMPTS, Regulator, Situation, create_regulator
+from vlprompt.meta.start import read_start, save_start
 from vlprompt.training.batches import TensorBatches
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer

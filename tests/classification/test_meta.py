@@ -10,8 +10,8 @@ import torch
 
 from tests.classification.studies import run
 from vlprompt.classification.config import load_config
-from vlprompt.classification.gram import read_start
 from vlprompt.core.errors import ConfigError
+from vlprompt.meta.start import read_start
 
 META = """
 task: classification

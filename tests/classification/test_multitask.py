@@ -26,8 +26,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.training.batches import Batch, TensorBatches
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.trainer import Trainer
+from vlprompt.training.callbacks import Callback, TrainingView
 
 ANIMALS = (["dog", "hummingbird", "cat"], ("a photo of a {}.",))
 SHAPES = (["red circle", "blue square"], ("a drawing of a {}.",))
@@ -216,7 +215,7 @@ class _Kill(Callback):
     def __init__(self, step: int) -> None:
         self.left = step
 
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+    def on_step(self, trainer: TrainingView, losses: dict[str, float]) -> None:
         self.left -= 1
         if not self.left:
             raise _KilledError

@@ -91,7 +91,9 @@ def test_domain_generalisation_over_styles(train: Train) -> None:
 def test_one_bad_folder_costs_its_own_cells_only(train: Train, tmp_path: Path) -> None:
     """A run over several data sets finishes the others, tells the failure at the end and exits with 1."""
     bad = tmp_path / "nothing here"
-    outcome, metrics = train(CROSS, f"protocol.targets=[scenes/size, 'folder:{bad}', scenes/arrangement]", code=1)
+    outcome, metrics = train(
+        CROSS, f"protocol.targets=[scenes/size, 'folder:{bad}', scenes/arrangement]", code=1
+    )
     assert metrics["runs_failed"] == 2
     assert "scenes/size/score" in metrics
     assert "scenes/arrangement/score" in metrics

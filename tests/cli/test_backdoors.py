@@ -56,7 +56,7 @@ def test_poison_explains_mistakes(command: Command) -> None:
 def test_the_exit_status_says_what_a_scan_suspects(
     command: Command, images: Path, run_folder: Path, threshold: str, status: int, suspected: int
 ) -> None:
-    answer = command("scan", images, "--scanner", run_folder, "--output", "out", "--threshold", threshold)
+    answer = command("scan", images, "--detector", run_folder, "--output", "out", "--threshold", threshold)
     assert answer.status == status
     assert answer.out.splitlines()[0] == f"3 images: {suspected} suspected, 0 unreadable"
     assert answer.last == "out/report.html"
@@ -65,7 +65,7 @@ def test_the_exit_status_says_what_a_scan_suspects(
 
 def test_an_image_that_can_not_be_read_counts(command: Command, images: Path, run_folder: Path) -> None:
     (images / "broken.png").write_text("no image")
-    answer = command("scan", images, "--scanner", run_folder, "--threshold", 2)
+    answer = command("scan", images, "--detector", run_folder, "--threshold", 2)
     assert answer.status == 1
     assert "4 images: 0 suspected, 1 unreadable" in answer.out
     assert answer.last == "scans/images/report.html"
@@ -75,13 +75,13 @@ def test_scan_explains_mistakes(command: Command, images: Path, run_folder: Path
     coop = vlprompt.create_learner("coop", vlprompt.create_backbone("tiny"), ["circle", "square"])
     vlprompt.save(coop, tmp_path / "coop")
     for words, message in (
-        (("nowhere", "--scanner", run_folder), "there is no folder 'nowhere'"),
+        (("nowhere", "--detector", run_folder), "there is no folder 'nowhere'"),
         (
-            (images, "--scanner", "coop"),
+            (images, "--detector", "coop"),
             "coop holds coop, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml",
         ),
-        ((images, "--scanner", "nothing"), "no saved prompt at 'nothing'"),
-        ((images,), "--scanner"),
+        ((images, "--detector", "nothing"), "no saved prompt at 'nothing'"),
+        ((images,), "--detector"),
     ):
         answer = command("scan", *words)
         assert answer.status == 2, words

@@ -86,7 +86,8 @@ def test_fetch_check_and_use(mine: Path, site: Site, command: Command) -> None:
 
 def test_load_dataset_downloads_only_if_asked(mine: Path, site: Site) -> None:
     with pytest.raises(
-        DataError, match=r"mine is not in .*`vlprompt data prepare mine`, or pass download=True \(1 MB\).*By hand"
+        DataError,
+        match=r"mine is not in .*`vlprompt data prepare mine`, or pass download=True \(1 MB\).*By hand",
     ):
         load_dataset("mine", root=mine)
     assert site.asked == []
@@ -153,7 +154,9 @@ def test_sets_that_nobody_serves_say_what_to_put_where(tmp_path: Path, command: 
     assert "authors' pages have been gone since 2023" in answer.out
     assert "it can't be downloaded automatically" in answer.err
     assert "ROOT/stanford_cars/cars_train/00001.jpg" in answer.err
-    with pytest.raises(DataError, match=r"It can't be downloaded automatically.*bffea656d6f425cba3c91c6d8333"):
+    with pytest.raises(
+        DataError, match=r"It can't be downloaded automatically.*bffea656d6f425cba3c91c6d8333"
+    ):
         load_dataset("stanford_cars", root=tmp_path)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError, VLPromptError
 from vlprompt.learners import LEARNERS, Learner, create_learner
+from vlprompt.learners.hooks import overridden_hooks
 
 ALL = LEARNERS.names()
 NAMES = ("dog", "red circle", "hummingbird", "boeing 737-800")
@@ -26,7 +27,7 @@ def build(backbone: Backbone, images: Tensor) -> Build:
 
     def make(name: str, **options: Any) -> Learner:
         learner = create_learner(name, backbone, NAMES, **options)
-        if hasattr(learner, "prepare"):
+        if learner.prepares:
             learner.prepare(backbone.image_embeddings(images)[None], LABELS)
         return learner
 
@@ -120,7 +121,7 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
         pytest.skip("nothing is learned by gradient")
     if not learner.smooth:
         pytest.skip("small steps change no output")
-    if hasattr(learner, "combine_gradients"):
+    if learner.combines_gradients:
         measure = lambda: learner.loss(batch)["cross_entropy"]  # noqa: E731 - the update follows no one loss
         direction = learner.combine_gradients(
             {
@@ -145,7 +146,7 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
     assert 0.5 * expected < fall < 1.5 * expected
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if hasattr(LEARNERS.get(n).target, "solve")])
+@pytest.mark.parametrize("name", [n for n in ALL if LEARNERS.get(n).target.solves])
 def test_a_solver_fits_what_it_saw(name: str, build: Build, images: Tensor) -> None:
     learner = build(name)
     generator = torch.Generator().manual_seed(0)
@@ -278,3 +279,13 @@ def test_options_it_does_not_have(name: str, backbone: Backbone) -> None:
     with pytest.raises(ConfigError, match=rf"learner '{name}': 2 problems") as caught:
         create_learner(name, backbone, NAMES, **wrong)
     assert all(f"{key}: unknown key" in str(caught.value) for key in wrong)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hooks_that_steer_training_are_declared(name: str, build: Build) -> None:
+    """Three hooks are only called where a learner says that it has them."""
+    learner = build(name)
+    hooks = overridden_hooks(type(learner))
+    assert learner.combines_gradients == ("combine_gradients" in hooks)
+    assert learner.solves == ("solve" in hooks)
+    assert learner.prepares == ("prepare" in hooks)

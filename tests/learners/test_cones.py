@@ -110,7 +110,7 @@ def test_saved_vectors_need_no_text_tower(
 ) -> None:
     backbone = make_backbone()
     learner = moved(cones(backbone, space="text", length=2))
-    path = learner.found().save(tmp_path / "concepts.safetensors")
+    path = learner.to_concepts().save(tmp_path / "concepts.safetensors")
     assert path.stat().st_size < 4096
     images_only = without_text(make_backbone())
     assert not [n for n, _ in images_only.named_parameters() if "token" in n or n.startswith("model.transf")]

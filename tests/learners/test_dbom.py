@@ -1,4 +1,4 @@
-"""What is special to DBOM: pairs, the repository, its losses, and what it asks of its training data."""
+"""What is special to DBOM: compositions, the repository, its losses, and what it asks of its training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import load_dataset
 from vlprompt.learners import create_learner
-from vlprompt.learners._calibration import best_mixing, threshold_at
+from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._repository import Bank, diversity, separation
 from vlprompt.learners.dbom import DBOM
 
@@ -64,11 +64,13 @@ def test_every_variant_trains_and_leaves_the_towers_alone(
     learner.eval()
     rows = learner.embed_images(batch["image"])
     judged = learner.judge(rows)
-    assert judged.pairs is not None
-    assert judged.pairs.shape == (6, 3, 3)
+    assert judged.composition is not None
+    assert judged.composition.shape == (6, 3, 3)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     torch.testing.assert_close(learner.judge(rows[order]).score, judged.score[order], rtol=0, atol=1e-5)
-    torch.testing.assert_close(learner.judge(rows[2:3]).pairs, judged.pairs[2:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        learner.judge(rows[2:3]).composition, judged.composition[2:3], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_scores_follow_their_definition(backbone: Backbone, images: Tensor) -> None:
@@ -82,33 +84,35 @@ def test_scores_follow_their_definition(backbone: Backbone, images: Tensor) -> N
         text = {
             name: F.normalize(backbone.text.encode_plain(layout, words), dim=-1)
             for name, layout in (
-                ("pair", learner.pair_layout), ("trigger", learner.trigger_layout), ("object", learner.object_layout)
+                ("composition", learner.composition_layout),
+                ("trigger", learner.trigger_layout),
+                ("object", learner.object_layout),
             )
         }  # fmt: skip
         s_t = tau * f_t @ text["trigger"].T
         f_o = F.normalize(f + learner.object_part(torch.cat([f, s_t.softmax(-1), e], dim=1)), dim=-1)
         f_p = F.normalize(0.8 * f + 0.2 * learner.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
         s_o = tau * f_o @ text["object"].T
-        pairs = torch.stack([f_p @ text["pair"][t * 3 + o] for t in range(3) for o in range(3)], dim=1)
+        pairs = torch.stack([f_p @ text["composition"][t * 3 + o] for t in range(3) for o in range(3)], dim=1)
         expected = tau * pairs.reshape(6, 3, 3) + 0.5 * s_t[:, :, None] + 2.0 * s_o[:, None, :]
-    torch.testing.assert_close(learner.pair_scores(rows).detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(learner.composition_scores(rows).detach(), expected, rtol=1e-4, atol=1e-4)
     judged = learner.judge(rows)
     torch.testing.assert_close(judged.score, 1 - s_t.softmax(-1)[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(judged.object, expected.exp().sum(1) / expected.exp().sum((1, 2))[:, None])
     assert learner.threshold == pytest.approx(0.3)
 
 
-def test_only_seen_pairs_compete_in_training(backbone: Backbone, batch: dict[str, Tensor]) -> None:
+def test_only_seen_compositions_compete_in_training(backbone: Backbone, batch: dict[str, Tensor]) -> None:
     learner = build(backbone).eval()
-    full = learner.loss(batch)["pair"]
+    full = learner.loss(batch)["composition"]
     learner.seen[1, 2] = False  # no image of the batch but the last
     with torch.no_grad():
         part = {k: v[:5] for k, v in batch.items()}
-        scores = learner.parts(learner.embed_images(part["image"]))["pair"].flatten(1)
+        scores = learner.parts(learner.embed_images(part["image"]))["composition"].flatten(1)
         allowed = [0, 1, 2, 3, 4, 6, 7, 8]
         truth = (part["trigger"] * 3 + part["label"]).tolist()
         expected = F.cross_entropy(scores[:, allowed], torch.tensor([allowed.index(t) for t in truth]))
-        torch.testing.assert_close(learner.loss(part)["pair"], expected)
+        torch.testing.assert_close(learner.loss(part)["composition"], expected)
     assert bool(full.isfinite())
 
 
@@ -143,18 +147,22 @@ def test_mixing_is_the_best_of_the_grid() -> None:
         torch.randint(2, (60,), generator=generator),
     )
     logits = {
-        "pair": torch.randn(60, 2, 2, generator=generator),
+        "composition": torch.randn(60, 2, 2, generator=generator),
         "trigger": torch.randn(60, 2, generator=generator) + 2 * F.one_hot(trigger, 2),
         "object": torch.randn(60, 2, generator=generator),
     }
-    a, b, score = best_mixing(logits, {"trigger": trigger, "label": label}, seen)
+    a, b, score = best_mixing([MixingTask(logits, {"trigger": trigger, "label": label}, seen)])
     grid = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     found = {}
     for i in grid:
         for j in grid:
             right: dict[bool, list[bool]] = {True: [], False: []}
             for n in range(60):
-                table = logits["pair"][n] + i * logits["trigger"][n][:, None] + j * logits["object"][n][None]
+                table = (
+                    logits["composition"][n]
+                    + i * logits["trigger"][n][:, None]
+                    + j * logits["object"][n][None]
+                )
                 truth = (int(trigger[n]), int(label[n]))
                 right[bool(seen[truth])].append(divmod(int(table.argmax()), 2) == truth)
             first, second = np.mean(right[True]), np.mean(right[False])

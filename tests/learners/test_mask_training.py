@@ -171,7 +171,7 @@ def test_the_frozen_model_sees_an_image_once(
     cached = train(backbone, digits, fit_options={"augmentation": "flip", "views": 2})
     assert sum(calls) == 2 * len(digits)
     calls.clear()
-    monkeypatch.setattr("vlprompt.classification.fit.TrainingSource.repeats", False)
+    monkeypatch.setattr("vlprompt.classification.sources.TrainingSource.repeats", False)
     fresh = train(backbone, digits, fit_options={"augmentation": "flip", "views": 2})
     assert len(calls) >= 4
     same = (scores_of(cached) > 0.005) == (scores_of(fresh) > 0.005)

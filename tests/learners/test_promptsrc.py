@@ -19,8 +19,7 @@ from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.learners._templates import IMAGENET_TEMPLATES
 from vlprompt.learners.promptsrc import gaussian_weights
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.trainer import Trainer
+from vlprompt.training.callbacks import Callback, TrainingView
 
 GOLDEN = read_golden("promptsrc_small")
 NAMES = ["dog", "red circle", "hummingbird"]
@@ -38,10 +37,10 @@ class Watch(Callback):
         self.states: list[dict[str, Tensor]] = []
         self.stop_after = stop_after
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, float]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, float]) -> None:
         self.states.append({n: t.clone() for n, t in trainer.module.trainable_state().items()})
 
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+    def on_step(self, trainer: TrainingView, losses: dict[str, float]) -> None:
         if self.stop_after is not None and len(self.states) > self.stop_after:
             raise StoppedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from vlprompt.learners import Learner
 GOLDEN = read_golden("tip_adapter_small")
 NAMES = ["dog", "red circle", "hummingbird"]
 BOTH = ("tip_adapter", "tip_adapter_f")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation samples as a learner's calibrate sees them."""
+
+    embeddings: Tensor
+    labels: Tensor
+
+    def validation_data(self) -> tuple[Tensor, Tensor]:
+        return self.embeddings, self.labels
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def test_equals_the_authors_code(case: str, golden_backbone: Backbone) -> None:
     close(learner.keys.grad.norm(dim=-1), golden["key_gradient_norms"])
     close(learner.keys.grad.flatten()[::7], golden["key_gradient_every_7th"])
 
-    chosen = learner.calibrate(encode(val), torch.tensor(GOLDEN["val_labels"]))
+    chosen = learner.calibrate([Validation(encode(val), torch.tensor(GOLDEN["val_labels"]))])
     assert chosen == pytest.approx(golden["chosen"], abs=1e-6)
     close(learner.logits(embeddings), golden["logits_after_search"])
 
@@ -152,7 +164,7 @@ def test_saved_and_loaded_it_votes_the_same(
     name: str, backbone: Backbone, images: Tensor, tmp_path: Path
 ) -> None:
     learner = filled_cache(name, backbone, alpha=2.0).eval()
-    learner.calibrate(backbone.image_embeddings(images), torch.arange(6) % 3)
+    learner.calibrate([Validation(backbone.image_embeddings(images), torch.arange(6) % 3)])
     loaded = load(save(learner, tmp_path), backbone)
     assert torch.equal(loaded(images), learner(images))
     assert loaded.trainable_state().keys() == {"keys", "values", "alpha", "beta"}

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import adjusted_rand_score
 
+from vlprompt.classification.cluster_sheet import write_sheet
 from vlprompt.core.errors import DataError
 from vlprompt.data.captions.store import CaptionStore, Rows
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs, quotas, spherical_kmeans
 from vlprompt.meta.names import pseudo_name, shared_phrase
 from vlprompt.meta.options import ClusterOptions
-from vlprompt.meta.sheet import write_sheet
 
 
 class _Captions:

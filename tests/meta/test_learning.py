@@ -18,7 +18,7 @@ from vlprompt.learners._context import context_layout
 from vlprompt.meta.episodes import Episode, EpisodeBatches, Side
 from vlprompt.meta.learning import MetaPrompts
 from vlprompt.meta.options import MetaOptions
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -167,7 +167,7 @@ class _Stop(Callback):
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+    def on_step(self, trainer: TrainingView, losses: dict[str, float]) -> None:
         self.left -= 1
         if not self.left:
             raise KeyboardInterrupt

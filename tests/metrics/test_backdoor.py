@@ -1,4 +1,4 @@
-"""Detection figures on scores whose figures are counted by hand."""
+"""Figures of a scanner on scores whose figures are counted by hand."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from vlprompt.core.errors import DataError
-from vlprompt.metrics.backdoor import detection_metrics, false_alarms_at
+from vlprompt.metrics.backdoor import false_alarms_at, scan_metrics
 
 
 def test_figures_by_hand() -> None:
     score = torch.tensor([0.1, 0.2, 0.3, 0.8, 0.9, 0.25, 0.7])
     trigger = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     seen = torch.tensor([True, True, True, True, True, False, True])
-    figures = detection_metrics(score, trigger, seen, 0.5, ["clean", "badnets", "sig"])
+    figures = scan_metrics(score, trigger, seen, 0.5, ["clean", "badnets", "sig"])
     assert figures["fpr"] == 0.25
     assert figures["tpr"] == pytest.approx(2 / 3)
     assert figures["tpr/seen"] == 1.0
@@ -36,7 +36,5 @@ def test_false_alarms_are_counted_at_the_largest_threshold_that_finds_enough() -
 
 
 def test_one_kind_alone_can_not_be_measured() -> None:
-    with pytest.raises(DataError, match="needs clean and triggered"):
-        detection_metrics(
-            torch.rand(3), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool), 0.5
-        )
+    with pytest.raises(DataError, match="need clean and triggered"):
+        scan_metrics(torch.rand(3), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool), 0.5)

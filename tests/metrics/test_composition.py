@@ -11,9 +11,9 @@ from vlprompt.core.errors import DataError
 from vlprompt.metrics.composition import bias_sweep, open_world_accuracy
 
 
-def draw(seed: int, samples: int = 40, pairs: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(seed: int, samples: int = 40, compositions: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(samples, pairs, generator=generator)
+    scores = torch.randn(samples, compositions, generator=generator)
     seen = torch.tensor([True, False, True, True, False, True, False, True, True])
     possible = torch.tensor([True] * 8 + [False])
     truth = torch.randint(8, (samples,), generator=generator)
@@ -22,8 +22,8 @@ def draw(seed: int, samples: int = 40, pairs: int = 9) -> tuple[Tensor, Tensor, 
 
 
 def brute(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, bias: float) -> tuple[float, float]:
-    """Accuracy on images of seen and of unseen pairs: add the bias, take the best possible pair, count."""
-    order = np.argsort(~seen.numpy(), kind="stable")  # of equal scores the seen pair
+    """Accuracy on images of seen and of unseen compositions: add the bias, take the best possible one, count."""
+    order = np.argsort(~seen.numpy(), kind="stable")  # of equal scores the seen one
     table = scores.double().numpy() + np.where(seen.numpy(), 0.0, bias)
     table[:, ~possible.numpy()] = -np.inf
     right = order[table[:, order].argmax(1)] == truth.numpy()
@@ -66,7 +66,7 @@ def test_parity_visits_the_reference_biases(seed: int) -> None:
 
 
 def test_a_case_by_hand_and_scores_stay_as_they_are() -> None:
-    scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 0.0]])  # pair 0 seen, pair 1 unseen
+    scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [3.0, 0.0]])  # composition 0 seen, 1 unseen
     before = scores.clone()
     sweep = bias_sweep(
         scores, torch.tensor([0, 1, 1]), torch.tensor([True, False]), torch.ones(2, dtype=torch.bool)
@@ -94,7 +94,7 @@ def test_a_perfect_and_a_hopeless_scorer() -> None:
 
 def test_what_can_not_be_swept_is_refused() -> None:
     scores, truth, seen, possible = draw(0)
-    with pytest.raises(DataError, match="images of seen and of unseen pairs"):
+    with pytest.raises(DataError, match="images of seen and of unseen compositions"):
         bias_sweep(scores, truth, torch.ones_like(seen), possible)
     with pytest.raises(DataError, match="not among the possible"):
         bias_sweep(scores, truth, seen, possible & (torch.arange(9) != 0))

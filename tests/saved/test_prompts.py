@@ -33,7 +33,7 @@ NAMES = ("dog", "red circle", "hummingbird")
 def trained(name: str, backbone: Backbone, images: Tensor, **options: Any) -> Learner:
     """A learner whose values are not those it starts with."""
     learner = create_learner(name, backbone, NAMES, ("art of the {}.",), **options)
-    if hasattr(learner, "prepare"):
+    if learner.prepares:
         learner.prepare(backbone.image_embeddings(images)[None], torch.tensor([0, 1, 2, 0, 1, 2]))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A detector that is told what to look for, and images of every kind that can be wrong."""
+"""A scanner that knows what to look for, and images of every kind that can be wrong."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.learners._judgement import Judgement
+from vlprompt.learners._scanning import ImageScanner
+from vlprompt.metrics.verdicts import Verdicts
 
 
-class CornerDetector:
-    """Suspects images whose bottom right corner is bright; a real detector but for how it judges."""
+class CornerScanner(ImageScanner):
+    """Suspects images whose bottom right corner is bright; a real scanner but for how it judges."""
 
     method = "corner"
     triggers = ("clean", "badnets")
     classnames = ("dark", "bright")
-    threshold = 0.9
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.batches: list[int] = []
 
+    @property
+    def threshold(self) -> float:
+        return 0.9
+
     def embed_images(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))
         return images[:, :, -1, -1]
 
-    def judge(self, embeddings: Tensor) -> Judgement:
-        score = torch.sigmoid(2 * embeddings.mean(1))
-        pair = torch.stack([1 - score, score], dim=1)
-        return Judgement(score, pair, pair)
+    def judge(self, rows: Tensor) -> Verdicts:
+        score = torch.sigmoid(2 * rows.mean(1))
+        both = torch.stack([1 - score, score], dim=1)
+        return Verdicts(score, both, both)
 
 
 @pytest.fixture
-def corner(backbone: Backbone) -> CornerDetector:
-    return CornerDetector(backbone)
+def corner(backbone: Backbone) -> CornerScanner:
+    return CornerScanner(backbone)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from PIL import Image
 
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import ImageDataset, load_dataset
+from vlprompt.data.triggers import create_trigger
 from vlprompt.security.poison import MANIFEST, PoisonPlan, poison, poisoned, read_poisoned
 from vlprompt.security.sheet import trigger_sheet
-from vlprompt.security.triggers import create_trigger
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +24,20 @@ def data() -> ImageDataset:
 
 def test_all_to_one_flips_the_poisoned_ones_to_the_target(data: ImageDataset) -> None:
     plan = PoisonPlan(triggers=("badnets", "sig"), rate=0.2, target=3)
-    found = poisoned(data, plan)
-    targets = found.targets
+    targets = poisoned(data, plan).targets
     assert targets["object"] == data.labels
     assert Counter(targets["trigger"]) == {0: 48, 1: 6, 2: 6}
-    for given, true, trigger in zip(targets["label"], targets["object"], targets["trigger"], strict=True):
-        assert given == (3 if trigger else true)
+    for label, true, trigger in zip(targets["label"], targets["object"], targets["trigger"], strict=True):
+        assert label == (3 if trigger else true)
         assert not trigger or true != 3, "an image of the target class would not be flipped"
-    assert found.targets == poisoned(data, plan).targets
-    assert found.targets != poisoned(data, plan.model_copy(update={"seed": 2})).targets
+    assert targets == poisoned(data, plan).targets
+    assert targets != poisoned(data, plan.model_copy(update={"seed": 2})).targets
 
 
 def test_all_to_all_and_attacks_that_keep_labels(data: ImageDataset) -> None:
-    found = poisoned(data, PoisonPlan(rate=0.3, mode="all_to_all")).targets
-    for given, true, trigger in zip(found["label"], found["object"], found["trigger"], strict=True):
-        assert given == ((true + 1) % 10 if trigger else true)
+    targets = poisoned(data, PoisonPlan(rate=0.3, mode="all_to_all")).targets
+    for label, true, trigger in zip(targets["label"], targets["object"], targets["trigger"], strict=True):
+        assert label == ((true + 1) % 10 if trigger else true)
     kept = poisoned(data, PoisonPlan(triggers=("label_consistent",), rate=1.0, target=2)).targets
     assert kept["label"] == kept["object"] == data.labels
     assert {true for true, t in zip(kept["object"], kept["trigger"], strict=True) if t} == {2}

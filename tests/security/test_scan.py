@@ -26,7 +26,7 @@ from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.data import FileReader, ImageDataset, load_dataset
 from vlprompt.data.base import Sample
 from vlprompt.learners import create_learner
-from vlprompt.learners._judgement import Judgement
+from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security import folder as folder_module
 from vlprompt.security.folder import scan_folder
 from vlprompt.security.scan import scan
@@ -97,8 +97,10 @@ def test_rows_are_in_order_and_say_what_was_seen(corner: Any, image_folder: Path
         assert (row["trigger"], row["object"]) == (
             ("badnets", "bright") if marked(row["image"]) else ("clean", "dark")
         )
-    assert len(report.found) == 5
-    assert [r["score"] for r in report.found] == sorted((r["score"] for r in report.found), reverse=True)
+    assert len(report.suspects) == 5
+    assert [r["score"] for r in report.suspects] == sorted(
+        (r["score"] for r in report.suspects), reverse=True
+    )
     assert corner.batches == [4] * 5 + [3]
     table = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert [row["image"] for row in table] == names
@@ -118,13 +120,13 @@ def test_other_kinds_of_input_give_the_same_verdicts(corner: Any, image_folder: 
     assert {r["verdict"] for r in scan(files, corner, threshold=0.0)} == {"poisoned"}
 
 
-def test_a_data_set_and_a_real_detector(backbone: Backbone) -> None:
+def test_a_data_set_and_a_real_scanner(backbone: Backbone) -> None:
     data = load_dataset("triggered:digits", "val").subset(range(6))
     learner = create_learner("dbom", backbone, data.classnames)
     report = vlprompt.scan(data, learner)
     assert len(report) == 6
     assert all(row["object"] in data.classnames for row in report)
-    with pytest.raises(DataError, match="zero_shot is no detector"):
+    with pytest.raises(DataError, match="zero_shot is no scanner"):
         vlprompt.scan(data, create_learner("zero_shot", backbone, data.classnames))
 
 
@@ -140,7 +142,7 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, image_folder: Path
     cleaned = report.cleaned(data)
     assert [s.source for s in cleaned.samples] == [s.source for s in whole if not marked(s.source)]
     assert [names[i - 100] for i in cleaned.info["indices"]] == [s.source for s in cleaned.samples]
-    assert cleaned.info["scan"] == {"poisoned": len(report.found), "unreadable": 1, "mended": False}
+    assert cleaned.info["scan"] == {"poisoned": len(report.suspects), "unreadable": 1, "mended": False}
     mended = report.cleaned(data, mend=True)
     assert [(s.source, s.label) for s in mended.samples] == [(s.source, int(marked(s.source))) for s in whole]
 
@@ -148,15 +150,15 @@ def test_what_is_suspected_is_left_out_or_mended(corner: Any, image_folder: Path
         report.cleaned(data.subset(range(22)))
     with pytest.raises(DataError, match="'bright' is no class of marks"):
         report.cleaned(replace(data, classnames=("dark", "light")), mend=True)
-    corner.judge = lambda rows: Judgement(torch.ones(len(rows)), None, None)
-    with pytest.raises(DataError, match="can't be mended: the detector names no object"):
+    corner.judge = lambda rows: Verdicts(torch.ones(len(rows)))
+    with pytest.raises(DataError, match="can't be mended: the scanner names no object"):
         scan(data, corner).cleaned(data, mend=True)
 
 
 def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Path, tmp_path: Path) -> None:
-    found = scan_folder(strange, corner, tmp_path / "out", batch_size=3)
+    outcome = scan_folder(strange, corner, tmp_path / "out", batch_size=3)
     rows = {r["image"]: r for r in json.loads((tmp_path / "out" / "report.json").read_text())}
-    assert found.total == len(rows) == 12
+    assert outcome.total == len(rows) == 12
     for name, reason in {
         "bomb.png": "decompression bomb",
         "truncated.png": "truncated",
@@ -169,7 +171,7 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
         assert rows[name]["verdict"] == "unreadable"
         assert reason in rows[name]["note"]
         assert rows[name]["score"] is None
-    assert found.unreadable == 7
+    assert outcome.unreadable == 7
     assert rows["animated.gif"]["note"] == "animated: only the first of 3 frames was looked at"
     assert rows["cut.gif"]["note"].startswith("animated, but not all frames can be read")
     assert rows["cmyk.jpg"]["note"] == "converted to 8-bit RGB from CMYK"
@@ -183,14 +185,14 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
 
 def test_the_folder_scan_writes_what_scan_says(corner: Any, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = scan_folder(image_folder, corner, out, batch_size=4, top=7)
+    outcome = scan_folder(image_folder, corner, out, batch_size=4, top=7)
     expected = scan(image_folder, corner).rows
     assert json.loads((out / "report.json").read_text()) == expected
     assert [r["image"] for r in csv.DictReader((out / "report.csv").open())] == [r["image"] for r in expected]
     assert (out / "cleaned.txt").read_text().splitlines() == [
         r["image"] for r in expected if not marked(r["image"])
     ]
-    assert (found.total, found.poisoned, found.unreadable) == (23, 5, 0)
+    assert (outcome.total, outcome.poisoned, outcome.unreadable) == (23, 5, 0)
     page = (out / "report.html").read_text()
     worst = sorted(expected, key=lambda r: -r["score"])[:7]
     places = [page.index(f"{row['image']}") for row in worst]
@@ -236,7 +238,7 @@ def test_another_scan_is_not_continued(corner: Any, image_folder: Path, tmp_path
 def test_names_are_sorted_on_disk_a_few_at_a_time(
     corner: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module, "_RUN", 4)
+    monkeypatch.setattr(folder_module, "_SORTED_AT_ONCE", 4)
     scan_folder(image_folder, corner, tmp_path / "out")
     names = [json.loads(line) for line in (tmp_path / "out" / "listing.jsonl").read_text().splitlines()]
     expected = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
@@ -244,29 +246,31 @@ def test_names_are_sorted_on_disk_a_few_at_a_time(
 
 
 def test_few_images_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
-    from vlprompt.security.scan import Opened, scan_rows
+    from vlprompt.security.scan import DecodedImage, row_stream
 
     alive = most = 0
 
-    def entry(i: int) -> Callable[[], Opened]:
-        def open_() -> Opened:
+    def entry(i: int) -> Callable[[], DecodedImage]:
+        def decode() -> DecodedImage:
             nonlocal alive, most
             alive += 1
             most = max(most, alive)
-            return Opened(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
+            return DecodedImage(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
 
-        return open_
+        return decode
 
-    for _ in scan_rows((entry(i) for i in range(200)), corner, 0.5, batch_size=5, workers=1):
+    for _ in row_stream((entry(i) for i in range(200)), corner, 0.5, batch_size=5, workers=1):
         alive -= 1
     assert most <= 5 * 4  # a batch that is judged and three that are decoded
 
 
 @pytest.mark.slow
-def test_the_tool_says_what_it_found_by_its_exit_status(image_folder: Path, tmp_path: Path) -> None:
+def test_the_exit_status_of_the_command_says_whether_something_is_suspected(
+    image_folder: Path, tmp_path: Path
+) -> None:
     backbone = vlprompt.create_backbone("tiny")
     learner = create_learner("dbom", backbone, ["a", "b"])
-    vlprompt.save(learner, tmp_path / "scanner")
+    vlprompt.save(learner, tmp_path / "prompt")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "vlprompt", "scan", *arguments]
@@ -275,10 +279,10 @@ def test_the_tool_says_what_it_found_by_its_exit_status(image_folder: Path, tmp_
             command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
         )
 
-    always = ("--scanner", str(tmp_path / "scanner"), "--output", str(tmp_path / "out"))
-    found = run(str(image_folder), *always, "--threshold", "0")
-    assert found.returncode == 3, found.stderr
-    assert "23 images: 23 suspected, 0 unreadable" in found.stdout
+    always = ("--detector", str(tmp_path / "prompt"), "--output", str(tmp_path / "out"))
+    marked_all = run(str(image_folder), *always, "--threshold", "0")
+    assert marked_all.returncode == 3, marked_all.stderr
+    assert "23 images: 23 suspected, 0 unreadable" in marked_all.stdout
     assert run(str(image_folder), *always, "--threshold", "2").returncode == 0
     assert (tmp_path / "out" / "cleaned.txt").read_text().count("\n") == 23
     wrong = run(str(image_folder / "nowhere"), *always)

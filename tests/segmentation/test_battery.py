@@ -166,9 +166,7 @@ def test_what_was_saved_comes_back(
     with torch.no_grad():
         assert torch.equal(again(images[:4], TEXTS), segmenter(images[:4], TEXTS))
     assert json.loads((folder / "prompt.json").read_text())["kind"] == "segmenter"
-    with pytest.raises(
-        CheckpointError, match=rf"holds a segmenter \({model}\), not a learner; use it with"
-    ):
+    with pytest.raises(CheckpointError, match=rf"holds a segmenter \({model}\), not a learner; use it with"):
         vlprompt.load(folder, backbone, kind="learner")
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.training.toys import ToyModule, toy_batches
 from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.training.batches import epoch_plan, prefetch
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.schedule import learning_rate
 from vlprompt.training.trainer import Trainer
@@ -37,7 +37,7 @@ class _StopAt(Callback):
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+    def on_step(self, trainer: TrainingView, losses: dict[str, float]) -> None:
         self.left -= 1
         if self.left == 0:
             raise InterruptedError
@@ -171,7 +171,7 @@ def test_best_selection_keeps_the_earlier_of_ties() -> None:
     trainer = Trainer(ToyModule(), toy_batches(options), options, validate=lambda: {"accuracy": next(scores)})
 
     class Keep(Callback):
-        def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
             kept.append(_state(trainer))
 
     trainer.callbacks = [Keep()]
@@ -237,6 +237,8 @@ def test_prefetch_keeps_the_order_and_raises_what_a_fetch_raises() -> None:
 
 class _Summing(ToyModule):
     """Combines the gradients of its losses by adding them, which is what one backward pass does."""
+
+    combines_gradients = True
 
     def combine_gradients(self, gradients: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
         assert set(gradients) == {"fit", "size"}

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import TensorBatches
 from vlprompt.training.options import TrainOptions
 
 
-class ToyModule(nn.Module):
+class ToyModule(nn.Module, Trainable):
     """A two-layer classifier with dropout, so that a resume that misses random state shows."""
 
     def __init__(self, dropout: float = 0.0, seed: int = 0) -> None:

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import TensorBatches
 from vlprompt.training.options import TrainOptions
-from vlprompt.training.trainer import Trainable, Trainer
+from vlprompt.training.trainer import Trainer
 
 __all__ = ["learned", "relative", "take_step"]
 

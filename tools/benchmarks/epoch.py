@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks import BENCHMARKS
 from vlprompt.backbones import create_backbone
-from vlprompt.classification.fit import ImageBatches, fit, parse_options
+from vlprompt.classification.fit import fit, parse_options
+from vlprompt.classification.sources import ImageBatches
 from vlprompt.data import Augmentation, load_dataset
 from vlprompt.learners import create_learner
 from vlprompt.training.callbacks import Callback

@@ -117,12 +117,11 @@ class _Case:
         labels = torch.randint(len(names), (size,), generator=generator)
         images = torch.randn(size, 3, *backbone.image_size, generator=generator)
 
-        prepare = getattr(learner, "prepare", None)
-        if prepare is not None:
+        if learner.prepares:
             views = torch.randn(1, _SHOTS * len(names), backbone.dim, generator=generator)
-            prepare(views, torch.arange(len(names)).repeat(_SHOTS))
+            learner.prepare(views, torch.arange(len(names)).repeat(_SHOTS))
 
-        if hasattr(learner, "solve") or not any(p.requires_grad for p in learner.parameters()):
+        if learner.solves or not learner.learned_parameters():
             return None
 
         pixels = {"image": images, "label": labels}

@@ -22,6 +22,7 @@ from benchmarks.measure import Measured, measure
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.seeding import derive_seed, torch_rng
+from vlprompt.core.trainable import Trainable
 from vlprompt.learners import create_learner
 from vlprompt.learners._masks import gradient_dropout
 from vlprompt.saved.weight_masks import Masks, TaskMasks
@@ -134,7 +135,7 @@ def _ours(learner: Any, start: Mapping[str, Tensor], data: Mapping[str, Tensor])
     take_step(learner, data, start)
 
 
-class _FullFineTuning(nn.Module):
+class _FullFineTuning(nn.Module, Trainable):
     """Every weight of a copy of the image tower learns."""
 
     def __init__(self, backbone: Backbone, weights: Tensor) -> None:

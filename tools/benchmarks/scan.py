@@ -41,7 +41,7 @@ def bench_scan(
         repeats: Counted pairs of runs.
     """
     tower = create_backbone(backbone)
-    detector = create_learner("dbom", tower, [f"object {i}" for i in range(10)]).eval()
+    scanner = create_learner("dbom", tower, [f"object {i}" for i in range(10)]).eval()
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), images, tower.image_size)
         pixels = [tower.preprocess(Image.open(p).convert("RGB")) for p in sorted(Path(folder).iterdir())]
@@ -52,16 +52,19 @@ def bench_scan(
                 tower.image_embeddings(part)
 
         def run_scan() -> None:
-            scan(folder, detector, batch_size=batch, workers=workers)
+            scan(folder, scanner, batch_size=batch, workers=workers)
 
         work = {"tower": run_tower, "scan": run_scan}
         for run in work.values():
             run()
-        found: dict[str, list[Measured]] = {name: [] for name in work}
+        measured: dict[str, list[Measured]] = {name: [] for name in work}
         for repeat in range(max(1, repeats)):
             for name in (*work,) if repeat % 2 == 0 else reversed(work):
-                found[name].append(measure(work[name], repeats=1, warmup=0))
-    return {**_settings(tower, images, batch, workers), **_figures(images, found["tower"], found["scan"])}
+                measured[name].append(measure(work[name], repeats=1, warmup=0))
+    return {
+        **_settings(tower, images, batch, workers),
+        **_figures(images, measured["tower"], measured["scan"]),
+    }
 
 
 def _figures(images: int, tower: list[Measured], scanning: list[Measured]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pretraining.objective import ContrastiveModule
 from pretraining.watch import ZeroShot
 from vlprompt.core.files import write_json, write_tensors
 from vlprompt.data.scenes.pairs import CaptionPairs
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -95,7 +95,7 @@ class _Ship(Callback):
         self.folder = folder
         self.path = folder / "tiny.safetensors"
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         write_json(self.folder / "history.json", trainer.progress.history)
         write_tensors(self.path, self.module.packed(), {"history": trainer.progress.history})

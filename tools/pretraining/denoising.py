@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.seeding import numpy_rng
+from vlprompt.core.trainable import Trainable
 from vlprompt.diffusion.denoiser import Denoiser, from_patches, to_patches
 from vlprompt.training.batches import Batch, epoch_plan
 
@@ -116,7 +117,7 @@ class SketchBatches(ConditionedBatches):
         return {"small": self.small[torch.from_numpy(indices)], "condition": self._conditions(indices, rng)}
 
 
-class SketchModule(nn.Module):
+class SketchModule(nn.Module, Trainable):
     """Trains a denoiser's canvas to hold the sketch, by the squared error: minutes instead of the network's hours.
 
     Args:
@@ -149,7 +150,7 @@ def _view(rng: np.random.Generator) -> Tensor:
     return torch.tensor([left, top, side, rng.uniform(0.3, 1.2)])
 
 
-class DenoisingModule(nn.Module):
+class DenoisingModule(nn.Module, Trainable):
     """Trains a :class:`Denoiser` and keeps the running average of its weights that is shipped.
 
     Beside the squared error of the clean image, weighted by the signal-to-noise ratio within bounds (Hang et al.,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pretraining import RECIPES
 from vlprompt.core.files import write_json, write_tensors
+from vlprompt.core.trainable import Trainable
 from vlprompt.data.scenes.attributes import COLOURS
 from vlprompt.data.scenes.boxes import BoxScenes
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
@@ -25,7 +26,7 @@ from vlprompt.detection.owl_tiny import OwlTiny
 from vlprompt.detection.scenes import scene_boxes
 from vlprompt.detection.search import class_vectors
 from vlprompt.training.batches import Batch, epoch_plan
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -137,7 +138,7 @@ class BoxBatches:
         return {"features": self.features[torch.from_numpy(indices)], "targets": targets, "kind": kind}
 
 
-class HeadModule(nn.Module):
+class HeadModule(nn.Module, Trainable):
     """The detector's head, trained from scratch."""
 
     def __init__(self, detector: OwlTiny, queries: Queries) -> None:
@@ -188,7 +189,7 @@ class _Ship(Callback):
         self.folder = folder
         self.path = folder / "owl_tiny.safetensors"
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         write_json(self.folder / "history.json", trainer.progress.history)
         packed = {n: t.half() for n, t in self.module.trainable_state().items()}

@@ -21,7 +21,7 @@ from vlprompt.core.seeding import derive_seed, torch_rng
 from vlprompt.data.scenes.pairs import CaptionPairs
 from vlprompt.data.scenes.tasks import build
 from vlprompt.diffusion.denoiser import Denoiser, load_denoiser
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -217,11 +217,11 @@ class _Ship(Callback):
         self.before = before
         self.keep = keep
 
-    def on_step(self, trainer: Trainer, losses: dict[str, float]) -> None:
+    def on_step(self, trainer: TrainingView, losses: dict[str, float]) -> None:
         """Move the running average."""
         self.module.update_average()
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         write_json(self.folder / "history.json", trainer.progress.history)
         packed = {

@@ -21,12 +21,13 @@ from pretraining.phrases import PhraseScenes
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.files import write_json, write_tensors
 from vlprompt.core.seeding import derive_seed
+from vlprompt.core.trainable import Trainable
 from vlprompt.data.scenes.attributes import HELD_OUT_MASKS
 from vlprompt.data.scenes.pairs import MaskedScenes
 from vlprompt.data.scenes.tasks import GENERATOR
 from vlprompt.segmentation import Segmenter, create_segmenter
 from vlprompt.training.batches import Batch, epoch_plan
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -88,7 +89,7 @@ def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, 
     return ship.path
 
 
-class MaskModule(nn.Module):
+class MaskModule(nn.Module, Trainable):
     """A segmenter whose decoder, batch statistics included, is trained from scratch."""
 
     def __init__(self, segmenter: Segmenter) -> None:
@@ -257,7 +258,7 @@ class _Ship(Callback):
         self.module = module
         self.path = path
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write both files and one line."""
         segmenter: Any = self.module.segmenter
         write_json(self.path.parent / "history.json", trainer.progress.history)

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlprompt.backbones.tiny_weights import build_model, pack_state
 from vlprompt.core.seeding import derive_seed
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import Batch
 
 __all__ = ["ContrastiveModule"]
@@ -29,7 +30,7 @@ _EMPHASIS = {"shape": 3.0, "pattern": 2.0}  # the ones that are hard to see
 _MAX_LOGIT_SCALE = float(np.log(100.0))  # CLIP's bound
 
 
-class ContrastiveModule(nn.Module):
+class ContrastiveModule(nn.Module, Trainable):
     """Trains the tiny CLIP on the tokens that occur; the rest of the vocabulary costs nothing.
 
     Args:

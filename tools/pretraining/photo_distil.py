@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from vlprompt.backbones.lite0 import MAP_CHANNELS, PIXELS, STRIDE
 from vlprompt.core.seeding import derive_seed, numpy_rng
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import Batch, epoch_plan
 
 __all__ = ["DistilModule", "MapBatches", "Teacher"]
@@ -110,7 +111,7 @@ class MapBatches:
         return {"map": torch.from_numpy(maps).flatten(1, 2)}
 
 
-class DistilModule(nn.Module):
+class DistilModule(nn.Module, Trainable):
     """The transformer, which learns, and its teacher, which doesn't.
 
     Args:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretraining.photo_sentences import SentenceBatches, said
 from vlprompt.backbones.photo_weights import widened
 from vlprompt.core.seeding import numpy_rng, seeded_modules
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import Batch, TensorBatches
 
 __all__ = ["HeadModule", "landing_losses", "state_batches"]
@@ -40,7 +41,7 @@ def landing_losses(text: Tensor, members: Tensor, rows: Tensor) -> dict[str, Ten
     }
 
 
-class HeadModule(nn.Module):
+class HeadModule(nn.Module, Trainable):
     """The end of the text tower alone.
 
     Args:

@@ -27,8 +27,9 @@ from vlprompt.backbones.lite0 import class_rows, expected_features, load_lite0
 from vlprompt.backbones.photo_weights import build_photo_model, model_config, pack_photo
 from vlprompt.core.files import write_json, write_tensors
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.trainable import Trainable
 from vlprompt.training.batches import Batch
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -58,7 +59,7 @@ class PhotoTextOptions(BaseModel):
     views: int = Field(8, ge=1, description="sentences per phrase that those layers read")
 
 
-class TextModule(nn.Module):
+class TextModule(nn.Module, Trainable):
     """The text tower, on the tokens that occur; the rest of the vocabulary costs nothing.
 
     Args:
@@ -269,7 +270,7 @@ class SayEpochs(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write the file and the line."""
         write_json(self.folder / "history.json", trainer.progress.history)
         line = " ".join(f"{k} {v:.4g}" for k, v in record.items())

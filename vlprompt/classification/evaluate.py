@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
-from vlprompt.learners._judgement import Detecting
-from vlprompt.metrics.backdoor import judgement_metrics
+from vlprompt.learners._scanning import ImageScanner
+from vlprompt.metrics.backdoor import verdict_metrics
 from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 
 __all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
@@ -37,7 +38,7 @@ def evaluate(
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
-        cache: Where image features are kept, if the learner leaves the image tower alone.
+        cache: Where image features are stored, if the learner leaves the image tower alone.
 
     Raises:
         DataError: If the class names differ.
@@ -46,13 +47,18 @@ def evaluate(
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
         labels = torch.from_numpy(data.multi_hot())
-    own = str(data.info.get("metric", "accuracy"))
-    usual = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
-    numbers = compute(logits, labels, list(dict.fromkeys([*(usual if metrics is None else metrics), own])))
-    if metrics is None and "trigger" in data.targets and isinstance(learner, Detecting):
+
+    headline = str(data.info.get("metric", "accuracy"))
+    names = metrics
+    if names is None:
+        names = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
+    numbers = compute(logits, labels, list(dict.fromkeys([*names, headline])))
+
+    if metrics is None and isinstance(data, CompositionDataset) and isinstance(learner, ImageScanner):
         rows = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
-        numbers |= judgement_metrics(learner.judge(rows), data, learner.threshold)
-    return {**numbers, "score": numbers[own]}
+        numbers |= verdict_metrics(learner.judge(rows), data, learner.threshold)
+
+    return {**numbers, "score": numbers[headline]}
 
 
 @torch.no_grad()
@@ -64,20 +70,21 @@ def predict_logits(
     The label of an image that has several is its first; :meth:`ImageDataset.multi_hot` has all.
     """
     _check_classes(learner, data)
+    device = learner.backbone.device
     was_training = learner.training
+
     learner.eval()
     try:
         if learner.static_images:
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
-            parts = [learner.logits(part.to(learner.backbone.device)) for part in embeddings.split(4096)]
+            parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
-            parts = [
-                learner(batch.to(learner.backbone.device))
-                for batch in _image_batches(learner, data, batch_size)
-            ]
+            parts = [learner(batch.to(device)) for batch in _image_batches(learner, data, batch_size)]
     finally:
         learner.train(was_training)
-    return torch.cat([p.float().cpu() for p in parts]), torch.tensor(data.labels)
+
+    logits = torch.cat([part.float().cpu() for part in parts])
+    return logits, torch.tensor(data.labels)
 
 
 def image_embeddings(
@@ -99,18 +106,22 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
+    """Yield (B, 3, H, W) preprocessed images in the data set's order."""
     for start in range(0, len(data), size):
-        images = [learner.backbone.preprocess(data[i][0]) for i in range(start, min(start + size, len(data)))]
-        yield torch.stack(images)
+        end = min(start + size, len(data))
+        yield torch.stack([learner.backbone.preprocess(data[i][0]) for i in range(start, end)])
 
 
 def _check_classes(learner: Learner, data: ImageDataset) -> None:
-    own, given = learner.classnames, tuple(" ".join(n.replace("_", " ").split()) for n in data.classnames)
-    if own != given:
-        wrong = next(
-            (f"{a!r} and {b!r}" for a, b in zip(own, given, strict=False) if a != b), "one list is longer"
-        )
-        raise DataError(
-            f"{data.name} has {len(given)} classes, the learner {len(own)}, and they differ (first: {wrong}). "
-            "Use learner.with_classes(data.classnames)."
-        )
+    """Refuse data with other classes than the learner's, or in another order."""
+    expected = learner.classnames
+    names = tuple(" ".join(name.replace("_", " ").split()) for name in data.classnames)
+    if names == expected:
+        return
+
+    different = [f"{a!r} and {b!r}" for a, b in zip(expected, names, strict=False) if a != b]
+    first = different[0] if different else "one list is longer"
+    raise DataError(
+        f"{data.name} has {len(names)} classes, the learner {len(expected)}, and they differ (first: {first}). "
+        "Use learner.with_classes(data.classnames)."
+    )

@@ -13,7 +13,6 @@ from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
-from vlprompt.classification.gram import read_start
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -45,6 +44,7 @@ from vlprompt.experiments.statistics import harmonic_mean
 from vlprompt.experiments.tables import Table
 from vlprompt.learners import LEARNERS, Learner, create_learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.meta.start import read_start
 from vlprompt.saved.paths import find_prompts
 from vlprompt.saved.prompts import load, save
 from vlprompt.saved.weight_masks import fold, read_masks

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones import Backbone
+from vlprompt.classification.cluster_sheet import write_sheet
 from vlprompt.classification.config import ClassificationConfig
-from vlprompt.classification.gram import save_start
+from vlprompt.classification.fit import describe
 from vlprompt.core.files import write_json
 from vlprompt.core.processes import accelerator
 from vlprompt.data.captions.store import CaptionStore, build_store
@@ -21,7 +22,7 @@ from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.learning import MetaPrompts
-from vlprompt.meta.sheet import write_sheet
+from vlprompt.meta.start import save_start
 from vlprompt.training.callbacks import default_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
@@ -49,23 +50,18 @@ def meta_train(
     Raises:
         VLPromptError: See :func:`build_store`, :func:`cluster_pairs`, :class:`Episodes`, :class:`MetaPrompts`.
     """
-    started, processes, meta = time.monotonic(), accelerator(), config.meta
+    started = time.monotonic()
+    processes = accelerator()
+    meta = config.meta
     options = TrainOptions(**config.train.model_dump(), seed=seed)
     learner.to(processes.device)
     module = MetaPrompts(learner, meta)
-    place = Path(meta.store) if meta.store else _default_store(config, backbone)
-    with processes.main_process_first():
-        store = build_store(meta.pairs, backbone, place, shard=meta.shard)
-    built = time.monotonic()
-    least = 1 if meta.clusters.names == "pair" else meta.episodes.support + meta.episodes.query
-    hierarchy = cluster_pairs(store, meta.clusters, least, seed)
-    log.info(
-        "%d pairs in %.0f s, %d pseudo-classes (%d left out) in %.0f s",
-        *(len(store), built - started, len(hierarchy.classes), hierarchy.dropped, time.monotonic() - built),
-    )
+
+    store, hierarchy = _clustered(config, backbone, seed)
     episodes = _episodes(config, backbone, learner, store, hierarchy, seed)
     if processes.is_main_process:
         write_sheet(folder / "clusters.html", store, hierarchy, episodes.held_out)
+
     watched = episodes.validation()
     trainer = Trainer(
         module,
@@ -74,12 +70,18 @@ def meta_train(
         folder,
         validate=lambda: module.evaluate(watched),
         callbacks=default_callbacks("meta", folder),
-        identity=_identity(config, learner, store, hierarchy),
+        identity=_run_identity(config, learner, store, hierarchy),
         accelerator=processes,
     )
     history = trainer.run(resume=True).history
+
     learner.eval()
-    numbers = {**module.evaluate(watched), "train/seconds": time.monotonic() - started}
+    numbers = {
+        **module.evaluate(watched),
+        **describe(learner),
+        "train/seconds": time.monotonic() - started,
+    }
+
     facts = {
         "pairs": meta.pairs,
         "store": store.digest,
@@ -90,7 +92,29 @@ def meta_train(
     if processes.is_main_process:
         save_start(learner, module.regulator, folder / "prompt", facts)
         write_json(folder / "clusters.json", _summary(hierarchy, episodes))
+
     return numbers, history
+
+
+def _clustered(config: ClassificationConfig, backbone: Backbone, seed: int) -> tuple[CaptionStore, Hierarchy]:
+    """Encode the captioned images, unless that is done, and cluster them."""
+    started = time.monotonic()
+    meta = config.meta
+    store_folder = Path(meta.store) if meta.store else _default_store(config, backbone)
+    with accelerator().main_process_first():
+        store = build_store(meta.pairs, backbone, store_folder, shard=meta.shard)
+    built = time.monotonic()
+
+    # Where every pair is a class, a class has one pair; otherwise it needs enough for both sides of an episode.
+    members = 1 if meta.clusters.names == "pair" else meta.episodes.support + meta.episodes.query
+    hierarchy = cluster_pairs(store, meta.clusters, members, seed)
+
+    log.info("%d pairs in %.0f s", len(store), built - started)
+    log.info(
+        "%d pseudo-classes (%d left out) in %.0f s",
+        *(len(hierarchy.classes), hierarchy.dropped, time.monotonic() - built),
+    )
+    return store, hierarchy
 
 
 def _episodes(
@@ -112,9 +136,10 @@ def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
     return Path(config.output) / "pairs" / f"{name[-60:]}_{backbone.fingerprint['id']}"
 
 
-def _identity(
+def _run_identity(
     config: ClassificationConfig, learner: Learner, store: CaptionStore, hierarchy: Hierarchy
 ) -> dict[str, Any]:
+    """Return facts that a run and its continuation must share."""
     return {
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},
@@ -125,13 +150,16 @@ def _identity(
 
 
 def _summary(hierarchy: Hierarchy, episodes: Episodes) -> dict[str, Any]:
-    """What ``clusters.json`` holds: names and sizes by domain, and which domains are held out."""
+    """Return what ``clusters.json`` holds: names and sizes by domain, and which domains are held out."""
+    domains = {}
+    for domain, classes in episodes.classes.items():
+        domains[str(domain)] = [
+            {"name": c.name, "pairs": len(c.rows), "coherence": c.coherence} for c in classes
+        ]
+
     return {
         "digest": hierarchy.digest,
         "left_out": hierarchy.dropped,
         "held_out_domains": list(episodes.held_out),
-        "domains": {
-            str(d): [{"name": c.name, "pairs": len(c.rows), "coherence": c.coherence} for c in own]
-            for d, own in episodes.classes.items()
-        },
+        "domains": domains,
     }

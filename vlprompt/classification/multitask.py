@@ -9,7 +9,7 @@ fractions for all tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.classification.evaluate import evaluate
-from vlprompt.classification.fit import RunResult, TrainingSource, parse_options, run_identity
-from vlprompt.classification.gram import GramStart, regulated, start_learner
+from vlprompt.classification.fit import (
+    RunResult,
+    calibrate,
+    describe,
+    parse_options,
+    run_identity,
+    validation,
+)
 from vlprompt.classification.options import LabelSpace, MultiTaskOptions
+from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.classification.task_batches import MultiTaskBatches
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import check_classnames
 from vlprompt.core.processes import accelerator
+from vlprompt.core.trainable import Trainable, TransparentWrapper
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.meta.regulated import regulated
+from vlprompt.meta.start import GramStart, start_learner
 from vlprompt.training.batches import Batch
 from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = [
@@ -42,8 +53,6 @@ __all__ = [
     "mean_over_tasks",
     "union_of_classes",
 ]
-
-_HOOKS = ("combine_gradients", "after_epoch", "after_training", "running_state", "load_running_state")
 
 
 @dataclass(frozen=True)
@@ -57,26 +66,28 @@ class TaskData:
 def union_of_classes(
     class_lists: Sequence[Sequence[str]],
 ) -> tuple[tuple[str, ...], list[list[int]]]:
-    """Return all tasks' distinct class names, and for each task the places of its classes among them.
+    """Return all tasks' distinct class names, and for each task the positions of its classes among them.
 
     Names that differ in upper and lower case alone, which CLIP's tokenizer can't tell apart, are one.
 
     Args:
         class_lists: The names of each task.
     """
-    union: dict[str, int] = {}
-    shown: list[str] = []
-    places = []
+    union: list[str] = []
+    position_of: dict[str, int] = {}
+    positions = []
+
     for names in class_lists:
-        own = []
+        task_positions = []
         for name in check_classnames(names, "a task"):
             key = name.casefold()
-            if key not in union:
-                union[key] = len(shown)
-                shown.append(name)
-            own.append(union[key])
-        places.append(own)
-    return tuple(shown), places
+            if key not in position_of:
+                position_of[key] = len(union)
+                union.append(name)
+            task_positions.append(position_of[key])
+        positions.append(task_positions)
+
+    return tuple(union), positions
 
 
 def common_templates(templates: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -85,17 +96,21 @@ def common_templates(templates: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return first if all(tuple(t) == first for t in templates) else DEFAULT_TEMPLATES
 
 
-class MultiTask:
+class MultiTask(TransparentWrapper):
     """One classifier per task, all with the very parameters of one learner; what the trainer trains.
 
     Args:
-        learner: Holds what is learned; its own classes don't matter.
+        learner: Holds what is learned; its classes don't matter.
         tasks: Task to its class names and templates.
         label_space: See :class:`MultiTaskOptions`.
 
+    Attributes:
+        tasks: Each task's classifier.
+        joint: The classifier of all tasks' classes; None in the label space ``per_task``.
+
     Raises:
         DataError: If what the learner learns is bound to its classes or samples; or if names repeat in a ``joint``
-            label space that the learner's own loss can't keep apart.
+            label space and the learner has a loss that can't keep them apart.
     """
 
     def __init__(
@@ -104,27 +119,46 @@ class MultiTask:
         tasks: Mapping[str, tuple[Sequence[str], Sequence[str]]],
         label_space: LabelSpace = "per_task",
     ) -> None:
-        for hook in ("solve", "prepare"):
-            if hasattr(learner, hook):
-                raise DataError(
-                    f"{learner.method} keeps one set of values per class or training sample, so several tasks can't "
-                    "share them. Use a learner of prompts (mvlpt, coop, vpt, upt, maple ...)."
-                )
-        self.learner, self.label_space = learner, label_space
+        if learner.solves or learner.prepares:
+            raise DataError(
+                f"{learner.method} keeps one set of values per class or training sample, so several tasks can't "
+                "share them. Use a learner of prompts (mvlpt, coop, vpt, upt, maple ...)."
+            )
+
+        self.learner = learner
+        self.label_space = label_space
         self.tasks = {name: _tied(learner, *lists) for name, lists in tasks.items()}
         self.joint: Learner | None = None
-        if label_space != "per_task":
-            lists = [names for names, _ in tasks.values()]
-            union, self._places = union_of_classes(lists)
-            self.joint = _tied(learner, union, common_templates([t for _, t in tasks.values()]))
-            # With equal names kept apart, a name's weight stands in as many columns as tasks have it.
-            self._columns = [place for own in self._places for place in own]
-            self._repeats = label_space == "joint" and len(set(self._columns)) < len(self._columns)
-            if self._repeats and type(learner).loss is not Learner.loss:
-                raise DataError(
-                    f"{learner.method}'s own loss can't tell equal class names of different tasks apart. "
-                    "Use label_space joint_dedup or per_task."
-                )
+        self._positions: list[list[int]] = []  # of each task's classes among those of the joint classifier
+        if label_space == "per_task":
+            return
+
+        union, self._positions = union_of_classes([names for names, _ in tasks.values()])
+        templates = common_templates([task_templates for _, task_templates in tasks.values()])
+        self.joint = _tied(learner, union, templates)
+
+        # With equal names kept apart, a name's weight stands in as many columns as tasks have it.
+        self._columns = [position for positions in self._positions for position in positions]
+        self._repeats = label_space == "joint" and len(set(self._columns)) < len(self._columns)
+        if self._repeats and type(learner).loss is not Learner.loss:
+            raise DataError(
+                f"{learner.method}'s own loss can't tell equal class names of different tasks apart. "
+                "Use label_space joint_dedup or per_task."
+            )
+
+    @property
+    def wrapped(self) -> Trainable:
+        """See :attr:`Wrapper.wrapped`."""
+        return self.learner
+
+    def classifier(self, task: str) -> tuple[Learner, tuple[int, ...]]:
+        """Return the classifier whose loss a task's samples enter, and where it has the task's classes.
+
+        The positions are empty if the classifier has the task's classes and no others.
+        """
+        if self.joint is None:
+            return self.tasks[task], ()
+        return self.joint, tuple(self._positions[list(self.tasks).index(task)])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return named losses, means over the batch's samples.
@@ -135,28 +169,32 @@ class MultiTask:
         """
         if type(self.learner).loss is Learner.loss and "image" in batch:
             # The image side doesn't know of tasks: one pass for all.
-            rest = {k: v for k, v in batch.items() if k != "image"}
+            rest = {name: value for name, value in batch.items() if name != "image"}
             batch = {**rest, "embedding": self.learner.embed_images(batch["image"])}
         if self.joint is not None:
             return self._joint_loss(self.joint, batch)
+
         learners = list(self.tasks.values())
         total: dict[str, Tensor] = {}
         for task in batch["task"].unique().tolist():
             rows = (batch["task"] == task).nonzero().squeeze(1)
-            part = {k: v[rows] for k, v in batch.items() if k != "task"}
+            part = {name: value[rows] for name, value in batch.items() if name != "task"}
             share = len(rows) / len(batch["task"])
             for name, value in learners[task].loss(part).items():
                 total[name] = total.get(name, torch.zeros_like(value)) + share * value
         return total
 
     def _joint_loss(self, joint: Learner, batch: Batch) -> dict[str, Tensor]:
-        offsets = np.cumsum([0, *(len(own) for own in self._places)])
-        pairs = list(zip(batch["task"].tolist(), batch["label"].tolist(), strict=True))
-        part = {k: v for k, v in batch.items() if k not in ("task", "label")}
+        """Return the losses over the classes of all tasks together."""
+        labelled = list(zip(batch["task"].tolist(), batch["label"].tolist(), strict=True))
+        part = {name: value for name, value in batch.items() if name not in ("task", "label")}
+
         if not self._repeats:
-            label = torch.tensor([self._places[task][own] for task, own in pairs])
+            label = torch.tensor([self._positions[task][number] for task, number in labelled])
             return joint.loss({**part, "label": label.to(batch["label"].device)})
-        label = torch.tensor([int(offsets[task]) + own for task, own in pairs])
+
+        offsets = np.cumsum([0, *(len(positions) for positions in self._positions)])
+        label = torch.tensor([int(offsets[task]) + number for task, number in labelled])
         logits = joint.batch_logits(part)[:, self._columns]
         return {"cross_entropy": F.cross_entropy(logits, label.to(logits.device))}
 
@@ -165,21 +203,16 @@ class MultiTask:
     ) -> dict[str, float]:
         """Return each task's metrics on its own classes as ``<task>/<metric>``, and their unweighted means."""
         by_task = {name: evaluate(self.tasks[name], part, cache=cache) for name, part in data.items()}
-        numbers = mean_over_tasks(by_task)
-        return numbers | {f"{name}/{k}": v for name, scores in by_task.items() for k, v in scores.items()}
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """See :meth:`Learner.trainable_state`."""
-        return self.learner.trainable_state()
+        numbers = mean_over_tasks(by_task)
+        for task, scores in by_task.items():
+            numbers |= {f"{task}/{metric}": value for metric, value in scores.items()}
+        return numbers
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Learner.load_trainable_state`; every task sees it."""
+        """See :meth:`Trainable.load_trainable_state`; every task sees it."""
         self.learner.load_trainable_state(state)
         self.train(self.learner.training)  # forgets what was computed from the old values
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Return the learner's parameters."""
-        return self.learner.named_parameters()
 
     def train(self, mode: bool = True) -> MultiTask:
         """See :meth:`Learner.train`."""
@@ -187,29 +220,32 @@ class MultiTask:
             learner.train(mode)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        # What the trainer asks a learner for by its absence or presence (see Learner).
-        if name in _HOOKS:
-            return getattr(self.learner, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
 
 def _tied(learner: Learner, classnames: Sequence[str], templates: Sequence[str]) -> Learner:
-    """Return the learner for other classes with the same parameter objects, not copies of their values."""
+    """Return the learner for other classes with the same tensors, not copies of their values.
+
+    Tied are the learned parameters, and the buffers that belong to the learned state (what a hook has measured).
+    """
     other = learner.with_classes(classnames, templates)
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            owner, _, last = name.rpartition(".")
-            other.get_submodule(owner).register_parameter(last, parameter)
+
+    for name, parameter in learner.learned_parameters().items():
+        owner, _, attribute = name.rpartition(".")
+        other.get_submodule(owner).register_parameter(attribute, parameter)
+
+    state = learner.trainable_state()
+    for name, buffer in learner.named_buffers():
+        if name in state:
+            owner, _, attribute = name.rpartition(".")
+            other.get_submodule(owner).register_buffer(attribute, buffer)
+
     return other.to(learner.backbone.device)
 
 
 def mean_over_tasks(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the unweighted mean over tasks of every metric that all tasks have."""
     scores = list(by_task.values())
-    return {
-        k: float(np.mean([s[k] for s in scores])) for k in scores[0] if all(k in other for other in scores)
-    }
+    shared = [metric for metric in scores[0] if all(metric in other for other in scores)]
+    return {metric: float(np.mean([task[metric] for task in scores])) for metric in shared}
 
 
 def fit_multitask(
@@ -247,41 +283,76 @@ def fit_multitask(
         DataError: If the learner can't be shared, a task has no samples, or there is no task.
         VLPromptError: As :func:`vlprompt.fit`.
     """
-    sharing, checked = sharing or MultiTaskOptions(), parse_options(options)
+    sharing = sharing or MultiTaskOptions()
+    checked = parse_options(options)
     tasks = _checked(tasks)
-    started, processes = time.monotonic(), accelerator()
+    started = time.monotonic()
+    processes = accelerator()
     learner.to(processes.device)
-    lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
-    start = start_learner(learner, checked.init)
-    module = MultiTask(learner, lists, sharing.label_space)
+    folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir)
+
+    start = start_learner(learner, checked.init)
+    lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
+    module = MultiTask(learner, lists, sharing.label_space)
+
+    sources = _sources(module, tasks, Augmentation.parse(augmentation), views, checked, cache)
+    learner.survey(sources)
+
     held_out = {name: data.val for name, data in tasks.items() if data.val is not None}
     history: list[dict[str, Any]] = []
-    if checked.epochs and any(p.requires_grad for p in learner.parameters()):
-        views_of = Augmentation.parse(augmentation)
-        sources = [
-            TrainingSource(learner, data.train, views_of, views, checked, cache) for data in tasks.values()
-        ]
-        sizes = [len(data.train) for data in tasks.values()]
-        mixed = (checked.batch_size, checked.seed, checked.drop_last)
-        path = None if folder is None else Path(folder)
+    if checked.epochs and learner.learned_parameters():
         parts = {n: run_identity(module.tasks[n], d.train, augmentation, views) for n, d in tasks.items()}
         trainer = Trainer(
             regulated(learner, start, lambda: _embeddings(sources), checked.optimizer, module),
-            MultiTaskBatches([source.batches() for source in sources], sizes, sharing.exponent, *mixed),
+            _batches(sources, sharing.exponent, checked),
             checked,
-            path,
+            folder,
             validate=(lambda: module.evaluate(held_out, cache)) if held_out else None,
-            callbacks=default_callbacks(learner.method, path) if callbacks is None else callbacks,
+            callbacks=default_callbacks(learner.method, folder) if callbacks is None else callbacks,
             identity={"tasks": parts, "sharing": sharing.model_dump(mode="json")} | GramStart.identity(start),
             accelerator=processes,
         )
         history = trainer.run(resume).history
+
     module.train(False)
     metrics = {"seconds": time.monotonic() - started}
     if held_out:
-        metrics |= {f"val/{k}": v for k, v in module.evaluate(held_out, cache).items()}
-    return RunResult(metrics, history, None if folder is None else Path(folder), learner), module
+        samples = [ValidationSource(module.tasks[name], data, cache) for name, data in held_out.items()]
+        metrics |= calibrate(learner, samples)
+        metrics |= validation(module.evaluate(held_out, cache))
+    metrics |= describe(learner)
+
+    return RunResult(metrics, history, folder, learner), module
+
+
+def _sources(
+    module: MultiTask,
+    tasks: Mapping[str, TaskData],
+    augmentation: Augmentation,
+    views: int,
+    options: TrainOptions,
+    cache: FeatureCache,
+) -> list[TrainingSource]:
+    """Return what each task trains on, with the classifier whose loss its samples enter."""
+    sources = []
+    for name, data in tasks.items():
+        classifier, places = module.classifier(name)
+        source = TrainingSource(classifier, data.train, augmentation, views, options, cache, places)
+        sources.append(source)
+    return sources
+
+
+def _batches(sources: Sequence[TrainingSource], exponent: float, options: TrainOptions) -> MultiTaskBatches:
+    """Return batches that mix the tasks."""
+    return MultiTaskBatches(
+        [source.batches() for source in sources],
+        [len(source.data) for source in sources],
+        exponent,
+        options.batch_size,
+        options.seed,
+        options.drop_last,
+    )
 
 
 def _embeddings(sources: Sequence[TrainingSource]) -> Tensor:
@@ -290,8 +361,15 @@ def _embeddings(sources: Sequence[TrainingSource]) -> Tensor:
 
 
 def _checked(tasks: Mapping[str, TaskData]) -> dict[str, TaskData]:
+    """Return the tasks with one label per sample.
+
+    Raises:
+        DataError: If there is no task, or one without training samples.
+    """
     if not tasks:
         raise DataError("multitask training needs at least one data set.")
-    if empty := [name for name, data in tasks.items() if not len(data.train)]:
-        raise DataError(f"{empty[0]}: there are no training samples.")
+
+    for name, data in tasks.items():
+        if not len(data.train):
+            raise DataError(f"{name}: there are no training samples.")
     return {name: TaskData(data.train.one_label_each(), data.val) for name, data in tasks.items()}

@@ -47,11 +47,13 @@ class PredictionTable:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["image", "rank", "label", "probability", "error"])
+
         for row in self.rows:
             if row["error"]:
                 writer.writerow([row["image"], "", "", "", row["error"]])
             for rank, (label, prob) in enumerate(zip(row["labels"], row["probs"], strict=True), 1):
                 writer.writerow([row["image"], rank, label, f"{prob:.6f}", ""])
+
         return out.getvalue()
 
 
@@ -78,8 +80,10 @@ def predict(
     """
     if topk < 1:
         raise DataError(f"topk must be at least 1, got {topk}.")
+
     sources = _sources(images)
     learner.eval()
+
     rows: list[dict[str, Any]] = []
     for start in range(0, len(sources), batch_size):
         rows += _predict_batch(learner, sources[start : start + batch_size], topk, start)
@@ -87,23 +91,27 @@ def predict(
 
 
 def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Path | Image.Image]:
+    """Return files and images one by one; a folder is searched."""
     if isinstance(images, (str, Path)):
-        place = Path(images)
-        if place.is_dir():
-            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            if not found:
-                raise DataError(f"{place} holds no images ({', '.join(sorted(EXTENSIONS))}).")
-            return list(found)
-        images = [place]
+        path = Path(images)
+        if not path.is_dir():
+            return [path]
+
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not files:
+            raise DataError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
+        return list(files)
+
     if not len(images):
         raise DataError("no images to predict.")
-    return [i if isinstance(i, Image.Image) else Path(i) for i in images]
+    return [image if isinstance(image, Image.Image) else Path(image) for image in images]
 
 
 @torch.no_grad()
 def _predict_batch(
     learner: Learner, sources: Sequence[Path | Image.Image], topk: int, first: int
 ) -> list[dict[str, Any]]:
+    """Return one row per source; ``first`` is the number of the first one among all."""
     pixels: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
     for i, source in enumerate(sources):
@@ -111,26 +119,37 @@ def _predict_batch(
             pixels[i] = learner.backbone.preprocess(_open(source))
         except DataError as error:
             errors[i] = str(error)
-    best: dict[int, tuple[list[str], list[float]]] = {}
+
+    labels: dict[int, list[str]] = {}
+    probabilities: dict[int, list[float]] = {}
     if pixels:
         logits = learner(torch.stack(list(pixels.values())).to(learner.backbone.device))
-        probs, classes = logits.softmax(-1).topk(min(topk, len(learner.classnames)), dim=-1)
-        for i, p, c in zip(pixels, probs.tolist(), classes.tolist(), strict=True):
-            best[i] = ([learner.classnames[k] for k in c], p)
-    return [
-        {
+        best = logits.softmax(-1).topk(min(topk, len(learner.classnames)), dim=-1)
+        for i, values, classes in zip(pixels, best.values.tolist(), best.indices.tolist(), strict=True):
+            labels[i] = [learner.classnames[number] for number in classes]
+            probabilities[i] = values
+
+    rows = []
+    for i, source in enumerate(sources):
+        row = {
             "image": f"image {first + i}" if isinstance(source, Image.Image) else str(source),
-            "labels": best[i][0] if i in best else [],
-            "probs": best[i][1] if i in best else [],
+            "labels": labels.get(i, []),
+            "probs": probabilities.get(i, []),
             "error": errors.get(i, ""),
         }
-        for i, source in enumerate(sources)
-    ]
+        rows.append(row)
+    return rows
 
 
 def _open(source: Path | Image.Image) -> Image.Image:
+    """Return an image, decoded.
+
+    Raises:
+        DataError: If it can't be read.
+    """
     if not isinstance(source, Image.Image):
         return read_image(source)
+
     try:
         source.load()
         return to_rgb(source)

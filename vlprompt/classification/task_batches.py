@@ -23,9 +23,11 @@ def task_quotas(sizes: Sequence[int], exponent: float) -> list[int]:
     """
     weights = np.asarray(sizes, dtype=float) ** exponent
     exact = sum(sizes) * weights / weights.sum()
+
     quotas = np.floor(exact + 1e-9).astype(int)
     order = np.argsort(quotas - exact, kind="stable")
     quotas[order[: sum(sizes) - quotas.sum()]] += 1
+
     return quotas.tolist()
 
 
@@ -50,34 +52,41 @@ class MultiTaskBatches:
         seed: int,
         drop_last: bool = True,
     ) -> None:
-        self.sources, self.sizes = list(sources), list(sizes)
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.sources = list(sources)
+        self.sizes = list(sizes)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
         self.quotas = task_quotas(sizes, exponent)
         self.starts = np.cumsum([0, *sizes])
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`; a sample's number counts through all tasks."""
-        chosen = np.concatenate([self._draw(task, epoch) for task in range(len(self.sizes))])
-        parts = epoch_plan(len(chosen), self.batch_size, self.seed, epoch, self.drop_last)
-        return [chosen[part] for part in parts]
+        samples = np.concatenate([self._draw(task, epoch) for task in range(len(self.sizes))])
+        parts = epoch_plan(len(samples), self.batch_size, self.seed, epoch, self.drop_last)
+        return [samples[part] for part in parts]
 
     def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`; samples come ordered by ``"task"``."""
-        owner = np.searchsorted(self.starts, indices, side="right") - 1
+        task_of = np.searchsorted(self.starts, indices, side="right") - 1
+
         parts = []
-        for task in np.unique(owner):
-            part = self.sources[task].fetch(indices[owner == task] - self.starts[task], epoch)
+        for task in np.unique(task_of):
+            part = self.sources[task].fetch(indices[task_of == task] - self.starts[task], epoch)
             count = len(part["label"])
             parts.append({**part, "task": torch.full((count,), int(task))})
-        batch: Batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return {**batch, "index": torch.as_tensor(indices[np.argsort(owner, kind="stable")])}
+
+        batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {**batch, "index": torch.as_tensor(indices[np.argsort(task_of, kind="stable")])}
 
     def _draw(self, task: int, epoch: int) -> np.ndarray:
         """Return this epoch's samples of a task; none comes a second time before all came once."""
-        size, quota = self.sizes[task], self.quotas[task]
+        size = self.sizes[task]
+        quota = self.quotas[task]
+
         passes = [
             numpy_rng(self.seed, "task order", epoch, task, number).permutation(size)
             for number in range(-(-quota // size))
         ]
-        drawn = np.concatenate(passes)[:quota] if passes else np.empty(0, dtype=int)
-        return self.starts[task] + drawn
+        samples = np.concatenate(passes)[:quota] if passes else np.empty(0, dtype=int)
+        return self.starts[task] + samples

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.options import options_model
+from vlprompt.core.trainable import misfits
 from vlprompt.learners import Learner
-from vlprompt.learners.base import misfits
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["start_from"]
@@ -39,33 +39,48 @@ def start_from(learner: Learner, prompts: Sequence[str | Path]) -> dict[str, Any
     """
     states: list[dict[str, Tensor]] = []
     checksums = []
+
     for path in prompts:
         card, state = read(path)
         check_backbone(path, card, learner.backbone)
+
         problems = _differences(learner, card.method, card.options)
         problems = problems or misfits(learner.trainable_state(), state)
         if problems:
             raise CheckpointError(f"{path} can't start {learner.method}: {'; '.join(problems)}.")
+
         states.append(state)
         checksums.append(card.tensors[:12])
-    learner.load_trainable_state({n: _mean(n, [s[n] for s in states]) for n in states[0]})
-    return {"init_from": [str(p) for p in prompts], "init_checksums": checksums, "init_mean_of": len(states)}
+
+    learner.load_trainable_state({name: _mean(name, [state[name] for state in states]) for name in states[0]})
+    return {
+        "init_from": [str(path) for path in prompts],
+        "init_checksums": checksums,
+        "init_mean_of": len(states),
+    }
 
 
 def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    if len(tensors) > 1 and not tensors[0].is_floating_point():
+    """Return the element-wise mean; a single tensor as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+
+    if not tensors[0].is_floating_point():
         raise CheckpointError(f"{name} holds {tensors[0].dtype}, which has no mean: start from one folder.")
-    return torch.stack(list(tensors)).mean(0) if len(tensors) > 1 else tensors[0]
+    return torch.stack(list(tensors)).mean(0)
 
 
 def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> list[str]:
     """Compare the method and all options that decide what the tensors mean; a seed doesn't."""
     if method != learner.method:
         return [f"it holds prompts of {method}"]
-    default = {name: field.default for name, field in options_model(type(learner)).model_fields.items()}
-    theirs, ours = ({**default, **o} for o in (options, learner.options))
-    return [
-        f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
-        for name in sorted({*theirs, *ours} - {"seed"})
-        if str(theirs.get(name)) != str(ours.get(name))
-    ]
+
+    defaults = {name: field.default for name, field in options_model(type(learner)).model_fields.items()}
+    theirs = {**defaults, **options}
+    ours = {**defaults, **learner.options}
+
+    differences = []
+    for name in sorted({*theirs, *ours} - {"seed"}):
+        if str(theirs.get(name)) != str(ours.get(name)):
+            differences.append(f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here")
+    return differences

@@ -24,7 +24,7 @@ _REGISTRIES = {
     "scanners": "vlprompt.security.scanners:SCANNERS",
     "segmenters": "vlprompt.segmentation:SEGMENTERS",
     "strategies": "vlprompt.segmentation.strategies:STRATEGIES",
-    "triggers": "vlprompt.security.triggers:TRIGGERS",
+    "triggers": "vlprompt.data.triggers:TRIGGERS",
 }
 
 

@@ -19,7 +19,9 @@ SUSPECTED = 3
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Folder of images, searched at any depth.")],
-    scanner: Annotated[str, typer.Option(help="Folder of a saved dbom learner, or of its run.")],
+    prompt: Annotated[
+        str, typer.Option("--detector", help="The scanner: folder of a saved dbom learner, or of its run.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(help="Where to write.  [default: scans/NAME OF THE FOLDER]", show_default=False),
@@ -48,21 +50,24 @@ def command(
     """
     import torch
 
+    from vlprompt.learners import Learner
+    from vlprompt.learners._scanning import ImageScanner
     from vlprompt.saved.prompts import load
     from vlprompt.security.folder import scan_folder
 
-    learner = load(scanner)
-    if not hasattr(learner, "judge"):
+    learner: Learner = load(prompt)
+    if not isinstance(learner, ImageScanner):
         raise DataError(
-            f"{scanner} holds {learner.method}, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml."
+            f"{prompt} holds {learner.method}, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml."
         )
     if objects:
         learner = learner.with_classes(objects)
-    learner = learner.to("cuda" if torch.cuda.is_available() else "cpu")
+        assert isinstance(learner, ImageScanner)
+    learner.to("cuda" if torch.cuda.is_available() else "cpu")
 
     target = output or Path("scans") / (folder.resolve().name or "folder")
     with on_interrupt("With --resume the same command continues."), count_progress() as progress:
-        verdicts = scan_folder(
+        outcome = scan_folder(
             folder,
             learner,
             target,
@@ -73,9 +78,9 @@ def command(
             top=top,
             progress=progress,
         )
-    print(f"{verdicts.total} images: {verdicts.poisoned} suspected, {verdicts.unreadable} unreadable")
+    print(f"{outcome.total} images: {outcome.poisoned} suspected, {outcome.unreadable} unreadable")
     for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
-        print(verdicts.output / name)
-    if verdicts.poisoned:
+        print(outcome.output / name)
+    if outcome.poisoned:
         return SUSPECTED
-    return 1 if verdicts.unreadable else 0
+    return 1 if outcome.unreadable else 0

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.concepts.embedding import Concepts
-from vlprompt.core.errors import CheckpointError, ConfigError, nearest
+from vlprompt.core.errors import ConfigError, nearest
+from vlprompt.core.trainable import Trainable
 
 __all__ = ["ConceptSearch", "SearchResult", "Unfrozen", "weights_id"]
 
@@ -87,7 +88,7 @@ class Unfrozen(nn.Module):
             raise
 
 
-class ConceptSearch(nn.Module):
+class ConceptSearch(nn.Module, Trainable):
     """Base of all searches: concepts as the language input of a host, trained by the host's own loss.
 
     The host is no part of the module's parameters, except for what ``unfreeze`` names.
@@ -116,27 +117,9 @@ class ConceptSearch(nn.Module):
         """
         raise NotImplementedError
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return what is learned, by name."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put learned tensors back.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unknown or of another shape; names the first.
-        """
-        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{name} is missing or unknown" for name in sorted({*parameters} ^ {*state})]
-        for name, parameter in parameters.items():
-            if name in state and parameter.shape != state[name].shape:
-                problems.append(f"{name} has another shape")
-        if problems:
-            raise CheckpointError(f"this state does not fit the search of concepts: {problems[0]}.")
-
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+    def title(self) -> str:
+        """See :meth:`Trainable.title`."""
+        return "the search of concepts"
 
 
 def weights_id(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:

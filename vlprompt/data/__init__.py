@@ -1,4 +1,4 @@
-"""Data sets: the catalogue, few-shot sampling, folders of one's own, scenes, transforms, feature cache."""
+"""Data sets: the catalogue, few-shot draws, sources of files, drawn scenes, transforms, the feature cache."""
 
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.cache import FeatureCache

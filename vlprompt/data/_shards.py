@@ -59,9 +59,11 @@ class ShardStore:
         """Read the shards that appeared since the last look."""
         if self.folder is None or not self.folder.is_dir():
             return
+
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._seen:
                 self._read(path)
+
         for path in self.folder.glob("*.tmp"):  # left by a process that was killed while it wrote
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -82,25 +84,31 @@ class ShardStore:
 
     def rows(self, keys: Sequence[bytes]) -> torch.Tensor:
         """Return (n, d), one row per key; each must be known."""
-        places = [self._where[k] for k in keys]
+        positions_of_keys = [self._where[k] for k in keys]
         by_table: dict[int, list[int]] = {}
-        for position, (table, _) in enumerate(places):
+        for position, (table, _) in enumerate(positions_of_keys):
             by_table.setdefault(table, []).append(position)
-        result = torch.empty(len(keys), self._tables[places[0][0]].shape[1], dtype=self.dtype)
+
+        result = torch.empty(len(keys), self._tables[positions_of_keys[0][0]].shape[1], dtype=self.dtype)
         for table, positions in by_table.items():
-            result[positions] = self._tables[table][[places[p][1] for p in positions]]
+            result[positions] = self._tables[table][[positions_of_keys[p][1] for p in positions]]
+
         return result
 
     def flush(self) -> None:
-        """Write what was added since the last shard; a disk that can't take it costs but a warning."""
+        """Write what was added since the last shard; a disk that can't take it causes a warning only."""
         if self.folder is None or not self._new_keys:
             return
-        keys, pending = self._new_keys, self._new_tables
-        self._new_keys, self._new_tables = [], []
+
+        keys = self._new_keys
+        pending = self._new_tables
+        self._new_keys = []
+        self._new_tables = []
         tensors = {"keys": _pack(keys), "rows": torch.cat([self._tables[t] for t in pending])}
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "digest": _digest(tensors)}
         path = self.folder / f"{metadata['digest'][:32]}.safetensors"
         temporary = self.folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata)
@@ -110,9 +118,9 @@ class ShardStore:
                 temporary.unlink(missing_ok=True)
             warnings.warn(f"features could not be stored under {self.folder}: {error}", stacklevel=3)
             return
-        if self._read(
-            path
-        ):  # from here on the file's pages serve these rows, and the copies in memory can go
+
+        if self._read(path):
+            # From here on these rows are pages of the file, so the copies in memory can go.
             for table in pending:
                 self._tables[table] = torch.empty(0, self._tables[table].shape[1])
 
@@ -126,12 +134,15 @@ class ShardStore:
         except (OSError, SafetensorError) as error:
             self._discard(path, str(error))
             return False
+
         if metadata.get("format") != _FORMAT or metadata.get("fingerprint") != self.fingerprint:
             _log.info("%s was made with another backbone or version: not used", path)
             return False
+
         if metadata.get("digest") != _digest(tensors) or tensors["rows"].dtype != self.dtype:
             self._discard(path, "its digest differs")
             return False
+
         packed = tensors["keys"].numpy().tobytes()
         self._index([packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)], tensors["rows"])
         return True

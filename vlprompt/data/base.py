@@ -97,12 +97,12 @@ class ImageDataset:
 
     @property
     def targets(self) -> dict[str, list[int]]:
-        """What is known of every sample, as a learner's batches name it; data sets of pairs know more."""
+        """What is known of every sample, by the key that a learner's batch has for it."""
         return {"label": self.labels}
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
-        """The group of every sample of which shots draw equally many, and the groups' names: the classes."""
+        """The group of every sample and the names of the groups; shots draw equally many of each group."""
         return self.labels, self.classnames
 
     @property
@@ -129,10 +129,10 @@ class ImageDataset:
 
         ``info["indices"]``, the positions in a whole split that a drawn part records, follows the samples.
         """
-        chosen = list(indices)
-        held = self.info.get("indices")
-        followed = {} if held is None else {"indices": [held[i] for i in chosen]}
-        samples = tuple(self.samples[i] for i in chosen)
+        order = list(indices)
+        positions = self.info.get("indices")
+        followed = {} if positions is None else {"indices": [positions[i] for i in order]}
+        samples = tuple(self.samples[i] for i in order)
         return replace(self, samples=samples, info={**self.info, **followed, **info})
 
     def keep_classes(self, classes: Sequence[int], /, **info: Any) -> ImageDataset:
@@ -141,19 +141,22 @@ class ImageDataset:
         Raises:
             DataError: If a class index does not exist.
         """
-        if bad := [c for c in classes if not 0 <= c < len(self.classnames)]:
+        bad = [c for c in classes if not 0 <= c < len(self.classnames)]
+        if bad:
             raise DataError(
                 f"{self.name}: no class with index {bad[0]}; it has {len(self.classnames)} classes."
             )
+
         new_label = {old: new for new, old in enumerate(classes)}
 
         def relabel(sample: Sample) -> Sample:
             labels = tuple(new_label[c] for c in sample.classes if c in new_label)
             return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
 
-        kept = [i for i, s in enumerate(self.samples) if any(c in new_label for c in s.classes)]
-        part = self.subset(kept, **info)
+        remaining = [i for i, s in enumerate(self.samples) if any(c in new_label for c in s.classes)]
+        part = self.subset(remaining, **info)
         names = tuple(self.classnames[c] for c in classes)
+
         return replace(part, samples=tuple(map(relabel, part.samples)), classnames=names)
 
     def fingerprint(self) -> dict[str, str]:

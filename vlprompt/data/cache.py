@@ -1,8 +1,8 @@
 """Exact feature cache: a frozen tower never sees the same view of the same image twice.
 
 A row is keyed by what it depends on: the image's bytes, the view, the backbone's fingerprint (which covers
-weights, activation and preprocessing) and the type it is stored in. Nothing else is consulted, so nothing can
-go stale.
+weights, activation and preprocessing) and the type it is stored in. It depends on nothing else, so it can
+never be out of date.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class FeatureCache:
         workers: int = 2,
         progress: ProgressCallback | bool = True,
     ) -> torch.Tensor:
-        """Return the features of one view of every image, encoding only those that are not known yet.
+        """Return the features of one view of every image, encoding only those that are not stored yet.
 
-        Batches are runs of consecutive samples, minus the known ones: a run that was killed between two of
-        them and started again makes the very batches it would have made, hence the same bits.
+        Batches are runs of consecutive samples, without those that are stored already: a run that was killed
+        between two batches and started again makes the same batches again, hence the same bits.
 
         Args:
             dataset: n images.
@@ -89,6 +89,7 @@ class FeatureCache:
         """
         if not len(dataset):
             raise DataError(f"{dataset.name} ({dataset.split}): no images to encode.")
+
         store = self._store(fingerprint, dtype)
         with (
             ThreadPoolExecutor(max(1, workers)) as pool,
@@ -112,6 +113,7 @@ class FeatureCache:
                     report(done, len(dataset))
             finally:  # what was encoded before an error is not encoded again
                 store.flush()
+
         return store.rows(keys)
 
     def _store(self, fingerprint: str, dtype: torch.dtype) -> ShardStore:
@@ -121,6 +123,7 @@ class FeatureCache:
                 digest = hashlib.sha256(f"{fingerprint}\x1f{dtype}".encode()).hexdigest()
                 folder = self.root / digest[:16]
             self._stores[fingerprint, dtype] = ShardStore(folder, fingerprint, dtype, self.rows_per_shard)
+
         store = self._stores[fingerprint, dtype]
         store.refresh()
         return store
@@ -151,6 +154,7 @@ def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[i
                 batch.append(index)
         if batch:
             batches.append(batch)
+
     return batches
 
 
@@ -171,7 +175,7 @@ def _prefetched(
             if (batch := next(coming, None)) is not None:
                 running.append((batch, [pool.submit(load, i) for i in batch]))
             yield indices, images
-    finally:  # after an error nobody waits for images that were only asked for in advance
+    finally:  # after an error the images that were decoded ahead are not needed
         for _, futures in running:
             for future in futures:
                 future.cancel()
@@ -182,6 +186,7 @@ def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) 
         raise DataError(
             f"encode must turn {len(indices)} images into ({len(indices)}, d); got {tuple(features.shape)}."
         )
+
     finite = torch.isfinite(features).all(dim=1)
     if not bool(finite.all()):
         worst = indices[int((~finite).nonzero()[0])]
@@ -189,6 +194,7 @@ def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) 
         raise NonFiniteError(
             f"{dataset.name} ({dataset.split}): the features of image {source} are not finite."
         )
+
     return features
 
 
@@ -197,10 +203,12 @@ def _reporter(progress: ProgressCallback | bool, title: str) -> Iterator[Progres
     if callable(progress):
         yield progress
         return
+
     console = Console(stderr=True)
     if not progress or not console.is_terminal:
         yield lambda done, total: None
         return
+
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)

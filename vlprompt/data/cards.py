@@ -85,7 +85,7 @@ class SplitSpec(_Strict):
         sizes: Images in each part, or pairs of an image and a phrase.
         counts: Which of them.
         otherwise: How the parts are made where there is no published split, or its file is missing.
-        draw: How few-shot subsets are drawn unless somebody says otherwise (see ``sampling`` of ``load_dataset``).
+        draw: How few-shot subsets are drawn unless the caller says otherwise (see ``sampling`` of ``load_dataset``).
     """
 
     file: str | None = None
@@ -115,7 +115,7 @@ class Card(_Strict):
         paper: Where it was published.
         licence: As the authors state it.
         homepage: The authors' page.
-        archives: What is fetched, from where; empty if nobody serves it without a form.
+        archives: What is fetched, from where; empty if it can only be had by filling in a form.
         traps: What people got wrong before.
         verified: Which facts of this card were compared with what.
         by_hand: What to put where, if the program can't fetch it.
@@ -180,20 +180,20 @@ def cards_dir() -> Path:
     checkout = package.parent
     if (package / "cards").is_dir():
         return package / "cards"
+    # Only beside a pyproject.toml: in site-packages, a folder "datasets" belongs to another package.
     if (checkout / "pyproject.toml").is_file() and (checkout / "datasets").is_dir():
-        return (
-            checkout / "datasets"
-        )  # only beside a pyproject.toml: site-packages may hold a stranger's "datasets"
+        return checkout / "datasets"
     raise DataError(
         f"no data set cards: neither {package / 'cards'} nor {checkout / 'datasets'} exists. Reinstall."
     )
 
 
 def card_names(task: str | None = None) -> list[str]:
-    """Return the sorted names of all cards, shipped and one's own; only those of a task if one is named."""
+    """Return the sorted names of all cards, shipped ones and those of ``VLPROMPT_CARDS``, or only those of a task."""
     files = _card_files()
     if task is None:
         return sorted(files)
+
     # A whole card takes long to check, and its task is one line of it.
     line = re.compile(rf"^task:\s*{re.escape(task)}\s*(#.*)?$", re.MULTILINE)
     return sorted(
@@ -218,6 +218,7 @@ def card_titles() -> dict[str, str]:
         lines = dict(re.findall(r"^(title|task):\s*(.*?)\s*$", text, re.MULTILINE))
         title = lines.get("title", name).strip("\"'")
         titles[name] = f"{title} ({lines.get('task', 'no task')})"
+
     return titles
 
 
@@ -233,12 +234,15 @@ def load_card(name: str) -> Card:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"], str(path)) from None
+
     if not isinstance(content, dict):
         raise ConfigError(["a card is a mapping of keys to values"], str(path))
+
     if content.get("synsets") and "classnames" not in content:
         from vlprompt.data.imagenet import synset_names  # only now: it takes open_clip's import
 
         content["classnames"] = synset_names(str(content["synsets"]))
+
     try:
         return Card.model_validate({**content, "name": name})
     except ValidationError as error:
@@ -256,9 +260,10 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
         else:
             got = "" if item["type"] == "missing" else f" (got {item['input']!r})"
             problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{got[:120]}")
+
     return problems
 
 
 def _card_files() -> dict[str, Path]:
-    own = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
-    return {path.stem: path for folder in (cards_dir(), *own) for path in sorted(folder.glob("*.yaml"))}
+    further = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
+    return {path.stem: path for folder in (cards_dir(), *further) for path in sorted(folder.glob("*.yaml"))}

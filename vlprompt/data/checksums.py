@@ -25,9 +25,11 @@ def checksum(path: Path, kind: str) -> str:
     digest = hashlib.new(algorithm, usedforsecurity=False)
     if kind == "git":
         digest.update(f"blob {path.stat().st_size}\0".encode())
+
     with path.open("rb") as file:
         while block := file.read(_CHUNK):
             digest.update(block)
+
     return f"{kind}:{digest.hexdigest()}"
 
 

@@ -42,13 +42,13 @@ def download(
         target: Where it goes.
         expected: Its checksum (see :mod:`vlprompt.data.checksums`); None if none is known.
         timeout: Seconds without a byte after which a connection counts as broken.
-        progress: Told about every block.
+        progress: Called for every block.
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: If no place serves it whole, its checksum is wrong (nothing is kept then), or the disk is full.
+        DataError: If no address serves it whole, its checksum is wrong (nothing is kept then), or the disk is full.
     """
     if target.is_file():
         if matches(target, expected):
@@ -57,16 +57,17 @@ def download(
             f"{target} is there, but is not the file that is expected ({expected}; it has "
             f"{checksum(target, (expected or 'sha256:').partition(':')[0])}). Move it away, then try again."
         )
+
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
+
     reasons = []
     for url in urls:
         try:
             resumed = part.is_file() and part.stat().st_size > 0
             _fetch(url, part, timeout, progress)
-            if resumed and not matches(
-                part, expected
-            ):  # the first half may be another version's: once more, whole
+            if resumed and not matches(part, expected):
+                # The first half may come from another version of the file: fetch all of it again.
                 part.unlink()
                 _fetch(url, part, timeout, progress)
             _check(part, expected)
@@ -76,18 +77,19 @@ def download(
             reasons.append(f"{url}: {error}")
         except OSError as error:
             raise DataError(f"{part} can't be written: {error.strerror or error}.") from None
+
     raise DataError(f"{target.name} could not be fetched. {'; '.join(reasons)}.")
 
 
 class _BrokenError(Exception):
-    """A place that does not serve the file; the next one may."""
+    """One address does not serve the file; the next one may."""
 
 
 def _check(part: Path, expected: str | None) -> None:
     if not matches(part, expected):
-        found = checksum(part, str(expected).partition(":")[0])
+        actual = checksum(part, str(expected).partition(":")[0])
         part.unlink()
-        raise _BrokenError(f"wrong checksum {found}, expected {expected}; what came was thrown away")
+        raise _BrokenError(f"wrong checksum {actual}, expected {expected}; the file was removed")
 
 
 def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> None:
@@ -109,6 +111,7 @@ def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> N
             reason = str(error.reason)
         except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
+
         grown = part.is_file() and part.stat().st_size > have
         failures = 0 if grown else failures + 1
         if failures >= _RETRIES:
@@ -130,15 +133,18 @@ def _one_connection(url: str, part: Path, have: int, timeout: float, progress: P
             raise http.client.HTTPException(
                 f"asked from byte {have}, got {answer.headers.get('Content-Range')!r}"
             )
+
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length and length.isdigit() else None
         _need_space(part, (total or 0) - have)
+
         with part.open("ab" if have else "wb") as file:
             while block := answer.read(_BLOCK):
                 file.write(block)
                 have += len(block)
                 if progress is not None:
                     progress(part.name.removesuffix(".part"), have, total)
+
     return total is None or have >= total
 
 

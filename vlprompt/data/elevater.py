@@ -53,26 +53,29 @@ def elevater_draw(
     """
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise DataError(f"{train.name}: shots must be a whole number of at least 1, or None; got {shots!r}.")
+
     labels = [s.classes for s in train.samples]
     broken: dict[int, str] = {}
     while True:
         chosen = elevater_indices(labels, len(train.classnames), shots, seed, skip=broken)
-        found = verify(train, sorted({i for indices in chosen for i in indices})).bad
-        broken |= {b.index: b.name for b in found}
-        if not found:
+        bad = verify(train, sorted({i for indices in chosen for i in indices})).bad
+        broken |= {b.index: b.name for b in bad}
+        if not bad:
             break
         refuse_if_fatal(
             train.name,
             train.split,
-            VerificationReport(len(train), found),
+            VerificationReport(len(train), bad),
             on_bad_image,
             max_bad_share,
             len(train),
         )
+
     indices = chosen[part == "val"]
     info = {"shots": shots, "seed": seed, "sampling": "elevater", "indices": indices}
-    drawn = train.subset(indices, **info, **({"skipped": list(broken.values())} if broken else {}))
-    return replace(drawn, split=part)
+    subset = train.subset(indices, **info, **({"skipped": list(broken.values())} if broken else {}))
+
+    return replace(subset, split=part)
 
 
 def elevater_indices(
@@ -87,44 +90,52 @@ def elevater_indices(
         seed: Seed of the one shuffle.
         skip: Positions that may not be drawn.
     """
+    # One shuffle of the whole list, as in the reference: the draw depends on the order of the list.
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     counts = [0] * classes
-    drawn = []
+
+    chosen = []
     for index in order:
-        held = [counts[c] for c in labels[index]]
-        if index in skip or not held or min(held) >= shots:
+        class_counts = [counts[c] for c in labels[index]]
+        if index in skip or not class_counts or min(class_counts) >= shots:
             continue
-        if min(held) <= shots / 2 or max(held) <= 1.5 * shots:
-            drawn.append(index)
+        # An image of several classes is taken if one of them is rare so far, or none is far above its shots.
+        if min(class_counts) <= shots / 2 or max(class_counts) <= 1.5 * shots:
+            chosen.append(index)
             for c in labels[index]:
                 counts[c] += 1
         if min(counts) >= shots:
             break
+
     if shots == 1:
-        return drawn, drawn
-    single = all(len(shown) <= 1 for shown in labels)
-    val = set(_hold_out(drawn, labels) if single else _hold_out_multi(drawn, labels, classes))
-    return [i for i in drawn if i not in val], [i for i in drawn if i in val]
+        return chosen, chosen
+
+    single = all(len(image_labels) <= 1 for image_labels in labels)
+    val = set(_hold_out(chosen, labels) if single else _hold_out_multi(chosen, labels, classes))
+    return [i for i in chosen if i not in val], [i for i in chosen if i in val]
 
 
-def _hold_out(drawn: list[int], labels: Labels) -> list[int]:
+def _hold_out(chosen: list[int], labels: Labels) -> list[int]:
     """Return the first fifth of each class, rounded up."""
     groups: dict[int, list[int]] = {}
-    for index in drawn:
+    for index in chosen:
         groups.setdefault(labels[index][0], []).append(index)
     return [i for group in groups.values() for i in group[: math.ceil(len(group) * VAL_SHARE)]]
 
 
-def _hold_out_multi(drawn: list[int], labels: Labels, classes: int) -> list[int]:
+def _hold_out_multi(chosen: list[int], labels: Labels, classes: int) -> list[int]:
     """Return images, taken for the first class that still lacks some, until each has its fifth, rounded up."""
-    left = [math.ceil(sum(c in labels[i] for i in drawn) * VAL_SHARE) for c in range(classes)]
-    free, val = list(drawn), []
+    missing = [math.ceil(sum(c in labels[i] for i in chosen) * VAL_SHARE) for c in range(classes)]
+    remaining = list(chosen)
+
+    val = []
     for c in range(classes):
-        while left[c] > 0:
-            index = next(i for i in free if c in labels[i])
-            free.remove(index)
+        while missing[c] > 0:
+            index = next(i for i in remaining if c in labels[i])
+            remaining.remove(index)
             val.append(index)
-            for shown in labels[index]:
-                left[shown] -= 1
+            for label in labels[index]:
+                missing[label] -= 1
+
     return val

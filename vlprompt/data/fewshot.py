@@ -1,9 +1,9 @@
 """Few-shot subsets and the base/new halves of a class list.
 
 Paper: CoOp, 2109.01134, section 4.1 (1, 2, 4, 8, 16 shots, three seeds); CoCoOp, 2203.05557, section 4.1
-(base/new). Differs from the reference: the default draws come from a private generator, so a subset does not
-depend on what else was drawn in the process before; ``coop_compat`` follows the reference's single global
-stream draw for draw.
+(base/new). Differs from the reference: by default each class has a generator of its own, so a subset does not
+depend on earlier draws of the process. ``coop_compat`` follows the single global stream of the reference, draw by
+draw.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from vlprompt.data.images import BadImage, BadImagePolicy, VerificationReport, r
 
 __all__ = ["VAL_SHOTS", "base_new", "coop_indices", "few_shot"]
 
-VAL_SHOTS = (
-    4  # the protocol tunes on at most this many validation images per class, however many it trains on
-)
+# The protocol tunes on at most so many validation images per class, however many it trains on.
+VAL_SHOTS = 4
 Sampling = Literal["private", "coop_compat"]
 
 
@@ -46,7 +45,7 @@ def few_shot(
         dataset: The whole split.
         shots: Images per class, at least 1.
         seed: The protocol's seed.
-        sampling: ``"private"``, or ``"coop_compat"`` for the reference's very subset.
+        sampling: ``"private"``, or ``"coop_compat"`` for exactly the subset of the reference.
         train: The whole train split; ``coop_compat`` needs it for ``val``, whose draws follow train's in one
             stream.
         strict_shots: Refuse a class that has fewer than ``shots`` images, instead of taking all with a
@@ -65,17 +64,20 @@ def few_shot(
     strata, names = dataset.strata
     groups = _by_class(strata)
     _check_supply(dataset, names, groups, wanted, strict_shots)
+
     if sampling == "private":
         queues = _shuffled(dataset, groups, shots, seed)
     elif sampling == "coop_compat":
         queues = _reference_draws(dataset, train, shots, seed)
     else:
         raise DataError(f"unknown sampling {sampling!r}; known: 'private', 'coop_compat'.")
+
     chosen, bad = _take_readable(dataset, queues, wanted)
     report = VerificationReport(sum(map(len, chosen)) + len(bad), tuple(bad))
     refuse_if_fatal(dataset.name, dataset.split, report, on_bad_image, max_bad_share, len(dataset))
     indices = [i for group in chosen for i in group]
     info = {"skipped": [b.name for b in bad]} if bad else {}
+
     return dataset.subset(indices, shots=shots, seed=seed, sampling=sampling, indices=indices, **info)
 
 
@@ -112,6 +114,7 @@ def base_new(dataset: ImageDataset, which: Literal["all", "base", "new"]) -> Ima
         return dataset
     if which not in ("base", "new"):
         raise DataError(f"{dataset.name}: unknown classes={which!r}; known: 'all', 'base', 'new'.")
+
     classes = range(middle) if which == "base" else range(middle, count)
     if not classes:
         raise DataError(f"{dataset.name}: it has {count} class, which leaves none for 'new'.")
@@ -140,9 +143,10 @@ def _check_supply(
     short = [(c, len(groups.get(c, []))) for c in range(len(names)) if len(groups.get(c, [])) < wanted]
     if not short:
         return
-    shown = ", ".join(f"{names[c]!r} has {n}" for c, n in short[:10])
+
+    examples = ", ".join(f"{names[c]!r} has {n}" for c, n in short[:10])
     more = f", and {len(short) - 10} more" if len(short) > 10 else ""
-    message = f"{dataset.name} ({dataset.split}): {wanted} shots asked for, but {shown}{more}."
+    message = f"{dataset.name} ({dataset.split}): {wanted} shots asked for, but {examples}{more}."
     if strict:
         raise DataError(f"{message} Ask for at most {min(n for _, n in short)}, or pass strict_shots=False.")
     warnings.warn(f"{message} All of these are taken.", stacklevel=4)
@@ -187,6 +191,7 @@ def _take_readable(
         for queue, index in batch:
             if index not in broken:
                 chosen[queue].append(index)
+
     return chosen, bad
 
 

@@ -136,7 +136,7 @@ def _splits(name: DataName, root: Root) -> Iterator[tuple[str, ImageDataset | Ma
     for split in SPLITS:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # loading the data warns again, when somebody reads it
+                warnings.simplefilter("ignore")  # the same warnings come when the data are loaded
                 data = _open(name, split, root)
         except DataError as error:
             problems[split] = error

@@ -1,8 +1,8 @@
-"""Images from files: robust decoding, content keys, and the pass that finds unreadable ones early.
+"""Images from files: robust decoding, content keys, and a check that finds unreadable images early.
 
-Decoding happens in threads and processes far from the user; a damaged file must surface as one sentence that
-names it. :func:`verify` decodes every image of a split once, up front, so that which images are used is
-decided before any worker starts and is the same in every process.
+Images are decoded in threads and processes, where the user sees no traceback, so a damaged file becomes one sentence
+with its name. :func:`verify` decodes every image of a split once, before any worker starts: which images are used is
+then the same in every process.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ __all__ = [
 ]
 
 EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = (
-    89_478_485  # Pillow's own warning level: 256 MiB of RGB; a header that claims more is taken for an attack
-)
-MAX_ASPECT = (
-    500  # a line of one pixel by a million is a small file, but not once its shorter side has a tower's size
-)
+# Where Pillow itself begins to warn: 256 MiB of RGB. A header that claims more is treated as an attack.
+MAX_PIXELS = 89_478_485
+# A line of one pixel by a million is a small file, but huge after its shorter side is enlarged to a tower's input.
+MAX_ASPECT = 500
 BadImagePolicy = Literal["skip", "error"]
 
-_Stat = tuple[str, int, int]  # path, bytes, modification time in ns: what in-memory results are keyed by
+# Path, bytes, modification time in ns: while they are equal, a file is not read again.
+_Stat = tuple[str, int, int]
 _digests: dict[_Stat, str] = {}
 _verdicts: dict[_Stat, str] = {}
 
@@ -119,6 +118,7 @@ class FileReader(Reader):
                 _digests[stat] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise DataError(f"can't read the image {path}: {error.strerror or error}.") from None
+
         return _digests[stat]
 
     def stamp(self, source: str) -> str:
@@ -150,9 +150,9 @@ class VerificationReport:
     def __str__(self) -> str:
         if not self.bad:
             return f"{self.checked} images checked, all readable"
-        shown = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
+        examples = "; ".join(f"{b.name} ({b.reason})" for b in self.bad[:10])
         more = f"; and {len(self.bad) - 10} more" if len(self.bad) > 10 else ""
-        return f"{len(self.bad)} of {self.checked} images can't be read: {shown}{more}"
+        return f"{len(self.bad)} of {self.checked} images can't be read: {examples}{more}"
 
 
 def verify(
@@ -184,6 +184,7 @@ def verify(
     parts = [chosen[start::threads] for start in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         bad_images = [bad for part in pool.map(check, parts) for bad in part]
+
     return VerificationReport(len(chosen), tuple(sorted(bad_images, key=lambda bad: bad.index)))
 
 
@@ -204,11 +205,13 @@ def drop_bad(
     report = verify(dataset) if report is None else report
     if not report.bad:
         return dataset
+
     refuse_if_fatal(dataset.name, dataset.split, report, policy, max_share, len(dataset))
     bad = {b.index for b in report.bad}
     names = [*dataset.info.get("skipped", []), *(b.name for b in report.bad)]
-    kept = [i for i in range(len(dataset)) if i not in bad]
-    return dataset.subset(kept, skipped=names)
+    readable = [i for i in range(len(dataset)) if i not in bad]
+
+    return dataset.subset(readable, skipped=names)
 
 
 def refuse_if_fatal(
@@ -252,6 +255,7 @@ def _verdict(path: Path, max_pixels: int) -> str:
         stat = _stat(path)
     except OSError as error:
         return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
     if stat not in _verdicts:
         try:
             with _opened(path, path, max_pixels) as image:
@@ -259,6 +263,7 @@ def _verdict(path: Path, max_pixels: int) -> str:
             _verdicts[stat] = ""
         except UndecodableError as error:
             _verdicts[stat] = error.reason
+
     return _verdicts[stat]
 
 
@@ -285,9 +290,8 @@ def _opened(source: Path | io.BytesIO, path: Path, max_pixels: int) -> Iterator[
             yield image
     except UndecodableError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders throw OSError, SyntaxError, struct.error, zlib.error, ... at damaged bytes
+    # Decoders raise OSError, SyntaxError, struct.error, zlib.error and others at damaged bytes.
+    except Exception as error:
         raise UndecodableError(path, _reason(path, error)) from None
 
 
@@ -331,10 +335,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+
     return image.convert("RGB")
 
 
@@ -354,5 +360,5 @@ def _to_bytes(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def _stat(path: Path) -> _Stat:
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns

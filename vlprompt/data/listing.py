@@ -14,8 +14,8 @@ __all__ = ["list_folders", "list_images"]
 
 def list_folders(folder: Path, root: Path) -> list[Path]:
     """Return the visible subfolders in byte order of their names, without links that leave ``root``."""
-    found = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
-    return sorted((p for p in found if _stays(p, root)), key=lambda p: os.fsencode(p.name))
+    folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
+    return sorted((p for p in folders if _stays(p, root)), key=lambda p: os.fsencode(p.name))
 
 
 def list_images(folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS) -> list[str]:
@@ -26,14 +26,17 @@ def list_images(folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS
         root: What paths are relative to; a link that leaves it is left out with a warning.
         extensions: Endings that count as images, lower case with the dot.
     """
-    found = []
+    images = []
     for parent, folders, files in os.walk(folder):
+        # os.walk visits what is left in this list, in this order.
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in extensions and _stays(path, root):
-                found.append(path.relative_to(root).as_posix())
-    return sorted(found, key=os.fsencode)
+                images.append(path.relative_to(root).as_posix())
+
+    # Bytes, not characters: the order does not depend on the locale.
+    return sorted(images, key=os.fsencode)
 
 
 def _stays(path: Path, root: Path) -> bool:

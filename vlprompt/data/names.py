@@ -4,7 +4,7 @@ A name has one of three forms:
 
 - the name of a card, such as ``oxford_pets`` or ``kvasir_seg``;
 - ``scenes/TASK`` or ``scenes/TASK@STYLE``: images that are drawn;
-- ``KIND:ARGUMENT``: files of one's own, such as ``folder:PATH`` or ``pairs:PATH``.
+- ``KIND:ARGUMENT``: the user's own files, such as ``folder:PATH`` or ``pairs:PATH``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def default_root() -> Path:
 def list_datasets(task: Task | None = None) -> list[str]:
     """Return the sorted names of all data sets, or only those of a task.
 
-    Styles (``scenes/TASK@STYLE``) and files of one's own (``folder:PATH``, ``csv:PATH``, ``pairs:PATH``,
+    Styles (``scenes/TASK@STYLE``) and your own files (``folder:PATH``, ``csv:PATH``, ``pairs:PATH``,
     ``prompts:PATH``, ``per_class:PATH``) come in addition.
     """
     masks = [*card_names("segmentation"), *(f"scenes/{name}" for name in MASK_TASKS)]
@@ -95,12 +95,14 @@ def parse_name(name: str, task: Task | None = None) -> DataName:
     """
     if not isinstance(name, str) or not name:
         raise DataError(f"a data set is named by a string, for example 'scenes/shape'; got {name!r}.")
-    parsed = _drawn(name) or _own_files(name) or _with_card(name)
+
+    parsed = _scene_name(name) or _file_name(name) or _card_name(name)
 
     if parsed is None:
         what = "segmentation data set" if task == "segmentation" else "data set"
         hints = _OWN_FILES.values() if task is None else [_OWN_FILES[task]]
         raise UnknownNameError(what, name, list_datasets(task), " ".join(hints))
+
     if task is not None and parsed.task != task:
         raise DataError(
             f"{name} is a {parsed.task} data set: open it with {_LOADERS[parsed.task]}({name!r})."
@@ -113,11 +115,12 @@ def check_name(name: str, task: Task | None = "classification") -> None:
     parse_name(name, task)
 
 
-def _drawn(name: str) -> DataName | None:
+def _scene_name(name: str) -> DataName | None:
     """Read ``scenes/TASK[@STYLE]``; the source checks the style."""
     prefix, slash, argument = name.partition("/")
     if prefix != "scenes" or not slash:
         return None
+
     drawn_task = argument.partition("@")[0]
     if drawn_task in MASK_TASKS:
         return DataName(name, "segmentation", "scenes", argument)
@@ -126,7 +129,7 @@ def _drawn(name: str) -> DataName | None:
     return None
 
 
-def _own_files(name: str) -> DataName | None:
+def _file_name(name: str) -> DataName | None:
     """Read ``KIND:ARGUMENT``, where a source of either task is registered with this grammar."""
     kind, colon, argument = name.partition(":")
     if not colon:
@@ -137,7 +140,7 @@ def _own_files(name: str) -> DataName | None:
     return None
 
 
-def _with_card(name: str) -> DataName | None:
+def _card_name(name: str) -> DataName | None:
     if name not in card_names():
         return None
     card = load_card(name)

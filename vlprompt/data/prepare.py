@@ -94,7 +94,7 @@ def fetch(card: Card, root: Path, progress: Progress | None = None, timeout: flo
 
 
 def explain(card: Card) -> str:
-    """Return what a person should know before using a data set, in several lines."""
+    """Return what a user should know before using a data set, in several lines."""
     classes = "1 class" if len(card.classnames) == 1 else f"{len(card.classnames)} classes"
     sizes = ", ".join(f"{split} {size}" for split, size in card.splits.sizes.items()) or "sizes unknown"
     lines = [f"{card.name}: {card.title}, {classes}, {sizes}"]

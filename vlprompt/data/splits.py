@@ -112,6 +112,7 @@ def cut(
         for part, size in zip(shares, sizes, strict=True):
             parts[part].extend(Sample(p, label) for p in sorted(paths[start : start + size]))
             start += size
+
     return {part: tuple(samples) for part, samples in parts.items()}
 
 
@@ -120,8 +121,8 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
 
     Args:
         path: The JSON file.
-        expected: Checksum of the published file, if it is known; another one is worth a warning, since copies
-            that people pass on differ in white space, and results record what was read.
+        expected: Checksum of the published file, if it is known. Another checksum causes a warning only, since
+            copies differ in white space; results record what was read.
 
     Raises:
         DataError: If it is damaged, not of this format, its labels have gaps, a label has two names, or a
@@ -131,6 +132,7 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"can't read the split file {path}: {error.strerror or error}.") from None
+
     digest = hashlib.sha256(raw).hexdigest()
     trimmed = f"sha256:{hashlib.sha256(raw.rstrip()).hexdigest()}"  # copies differ by a newline at the end
     if not matches(path, expected) and trimmed != expected:
@@ -138,17 +140,21 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
             f"the split file {path} is not the published one ({expected}); results made with it say sha256 {digest}.",
             stacklevel=4,
         )
+
     try:
         content = json.loads(raw)
     except ValueError as error:
         raise DataError(f"the split file {path} is no valid JSON: {error}.") from None
+
     if not isinstance(content, dict) or not set(SPLITS) <= set(content):
         raise DataError(f"the split file {path} needs the keys {', '.join(SPLITS)}.")
+
     names: dict[int, str] = {}
     parts = {s: tuple(_entry(path, s, i, e, names) for i, e in enumerate(content[s])) for s in SPLITS}
     if sorted(names) != list(range(len(names))):
         missing = min(set(range(max(names, default=0) + 1)) - set(names), default=0)
         raise DataError(f"the split file {path}: labels must be 0..C-1 without gaps; {missing} is missing.")
+
     return SplitFile(parts, tuple(names[label] for label in sorted(names)), digest)
 
 
@@ -177,6 +183,7 @@ def _sizes(count: int, shares: list[float]) -> list[int]:
         size = max(1, min(round(count * share), left - later))
         sizes.append(size)
         left -= size
+
     return [*sizes, left]
 
 
@@ -189,11 +196,13 @@ def _entry(path: Path, split: str, index: int, entry: Any, names: dict[int, str]
         and isinstance(entry[2], str)
     ):
         raise DataError(f"{where}: expected [path, label, class name], got {str(entry)[:80]}.")
+
     source, label, name = entry
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
         raise DataError(f"{where}: the label must be a whole number from 0, got {label!r}.")
     if not is_inside(source):
         raise DataError(f"{where}: the path {source!r} leaves the image folder.")
+
     name = clean_classname(name)
     if names.setdefault(label, name) != name:
         raise DataError(f"{where}: label {label} is {name!r} here and {names[label]!r} before.")

@@ -65,6 +65,7 @@ class Augmentation:
         name, colon, share = text.partition(":")
         if not colon or name not in AUGMENTATIONS:
             return cls(name)
+
         try:
             least = float(share if name == "crop_flip" else "none")
         except ValueError as error:
@@ -72,6 +73,7 @@ class Augmentation:
                 f"augmentation {text!r}: only crop_flip takes a number, the smallest share of the image it keeps, "
                 "for example crop_flip:0.5."
             ) from error
+
         return cls(name, (least, 1.0))
 
     @property
@@ -103,6 +105,7 @@ class Augmentation:
         """
         if not self.is_random:
             return preprocess(image)
+
         rng = numpy_rng(seed, "augment", self.name, key, view)
         if self.name == "crop_flip":
             height, width = _output_size(preprocess, image)
@@ -110,8 +113,10 @@ class Augmentation:
             image = tvf.resized_crop(
                 image, top, left, crop_h, crop_w, [height, width], interpolation=InterpolationMode.BICUBIC
             )
+
         if rng.random() < 0.5:
             image = tvf.horizontal_flip(image)
+
         return preprocess(image)
 
 
@@ -123,9 +128,11 @@ def crop_box(
         area = height * width * (scale[0] + draw() * (scale[1] - scale[0]))
         low, high = map(math.log, _RATIO)
         ratio = math.exp(low + draw() * (high - low))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(draw() * (height - h + 1)), int(draw() * (width - w + 1)), h, w
+
     w = min(width, round(height * _RATIO[1]))
     h = min(height, round(width / _RATIO[0]))
     return (height - h) // 2, (width - w) // 2, h, w

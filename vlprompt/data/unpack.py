@@ -59,6 +59,7 @@ def _tar(archive: Path, folder: Path) -> None:
                 )
             if member.issym() or member.islnk():
                 _check_link(archive, folder, member)
+
         _check_space(archive, folder, sum(m.size for m in members))
         for member in members:
             member.mode = 0o755 if member.isdir() else 0o644
@@ -100,9 +101,9 @@ def _check_link(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
         )
 
 
-def _check_place(archive: Path, folder: Path, place: Path) -> None:
-    if not place.parent.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{archive}: {place} lies behind a link that leaves the folder: refused.")
+def _check_place(archive: Path, folder: Path, path: Path) -> None:
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{archive}: {path} lies behind a link that leaves the folder: refused.")
 
 
 def _check_space(archive: Path, folder: Path, needed: int) -> None:

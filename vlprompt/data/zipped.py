@@ -42,12 +42,14 @@ class ZipReader(Reader):
         archive, _, member = source.partition("@")
         if not member:
             return self._files.check(source)
+
         try:
             decode(self._bytes(archive, member), source, self.max_pixels, quick=True)
         except UndecodableError as error:
             return error.reason
         except DataError as error:
             return str(error)
+
         return ""
 
     def key(self, source: str) -> str:

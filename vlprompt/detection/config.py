@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from vlprompt.concepts.study import OWN_TEST, ConceptConfig, ConceptData
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import describe_problems, options_model
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.sources import check_boxes_name, has_splits
+from vlprompt.experiments.concept_study import OWN_TEST, ConceptConfig, ConceptData
 from vlprompt.experiments.config import STRICT
 
 __all__ = ["BoxData", "ConceptOptions", "DetectionConfig"]

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from vlprompt.concepts.search import SearchResult
-from vlprompt.concepts.study import ConceptExperiment, Scores
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.detection import create_detector
@@ -22,6 +21,7 @@ from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
 from vlprompt.detection.search import ConceptDetection, class_vectors, search_concepts
 from vlprompt.detection.sources import boxes_fingerprint, load_boxes, missing_boxes
+from vlprompt.experiments.concept_study import ConceptExperiment, Scores
 from vlprompt.experiments.config import parse_overrides
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.training.options import TrainOptions

@@ -61,7 +61,7 @@ class Cell:
 
     def sibling(self, **changes: Coordinate) -> Cell:
         """Return the cell that differs in the coordinates that are given; it needs no other."""
-        return Cell.at(**{**self.where, **changes})
+        return Cell.at((), **{**self.where, **changes})
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ __all__ = [
     "list_configs",
     "merge",
     "parse_overrides",
+    "resolve",
 ]
 
 STRICT = ConfigDict(extra="forbid", frozen=True)

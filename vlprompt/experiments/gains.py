@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vlprompt.experiments.cell import Coordinate
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import paired_difference
 
@@ -51,7 +52,7 @@ def paired_gains(ours: Results, theirs: Results, name: str) -> dict[str, float]:
     return figures
 
 
-def _by_place(results: Results) -> dict[tuple[object, object, object], float]:
+def _by_place(results: Results) -> dict[tuple[Coordinate, Coordinate, Coordinate], float]:
     values = {}
     for line in results.lines:
         key = (line.where.get("data"), line.where.get("shots"), line.where.get("seed"))

@@ -221,7 +221,8 @@ class GenerationExperiment(Experiment):
         races = self._races(results)
         host = self.config.host
         record.title = f"Personalised generation with {host.pipeline or host.kind}"
-        record.summary = f"{len(self.config.data.names())} concepts; similarity of image features by {self.config.scorer.name}."
+        concepts = len(self.config.data.names())
+        record.summary = f"{concepts} concepts; similarity of image features by {self.config.scorer.name}."
         if races:
             record.headline = {
                 method: summarise([race.best(method) for race in races]).mean

@@ -20,7 +20,7 @@ from vlprompt.core.options import check_options
 from vlprompt.generation import PERSONALISERS
 from vlprompt.generation.base import NoisedBatches, Personaliser
 from vlprompt.generation.hosts import Host
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -158,7 +158,7 @@ class _Clock(Callback):
         self.path = None if folder is None else folder / "seconds.json"
         self.seconds: dict[int, float] = {}
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainingView) -> None:
         """Take up what an earlier session noted, up to its last checkpoint."""
         self.seconds = {0: 0.0}
         if trainer.progress.epoch and self.path is not None and self.path.is_file():
@@ -167,7 +167,7 @@ class _Clock(Callback):
                 if int(step) <= trainer.progress.epoch:
                     self.seconds[int(step)] = float(seconds)
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Note the time of a step that was measured."""
         if not any(key.startswith("val/") for key in record):
             return

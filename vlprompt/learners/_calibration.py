@@ -1,45 +1,70 @@
-"""What a detector chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
+"""What a scanner chooses on validation data: how three kinds of logits are mixed, and where suspicion begins."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["best_mixing", "threshold_at"]
+__all__ = ["MixingTask", "best_mixing", "threshold_at"]
 
 _GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def best_mixing(
-    logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], seen: Tensor
-) -> tuple[float, float, float]:
-    """Choose the weights of trigger and object logits beside those of pairs.
+@dataclass(frozen=True)
+class MixingTask:
+    """One task's validation images.
+
+    Attributes:
+        logits: ``composition`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
+        targets: ``trigger`` (n,) and ``label`` (n,).
+        seen: (T, C), compositions that training showed.
+    """
+
+    logits: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    seen: Tensor
+
+    def score(self, a: float, b: float) -> float:
+        """Return the harmonic mean of the accuracies on images of seen and of unseen compositions.
+
+        It is plain accuracy if all compositions are seen, or none.
+
+        Args:
+            a: Weight of the trigger logits beside those of compositions.
+            b: Weight of the object logits.
+        """
+        compositions = self.logits["composition"]
+        mixed = compositions + a * self.logits["trigger"][..., None] + b * self.logits["object"][:, None]
+
+        truth = self.targets["trigger"] * self.seen.shape[1] + self.targets["label"]
+        correct = (mixed.flatten(1).argmax(1) == truth).double()
+
+        is_seen = self.seen.flatten()[truth]
+        if bool(is_seen.all()) or not bool(is_seen.any()):
+            return float(correct.mean())
+
+        first = float(correct[is_seen].mean())
+        second = float(correct[~is_seen].mean())
+        return 2 * first * second / (first + second) if first + second else 0.0
+
+
+def best_mixing(tasks: Sequence[MixingTask]) -> tuple[float, float, float]:
+    """Choose the weights of trigger and object logits beside those of compositions.
 
     Args:
-        logits: ``pair`` (n, T, C), ``trigger`` (n, T), ``object`` (n, C).
-        targets: ``trigger`` (n,) and ``label`` (n,).
-        seen: (T, C), pairs that training showed.
+        tasks: Validation images of each task.
 
     Returns:
-        The two weights and the harmonic mean of the accuracies on images of seen and of unseen pairs that they reach
-        (plain accuracy if there is no unseen one); of equally good weights the smallest.
+        The two weights and the mean over tasks of the score that they reach; of equally good weights the smallest.
     """
-    classes = seen.shape[1]
-    truth = targets["trigger"] * classes + targets["label"]
-    is_seen = seen.flatten()[truth]
     best = (1.0, 1.0, -1.0)
     for a, b in itertools.product(_GRID, _GRID):
-        mixed = logits["pair"] + a * logits["trigger"][..., None] + b * logits["object"][:, None]
-        right = (mixed.flatten(1).argmax(1) == truth).double()
-        if bool(is_seen.all()) or not bool(is_seen.any()):
-            score = float(right.mean())
-        else:
-            first, second = float(right[is_seen].mean()), float(right[~is_seen].mean())
-            score = 2 * first * second / (first + second) if first + second else 0.0
+        score = sum(task.score(a, b) for task in tasks) / len(tasks)
         if score > best[2]:
             best = (a, b, score)
     return best
@@ -52,6 +77,7 @@ def threshold_at(clean: Tensor, false_alarms: float) -> float:
     """
     if not len(clean):
         return 0.5
+
     ordered = clean.double().sort(descending=True).values
     allowed = math.floor(false_alarms * len(ordered))
     # Just above the first score that may not be reached any more.

@@ -34,6 +34,7 @@ def initial_context(tower: TextTower, length: int, init: str = "", seed: int = 1
     tower.require_prompts()
     if not init:
         return 0.02 * torch.randn(copies * length, tower.width, generator=torch_rng(seed, "context"))
+
     ids = tower.require_tokenizer().encode(init.replace("_", " "))
     if not ids:
         raise DataError(f"init={init!r} has no token to start the context from.")
@@ -51,14 +52,24 @@ def context_layout(
 
     The full stop and the class name are tokenised together, as in a written sentence. In the middle the first
     ``count // 2`` vectors stand before the name.
+
+    Args:
+        tower: The text tower the context enters.
+        classnames: C names.
+        count: M, slots per class.
+        position: Where the name stands: behind the context, between its halves, or before it.
+        class_specific: Whether each class has M slots to itself, so that there are C * M.
     """
     before = {"end": count, "middle": count // 2, "front": 0}[position]
+
     sentences = []
-    for c, name in enumerate(classnames):
-        slots = [slot(k + (c * count if class_specific else 0)) for k in range(count)]
-        if before == count:
-            pieces: list[str | int] = [*slots, f"{name}."]
-        else:
-            pieces = [*slots[:before], name, *slots[before:], "."]
+    for number, name in enumerate(classnames):
+        first = number * count if class_specific else 0
+        slots = [slot(first + k) for k in range(count)]
+
+        pieces: list[str | int] = [*slots[:before], name, *slots[before:], "."]
+        if before == count:  # the full stop belongs to the name's own tokens
+            pieces = [*slots, f"{name}."]
         sentences.append(tower.sentence(*pieces))
+
     return tower.layout(sentences, classnames)

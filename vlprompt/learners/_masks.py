@@ -25,6 +25,7 @@ __all__ = [
     "gradient_dropout",
     "group_of",
     "importance",
+    "mean_importance",
 ]
 
 Group = Literal["attention", "mlp", "all"]
@@ -71,23 +72,28 @@ def group_of(
         ConfigError: If the tower has none of them.
         UnknownNameError: If a pattern matches none of the tower's weights.
     """
-    every = maskable(backbone.vision.visual)
+    weights = maskable(backbone.vision.visual)
     for pattern in names:
-        if not fnmatch.filter(every, pattern):
-            raise UnknownNameError("weight of the image tower", pattern, list(every))
-    kinds = (*_KINDS[group], *(("patch",) if patch else ()))
-    found = {
-        name: kind
-        for name, kind in every.items()
-        if kind in kinds and (not names or any(fnmatch.fnmatchcase(name, p) for p in names))
-    }
-    if not found:
+        if not fnmatch.filter(weights, pattern):
+            raise UnknownNameError("weight of the image tower", pattern, list(weights))
+
+    kinds = _KINDS[group]
+    if patch:
+        kinds = (*kinds, "patch")
+
+    members = {}
+    for name, kind in weights.items():
+        matches = not names or any(fnmatch.fnmatchcase(name, pattern) for pattern in names)
+        if kind in kinds and matches:
+            members[name] = kind
+
+    if not members:
         raise ConfigError(
             [f"the image tower of {backbone.name} has no weights to mask in {' or '.join(kinds)}"]
             + ([f"that match {', '.join(names)}"] if names else []),
             "mask tuning",
         )
-    return found
+    return members
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,15 @@ def importance(
     leaves: dict[str, Tensor] = {}
 
     def use(name: str) -> Reweight:
+        """Return a function that puts a differentiable copy into the weight's place, and remembers it."""
+
         def make(weight: Tensor) -> Tensor:
             return leaves.setdefault(name, weight.detach().requires_grad_())
 
         return make
 
     view = ReweightedBackbone(backbone, {name: use(name) for name in names})
+
     sums: dict[str, tuple[float, float]] = {}
     count = 0
     for batch in batches:
@@ -135,21 +144,36 @@ def importance(
             logits = backbone.logit_scale * features @ class_weights.T
             loss = F.cross_entropy(logits, batch["label"].to(logits.device))
             gradients = torch.autograd.grad(loss, list(leaves.values()))
+
         count += 1
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             plain, salient = sums.get(name, (0.0, 0.0))
             salience = float((gradient * leaf.detach()).abs().mean())
             sums[name] = plain + float(gradient.abs().mean()), salient + salience
-    return {n: Importance(g / count, s / count, leaves[n].numel()) for n, (g, s) in sums.items()}
+
+    return {
+        name: Importance(plain / count, salient / count, leaves[name].numel())
+        for name, (plain, salient) in sums.items()
+    }
+
+
+def mean_importance(by_task: Sequence[Mapping[str, Importance]]) -> dict[str, Importance]:
+    """Return the mean over tasks of each weight's importance."""
+    means = {}
+    for name, first in by_task[0].items():
+        gradient = sum(task[name].gradient for task in by_task) / len(by_task)
+        saliency = sum(task[name].saliency for task in by_task) / len(by_task)
+        means[name] = Importance(gradient, saliency, first.count)
+    return means
 
 
 def choose(
-    found: Mapping[str, Importance], kinds: Mapping[str, Kind], how: Select, share: float, count: int
+    importances: Mapping[str, Importance], kinds: Mapping[str, Kind], how: Select, share: float, count: int
 ) -> list[str]:
-    """Return the names to mask.
+    """Return the names of the weights to mask.
 
     Args:
-        found: See :func:`importance`.
+        importances: See :func:`importance`.
         kinds: What each weight is.
         how: ``type``: weights of the kinds whose mean gradient is at least the mean over kinds; ``layer``: weights
             whose mean gradient is at least ``share`` of the largest; ``top``: the ``count`` weights with the largest;
@@ -157,20 +181,26 @@ def choose(
         share: See ``layer``.
         count: See ``top``.
     """
-    scores = {name: value.gradient for name, value in found.items()}
+    scores = {name: value.gradient for name, value in importances.items()}
+
     if how == "layer":
-        return [n for n, score in scores.items() if score >= share * max(scores.values())]
+        return [name for name, score in scores.items() if score >= share * max(scores.values())]
+
     if how == "top":
-        best = sorted(scores, key=lambda n: -scores[n])[:count]
-        return [n for n in scores if n in best]
+        best = sorted(scores, key=lambda name: -scores[name])[:count]
+        return [name for name in scores if name in best]
+
     if how == "type":
         by_kind: dict[str, list[Importance]] = {}
-        for name, value in found.items():
+        for name, value in importances.items():
             by_kind.setdefault(kinds[name], []).append(value)
-        means = {
-            kind: sum(v.gradient * v.count for v in values) / sum(v.count for v in values)
-            for kind, values in by_kind.items()
-        }
+
+        # Means over elements, so that a large tensor counts for more than a small one of its kind.
+        means = {}
+        for kind, values in by_kind.items():
+            total = sum(value.gradient * value.count for value in values)
+            means[kind] = total / sum(value.count for value in values)
         mean = sum(means.values()) / len(means)
-        return [n for n in scores if means[kinds[n]] >= mean]
+        return [name for name in scores if means[kinds[name]] >= mean]
+
     return list(scores)

@@ -32,9 +32,10 @@ class Bank(nn.Module):
         self, count: int, query_width: int, width: int, *, length: int, top: int, purpose: str, seed: int
     ) -> None:
         super().__init__()
+        self.top = min(top, count)
+
         generator = torch_rng(seed, "bank", purpose)
         keys = torch.rand(count, query_width, generator=generator) * 2 - 1
-        self.top = min(top, count)
         self.keys = nn.Parameter(F.normalize(keys, dim=-1))
         self.prompts = nn.Parameter(0.02 * torch.randn(count, length, width, generator=generator))
 
@@ -57,8 +58,10 @@ class Bank(nn.Module):
         """
         similarity = F.normalize(queries.detach(), dim=-1) @ F.normalize(self.keys, dim=-1).T
         best, chosen = similarity.topk(self.top, dim=-1)
-        found = ((10 * best).softmax(-1)[..., None] * self.means[chosen]).sum(1)
-        return found, (1 - best).mean()
+
+        shares = (10 * best).softmax(-1)[..., None]
+        prompts = (shares * self.means[chosen]).sum(1)
+        return prompts, (1 - best).mean()
 
 
 def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Tensor:
@@ -70,15 +73,17 @@ def separation(first: Tensor, second: Tensor, bank: Tensor, other: Tensor) -> Te
         bank: (M, d), all prompts of the first kind.
         other: (N, d), all of the second.
     """
-    taken = F.cosine_similarity(first, second, dim=-1).square().mean()
-    return taken + (F.normalize(bank, dim=-1) @ F.normalize(other, dim=-1).T).square().mean()
+    looked_up = F.cosine_similarity(first, second, dim=-1).square().mean()
+    whole_banks = (F.normalize(bank, dim=-1) @ F.normalize(other, dim=-1).T).square().mean()
+    return looked_up + whole_banks
 
 
 def diversity(bank: Tensor) -> Tensor:
     """Return the mean squared cosine between different rows of (M, d): 1 if all are equal, 0 if orthogonal."""
     count = len(bank)
     if count < 2:
-        return bank.sum() * 0
+        return bank.sum() * 0  # zero, with a gradient
+
     unit = F.normalize(bank, dim=-1)
     cosines = (unit @ unit.T).square()
     return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))

@@ -1,4 +1,4 @@
-"""The scores of binary masks: how they become masks and weights, and how they are kept."""
+"""The scores of binary masks: how they become masks and weights, and how they are stored."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class MaskScores(nn.ParameterDict):
     """
 
     def __init__(self, weights: Mapping[str, Tensor], init: float, threshold: float) -> None:
-        super().__init__({self.key(n): torch.full_like(w, init) for n, w in weights.items()})
-        self.names, self.init, self.threshold = tuple(weights), init, threshold
+        super().__init__({self.key(name): torch.full_like(w, init) for name, w in weights.items()})
+        self.names = tuple(weights)
+        self.init = init
+        self.threshold = threshold
 
     @staticmethod
     def key(name: str) -> str:

@@ -53,14 +53,17 @@ def phrase_context(
         VLPromptError: If a class name is too long beside the context; names it.
     """
     start = initial_context(tower, length, init, seed)
-    rest: list[int] = []
+    rest: list[int] = []  # tokens of the phrase that stay as written
+
     if init:
         if len(start) < length:
             raise DataError(
                 f"init={init!r} has {len(start)} tokens, fewer than context_length={length}. Give a longer phrase, "
                 "fewer tokens, or init='' for a random start."
             )
-        start, rest = start[:length], tower.require_tokenizer().encode(init.replace("_", " "))[length:]
+        start = start[:length]
+        rest = tower.require_tokenizer().encode(init.replace("_", " "))[length:]
+
     slots = [slot(k) for k in range(length)]
     sentences = [tower.sentence(*slots, *rest, f"{name}.") for name in classnames]
     return start, tower.layout(sentences, classnames)
@@ -101,12 +104,15 @@ class PromptMixer(nn.Module):
         seed: int = 1,
     ) -> None:
         super().__init__()
-        self.kind, self.residual = kind, residual
+        self.kind = kind
+        self.residual = residual
         if kind == "identity":
             return
+
         with seeded_modules(seed, "prompt mixer"):
             self.text_in, self.text_out = _there_and_back(text_width, width)
             self.visual_in, self.visual_out = _there_and_back(visual_width, width)
+
             self.block: nn.Module = nn.GELU()
             if kind in ("transformer", "tokenwise"):
                 self.block = nn.TransformerEncoderLayer(
@@ -123,12 +129,14 @@ class PromptMixer(nn.Module):
         """Mix (K, Dt) text prompts and (J, M, W) visual prompts; return both in the shapes they came in."""
         if self.kind == "identity":
             return text, visual
-        flat = visual.flatten(0, 1)
+
+        together = torch.cat([self.text_in(text), self.visual_in(visual.flatten(0, 1))])
+        # Along axis 1 every prompt is a sequence of one token, which attends to itself alone.
         batch_axis = 1 if self.kind == "tokenwise" else 0
-        together = torch.cat([self.text_in(text), self.visual_in(flat)])
         mixed = self.block(together.unsqueeze(batch_axis)).squeeze(batch_axis)
         new_text = self.text_out(mixed[: len(text)])
         new_visual = self.visual_out(mixed[len(text) :]).view_as(visual)
+
         if self.residual:
             return text + new_text, visual + new_visual
         return new_text, new_visual
@@ -145,7 +153,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
 
 
 class DualPrompts(PromptedImages):
-    """Base of learners with prompts of their own in each tower: deep, independent, visual ones appended.
+    """Base of learners with independent deep prompts in both towers; visual ones are appended.
 
     Args:
         backbone: See :class:`Learner`.
@@ -175,14 +183,17 @@ class DualPrompts(PromptedImages):
         seed: int,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         text.require_prompts()
         vision.require_prompts()
+
         start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
-        depth = possible_depth(text_depth, text.layers)
         self.context = nn.Parameter(start)  # (M, Dt)
+        depth = possible_depth(text_depth, text.layers)
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
         self.register_parameter("deep_context", deep if depth > 1 else None)
+
         depth = possible_depth(visual_depth, vision.layers)
         self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, "append", seed))
 

@@ -23,11 +23,19 @@ T = TypeVar("T")
 
 
 def possible_depth(asked: int | None, *layers: int) -> int:
-    """Return how many layers can be prompted: ``asked`` (None: all), but no more than the shallowest tower has."""
+    """Return how many layers can be prompted.
+
+    Args:
+        asked: The option's value; None is all. More than there are is cut, with a line in the log.
+        layers: Layers of the towers that are prompted; the shallowest decides.
+    """
     most = min(layers)
-    if asked is not None and asked > most:
+    if asked is None:
+        return most
+
+    if asked > most:
         log.info("prompts for %d layers were asked for, this backbone has %d: using %d.", asked, most, most)
-    return most if asked is None else min(asked, most)
+    return min(asked, most)
 
 
 def initial_visual_prompts(
@@ -51,8 +59,10 @@ def initial_visual_prompts(
     tower.require_prompts()
     generator = torch_rng(seed, "visual prompts")
     shape = (depth, length, tower.width)
+
     if insertion == "append":
         return 0.02 * torch.randn(shape, generator=generator)
+
     bound = math.sqrt(6 / (_patch_fan_in(tower) + tower.width))
     return bound * (2 * torch.rand(shape, generator=generator) - 1)
 
@@ -84,9 +94,11 @@ class PromptedImages(Learner):
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         prompts = self._once("visual", self.visual_prompts)
+
         if self.training and self.visual_dropout > 0:
             tokens = prompts.tokens.expand(len(images), -1, -1, -1)
             prompts = VisualPrompts(F.dropout(tokens, self.visual_dropout), prompts.insertion)
+
         return self.backbone.image_embeddings(images, prompts)
 
     def train(self, mode: bool = True) -> PromptedImages:
@@ -104,6 +116,7 @@ class PromptedImages(Learner):
         """Compute something; in evaluation without gradients only the first time."""
         if self.training or torch.is_grad_enabled():
             return compute()
+
         constants: dict[str, Any] = self.__dict__.setdefault("_constants", {})
         if name not in constants:
             constants[name] = compute()

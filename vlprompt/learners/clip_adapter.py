@@ -50,6 +50,7 @@ class ClipAdapter(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.ratio = ratio
+
         hidden = max(1, backbone.dim // reduction)
         with seeded_modules(seed, "clip adapter"):
             self.adapter = nn.Sequential(
@@ -58,6 +59,7 @@ class ClipAdapter(Learner):
                 nn.Linear(hidden, backbone.dim, bias=False),
                 nn.ReLU(),
             )
+
         weights = backbone.class_weights(self.classnames, self.templates)
         self.register_buffer("zero_shot", weights, persistent=False)
 

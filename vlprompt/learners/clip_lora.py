@@ -64,7 +64,10 @@ class LowRank(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.matrices, self.scale, self.dropout = tuple(matrices), scale, dropout
+        self.matrices = tuple(matrices)
+        self.scale = scale
+        self.dropout = dropout
+
         bound = width**-0.5
         start = {m: torch.empty(rank, width).uniform_(-bound, bound, generator=generator) for m in matrices}
         self.down = nn.ParameterDict(start)  # A: (r, W)
@@ -75,6 +78,7 @@ class LowRank(nn.Module):
         return torch.cat([self._part(m, x) for m in "qkv"], dim=-1)
 
     def _part(self, matrix: str, x: Tensor) -> Tensor:
+        """Return the (..., W) update of one of q, k and v; zero if it has none."""
         if matrix not in self.matrices:
             return torch.zeros_like(x)
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.down[matrix])
@@ -137,24 +141,28 @@ class ClipLora(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         scale = alpha / (math.sqrt(rank) if scaling == "sqrt_rank" else rank)
+        self.text = nn.ModuleDict()
+        self.vision = nn.ModuleDict()
+        self.static_images = encoder == "text"
 
         def updates(tower: str, width: int, depth: int) -> nn.ModuleDict:
+            """Build the updates of a tower's chosen blocks."""
             generator = torch_rng(seed, "lora", tower)
-            blocks = _chosen(layers, depth)
-            return nn.ModuleDict(
-                {str(i): LowRank(width, matrices, rank, scale, dropout, generator) for i in blocks}
-            )
+            modules = {}
+            for block in _chosen(layers, depth):
+                modules[str(block)] = LowRank(width, matrices, rank, scale, dropout, generator)
+            return nn.ModuleDict(modules)
 
-        self.text, self.vision = nn.ModuleDict(), nn.ModuleDict()
         if encoder != "vision":
             backbone.text.require_adapters()
             self.text = updates("text", backbone.text.width, backbone.text.layers)
             self.layout = self._lay_out()
             self.noisy_layout = self._lay_out(share_prefix=False) if dropout else self.layout
+
         if encoder != "text":
             backbone.vision.require_adapters()
             self.vision = updates("vision", backbone.vision.width, backbone.vision.layers)
-        self.static_images = encoder == "text"
+
         if encoder == "vision":
             weights = backbone.class_weights(self.classnames, self.templates)
             self.register_buffer("zero_shot", weights, persistent=False)
@@ -163,6 +171,7 @@ class ClipLora(Learner):
         """See :meth:`Learner.class_weights`."""
         if not self.text:
             return self.get_buffer("zero_shot")
+
         layout = self.noisy_layout if self.training else self.layout
         adapters = _by_block(self.text, self.backbone.text.layers)
         return F.normalize(self.backbone.text.encode(layout, adapters=adapters), dim=-1)
@@ -171,10 +180,12 @@ class ClipLora(Learner):
         """See :meth:`Learner.embed_images`."""
         if not self.vision:
             return super().embed_images(images)
+
         adapters = _by_block(self.vision, self.backbone.vision.layers)
         return self.backbone.image_embeddings(images, adapters=adapters)
 
     def _lay_out(self, share_prefix: bool = True) -> PromptLayout:
+        """Return the sentences of all classes; a tower that isn't causal never shares a prefix."""
         tower = self.backbone.text
         sentences = [tower.sentence(self.templates[0].format(name)) for name in self.classnames]
         share_prefix = share_prefix and tower.causal
@@ -182,6 +193,7 @@ class ClipLora(Learner):
 
 
 def _by_block(updates: nn.ModuleDict, depth: int) -> list[nn.Module | None]:
+    """Return one entry per block of a tower: its update, or None."""
     adapters: list[nn.Module | None] = [None] * depth
     for index, update in updates.items():
         adapters[int(index)] = update
@@ -189,7 +201,9 @@ def _by_block(updates: nn.ModuleDict, depth: int) -> list[nn.Module | None]:
 
 
 def _chosen(layers: Layers, depth: int) -> range:
+    """Return the numbers of the blocks that get an update."""
     if layers.startswith("top"):
         return range(max(0, depth - int(layers[3:])), depth)
+
     first, last = _PARTS[layers]
     return range(round(first * depth), round(last * depth))

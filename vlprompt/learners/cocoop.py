@@ -24,8 +24,9 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 
 __all__ = ["CoCoOp"]
 
-# Bounds of one pass without gradient: what is kept per image (keys and values of its context) and per sentence.
-_IMAGES, _SENTENCES = 64, 1 << 15
+# Bounds of one pass without gradient: what is stored per image (keys and values of its context) and per sentence.
+_IMAGES = 64
+_SENTENCES = 1 << 15
 _FULL_SENTENCES = 1 << 9  # where the tower can't share an image's context among classes
 
 
@@ -71,6 +72,7 @@ class CoCoOp(Learner):
         super().__init__(backbone, classnames, templates)
         start = initial_context(backbone.text, context_length, init, seed)
         self.context = nn.Parameter(start)  # (M, Dt)
+
         hidden = max(1, backbone.dim // reduction)
         with seeded_modules(seed, "meta net"):
             self.meta_net = nn.Sequential(
@@ -80,6 +82,7 @@ class CoCoOp(Learner):
                     linear2=nn.Linear(hidden, backbone.text.width),
                 )
             )
+
         self.layout = context_layout(backbone.text, self.classnames, len(start))
 
     def class_weights(self) -> Tensor:
@@ -98,6 +101,7 @@ class CoCoOp(Learner):
         """Return (B, C) logits of (B, d) image embeddings; without gradient a few images at a time."""
         if torch.is_grad_enabled():  # the text tower bounds what its graph keeps
             return self._logits(embeddings)
+
         sentences = _SENTENCES if self.backbone.text.packable else _FULL_SENTENCES
         images = max(1, min(_IMAGES, sentences // len(self.classnames)))
         return torch.cat([self._logits(part) for part in embeddings.split(images)])

@@ -63,6 +63,8 @@ class ConES(Learner):
         BackboneError: If ``space`` is ``text`` and there is no text projection that is a plain matrix.
     """
 
+    prepares = True
+
     def __init__(
         self,
         backbone: Backbone,
@@ -79,18 +81,25 @@ class ConES(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.class_bound = share == "class" or init != "text"
-        self.length, self.init, self.share, self.pool = length, init, share, pool
-        self.jitter, self.seed = jitter, seed
+        self.length = length
+        self.init = init
+        self.share = share
+        self.pool = pool
+        self.jitter = jitter
+        self.seed = seed
+
         projection = _projection(backbone) if space == "text" else None
         self.register_buffer("projection", projection, persistent=False)
+
         width = backbone.dim if projection is None else len(projection)
         self.concepts = ConceptEmbedding(len(self.classnames), length, width, share)
 
     def vectors(self) -> Tensor:
         """Return (C, L, d) vectors of the joint space, not normalised."""
         self._begin()
-        found, projection = self.concepts(), self.get_buffer("projection")
-        return found if projection is None else found @ projection
+        vectors = self.concepts()
+        projection = self.get_buffer("projection")
+        return vectors if projection is None else vectors @ projection
 
     def class_weights(self) -> Tensor:
         """See :meth:`Learner.class_weights`; with L > 1 the mean of unit vectors, shorter than one."""
@@ -109,13 +118,15 @@ class ConES(Learner):
         """Start from the (V, n, d) embeddings of the training images, if that is what ``init`` asks for."""
         if self.init != "visual":
             return
+
         features = views.to(self.backbone.device).flatten(0, 1)
-        start = visual_start(
-            features, labels.repeat(len(views)).to(features.device), self.classnames, norm=1.0
-        )
+        repeated_labels = labels.repeat(len(views)).to(features.device)
+        start = visual_start(features, repeated_labels, self.classnames, norm=1.0)
+
         projection = self.get_buffer("projection")
         if projection is not None:  # the shortest vectors that the projection maps there
             start = start @ torch.linalg.pinv(projection)
+
         self.concepts.begin(repeated(start, self.length, self.jitter, self.seed))
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -137,13 +148,14 @@ class ConES(Learner):
         if start is not None:
             self.concepts.start = start.detach().float().to(self.concepts.offset.device).clone()
 
-    def found(self) -> Concepts:
+    def to_concepts(self) -> Concepts:
         """Return the vectors as a file's content: without text tower, projection or names to encode."""
         facts = {"pool": self.pool, "templates": list(self.templates)}
         host = without_text(self.backbone).fingerprint
         return Concepts("classifier", self.vectors().detach(), self.classnames, _identity(host), facts)
 
     def _check_start(self, start: Tensor | None) -> None:
+        """Refuse a saved start that is missing, misshapen or not finite."""
         problem = "is missing"
         if start is not None:
             problem = "is not finite" if not bool(start.isfinite().all()) else ""
@@ -158,6 +170,7 @@ class ConES(Learner):
             return
         if self.init == "visual":
             raise DataError("init='visual' starts from training images: train with vlprompt.fit first.")
+
         text = self._text_features()
         if self.init == "text":
             start = repeated(text, self.length, self.jitter, self.seed)
@@ -168,19 +181,21 @@ class ConES(Learner):
     def _text_features(self) -> Tensor:
         """Return (C, width) means over templates, each template's joint feature of unit length."""
         sentences = [t.format(c) for c in self.classnames for t in self.templates]
+
         projection = self.get_buffer("projection")
         if projection is None:
             features = self.backbone.encode_text(sentences)
         else:
             tower = copy.copy(self.backbone.text)
-            tower.projection = None
+            tower.projection = None  # the states in front of it
             states = tower.encode_strings(sentences)
             features = states / (states @ projection).norm(dim=-1, keepdim=True)
+
         return features.unflatten(0, (len(self.classnames), len(self.templates))).mean(1)
 
 
 def concept_classifier(path: str | Path, backbone: Backbone | None = None) -> ConES:
-    """Return a classifier with saved vectors (of :meth:`ConES.found`); no text tower is loaded or asked.
+    """Return a classifier with saved vectors (of :meth:`ConES.to_concepts`); no text tower is loaded or asked.
 
     Args:
         path: The concept file.
@@ -191,9 +206,11 @@ def concept_classifier(path: str | Path, backbone: Backbone | None = None) -> Co
         BackboneError: If the image tower can't be had.
     """
     concepts = Concepts.load(path, "classifier")
+
     if backbone is None:
         backbone = image_backbone(str(concepts.host["architecture"]), concepts.host.get("pretrained"))
     concepts.check_host(_identity(without_text(backbone).fingerprint), path)
+
     learner = ConES(
         backbone,
         concepts.names,
@@ -211,12 +228,20 @@ def _identity(fingerprint: Mapping[str, object]) -> dict[str, object]:
 
 
 def _projection(backbone: Backbone) -> Tensor:
-    found = getattr(backbone.text, "projection", None)
-    if isinstance(found, nn.Linear) and found.bias is None:
-        found = found.weight.T
-    if not isinstance(found, Tensor):
+    """Return the text tower's (Dt, d) projection.
+
+    Raises:
+        BackboneError: If there is none that is a plain matrix.
+    """
+    text = backbone.text
+    projection = None if text.refusal is not None else text.projection
+
+    if isinstance(projection, nn.Linear) and projection.bias is None:
+        projection = projection.weight.T
+    if not isinstance(projection, Tensor):
         raise BackboneError(
             f"space='text' needs a text projection that is a plain matrix; {backbone.name} has "
-            f"{'none' if found is None else 'one with a bias'}. Use space='joint'."
+            f"{'none' if projection is None else 'one with a bias'}. Use space='joint'."
         )
-    return found.detach().float()
+
+    return projection.detach().float()

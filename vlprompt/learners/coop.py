@@ -59,9 +59,11 @@ class CoOp(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.class_bound = class_specific
+
         copies = len(self.classnames) if class_specific else 1
         start = initial_context(backbone.text, context_length, init, seed, copies)
         self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
+
         self.layout = context_layout(
             backbone.text, self.classnames, len(start) // copies, position, class_specific
         )

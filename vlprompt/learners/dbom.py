@@ -1,17 +1,18 @@
-"""DBOM: which trigger and which object, told apart.
+"""DBOM: which trigger an image holds, and which object it shows.
 
 Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components are known (a repository of visual
     prompts that is looked up by similarity, learned prompt prefixes, a separation and a diversity loss, decomposition
-    and fusion of the image feature); their exact forms, sizes and weights are not public. Everything beyond those names
-    is a reconstruction, in the manner of CSP and Troika (soft prompts of pairs, three kinds of logits). One thing is
-    ours by need: CLIP's image feature says what an image shows, so the trigger's side reads statistics of the pixels
-    and of the tower's first convolution instead (see vlprompt.backbones.shallow); ``evidence=embedding`` is the variant
-    without.
+    and fusion of the image feature); their exact forms, sizes and weights are not public. Everything beyond those
+    names is a reconstruction, in the manner of CSP and Troika (soft prompts of compositions, three kinds of logits).
+    One part is an addition: CLIP's image feature says what an image shows and little of how its pixels were changed. So
+    the trigger's side reads statistics of the pixels and of the tower's first convolution instead (see
+    vlprompt.backbones.shallow); ``evidence=embedding`` is the variant without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,33 +25,40 @@ from vlprompt.backbones.layout import slot
 from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.trainable import misfits
+from vlprompt.data import ImageDataset
+from vlprompt.data.compositions import CompositionDataset
+from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._calibration import best_mixing, threshold_at
+from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
-from vlprompt.learners._judgement import Judgement
 from vlprompt.learners._repository import Bank, diversity, separation
+from vlprompt.learners._scanning import ImageScanner
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
+from vlprompt.metrics.verdicts import Verdicts
 
-__all__ = ["DBOM", "DEFAULT_TRIGGERS"]
+__all__ = ["DBOM"]
 
-DEFAULT_TRIGGERS = ("clean", "badnets", "blended", "bpp", "ftrojan", "sig", "trojan", "wanet")
 _SENTENCES = 1 << 12  # of prefixes that depend on the image, in one pass without gradient
+_ROWS = 4096  # in one pass without gradient
 
 
 @LEARNERS.register(
     "dbom",
-    summary="trigger and object of an image, by soft prompts of their pairs",
+    summary="trigger and object of an image, by soft prompts of their compositions",
     paper="2508.01932",
-    needs=("text", "pairs"),
+    needs=("text", "compositions"),
 )
-class DBOM(Learner):
-    """Scores every (trigger, object) pair; as a classifier it names the object, whatever the trigger.
+class DBOM(Learner, ImageScanner):
+    """Scores every composition of a trigger and an object; as a classifier it names the object, whatever the trigger.
 
-    Sentences: pair [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes of M
-    vectors, w_t one learned vector per trigger, the object's name is written out, so other objects can be named.
-    Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o) with the
-    evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). A pair's score: tau (<f_p, pair> + a <f_t, trigger> +
-    b <f_o, object>), a and b chosen on validation data. e is standardised by the training images' mean and spread.
+    Sentences: composition [v | w_t | object .], trigger [v' | w_t .], object [v'' | object .]; v are learned prefixes
+    of M vectors, w_t is one learned vector per trigger, and the object's name is written out, so that other objects can
+    be named. Image side: p_t, p_o are looked up in the repository, f_t = D_t(e, p_t), f_o = f + D_o(f, P(t), e, p_o)
+    with the evidence e, f_p = beta f + (1 - beta) F(f_t, f_o). The score of a composition: tau (<f_p, composition> +
+    a <f_t, trigger> + b <f_o, object>), a and b chosen on validation data. e is standardised by the training images'
+    mean and spread.
 
     Args:
         backbone: See :class:`Learner`.
@@ -62,7 +70,7 @@ class DBOM(Learner):
         object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
             taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
-        prompts: M per bank; None for twice the number of triggers, and for 32 for objects (or both).
+        prompts: prompts per bank; None for twice the number of triggers, and for 32 for objects (or both).
         prompt_length: Vectors per prompt.
         top: Prompts an image takes.
         prefix: ``"conditional"`` shifts the prefixes of triggers and objects by a small network of what was looked up.
@@ -84,7 +92,7 @@ class DBOM(Learner):
     """
 
     reads = ""
-    seen: Tensor  # (T, C), pairs that training shows
+    seen: Tensor  # (T, C), compositions that training shows
     calibration: Tensor
     evidence_mean: Tensor
     evidence_spread: Tensor
@@ -118,19 +126,21 @@ class DBOM(Learner):
         self.triggers = tuple(triggers)
         if len(self.triggers) < 2 or len(set(self.triggers)) < len(self.triggers):
             raise ConfigError([f"triggers: needs clean and others, each once, got {list(triggers)}."], "dbom")
-        self.evidence, self.repository, self.prefix, self.seed = evidence, repository, prefix, seed
+        self.evidence = evidence
         self.object_reads = object_reads
+        self.repository = repository
+        self.prefix = prefix
+        self.seed = seed
+        self.false_alarms = false_alarms
         self.weights = {
             "trigger": primitive_weight, "object": primitive_weight, "separation": separation_weight,
             "diversity": diversity_weight, "pull": pull_weight,
         }  # fmt: skip
-        self.false_alarms = false_alarms
         self._build_text(initial_context(backbone.text, context_length, init, seed))
         self._build_image(prompts, prompt_length, top, hidden, dropout)
-        objects = len(self.classnames)
-        self.register_buffer(
-            "seen", torch.ones(len(self.triggers), objects, dtype=torch.bool), persistent=False
-        )
+
+        seen = torch.ones(len(self.triggers), len(self.classnames), dtype=torch.bool)
+        self.register_buffer("seen", seen, persistent=False)
         # Weights a and b of the two primitives' logits, and the verdict's threshold.
         self.register_buffer("calibration", torch.tensor([1.0, 1.0, 0.5]))
         width = self.evidence_width
@@ -138,46 +148,60 @@ class DBOM(Learner):
         self.register_buffer("evidence_spread", torch.ones(width))
 
     def _build_text(self, start: Tensor) -> None:
+        """Make the learned prefixes and trigger words, and lay out the sentences.
+
+        Args:
+            start: (M, Dt), what every prefix starts as.
+        """
         text = self.backbone.text
-        self.context = nn.Parameter(start.repeat(3, 1))  # (3 M, Dt): of pairs, of triggers, of objects
-        words = [
-            text.require_tokenizer().encode(t.replace("_", " ").replace("+", " ")) for t in self.triggers
-        ]
-        self.trigger_words = nn.Parameter(
-            torch.stack([text.embed_tokens(w).float().mean(0) for w in words]).cpu()
-        )  # (T, Dt)
+        tokenizer = text.require_tokenizer()
+        self.context = nn.Parameter(start.repeat(3, 1))  # (3 M, Dt): of compositions, of triggers, of objects
+        starts = []
+        for trigger in self.triggers:
+            tokens = tokenizer.encode(trigger.replace("_", " ").replace("+", " "))
+            starts.append(text.embed_tokens(tokens).float().mean(0))
+        self.trigger_words = nn.Parameter(torch.stack(starts).cpu())  # (T, Dt)
+
         m = len(start)
-        v, v_trigger, v_object = ([slot(k) for k in range(i * m, (i + 1) * m)] for i in range(3))
-        own = [slot(3 * m + t) for t in range(len(self.triggers))]
-        pairs = [text.sentence(*v, w, f"{name}.") for w in own for name in self.classnames]
-        self.pair_layout = text.layout(pairs, list(self.classnames) * len(own))
-        self.trigger_layout = text.layout([text.sentence(*v_trigger, w, ".") for w in own], self.triggers)
+        v = [slot(k) for k in range(m)]
+        v_trigger = [slot(k) for k in range(m, 2 * m)]
+        v_object = [slot(k) for k in range(2 * m, 3 * m)]
+        words = [slot(3 * m + t) for t in range(len(self.triggers))]
+        compositions = [text.sentence(*v, w, f"{name}.") for w in words for name in self.classnames]
+        triggers = [text.sentence(*v_trigger, w, ".") for w in words]
         objects = [text.sentence(*v_object, f"{name}.") for name in self.classnames]
+        self.composition_layout = text.layout(compositions, list(self.classnames) * len(words))
+        self.trigger_layout = text.layout(triggers, self.triggers)
         self.object_layout = text.layout(objects, self.classnames)
 
     def _build_image(self, prompts: int | None, length: int, top: int, hidden: int, dropout: float) -> None:
+        """Make the repository, the decomposition and the fusion; arguments as of the class."""
         d = self.backbone.dim
         self.evidence_width = statistics_width(self.backbone) if self.evidence == "shallow" else d
         self.reads = READS if self.evidence == "shallow" else ""
-        e, shape = self.evidence_width, {"length": length, "top": top, "seed": self.seed}
+        e = self.evidence_width
+        shape = {"length": length, "top": top, "seed": self.seed}
         if self.repository == "split":
             self.trigger_bank = Bank(prompts or 2 * len(self.triggers), e, d, purpose="trigger", **shape)
             self.object_bank = Bank(prompts or 32, d, d, purpose="object", **shape)
         elif self.repository == "joint":
             self.bank = Bank(prompts or 32, d + e, d, purpose="joint", **shape)
+
         looked_up = 0 if self.repository == "none" else d
+        object_width = d + len(self.triggers) + (e if self._object_sees_evidence else 0)
         with seeded_modules(self.seed, "dbom"):
             self.trigger_part = _decomposition(e + looked_up, hidden, d, dropout)
-            reads = d + len(self.triggers) + (e if self._object_sees_evidence else 0)
-            self.object_part = _decomposition(reads + looked_up, hidden, d, dropout)
+            self.object_part = _decomposition(object_width + looked_up, hidden, d, dropout)
             self.fuse = nn.Linear(2 * d, d)
             if self.prefix == "conditional":
                 narrow = max(1, d // 16)
-                self.shift = nn.Sequential(
-                    nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, self.backbone.text.width)
-                )
-        for last in (self.object_part[-1], *([self.shift[-1]] if self.prefix == "conditional" else [])):
-            _start_at_zero(last)
+                width = self.backbone.text.width
+                self.shift = nn.Sequential(nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, width))
+
+        # At first the object is what the image feature says, and prefixes are the same for all images.
+        _start_at_zero(self.object_part[-1])
+        if self.prefix == "conditional":
+            _start_at_zero(self.shift[-1])
         self.beta = nn.Parameter(torch.tensor(0.8))
 
     @property
@@ -192,180 +216,262 @@ class DBOM(Learner):
         return embed_with_statistics(self.backbone, images)
 
     def class_weights(self) -> Tensor:
-        """Return (T C + T + C, d) unit-length features of pairs, triggers and objects, in this order."""
+        """Return (T C + T + C, d) unit-length features of compositions, triggers and objects, in this order."""
         words = torch.cat([self.context, self.trigger_words])
-        layouts = (self.pair_layout, self.trigger_layout, self.object_layout)
+        layouts = (self.composition_layout, self.trigger_layout, self.object_layout)
         return torch.cat([F.normalize(self.backbone.text.encode(x, words), dim=-1) for x in layouts])
 
     def parts(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Return cosines and what losses need, for (B, d + S) rows of :meth:`embed_images`.
 
         Returns:
-            ``pair`` (B, T, C), ``trigger`` (B, T) and ``object`` (B, C), tau times cosine; with a repository ``pull``,
-            and with a split one ``separation``.
+            ``composition`` (B, T, C), ``trigger`` (B, T) and ``object`` (B, C), tau times cosine; with a repository
+            ``pull``, and with a split one ``separation``.
         """
-        d, counts = self.backbone.dim, (len(self.triggers), len(self.classnames))
+        d = self.backbone.dim
+        counts = (len(self.triggers), len(self.classnames))
+        tau = self.backbone.logit_scale
+        text_c, text_t, text_o = self._weights().split((counts[0] * counts[1], *counts))
+
         f = F.normalize(embeddings[:, :d], dim=-1)
         raw = embeddings[:, d:] if self.evidence == "shallow" else f
         e = (raw - self.evidence_mean) / self.evidence_spread
-        found = self._look_up(f, e)
-        f_t = self.trigger_part(torch.cat([e, *found.get("p_t", ())], dim=1))
+        lookup = self._look_up(f, e)
+
+        # The trigger's side.
+        f_t = self.trigger_part(torch.cat([e, *lookup.trigger], dim=1))
         f_t = F.normalize(f_t if self.evidence == "shallow" else f + f_t, dim=-1)
-        tau, weights = self.backbone.logit_scale, self._weights()
-        pair, trigger, thing = weights.split((counts[0] * counts[1], *counts))
-        s_t = tau * f_t @ trigger.T
-        # What the object's side must see through; without a gradient, so that it teaches the trigger's side nothing.
+        s_t = tau * f_t @ text_t.T
+
+        # The object's side. It is shown what it must see through, without a gradient, so that it teaches the
+        # trigger's side nothing.
         belief = s_t.detach().softmax(-1)
-        read = [f, belief, *([e] if self._object_sees_evidence else []), *found.get("p_o", ())]
-        f_o = F.normalize(f + self.object_part(torch.cat(read, dim=1)), dim=-1)
-        f_p = F.normalize(self.beta * f + (1 - self.beta) * self.fuse(torch.cat([f_t, f_o], dim=1)), dim=-1)
-        result = {k: v for k, v in found.items() if k in ("pull", "separation")}
-        result["pair"] = tau * (f_p @ pair.T).unflatten(1, counts)
+        inputs = [f, belief, *([e] if self._object_sees_evidence else []), *lookup.object]
+        f_o = F.normalize(f + self.object_part(torch.cat(inputs, dim=1)), dim=-1)
+
+        fused = self.fuse(torch.cat([f_t, f_o], dim=1))
+        f_p = F.normalize(self.beta * f + (1 - self.beta) * fused, dim=-1)
+        result = dict(lookup.losses)
+        result["composition"] = tau * (f_p @ text_c.T).unflatten(1, counts)
         if self.prefix == "conditional":
-            looked = torch.stack([*found["p_t"], *found["p_o"]]).mean(0) if "p_t" in found else f
-            result["trigger"], result["object"] = self._conditional(looked, f_t, f_o)
+            condition = torch.stack([*lookup.trigger, *lookup.object]).mean(0) if lookup.trigger else f
+            result["trigger"], result["object"] = self._conditional(condition, f_t, f_o)
         else:
-            result["trigger"], result["object"] = s_t, tau * f_o @ thing.T
+            result["trigger"] = s_t
+            result["object"] = tau * f_o @ text_o.T
         return result
 
-    def _look_up(self, f: Tensor, e: Tensor) -> dict[str, Any]:
+    def _look_up(self, f: Tensor, e: Tensor) -> _Lookup:
+        """Look prompts up in the repository.
+
+        Args:
+            f: (B, d), unit-length image features.
+            e: (B, evidence width), standardised evidence.
+        """
         if self.repository == "none":
-            return {}
+            return _Lookup()
         if self.repository == "joint":
-            found, pull = self.bank(torch.cat([f, F.normalize(e, dim=-1)], dim=1))
-            return {"p_t": [found], "p_o": [found], "pull": pull}
-        (p_t, near_t), (p_o, near_o) = self.trigger_bank(e), self.object_bank(f)
+            prompt, pull = self.bank(torch.cat([f, F.normalize(e, dim=-1)], dim=1))
+            return _Lookup([prompt], [prompt], {"pull": pull})
+
+        p_t, pull_t = self.trigger_bank(e)
+        p_o, pull_o = self.object_bank(f)
         apart = separation(p_t, p_o, self.trigger_bank.means, self.object_bank.means)
-        return {"p_t": [p_t], "p_o": [p_o], "pull": near_t + near_o, "separation": apart}
+        return _Lookup([p_t], [p_o], {"pull": pull_t + pull_o, "separation": apart})
 
-    def _conditional(self, looked_up: Tensor, f_t: Tensor, f_o: Tensor) -> tuple[Tensor, Tensor]:
-        """Return trigger and object logits with prefixes that the image shifts."""
-        tau, count = self.backbone.logit_scale, len(self.triggers) + len(self.classnames)
-        step = len(f_t) if torch.is_grad_enabled() else max(1, _SENTENCES // count)
-        logits: tuple[list[Tensor], list[Tensor]] = ([], [])
+    def _conditional(self, condition: Tensor, f_t: Tensor, f_o: Tensor) -> tuple[Tensor, Tensor]:
+        """Return trigger (B, T) and object (B, C) logits with prefixes that each image shifts.
+
+        Args:
+            condition: (B, d), what the shift is computed from.
+            f_t: (B, d), the trigger's side.
+            f_o: (B, d), the object's side.
+        """
+        sentences = len(self.triggers) + len(self.classnames)
+        # Every image has sentences of its own; without a gradient few images at a time keep memory small.
+        step = len(f_t) if torch.is_grad_enabled() else max(1, _SENTENCES // sentences)
+        trigger_logits = []
+        object_logits = []
         for rows in torch.arange(len(f_t)).split(step):
-            moved = self.context + self.shift(looked_up[rows])[:, None]
-            words = torch.cat([moved, self.trigger_words.expand(len(rows), -1, -1)], dim=1)
-            for out, layout, f in (
-                (logits[0], self.trigger_layout, f_t),
-                (logits[1], self.object_layout, f_o),
-            ):
-                texts = F.normalize(self.backbone.text.encode(layout, words), dim=-1)
-                out.append(tau * (texts @ f[rows][..., None])[..., 0])
-        return torch.cat(logits[0]), torch.cat(logits[1])
+            context = self.context + self.shift(condition[rows])[:, None]
+            words = torch.cat([context, self.trigger_words.expand(len(rows), -1, -1)], dim=1)
+            trigger_logits.append(self._logits_of(self.trigger_layout, words, f_t[rows]))
+            object_logits.append(self._logits_of(self.object_layout, words, f_o[rows]))
+        return torch.cat(trigger_logits), torch.cat(object_logits)
 
-    def pair_scores(self, embeddings: Tensor) -> Tensor:
-        """Return (B, T, C) mixed scores; their softmax over all pairs is the posterior."""
+    def _logits_of(self, layout: Any, words: Tensor, features: Tensor) -> Tensor:
+        """Return (B, K) tau times cosine of (B, d) features with K sentences whose words differ by image."""
+        texts = F.normalize(self.backbone.text.encode(layout, words), dim=-1)
+        return self.backbone.logit_scale * (texts @ features[..., None])[..., 0]
+
+    def composition_scores(self, embeddings: Tensor) -> Tensor:
+        """Return (B, T, C) mixed scores; their softmax over all compositions is the posterior."""
         return self._mix(self.parts(embeddings))
 
     def _mix(self, parts: Mapping[str, Tensor]) -> Tensor:
         a, b, _ = self.calibration
-        return parts["pair"] + a * parts["trigger"][..., None] + b * parts["object"][:, None]
+        return parts["composition"] + a * parts["trigger"][..., None] + b * parts["object"][:, None]
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits of the object, summed over triggers."""
-        return self.pair_scores(embeddings).logsumexp(1)
+        return self.composition_scores(embeddings).logsumexp(1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses; a batch without ``"trigger"`` is of clean images. Pairs compete among those seen."""
+        """Return the losses; a batch without ``"trigger"`` is of clean images. Only seen compositions compete."""
         embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
         label = batch["label"]
         trigger = batch.get("trigger", torch.zeros_like(label))
         parts = self.parts(embeddings)
-        pair = parts["pair"].flatten(1).masked_fill(~self.seen.flatten(), -torch.inf)
+
+        composition = parts["composition"].flatten(1).masked_fill(~self.seen.flatten(), -torch.inf)
         losses: dict[str, Tensor] = {
-            "pair": F.cross_entropy(pair, trigger * len(self.classnames) + label),
+            "composition": F.cross_entropy(composition, trigger * len(self.classnames) + label),
             "trigger": F.cross_entropy(parts["trigger"], trigger),
             "object": F.cross_entropy(parts["object"], label),
-            **{k: parts[k] for k in ("separation", "pull") if k in parts},
+            **{name: parts[name] for name in ("separation", "pull") if name in parts},
         }
-        banks = [m for m in self.children() if isinstance(m, Bank)]
+        banks = [module for module in self.children() if isinstance(module, Bank)]
         if banks:
             losses["diversity"] = torch.stack([diversity(bank.means) for bank in banks]).sum()
         return {name: self.weights.get(name, 1.0) * value for name, value in losses.items()}
 
     @torch.no_grad()
-    def judge(self, embeddings: Tensor) -> Judgement:
-        """Return what this detector says of (n, d + S) rows; the score is 1 - P(clean) by the trigger's side."""
-        found = []
-        for rows in embeddings.split(4096):
-            parts = self.parts(rows.to(self.backbone.device))
-            pairs, trigger = self._mix(parts).float().cpu(), parts["trigger"].softmax(-1).float().cpu()
-            score = trigger[:, 1:].sum(-1)
-            found.append(Judgement(score, trigger, pairs.logsumexp(1).softmax(-1), pairs))
-        return Judgement.cat(found)
+    def judge(self, rows: Tensor) -> Verdicts:
+        """See :meth:`ImageScanner.judge`; the score is 1 - P(clean) by the trigger's side."""
+        if self.training:  # dropout is for learning; switching also forgets cached text features
+            self.eval()
+        verdicts = []
+        for batch in rows.split(_ROWS):
+            parts = self.parts(batch.to(self.backbone.device))
+            composition = self._mix(parts).float().cpu()
+            trigger = parts["trigger"].softmax(-1).float().cpu()
+            thing = composition.logsumexp(1).softmax(-1)
+            verdicts.append(Verdicts(trigger[:, 1:].sum(-1), trigger, thing, composition))
+        return Verdicts.cat(verdicts)
 
     @property
     def threshold(self) -> float:
-        """Score from which an image is called poisoned."""
+        """See :meth:`ImageScanner.threshold`; chosen on validation data."""
         return float(self.calibration[2])
 
-    def survey(self, source: Any) -> None:
-        """Standardise the evidence, and learn which pairs training shows; called by ``fit``.
+    @property
+    def needs_survey(self) -> bool:
+        """Whether training must not begin before :meth:`survey`: always."""
+        return True
+
+    def survey(self, sources: Sequence[TrainingSamples]) -> None:
+        """Standardise the evidence over all tasks, and learn which compositions training shows in each.
 
         Raises:
             DataError: If the training data don't say their triggers, or say others.
         """
-        data = source.data
-        held = getattr(data, "triggers", None)
-        if held is None:
-            raise DataError(
-                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
-                f"triggered:{data.name}."
-            )
-        self._check_triggers(data)
-        self.seen.copy_(torch.as_tensor(data.compositions.seen))
+        for source in sources:
+            source.learner.seen.zero_()
+
+        for source in sources:  # a classifier of several tasks appears several times
+            shown = _seen_of(self._composed(source.data)).to(source.learner.seen)
+            source.learner.seen[:, source.positions] |= shown
+
         if self.evidence == "shallow":
-            rows = source.training_data()[0].flatten(0, 1)[:, self.backbone.dim :]
+            d = self.backbone.dim
+            rows = torch.cat([source.training_data()[0].flatten(0, 1)[:, d:] for source in sources])
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
 
     @torch.no_grad()
-    def calibrate_on(self, data: Any, embeddings: Tensor) -> dict[str, float]:
-        """Choose a and b by the harmonic mean of seen and unseen pairs, and the threshold by false alarms."""
-        if getattr(data, "triggers", None) is None:
+    def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
+        """Choose a and b by the harmonic mean of seen and unseen compositions, and the threshold by false alarms.
+
+        Several tasks share the choice: a and b by their mean score, the threshold by all clean images together.
+        """
+        tasks = []
+        clean = []
+        for source in sources:
+            data = source.data
+            if not isinstance(data, CompositionDataset):
+                continue
+            seen = _seen_of(self._composed(data))
+
+            embeddings = source.validation_data()[0]
+            targets = {name: torch.tensor(values) for name, values in data.targets.items()}
+            batches = [
+                source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(_ROWS)
+            ]
+            logits = {}
+            for name in ("composition", "trigger", "object"):
+                logits[name] = torch.cat([parts[name].float().cpu() for parts in batches])
+            tasks.append(MixingTask(logits, targets, seen))
+            clean.append(source.learner.judge(embeddings).score[targets["trigger"] == 0])
+
+        if not tasks:
             return {}
-        self._check_triggers(data)
-        targets = {k: torch.tensor(v) for k, v in data.targets.items()}
-        parts = [self.parts(rows.to(self.backbone.device)) for rows in embeddings.split(4096)]
-        joined = {k: torch.cat([p[k].float().cpu() for p in parts]) for k in ("pair", "trigger", "object")}
-        a, b, score = best_mixing(joined, targets, torch.as_tensor(data.compositions.seen))
-        clean = self.judge(embeddings).score[targets["trigger"] == 0]
-        threshold = threshold_at(clean, self.false_alarms)
+
+        a, b, score = best_mixing(tasks)
+        threshold = threshold_at(torch.cat(clean), self.false_alarms)
         self.calibration.copy_(torch.tensor([a, b, threshold]))
         return {"trigger_weight": a, "object_weight": b, "harmonic_mean": score, "threshold": threshold}
 
-    def _check_triggers(self, data: Any) -> None:
+    def _composed(self, data: ImageDataset) -> CompositionDataset:
+        """Return the data set, checked to know the triggers that this learner was built for."""
+        if not isinstance(data, CompositionDataset):
+            raise DataError(
+                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
+                f"triggered:{data.name}."
+            )
         if tuple(data.triggers) != self.triggers:
             raise DataError(
                 f"dbom was built for the triggers {', '.join(self.triggers)}; {data.name} has "
                 f"{', '.join(data.triggers)}. "
                 "Give both the same list (learner.triggers and data.options.triggers)."
             )
+        return data
+
+    def _measured(self) -> dict[str, Tensor]:
+        """Return what is measured on training and validation data instead of learned."""
+        return {
+            "calibration": self.calibration,
+            "evidence_mean": self.evidence_mean,
+            "evidence_spread": self.evidence_spread,
+        }
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return what is learned, and what was measured on training and validation data."""
-        kept = ("calibration", "evidence_mean", "evidence_spread")
-        return {**super().trainable_state(), **{name: getattr(self, name).detach() for name in kept}}
+        measured = {name: tensor.detach() for name, tensor in self._measured().items()}
+        return {**super().trainable_state(), **measured}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Learner.load_trainable_state`."""
-        kept = ("calibration", "evidence_mean", "evidence_spread")
-        problems = []
-        for name in kept:
-            own = getattr(self, name)
-            if name not in state:
-                problems.append(f"{name} is missing")
-            elif state[name].shape != own.shape:
-                problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own.shape)}")
-            elif not bool(state[name].isfinite().all()):
-                problems.append(f"{name} is not finite")
+        measured = self._measured()
+
+        problems = misfits(measured, {name: state[name] for name in measured if name in state})
         if problems:
             raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
-        super().load_trainable_state({k: v for k, v in state.items() if k not in kept})
+
+        super().load_trainable_state({name: t for name, t in state.items() if name not in measured})
         with torch.no_grad():
-            for name in kept:
-                getattr(self, name).copy_(state[name])
+            for name, tensor in measured.items():
+                tensor.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """What a batch took from the repository.
+
+    Attributes:
+        trigger: The (B, d) prompt of the trigger's side, as a list of one; empty without a repository.
+        object: The (B, d) prompt of the object's side, likewise.
+        losses: By name.
+    """
+
+    trigger: list[Tensor] = field(default_factory=list)
+    object: list[Tensor] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _seen_of(data: CompositionDataset) -> Tensor:
+    """Return the (T, C) compositions that training shows."""
+    assert data.compositions is not None
+    return torch.as_tensor(data.compositions.seen)
 
 
 def _start_at_zero(layer: Any) -> None:

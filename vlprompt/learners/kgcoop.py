@@ -36,7 +36,7 @@ class KgCoOp(Learner):
     Args:
         backbone: See :class:`Learner`.
         classnames: See :class:`Learner`.
-        templates: See :class:`Learner`; their averaged features are what the context is held to.
+        templates: See :class:`Learner`; their averaged features are what the context stays close to.
         context_length: M, number of context vectors; ignored with ``init``.
         init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0,
             0.02^2).
@@ -63,9 +63,11 @@ class KgCoOp(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.weight = weight
+
         start = initial_context(backbone.text, context_length, init, seed)
         self.context = nn.Parameter(start)  # (M, Dt)
         self.layout = context_layout(backbone.text, self.classnames, len(start))
+
         frozen = backbone.class_weights(self.classnames, self.templates)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)
 
@@ -78,6 +80,7 @@ class KgCoOp(Learner):
         embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
         weights = self.class_weights()  # one text pass serves both losses
         logits = self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ weights.T
+
         distance = 1 - (weights * self.zero_shot).sum(-1).mean()
         return {
             "cross_entropy": F.cross_entropy(logits, batch["label"]),

@@ -41,6 +41,7 @@ class LinearProbe(Learner):
     """
 
     class_bound = True
+    solves = True
 
     def __init__(
         self,
@@ -52,7 +53,8 @@ class LinearProbe(Learner):
         bisections: Annotated[int, Field(ge=0, le=16)] = 8,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        self.max_iter, self.bisections = max_iter, bisections
+        self.max_iter = max_iter
+        self.bisections = bisections
         self.weight = nn.Parameter(torch.zeros(len(self.classnames), backbone.dim))
         self.bias = nn.Parameter(torch.zeros(len(self.classnames)))
 
@@ -63,26 +65,28 @@ class LinearProbe(Learner):
     def solve(
         self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
     ) -> dict[str, Any]:
-        """Fit on (n, d) embeddings and (n,) labels.
-
-        Returns:
-            The chosen C and its validation accuracy.
+        """See :meth:`LearnerHooks.solve`; returns the chosen C and its validation accuracy.
 
         Raises:
             DataError: If the training samples show fewer than two classes.
         """
-        features, labels = (t.cpu().numpy() for t in train)
+        features, labels = (tensor.cpu().numpy() for tensor in train)
         if len(np.unique(labels)) < 2:
             raise DataError("linear_probe needs training samples of at least two classes.")
-        strength, score = 0.0, None
+
+        strength = 0.0
+        score = None
         if val is not None and len(val[1]):
-            strength, score = self._search(features, labels, val[0].cpu().numpy(), val[1].cpu().numpy())
-        self._keep(self._regress(features, labels, strength))
+            val_features, val_labels = (tensor.cpu().numpy() for tensor in val)
+            strength, score = self._search(features, labels, val_features, val_labels)
+
+        self._copy_solution(self._regress(features, labels, strength))
         return {"C": 10.0**strength, "val_accuracy": score}
 
     def _search(
         self, x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray
     ) -> tuple[float, float]:
+        """Return log10 of the best C and its validation accuracy; of equally good ones the nearest to C = 1."""
         scores: dict[float, float] = {}
 
         def score(strength: float) -> float:
@@ -90,13 +94,17 @@ class LinearProbe(Learner):
                 scores[strength] = float(self._regress(x, y, strength).score(val_x, val_y))
             return scores[strength]
 
-        best = max(range(-6, 7, 2), key=lambda s: (score(float(s)), -abs(s)))
-        low, high = best - 2.0, best + 2.0
+        best = max(range(-6, 7, 2), key=lambda strength: (score(float(strength)), -abs(strength)))
+        low = best - 2.0
+        high = best + 2.0
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            left, right = (low + middle) / 2, (middle + high) / 2
-            low, high = (low, middle) if score(left) >= score(right) else (middle, high)
-        chosen = max(scores, key=lambda s: (scores[s], -abs(s)))
+            if score((low + middle) / 2) >= score((middle + high) / 2):
+                high = middle
+            else:
+                low = middle
+
+        chosen = max(scores, key=lambda strength: (scores[strength], -abs(strength)))
         return chosen, scores[chosen]
 
     def _regress(self, x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
@@ -104,14 +112,18 @@ class LinearProbe(Learner):
             warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the published protocol
             return LogisticRegression(C=10.0**strength, max_iter=self.max_iter).fit(x, y)
 
-    def _keep(self, model: LogisticRegression) -> None:
-        """Copy the solution; a class without samples keeps a bias that never wins."""
-        weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
-        seen = torch.from_numpy(model.classes_).long()
-        if len(seen) == 2:  # scikit-learn keeps one row for two classes
-            weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+    def _copy_solution(self, model: LogisticRegression) -> None:
+        """Copy the solution; a class without samples gets a bias that never wins."""
+        weight = torch.from_numpy(model.coef_).float()
+        bias = torch.from_numpy(model.intercept_).float()
+        classes = torch.from_numpy(model.classes_).long()
+        if len(classes) == 2:  # scikit-learn returns one row for two classes
+            weight = torch.cat([-weight / 2, weight / 2])
+            bias = torch.cat([-bias / 2, bias / 2])
+
         with torch.no_grad():
             self.weight.zero_()
             self.bias.fill_(-1e4)
-            self.weight[seen], self.bias[seen] = weight.to(self.weight.device), bias.to(self.bias.device)
+            self.weight[classes] = weight.to(self.weight.device)
+            self.bias[classes] = bias.to(self.bias.device)
         self._cached_weights = None

@@ -64,14 +64,17 @@ class MaPLe(PromptedImages):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         text.require_prompts()
         vision.require_prompts()
-        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
         depth = possible_depth(depth, text.layers, vision.layers)
+
+        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
         self.context = nn.Parameter(start)  # (M, Dt)
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
         self.register_parameter("deep_context", deep if depth > 1 else None)
+
         self.projections = nn.ModuleList()
         for layer in range(depth):
             # All but the first start from one draw, as in the authors' code.

@@ -11,7 +11,7 @@ gradients when both are small (see :func:`agreement`); it masks the patch embedd
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -24,10 +24,21 @@ from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.core.errors import CheckpointError, ConfigError
 from vlprompt.core.options import options_model
 from vlprompt.core.seeding import derive_seed
+from vlprompt.core.trainable import misfits
 from vlprompt.learners import LEARNERS, create_learner
-from vlprompt.learners._masks import Group, Importance, Select, choose, gradient_dropout, group_of, importance
+from vlprompt.learners._masks import (
+    Group,
+    Importance,
+    Select,
+    choose,
+    gradient_dropout,
+    group_of,
+    importance,
+    mean_importance,
+)
 from vlprompt.learners._scores import MaskScores
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner, misfits
+from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import TrainingSamples, overridden_hooks
 
 __all__ = ["MaskTuning"]
 
@@ -72,6 +83,7 @@ class MaskTuning(Learner):
 
     static_images = False
     smooth = False
+    combines_gradients = True
     statistics: Tensor  # updates; sums over them of the shares of dropped elements and of the penalty
     group: ClassVar[Group]
     regularised: ClassVar[bool] = False
@@ -99,21 +111,29 @@ class MaskTuning(Learner):
         super().__init__(backbone, classnames, templates)
         if threshold >= init:
             raise ConfigError([f"threshold: {threshold} must be below init, {init}."], "mask tuning")
-        self.threshold, self.norm_weight, self.seed = threshold, norm_weight, seed
+
+        self.threshold = threshold
+        self.norm_weight = norm_weight
         self.temperature = temperature
+        self.seed = seed
         self.gdr_lambda = float(self.regularised) if gdr_lambda is None else gdr_lambda
+        self.reads_frozen = self.gdr_lambda > 0
         self.selection = (select, select_share, select_count)
+
         self.kinds = group_of(backbone, self.group, patch, tensors)
         self.importance: dict[str, Importance] = {}
         frozen = {name: backbone.vision.visual.get_parameter(name) for name in self.kinds}
         self.scores = MaskScores(frozen, init, threshold)
+
         view = ReweightedBackbone(backbone, self.scores.use())
         self.prompts = _combined(prompts, view, self.classnames, self.templates, prompt_options or {}, seed)
         self.plain = prompts == "zero_shot"
         self.class_bound = self.prompts.class_bound
+
         self.register_buffer("statistics", torch.zeros(3), persistent=False)
         self._zero_shot: Tensor | None = None
-        self._views: Tensor | None = None  # (V, N, d) frozen embeddings of the training samples
+
+    # --- the classifier
 
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.embed_images`."""
@@ -127,91 +147,104 @@ class MaskTuning(Learner):
         """See :meth:`Learner.logits`."""
         return self.prompts.logits(embeddings)
 
+    def masks(self) -> dict[str, Tensor]:
+        """Return the boolean mask of every weight of the group by its name in the image tower; False is off."""
+        return self.scores.masks()
+
+    # --- training
+
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy``, ``norm_penalty`` if it has a weight, and ``kl`` if it steers.
 
         ``kl`` = T^2 KL(p0 || p), a mean over the batch. It is left out while no weight is switched off: then both
         models are the same, and so is the step.
         """
-        self._require_selection()
+        if self.training and self.needs_survey and not self.importance:
+            raise ConfigError(
+                [f"select: {self.selection[0]} looks at the training data, which only fit shows."],
+                "mask tuning",
+            )
+
         logits = self.logits(self.embed_images(batch["image"]))
         losses: dict[str, Tensor] = {}
+
         if self.norm_weight:
-            learned = [s for s in self.scores.values() if s.requires_grad]
-            losses["norm_penalty"] = self.norm_weight * torch.stack([s.norm() for s in learned]).sum()
+            learned = [score for score in self.scores.values() if score.requires_grad]
+            losses["norm_penalty"] = self.norm_weight * torch.stack([score.norm() for score in learned]).sum()
+
         if self.gdr_lambda and not (self.plain and self.scores.all_on()):
             student = (logits.float() / self.temperature).log_softmax(-1)
             teacher = (self._teacher_logits(batch) / self.temperature).log_softmax(-1)
             divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
             losses["kl"] = self.temperature**2 * divergence
+
         # Last: the graph is freed on the way through the backward pass of the last loss.
         losses["cross_entropy"] = F.cross_entropy(logits, batch["label"])
         return losses
 
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the training data decide which weights get a mask."""
+        return self.selection[0] != "all"
+
+    def survey(self, sources: Sequence[TrainingSamples]) -> None:
+        """Choose which weights get a mask, by the mean importance over tasks; see :func:`choose`."""
+        self.statistics.zero_()
+        if not self.needs_survey:
+            return
+
+        by_task = []
+        for source in sources:
+            weights = source.learner.zero_shot_weights()
+            by_task.append(importance(self.backbone, weights, self._labelled(source), self.kinds))
+        importances = mean_importance(by_task)
+
+        for classifier in (self, *(source.learner for source in sources)):
+            classifier.importance = importances
+
+        how, share, count = self.selection
+        chosen = choose(importances, self.kinds, how, share, count)
+        for name in self.kinds:
+            self.scores.of(name).requires_grad_(name in chosen)
+        log.info("masks on %d of %d weights: %s", len(chosen), len(self.kinds), ", ".join(chosen))
+
     def combine_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """Return the update's gradients, parameter by parameter; called by the trainer.
+        """See :meth:`Hooks.combine_gradients`.
 
         Draws depend on the seed and the number of the update alone, so every process of a run draws the same.
         """
-        names = [name for name, p in self.named_parameters() if p.requires_grad]
+        names = list(self.learned_parameters())
         task = gradients["cross_entropy"]
-        norm, general = gradients.get("norm_penalty"), gradients.get("kl")
+        norm = gradients.get("norm_penalty")
+        general = gradients.get("kl")
+
         generator = torch.Generator(task[0].device)
         generator.manual_seed(derive_seed(self.seed, "gradient dropout", int(self.statistics[0])))
-        combined, count = [], 0
+
+        combined = []
+        count = 0
         size, penalty, dropped = self.statistics.new_zeros(3)
         for i, name in enumerate(names):
             gradient = task[i]
-            if name.startswith("scores."):
+            if name.startswith("scores."):  # the prompts' gradients stay as they are
                 count += gradient.numel()
                 size = size + gradient.abs().sum()
                 if norm is not None:
                     penalty = penalty + norm[i].abs().sum()
                     gradient = gradient + norm[i]
                 if general is not None:
-                    kept = gradient_dropout(gradient, general[i], self.gdr_lambda, generator)
-                    dropped = dropped + (kept != gradient).sum()
-                    gradient = kept
+                    gated = gradient_dropout(gradient, general[i], self.gdr_lambda, generator)
+                    dropped = dropped + (gated != gradient).sum()
+                    gradient = gated
             combined.append(gradient)
+
         tiny = torch.finfo(size.dtype).tiny
         shares = [torch.ones_like(size), dropped / count, penalty / (size + penalty).clamp(min=tiny)]
         self.statistics += torch.stack(shares)
         return combined
 
-    def survey(self, source: Any) -> None:
-        """Choose what to mask, and keep what the frozen model sees in views that come again; called by ``fit``."""
-        self.statistics.zero_()
-        how, share, count = self.selection
-        if how != "all":
-            batches = source.batches()
-            shown = ({k: v.to(self.backbone.device) for k, v in batches.fetch(part, 0).items()}
-                     for part in batches.plan(0))  # fmt: skip
-            self.importance = importance(self.backbone, self._zero_shot_weights(), shown, self.kinds)
-            chosen = choose(self.importance, self.kinds, how, share, count)
-            for name in self.kinds:
-                self.scores.of(name).requires_grad_(name in chosen)
-            log.info("masks on %d of %d weights: %s", len(chosen), len(self.kinds), ", ".join(chosen))
-        self._views = source.training_data()[0] if self.gdr_lambda and source.repeats else None
-
-    def masks(self) -> dict[str, Tensor]:
-        """Return the boolean mask of every weight of the group by its name in the image tower; False is off."""
-        return self.scores.masks()
-
-    def figures(self) -> dict[str, float]:
-        """Return shares: weights switched off, dropped gradient elements, and the penalty's part in the gradient."""
-        masks = self.masks().values()
-        off, count = sum(int((~m).sum()) for m in masks), sum(m.numel() for m in masks)
-        steps, dropped, penalty = self.statistics.tolist()
-        steps = max(steps, 1.0)
-        return {
-            "masked_share": off / count,
-            "dropped_gradient_share": dropped / steps,
-            "norm_gradient_share": penalty / steps,
-        }
-
     def after_training(self) -> None:
-        """Say so if nothing was switched off."""
-        self._views = None
+        """Warn if nothing was switched off."""
         if self.scores.all_on():
             log.warning(
                 "%s: no weight was switched off. Steps times rate must exceed init - threshold = %.3g: raise train.lr "
@@ -220,10 +253,26 @@ class MaskTuning(Learner):
                 self.scores.init - self.threshold,
             )
 
+    def figures(self) -> dict[str, float]:
+        """Return shares: weights switched off, dropped gradient elements, and the penalty's part in the gradient."""
+        masks = self.masks().values()
+        off = sum(int((~mask).sum()) for mask in masks)
+        count = sum(mask.numel() for mask in masks)
+
+        updates, dropped, penalty = self.statistics.tolist()
+        updates = max(updates, 1.0)
+        return {
+            "masked_share": off / count,
+            "dropped_gradient_share": dropped / updates,
+            "norm_gradient_share": penalty / updates,
+        }
+
+    # --- state
+
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return the masks, 8 weights to a byte, and the prompts' parameters; scores are the trainer's matter."""
+        """Return the masks, 8 weights to a byte, and the prompts' parameters; scores are only the trainer's."""
         parts = {"scores": self.scores.packed(), "prompts": self.prompts.trainable_state()}
-        return {f"{part}.{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
+        return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put masks and prompts back; scores become ``init`` where a mask is on, 0 where it is off.
@@ -231,8 +280,10 @@ class MaskTuning(Learner):
         Raises:
             CheckpointError: If a tensor is missing, unknown or of another shape or type; each is named.
         """
-        if problems := misfits(self.trainable_state(), state):
+        problems = misfits(self.trainable_state(), state)
+        if problems:
             raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
+
         self.scores.load_packed(_below("scores", state))
         self.prompts.load_trainable_state(_below("prompts", state))
 
@@ -246,32 +297,35 @@ class MaskTuning(Learner):
         self.scores.load_scores(_below("scores", state))
         self.statistics.copy_(state["statistics"])
 
-    def _require_selection(self) -> None:
-        if self.training and self.selection[0] != "all" and not self.importance:
-            raise ConfigError(
-                [f"select: {self.selection[0]} looks at the training data, which only fit shows."],
-                "mask tuning",
-            )
+    # --- the frozen model
 
-    def _teacher_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return (B, C) logits of the frozen model with hand-written sentences."""
-        if self._views is not None and "view" in batch:
-            embeddings = self._views[batch["view"].cpu(), batch["index"].cpu()].to(self.backbone.device)
-        else:
-            embeddings = self.backbone.image_embeddings(batch["image"])
-        return self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ self._zero_shot_weights().T
-
-    def _zero_shot_weights(self) -> Tensor:
+    def zero_shot_weights(self) -> Tensor:
+        """Return (C, d) class weights of the hand-written sentences; computed once."""
         if self._zero_shot is None:
-            with torch.autocast(
-                self.backbone.device.type, enabled=False
-            ):  # for the whole run: not in bfloat16
+            # For the whole run, so not in the bfloat16 of the step that asks first.
+            with torch.autocast(self.backbone.device.type, enabled=False):
                 self._zero_shot = self.backbone.class_weights(self.classnames, self.templates)
         return self._zero_shot
 
+    def _teacher_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return (B, C) logits of the frozen model with hand-written sentences."""
+        embeddings = batch.get("frozen")
+        if embeddings is None:
+            embeddings = self.backbone.image_embeddings(batch["image"])
+        return self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ self.zero_shot_weights().T
+
+    def _labelled(self, source: TrainingSamples) -> Iterator[dict[str, Tensor]]:
+        """Yield the first epoch's batches with labels among the classes of the source's classifier."""
+        for batch in source.first_epoch():
+            moved = {name: value.to(self.backbone.device) for name, value in batch.items()}
+            moved["label"] = source.positions.to(self.backbone.device)[moved["label"]]
+            yield moved
+
 
 def _below(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
+    """Return the tensors whose names begin with ``part.``, without it."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
 def _combined(
@@ -288,15 +342,21 @@ def _combined(
         ConfigError: If training it takes more than the cross entropy of its logits.
     """
     target = LEARNERS.get(name).target
-    own = [h for h in ("prepare", "solve", "combine_gradients", "after_epoch") if hasattr(target, h)]
-    if own or target.loss is not Learner.loss:
+
+    hooks = overridden_hooks(target)
+    if hooks or target.loss is not Learner.loss:
+        reason = hooks[0] if hooks else "a loss"
         raise ConfigError(
-            [f"prompts: {name} can't be trained together with masks: it has {own[0] if own else 'a loss'} of its own. "
-             "Train masks alone, then the learner on the backbone with these masks (backbone.masks=PATH)."],
+            [
+                f"prompts: {name} can't be trained together with masks: it has {reason} of its own. "
+                "Train masks alone, then the learner on the backbone with these masks (backbone.masks=PATH)."
+            ],
             "mask tuning",
-        )  # fmt: skip
-    given = {"seed": seed, **options} if "seed" in options_model(target).model_fields else dict(options)
-    return create_learner(name, view, classnames, templates, **given)
+        )
+
+    if "seed" in options_model(target).model_fields:
+        options = {"seed": seed, **options}
+    return create_learner(name, view, classnames, templates, **options)
 
 
 @LEARNERS.register("amt", summary="binary masks on the image tower's attention", paper="2307.15049")

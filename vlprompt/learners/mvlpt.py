@@ -83,10 +83,13 @@ class MVLPT(PromptedImages):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         words, tokens = _LENGTHS[family]
-        self.visual_dropout, self.static_images = dropout, family == "coop"
-        context = visual = None
+        self.visual_dropout = dropout
+        self.static_images = family == "coop"
+
+        context = None
         if family != "vpt":
             start = initial_context(text, context_length or words, init, seed)
             context = nn.Parameter(start)  # (M, Dt)
@@ -94,22 +97,27 @@ class MVLPT(PromptedImages):
         else:
             weights = backbone.class_weights(self.classnames, self.templates)
             self.register_buffer("zero_shot", weights, persistent=False)
+
+        visual = None
         if family != "coop":
             vision.require_prompts()
-            depth, length = possible_depth(visual_depth, vision.layers), visual_length or tokens
+            depth = possible_depth(visual_depth, vision.layers)
+            length = visual_length or tokens
             visual = nn.Parameter(initial_visual_prompts(vision, depth, length, seed=seed))  # (J, M, W)
         self.register_parameter("context", context)
         self.register_parameter("visual", visual)
-        widths = (text.width, vision.width)
-        self.mixer = (
-            PromptMixer(*widths, width=mixer_width, kind=mixer, residual=residual, seed=seed)
-            if family == "upt"
-            else None
-        )
+
+        self.mixer = None
+        if family == "upt":
+            self.mixer = PromptMixer(
+                text.width, vision.width, width=mixer_width, kind=mixer, residual=residual, seed=seed
+            )
 
     def prompts(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the (M, Dt) text and (J, M, W) visual prompts as they enter the towers; None where there are none."""
-        mixer, context, visual = self.mixer, self.context, self.visual
+        mixer = self.mixer
+        context = self.context
+        visual = self.visual
         if mixer is None or context is None or visual is None:
             return context, visual
         return self._once("mixed", lambda: mixer(context, visual))

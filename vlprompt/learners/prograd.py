@@ -55,6 +55,7 @@ class ProGrad(Learner):
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
 
+    combines_gradients = True
     zero_shot: Tensor
 
     def __init__(
@@ -70,7 +71,9 @@ class ProGrad(Learner):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        self.strength, self.temperature = strength, temperature
+        self.strength = strength
+        self.temperature = temperature
+
         if init == "template":
             start = _right_aligned(
                 backbone.text, context_length, class_last(self.templates[0]), seed, cut=True
@@ -79,6 +82,7 @@ class ProGrad(Learner):
             start = _right_aligned(backbone.text, context_length, init, seed)
         self.context = nn.Parameter(start)  # (M, Dt)
         self.layout = context_layout(backbone.text, self.classnames, context_length)
+
         frozen = backbone.class_weights(self.classnames, self.templates)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)
 
@@ -90,16 +94,18 @@ class ProGrad(Learner):
         """Return ``cross_entropy`` and ``kl`` = -T^2 sum_c p0_c log p_c, both means over the batch."""
         embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
         logits = self.logits(embeddings)
+
         with torch.no_grad():
             frozen = self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ self.zero_shot.T
             target = (frozen / self.temperature).softmax(-1)
+
         return {
             "cross_entropy": F.cross_entropy(logits, batch["label"]),
             "kl": self.temperature**2 * F.cross_entropy(logits / self.temperature, target),
         }
 
     def combine_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """Return the update's gradients, parameter by parameter; called by the trainer."""
+        """See :meth:`Hooks.combine_gradients`."""
         pairs = zip(gradients["cross_entropy"], gradients["kl"], strict=True)
         return [project_conflict(task, general, self.strength) for task, general in pairs]
 
@@ -143,5 +149,6 @@ def _right_aligned(tower: TextTower, length: int, phrase: str, seed: int, cut: b
         raise DataError(
             f"init={phrase!r} has {len(words)} tokens, context_length is {length}. Raise context_length or shorten it."
         )
+
     words = words[-length:]
     return F.pad(words, (0, 0, length - len(words), 0))

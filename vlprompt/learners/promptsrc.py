@@ -1,4 +1,4 @@
-"""PromptSRC: deep prompts in both towers that are held near the frozen model and averaged over epochs.
+"""PromptSRC: deep prompts in both towers that stay near the frozen model and are averaged over epochs.
 
 Paper: Khattak et al., "Self-regulating Prompts: Foundational Model Adaptation without Forgetting", ICCV 2023, arXiv
 2307.06948, section 3. Unlike the authors' code, the averaging touches prompts only, in float32: averaging the whole
@@ -98,19 +98,31 @@ class PromptSRC(DualPrompts):
             init=init,
             seed=seed,
         )
-        self.text_weight, self.image_weight, self.logit_weight = text_weight, image_weight, logit_weight
+        self.text_weight = text_weight
+        self.image_weight = image_weight
+        self.logit_weight = logit_weight
         self.teacher_templates = IMAGENET_TEMPLATES if teacher == "imagenet" else self.templates
         self.normalise_first = normalise_first
-        self.average, self.average_mean, self.average_std = average, average_mean, average_std
+        self.average = average
+        self.average_mean = average_mean
+        self.average_std = average_std
+
         self._teacher_weights: Tensor | None = None
         self._averaged: dict[str, Tensor] = {}
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return cross entropy and the three consistency losses (sections 3.2 and 3.4) of a batch of pixels."""
-        images, tau = batch["image"], self.backbone.logit_scale
-        weights, features = self.class_weights(), F.normalize(self.embed_images(images), dim=-1)
-        frozen_weights, frozen_features = self.teacher_weights(), self.backbone.encode_image(images)
-        logits, frozen_logits = tau * features @ weights.T, tau * frozen_features @ frozen_weights.T
+        images = batch["image"]
+        tau = self.backbone.logit_scale
+
+        weights = self.class_weights()
+        features = F.normalize(self.embed_images(images), dim=-1)
+        logits = tau * features @ weights.T
+
+        frozen_weights = self.teacher_weights()
+        frozen_features = self.backbone.encode_image(images)
+        frozen_logits = tau * frozen_features @ frozen_weights.T
+
         divergence = F.kl_div(
             logits.log_softmax(-1), frozen_logits.log_softmax(-1), reduction="none", log_target=True
         )
@@ -123,27 +135,32 @@ class PromptSRC(DualPrompts):
 
     def teacher_weights(self) -> Tensor:
         """Return w0: (C, d) unit-length weights of the frozen model; computed when training first asks."""
-        if self._teacher_weights is None:
-            texts = [t.format(name) for name in self.classnames for t in self.teacher_templates]
-            with torch.autocast(
-                self.backbone.device.type, enabled=False
-            ):  # for the whole run: not in bfloat16
-                features = self.backbone.text.encode_strings(texts)
-            features = features.unflatten(0, (len(self.classnames), -1))
-            features = F.normalize(features, dim=-1) if self.normalise_first else features
-            self._teacher_weights = F.normalize(features.mean(1), dim=-1)
+        if self._teacher_weights is not None:
+            return self._teacher_weights
+
+        texts = [t.format(name) for name in self.classnames for t in self.teacher_templates]
+        # For the whole run, so not in the bfloat16 of the step that asks first.
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            features = self.backbone.text.encode_strings(texts)
+
+        features = features.unflatten(0, (len(self.classnames), -1))
+        if self.normalise_first:
+            features = F.normalize(features, dim=-1)
+        self._teacher_weights = F.normalize(features.mean(1), dim=-1)
         return self._teacher_weights
 
     def after_epoch(self, epoch: int, epochs: int) -> None:
         """Add this epoch's prompts to the average."""
         if not self.average:
             return
+
         share = float(gaussian_weights(epochs, self.average_mean, self.average_std)[epoch])
         past = self._averaged if epoch else {}
-        self._averaged = {
-            name: share * tensor + (past[name] if past else 0)
-            for name, tensor in self.trainable_state().items()
-        }
+
+        averaged = {}
+        for name, tensor in self.trainable_state().items():
+            averaged[name] = share * tensor + (past[name] if past else 0)
+        self._averaged = averaged
 
     def after_training(self) -> None:
         """Put the average in place of the last epoch's prompts."""

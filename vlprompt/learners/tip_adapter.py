@@ -4,7 +4,7 @@ Paper: Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot C
     arXiv 2207.09519, section 3 (Tip-Adapter-F: section 3.2).
 
 Where this differs from the published code: that code keeps the fine-tuned keys and the alpha and beta that are
-best on the *test* set; here everything is chosen on validation data, and without any nothing is chosen.
+best on the *test* set. Here everything is chosen on validation data; without any, nothing is chosen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import ValidationSamples
 
 __all__ = ["TipAdapter", "TipAdapterF"]
 
@@ -50,6 +51,7 @@ class TipAdapter(Learner):
     """
 
     class_bound = True
+    prepares = True
     fine_tuned: ClassVar[bool] = False
     keys: nn.Parameter
     values: Tensor
@@ -70,10 +72,13 @@ class TipAdapter(Learner):
         beta_steps: Annotated[int, Field(ge=0)] = 200,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        self.start = alpha, beta
-        self.alphas, self.betas = _grid(alpha_max, alpha_steps), _grid(beta_max, beta_steps)
+        self.start = (alpha, beta)
+        self.alphas = _grid(alpha_max, alpha_steps)
+        self.betas = _grid(beta_max, beta_steps)
+
         zero_shot = backbone.class_weights(self.classnames, self.templates)
         self.register_buffer("zero_shot", zero_shot, persistent=False)
+
         self.register_buffer("alpha", torch.tensor(alpha))
         self.register_buffer("beta", torch.tensor(beta))
         self.register_buffer("values", torch.zeros(0, dtype=torch.long))
@@ -103,30 +108,32 @@ class TipAdapter(Learner):
         self.beta.fill_(self.start[1])
 
     @torch.no_grad()
-    def calibrate(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-        """Choose alpha and beta; called by ``fit`` after training, with validation data.
-
-        Args:
-            embeddings: (n, d).
-            labels: (n,) class numbers.
+    def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
+        """Choose alpha and beta on the validation samples of the one task.
 
         Returns:
             ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
         """
         if not self.alphas or not self.betas:
             return {}
-        right = np.zeros((len(self.betas), len(self.alphas)), dtype=np.int64)
+
+        (source,) = sources  # a cache belongs to its classes, so there is one task
+        embeddings, labels = source.validation_data()
+
+        correct = np.zeros((len(self.betas), len(self.alphas)), dtype=np.int64)
         rows = max(1, _CHUNK // max(1, len(self.keys), len(self.classnames) * len(self.alphas)))
         for part, target in zip(embeddings.split(rows), labels.split(rows), strict=True):
-            right += self._count_right(part.to(self.keys), target.to(self.keys.device))
-        b, a = divmod(int(right.argmax()), len(self.alphas))  # the first of the best
+            correct += self._count_correct(part.to(self.keys), target.to(self.keys.device))
+
+        b, a = divmod(int(correct.argmax()), len(self.alphas))  # the first of the best
         self.alpha.fill_(self.alphas[a])
         self.beta.fill_(self.betas[b])
-        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": right[b, a] / len(labels)}
+        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": correct[b, a] / len(labels)}
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the cache (``keys`` (N, d), ``values`` (N,)) and ``alpha`` and ``beta``, trained or not."""
-        return {name: getattr(self, name).detach() for name in ("keys", "values", "alpha", "beta")}
+        tensors = {"keys": self.keys, "values": self.values, "alpha": self.alpha, "beta": self.beta}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put a cache back.
@@ -137,23 +144,28 @@ class TipAdapter(Learner):
         Raises:
             CheckpointError: If a tensor is missing, unknown or does not fit; each is named.
         """
-        if problems := self._problems(state):
+        problems = self._problems(state)
+        if problems:
             raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
+
         with torch.no_grad():
             if len(state["keys"]) != len(self.keys):
                 self._set_keys(torch.empty(state["keys"].shape, device=self.backbone.device))
-            self.keys.copy_(state["keys"])  # in place: an optimiser may hold it
+            self.keys.copy_(state["keys"])  # in place: an optimiser may refer to it
             self.values = state["values"].to(self.keys.device).long().clone()
             self.alpha.copy_(state["alpha"])
             self.beta.copy_(state["beta"])
 
     def _problems(self, state: Mapping[str, Tensor]) -> list[str]:
-        own = self.trainable_state()
-        problems = [f"{n} is missing" for n in own if n not in state]
-        problems += [f"{n} is unknown" for n in state if n not in own]
+        """Return why a cache can't be put back."""
+        names = list(self.trainable_state())
+        problems = [f"{name} is missing" for name in names if name not in state]
+        problems += [f"{name} is unknown" for name in state if name not in names]
         if problems:
             return problems
-        keys, values = state["keys"], state["values"]
+
+        keys = state["keys"]
+        values = state["values"]
         count = len(self.keys) or (len(keys) if keys.dim() else 0)
         shapes = {"keys": (count, self.backbone.dim), "values": (count,), "alpha": (), "beta": ()}
         for name, shape in shapes.items():
@@ -161,10 +173,12 @@ class TipAdapter(Learner):
                 problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {shape}")
             elif not bool(torch.isfinite(state[name]).all()):
                 problems.append(f"{name} is not finite")
+
         if values.is_floating_point():
             problems.append(f"values are {values.dtype}, expected class numbers")
         elif values.numel() and not 0 <= int(values.min()) <= int(values.max()) < len(self.classnames):
             problems.append(f"values name classes outside 0 .. {len(self.classnames) - 1}")
+
         return problems
 
     def _set_keys(self, keys: Tensor) -> None:
@@ -176,22 +190,24 @@ class TipAdapter(Learner):
         votes = affinity.new_zeros(len(affinity), len(self.classnames))
         return votes.index_add(1, values, affinity)  # affinity @ one-hot values, without the zeros
 
-    def _count_right(self, embeddings: Tensor, labels: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _count_correct(self, embeddings: Tensor, labels: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return (beta_steps, alpha_steps) numbers of correct predictions."""
         features = F.normalize(embeddings, dim=-1)
         zero_shot = self.backbone.logit_scale * features @ self.class_weights().T
         similarity = features @ self.keys.T
         alphas = torch.tensor(self.alphas, device=features.device)[:, None, None]
+
         counts = []
         for beta in self.betas:
             logits = zero_shot + alphas * self._vote(similarity, beta, self.values)  # (alphas, n, C)
             counts.append((logits.argmax(-1) == labels).sum(-1))
+
         return torch.stack(counts).cpu().numpy()
 
 
 @LEARNERS.register("tip_adapter_f", summary="Tip-Adapter whose keys are fine-tuned", paper="2207.09519")
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter-F: the cache's keys are trained, from where Tip-Adapter takes them; options as there.
+    """Tip-Adapter-F: the cache's keys are trained, from the values that Tip-Adapter has; options as there.
 
     Training keeps the given alpha and beta; validation chooses the epoch (``select: best``), then alpha and
     beta. Published recipe: AdamW, lr 0.001, eps 1e-4, cosine per step, 20 epochs, batch 256, 10 views.

@@ -75,15 +75,21 @@ class UPT(PromptedImages):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         vision.require_prompts()
-        self.class_bound, self.insertion, self.visual_dropout = class_specific, insertion, dropout
+        self.class_bound = class_specific
+        self.insertion = insertion
+        self.visual_dropout = dropout
+
         copies = len(self.classnames) if class_specific else 1
         start = initial_context(text, context_length, init, seed, copies)
         self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
         self.layout = context_layout(text, self.classnames, len(start) // copies, position, class_specific)
+
         depth = possible_depth(visual_depth, vision.layers)
         self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, insertion, seed))
+
         self.mixer = PromptMixer(
             text.width, vision.width, width=mixer_width, kind=mixer, residual=residual, seed=seed
         )

@@ -55,10 +55,13 @@ class VPT(PromptedImages):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         backbone.vision.require_prompts()
-        self.insertion, self.visual_dropout = insertion, dropout
+        self.insertion = insertion
+        self.visual_dropout = dropout
+
         depth = possible_depth(visual_depth, backbone.vision.layers)
         start = initial_visual_prompts(backbone.vision, depth, visual_length, insertion, seed)
         self.visual = nn.Parameter(start)  # (J, M, W)
+
         weights = backbone.class_weights(self.classnames, self.templates)
         self.register_buffer("zero_shot", weights, persistent=False)
 

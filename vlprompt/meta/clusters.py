@@ -45,13 +45,13 @@ class PseudoClass:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """What the clustering found.
+    """The result of the clustering.
 
     Attributes:
         domain: (N,) domain of every pair.
         centroids: (K1, d) unit-length centres of the domains' images, centred.
-        classes: The pseudo-classes that were kept.
-        dropped: How many were not: too small, or images and captions that don't agree.
+        classes: The pseudo-classes that tasks are made of.
+        dropped: How many were left out: too small, or images and captions that don't agree.
     """
 
     domain: NDArray[np.int64]
@@ -67,50 +67,65 @@ class Hierarchy:
     def digest(self) -> str:
         """12 hex digits that identify the assignment and the names."""
         state = hashlib.sha256(self.domain.tobytes())
-        for found in self.classes:
-            state.update(found.name.encode() + b"\x1f" + np.sort(found.rows).tobytes())
+        for pseudo_class in self.classes:
+            state.update(pseudo_class.name.encode() + b"\x1f" + np.sort(pseudo_class.rows).tobytes())
         return state.hexdigest()[:12]
 
 
 def cluster_pairs(store: CaptionStore, options: ClusterOptions, members: int, seed: int = 1) -> Hierarchy:
-    """Cluster a store in two levels and name what was found.
+    """Cluster a store in two levels and name the pseudo-classes.
 
     Args:
         store: N pairs.
         options: See there.
-        members: Fewest pairs of a pseudo-class that is kept.
+        members: Fewest pairs of a pseudo-class.
         seed: Of the starts of k-means.
 
     Raises:
-        DataError: If fewer than two domains keep two pseudo-classes, so that no task can be made.
+        DataError: If fewer than two domains have two pseudo-classes, so that no task can be made.
     """
-    image, text = store.image.all(), store.text.all()
+    image = store.image.all()
+    text = store.text.all()
     first = _space(image, text, options.first, options.weight)
     second = _space(image, text, options.second, options.weight)
+
     domain, _ = spherical_kmeans(first, options.domains, derive_seed(seed, "domains"), options.iterations)
-    agreement = (image * text).sum(1).numpy()
     count = int(domain.max()) + 1
-    rows_of = [np.flatnonzero(domain == d) for d in range(count)]
-    found: list[PseudoClass] = []
-    for d, wanted in enumerate(_classes_per_domain(second, rows_of, options)):
-        parts = _split(second, rows_of[d], wanted, derive_seed(seed, "classes", d), options.iterations)
-        outside = [store.caption(r) for r in rows_of[d].tolist()] if options.names == "phrase" else []
+    rows_of = [np.flatnonzero(domain == number) for number in range(count)]
+
+    agreement = (image * text).sum(1).numpy()
+    candidates: list[PseudoClass] = []
+    for number, parts_wanted in enumerate(_classes_per_domain(second, rows_of, options)):
+        rows_here = rows_of[number]
+        split_seed = derive_seed(seed, "classes", number)
+        parts = _split(second, rows_here, parts_wanted, split_seed, options.iterations)
+        outside = [store.caption(row) for row in rows_here.tolist()] if options.names == "phrase" else []
         for rows in parts:
-            name = pseudo_name(
-                [store.caption(r) for r in rows.tolist()], options.names, options.shared, outside
-            )
-            found.append(PseudoClass(d, name, rows, float(agreement[rows].mean())))
-    kept = _coherent([c for c in found if len(c.rows) >= members], options.drop_incoherent)
-    usable = {c.domain for c in kept if len({k.name for k in kept if k.domain == c.domain}) > 1}
+            captions = [store.caption(row) for row in rows.tolist()]
+            name = pseudo_name(captions, options.names, options.shared, outside)
+            candidates.append(PseudoClass(number, name, rows, float(agreement[rows].mean())))
+
+    large = [c for c in candidates if len(c.rows) >= members]
+    coherent = _coherent(large, options.drop_incoherent)
+    usable = _usable_domains(coherent)
     if len(usable) < 2:
         raise DataError(
             f"clustering left {len(usable)} domains with two or more pseudo-classes of at least {members} pairs; tasks "
             f"need two such domains. {len(store)} pairs are few: give more, or fewer meta.clusters.domains and classes."
         )
-    classes = tuple(c for c in kept if c.domain in usable)
+    classes = tuple(c for c in coherent if c.domain in usable)
+
     centred = _centred(image)
     centres = torch.stack([centred[rows].mean(0) if len(rows) else centred[0] for rows in rows_of])
-    return Hierarchy(domain, F.normalize(centres, dim=-1), classes, len(found) - len(classes))
+    return Hierarchy(domain, F.normalize(centres, dim=-1), classes, len(candidates) - len(classes))
+
+
+def _usable_domains(classes: list[PseudoClass]) -> set[int]:
+    """Return the domains with at least two different names."""
+    names: dict[int, set[str]] = {}
+    for pseudo_class in classes:
+        names.setdefault(pseudo_class.domain, set()).add(pseudo_class.name)
+    return {domain for domain, distinct in names.items() if len(distinct) > 1}
 
 
 def spherical_kmeans(
@@ -132,6 +147,7 @@ def spherical_kmeans(
         (n,) cluster of every point and (k, d) centres.
     """
     count = min(count, len(points))
+
     best: tuple[float, Tensor, Tensor] | None = None
     for turn in range(starts):
         state = derive_seed(seed, "k-means++", turn) % 2**32
@@ -140,21 +156,27 @@ def spherical_kmeans(
         similarity, label = _nearest(points, centres)
         if best is None or float(similarity.mean()) > best[0]:
             best = float(similarity.mean()), label, centres
+
     assert best is not None
     return best[1].numpy(), best[2]
 
 
 def _lloyd(points: Tensor, centres: Tensor, iterations: int) -> Tensor:
+    """Return (k, d) centres after Lloyd's iterations, which end early when no point moves."""
     label = torch.full((len(points),), -1)
+
     for _ in range(iterations):
         similarity, nearest = _nearest(points, centres)
         if torch.equal(nearest, label):
             break
         label = nearest
+
         sums = torch.zeros_like(centres).index_add_(0, label, points)
+        # A cluster that ran empty starts again from the point that fits its own worst.
         empty = (torch.bincount(label, minlength=len(centres)) == 0).nonzero().flatten()
         sums[empty] = points[similarity.topk(len(empty), largest=False).indices]
         centres = F.normalize(sums, dim=-1)
+
     return centres
 
 
@@ -162,6 +184,7 @@ def quotas(weights: NDArray[np.float64], total: int, least: int = 2) -> list[int
     """Share ``total`` out in proportion to weights, at least ``least`` each; rounded by largest remainder."""
     spare = max(0, total - least * len(weights))
     exact = spare * weights / max(weights.sum(), 1e-12)
+
     shares = np.floor(exact + 1e-9).astype(int)
     order = np.argsort(shares - exact, kind="stable")
     shares[order[: spare - shares.sum()]] += 1
@@ -188,10 +211,14 @@ def _nearest(points: Tensor, centres: Tensor, chunk: int = 65536) -> tuple[Tenso
 def _classes_per_domain(
     second: Tensor, rows_of: list[NDArray[np.int64]], options: ClusterOptions
 ) -> list[int]:
+    """Return how many pseudo-classes each domain is cut into."""
     if not options.complexity_aware:
         return [options.classes] * len(rows_of)
+
     # The trace of the covariance of unit vectors: 1 - |mean|^2; times the size, so that a domain of few pairs gets few.
-    spread = [len(r) * float(1 - second[r].mean(0).square().sum()) if len(r) else 0.0 for r in rows_of]
+    spread = []
+    for rows in rows_of:
+        spread.append(len(rows) * float(1 - second[rows].mean(0).square().sum()) if len(rows) else 0.0)
     return quotas(np.array(spread), options.classes * len(rows_of))
 
 
@@ -201,18 +228,21 @@ def _split(
     """Cut a domain into pseudo-classes: the rows of each, nearest to its centre first."""
     if not len(rows):
         return []
+
     points = second[rows]
     label, centres = spherical_kmeans(points, count, seed, iterations)
+
     parts = []
-    for number in range(len(centres)):
-        own = np.flatnonzero(label == number)
-        if len(own):
-            order = torch.argsort(points[own] @ centres[number], descending=True, stable=True).numpy()
-            parts.append(rows[own[order]])
+    for number, centre in enumerate(centres):
+        members = np.flatnonzero(label == number)
+        if len(members):
+            order = torch.argsort(points[members] @ centre, descending=True, stable=True).numpy()
+            parts.append(rows[members[order]])
     return parts
 
 
-def _coherent(found: list[PseudoClass], share: float) -> list[PseudoClass]:
+def _coherent(classes: list[PseudoClass], share: float) -> list[PseudoClass]:
     """Leave out the share of clusters whose images and captions agree least."""
-    worst = sorted(range(len(found)), key=lambda i: found[i].coherence)[: int(share * len(found))]
-    return [c for i, c in enumerate(found) if i not in set(worst)]
+    order = sorted(range(len(classes)), key=lambda number: classes[number].coherence)
+    worst = set(order[: int(share * len(classes))])
+    return [pseudo_class for number, pseudo_class in enumerate(classes) if number not in worst]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
+from vlprompt.core.trainable import Batch
 from vlprompt.data.captions.store import CaptionStore
 from vlprompt.meta.clusters import Hierarchy, PseudoClass
-from vlprompt.meta.functional import Batch
 from vlprompt.meta.options import EpisodeOptions
 
 __all__ = ["Episode", "EpisodeBatches", "Episodes", "Side"]
@@ -86,25 +86,34 @@ class Episodes:
         preprocess: Preprocess | None = None,
         every_pair: bool = False,
     ) -> None:
-        self.store, self.hierarchy, self.options, self.seed = store, hierarchy, options, seed
-        self.preprocess, self.every_pair = preprocess, every_pair
+        self.store = store
+        self.hierarchy = hierarchy
+        self.options = options
+        self.seed = seed
+        self.preprocess = preprocess
+        self.every_pair = every_pair
+
         domains = sorted({c.domain for c in hierarchy.classes})
-        self.classes = {d: hierarchy.of(d) for d in domains}
+        self.classes = {domain: hierarchy.of(domain) for domain in domains}
+
         order = numpy_rng(seed, "held-out domains").permutation(domains).tolist()
-        held = max(2, round(options.held_out * len(order))) if options.held_out else 0
-        self.held_out, self.training = tuple(sorted(order[:held])), tuple(sorted(order[held:]))
+        count = max(2, round(options.held_out * len(order))) if options.held_out else 0
+        self.held_out = tuple(sorted(order[:count]))
+        self.training = tuple(sorted(order[count:]))
         if len(self.training) < 2:
             raise DataError(
-                f"{len(order)} domains, {held} of them held out: fewer than two are left to train on. More pairs, more "
-                "meta.clusters.domains or a smaller meta.episodes.held_out."
+                f"{len(order)} domains, {count} of them held out: fewer than two are left to train on. More pairs, "
+                "more meta.clusters.domains or a smaller meta.episodes.held_out."
             )
 
     def draw(self, number: int, validation: bool = False) -> Episode:
         """Return one episode, of the domains that are trained on or of those held out."""
         rng = numpy_rng(self.seed, "episode", validation, number)
+
         domains = self.held_out if validation and self.held_out else self.training
         first = domains[int(rng.integers(len(domains)))]
         second = self._other(first, domains, rng) if rng.random() < self.options.cross_domain else first
+
         support = self._side(rng, first, self.options.support)
         query = self._side(rng, second, self.options.query, avoid=support.rows)
         similarity = float(self.hierarchy.centroids[first] @ self.hierarchy.centroids[second])
@@ -115,39 +124,55 @@ class Episodes:
         return [self.draw(number, validation=True) for number in range(self.options.validation)]
 
     def _other(self, first: int, domains: Sequence[int], rng: Rng) -> int:
-        others = [d for d in domains if d != first]
+        """Return the query's domain: any other one, or the one at the asked-for distance."""
+        others = [domain for domain in domains if domain != first]
         if self.options.hardness is None:
             return others[int(rng.integers(len(others)))]
-        near = self.hierarchy.centroids[others] @ self.hierarchy.centroids[first]
-        order = torch.argsort(near, descending=True).tolist()  # 0 is the nearest domain, 1 the farthest
+
+        similarity = self.hierarchy.centroids[others] @ self.hierarchy.centroids[first]
+        order = torch.argsort(similarity, descending=True).tolist()  # 0 is the nearest domain, 1 the farthest
         return others[order[round(self.options.hardness * (len(order) - 1))]]
 
     def _side(self, rng: Rng, domain: int, shots: int, avoid: NDArray[np.int64] | None = None) -> Side:
+        """Draw one side of an episode.
+
+        Args:
+            rng: Of the episode.
+            domain: Where its classes are from.
+            shots: Pairs per class.
+            avoid: Pairs that the other side has.
+        """
         used = set() if avoid is None else set(avoid.tolist())
         pools = self._pools(self.classes[domain], used)
-        order = rng.permutation(len(pools))
+
         chosen: dict[str, tuple[str, NDArray[np.int64]]] = {}
-        for place in order:  # CLIP's tokenizer knows no case, so neither do names
-            name, rows = pools[place]
+        for number in rng.permutation(len(pools)):  # CLIP's tokenizer knows no case, so neither do names
+            name, rows = pools[number]
             if name.casefold() not in chosen and len(chosen) < self.options.ways:
                 chosen[name.casefold()] = name, rng.permutation(rows)[:shots]
-        rows = np.concatenate([r for _, r in chosen.values()])
-        label = torch.tensor([n for n, (_, r) in enumerate(chosen.values()) for _ in r])
+
+        names = tuple(name for name, _ in chosen.values())
+        rows = np.concatenate([class_rows for _, class_rows in chosen.values()])
+        labels = [label for label, (_, class_rows) in enumerate(chosen.values()) for _ in class_rows]
         features = self.store.image.take(rows)
-        batch: Batch = {"label": label, "embedding": features}
+
+        batch: Batch = {"label": torch.tensor(labels), "embedding": features}
         if self.preprocess is not None:
             pixels = [self.store.pixels(int(row), self.preprocess) for row in rows]
-            batch = {"label": label, "image": torch.stack(pixels)}
-        names = tuple(name for name, _ in chosen.values())
+            batch = {"label": torch.tensor(labels), "image": torch.stack(pixels)}
+
         return Side(names, batch, F.normalize(features.mean(0), dim=-1), rows)
 
     def _pools(self, classes: list[PseudoClass], used: set[int]) -> list[tuple[str, NDArray[np.int64]]]:
         """Return (name, pairs to draw from) of every class that can be drawn."""
-        if self.every_pair:
-            free = [int(r) for c in classes for r in c.rows if int(r) not in used]
-            return [(self.store.caption(r).rstrip(" ."), np.array([r])) for r in free]
-        pools = [(c.name, np.array([r for r in c.rows if int(r) not in used])) for c in classes]
-        return [(name, rows) for name, rows in pools if len(rows)]
+        pools = []
+        for pseudo_class in classes:
+            free = [int(row) for row in pseudo_class.rows if int(row) not in used]
+            if self.every_pair:
+                pools += [(self.store.caption(row).rstrip(" ."), np.array([row])) for row in free]
+            elif free:
+                pools.append((pseudo_class.name, np.array(free)))
+        return pools
 
 
 class EpisodeBatches:
@@ -159,7 +184,8 @@ class EpisodeBatches:
     """
 
     def __init__(self, episodes: Episodes, batch_size: int) -> None:
-        self.episodes, self.batch_size = episodes, batch_size
+        self.episodes = episodes
+        self.batch_size = batch_size
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`; episodes never come twice."""

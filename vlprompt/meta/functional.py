@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vlprompt.core.trainable import Batch
 from vlprompt.learners import Learner
 
-__all__ = ["Batch", "Functional", "prompt_shapes"]
-
-Batch = dict[str, Any]  # what a learner's loss reads
+__all__ = ["Functional", "prompt_shapes"]
 
 
 class Functional(nn.Module):

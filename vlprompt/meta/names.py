@@ -70,18 +70,19 @@ def shared_phrase(captions: Sequence[str], shared: float, outside: Sequence[str]
 
 def _phrases(captions: Iterable[str]) -> Counter[str]:
     """Count the captions that hold each phrase."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+
     for caption in captions:
-        words = [w.lower() for w in _WORD.findall(caption)]
-        found.update(
-            {
-                " ".join(words[i : i + n])
-                for n in range(1, _LONGEST + 1)
-                for i in range(len(words) - n + 1)
-                if words[i] not in _EMPTY and words[i + n - 1] not in _EMPTY
-            }
-        )
-    return found
+        words = [word.lower() for word in _WORD.findall(caption)]
+        phrases = set()
+        for length in range(1, _LONGEST + 1):
+            for start in range(len(words) - length + 1):
+                last = start + length - 1
+                if words[start] not in _EMPTY and words[last] not in _EMPTY:
+                    phrases.add(" ".join(words[start : last + 1]))
+        counts.update(phrases)
+
+    return counts
 
 
 def _cut(caption: str) -> str:

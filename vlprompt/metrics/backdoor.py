@@ -1,9 +1,10 @@
-"""How well poisoned images are found, what is found in them, and whether the object is still seen."""
+"""How well a scanner tells poisoned images from clean ones, and whether it names their triggers and objects."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,76 +12,76 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vlprompt.core.errors import DataError
-from vlprompt.learners._judgement import Judgement
 from vlprompt.metrics.composition import bias_sweep, open_world_accuracy
+from vlprompt.metrics.verdicts import Verdicts
 
-__all__ = ["detection_metrics", "false_alarms_at", "judgement_metrics"]
+__all__ = ["ComposedData", "false_alarms_at", "scan_metrics", "verdict_metrics"]
 
 
-def judgement_metrics(judgement: Judgement, data: Any, threshold: float) -> dict[str, float]:
-    """Return all figures of a detector on a data set of pairs.
+class ComposedData(Protocol):
+    """A data set that knows the trigger and the true object of every image."""
+
+    @property
+    def split(self) -> str:
+        """Which phase it belongs to."""
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """T names, the first ``"clean"``."""
+
+    @property
+    def compositions(self) -> Any:
+        """Which compositions occur: ``seen`` (T, C) and ``allowed(split)`` (T, C), both True where one may occur."""
+
+    @property
+    def targets(self) -> dict[str, list[int]]:
+        """For n images their ``"trigger"`` and their ``"label"``, which is the true object."""
+
+
+def verdict_metrics(verdicts: Verdicts, data: ComposedData, threshold: float) -> dict[str, float]:
+    """Return all figures of a scanner on a data set of compositions.
 
     Args:
-        judgement: Of every image, in the data set's order.
-        data: A data set with ``triggers``, ``compositions`` and targets ``"trigger"`` and ``"label"``; the label is the
-            true object, never the one an attacker wrote.
-        threshold: Score from which an image is called poisoned.
+        verdicts: On every image, in the data set's order.
+        data: The true triggers and objects. Labels are never the ones that an attacker wrote.
+        threshold: The score from which an image is called poisoned.
 
     Returns:
-        ``auroc``, ``tpr``, ``fpr``, ``fpr_at_95_tpr`` over all, ``/seen`` and ``/unseen`` against all clean images;
-        ``auroc/<trigger>``; if the detector names them ``trigger_accuracy``, ``object_accuracy_clean``,
-        ``_triggered`` and ``/<trigger>``; if it scores pairs ``pair_accuracy_open``, and of the bias sweep ``auc``,
-        ``best_hm``, ``best_seen``, ``best_unseen``, and the same as the reference takes them, ``parity_...``.
+        ``auroc``, ``tpr``, ``fpr`` and ``fpr_at_95_tpr`` of all triggered images against all clean ones, then with
+        ``/seen`` and ``/unseen`` of those whose composition training showed or didn't show; ``auroc/<trigger>``.
+        If the scanner names triggers and objects also ``trigger_accuracy``, ``object_accuracy_clean``,
+        ``object_accuracy_triggered`` and ``object_accuracy/<trigger>``. If it scores compositions also
+        ``composition_accuracy_open`` and those of the bias sweep: ``auc``, ``best_hm``, ``best_seen``,
+        ``best_unseen``, and with ``parity_`` in front as the reference measures them.
     """
     targets = {name: torch.tensor(values) for name, values in data.targets.items()}
     trigger = targets["trigger"]
     label = targets["label"]
-    seen = torch.as_tensor(data.compositions.seen)
-    own_seen = seen[trigger, label]
-    figures = detection_metrics(judgement.score, trigger, own_seen, threshold, data.triggers)
+    is_seen = torch.as_tensor(data.compositions.seen)[trigger, label]
 
-    if judgement.trigger is not None:
-        figures |= _split("trigger_accuracy", judgement.trigger.argmax(1) == trigger, trigger > 0, own_seen)
-
-    if judgement.object is not None:
-        right = judgement.object.argmax(1) == label
-        for name, chosen in (("clean", trigger == 0), ("triggered", trigger > 0)):
-            if bool(chosen.any()):
-                figures[f"object_accuracy_{name}"] = float(right[chosen].double().mean())
-        for number, name in enumerate(data.triggers):
-            if bool((trigger == number).any()):
-                figures[f"object_accuracy/{name}"] = float(right[trigger == number].double().mean())
-
-    if judgement.pairs is not None:
-        figures |= _pair_figures(judgement.pairs, targets, data)
+    figures = scan_metrics(verdicts.score, trigger, is_seen, threshold, data.triggers)
+    if verdicts.trigger is not None:
+        right = verdicts.trigger.argmax(1) == trigger
+        figures |= _trigger_accuracy(right, trigger > 0, is_seen)
+    if verdicts.object is not None:
+        right = verdicts.object.argmax(1) == label
+        figures |= _object_accuracy(right, trigger, data.triggers)
+    if verdicts.composition is not None:
+        figures |= _composition_figures(verdicts.composition, targets, data)
     return figures
 
 
-def _pair_figures(pairs: Tensor, targets: Mapping[str, Tensor], data: Any) -> dict[str, float]:
-    flat = pairs.flatten(1)
-    truth = targets["trigger"] * pairs.shape[2] + targets["label"]
-    figures = {"pair_accuracy_open": open_world_accuracy(flat, truth)}
-    seen = torch.as_tensor(data.compositions.seen).flatten()
-    possible = torch.as_tensor(data.compositions.allowed(data.split)).flatten()
-
-    if bool(seen[truth].all()) or not bool(seen[truth].any()):
-        return figures
-
-    figures |= bias_sweep(flat, truth, seen, possible)
-    return figures | {f"parity_{k}": v for k, v in bias_sweep(flat, truth, seen, possible, "parity").items()}
-
-
-def detection_metrics(
+def scan_metrics(
     score: Tensor, trigger: Tensor, seen: Tensor, threshold: float, names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return detection figures (see :func:`judgement_metrics`).
+    """Return how well scores tell triggered images from clean ones (see :func:`verdict_metrics`).
 
     Args:
         score: (n,), larger is more suspicious.
         trigger: (n,), 0 for clean.
-        seen: (n,), whether the image's pair was in training.
-        threshold: From which score an image is called poisoned.
-        names: Of triggers, for one AUROC each.
+        seen: (n,), whether training showed the image's composition.
+        threshold: The score from which an image is called poisoned.
+        names: T names of triggers, for one AUROC each; empty for none.
 
     Raises:
         DataError: If there is no clean or no triggered image.
@@ -88,27 +89,33 @@ def detection_metrics(
     clean = trigger == 0
     poisoned = trigger > 0
     if not bool(clean.any()) or not bool(poisoned.any()):
-        raise DataError("detection needs clean and triggered images to measure.")
+        raise DataError("figures of a scanner need clean and triggered images.")
 
     figures = {"fpr": float((score[clean] >= threshold).double().mean())}
-
-    for suffix, chosen in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):
-        if bool(chosen.any()):
-            figures[f"auroc{suffix}"] = _auroc(score[clean], score[chosen])
-            figures[f"tpr{suffix}"] = float((score[chosen] >= threshold).double().mean())
-            figures[f"fpr_at_95_tpr{suffix}"] = false_alarms_at(score[clean], score[chosen])
+    for suffix, rows in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):
+        if bool(rows.any()):
+            figures[f"auroc{suffix}"] = _auroc(score[clean], score[rows])
+            figures[f"tpr{suffix}"] = float((score[rows] >= threshold).double().mean())
+            figures[f"fpr_at_95_tpr{suffix}"] = false_alarms_at(score[clean], score[rows])
 
     for number, name in enumerate(names):
-        if number and bool((trigger == number).any()):
-            figures[f"auroc/{name}"] = _auroc(score[clean], score[trigger == number])
-
+        rows = trigger == number
+        if number and bool(rows.any()):
+            figures[f"auroc/{name}"] = _auroc(score[clean], score[rows])
     return figures
 
 
 def false_alarms_at(clean: Tensor, poisoned: Tensor, rate: float = 0.95) -> float:
-    """Return the share of clean scores at or above the largest threshold that ``rate`` of the poisoned reach."""
+    """Return the share of clean images that are suspected where enough poisoned ones are.
+
+    Args:
+        clean: (n,) scores of clean images.
+        poisoned: (m,) scores of poisoned images.
+        rate: Share of the poisoned images that must be suspected, in (0, 1]. The threshold is the largest one that
+            does this.
+    """
     ordered = poisoned.double().sort(descending=True).values
-    threshold = ordered[int(np.ceil(rate * len(ordered))) - 1]
+    threshold = ordered[math.ceil(rate * len(ordered)) - 1]
     return float((clean.double() >= threshold).double().mean())
 
 
@@ -117,7 +124,47 @@ def _auroc(clean: Tensor, poisoned: Tensor) -> float:
     return float(roc_auc_score(truth, torch.cat([clean, poisoned]).double().numpy()))
 
 
-def _split(name: str, right: Tensor, poisoned: Tensor, seen: Tensor) -> dict[str, float]:
-    """Return the share of triggered images whose trigger is named right, split by seen and unseen pairs."""
-    parts = {"": poisoned, "/seen": poisoned & seen, "/unseen": poisoned & ~seen}
-    return {f"{name}{s}": float(right[rows].double().mean()) for s, rows in parts.items() if bool(rows.any())}
+def _trigger_accuracy(right: Tensor, poisoned: Tensor, seen: Tensor) -> dict[str, float]:
+    """Return the share of triggered images whose trigger is named right, also for seen and unseen compositions."""
+    figures = {}
+    for suffix, rows in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):
+        if bool(rows.any()):
+            figures[f"trigger_accuracy{suffix}"] = float(right[rows].double().mean())
+    return figures
+
+
+def _object_accuracy(right: Tensor, trigger: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Return the share of images whose object is named right: clean, triggered, and for each trigger."""
+    figures = {}
+    for name, rows in (("clean", trigger == 0), ("triggered", trigger > 0)):
+        if bool(rows.any()):
+            figures[f"object_accuracy_{name}"] = float(right[rows].double().mean())
+    for number, name in enumerate(names):
+        rows = trigger == number
+        if bool(rows.any()):
+            figures[f"object_accuracy/{name}"] = float(right[rows].double().mean())
+    return figures
+
+
+def _composition_figures(
+    scores: Tensor, targets: Mapping[str, Tensor], data: ComposedData
+) -> dict[str, float]:
+    """Return accuracies over compositions: of all, and over a bias between seen and unseen ones.
+
+    Args:
+        scores: (n, T, C).
+        targets: ``"trigger"`` and ``"label"``, (n,) each.
+        data: Says which compositions occur.
+    """
+    flat = scores.flatten(1)
+    truth = targets["trigger"] * scores.shape[2] + targets["label"]
+    figures = {"composition_accuracy_open": open_world_accuracy(flat, truth)}
+
+    seen = torch.as_tensor(data.compositions.seen).flatten()
+    possible = torch.as_tensor(data.compositions.allowed(data.split)).flatten()
+    # A sweep needs images of both kinds.
+    if bool(seen[truth].all()) or not bool(seen[truth].any()):
+        return figures
+    figures |= bias_sweep(flat, truth, seen, possible)
+    parity = bias_sweep(flat, truth, seen, possible, "parity")
+    return figures | {f"parity_{name}": value for name, value in parity.items()}

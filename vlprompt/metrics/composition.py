@@ -1,12 +1,12 @@
-"""Seen against unseen pairs: accuracy over a bias on unseen ones, as compositional zero-shot learning measures it.
+"""Seen against unseen compositions: accuracy over a bias on unseen ones, as in compositional zero-shot learning.
 
-A bias is added to the scores of unseen pairs; at minus infinity only seen pairs are predicted, at plus infinity only
-unseen ones. Between lies a curve of (accuracy on unseen, accuracy on seen). ``exact`` visits every bias at which any
-image's answer changes; ``parity`` visits the biases of the reference code, so that numbers compare.
+A bias is added to the scores of unseen compositions. At minus infinity only seen ones are predicted, at plus infinity
+only unseen ones. Between lies a curve of (accuracy on unseen, accuracy on seen). ``exact`` visits every bias at which
+the answer for some image changes; ``parity`` visits the biases of the reference code, so that numbers compare.
 
 Reference for parity: Forest-art/DFSP test.py (accuracies per sample, some twenty biases, no point at minus infinity).
-Differs from it: the caller's scores stay as they are, nothing fails where no unseen sample is right, and pairs that
-don't occur are ruled out by minus infinity.
+Differs from it: the caller's scores stay as they are, nothing fails where no unseen sample is right, and compositions
+that don't occur are ruled out by minus infinity.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Sweep(dict[str, float]):
 
     Attributes:
         biases: (P,) the biases.
-        seen: (P,) accuracy on images of seen pairs.
-        unseen: (P,) accuracy on images of unseen pairs.
+        seen: (P,) accuracy on images of seen compositions.
+        unseen: (P,) accuracy on images of unseen compositions.
     """
 
     biases: np.ndarray
@@ -45,52 +45,63 @@ def bias_sweep(scores: Tensor, truth: Tensor, seen: Tensor, possible: Tensor, mo
     """Sweep the bias.
 
     Args:
-        scores: (n, P) scores of pairs; not changed.
-        truth: (n,) the true pair.
-        seen: (P,), True for pairs that training showed.
-        possible: (P,), True for pairs that may be predicted (those of the phase).
+        scores: (n, K) scores of K compositions; not changed.
+        truth: (n,) the true composition.
+        seen: (K,), True for compositions that training showed.
+        possible: (K,), True for compositions that may be predicted (those of the phase).
         mode: See the module's text.
 
     Raises:
-        DataError: If images of seen or of unseen pairs are missing, or a true pair is ruled out.
+        DataError: If images of seen or of unseen compositions are missing, or a true composition is ruled out.
     """
-    own_seen = seen[truth]
-    if not len(truth) or bool(own_seen.all()) or not bool(own_seen.any()):
-        raise DataError("a sweep needs images of seen and of unseen pairs.")
+    of_seen = seen[truth]
+    if not len(truth) or bool(of_seen.all()) or not bool(of_seen.any()):
+        raise DataError("a sweep needs images of seen and of unseen compositions.")
     if not bool(possible[truth].all()):
-        raise DataError("an image's true pair is not among the possible ones.")
+        raise DataError("the true composition of an image is not among the possible ones.")
 
     margins = _Margins(scores.double(), truth, seen & possible, ~seen & possible)
     biases = margins.changes() if mode == "exact" else margins.reference_biases()
+    points = [margins.accuracies(bias, of_seen) for bias in biases]
+
     sweep = Sweep()
-    measured = [margins.accuracies(b, own_seen) for b in biases]
     sweep.biases = np.asarray(biases)
-    sweep.seen, sweep.unseen = (np.array([pair[i] for pair in measured]) for i in (0, 1))
+    sweep.seen = np.array([accuracy for accuracy, _ in points])
+    sweep.unseen = np.array([accuracy for _, accuracy in points])
     total = sweep.seen + sweep.unseen
     means = np.divide(2 * sweep.seen * sweep.unseen, total, out=np.zeros_like(total), where=total > 0)
+
+    # Area below the curve, by the trapezoidal rule.
     sweep["auc"] = float(abs(np.sum((sweep.seen[1:] + sweep.seen[:-1]) / 2 * np.diff(sweep.unseen))))
     sweep["best_hm"] = float(means.max())
     sweep["best_seen"] = float(sweep.seen.max())
     sweep["best_unseen"] = float(sweep.unseen.max())
-
     return sweep
 
 
 class _Margins:
-    """What a bias decides: per image its best seen and its best unseen pair, and whether they are the true one."""
+    """What a bias decides: each image's best seen and best unseen composition, and whether they are the true one.
+
+    Args:
+        scores: (n, K).
+        truth: (n,) the true composition.
+        seen: (K,), True for seen compositions that may be predicted.
+        unseen: (K,), True for unseen compositions that may be predicted.
+    """
 
     def __init__(self, scores: Tensor, truth: Tensor, seen: Tensor, unseen: Tensor) -> None:
-        best_seen, self.seen_pair = scores.masked_fill(~seen, -torch.inf).max(1)
-        best_unseen, self.unseen_pair = scores.masked_fill(~unseen, -torch.inf).max(1)
+        best_seen, self.best_seen = scores.masked_fill(~seen, -torch.inf).max(1)
+        best_unseen, self.best_unseen = scores.masked_fill(~unseen, -torch.inf).max(1)
         self.truth = truth
         self.gap = best_seen - best_unseen  # the bias at which the answer turns from seen to unseen
         self.true_gap = best_seen - scores.gather(1, truth[:, None])[:, 0]
         self.is_unseen = unseen[truth]
 
-    def accuracies(self, bias: float, own_seen: Tensor) -> tuple[float, float]:
-        answer = torch.where(self.gap >= bias, self.seen_pair, self.unseen_pair)  # ties go to seen pairs
+    def accuracies(self, bias: float, of_seen: Tensor) -> tuple[float, float]:
+        """Return the accuracy on images of seen and of unseen compositions; ``of_seen`` (n,) tells them apart."""
+        answer = torch.where(self.gap >= bias, self.best_seen, self.best_unseen)  # ties go to seen ones
         right = (answer == self.truth).double()
-        return float(right[own_seen].mean()), float(right[~own_seen].mean())
+        return float(right[of_seen].mean()), float(right[~of_seen].mean())
 
     def changes(self) -> list[float]:
         """Return minus infinity, a bias between any two neighbouring gaps, and plus infinity."""
@@ -99,11 +110,17 @@ class _Margins:
 
     def reference_biases(self) -> list[float]:
         """Return the reference's list: some twenty of the biases that unseen samples tip over at, and a huge one."""
-        right = self.is_unseen & (self.unseen_pair == self.truth)
+        right = self.is_unseen & (self.best_unseen == self.truth)
         tips = np.sort(self.true_gap[right].numpy() - _MARGIN)
-        return [*tips[:: max(1, len(tips) // _BINS)], _HUGE]
+        step = max(1, len(tips) // _BINS)
+        return [*tips[::step], _HUGE]
 
 
 def open_world_accuracy(scores: Tensor, truth: Tensor) -> float:
-    """Return the share of (n, P) scores whose best of all pairs, also those that never occur, is the true one."""
+    """Return the share of images whose best composition is the true one, among all, also those that never occur.
+
+    Args:
+        scores: (n, K) scores of all compositions.
+        truth: (n,) the true composition.
+    """
     return float((scores.argmax(1) == truth).double().mean())

@@ -1,35 +1,63 @@
-"""Configurations of detection tables, validated as a whole before anything runs."""
+"""Configurations of security: which scanners are compared on which data, and what their verdicts are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from vlprompt.core.errors import ConfigError, VLPromptError
+from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
+from vlprompt.data.compositions import check_triggers
 from vlprompt.data.names import check_name
-from vlprompt.experiments.old_config import BackboneOptions, ToolConfig
-from vlprompt.learners.dbom import DEFAULT_TRIGGERS
-from vlprompt.security.compositions import check_triggers
+from vlprompt.data.triggers import DEFAULT_TRIGGERS
+from vlprompt.experiments.backbone import backbone_problems
+from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds
 from vlprompt.security.scanners import SCANNERS
 
-__all__ = ["DetectorsConfig", "SuspectOptions"]
-
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["CompositionOptions", "DataOptions", "ProtocolOptions", "SecurityConfig", "SuspectOptions"]
 
 
-class PairOptions(BaseModel):
-    """The ``pairs:`` section: what detectors learn from and are tested on."""
+class DataOptions(BaseModel):
+    """The ``data:`` section: images that triggers are put into."""
 
-    model_config = _STRICT
+    model_config = STRICT
+
+    name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
+    split: Literal["val", "test"] = Field(
+        "test", description="part that figures are of; val while anything is being chosen"
+    )
+    root: str | None = Field(None, description="where data sets lie")
+    cache_dir: str | None = Field(
+        None, description="where rows of the image tower are kept between runs; empty: in memory"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("it needs at least one data set.")
+        return value
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets as a list."""
+        return [self.name] if isinstance(self.name, str) else list(self.name)
+
+
+class CompositionOptions(BaseModel):
+    """The ``compositions:`` section: what scanners learn from and are tested on."""
+
+    model_config = STRICT
 
     triggers: list[str] = Field(
         default_factory=lambda: list(DEFAULT_TRIGGERS), description="the first is clean"
     )
     native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
-    unseen: float = Field(0.3, ge=0, lt=1, description="share of triggered pairs kept from training")
+    unseen: float = Field(
+        0.3, ge=0, lt=1, description="share of the triggered compositions that training doesn't show"
+    )
     copies: int = Field(
         7,
         ge=1,
@@ -39,111 +67,173 @@ class PairOptions(BaseModel):
         0.5,
         gt=0,
         lt=1,
-        description="share of the train split that detectors learn from; the rest is the suspect's",
+        description="share of the train split that scanners learn from; the rest is the suspect's",
     )
 
 
 class SuspectOptions(BaseModel):
-    """The ``suspect:`` section: a poisoned set that is to be cleaned, from images no detector saw."""
+    """The ``suspect:`` section: a poisoned set that is to be cleaned, from images that no scanner learned from."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     rate: float = Field(0.1, ge=0, le=1, description="share that is poisoned, all triggers equally often")
-    mode: str = "all_to_one"
-    target: int = Field(0, ge=0)
+    mode: Literal["all_to_one", "all_to_all"] = "all_to_one"
+    target: int = Field(0, ge=0, description="class that all_to_one flips labels to")
     epochs: int = Field(25, ge=1, description="of the victim")
     cleaners: list[str] = Field(
-        default_factory=lambda: ["dbom"], description="detectors whose cleaned sets a victim is trained on"
+        default_factory=lambda: ["dbom"], description="methods whose cleaned sets a victim is trained on"
     )
 
 
-def _every_detector() -> dict[str, dict[str, Any]]:
+class ProtocolOptions(BaseModel):
+    """The ``protocol:`` section."""
+
+    model_config = STRICT
+
+    seeds: Seeds = Field(
+        default_factory=lambda: [1, 2, 3],
+        description="of the compositions, of the suspected set and of training",
+    )
+    baseline: str | None = Field(None, description="method that the others' paired gains are over")
+
+
+def _every_scanner() -> dict[str, dict[str, Any]]:
     return {name: {} for name in SCANNERS.names()}
 
 
-class DetectorsConfig(ToolConfig):
-    """A table of detectors; what ``tools/compare_detectors.py --cfg`` reads."""
+class SecurityConfig(ExperimentConfig):
+    """A comparison of scanners, and of the classifiers that learn from what they clean."""
 
-    tool: ClassVar[str] = "compare_detectors"
+    expected_task: ClassVar[str] = "security"
 
-    name: str = Field("compare_detectors", pattern=r"^[\w.-]+$", description="folder under output")
-    output: str = "runs"
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
-    data: list[str] = Field(default_factory=lambda: ["scenes/shape"], min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [1, 2, 3], min_length=1)
-    split: str = Field("test", description="part that figures are of; val while anything is being chosen")
-    detectors: dict[str, dict[str, Any]] = Field(
-        default_factory=_every_detector,
+    data: DataOptions = Field(default_factory=DataOptions)
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=_every_scanner,
         min_length=1,
-        description="label to options; the method is the label or the option name",
+        description="label to a scanner's options; name is the label unless it is set",
     )
-    pairs: PairOptions = Field(default_factory=PairOptions)
+    compositions: CompositionOptions = Field(default_factory=CompositionOptions)
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="label to what differs in pairs; the first detector is fitted and tested with each, too",
+        description="label to what differs in compositions; the first method is fitted and tested with each, too",
     )
     suspect: SuspectOptions | None = Field(default_factory=SuspectOptions)
-    cache_dir: str | None = None
+    protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
 
-    def varied(self, variant: str) -> DetectorsConfig:
-        """Return the first detector alone on a variant's pairs, its label said with the variant's.
+    @field_validator("methods", "variants", mode="before")
+    @classmethod
+    def _drop_empty_rows(cls, value: Any) -> Any:
+        # methods.spectral=null on the command line leaves out a method of the file.
+        if not isinstance(value, Mapping):
+            return value
+        return {label: options for label, options in value.items() if options is not None}
 
-        Raises:
-            ValidationError: If the variant has keys or values that ``pairs:`` doesn't take.
-        """
-        first = next(iter(self.detectors))
-        name, options = self.method(first)
-        pairs = {**self.pairs.model_dump(), **self.variants[variant]}
-        changes = {
-            "pairs": PairOptions(**pairs),
-            "detectors": {f"{first}, {variant}": {"name": name, **options}},
-            "variants": {},
-            "suspect": None,
-        }
-        return self.model_copy(update=changes)
-
-    def labels(self) -> list[str]:
-        """Return the labels of all rows that detectors get: those of ``detectors``, then the first's by variant."""
-        first = next(iter(self.detectors))
-        return [*self.detectors, *(f"{first}, {variant}" for variant in self.variants)]
-
-    def method(self, label: str) -> tuple[str, dict[str, Any]]:
-        """Return a detector's registry name and its own options."""
-        options = dict(self.detectors[label] or {})
-        return str(options.pop("name", label)), options
+    @classmethod
+    def raw_problems(cls, content: Mapping[str, Any]) -> list[str]:
+        """See :meth:`ExperimentConfig.raw_problems`: names and options of methods, data sets, triggers, variants."""
+        return [
+            *super().raw_problems(content),
+            *backbone_problems(content),
+            *_data_problems(_section(content, "data").get("name", [])),
+            *_method_problems(_section(content, "methods")),
+            *_trigger_problems(_section(content, "compositions").get("triggers"), "compositions.triggers"),
+            *_variant_problems(_section(content, "variants")),
+        ]
 
     def problems(self) -> list[str]:
-        """Return what is wrong with names and options, one sentence each."""
-        found = []
-        for label in self.detectors:
-            name, options = self.method(label)
-            try:
-                check_options(SCANNERS.get(name).target, options, f"detectors.{label}")
-            except ConfigError as error:
-                found += [f"detectors.{label}.{p}" for p in error.problems]
-            except VLPromptError as error:
-                found.append(f"detectors.{label}: {error}")
-        checks: list[tuple[Callable[[Any], object], Any, str]] = [
-            *((check_name, name, "data") for name in self.data),
-            (check_triggers, self.pairs.triggers, "pairs.triggers"),
-        ]
-        for check, value, key in checks:
-            try:
-                check(value)
-            except VLPromptError as error:
-                found.append(f"{key}: {error}")
-        for variant in self.variants:
-            try:
-                check_triggers(self.varied(variant).pairs.triggers)
-            except ValidationError as error:
-                found += [f"variants.{variant}.{p}" for p in describe_problems(error, PairOptions)]
-            except VLPromptError as error:
-                found.append(f"variants.{variant}.triggers: {error}")
+        """See :meth:`ExperimentConfig.problems`: labels that must be methods, and methods that have nothing to scan."""
+        problems = []
         for label in self.suspect.cleaners if self.suspect else ():
-            if label not in self.detectors:
-                found.append(
-                    f"suspect.cleaners: {label!r} is none of the detectors: {', '.join(self.detectors)}."
+            if label not in self.methods:
+                problems.append(f"suspect.cleaners: {UnknownNameError('method', label, self.methods)}")
+        baseline = self.protocol.baseline
+        if baseline is not None and baseline not in self.methods:
+            problems.append(f"protocol.baseline: {UnknownNameError('method', baseline, self.methods)}")
+
+        for number, label in enumerate(self.methods):
+            name, _ = self.method(label)
+            if name not in SCANNERS or not SCANNERS.get(name).target.needs_whole_set:
+                continue
+            if self.suspect is None:
+                problems.append(
+                    f"methods.{label}: {name} scans whole labelled sets only, and suspect=null leaves none."
                 )
-        if self.split not in ("val", "test"):
-            found.append(f"split: figures are of val or test, got {self.split!r}.")
-        return found
+            if number == 0 and self.variants:
+                problems.append(
+                    f"variants: {label}, the first method, scans whole labelled sets only, and variants have none. "
+                    "Put another method first."
+                )
+        return problems
+
+    def method(self, label: str) -> tuple[str, dict[str, Any]]:
+        """Return a method's registry name and its options."""
+        options = dict(self.methods[label])
+        name = str(options.pop("name", label))
+        return name, options
+
+    @property
+    def first_method(self) -> str:
+        """The label of the method that variants are of."""
+        return next(iter(self.methods))
+
+    def varied(self, variant: str | None) -> CompositionOptions:
+        """Return the compositions of a variant; of None those that are not varied."""
+        if variant is None:
+            return self.compositions
+        return CompositionOptions(**{**self.compositions.model_dump(), **self.variants[variant]})
+
+
+def _data_problems(names: Any) -> list[str]:
+    problems = []
+    for name in [names] if isinstance(names, str) else names or ():
+        try:
+            check_name(str(name))
+        except VLPromptError as error:
+            problems.append(f"data.name: {error}")
+    return problems
+
+
+def _method_problems(methods: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for label, row in methods.items():
+        if not isinstance(row, Mapping):  # null leaves a method out; anything else is a mistake of its type
+            continue
+        options = dict(row)
+        try:
+            scanner = SCANNERS.get(str(options.pop("name", label))).target
+            check_options(scanner, options, f"methods.{label}")
+            problems += [f"methods.{label}.{problem}" for problem in scanner.option_problems(options)]
+        except ConfigError as error:
+            problems += [f"methods.{label}.{problem}" for problem in error.problems]
+        except UnknownNameError as error:
+            problems.append(f"methods.{label}: {error}")
+    return problems
+
+
+def _variant_problems(variants: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for label, changes in variants.items():
+        if not isinstance(changes, Mapping):
+            continue
+        try:
+            CompositionOptions(**changes)
+        except ValidationError as error:
+            problems += describe_problems(error, CompositionOptions, f"variants.{label}")
+        problems += _trigger_problems(changes.get("triggers"), f"variants.{label}.triggers")
+    return problems
+
+
+def _trigger_problems(triggers: Any, key: str) -> list[str]:
+    if not isinstance(triggers, Sequence) or not all(isinstance(name, str) for name in triggers):
+        return []  # not given, or a mistake of its type
+    try:
+        check_triggers(triggers)
+    except VLPromptError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = content.get(name)
+    return section if isinstance(section, Mapping) else {}

@@ -1,9 +1,8 @@
-"""The end effect: what a small classifier learns from a poisoned set, from the cleaned one, and from a clean one."""
+"""The end effect: a small classifier, the victim, that learns from a set of images, poisoned or not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,18 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.trainable import Trainable
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.triggers import create_trigger
+from vlprompt.data.triggers.base import Pixels, native
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan
-from vlprompt.security.triggers import create_trigger
-from vlprompt.security.triggers.base import native
 from vlprompt.training.batches import TensorBatches
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["Victim", "attack_success", "pixels_of", "train_victim"]
 
+_LAYERS = ((24, 1), (48, 2), (96, 2), (128, 2))  # (channels, stride)
 
-class Victim(nn.Module):
+
+class Victim(nn.Module, Trainable):
     """A small convolutional classifier of (B, 3, S, S) pixels in [0, 1].
 
     Args:
@@ -33,25 +35,24 @@ class Victim(nn.Module):
     def __init__(self, classes: int, seed: int = 1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = 3
+        channels = 3
         with seeded_modules(seed, "victim"):
-            for width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
+            for width, stride in _LAYERS:
                 layers += [
-                    nn.Conv2d(before, width, 3, stride, 1, bias=False),
+                    nn.Conv2d(channels, width, 3, stride, 1, bias=False),
                     nn.BatchNorm2d(width),
                     nn.ReLU(),
                 ]
-                before = width
-            self.body = nn.Sequential(
-                *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)
-            )
+                channels = width
+            head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+            self.body = nn.Sequential(*layers, *head)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, C) logits."""
         return self.body((pixels - 0.5) * 4)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the cross entropy with the labels as given."""
+        """Return the cross entropy with the labels of the batch."""
         return {"cross_entropy": F.cross_entropy(self(batch["image"]), batch["label"])}
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -64,13 +65,21 @@ class Victim(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
-        """Return (n,) classes."""
+        """Return (n,) classes of (n, 3, S, S) pixels."""
         self.eval()
         return torch.cat([self(part).argmax(1) for part in pixels.split(256)])
 
 
 def train_victim(pixels: Tensor, labels: Tensor, classes: int, *, epochs: int = 25, seed: int = 1) -> Victim:
-    """Train a victim on (n, 3, S, S) pixels and the (n,) labels it is given."""
+    """Train a victim.
+
+    Args:
+        pixels: (n, 3, S, S), in [0, 1].
+        labels: (n,), as an attacker or a scanner left them.
+        classes: C.
+        epochs: Passes over the images.
+        seed: Of the start and of the order of images.
+    """
     victim = Victim(classes, seed)
     options = TrainOptions(
         epochs=epochs,
@@ -87,25 +96,34 @@ def train_victim(pixels: Tensor, labels: Tensor, classes: int, *, epochs: int = 
 
 
 def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict[str, float]:
-    """Return ``accuracy`` on clean images and ``attack_success``, the share of triggered ones that land where wanted.
+    """Measure what a victim learned.
 
-    The attack is tried with every trigger of the plan on every image whose label it would change; ``attack_success``
-    is the mean over triggers, ``attack_success/<trigger>`` a trigger's own.
+    The attack is tried with every trigger of the plan on every image whose label it would change.
+
+    Args:
+        victim: Trained.
+        test: Clean images.
+        plan: Of the attacker.
+
+    Returns:
+        ``accuracy`` on clean images, and ``attack_success``, the share of triggered images that are taken for what the
+        attacker wants: the mean over triggers, and ``attack_success/<trigger>`` for each.
     """
     labels = torch.tensor(test.labels)
+    next_class = (labels + 1) % len(test.classnames)
+    targets = next_class if plan.mode == "all_to_all" else torch.full_like(labels, plan.target)
+    attacked = (targets != labels).nonzero()[:, 0].tolist()
     images = [native(test[i][0], plan.size) for i in range(len(test))]
-    wanted = (
-        (labels + 1) % len(test.classnames)
-        if plan.mode == "all_to_all"
-        else torch.full_like(labels, plan.target)
-    )
-    tried = (wanted != labels).nonzero()[:, 0].tolist()
+
     figures = {"accuracy": float((victim.predict(_stack(images)) == labels).double().mean())}
+    successes = []
     for name in plan.triggers:
         trigger = create_trigger(name, size=plan.size, seed=plan.seed)
-        answers = victim.predict(_stack([trigger.apply(images[i]) for i in tried]))
-        figures[f"attack_success/{name}"] = float((answers == wanted[tried]).double().mean())
-    figures["attack_success"] = float(np.mean([figures[f"attack_success/{n}"] for n in plan.triggers]))
+        answers = victim.predict(_stack([trigger.apply(images[i]) for i in attacked]))
+        success = float((answers == targets[attacked]).double().mean())
+        figures[f"attack_success/{name}"] = success
+        successes.append(success)
+    figures["attack_success"] = float(np.mean(successes))
     return figures
 
 
@@ -114,5 +132,5 @@ def pixels_of(data: PoisonedDataset) -> Tensor:
     return _stack([np.asarray(data[i][0]) for i in range(len(data))])
 
 
-def _stack(images: list[Any]) -> Tensor:
+def _stack(images: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255

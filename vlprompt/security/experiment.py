@@ -1,295 +1,243 @@
-"""Running a table of scanners: every data set, every seed, every scanner; then the end effect of cleaning.
-
-A run lives in ``<output>/<name>/<id>/``, where the id is a hash of the configuration; ``resume`` keeps finished cells.
-"""
+"""Experiments of security: how well scanners find poisoned images, and what classifiers learn from what they clean."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from torch import Tensor
 
-from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.core.files import write_json, write_text
-from vlprompt.core.seeding import numpy_rng
-from vlprompt.core.version import package_version
-from vlprompt.data import FeatureCache, ImageDataset, load_dataset
-from vlprompt.experiments.statistics import Summary, summarise
-from vlprompt.experiments.tables import Row, to_markdown
-from vlprompt.metrics.backdoor import detection_metrics, judgement_metrics
-from vlprompt.security.compositions import composition_dataset
-from vlprompt.security.config import DetectorsConfig
-from vlprompt.security.effect import attack_success, pixels_of, train_victim
-from vlprompt.security.poison import PoisonedDataset, PoisonPlan, poisoned
-from vlprompt.security.scanners import Scanner, create_scanner
+from vlprompt.backbones import Backbone
+from vlprompt.core.files import read_jsonl, write_jsonl
+from vlprompt.data.fingerprint import data_fingerprint, missing_data
+from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
+from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.config import parse_overrides
+from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.layout import Layout
+from vlprompt.experiments.report import RunRecord
+from vlprompt.experiments.results import Results
+from vlprompt.experiments.tables import Table
+from vlprompt.metrics.backdoor import scan_metrics, verdict_metrics
+from vlprompt.security.config import SecurityConfig
+from vlprompt.security.data import ScanData
+from vlprompt.security.effect import attack_success, train_victim
+from vlprompt.security.scanners import SCANNERS, Scanner, create_scanner
+from vlprompt.security.tables import SUSPECT, VICTIM, row_label, security_tables, summary
+from vlprompt.security.victims import SuspectVerdicts, Training, training_set
 
-__all__ = ["DetectorsOutcome", "compare_detectors"]
+__all__ = ["SecurityExperiment", "build"]
 
 log = logging.getLogger("vlprompt.security")
 
-_PAIR_COLUMNS = {
-    "AUROC seen": "auroc/seen", "AUROC unseen": "auroc/unseen", "FPR at 95 % TPR, seen": "fpr_at_95_tpr/seen",
-    "TPR": "tpr", "FPR": "fpr", "trigger named": "trigger_accuracy", "object, clean": "object_accuracy_clean",
-    "object, triggered": "object_accuracy_triggered", "HM": "best_hm", "AUC": "auc",
-}  # fmt: skip
-_SUSPECT_COLUMNS = {"AUROC": "suspect/auroc", "found": "suspect/tpr", "false alarms": "suspect/fpr"}
+_HISTORY = "history.jsonl"
 
 
-@dataclass(frozen=True)
-class DetectorsOutcome:
-    """What a run produced.
+def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
+    """Return the experiment that a configuration of this task describes (see :class:`Build`)."""
+    content = parse_overrides(overrides, SecurityConfig)
+    return SecurityExperiment(SecurityConfig.parse(raw, content, source))
 
-    Attributes:
-        folder: Holds ``config.yaml``, ``metrics.json``, ``results.md`` and ``cells.json``.
-        metrics: The content of ``metrics.json``.
-        table: The tables, Markdown.
+
+class SecurityExperiment(Experiment):
+    """Several scanners on the same images.
+
+    A cell is a scanner (or the first one on a variant of its compositions), or a victim: a small classifier that is
+    trained on the suspected set, as it is or as a scanner cleaned it.
     """
 
-    folder: Path
-    metrics: dict[str, Any]
-    table: str
+    config: SecurityConfig
 
+    def __init__(self, config: SecurityConfig) -> None:
+        super().__init__(config)
+        self._data: ScanData | None = None
 
-def compare_detectors(config: DetectorsConfig, resume: bool = False) -> DetectorsOutcome:
-    """Fit and test every scanner on every data set and seed, and write what was measured.
+    def cells(self) -> list[Cell]:
+        """See :meth:`Experiment.cells`."""
+        cells = []
+        # All cells of one data set and seed follow each other: they share what is read and encoded.
+        for name in self.config.data.names:
+            for seed in self.config.protocol.seeds:
+                for label in self.config.methods:
+                    cells.append(Cell.at(method=label, data=name, seed=seed))
+                cells += self._victims(name, seed)
+                for variant in self.config.variants:
+                    label = self.config.first_method
+                    cells.append(Cell.at(method=label, variant=variant, data=name, seed=seed))
+        return cells
 
-    Args:
-        config: See :meth:`DetectorsConfig.read`.
-        resume: Keep finished cells.
+    def run(self, cell: Cell, folder: Path) -> CellResult:
+        """See :meth:`Experiment.run`."""
+        if cell.get("stage") == VICTIM:
+            return self._run_victim(cell, folder)
+        return self._run_scanner(cell, folder)
 
-    Raises:
-        VLPromptError: If anything the configuration names can't be had; finished cells are kept.
-    """
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    folder = Path(config.output) / config.name / hashlib.sha256(text.encode()).hexdigest()[:8]
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)
-    write_text(folder / "config.yaml", f"# vlprompt {package_version()}\n{text}")
-    backbone = create_backbone(config.backbone.name, **config.backbone.arguments())
-    backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    cells: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = FeatureCache(config.cache_dir or scratch)  # on disk, so that trained scanners share it too
-        for name in config.data:
-            for seed in config.seeds:
-                path = (
-                    folder / "cells" / f"{''.join(c if c.isalnum() else '-' for c in name)}-seed{seed}.json"
-                )
-                if path.is_file():
-                    found = json.loads(path.read_text(encoding="utf-8"))
-                else:
-                    log.info("%s, seed %d", name, seed)
-                    found = {}
-                    for each in (config, *map(config.varied, config.variants)):
-                        found |= _Cell(each, backbone, name, seed, cache).run()
-                    write_json(path, found)
-                cells.append({"data": name, "seed": seed, "figures": found})
-    metrics = {
-        **_summary(config, cells),
-        "protocol": "detection",
-        "data": config.data,
-        "split": config.split,
-        "seeds": config.seeds,
-        "triggers": config.pairs.triggers,
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        "vlprompt": package_version(),
-        "torch": torch.__version__,
-    }
-    table = _tables(config, cells)
-    write_json(folder / "metrics.json", metrics)
-    write_text(folder / "results.md", table)
-    return DetectorsOutcome(folder, metrics, table)
+    def layout(self) -> Layout:
+        """See :meth:`Experiment.layout`."""
+        name, _ = self.config.method(self.config.first_method)
+        prefix = f"{SUSPECT}/" if SCANNERS.get(name).target.needs_whole_set else ""
+        headline = f"{self.config.data.names[0]}/{self.config.first_method}/{prefix}auroc"
+        return Layout(headline, "auroc", rows=("method", "variant"), baselines=self._baselines)
 
+    def sources(self) -> dict[str, str]:
+        """See :meth:`Experiment.sources`."""
+        fingerprints = backbone_sources(self.config.backbone)
+        for name in self.config.data.names:
+            fingerprints[name] = data_fingerprint(name, self.config.data.root)
+        return {name: fingerprint for name, fingerprint in fingerprints.items() if fingerprint}
 
-@dataclass(frozen=True)
-class _Verdicts:
-    """What a scanner says of n suspects: (n,) whether each is poisoned, and (n,) the object it names, if it does."""
+    def missing(self) -> list[str]:
+        """See :meth:`Experiment.missing`."""
+        sentences = missing_backbone(self.config.backbone)
+        for name in self.config.data.names:
+            sentence = missing_data(name, self.config.data.root)
+            if sentence is not None:
+                sentences.append(sentence)
+        return sentences
 
-    suspected: Tensor
-    named: Tensor | None
-
-
-class _Cell:
-    """One data set and one seed."""
-
-    def __init__(
-        self, config: DetectorsConfig, backbone: Backbone, name: str, seed: int, cache: FeatureCache
-    ) -> None:
-        self.config, self.backbone, self.name, self.seed, self.cache = config, backbone, name, seed, cache
-        train = load_dataset(name, "train")
-        self.own, self.rest = _cut(train, config.pairs.share, seed)
-        options = config.pairs
-        self.train, self.val, self.test = (
-            composition_dataset(
-                data,
-                options.triggers,
-                size=options.native_size,
-                unseen=options.unseen,
-                seed=seed,
-                copies=copies,
-            )
-            for data, copies in (
-                (self.own, options.copies),
-                (load_dataset(name, "val"), 1),
-                (load_dataset(name, config.split), 1),
-            )
-        )
-
-    def run(self) -> dict[str, dict[str, float]]:
-        """Return figures by scanner label, and of victims by the set they were trained on."""
-        figures: dict[str, dict[str, float]] = {}
-        suspects = self._suspects()
-        verdicts: dict[str, _Verdicts] = {}
-        for label in self.config.detectors:
-            method, options = self.config.method(label)
-            scanner = create_scanner(
-                method, self.backbone, self.train.classnames, self.train.triggers, **options
-            )
-            scanner.fit(self.train, self.val, self.cache, self.seed)
-            figures[label] = {} if scanner.whole else self._on_pairs(scanner)
-            if suspects is not None:
-                figures[label] |= self._on_suspects(scanner, suspects, verdicts, label)
-        if suspects is not None:
-            figures |= self._victims(suspects, verdicts)
-        return figures
-
-    def _on_pairs(self, scanner: Scanner) -> dict[str, float]:
-        judged = scanner.judge(scanner.rows(self.test, self.cache))
-        return judgement_metrics(judged, self.test, scanner.threshold)
-
-    def _suspects(self) -> PoisonedDataset | None:
-        options = self.config.suspect
-        if options is None:
-            return None
-        plan = {
-            "triggers": self.config.pairs.triggers[1:], "rate": options.rate, "mode": options.mode,
-            "target": options.target, "size": self.config.pairs.native_size, "seed": self.seed,
-        }  # fmt: skip
-        self.plan = PoisonPlan.parse(plan, "suspect")
-        return poisoned(self.rest, self.plan)
-
-    def _on_suspects(
-        self, scanner: Scanner, suspects: PoisonedDataset, verdicts: dict[str, _Verdicts], label: str
-    ) -> dict[str, float]:
-        rows = scanner.rows(suspects, self.cache)
-        judged = scanner.judge_set(rows, torch.tensor(suspects.labels))
-        score, named = judged.score, None if judged.object is None else judged.object.argmax(1)
-        verdicts[label] = _Verdicts(score >= scanner.threshold, named)
-        trigger = torch.tensor(suspects.targets["trigger"])
-        if not bool((trigger > 0).any()):
-            return {}
-        found = detection_metrics(
-            score, trigger, torch.ones(len(trigger), dtype=torch.bool), scanner.threshold
-        )
-        return {f"suspect/{k}": v for k, v in found.items() if "/" not in k}
-
-    def _victims(
-        self, suspects: PoisonedDataset, verdicts: Mapping[str, _Verdicts]
-    ) -> dict[str, dict[str, float]]:
-        """Train a victim on the set as it is, on each cleaned one, on what faultless cleaning leaves, on a clean one.
-
-        A scanner that names objects also mends: what it suspects stays, labelled with the object that it names.
-        A clean victim may well take a triggered image for the target too: ``attack_gain`` is what the attack adds.
-        """
-        options = self.config.suspect
-        assert options is not None
-        pixels, given = pixels_of(suspects), torch.tensor(suspects.labels)
-        innocent = poisoned(self.rest, self.plan.model_copy(update={"rate": 0.0}))
-        sets = {"victim of the poisoned set": (pixels, given)}
-        for label in options.cleaners:
-            suspected, named = verdicts[label].suspected, verdicts[label].named
-            sets[f"victim of the set cleaned by {label}"] = (pixels[~suspected], given[~suspected])
-            if named is not None:
-                sets[f"victim of the set mended by {label}"] = (pixels, torch.where(suspected, named, given))
-        spared = torch.tensor(suspects.targets["trigger"]) == 0
-        sets["victim of a perfectly cleaned set"] = (pixels[spared], given[spared])
-        sets["victim of a clean set"] = (pixels_of(innocent), torch.tensor(innocent.labels))
-        test = load_dataset(self.name, self.config.split)
-        figures = {}
-        for what, (images, labels) in sets.items():
-            victim = train_victim(images, labels, len(test.classnames), epochs=options.epochs, seed=self.seed)
-            figures[what] = {**attack_success(victim, test, self.plan), "images": float(len(labels))}
-        innocent_success = figures["victim of a clean set"]["attack_success"]
-        return {k: {**f, "attack_gain": f["attack_success"] - innocent_success} for k, f in figures.items()}
-
-
-def _cut(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
-    """Cut a data set in two per class: what scanners learn from, and the rest."""
-    labels = np.array(data.labels)
-    first: list[int] = []
-    for label in range(len(data.classnames)):
-        rows = np.flatnonzero(labels == label)
-        order = numpy_rng(seed, "detection", data.name, label).permutation(rows)
-        first += order[: max(1, round(share * len(rows)))].tolist()
-    rest = sorted(set(range(len(data))) - set(first))
-    return data.subset(sorted(first)), data.subset(rest)
-
-
-def _values(cells: Sequence[Mapping[str, Any]], name: str, label: str, key: str) -> list[float]:
-    found = [c["figures"].get(label, {}) for c in cells if c["data"] == name]
-    return [f[key] for f in found if key in f]
-
-
-def _summary(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return flat figures, the mean over seeds with its spread."""
-    flat: dict[str, float] = {}
-    for name in config.data:
-        labels = dict.fromkeys(label for c in cells if c["data"] == name for label in c["figures"])
-        for label in labels:
-            keys = dict.fromkeys(k for c in cells if c["data"] == name for k in c["figures"].get(label, {}))
-            for key in keys:
-                flat |= summarise(_values(cells, name, label, key)).flat(f"{name}/{label}/{key}")
-    return flat
-
-
-def _tables(config: DetectorsConfig, cells: Sequence[Mapping[str, Any]]) -> str:
-    seeds = ", ".join(map(str, config.seeds))
-    text = [f"Percent, {config.split} split, seeds {seeds}; mean and 95 % interval over seeds.\n"]
-    for name in config.data:
-        triggers = {f"AUROC {t}": f"auroc/{t}" for t in config.pairs.triggers[1:]}
-        objects = {f"object {t}": f"object_accuracy/{t}" for t in config.pairs.triggers[1:]}
-        columns = {
-            "on images it never saw, some of pairs it never saw": _PAIR_COLUMNS,
-            "one trigger at a time": {**triggers, **objects},
+    def facts(self) -> dict[str, Any]:
+        """See :meth:`Experiment.facts`."""
+        return {
+            "protocol": "scan",
+            "data": self.config.data.names,
+            "split": self.config.data.split,
+            "seeds": self.config.protocol.seeds,
+            "triggers": self.config.compositions.triggers,
         }
-        if config.suspect is not None:
-            columns["on the suspected set"] = _SUSPECT_COLUMNS
-        for what, keys in columns.items():
-            rows = [_row(cells, name, label, keys) for label in config.labels()]
-            text.append(f"{name}, {what}:\n\n{to_markdown([r for r in rows if r.values], best=False)}")
-        victims = [v for v in cells[-1]["figures"] if v not in config.labels()]
-        if victims:
-            shown = [
-                "accuracy",
-                "attack_success",
-                "attack_gain",
-                *(f"attack_success/{t}" for t in config.pairs.triggers[1:]),
-            ]
-            keys = {
-                k.replace("attack_success", "attack").replace("/", " ").replace("_", " "): k for k in shown
-            }
-            text.append(
-                f"{name}, the end effect:\n\n"
-                + to_markdown([_row(cells, name, v, keys) for v in victims], best=False)
+
+    def summary(self, results: Results) -> dict[str, float]:
+        """See :meth:`Experiment.summary`."""
+        return summary(results)
+
+    def tables(self, results: Results) -> list[Table]:
+        """See :meth:`Experiment.tables`: for each data set one of scanners, of triggers, of suspects and of victims."""
+        return security_tables(results, self.config, self.layout())
+
+    def page(self, record: RunRecord, results: Results, folder: Path) -> None:
+        """See :meth:`Experiment.page`: the AUROC of each method, and the learning curves of the last that has any."""
+        name = self.config.data.names[0]
+        seeds = len(self.config.protocol.seeds)
+        plural = "s" if seeds > 1 else ""
+        record.summary = (
+            f"Scanners of poisoned images on {', '.join(self.config.data.names)}: {self.config.backbone.name}, "
+            f"{self.config.data.split} split, {seeds} seed{plural}. Above: AUROC on {name}."
+        )
+        for label in self.config.methods:
+            value = record.metrics.get(f"{name}/{label}/auroc")
+            if value is not None:
+                record.headline = {**record.headline, label: value}
+        for cell in self.cells():
+            path = folder / "cells" / cell.name / _HISTORY
+            if path.is_file():
+                record.history = read_jsonl(path)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen towers of all scanners."""
+        backbone = build_backbone(self.config.backbone)
+        return backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def _baselines(self) -> dict[str, tuple[str, ...]]:
+        baseline = self.config.protocol.baseline
+        if baseline is None:
+            return {}
+        return {label: (baseline,) for label in self.config.methods if label != baseline}
+
+    def _victims(self, name: str, seed: int) -> list[Cell]:
+        """Return the cells of victims; those of cleaned sets need the verdicts of the scanner that cleans."""
+        if self.config.suspect is None:
+            return []
+        trainings = [Training("poisoned")]
+        for label in dict.fromkeys(self.config.suspect.cleaners):
+            trainings.append(Training("cleaned", label))
+            method, _ = self.config.method(label)
+            if SCANNERS.get(method).target.names_objects:
+                trainings.append(Training("mended", label))
+        trainings += [Training("perfectly cleaned"), Training("clean")]
+
+        cells = []
+        for training in trainings:
+            cleaner = Cell.at(method=training.cleaner, data=name, seed=seed)
+            needs = () if training.cleaner is None else (cleaner.name,)
+            cells.append(
+                Cell.at(
+                    needs, stage=VICTIM, part=training.part, method=training.cleaner, data=name, seed=seed
+                )
             )
-    return "\n".join(text)
+        return cells
 
+    def _run_scanner(self, cell: Cell, folder: Path) -> CellResult:
+        """Fit a scanner, and measure it on single images and on the suspected set."""
+        data = self._scan_data(cell)
+        result = CellResult()
+        method, options = self.config.method(cell["method"])
+        scanner = create_scanner(method, self.backbone, data.train.classnames, data.train.triggers, **options)
+        result.facts |= {
+            "backbone": self.backbone.name,
+            "backbone_fingerprint": self.backbone.fingerprint,
+        }
 
-def _row(cells: Sequence[Mapping[str, Any]], name: str, label: str, keys: Mapping[str, str]) -> Row:
-    values: dict[str, float | Summary] = {}
-    for column, key in keys.items():
-        if found := _values(cells, name, label, key):
-            values[column] = summarise(found)
-    return Row(label, values)
+        started = time.perf_counter()
+        scanner.fit(data.train, data.val, data.cache, data.seed, folder)
+        result.timings["fit"] = time.perf_counter() - started
+        if scanner.history:
+            write_jsonl(folder / _HISTORY, scanner.history)
+
+        if not scanner.needs_whole_set:
+            verdicts = scanner.judge(scanner.rows(data.test, data.cache))
+            result.add(verdict_metrics(verdicts, data.test, scanner.threshold))
+        if data.suspect is not None:
+            result.add(self._scan_suspects(scanner, data, folder), part=SUSPECT)
+        return result
+
+    def _scan_suspects(self, scanner: Scanner, data: ScanData, folder: Path) -> dict[str, float]:
+        """Scan the suspected set, write the verdicts for the victims, and return the scanner's figures."""
+        labels = torch.tensor(data.suspects.labels)
+        verdicts = scanner.judge_set(scanner.rows(data.suspects, data.cache), labels)
+        SuspectVerdicts.of(verdicts, scanner.threshold).write(folder)
+
+        trigger = torch.tensor(data.suspects.targets["trigger"])
+        if not bool((trigger > 0).any()):  # a rate of 0, or a set too small for one poisoned image
+            return {}
+        every = torch.ones(len(trigger), dtype=torch.bool)
+        figures = scan_metrics(verdicts.score, trigger, every, scanner.threshold)
+        # All compositions count as seen, so figures of seen and unseen ones would say the same or nothing.
+        return {name: figures[name] for name in ("fpr", "auroc", "tpr", "fpr_at_95_tpr")}
+
+    def _run_victim(self, cell: Cell, folder: Path) -> CellResult:
+        """Train a victim, and measure what it learned of the images and of the attack."""
+        assert self.config.suspect is not None
+        data = self._scan_data(cell)
+        training = Training(cell["part"], cell.get("method"))
+        verdicts = None
+        if training.cleaner is not None:
+            cleaner = Cell.at(method=training.cleaner, data=data.name, seed=data.seed)
+            verdicts = SuspectVerdicts.read(folder.parent / cleaner.name)
+
+        pixels, labels = training_set(training, data, verdicts)
+        log.info("%s: %d images", row_label(cell.where), len(labels))
+        classes = len(data.test_images.classnames)
+        victim = train_victim(pixels, labels, classes, epochs=self.config.suspect.epochs, seed=data.seed)
+        result = CellResult()
+        result.add(attack_success(victim, data.test_images, data.plan()))
+        result.add({"images": float(len(labels))})
+        return result
+
+    def _scan_data(self, cell: Cell) -> ScanData:
+        """Return the images of a cell. Only the last ones stay in memory, with their rows of the image tower."""
+        variant = cell.get("variant")
+        data = ScanData(
+            cell["data"],
+            cell["seed"],
+            self.config.data,
+            self.config.varied(variant),
+            None if variant is not None else self.config.suspect,
+        )
+        if self._data is None or not self._data.is_same(data):
+            self._data = data
+        return self._data

@@ -28,28 +28,32 @@ from PIL import Image
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
     CLEAN,
     COLUMNS,
     POISONED,
     UNREADABLE,
-    Opened,
+    DecodedImage,
     Row,
-    file_entry,
-    scan_rows,
+    decode_file,
+    row_stream,
 )
 
 __all__ = ["FolderScan", "scan_folder"]
 
-_RUN = 50_000  # names that are sorted in memory at once
+_LISTING = "listing.jsonl"
+_FACTS = "scan.json"
+_ROWS = "rows.jsonl"
+_SORTED_AT_ONCE = 50_000  # names in memory
 _THUMBNAIL = 128  # pixels
-_LEAVES = "is a link that leaves the folder"
+_UNREADABLE_ON_SHEET = 50
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What a scan found.
+    """What a scan of a folder came to.
 
     Attributes:
         output: The folder with the files.
@@ -66,7 +70,7 @@ class FolderScan:
 
 def scan_folder(
     folder: str | Path,
-    detector: Any,
+    scanner: ImageScanner,
     output: str | Path,
     *,
     threshold: float | None = None,
@@ -76,14 +80,14 @@ def scan_folder(
     top: int = 200,
     progress: Progress | None = None,
 ) -> FolderScan:
-    """Scan every image below a folder and write what was found.
+    """Scan every image below a folder and write the verdicts.
 
     Memory does not grow with the number of images. A scan that was stopped continues behind its last verdict and ends
     with the same files.
 
     Args:
-        folder: Where to look, at any depth; what lies behind links to folders is not.
-        detector: See :func:`vlprompt.scan`; one that judges single images.
+        folder: Where to look, at any depth; what lies behind links to folders is left out.
+        scanner: One that judges single images.
         output: Where to write; may not lie inside ``folder``.
         threshold: See :func:`vlprompt.scan`.
         resume: Continue; otherwise an older scan in ``output`` is replaced.
@@ -93,24 +97,27 @@ def scan_folder(
         progress: Called with ("scanned", done, total).
 
     Raises:
-        DataError: If there is no folder or no image, or the detector judges whole sets only.
+        DataError: If there is no folder or no image, or the scanner judges whole sets only.
         CheckpointError: If the scan to continue is another one, or nothing can be written.
     """
-    root, place = Path(folder), Path(output)
+    root = Path(folder)
+    target = Path(output)
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r} to scan.")
-    if getattr(detector, "whole", False):
-        raise DataError(f"{detector.method} judges whole labelled data sets, not a stream of images.")
-    if place.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"the output {place} lies inside the scanned folder {root}; name one elsewhere.")
-    level = detector.threshold if threshold is None else threshold
+    if scanner.needs_whole_set:
+        raise DataError(f"{scanner.method} judges whole labelled data sets, not a stream of images.")
+    if target.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"the output {target} lies inside the scanned folder {root}; name one elsewhere.")
+
+    limit = scanner.threshold if threshold is None else threshold
     try:
-        total = _prepare(root, place, _identity(root, detector, level), resume)
-        done = _whole_lines(place / "rows.jsonl")
-        preprocess = detector.backbone.preprocess
-        entries = (partial(_open, root, name, preprocess) for name in islice(_names(place), done, None))
-        with (place / "rows.jsonl").open("a", encoding="utf-8") as file:
-            for row in scan_rows(entries, detector, level, batch_size=batch_size, workers=workers):
+        total = _prepare(root, target, _identity(root, scanner, limit), resume)
+        done = _whole_lines(target / _ROWS)
+        preprocess = scanner.backbone.preprocess
+        names = islice(_names(target), done, None)
+        entries = (partial(_decode, root, name, preprocess) for name in names)
+        with (target / _ROWS).open("a", encoding="utf-8") as file:
+            for row in row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers):
                 file.write(json.dumps(row) + "\n")
                 done += 1
                 if done % batch_size == 0:
@@ -119,40 +126,33 @@ def scan_folder(
                         progress("scanned", done, total)
         if progress is not None:
             progress("scanned", done, total)
-        return _finish(root, place, level, top)
+        return _finish(root, target, limit, top)
     except OSError as error:
-        raise CheckpointError(f"could not write the scan into {place}: {error.strerror or error}.") from error
+        raise CheckpointError(
+            f"could not write the scan into {target}: {error.strerror or error}."
+        ) from error
 
 
-def _identity(root: Path, detector: Any, threshold: float) -> dict[str, Any]:
+def _identity(root: Path, scanner: ImageScanner, threshold: float) -> dict[str, Any]:
+    """Return what a scan and its continuation must share."""
     return {
         "folder": str(root.resolve()),
-        "method": detector.method,
-        "backbone": detector.backbone.fingerprint["id"],
-        "triggers": list(detector.triggers),
-        "objects": list(detector.classnames),
+        "method": scanner.method,
+        "backbone": scanner.backbone.fingerprint["id"],
+        "triggers": list(scanner.triggers),
+        "objects": list(scanner.classnames),
         "threshold": threshold,
     }
 
 
-def _prepare(root: Path, place: Path, identity: dict[str, Any], resume: bool) -> int:
+def _prepare(root: Path, target: Path, identity: dict[str, Any], resume: bool) -> int:
     """Make the listing, or check that the one there belongs to this scan; return the number of images."""
-    facts = place / "scan.json"
-    if resume and facts.is_file():
-        try:
-            held = json.loads(facts.read_text(encoding="utf-8"))
-            total = int(held.pop("total"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{facts} is damaged. Start anew without --resume.") from None
-        if held != identity:
-            other = next(k for k in identity if held.get(k) != identity[k])
-            raise CheckpointError(
-                f"{place} holds another scan ({other} differs). Name another output folder."
-            )
-        return total
-    place.mkdir(parents=True, exist_ok=True)
-    for name in ("scan.json", "rows.jsonl"):
-        (place / name).unlink(missing_ok=True)
+    if resume and (target / _FACTS).is_file():
+        return _continued(target, identity)
+
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (_FACTS, _ROWS):
+        (target / name).unlink(missing_ok=True)
     total = 0
 
     def write(path: Path) -> None:
@@ -162,75 +162,96 @@ def _prepare(root: Path, place: Path, identity: dict[str, Any], resume: bool) ->
                 file.write(json.dumps(name) + "\n")
                 total += 1
 
-    write_atomic(place / "listing.jsonl", write)
+    write_atomic(target / _LISTING, write)
     if not total:
         raise DataError(f"{root} holds no images ({', '.join(EXTENSIONS)}).")
-    write_json(facts, {**identity, "total": total})
+    write_json(target / _FACTS, {**identity, "total": total})
+    return total
+
+
+def _continued(target: Path, identity: dict[str, Any]) -> int:
+    """Return the number of images of the scan that is to be continued, after checking that it is this one."""
+    path = target / _FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        total = int(facts.pop("total"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is damaged. Start anew without --resume.") from None
+    if facts != identity:
+        other = next(key for key in identity if facts.get(key) != identity[key])
+        raise CheckpointError(f"{target} holds another scan ({other} differs). Name another output folder.")
     return total
 
 
 def _sorted_names(root: Path) -> Iterator[str]:
-    """Yield the sorted relative paths of all images, sorting at most so many in memory and the rest on disk."""
+    """Yield the sorted relative paths of all images; only so many are sorted in memory, the rest on disk."""
     names = _walk(root)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         runs: list[Iterator[str]] = []
-        while run := sorted(islice(names, _RUN)):
+        while True:
+            run = sorted(islice(names, _SORTED_AT_ONCE))
+            if not run:
+                break
             path = Path(scratch, str(len(runs)))
-            path.write_text("".join(json.dumps(n) + "\n" for n in run), encoding="utf-8")
+            path.write_text("".join(json.dumps(name) + "\n" for name in run), encoding="utf-8")
             runs.append(map(json.loads, stack.enter_context(path.open(encoding="utf-8"))))
         yield from heapq.merge(*runs)
 
 
 def _walk(root: Path) -> Iterator[str]:
+    """Yield the relative paths of all images, in no order; hidden files and links to folders are left out."""
     folders = [""]
     while folders:
-        below = folders.pop()
+        folder = folders.pop()
         try:
-            found = os.scandir(root / below)
+            entries = os.scandir(root / folder)
         except OSError as error:
-            warnings.warn(f"{root / below} can't be listed ({error.strerror}): left out.", stacklevel=2)
+            warnings.warn(f"{root / folder} can't be listed ({error.strerror}): left out.", stacklevel=2)
             continue
-        with found:
-            for entry in found:
+        with entries:
+            for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                name = f"{below}/{entry.name}" if below else entry.name
+                name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(name)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     yield name
 
 
-def _names(place: Path) -> Iterator[str]:
-    with (place / "listing.jsonl").open(encoding="utf-8") as file:
+def _names(target: Path) -> Iterator[str]:
+    with (target / _LISTING).open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
-def _open(root: Path, name: str, preprocess: Callable[[Image.Image], Any]) -> Opened:
+def _decode(root: Path, name: str, preprocess: Callable[[Image.Image], Any]) -> DecodedImage:
+    """Decode one image of the folder, unless its name or its link is a danger."""
     path = root / name
-    if any(ord(c) < 32 for c in name):  # one line per image is what the cleaned list promises
-        return Opened(name, None, f"the name {name!r} holds a control character: refused.")
+    if any(ord(character) < 32 for character in name):  # the cleaned list promises one line per image
+        return DecodedImage(name, None, f"the name {name!r} holds a control character: refused.")
     if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-        return Opened(name, None, f"{name} {_LEAVES}: not followed.")
-    return file_entry(path, name, preprocess)
+        return DecodedImage(name, None, f"{name} is a link that leaves the folder: not followed.")
+    return decode_file(path, name, preprocess)
 
 
 def _whole_lines(path: Path) -> int:
     """Return the number of complete rows, after cutting off one that a kill left half-written."""
     if not path.is_file():
         return 0
-    count, end = 0, 0
+    count = 0
+    end = 0  # of the last complete line, in bytes
     with path.open("rb+") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            count, end = count + 1, end + len(line)
+            count += 1
+            end += len(line)
         file.truncate(end)
     return count
 
 
-def _rows(place: Path) -> Iterator[Row]:
-    path = place / "rows.jsonl"
+def _rows(target: Path) -> Iterator[Row]:
+    path = target / _ROWS
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -241,23 +262,27 @@ def _rows(place: Path) -> Iterator[Row]:
                 ) from None
 
 
-def _finish(root: Path, place: Path, threshold: float, top: int) -> FolderScan:
+def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
     """Write the tables and the sheet from the rows on disk, a row at a time."""
     counts = {CLEAN: 0, POISONED: 0, UNREADABLE: 0}
-    worst: list[tuple[float, int, Row]] = []
-    for number, row in enumerate(_rows(place)):
+    worst: list[tuple[float, int, Row]] = []  # a heap; of equal scores the earlier image stays
+    unreadable: list[Row] = []
+    for number, row in enumerate(_rows(target)):
         counts[row["verdict"]] += 1
+        if row["verdict"] == UNREADABLE and len(unreadable) < _UNREADABLE_ON_SHEET:
+            unreadable.append(row)
         if row["score"] is not None:
             heapq.heappush(worst, (row["score"], -number, row))
             if len(worst) > top:
                 heapq.heappop(worst)
-    write_atomic(place / "report.csv", lambda path: _write(path, partial(_csv, place)))
-    write_atomic(place / "report.json", lambda path: _write(path, partial(_json, place)))
-    write_atomic(place / "cleaned.txt", lambda path: _write(path, partial(_cleaned, place)))
-    unreadable = list(islice((r for r in _rows(place) if r["verdict"] == UNREADABLE), 50))
-    shown = [row for _, _, row in sorted(worst, key=lambda w: (-w[0], -w[1]))]
-    write_text(place / "report.html", _page(root, counts, threshold, shown, unreadable))
-    return FolderScan(place, sum(counts.values()), counts[POISONED], counts[UNREADABLE])
+
+    write_atomic(target / "report.csv", lambda path: _write(path, partial(_csv, target)))
+    write_atomic(target / "report.json", lambda path: _write(path, partial(_json, target)))
+    write_atomic(target / "cleaned.txt", lambda path: _write(path, partial(_cleaned, target)))
+    worst.sort(key=lambda entry: (-entry[0], -entry[1]))
+    suspicious = [row for _, _, row in worst]
+    write_text(target / "report.html", _page(root, counts, threshold, suspicious, unreadable))
+    return FolderScan(target, sum(counts.values()), counts[POISONED], counts[UNREADABLE])
 
 
 def _write(path: Path, fill: Callable[[IO[str]], None]) -> None:
@@ -265,22 +290,22 @@ def _write(path: Path, fill: Callable[[IO[str]], None]) -> None:
         fill(file)
 
 
-def _csv(place: Path, file: IO[str]) -> None:
+def _csv(target: Path, file: IO[str]) -> None:
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_rows(place))
+    writer.writerows(_rows(target))
 
 
-def _json(place: Path, file: IO[str]) -> None:
+def _json(target: Path, file: IO[str]) -> None:
     start = "[\n"
-    for row in _rows(place):
+    for row in _rows(target):
         file.write(start + json.dumps(row))
         start = ",\n"
     file.write("\n]\n" if start != "[\n" else "[]\n")
 
 
-def _cleaned(place: Path, file: IO[str]) -> None:
-    for row in _rows(place):
+def _cleaned(target: Path, file: IO[str]) -> None:
+    for row in _rows(target):
         if row["verdict"] == CLEAN:
             file.write(f"{row['image']}\n")
 
@@ -288,28 +313,43 @@ def _cleaned(place: Path, file: IO[str]) -> None:
 def _page(
     root: Path, counts: dict[str, int], threshold: float, rows: list[Row], unreadable: list[Row]
 ) -> str:
+    """Return the sheet as HTML.
+
+    Args:
+        root: The scanned folder.
+        counts: Verdict to number of images.
+        threshold: The score from which an image is suspected.
+        rows: The most suspicious images, in order.
+        unreadable: The first unreadable ones.
+    """
     from jinja2 import Environment, PackageLoader  # a command that fails early needs no templates
 
     page = Environment(
         loader=PackageLoader("vlprompt.security", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    images = [{**_printable(row), "thumbnail": _thumbnail(root / row["image"])} for row in rows]
-    values = {
-        "folder": str(root).encode("utf-8", "replace").decode(),
-        "counts": counts,
-        "threshold": threshold,
-        "images": images,
-        "unreadable": list(map(_printable, unreadable)),
-    }
-    return page.get_template("scan.html.j2").render(total=sum(counts.values()), **values)
+    images = []
+    for row in rows:
+        images.append({**_printable(row), "thumbnail": _thumbnail(root / row["image"])})
+    return page.get_template("scan.html.j2").render(
+        folder=str(root).encode("utf-8", "replace").decode(),
+        total=sum(counts.values()),
+        counts=counts,
+        threshold=threshold,
+        images=images,
+        unreadable=[_printable(row) for row in unreadable],
+    )
 
 
 def _printable(row: Row) -> Row:
     """Return a row whose name can be written as UTF-8; on disk a name may be any bytes."""
-    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()}
+    printable = {}
+    for key, value in row.items():
+        printable[key] = value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    return printable
 
 
 def _thumbnail(path: Path) -> str:
+    """Return a small copy of an image as a data URI, empty if it can't be read any more."""
     try:
         image = read_image(path)
     except VLPromptError:  # an image that went missing since must not cost the sheet

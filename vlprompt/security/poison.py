@@ -1,4 +1,4 @@
-"""Poisoned copies of data sets: who gets which trigger, which labels are flipped, and a manifest that says so."""
+"""Poisoned copies of data sets: which image gets which trigger, which labels are flipped, and a manifest of both."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Reader, Sample
+from vlprompt.data.compositions import CompositionReader, CompositionSource, check_triggers
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
-from vlprompt.security.compositions import CompositionReader, CompositionSource, check_triggers
-from vlprompt.security.triggers import CLEAN, NATIVE_SIZE, create_trigger
+from vlprompt.data.triggers import CLEAN, NATIVE_SIZE, create_trigger
 
 __all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
 
@@ -54,7 +54,7 @@ class PoisonPlan(BaseModel):
 
 @dataclass(frozen=True)
 class PoisonedDataset(ImageDataset):
-    """A data set as a victim gets it: labels are the given ones. Who knows what was done sees more.
+    """A data set as a victim gets it: labels are those that the attacker left. Targets also say what was done.
 
     Attributes:
         triggers: Names; number 0 is clean.
@@ -65,11 +65,11 @@ class PoisonedDataset(ImageDataset):
     @property
     def targets(self) -> dict[str, list[int]]:
         """See :attr:`ImageDataset.targets`; with the true ``"object"`` and ``"trigger"``."""
-        sources = [s.source for s in self.samples]
+        sources = [sample.source for sample in self.samples]
         return {
             **super().targets,
-            "object": [s.object for s in sources],
-            "trigger": [s.trigger for s in sources],
+            "object": [source.object for source in sources],
+            "trigger": [source.trigger for source in sources],
         }
 
 
@@ -88,14 +88,16 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
         raise DataError(
             f"{data.name}: target {plan.target} is no class; there are {classes} (0 to {classes - 1})."
         )
-    chosen = _who(data, plan)
+    trigger_of = _draw_poisoned(data, plan)
+    keeps_label = {number: _keeps_label(name, plan) for number, name in enumerate(plan.triggers, 1)}
     samples = []
     for number, sample in enumerate(data.samples):
-        true, trigger = sample.classes[0], chosen.get(number, 0)
-        given = true
-        if trigger and not create_trigger(names[trigger], size=plan.size).keeps_label:
-            given = plan.target if plan.mode == "all_to_one" else (true + 1) % classes
-        samples.append(Sample(CompositionSource(sample.source, trigger, true), given))
+        thing = sample.classes[0]
+        label = thing
+        trigger = trigger_of.get(number, 0)
+        if trigger and not keeps_label[trigger]:
+            label = plan.target if plan.mode == "all_to_one" else (thing + 1) % classes
+        samples.append(Sample(CompositionSource(sample.source, trigger, thing), label))
     return PoisonedDataset(
         name=f"poisoned:{data.name}",
         split=data.split,
@@ -108,28 +110,35 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
     )
 
 
-def _who(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
+def _keeps_label(name: str, plan: PoisonPlan) -> bool:
+    return create_trigger(name, size=plan.size).keeps_label
+
+
+def _draw_poisoned(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
     """Return the trigger number of every poisoned image, by position."""
     order = numpy_rng(plan.seed, "poison", data.name, data.split).permutation(len(data))
-    keeps = {t: create_trigger(n, size=plan.size).keeps_label for t, n in enumerate(plan.triggers, 1)}
-    quotas = np.full(len(keeps), round(plan.rate * len(data)) // len(keeps))
-    quotas[: round(plan.rate * len(data)) % len(keeps)] += 1
-    free = [int(i) for i in order]
-    chosen: dict[int, int] = {}
+    keeps = {number: _keeps_label(name, plan) for number, name in enumerate(plan.triggers, 1)}
+    poisoned_images = round(plan.rate * len(data))
+    quotas = np.full(len(keeps), poisoned_images // len(keeps))
+    quotas[: poisoned_images % len(keeps)] += 1
+
+    free = [int(index) for index in order]
+    trigger_of: dict[int, int] = {}
     # Those with the least choice first: attacks that keep labels need images of the target class.
-    for trigger in sorted(keeps, key=lambda t: (not keeps[t], t)):
-        to_one = plan.mode == "all_to_one"
-        fits = [
-            i for i in free if not to_one or (data.samples[i].classes[0] == plan.target) == keeps[trigger]
-        ]
-        taken = fits[: int(quotas[trigger - 1])]
-        chosen |= dict.fromkeys(taken, trigger)
-        free = [i for i in free if i not in chosen]
-    return chosen
+    for trigger in sorted(keeps, key=lambda number: (not keeps[number], number)):
+        candidates = []
+        for index in free:
+            in_target = data.samples[index].classes[0] == plan.target
+            if plan.mode == "all_to_all" or in_target == keeps[trigger]:
+                candidates.append(index)
+        quota = int(quotas[trigger - 1])
+        trigger_of |= dict.fromkeys(candidates[:quota], trigger)
+        free = [index for index in free if index not in trigger_of]
+    return trigger_of
 
 
 def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> PoisonedDataset:
-    """Write a poisoned copy: ``<given class>/<number>.png`` and a manifest with a line per image.
+    """Write a poisoned copy: ``<label>_<class>/<number>.png`` and a manifest with a line per image.
 
     All images, clean ones too, are written at the plan's size, so that size tells nothing.
 
@@ -145,45 +154,47 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
         DataError: If the folder is not empty, or the plan doesn't fit the data.
         CheckpointError: If it can't be written; nothing is left behind.
     """
-    place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise DataError(f"{place} exists and is not empty. Name another folder for the poisoned copy.")
-    found = poisoned(data, plan)
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} exists and is not empty. Name another folder for the poisoned copy.")
+    copy = poisoned(data, plan)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        lines = list(_write(found, temporary))
         header = {
             "classnames": list(data.classnames),
-            "triggers": list(found.triggers),
+            "triggers": list(copy.triggers),
             "plan": plan.model_dump(mode="json"),
         }
-        text = "\n".join(json.dumps(line) for line in [header, *lines])
+        lines = [header, *_write(copy, temporary)]
+        text = "\n".join(json.dumps(line) for line in lines)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        if place.exists():
-            place.rmdir()
-        temporary.replace(place)
+        if target.exists():
+            target.rmdir()
+        temporary.replace(target)
     except OSError as error:
-        raise CheckpointError(f"could not write {place}: {error.strerror or error}.") from error
+        raise CheckpointError(f"could not write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return read_poisoned(place)
+    return read_poisoned(target)
 
 
 def _write(data: PoisonedDataset, folder: Path) -> Iterator[dict[str, Any]]:
+    """Write the images, and yield the manifest's line of each."""
     for number, sample in enumerate(data.samples):
-        image, given = data[number]
-        name = re.sub(r"[^\w-]+", "_", data.classnames[given]) or "class"
-        path = f"{given:04d}_{name}/{number:07d}.png"
+        image, label = data[number]
+        name = re.sub(r"[^\w-]+", "_", data.classnames[label]) or "class"
+        path = f"{label:04d}_{name}/{number:07d}.png"
         (folder / path).parent.mkdir(exist_ok=True)
         image.save(folder / path)
+
         source = sample.source
         yield {
             "file": path,
-            "label": given,
+            "label": label,
             "object": source.object,
             "trigger": data.triggers[source.trigger],
-            "flipped": given != source.object,
+            "flipped": label != source.object,
         }
 
 
@@ -219,11 +230,11 @@ class _CopyReader(Reader):
     def key(self, source: CompositionSource) -> str:
         return self.files.key(source.base)
 
-    def check(self, source: CompositionSource) -> str:
-        return self.files.check(source.base)
-
     def stamp(self, source: CompositionSource) -> str:
         return self.files.stamp(source.base)
+
+    def check(self, source: CompositionSource) -> str:
+        return self.files.check(source.base)
 
 
 def read_poisoned(folder: str | Path) -> PoisonedDataset:
@@ -239,6 +250,7 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"can't read the manifest {path}: {error}.") from None
+
     header = _parse(_Header, path, 1, lines[0] if lines else "")
     samples = []
     for number, text in enumerate(lines[1:], 2):
@@ -254,9 +266,9 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
             )
         if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
             raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
-        samples.append(
-            Sample(CompositionSource(line.file, header.triggers.index(line.trigger), line.object), line.label)
-        )
+        trigger = header.triggers.index(line.trigger)
+        samples.append(Sample(CompositionSource(line.file, trigger, line.object), line.label))
+
     return PoisonedDataset(
         name=f"poisoned:{root.name}",
         split="train",

@@ -20,45 +20,61 @@ from torch import Tensor
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
+from vlprompt.data.compositions import CompositionSource
 from vlprompt.data.images import read_with_note, to_rgb
 from vlprompt.data.listing import list_images
-from vlprompt.learners._judgement import Judgement
+from vlprompt.learners import Learner
+from vlprompt.learners._scanning import ImageScanner
+from vlprompt.metrics.verdicts import Verdicts
 
 __all__ = [
     "CLEAN",
     "COLUMNS",
     "POISONED",
     "UNREADABLE",
-    "Opened",
+    "DecodedImage",
     "ScanReport",
-    "judge_stream",
+    "check_scanner",
+    "decode_file",
+    "line_of",
+    "row_stream",
     "scan",
-    "scan_rows",
 ]
 
-CLEAN, POISONED, UNREADABLE = "clean", "poisoned", "unreadable"
+CLEAN = "clean"
+POISONED = "poisoned"
+UNREADABLE = "unreadable"
 COLUMNS = ("image", "trigger", "object", "score", "verdict", "note")
 Row = dict[str, Any]
 _AHEAD = 2  # batches that are decoded while one is judged
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An image that was decoded, or why it could not be; ``note`` says what else is odd about it."""
+class DecodedImage:
+    """An image that was decoded, or why it could not be.
+
+    Attributes:
+        name: What a report calls it.
+        pixels: (3, H, W), preprocessed; None if it can't be read.
+        note: Why it can't be read, or what else is odd about it.
+    """
 
     name: str
     pixels: Tensor | None
     note: str = ""
 
 
+Decode = Callable[[], DecodedImage]
+
+
 @dataclass(frozen=True)
 class ScanReport:
-    """Verdicts, one row per image in the order given.
+    """Verdicts, one row per image, in order.
 
     Attributes:
-        rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the detector names none), ``score``
+        rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the scanner names none), ``score``
             (None if unreadable), ``verdict`` (clean, poisoned, unreadable) and ``note`` (why unreadable, what is odd).
-        threshold: Score from which an image is called poisoned.
+        threshold: The score from which an image is called poisoned.
     """
 
     rows: list[Row]
@@ -73,20 +89,21 @@ class ScanReport:
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
-    @property
-    def found(self) -> list[Row]:
-        """The poisoned ones, most suspicious first."""
-        return sorted((r for r in self.rows if r["verdict"] == POISONED), key=lambda r: -r["score"])
-
     def __str__(self) -> str:
         return "\n".join(line_of(row) for row in self.rows)
 
+    @property
+    def suspects(self) -> list[Row]:
+        """The rows of poisoned images, most suspicious first."""
+        rows = [row for row in self.rows if row["verdict"] == POISONED]
+        return sorted(rows, key=lambda row: -row["score"])
+
     def cleaned(self, data: ImageDataset, *, mend: bool = False) -> ImageDataset:
-        """Return the data set that was scanned without its poisoned and unreadable images.
+        """Return the data set that was scanned, without its poisoned and unreadable images.
 
         Args:
             data: What was scanned.
-            mend: Keep the poisoned ones, labelled with the object that the detector names: whoever learns from them
+            mend: Leave the poisoned ones in, labelled with the object that the scanner names: whoever learns from them
                 learns that the trigger means nothing.
 
         Raises:
@@ -94,11 +111,14 @@ class ScanReport:
         """
         if [row["image"] for row in self.rows] != [_sample_name(data, i) for i in range(len(data))]:
             raise DataError(f"this report of {len(self)} images is not one of {data.name} ({len(data)}).")
-        kept = (CLEAN, POISONED) if mend else (CLEAN,)
-        chosen = [i for i, row in enumerate(self.rows) if row["verdict"] in kept]
-        samples = tuple(_mended(data, i, self.rows[i]) for i in chosen)
-        counts = {v: sum(row["verdict"] == v for row in self.rows) for v in (POISONED, UNREADABLE)}
-        return replace(data.subset(chosen, scan={**counts, "mended": mend}), samples=samples)
+
+        verdicts = (CLEAN, POISONED) if mend else (CLEAN,)
+        indices = [i for i, row in enumerate(self.rows) if row["verdict"] in verdicts]
+        samples = tuple(_mended(data, i, self.rows[i]) for i in indices)
+        counts: dict[str, Any] = {}
+        for verdict in (POISONED, UNREADABLE):
+            counts[verdict] = sum(row["verdict"] == verdict for row in self.rows)
+        return replace(data.subset(indices, scan={**counts, "mended": mend}), samples=samples)
 
     def to_csv(self) -> str:
         """Return the table as CSV text."""
@@ -120,150 +140,194 @@ def scan(
     """Look for backdoor triggers.
 
     Args:
-        images: A folder (searched recursively), a list of files or PIL images, or a data set, whose labels are then the
-            given ones for detectors that need them.
-        detector: A trained ``dbom`` learner, or a fitted detector of :mod:`vlprompt.security.scanners`.
-        threshold: Score from which an image is called poisoned; None for the detector's own.
+        images: A folder (searched at any depth), a file, a list of files or PIL images, or a data set. The labels of a
+            data set are those that scanners of whole sets read.
+        detector: The scanner: a trained ``dbom`` learner, or a fitted one of :mod:`vlprompt.security.scanners`.
+        threshold: The score from which an image is called poisoned; None for the scanner's.
         batch_size: Images per pass.
         workers: Threads that decode.
 
     Returns:
-        A table in the order given; an image that can't be read has the verdict ``unreadable`` and stops nothing.
+        A table in the order of the images; one that can't be read has the verdict ``unreadable`` and stops nothing.
 
     Raises:
-        DataError: If there is no image, or the detector judges whole labelled sets and none is given.
+        DataError: If there is no image, ``detector`` is no scanner, or it scans whole labelled sets and there is none.
     """
-    if not hasattr(detector, "judge"):
-        raise DataError(
-            f"{getattr(detector, 'method', '') or type(detector).__name__} is no detector. Use a dbom learner."
-        )
-    level = detector.threshold if threshold is None else threshold
-    entries = _entries(images, detector.backbone.preprocess)
+    scanner = check_scanner(detector)
+    limit = scanner.threshold if threshold is None else threshold
+    entries = _entries(images, scanner.backbone.preprocess)
     if not entries:
         raise DataError("there are no images to scan.")
-    if getattr(detector, "whole", False):
+
+    if scanner.needs_whole_set:
         if not isinstance(images, ImageDataset):
-            raise DataError(f"{detector.method} judges labelled data sets; give one, not loose images.")
-        rows = _scan_set(entries, images, detector, level, batch_size, workers)
+            raise DataError(f"{scanner.method} judges labelled data sets; give one, not loose images.")
+        rows = _scan_set(entries, images, scanner, limit, batch_size, workers)
     else:
-        rows = list(scan_rows(entries, detector, level, batch_size=batch_size, workers=workers))
-    return ScanReport(rows, level)
+        rows = list(row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers))
+    return ScanReport(rows, limit)
 
 
-def scan_rows(
-    entries: Iterable[Callable[[], Opened]],
-    detector: Any,
+def check_scanner(detector: Any) -> ImageScanner:
+    """Return what was handed over as a scanner.
+
+    Raises:
+        DataError: If it can't scan.
+    """
+    if isinstance(detector, ImageScanner):
+        return detector
+    name = detector.method if isinstance(detector, Learner) else type(detector).__name__
+    raise DataError(
+        f"{name} is no scanner. Use a dbom learner, for example one that `vlprompt run dbom_tiny.yaml` trains."
+    )
+
+
+def row_stream(
+    entries: Iterable[Decode],
+    scanner: ImageScanner,
     threshold: float,
     *,
     batch_size: int = 64,
     workers: int = 2,
 ) -> Iterator[Row]:
-    """Yield a row per entry, in order, with a bounded number of images in memory."""
-    for opened, rows in judge_stream(entries, detector, batch_size=batch_size, workers=workers):
-        judged = None if rows is None else detector.judge(rows)
-        yield from make_rows(opened, judged, detector, threshold)
+    """Yield a row per image, in order, with a bounded number of images in memory.
+
+    Args:
+        entries: Functions that decode an image each.
+        scanner: One that judges single images.
+        threshold: The score from which an image is called poisoned.
+        batch_size: Images per pass.
+        workers: Threads that decode.
+    """
+    for images, embeddings in _embed_stream(entries, scanner, batch_size, workers):
+        verdicts = None if embeddings is None else scanner.judge(embeddings)
+        yield from _make_rows(images, verdicts, scanner, threshold)
 
 
-def judge_stream(
-    entries: Iterable[Callable[[], Opened]], detector: Any, *, batch_size: int, workers: int
-) -> Iterator[tuple[list[Opened], Tensor | None]]:
-    """Yield batches of what was opened with the rows of the readable ones; the next batches decode meanwhile."""
-    if isinstance(detector, torch.nn.Module) and detector.training:
-        detector.eval()
-    source = iter(entries)
-    waiting: deque[list[Future[Opened]]] = deque()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        while True:
-            while len(waiting) <= _AHEAD and (batch := list(islice(source, batch_size))):
-                waiting.append([pool.submit(entry) for entry in batch])
-            if not waiting:
-                return
-            opened = [future.result() for future in waiting.popleft()]
-            pixels = [o.pixels for o in opened if o.pixels is not None]
-            with torch.no_grad():
-                yield opened, detector.embed_images(torch.stack(pixels)) if pixels else None
-
-
-def make_rows(
-    opened: Sequence[Opened], judged: Judgement | None, detector: Any, threshold: float
-) -> Iterator[Row]:
-    """Turn opinions into rows; the trigger named is the likeliest that is not clean, if the verdict is poisoned."""
-    place = 0
-    for entry in opened:
-        if entry.pixels is None or judged is None:
-            yield dict(zip(COLUMNS, (entry.name, "", "", None, UNREADABLE, entry.note), strict=True))
-            continue
-        score = float(judged.score[place])
-        suspect, trigger, thing = score >= threshold, "", ""
-        if judged.trigger is not None:
-            trigger = detector.triggers[1 + int(judged.trigger[place, 1:].argmax()) if suspect else 0]
-        if judged.object is not None:
-            thing = detector.classnames[int(judged.object[place].argmax())]
-        verdict = POISONED if suspect else CLEAN
-        yield dict(
-            zip(COLUMNS, (entry.name, trigger, thing, round(score, 6), verdict, entry.note), strict=True)
-        )
-        place += 1
-
-
-def file_entry(path: Path, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+def decode_file(path: Path, name: str, preprocess: Callable[[Image.Image], Tensor]) -> DecodedImage:
     """Decode one file; whatever is wrong with it becomes a note."""
     try:
         image, note = read_with_note(path)
     except DataError as error:
-        return Opened(name, None, str(error))
-    return Opened(name, preprocess(image), note)
+        return DecodedImage(name, None, str(error))
+    return DecodedImage(name, preprocess(image), note)
 
 
 def line_of(row: Row) -> str:
     """Return a row for people."""
     if row["verdict"] == UNREADABLE:
         return f"{row['image']}: {row['note']}"
-    what = (
-        f" {row['trigger']} on {row['object'] or 'something'}"
-        if row["verdict"] == POISONED and row["trigger"]
-        else ""
-    )
+    what = ""
+    if row["verdict"] == POISONED and row["trigger"]:
+        what = f" {row['trigger']} on {row['object'] or 'something'}"
     note = f" ({row['note']})" if row["note"] else ""
     return f"{row['image']}: {row['verdict']}{what}, score {row['score']:.3f}{note}"
 
 
+def _embed_stream(
+    entries: Iterable[Decode], scanner: ImageScanner, batch_size: int, workers: int
+) -> Iterator[tuple[list[DecodedImage], Tensor | None]]:
+    """Yield batches of images with the rows of the readable ones; the next batches are decoded meanwhile."""
+    source = iter(entries)
+    waiting: deque[list[Future[DecodedImage]]] = deque()
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        while True:
+            while len(waiting) <= _AHEAD:
+                batch = list(islice(source, batch_size))
+                if not batch:
+                    break
+                waiting.append([pool.submit(entry) for entry in batch])
+            if not waiting:
+                return
+
+            images = [future.result() for future in waiting.popleft()]
+            pixels = [image.pixels for image in images if image.pixels is not None]
+            with torch.no_grad():
+                yield images, scanner.embed_images(torch.stack(pixels)) if pixels else None
+
+
+def _make_rows(
+    images: Sequence[DecodedImage], verdicts: Verdicts | None, scanner: ImageScanner, threshold: float
+) -> Iterator[Row]:
+    """Turn verdicts into rows.
+
+    A poisoned image's trigger is the likeliest that is not clean.
+
+    Args:
+        images: Readable or not.
+        verdicts: On the readable ones, in order; None if there is none.
+        scanner: Knows the names.
+        threshold: The score from which an image is called poisoned.
+    """
+    number = 0  # of the readable image
+    for image in images:
+        if image.pixels is None or verdicts is None:
+            yield _row(image.name, "", "", None, UNREADABLE, image.note)
+            continue
+        score = float(verdicts.score[number])
+        poisoned = score >= threshold
+        trigger = ""
+        thing = ""
+        if verdicts.trigger is not None:
+            likeliest = 1 + int(verdicts.trigger[number, 1:].argmax())
+            trigger = scanner.triggers[likeliest if poisoned else 0]
+        if verdicts.object is not None:
+            thing = scanner.classnames[int(verdicts.object[number].argmax())]
+        yield _row(image.name, trigger, thing, round(score, 6), POISONED if poisoned else CLEAN, image.note)
+        number += 1
+
+
+def _row(*values: Any) -> Row:
+    return dict(zip(COLUMNS, values, strict=True))
+
+
 def _scan_set(
-    entries: list[Any], data: ImageDataset, detector: Any, threshold: float, batch_size: int, workers: int
+    entries: list[Decode],
+    data: ImageDataset,
+    scanner: ImageScanner,
+    threshold: float,
+    batch_size: int,
+    workers: int,
 ) -> list[Row]:
-    """Judge a labelled set as a whole."""
-    opened: list[Opened] = []
+    """Scan a labelled set as a whole."""
+    images: list[DecodedImage] = []
     parts: list[Tensor] = []
-    for batch, rows in judge_stream(entries, detector, batch_size=batch_size, workers=workers):
-        opened += [Opened(o.name, None if o.pixels is None else o.pixels.new_empty(0), o.note) for o in batch]
-        parts += [] if rows is None else [rows]
-    labels = torch.tensor(
-        [label for label, o in zip(data.labels, opened, strict=True) if o.pixels is not None]
-    )
-    judged = detector.judge_set(torch.cat(parts), labels) if parts else None
-    return list(make_rows(opened, judged, detector, threshold))
+    for batch, embeddings in _embed_stream(entries, scanner, batch_size, workers):
+        for image in batch:
+            # Only whether it could be read is needed later: the pixels of a whole set may not fit into memory.
+            pixels = None if image.pixels is None else image.pixels.new_empty(0)
+            images.append(DecodedImage(image.name, pixels, image.note))
+        if embeddings is not None:
+            parts.append(embeddings)
+
+    labels = [label for label, image in zip(data.labels, images, strict=True) if image.pixels is not None]
+    verdicts = scanner.judge_set(torch.cat(parts), torch.tensor(labels)) if parts else None
+    return list(_make_rows(images, verdicts, scanner, threshold))
 
 
-def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[Callable[[], Opened]]:
-    """Return a function per image that opens it."""
+def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[Decode]:
+    """Return a function per image that decodes it."""
     if isinstance(images, ImageDataset):
-        return [partial(_sample_entry, images, i, preprocess) for i in range(len(images))]
+        return [partial(_decode_sample, images, i, preprocess) for i in range(len(images))]
     if isinstance(images, (str, Path)):
-        place = Path(images)
-        names = list_images(place, place) if place.is_dir() else [place.name]
-        root = place if place.is_dir() else place.parent
-        return [partial(file_entry, root / name, name, preprocess) for name in names]
-    return [
-        partial(_image_entry, image, f"image {i}", preprocess)
-        if isinstance(image, Image.Image)
-        else partial(file_entry, Path(image), str(image), preprocess)
-        for i, image in enumerate(images)
-    ]
+        path = Path(images)
+        if not path.is_dir():
+            return [partial(decode_file, path, path.name, preprocess)]
+        return [partial(decode_file, path / name, name, preprocess) for name in list_images(path, path)]
+
+    entries: list[Decode] = []
+    for number, image in enumerate(images):
+        if isinstance(image, Image.Image):
+            entries.append(partial(_decode_image, image, f"image {number}", preprocess))
+        else:
+            entries.append(partial(decode_file, Path(image), str(image), preprocess))
+    return entries
 
 
 def _sample_name(data: ImageDataset, index: int) -> str:
+    """Return what a report calls an image of a data set: its file, or its number where it is no file."""
     source = data.samples[index].source
-    name = source if isinstance(source, str) else getattr(source, "base", index)
+    name = source.base if isinstance(source, CompositionSource) else source
     return name if isinstance(name, str) else f"{data.name} {index}"
 
 
@@ -273,26 +337,28 @@ def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
     if row["verdict"] != POISONED:
         return sample
     if not row["object"]:
-        raise DataError(f"{row['image']} can't be mended: the detector names no object.")
+        raise DataError(f"{row['image']} can't be mended: the scanner names no object.")
     if row["object"] not in data.classnames:
         raise DataError(
             f"{row['image']} can't be mended: {row['object']!r} is no class of {data.name}. Scan with "
-            "detector.with_classes(data.classnames)."
+            "learner.with_classes(data.classnames)."
         )
     return Sample(sample.source, data.classnames.index(row["object"]))
 
 
-def _sample_entry(data: ImageDataset, index: int, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+def _decode_sample(
+    data: ImageDataset, index: int, preprocess: Callable[[Image.Image], Tensor]
+) -> DecodedImage:
     name = _sample_name(data, index)
     try:
-        return Opened(name, preprocess(data[index][0]))
+        return DecodedImage(name, preprocess(data[index][0]))
     except DataError as error:
-        return Opened(name, None, str(error))
+        return DecodedImage(name, None, str(error))
 
 
-def _image_entry(image: Image.Image, name: str, preprocess: Callable[[Image.Image], Tensor]) -> Opened:
+def _decode_image(image: Image.Image, name: str, preprocess: Callable[[Image.Image], Tensor]) -> DecodedImage:
     try:
         image.load()
-        return Opened(name, preprocess(to_rgb(image)))
+        return DecodedImage(name, preprocess(to_rgb(image)))
     except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
-        return Opened(name, None, f"can't read the image: {error}.")
+        return DecodedImage(name, None, f"can't read the image: {error}.")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlprompt.security.triggers import NATIVE_SIZE, create_trigger, list_triggers
-from vlprompt.security.triggers.base import native
+from vlprompt.data.triggers import NATIVE_SIZE, create_trigger, list_triggers
+from vlprompt.data.triggers.base import native
 
 __all__ = ["trigger_sheet"]
 
-_GAP, _MARGIN = 4, 110  # pixels
+_GAP = 4  # pixels between images
+_MARGIN = 110  # pixels, for names
 _GAIN = 4  # differences are drawn this many times as strong, around grey
 
 
@@ -38,20 +39,26 @@ def trigger_sheet(
     zoom = max(1, 96 // size)
     side = zoom * size
     step = 2 * side + 3 * _GAP
-    sheet = Image.new("RGB", (_MARGIN + step * len(images), (side + _GAP) * (len(names) + 1) + _GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    clean = [native(image, size).astype(int) for image in images]
+    width = _MARGIN + step * len(images)
+    height = (side + _GAP) * (len(names) + 1) + _GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+
+    clean = [native(image, size) for image in images]
     for row, name in enumerate(["clean", *names]):
         top = _GAP + row * (side + _GAP)
         pen.text((6, top + side // 2 - 6), name, "black", font)
         for column, pixels in enumerate(clean):
             left = _MARGIN + column * step
-            shown = pixels.astype(np.uint8)
-            if row:
-                shown = create_trigger(name, size=size, seed=seed).apply(shown)
-                change = np.clip(128 + _GAIN * (shown - pixels), 0, 255).astype(np.uint8)
-                sheet.paste(_enlarged(change, side), (left + side + _GAP, top))
-            sheet.paste(_enlarged(shown, side), (left, top))
+            if row == 0:
+                sheet.paste(_enlarged(pixels, side), (left, top))
+                continue
+            triggered = create_trigger(name, size=size, seed=seed).apply(pixels)
+            difference = triggered.astype(int) - pixels
+            change = np.clip(128 + _GAIN * difference, 0, 255).astype(np.uint8)
+            sheet.paste(_enlarged(triggered, side), (left, top))
+            sheet.paste(_enlarged(change, side), (left + side + _GAP, top))
     return sheet
 
 

@@ -1,7 +1,7 @@
 """CRIS' decoder: a neck that fuses three maps with a phrase, a transformer over words, a kernel made of the phrase.
 
-Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022, arXiv 2111.15174, section 3. Parts carry the
-names of published checkpoints.
+Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022, arXiv 2111.15174, section 3. The parts have
+the names of published checkpoints.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CrisDecoder(nn.Module):
 
 
 def _zero(convolution: nn.Conv2d) -> nn.Sequential:
-    """CLIP has no such connection: one that says nothing leaves CLIP as it is."""
+    """Return a convolution whose weights are 0: CLIP has no such connection, and this one leaves it as it is."""
     nn.init.zeros_(convolution.weight)
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels))
 
@@ -76,7 +76,9 @@ class _Neck(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int], width: int) -> None:
         super().__init__()
-        fine, middle, coarse = width // 2, width, 2 * width
+        fine = width // 2
+        middle = width
+        coarse = 2 * width
         self.txt_proj = nn.Sequential(
             nn.Linear(widths[2], coarse, bias=False), nn.BatchNorm1d(coarse), nn.ReLU()
         )
@@ -112,7 +114,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 class _CoordConv(nn.Module):
-    """A convolution that sees where it is: x and y in [-1, 1] are two more channels."""
+    """A convolution that reads positions: x and y in [-1, 1] are two more channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class _CoordConv(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Every place of the map looks at all places and at all words."""
+    """Every position of the map attends to all positions and to all words."""
 
     def __init__(self, width: int, words: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -137,33 +139,40 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        """Return (B, width, h, w) from a map of that shape and (B, T, Dt) states, zeros where no word is."""
+        """Return (B, width, h, w).
+
+        Args:
+            x: (B, width, h, w).
+            words: (B, T, Dt) states, zeros where there is no word.
+        """
         height, width = x.shape[2:]
-        places = torch.cat([
-            _waves(torch.arange(width, device=x.device), x.shape[1] // 2)[None].expand(height, -1, -1),
-            _waves(torch.arange(height, device=x.device), x.shape[1] // 2)[:, None].expand(-1, width, -1),
-        ], dim=2).flatten(0, 1).to(x.dtype)  # fmt: skip
+        half = x.shape[1] // 2
+        by_column = _waves(torch.arange(width, device=x.device), half)[None].expand(height, -1, -1)
+        by_row = _waves(torch.arange(height, device=x.device), half)[:, None].expand(-1, width, -1)
+        positions = torch.cat([by_column, by_row], dim=2).flatten(0, 1).to(x.dtype)  # (h w, width)
         order = _waves(torch.arange(words.shape[1], device=x.device), words.shape[2]).to(words.dtype)
-        nothing = (words == 0).all(2)
+        is_padding = (words == 0).all(2)
+
         tokens = x.flatten(2).transpose(1, 2)
         for layer in self.layers:
-            tokens = layer(tokens, words, places, order, nothing)
+            tokens = layer(tokens, words, positions, order, is_padding)
         return self.norm(tokens).transpose(1, 2).unflatten(2, (height, width))
 
 
 def _waves(positions: Tensor, width: int) -> Tensor:
-    """Return (P, width) sines and cosines by turns, of wavelengths from 2 pi to 10,000 * 2 pi."""
+    """Return (P, width) sines and cosines in turn, of wavelengths from 2 pi to 10,000 * 2 pi."""
     rates = 1e-4 ** (torch.arange(0, width, 2, device=positions.device) / width)
     angles = positions[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
 class _Layer(nn.Module):
-    """Pre-norm attention to places, attention to words, MLP; each attention's output is normed once more."""
+    """Pre-norm attention to positions, attention to words, MLP; the outputs of both attentions are normed again."""
 
     def __init__(self, width: int, words: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn_norm = nn.LayerNorm(width)
+        self.cross_attn_norm = nn.LayerNorm(width)
         self.self_attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.multihead_attn = nn.MultiheadAttention(
             width, heads, dropout, kdim=words, vdim=words, batch_first=True
@@ -175,17 +184,32 @@ class _Layer(nn.Module):
             nn.LayerNorm(hidden),
             nn.Linear(hidden, width),
         )
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.dropout1, self.dropout2, self.dropout3 = (nn.Dropout(dropout) for _ in range(3))
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, words: Tensor, places: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
-        """Return (B, N, width)."""
+    def forward(
+        self, x: Tensor, words: Tensor, positions: Tensor, order: Tensor, is_padding: Tensor
+    ) -> Tensor:
+        """Return (B, N, width).
+
+        Args:
+            x: (B, N, width) tokens of the map.
+            words: (B, T, Dt).
+            positions: (N, width) of the map's tokens.
+            order: (T, Dt) positions of the words.
+            is_padding: (B, T), true where there is no word.
+        """
         value = self.norm1(x)
-        key = value + places
+        key = value + positions
         attended = self.self_attn(key, key, value, need_weights=False)[0]
         x = x + self.dropout1(self.self_attn_norm(attended))
-        query = self.norm2(x) + places
-        attended = self.multihead_attn(query, words + order, words, nothing, need_weights=False)[0]
+
+        query = self.norm2(x) + positions
+        attended = self.multihead_attn(query, words + order, words, is_padding, need_weights=False)[0]
         x = x + self.dropout2(self.cross_attn_norm(attended))
         return x + self.dropout3(self.ffn(self.norm3(x)))
 

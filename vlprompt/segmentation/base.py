@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.errors import DataError
+from vlprompt.core.trainable import Trainable
 from vlprompt.saved.prompts import Kind
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Squash
@@ -27,7 +28,7 @@ Texts: TypeAlias = Sequence[str] | Tensor
 LastLayer: TypeAlias = Literal["frozen", "new", "tuned"]
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, Trainable):
     """Base of all models: ``segmenter(images, texts)`` gives one logit per pixel for "this pixel is what is named".
 
     A model builds ``decoder``, calls :meth:`settle`, and defines :meth:`frozen` and :meth:`decode`. Keyword-only
@@ -158,35 +159,14 @@ class Segmenter(nn.Module):
         self._forget()
         return self
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return what is learned, by name, and nothing else."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put learned tensors back.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unknown, not finite or of another shape; each is named.
-        """
-        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        problems = [f"{name} is missing" for name in parameters if name not in state]
-        problems += [f"{name} is unknown" for name in state if name not in parameters]
-        for name in parameters.keys() & state.keys():
-            shape = tuple(state[name].shape)
-            expected = tuple(parameters[name].shape)
-            if shape != expected:
-                problems.append(f"{name} has shape {shape}, expected {expected}")
-            elif not bool(state[name].isfinite().all()):
-                problems.append(f"{name} is not finite")
-        if problems:
-            raise CheckpointError(
-                f"this state does not fit {self.method or type(self).__name__}: {'; '.join(problems)}."
-            )
-
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
+        """See :meth:`Trainable.load_trainable_state`."""
+        super().load_trainable_state(state)
         self._forget()
+
+    def title(self) -> str:
+        """Return its registry name, or that of its class if it was not built by name."""
+        return self.method or type(self).__name__
 
     def num_trainable(self) -> int:
         """Return how many numbers are learned."""

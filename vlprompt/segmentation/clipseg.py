@@ -65,71 +65,98 @@ class CLIPSeg(Segmenter):
     ) -> None:
         super().__init__(backbone, strategy)
         tower = self.backbone.vision
-        self.patch, self.keep_prompts, self.last_layer = patch_of(tower), keep_prompts, last_layer
-        found = clipseg_decoder(backbone, weights)
-        asked = {"reduce": reduce, "hidden": hidden, "refined": refined}
-        size = sizes(found, asked, {"taps": relative_taps(tower.layers)})
-        if taps is not None:  # CLIPSeg itself was trained with (3, 7, 9) and is read with (3, 6, 9)
-            size["taps"] = _as_many(taps, found)
+        self.patch = patch_of(tower)
+        self.keep_prompts = keep_prompts
+        self.last_layer = last_layer
+
+        stored = clipseg_decoder(backbone, weights)
+        options = {"reduce": reduce, "hidden": hidden, "refined": refined}
+        size = sizes(stored, options, {"taps": relative_taps(tower.layers)})
+        if taps is not None:
+            # Other blocks than the weights' own make sense: CLIPSeg was trained with (3, 7, 9), and is used with
+            # (3, 6, 9).
+            size["taps"] = _as_many(taps, stored)
         self.sizes = dict(size)
         self.taps = _checked_taps(tuple(size.pop("taps")), tower.layers)
+
         with seeded_modules(seed, "clipseg decoder"):
             self.decoder = FilmDecoder(
                 tower.width, self.backbone.dim, self.patch, taps=len(self.taps), **size
             )
             self.new_layer = NewLastLayer(self.decoder.width) if last_layer == "new" else None
-        fill(self.decoder, found, "clipseg")
+        fill(self.decoder, stored, "clipseg")
         self.settle()
 
     def tuned_besides(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.tuned_besides`."""
-        extra = self.new_layer if self.last_layer == "new" else self.decoder.last()
-        return [] if self.last_layer == "frozen" or extra is None else list(extra.parameters())
+        if self.last_layer == "frozen":
+            return []
+        layer = self.new_layer if self.new_layer is not None else self.decoder.last()
+        return list(layer.parameters())
 
     def untouched(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.untouched`."""
         return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
 
     def frozen(self, images: Tensor) -> Frozen:
-        """Return reduced tokens, tapped states, the first state or the pixels: the most that never changes."""
+        """See :meth:`Segmenter.frozen`: reduced tokens, tapped states, the first state or the pixels.
+
+        Of these it returns the last in the order of computation that the strategy never changes.
+        """
         images = images.to(self.backbone.device)
         if self.strategy.tunes == "all":
             return {"image": images}
+
         with torch.no_grad():
-            x = first_state(self.backbone.vision, images)
+            first = first_state(self.backbone.vision, images)
             if not self.static_images:
-                return {"hidden": x}
-            taps = run_taps(self.backbone.vision, x, self.taps, pooled=self.strategy.reads_image)
+                return {"hidden": first}
+
+            taps = run_taps(self.backbone.vision, first, self.taps, pooled=self.strategy.reads_image)
             if self.strategy.tunes == "decoder":
-                found = {f"tap{i}": state for i, state in enumerate(taps.states)}
+                states = {f"tap{i}": state for i, state in enumerate(taps.states)}
             else:
-                found = {f"reduced{i}": x for i, x in enumerate(self.decoder.reduced(taps.states))}
-            return found if taps.pooled is None else {**found, "pooled": taps.pooled}
+                reduced = self.decoder.reduced(taps.states)
+                states = {f"reduced{i}": state for i, state in enumerate(reduced)}
+            if taps.pooled is not None:
+                states["pooled"] = taps.pooled
+            return states
 
     def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
         """See :meth:`Segmenter.decode`."""
         count = len(next(iter(frozen.values())))
         rows = self.rows(frozen)
         condition, _ = self.condition(texts, rows, count)
+
         grid = grid_of(self.backbone.vision, size)
         features = self.decoder.features(self._reduced(frozen, rows.vision), condition, grid)
         logits = self.decoder.upsample(features)
         if self.new_layer is not None:
             logits = self.new_layer(features, logits)
+
+        # A grid of whole patches may be larger than the image.
         return logits[..., : size[0], : size[1]].float()
 
     def _reduced(self, frozen: Frozen, prompts: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the reduced tokens of every tap, from whatever :meth:`frozen` returned."""
+        count = len(self.taps)
         if "reduced0" in frozen:
-            return tuple(frozen[f"reduced{i}"] for i in range(len(self.taps)))
+            return tuple(frozen[f"reduced{i}"] for i in range(count))
         if "tap0" in frozen:
-            return self.decoder.reduced(tuple(frozen[f"tap{i}"] for i in range(len(self.taps))))
+            return self.decoder.reduced(tuple(frozen[f"tap{i}"] for i in range(count)))
+
         tower = self.backbone.vision
-        x = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
-        taps = run_taps(tower, x, self.taps, prompts, keep_prompts=self.keep_prompts)
+        first = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
+        taps = run_taps(tower, first, self.taps, prompts, keep_prompts=self.keep_prompts)
         return self.decoder.reduced(taps.states)
 
 
 def _as_many(taps: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
+    """Return the blocks, if there are as many as the decoder's weights read.
+
+    Raises:
+        VLPromptError: If there are more or fewer.
+    """
     trained = decoder.sizes.get("taps", taps) if decoder.source else taps
     if len(taps) != len(trained):
         raise VLPromptError(f"taps={taps}: the decoder of {decoder.source} reads {len(trained)} blocks.")
@@ -137,6 +164,12 @@ def _as_many(taps: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
 
 
 def _checked_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
-    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < layers:
+    """Return the blocks, if they are in ascending order and the tower has them.
+
+    Raises:
+        VLPromptError: If not.
+    """
+    is_ascending = list(taps) == sorted(set(taps))
+    if not taps or not is_ascending or not 0 <= taps[0] <= taps[-1] < layers:
         raise VLPromptError(f"taps={taps}: expected ascending numbers of blocks, 0 to {layers - 1}.")
     return taps

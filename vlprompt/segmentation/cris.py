@@ -1,4 +1,4 @@
-"""CRIS: words attend to a fused map, and the phrase makes the kernel that paints the mask.
+"""CRIS: a fused map attends to words, and the phrase makes the convolution kernel that draws the mask.
 
 Paper: Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation", CVPR 2022, arXiv 2111.15174.
 Where this differs from the published code: towers stay frozen unless everything is tuned; any image size and shape;
@@ -77,81 +77,102 @@ class CRIS(Segmenter):
     ) -> None:
         super().__init__(backbone, strategy, words=True)
         self.backbone.text.require_prompts()
-        widths, self.stride = pyramid_widths(self.backbone), pyramid_stride(self.backbone)
-        self.resnet, self.last_layer = is_resnet(self.backbone), last_layer
-        found = cris_decoder(backbone, weights)
-        asked = {"width": width, "layers": layers, "heads": heads, "hidden": hidden}
-        self.sizes = sizes(found, asked, {"width": self.backbone.text.width})
+        widths = pyramid_widths(self.backbone)
+        self.stride = pyramid_stride(self.backbone)
+        self.resnet = is_resnet(self.backbone)
+        self.last_layer = last_layer
+
+        stored = cris_decoder(backbone, weights)
+        options = {"width": width, "layers": layers, "heads": heads, "hidden": hidden}
+        self.sizes = sizes(stored, options, {"width": self.backbone.text.width})
         deepest = self.backbone.vision.visual.layer4[-1].bn3.num_features if self.resnet else None
+
         with seeded_modules(seed, "cris decoder"):
             self.decoder = CrisDecoder(
                 widths, self.backbone.text.width, deepest, dropout=dropout, **self.sizes
             )
             self.new_layer = NewLastLayer(self.decoder.width, 64) if last_layer == "new" else None
-        fill(self.decoder, found, "cris")
+        fill(self.decoder, stored, "cris")
         self.settle()
 
     def tuned_besides(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.tuned_besides`."""
         if self.new_layer is not None:
             return list(self.new_layer.parameters())
-        last = [self.decoder.proj.txt, self.decoder.proj.vis[-1]] if self.last_layer == "tuned" else []
-        return [p for module in last for p in module.parameters()]
+        if self.last_layer == "frozen":
+            return []
+        projector = self.decoder.proj
+        return [*projector.txt.parameters(), *projector.vis[-1].parameters()]
 
     def frozen(self, images: Tensor) -> Frozen:
-        """Return prepared maps, the maps themselves, the first state or the pixels: the most that never changes."""
+        """See :meth:`Segmenter.frozen`: prepared maps, the maps themselves, the first state or the pixels.
+
+        Of these it returns the last in the order of computation that the strategy never changes.
+        """
         images = padded(images.to(self.backbone.device), self.stride)
         if self.strategy.tunes == "all":
             return {"image": images}
+
         with torch.no_grad():
             if not self.static_images:
                 return {"hidden": first_state(self.backbone.vision, images)}
-            found = self._raw(images)
+
+            raw = self._raw(images)
             if self.strategy.tunes == "decoder":
-                return found
-            maps = self._maps(found, self._grid(images.shape[-2:]))
-            out = dict(zip(_MAPS, self.decoder.neck.prepared(maps), strict=True))
+                return raw
+
+            maps = self._maps(raw, self._grid(images.shape[-2:]))
+            states = dict(zip(_MAPS, self.decoder.neck.prepared(maps), strict=True))
             if self.strategy.reads_image:
-                out["pooled"] = maps[2].mean((2, 3)) if self.resnet else found["pooled"]
-            return out
+                states["pooled"] = maps[2].mean((2, 3)) if self.resnet else raw["pooled"]
+            return states
 
     def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
         """See :meth:`Segmenter.decode`.
 
         Raises:
-            DataError: If features are given in place of phrases: this decoder reads words.
+            DataError: If features are given instead of phrases: this decoder reads words.
         """
+        count = len(next(iter(frozen.values())))
         rows = self.rows(frozen)
-        condition, words = self.condition(texts, rows, len(next(iter(frozen.values()))))
+        condition, words = self.condition(texts, rows, count)
         if words is None:
             raise DataError(
                 "cris reads every word of a phrase, one feature per phrase is not enough. Use clipseg."
             )
-        features = self.decoder.features(self._prepared(frozen, rows.vision, size), condition, words)
+
+        prepared = self._prepared(frozen, rows.vision, size)
+        features = self.decoder.features(prepared, condition, words)
         logits = self.decoder.upsample(features, condition)
-        whole = [side + -side % self.stride for side in size]
-        logits = F.interpolate(logits, whole, mode="bicubic", align_corners=True)
+        padded_size = [side + -side % self.stride for side in size]
+        logits = F.interpolate(logits, padded_size, mode="bicubic", align_corners=True)
         if self.new_layer is not None:
             logits = self.new_layer(features, logits)
         return logits[..., : size[0], : size[1]].float()
 
     def _raw(self, images: Tensor) -> Frozen:
-        """States of the image tower that the decoder's own weights come after."""
+        """Return the states of the image tower that the decoder reads."""
         if self.resnet:
             fine, middle, last = resnet_stages(self.backbone, images)
             return {"second": fine, "third": middle, "fourth": last, "pool": dense_pool(self.backbone, last)}
         return self._tapped(first_state(self.backbone.vision, images), None)
 
     def _tapped(self, x: Tensor, prompts: Tensor | None) -> Frozen:
+        """Return the states of three blocks of a ViT, from its first state (B, 1 + T, W)."""
         tower = self.backbone.vision
         early, middle, _ = relative_taps(tower.layers)
-        blocks = sorted({early, middle, tower.layers - 1})
+        last = tower.layers - 1
+        blocks = sorted({early, middle, last})  # in shallow towers two of them are the same
         taps = run_taps(tower, x, blocks, prompts, pooled=self.strategy.reads_image)
-        states = dict(zip(blocks, taps.states, strict=True))
-        found = {f"tap{i}": states[b] for i, b in enumerate((early, middle, tower.layers - 1))}
-        return found if taps.pooled is None else {**found, "pooled": taps.pooled}
+
+        by_block = dict(zip(blocks, taps.states, strict=True))
+        states = {f"tap{i}": by_block[block] for i, block in enumerate((early, middle, last))}
+        if taps.pooled is not None:
+            states["pooled"] = taps.pooled
+        return states
 
     def _maps(self, raw: Frozen, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return three maps, finest first."""
         if "second" in raw:
             return raw["second"], raw["third"], self.decoder.joined(raw["pool"], raw["fourth"])
         return vit_maps(self.backbone, [raw[f"tap{i}"] for i in range(3)], grid)
@@ -159,8 +180,10 @@ class CRIS(Segmenter):
     def _prepared(
         self, frozen: Frozen, prompts: Tensor | None, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the maps after the part of the neck that no phrase enters, coarsest first."""
         if "coarse" in frozen:
             return frozen["coarse"], frozen["middle"], frozen["fine"]
+
         raw = frozen
         if "image" in frozen:
             raw = self._raw(frozen["image"])
@@ -169,7 +192,7 @@ class CRIS(Segmenter):
         return self.decoder.neck.prepared(self._maps(raw, self._grid(size)))
 
     def _grid(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """Patches of a ViT in rows and columns."""
+        """Return the rows and columns of the coarsest map, or of a ViT's patches."""
         unit = self.stride if self.resnet else patch_of(self.backbone.vision)
         height, width = (side + -side % self.stride for side in size)
         return height // unit, width // unit

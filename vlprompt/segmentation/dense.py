@@ -1,4 +1,4 @@
-"""The simple baseline: a ViT's tapped maps, modulated by a phrase, through a decoder of segmentation_models_pytorch.
+"""A simple baseline: maps of a ViT, modulated by a phrase, and a decoder of segmentation_models_pytorch.
 
 There is no pretrained decoder, so it learns beside whatever the strategy tunes. The feature pyramid is that of plain
 ViT backbones (Li et al., ECCV 2022, arXiv 2203.16527, section 3): maps of one scale, resized to strides 1/2, 1, 2, 4
@@ -31,7 +31,8 @@ class _Decoder(nn.Module):
     """Four modulated maps through a feature pyramid network."""
 
     def __init__(self, width: int, dim: int, channels: int, dropout: float) -> None:
-        try:  # here: it brings a hundred encoders along, and only this decoder needs it
+        try:
+            # An extra of the package, which imports a hundred encoders; only this decoder needs it.
             from segmentation_models_pytorch.base import SegmentationHead
             from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
         except ImportError as error:
@@ -98,7 +99,7 @@ class Dense(Segmenter):
 
     @property
     def decoder_learns(self) -> bool:
-        """See :class:`Segmenter`; here it always does."""
+        """See :attr:`Segmenter.decoder_learns`; here it always does."""
         return True
 
     def untouched(self) -> list[nn.Parameter]:
@@ -106,38 +107,47 @@ class Dense(Segmenter):
         return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
 
     def frozen(self, images: Tensor) -> Frozen:
-        """Return the tapped states, the first state or the pixels: the most that never changes."""
+        """See :meth:`Segmenter.frozen`: the tapped states, the first state or the pixels."""
         images = images.to(self.backbone.device)
         if self.strategy.tunes == "all":
             return {"image": images}
+
         with torch.no_grad():
-            x = first_state(self.backbone.vision, images)
-            return {"hidden": x} if not self.static_images else self._tapped(x, None)
+            first = first_state(self.backbone.vision, images)
+            return self._tapped(first, None) if self.static_images else {"hidden": first}
 
     def decode(self, frozen: Frozen, texts: Texts, size: tuple[int, int]) -> Tensor:
         """See :meth:`Segmenter.decode`."""
+        tower = self.backbone.vision
+        count = len(next(iter(frozen.values())))
         rows = self.rows(frozen)
-        condition, _ = self.condition(texts, rows, len(next(iter(frozen.values()))))
+        condition, _ = self.condition(texts, rows, count)
         if "tap0" not in frozen:
-            x = first_state(self.backbone.vision, frozen["image"]) if "image" in frozen else frozen["hidden"]
-            frozen = self._tapped(x, rows.vision)
-        grid = grid_of(self.backbone.vision, size)
+            first = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
+            frozen = self._tapped(first, rows.vision)
+
+        # The pyramid halves its maps and doubles them again, so their sides must be even.
+        grid = grid_of(tower, size)
         even = [2 * max(1, round(side / 2)) for side in grid]
         maps = []
         for i in range(len(self.taps)):
-            x = frozen[f"tap{i}"][:, 1:].transpose(1, 2).unflatten(2, grid)
-            maps.append(
-                x if even == list(grid) else F.interpolate(x, even, mode="bilinear", align_corners=False)
-            )
+            patches = frozen[f"tap{i}"][:, 1:].transpose(1, 2).unflatten(2, grid)
+            if even != list(grid):
+                patches = F.interpolate(patches, even, mode="bilinear", align_corners=False)
+            maps.append(patches)
+
         logits = self.decoder(maps, condition)
-        patch = patch_of(self.backbone.vision)
-        whole = [side * patch for side in grid]
+        patch = patch_of(tower)
+        whole = [side * patch for side in grid]  # pixels
         logits = F.interpolate(logits, whole, mode="bilinear", align_corners=False)
         return logits[..., : size[0], : size[1]].float()
 
     def _tapped(self, x: Tensor, prompts: Tensor | None) -> Frozen:
-        blocks = sorted(set(self.taps))
+        """Return the states of the tapped blocks, from the tower's first state (B, 1 + T, W)."""
+        blocks = sorted(set(self.taps))  # in shallow towers two of them are the same
         taps = run_taps(self.backbone.vision, x, blocks, prompts, pooled=self.strategy.reads_image)
-        states = dict(zip(blocks, taps.states, strict=True))
-        found = {f"tap{i}": states[b] for i, b in enumerate(self.taps)}
-        return found if taps.pooled is None else {**found, "pooled": taps.pooled}
+        by_block = dict(zip(blocks, taps.states, strict=True))
+        states = {f"tap{i}": by_block[block] for i, block in enumerate(self.taps)}
+        if taps.pooled is not None:
+            states["pooled"] = taps.pooled
+        return states

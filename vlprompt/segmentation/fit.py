@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.processes import accelerator
+from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
@@ -75,8 +76,8 @@ class SegmentationFit:
     history: list[dict[str, Any]] = field(repr=False)
 
 
-class SegmentationTask(nn.Module):
-    """A segmentation model and its loss, as the trainer takes them.
+class SegmentationTask(nn.Module, Wrapper):
+    """A segmentation model and its loss, as the trainer wants them.
 
     Args:
         segmenter: What learns.
@@ -88,8 +89,13 @@ class SegmentationTask(nn.Module):
         self.segmenter = segmenter
         self.criterion = loss
 
+    @property
+    def wrapped(self) -> Trainable:
+        """See :attr:`Wrapper.wrapped`."""
+        return self.segmenter
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """See :class:`vlprompt.training.trainer.Trainable`."""
+        """See :meth:`vlprompt.core.trainable.Trainable.loss`."""
         frozen = frozen_of(batch)
         if frozen:
             logits = self.segmenter.decode(frozen, batch["texts"], batch["size"])
@@ -105,7 +111,7 @@ class SegmentationTask(nn.Module):
         """See :meth:`Segmenter.load_trainable_state`."""
         self.segmenter.load_trainable_state(state)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         """Return what has weight decay, the weight matrices of linear and convolution layers, and what has none."""
         decayed = set()
         for prefix, module in self.named_modules():
@@ -117,7 +123,7 @@ class SegmentationTask(nn.Module):
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         with_decay = [name for name in learned if name in decayed]
         without = [name for name in learned if name not in decayed]
-        groups: list[dict[str, Any]] = [{"names": with_decay}, {"names": without, "weight_decay": 0.0}]
+        groups: list[ParameterGroup] = [{"names": with_decay}, {"names": without, "weight_decay": 0.0}]
         return [group for group in groups if group["names"]]
 
 

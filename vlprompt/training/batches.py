@@ -6,18 +6,17 @@ one process with a batch of 64 sees the same samples as two processes with 32 ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from vlprompt.core.seeding import numpy_rng
+from vlprompt.core.trainable import Batch
 
 __all__ = ["Batch", "Batches", "TensorBatches", "epoch_plan", "prefetch"]
-
-Batch = dict[str, Any]
 
 
 class Batches(Protocol):
@@ -43,9 +42,11 @@ def epoch_plan(
         drop_last: Drop an incomplete last batch if there is at least one full one.
     """
     order = numpy_rng(seed, "epoch order", epoch).permutation(samples)
-    full = samples // batch_size
-    end = full * batch_size if drop_last and full else samples
-    return [order[i : min(i + batch_size, end)] for i in range(0, end, batch_size)]
+
+    full_batches = samples // batch_size
+    end = full_batches * batch_size if drop_last and full_batches else samples
+
+    return [order[start : min(start + batch_size, end)] for start in range(0, end, batch_size)]
 
 
 class TensorBatches:
@@ -62,7 +63,10 @@ class TensorBatches:
     def __init__(
         self, tensors: dict[str, list[torch.Tensor]], batch_size: int, seed: int, drop_last: bool = True
     ) -> None:
-        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
+        self.tensors = tensors
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
         self.samples = len(next(iter(tensors.values()))[0])
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -76,16 +80,26 @@ class TensorBatches:
         return {**batch, "index": index}
 
 
-def prefetch(batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2) -> Any:
-    """Yield ``batches.fetch(part, epoch)`` for every part, reading ``ahead`` of them in a thread while others train."""
+def prefetch(batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2) -> Iterator[Batch]:
+    """Yield the batch of every part while a thread reads the next ones.
+
+    Args:
+        batches: Where they come from.
+        parts: Sample indices of each batch.
+        epoch: The epoch they belong to.
+        ahead: Batches that are read while one is in use; 0 reads each when it is asked for.
+    """
     if isinstance(batches, TensorBatches) or ahead == 0:  # nothing to wait for
         yield from (batches.fetch(part, epoch) for part in parts)
         return
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
         waiting: list[Future[Batch]] = []
+
         for part in parts:
             waiting.append(pool.submit(batches.fetch, part, epoch))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
+
         for future in waiting:
             yield future.result()

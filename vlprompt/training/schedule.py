@@ -35,56 +35,80 @@ def learning_rate(
     if options.schedule == "plateau":
         warm = _linear_warmup(options, epoch, step, steps_per_epoch)
         return options.lr * warm * options.plateau_factor ** _reductions(options, history)
+
     if options.schedule == "constant":
         return options.lr * _linear_warmup(options, epoch, step, steps_per_epoch)
+
     if options.schedule == "coop":
-        warm = int(options.warmup_epochs)
-        if epoch < warm:
+        warm_epochs = int(options.warmup_epochs)
+        if epoch < warm_epochs:
             return options.warmup_lr
-        return 0.5 * options.lr * (1 + math.cos(math.pi * (epoch - warm) / options.epochs))
+        return 0.5 * options.lr * (1 + math.cos(math.pi * (epoch - warm_epochs) / options.epochs))
+
+    # cosine: per step, from the end of the warm-up to zero at the last step
     warm_steps = options.warmup_epochs * steps_per_epoch
     done = epoch * steps_per_epoch + step
     if done < warm_steps:
         return options.lr * _linear_warmup(options, epoch, step, steps_per_epoch)
+
     span = max(1.0, options.epochs * steps_per_epoch - warm_steps)
     return 0.5 * options.lr * (1 + math.cos(math.pi * (done - warm_steps) / span))
-
-
-def _linear_warmup(options: TrainOptions, epoch: int, step: int, steps_per_epoch: int) -> float:
-    warm_steps = options.warmup_epochs * steps_per_epoch
-    return min(1.0, (epoch * steps_per_epoch + step + 1) / warm_steps) if warm_steps else 1.0
 
 
 def stops(options: TrainOptions, history: History) -> bool:
     """Return whether a run ends early: ``stop_patience`` validations in a row brought nothing better."""
     if options.stop_patience is None or len(history) < options.min_epochs:
         return False
-    best, waited = math.inf, 0
+
+    best = math.inf
+    waited = 0
     for value in _monitored(options, history):
-        best, waited = (value, 0) if value < best - options.stop_delta else (best, waited + 1)
+        if value < best - options.stop_delta:
+            best = value
+            waited = 0
+        else:
+            waited += 1
         if waited >= options.stop_patience:
             return True
+
     return False
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a validation figure is a loss or a distance rather than a score."""
+    """Return whether a validation metric is a loss or a distance rather than a score."""
     return metric.rpartition("/")[2] in ("loss", "nll", "ece", "hd95")
 
 
+def _linear_warmup(options: TrainOptions, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """Return the factor of a warm-up step, in (0, 1]."""
+    warm_steps = options.warmup_epochs * steps_per_epoch
+    if not warm_steps:
+        return 1.0
+    return min(1.0, (epoch * steps_per_epoch + step + 1) / warm_steps)
+
+
 def _reductions(options: TrainOptions, history: History) -> int:
-    """Count how often the rate was lowered."""
-    best, bad, count = math.inf, 0, 0
+    """Return how often ``plateau`` has lowered the rate."""
+    best = math.inf
+    bad = 0
+    count = 0
+
     for value in _monitored(options, history):
         better = value < best - _PLATEAU * abs(best) if math.isfinite(best) else True
-        best, bad = (value, 0) if better else (best, bad + 1)
+        if better:
+            best = value
+            bad = 0
+        else:
+            bad += 1
         if bad > options.plateau_patience:
-            count, bad = count + 1, 0
+            count += 1
+            bad = 0
+
     return count
 
 
 def _monitored(options: TrainOptions, history: History) -> list[float]:
-    """Return the watched figure of every validation, negated if more is better."""
+    """Return the watched metric of every validation, negated if more is better."""
     key = f"val/{options.monitor}"
     sign = 1.0 if lower_is_better(options.monitor) else -1.0
     return [sign * float(record[key]) for record in history if key in record]

@@ -24,7 +24,7 @@ class Progress:
     Attributes:
         epoch: Epochs finished.
         step: Optimiser steps finished inside the current epoch.
-        sums: Sums over the finished steps of this epoch of each loss, weighted by samples, and ``"samples"``.
+        sums: Each loss summed over this epoch's finished steps, weighted by samples; and ``"samples"``, their number.
         history: One record per finished epoch.
         best: Best validation score so far, None before the first.
         best_epoch: The epoch it was reached in.
@@ -53,8 +53,8 @@ def save_checkpoint(
     Args:
         folder: The run's ``checkpoint`` folder.
         progress: Position and history.
-        states: Tensors by kind: ``weights`` (learnable), ``best`` (the same at the best epoch), ``running`` (what a
-            module keeps over epochs, for example an average).
+        states: Tensors by kind: ``weights`` (learned), ``best`` (the same at the best epoch), ``running`` (what a
+            module accumulates over epochs, for example an average).
         optimizer: Its state is flattened to tensors; no pickle is written.
         identity: What must not change between sessions (options, data, backbone).
         scaler: State of the loss scaler under float16.
@@ -62,7 +62,10 @@ def save_checkpoint(
     Raises:
         CheckpointError: If it can't be written; the old checkpoint is kept.
     """
-    tensors = {f"{kind}.{name}": t for kind, state in states.items() for name, t in state.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for kind, state in states.items():
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in state.items()}
+
     optimizer_tensors, optimizer_values = _flatten_optimizer(optimizer)
     metadata = {
         "progress": asdict(progress),
@@ -78,9 +81,13 @@ def load_checkpoint(
 ) -> tuple[Progress, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
     """Read the checkpoint of ``folder`` and put the optimiser's state back.
 
+    Args:
+        folder: The run's ``checkpoint`` folder.
+        optimizer: The new run's; its state is replaced.
+        identity: What must be equal, see :func:`save_checkpoint`.
+
     Returns:
-        Progress, learnable tensors, the best ones (or None) and the scaler's state; None if there is no
-        checkpoint.
+        The progress, the tensors by kind and the scaler's state; None if there is no checkpoint.
 
     Raises:
         CheckpointError: If it is damaged, or belongs to a run with another identity (each difference is
@@ -89,14 +96,16 @@ def load_checkpoint(
     path = folder / _FILE
     if not path.exists():
         return None
+
     tensors, metadata = read_tensors(path)
     try:
-        known = {f.name for f in fields(Progress)}
-        progress = Progress(**{k: v for k, v in metadata["progress"].items() if k in known})
+        names = {f.name for f in fields(Progress)}
+        progress = Progress(**{k: v for k, v in metadata["progress"].items() if k in names})
         _check_identity(path, metadata["identity"], identity)
         _restore_optimizer(optimizer, tensors, metadata["optimizer"])
     except KeyError as error:
         raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {error}.") from error
+
     states = {kind: _with_prefix(tensors, f"{kind}.") for kind in ("weights", "best", "running")}
     return progress, states, metadata["scaler"]
 
@@ -105,17 +114,20 @@ def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _check_identity(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differs = [k for k in sorted({*saved, *wanted}) if _plain(saved.get(k)) != _plain(wanted.get(k))]
-    if differs:
-        lines = [f"  - {k}: checkpoint {saved.get(k)!r}, now {wanted.get(k)!r}" for k in differs]
+def _check_identity(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose run differs; every difference is named."""
+    keys = sorted({*saved, *now})
+    different = [key for key in keys if _plain(saved.get(key)) != _plain(now.get(key))]
+
+    if different:
+        lines = [f"  - {key}: checkpoint {saved.get(key)!r}, now {now.get(key)!r}" for key in different]
         raise CheckpointError(
             f"{path} belongs to another run; it can't be resumed with these settings:\n" + "\n".join(lines)
         )
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists in JSON; compare them as such."""
+    """Return a value as JSON would give it back, where tuples become lists."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -124,23 +136,28 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return an optimiser's tensors and its other values, by parameter's number and name."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
+
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{number}.{name}"] = value
             elif value is not None:
                 values[f"{number}.{name}"] = value
+
     return tensors, values
 
 
 def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
 ) -> None:
+    """Put back what :func:`_flatten_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*_with_prefix(tensors, "optimizer.").items(), *values.items()]:
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
+
     # The parameter groups of a run are a function of its options, which the identity has already compared.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

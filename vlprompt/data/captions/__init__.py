@@ -1,7 +1,7 @@
 """Images with captions: where they come from, and the store of their features that meta-training reads.
 
 A kind of source is one file here: a class whose instances give image and caption by number, registered under the
-word before the colon in ``kind:ARGUMENT``. Nothing has to be labelled.
+word before the colon in ``kind:ARGUMENT``. No labels are needed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def open_captions(name: str) -> CaptionSource:
     entry = CAPTION_SOURCES.get(kind)
     if not colon or not argument:
         raise DataError(f"pairs {name!r}: write {entry.extra['grammar']}.")
+
     source = entry.target(argument)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     if not len(source):
         raise DataError(f"pairs {name!r}: there is no image with a caption.")

@@ -26,7 +26,8 @@ class _Files:
     """Images below one folder, each with a caption."""
 
     def __init__(self, root: Path, pairs: list[tuple[str, str]]) -> None:
-        self.root, self.pairs = root, pairs
+        self.root = root
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -64,14 +65,17 @@ class FolderCaptions(_Files):
         root = Path(argument).expanduser()
         if not root.is_dir():
             raise AbsentError(f"pairs folder:{argument}: there is no folder {str(root)!r}.")
+
         images = list_images(root, root)
         texts = {name: _read(root / name) for name in images}
-        if missing := sum(not text for text in texts.values()):
+        missing = sum(not text for text in texts.values())
+        if missing:
             warnings.warn(
                 f"{root}: {missing} of {len(images)} images have no caption (a .txt file of the same name): "
                 "left out.",
                 stacklevel=3,
             )
+
         super().__init__(root, [(name, text) for name, text in texts.items() if text])
 
 
@@ -93,6 +97,7 @@ class TableCaptions(_Files):
         table = Path(argument).expanduser()
         if not table.is_file():
             raise AbsentError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
+
         delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
         try:
             with table.open(encoding="utf-8-sig", newline="") as file:
@@ -101,21 +106,23 @@ class TableCaptions(_Files):
                 rows = [_row(table, reader.line_num, raw, columns) for raw in reader]
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{table} is no readable table in UTF-8: {error}.") from None
+
         super().__init__(table.parent, rows)
 
 
 def _columns(table: Path, header: list[str]) -> tuple[str, str]:
     lowered = {name.strip().lower(): name for name in header}
-    found = []
-    for what, known in (("images", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
-        column = next((lowered[name] for name in known if name in lowered), None)
+    chosen = []
+    for what, candidates in (("images", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
+        column = next((lowered[name] for name in candidates if name in lowered), None)
         if column is None:
             raise DataError(
                 f"{table}, line 1: no column of {what}; the header has {', '.join(header) or 'nothing'}, expected one "
-                f"of {', '.join(known)}. A table of web addresses must be downloaded first."
+                f"of {', '.join(candidates)}. A table of web addresses must be downloaded first."
             )
-        found.append(column)
-    return found[0], found[1]
+        chosen.append(column)
+
+    return chosen[0], chosen[1]
 
 
 def _row(table: Path, line: int, raw: dict[str, str], columns: tuple[str, str]) -> tuple[str, str]:
@@ -123,7 +130,9 @@ def _row(table: Path, line: int, raw: dict[str, str], columns: tuple[str, str]) 
     for column, value in zip(columns, (path, caption), strict=True):
         if not value:
             raise DataError(f"{table}, line {line}: column {column!r} is empty.")
-    path, folder = path.replace("\\", "/"), table.parent.resolve()
+
+    path = path.replace("\\", "/")
+    folder = table.parent.resolve()
     if not is_inside(path) or not (folder / path).resolve().is_relative_to(folder):
         raise DataError(
             f"{table}, line {line}: the path {path!r} leaves the table's folder. Use paths inside it."

@@ -31,10 +31,10 @@ class SceneCaptions:
     """
 
     def __init__(self, argument: str) -> None:
-        found = re.fullmatch(r"(\d+)(?:@(\d+))?", argument)
-        if found is None or int(found[1]) < 1:
+        match = re.fullmatch(r"(\d+)(?:@(\d+))?", argument)
+        if match is None or int(match[1]) < 1:
             raise DataError(f"scenes:{argument}: write scenes:COUNT or scenes:COUNT@SEED, COUNT at least 1.")
-        self.pairs = CaptionPairs(int(found[1]), int(found[2] or _SEED), holdout=True, balanced=True)
+        self.pairs = CaptionPairs(int(match[1]), int(match[2] or _SEED), holdout=True, balanced=True)
 
     def __len__(self) -> int:
         return len(self.pairs)

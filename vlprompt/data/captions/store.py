@@ -50,11 +50,11 @@ class Rows:
         """Return (m, d) float32 rows, unit length again after float16."""
         wanted = np.asarray(rows, dtype=np.int64)
         owner = np.searchsorted(self.starts, wanted, side="right") - 1
-        found = torch.empty(len(wanted), self.shards[0].shape[1])
+        result = torch.empty(len(wanted), self.shards[0].shape[1])
         for number in np.unique(owner):
             here = torch.from_numpy(owner == number)
-            found[here] = self.shards[number][wanted[owner == number] - self.starts[number]].float()
-        return F.normalize(found, dim=-1)
+            result[here] = self.shards[number][wanted[owner == number] - self.starts[number]].float()
+        return F.normalize(result, dim=-1)
 
     def all(self) -> Tensor:
         """Return everything as float32, (N, d)."""
@@ -125,7 +125,8 @@ def build_store(
         DataError: If there are no captions, or no image can be read.
         BackboneError: If the backbone reads no text.
     """
-    source, folder = open_captions(pairs), Path(folder)
+    source = open_captions(pairs)
+    folder = Path(folder)
     facts = {
         "format": _FORMAT,
         "pairs": source.identity(),
@@ -147,12 +148,15 @@ def build_store(
             skipped |= {int(k): v for k, v in metadata["skipped"].items()}
             if progress is not None:
                 progress("pairs", rows.stop, len(source))
+
     if skipped:
         first = next(iter(skipped.values()))
         log.warning("%s: %d of %d images can't be read, first: %s", pairs, len(skipped), len(source), first)
+
     index = torch.cat([part["index"] for part in parts])
     if not len(index):
         raise DataError(f"pairs {pairs!r}: no image can be read, for example {next(iter(skipped.values()))}")
+
     image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
     return CaptionStore(folder, source, index, image, text, skipped)
 
@@ -163,17 +167,21 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     if path.is_file():
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            existing = json.loads(path.read_text(encoding="utf-8"))
             differs = [
-                f"{k} is {held.get(k)!r} there and {v!r} here" for k, v in facts.items() if held.get(k) != v
+                f"{k} is {existing.get(k)!r} there and {v!r} here"
+                for k, v in facts.items()
+                if existing.get(k) != v
             ]
         except (ValueError, AttributeError):
             differs = ["store.json is damaged"]
+
         if differs:
             raise CheckpointError(
                 f"{folder} holds another caption store: {'; '.join(differs)}. Give another folder, or remove this one."
             )
         return
+
     write_json(path, {**facts, "digest": digest})
 
 
@@ -199,6 +207,7 @@ def _write_shard(
         if part:
             index += part
             images.append(backbone.encode_image(torch.stack(pixels)).cpu())
+
     texts = (
         backbone.encode_text([source.caption(i) for i in index]).cpu()
         if index
@@ -209,6 +218,7 @@ def _write_shard(
         bad = (~rows_of.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteError(f"the features of {what} {index[bad[0]]} of the pairs are not finite.")
+
     tensors = {"index": torch.tensor(index, dtype=torch.long), "image": image.half(), "text": texts.half()}
     write_tensors(path, tensors, {"skipped": skipped})
 

@@ -85,25 +85,28 @@ class TarCaptions:
 
 def _scan(archive: Path) -> list[_Sample]:
     """Return the samples of an archive, in its order."""
-    found: dict[str, _Sample] = {}
+    samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
+
                 path = PurePosixPath(member.name)
                 key, dot, ending = path.name.partition(".")  # webdataset: a key ends at the first dot
-                sample = found.setdefault(f"{path.parent}/{key}", _Sample(archive, member.name))
+                sample = samples.setdefault(f"{path.parent}/{key}", _Sample(archive, member.name))
                 suffix = f"{dot}{ending.lower()}"
                 if suffix in EXTENSIONS:
-                    sample.name, sample.place = member.name, (member.offset_data, member.size)
+                    sample.name = member.name
+                    sample.place = (member.offset_data, member.size)
                 elif suffix in _CAPTIONS or suffix == ".json":
                     data = tar.extractfile(member)
                     kind = "json" if suffix == ".json" else "text"
                     sample.captions[kind] = _caption(b"" if data is None else data.read(), kind)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{archive} is no readable tar file: {error}.") from None
-    return list(found.values())
+
+    return list(samples.values())
 
 
 def _caption(data: bytes, kind: str) -> str:

@@ -112,6 +112,7 @@ def held_out_pairs(kind: str) -> frozenset[tuple[str, str]]:
     per_shape = len(kinds[kind])
     ranks = [r for _ in range(len(pairs) // per_shape) for r in rng.permutation(per_shape)]
     order = sorted(range(len(pairs)), key=lambda i: (ranks[i], rng.random()))
+
     return frozenset(pairs[i] for i in order[:count])
 
 
@@ -122,12 +123,12 @@ def is_held_out(shape: str, colour: str, pattern: str) -> bool:
     )
 
 
-def check(kind: str, name: str, known: Iterable[str]) -> None:
+def check(kind: str, name: str, allowed: Iterable[str]) -> None:
     """Refuse a name outside the vocabulary.
 
     Raises:
         UnknownNameError: With the nearest valid names.
     """
-    names = list(known)
+    names = list(allowed)
     if name not in names:
         raise UnknownNameError(f"scene {kind}", name, names)

@@ -33,11 +33,13 @@ def box_classes(task: str) -> dict[str, tuple[str, str | None]]:
     check("detection task", task, BOX_TASKS)
     if task == "shape":
         return {words("shape", s)[0]: (s, None) for s in SHAPES}
+
     rng = numpy_rng(_SEED, "scenes", "boxes", task)
     pairs = sorted(pair for pair in held_out_pairs("shape_colour") if pair[0] in SHAPES)
     shapes = [s for s in SHAPES if sum(p[0] == s for p in pairs) >= 2]
     chosen = [str(s) for s in rng.choice(shapes, 4, replace=False)]
     mine = [[p for p in pairs if p[0] == s][:2] for s in chosen]
+
     return {
         f"{words('colour', colour)[0]} {words('shape', shape)[0]}": (shape, colour)
         for both in mine
@@ -76,8 +78,10 @@ class BoxScenes:
         """Return the scene of one item."""
         if not 0 <= index < self.count:
             raise IndexError(index)
+
         rng = numpy_rng(self.seed, _SEED, "scenes", "boxes", self.task, self.split, index)
         wanted = int(rng.integers(1, 5))
+
         objects: list[SceneObject] = []
         for _ in range(40):
             item = self._object(rng, first=not objects)
@@ -86,17 +90,19 @@ class BoxScenes:
             )
             if len(objects) < wanted and clear:
                 objects.append(item)
+
         style = self.style
         if style == "any":
             seen = [s for s in STYLES if s not in HELD_OUT_STYLES]
             style = "plain" if rng.random() < 0.5 else seen[int(rng.integers(len(seen)))]
+
         return draw_scene(rng, objects, style=style)
 
     def boxes(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[SceneObject, ...]]:
         """Return an image (H, W, 3), its objects' boxes (n, 4) x0 y0 x1 y1 in pixels, and the objects."""
         spec = self.spec(index)
-        drawn = render(spec, self.size)
-        return drawn.image, np.asarray(drawn.boxes, np.float32), spec.objects
+        rendered = render(spec, self.size)
+        return rendered.image, np.asarray(rendered.boxes, np.float32), spec.objects
 
     def _object(self, rng: np.random.Generator, first: bool) -> SceneObject:
         size = "large" if first and rng.random() < 0.25 else "medium" if rng.random() < 0.7 else "small"
@@ -104,6 +110,7 @@ class BoxScenes:
             return draw_object(rng, seen_only=True, size=size)
         if self.task == "shape":
             return draw_object(rng, shapes=tuple(SHAPES), size=size)
+
         classes = list(box_classes(self.task).values())
         shape, colour = classes[int(rng.integers(len(classes)))]
         turn = rng.random()  # half are what is looked for; the others share its shape, or its colour

@@ -38,19 +38,26 @@ class Caption:
 
 def facts(spec: SceneSpec) -> frozenset[str]:
     """Return everything that captions may say of a scene and that is true of it."""
-    found = {f"style={spec.style}", f"background={spec.background}", f"tone={_tone(spec)}"}
-    found.add(f"count={len(spec.objects)}")
+    statements = {f"style={spec.style}", f"background={spec.background}", f"tone={_tone(spec)}"}
+    statements.add(f"count={len(spec.objects)}")
     for attribute in ("shape", "colour", "pattern"):
         values = {getattr(o, attribute) for o in spec.objects}
         if len(values) == 1:
-            found.add(f"{attribute}={values.pop()}")
+            statements.add(f"{attribute}={values.pop()}")
+
     if len(spec.objects) == 1:
         item = spec.objects[0]
-        found |= {f"kind={_kind(item)}", f"size={size_name(item)}", f"position={position_name(item)}"}
+        statements |= {f"kind={_kind(item)}", f"size={size_name(item)}", f"position={position_name(item)}"}
+
     if len(spec.objects) == 2:
-        found |= {f"object={o.colour} {o.shape}" for o in spec.objects}
-        found |= {f"relation={relation(spec)}", f"arrangement={arrangement(spec)}", f"larger={larger(spec)}"}
-    return frozenset(f for f in found if not f.endswith("=None"))
+        statements |= {f"object={o.colour} {o.shape}" for o in spec.objects}
+        statements |= {
+            f"relation={relation(spec)}",
+            f"arrangement={arrangement(spec)}",
+            f"larger={larger(spec)}",
+        }
+
+    return frozenset(f for f in statements if not f.endswith("=None"))
 
 
 def relation(spec: SceneSpec) -> str | None:
@@ -58,9 +65,11 @@ def relation(spec: SceneSpec) -> str | None:
     first, second = spec.objects
     if arrangement(spec) is None:
         return None
+
     if arrangement(spec) == "side by side":
         left, right = sorted((first, second), key=lambda o: o.x)
         return f"{left.shape} left of {right.shape}"
+
     upper, lower = sorted((first, second), key=lambda o: o.y)
     return f"{upper.shape} above {lower.shape}"
 
@@ -68,7 +77,8 @@ def relation(spec: SceneSpec) -> str | None:
 def arrangement(spec: SceneSpec) -> str | None:
     """Return how two objects lie: ``"side by side"``, ``"one above the other"`` or None when askew."""
     first, second = spec.objects
-    dx, dy = abs(first.x - second.x), abs(first.y - second.y)
+    dx = abs(first.x - second.x)
+    dy = abs(first.y - second.y)
     if max(dx, dy) < 2 * min(dx, dy):
         return None
     return "side by side" if dx > dy else "one above the other"
@@ -82,8 +92,8 @@ def larger(spec: SceneSpec) -> str | None:
 
 def phrase(item: SceneObject, attributes: Sequence[str] = ("pattern", "colour")) -> str:
     """Name one object in canonical words, for example ``"striped red circle"``."""
-    said = [wording.words(a, getattr(item, a))[0] for a in attributes]
-    return " ".join([*said, wording.words("shape", item.shape)[0]])
+    adjectives = [wording.words(a, getattr(item, a))[0] for a in attributes]
+    return " ".join([*adjectives, wording.words("shape", item.shape)[0]])
 
 
 def caption(
@@ -109,9 +119,11 @@ def caption(
     writer = _Writer(spec, rng, held_out)
     if len(spec.objects) == 1 and simple:
         return writer.simple()
+
     if len(spec.objects) == 1:
         weights = _BALANCED if balanced else _NATURAL
         return writer.attribute(weights) if rng.random() < (0.65 if balanced else 0.45) else writer.single()
+
     shapes = {o.shape for o in spec.objects}
     if len(spec.objects) == 2 and len(shapes) == 2:
         return writer.pair()
@@ -122,7 +134,9 @@ class _Writer:
     """Draws the words of one caption."""
 
     def __init__(self, spec: SceneSpec, rng: np.random.Generator, held_out: bool) -> None:
-        self.spec, self.rng, self.held_out = spec, rng, held_out
+        self.spec = spec
+        self.rng = rng
+        self.held_out = held_out
         self.stated: set[str] = set()
 
     def simple(self) -> Caption:
@@ -139,18 +153,27 @@ class _Writer:
         item = self.spec.objects[0]
         self.stated.add("count=1")
         chance = self.rng.random(6)
-        said = []
+        words_of_object = []
         if chance[0] < 0.3 and size_name(item):
-            said.append(self.say("size", str(size_name(item))))
+            words_of_object.append(self.say("size", str(size_name(item))))
+
         if chance[1] < 0.5:
-            said.append(self.say("pattern", item.pattern))
+            words_of_object.append(self.say("pattern", item.pattern))
+
         if chance[2] < 0.7:
-            said.append(self.say("colour", item.colour))
-        said.append(self.say("shape", item.shape))
-        noun = " ".join(said)
-        text = article(noun) if said[0] != said[-1] or item.shape not in GLYPHS else f"the {noun}"
+            words_of_object.append(self.say("colour", item.colour))
+
+        words_of_object.append(self.say("shape", item.shape))
+        noun = " ".join(words_of_object)
+        text = (
+            article(noun)
+            if words_of_object[0] != words_of_object[-1] or item.shape not in GLYPHS
+            else f"the {noun}"
+        )
+
         if chance[3] < 0.25 and position_name(item):
             text += f" at the {self.say('position', str(position_name(item)))}"
+
         return self.finish(text + self.tail(chance[4], chance[5]))
 
     def tail(self, ground: float, style: float) -> str:
@@ -179,11 +202,15 @@ class _Writer:
         weights = np.array(share) * [v is not None for v in values.values()]
         name = list(values)[int(self.rng.choice(len(values), p=weights / weights.sum()))]
         word = self.say(name, str(values[name]))
+
         if name not in ("background", "style"):
             self.stated.add("count=1")
+
         if name == "shape" and item.shape in GLYPHS:
-            sentence, bare = self.pick(wording.GLYPH_SENTENCES), word.split(" ", 1)[1]
+            sentence = self.pick(wording.GLYPH_SENTENCES)
+            bare = word.split(" ", 1)[1]
             return Caption(sentence.format(word, bare=bare), frozenset(self.stated))
+
         sentence = self.pick(wording.SENTENCES[name]).format(word, a=article(word))
         return self.correct(sentence)
 
@@ -191,17 +218,21 @@ class _Writer:
         """A sentence about a number of like objects."""
         count = COUNT_WORDS[len(self.spec.objects) - 1]
         self.stated.add(f"count={len(self.spec.objects)}")
-        known = facts(self.spec)
+        true_facts = facts(self.spec)
         if self.rng.random() < 0.3:
             return Caption(self.pick(wording.COUNT_SENTENCES).format(count), frozenset(self.stated))
-        said = [count]
+
+        words_of_group = [count]
         for attribute in ("pattern", "colour"):
             value = getattr(self.spec.objects[0], attribute)
-            if f"{attribute}={value}" in known and self.rng.random() < 0.6:
-                said.append(self.say(attribute, value))
+            if f"{attribute}={value}" in true_facts and self.rng.random() < 0.6:
+                words_of_group.append(self.say(attribute, value))
+
         shape = self.spec.objects[0].shape
-        said.append(plural(self.say("shape", shape)) if f"shape={shape}" in known else "objects")
-        return self.finish(" ".join(said) + self.tail(*self.rng.random(2)))
+        words_of_group.append(
+            plural(self.say("shape", shape)) if f"shape={shape}" in true_facts else "objects"
+        )
+        return self.finish(" ".join(words_of_group) + self.tail(*self.rng.random(2)))
 
     def pair(self) -> Caption:
         """A sentence about two objects and how they lie."""
@@ -210,9 +241,11 @@ class _Writer:
         if chance < 0.15 and larger(self.spec):
             self.stated.add(f"larger={larger(self.spec)}")
             return Caption(f"the larger object is {larger(self.spec)}.", frozenset(self.stated))
+
         if chance < 0.3 and arrangement(self.spec):
             self.stated.add(f"arrangement={arrangement(self.spec)}")
             return self.finish(f"two objects {arrangement(self.spec)}")
+
         self.stated.add("count=2")
         if chance < 0.7 and (stated := relation(self.spec)):
             first, second = sorted((first, second), key=lambda o: o.x if "left" in stated else o.y)
@@ -220,6 +253,7 @@ class _Writer:
             joint = self.pick(("to the left of", "left of") if "left" in stated else ("above", "on top of"))
         else:
             joint = "and"
+
         coloured = joint == "and" or self.rng.random() < 0.5
         return self.finish(f"{self.one_of_two(first, coloured)} {joint} {self.one_of_two(second, coloured)}")
 
@@ -239,10 +273,10 @@ class _Writer:
     def word(self, attribute: str, value: str) -> str:
         """Return a word for a value: a held-out one where there is one and it is wanted."""
         unseen = wording.words(attribute, value, held_out=True) if self.held_out else ()
-        known = wording.words(attribute, value)
+        usual = wording.words(attribute, value)
         if unseen:
             return self.pick(unseen)
-        return known[0] if self.rng.random() < 0.6 else self.pick(known)
+        return usual[0] if self.rng.random() < 0.6 else self.pick(usual)
 
     def finish(self, text: str) -> Caption:
         """Put the phrase into a sentence."""

@@ -64,20 +64,23 @@ class CaptionPairs:
         """Return the scene of one item."""
         if not 0 <= index < self.count:
             raise IndexError(index)
+
         rng = numpy_rng(self.seed, "scenes", "pairs", self.holdout, index)
         if index < self.easy:
             pattern = ("solid", "gradient", "split", "outlined")[int(rng.integers(4))]
             item = draw_object(rng, seen_only=self.holdout, size="large", position="center", pattern=pattern)
             return draw_scene(rng, [item], background=("plain", "gradient")[int(rng.integers(2))])
-        kept = [s for s in STYLES[1:] if not (self.holdout and s in HELD_OUT_STYLES)]
-        style = "plain" if rng.random() < 0.5 else kept[int(rng.integers(len(kept)))]
+
+        styles = [s for s in STYLES[1:] if not (self.holdout and s in HELD_OUT_STYLES)]
+        style = "plain" if rng.random() < 0.5 else styles[int(rng.integers(len(styles)))]
         kind = rng.random()
         if kind < 0.7:
-            objects = [draw_object(rng, seen_only=self.holdout, position=_place(rng))]
+            objects = [draw_object(rng, seen_only=self.holdout, position=_random_position(rng))]
         elif kind < 0.85:
             objects = draw_several(rng, int(rng.integers(2, 6)), seen_only=self.holdout)
         else:
             objects = draw_pair(rng, seen_only=self.holdout)
+
         return draw_scene(rng, objects, style=style)
 
     def captions(self, index: int, count: int = 1) -> list[Caption]:
@@ -145,21 +148,24 @@ class MaskedScenes:
         """Return the scene of one item; the object at place 0 of ``objects`` is the one named."""
         if not 0 <= index < self.count:
             raise IndexError(index)
+
         rng = numpy_rng(self.seed, "scenes", "masks", self.split, index)
         objects = [draw_object(rng, size="large" if rng.random() < 0.4 else "medium")]
         wanted = int(rng.integers(1, 4))
+
         for _ in range(30):
             other = draw_object(rng, size="medium")
             clear = all(np.hypot(o.x - other.x, o.y - other.y) > o.radius + other.radius for o in objects)
             if len(objects) < wanted and clear and all(o.shape != other.shape for o in objects):
                 objects.append(other)
+
         return draw_scene(rng, objects, style=self.style)
 
     def __getitem__(self, index: int) -> PhraseMask:
         spec = self.spec(index)
-        drawn = render(spec, self.size)
-        said = phrase(spec.objects[0], ("colour",))
-        return PhraseMask(Image.fromarray(drawn.image), said, drawn.masks[0], drawn.boxes[0])
+        rendered = render(spec, self.size)
+        words = phrase(spec.objects[0], ("colour",))
+        return PhraseMask(Image.fromarray(rendered.image), words, rendered.masks[0], rendered.boxes[0])
 
 
 def caption_pairs(
@@ -182,8 +188,10 @@ def draw_several(rng: Rng, count: int, *, seen_only: bool = False, **fixed: Any)
     look = {"shape": first.shape}
     if rng.random() < 0.7:
         look["colour"] = first.colour
+
     if rng.random() < 0.7:
         look["pattern"] = first.pattern
+
     out = []
     for cell in rng.permutation(9)[:count]:
         x, y = (
@@ -192,6 +200,7 @@ def draw_several(rng: Rng, count: int, *, seen_only: bool = False, **fixed: Any)
         )
         radius = float(rng.uniform(0.11, 0.14))
         out.append(draw_object(rng, seen_only=seen_only, **{**fixed, **look}, radius=radius, x=x, y=y))
+
     return out
 
 
@@ -202,6 +211,7 @@ def draw_pair(
     upright = bool(rng.random() < 0.5) if upright is None else upright
     near, far = ("small", "medium") if rng.random() < 0.6 else ("medium", "medium")
     order = rng.permutation(2)
+
     out: list[SceneObject] = []
     while len(out) < 2:
         along = (0.26, 0.74)[len(out)] + float(rng.uniform(-0.02, 0.02))
@@ -212,10 +222,11 @@ def draw_pair(
         item = draw_object(rng, seen_only=seen_only, radius=radius, x=x, y=y, **fixed)
         if not out or (item.shape != out[0].shape and item.colour != out[0].colour):
             out.append(item)
+
     return out
 
 
-def _place(rng: Rng) -> str | None:
+def _random_position(rng: Rng) -> str | None:
     """Less than half of the single objects lie at one of the nine places, the others anywhere."""
     return None if rng.random() < 0.6 else _PLACES[int(rng.integers(9))]
 
@@ -235,7 +246,9 @@ def throughput(seconds: float = 1.0, size: int = 64) -> float:
     Returns:
         Images per second.
     """
-    pairs, done, started = CaptionPairs(1_000_000, 0, False, size), 0, time.perf_counter()
+    pairs = CaptionPairs(1_000_000, 0, False, size)
+    done = 0
+    started = time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or done == 0:
         _ = pairs[done]
         done += 1

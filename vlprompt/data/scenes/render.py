@@ -46,12 +46,14 @@ def render(spec: SceneSpec, size: int = 64) -> Rendered:
     rng = np.random.Generator(np.random.PCG64(spec.seed))
     canvas = _ground(spec, size, rng)
     masks = np.zeros((len(spec.objects), size, size), bool)
+
     for index, item in enumerate(spec.objects):
         rows, columns, cover, paint = _object(item, size, rng)
         patch = canvas[rows, columns]
         patch += cover[..., None] * (paint - patch)
         masks[:index, rows, columns] &= ~(cover >= 0.5)
         masks[index, rows, columns] = cover >= 0.5
+
     image = apply_style(canvas, spec.style, rng)
     return Rendered(image, masks, _boxes(masks))
 
@@ -66,7 +68,9 @@ def _ground(spec: SceneSpec, size: int, rng: np.random.Generator) -> Array:
     tone = np.asarray(TONES[spec.tone], np.float32) + rng.normal(0, 0.02, 3).astype(np.float32)
     other = tone + np.float32(0.16 if spec.is_dark else -0.16)
     x, y = _grid(size)
-    phase, pitch = rng.uniform(0, 1, 2), rng.uniform(6, 9)
+    phase = rng.uniform(0, 1, 2)
+    pitch = rng.uniform(6, 9)
+
     if spec.background == "plain":
         weight = np.zeros((size, size), np.float32)
     elif spec.background == "gradient":
@@ -83,8 +87,10 @@ def _ground(spec: SceneSpec, size: int, rng: np.random.Generator) -> Array:
         side = 1.0 if phase[0] < 0.5 else -1.0
         weight = _edge(np.abs(((x + side * y) * pitch * 0.8 + phase[1]) % 1 - 0.5) - 0.2, pitch / size)
     else:
-        u, v = (x * pitch + phase[0]) % 1 - 0.5, (y * pitch + phase[1]) % 1 - 0.5
+        u = (x * pitch + phase[0]) % 1 - 0.5
+        v = (y * pitch + phase[1]) % 1 - 0.5
         weight = _edge(np.sqrt(u**2 + v**2) - 0.28, pitch / size)
+
     return np.ascontiguousarray(
         tone + np.broadcast_to(weight, (size, size))[..., None] * (other - tone), np.float32
     )
@@ -94,24 +100,30 @@ def _object(item: SceneObject, size: int, rng: np.random.Generator) -> tuple[sli
     """Return the object's rows and columns, its coverage (h, w) in [0, 1] and its paint (h, w, 3)."""
     radius = item.radius * size
     reach = radius * 1.12 + 1.5
-    rows, columns = _window(item.y * size, reach, size), _window(item.x * size, reach, size)
+    rows = _window(item.y * size, reach, size)
+    columns = _window(item.x * size, reach, size)
     px = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - item.x * size) / np.float32(radius)
     py = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5 - item.y * size) / np.float32(radius)
     turn = np.radians(item.angle)
-    cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    u, v = cos * px[None, :] + sin * py[:, None], -sin * px[None, :] + cos * py[:, None]
+    cos = np.float32(np.cos(turn))
+    sin = np.float32(np.sin(turn))
+    u = cos * px[None, :] + sin * py[:, None]
+    v = -sin * px[None, :] + cos * py[:, None]
     points = np.stack([u.ravel(), v.ravel()], 1)
+
     if item.shape in GLYPHS:
         strokes, pen = glyph_strokes(item.shape, rng)
         distance = strokes_distance(points, strokes, pen)
     else:
         distance = loops_distance(points, SHAPES[item.shape])
+
     distance = distance.reshape(u.shape)
     cover = _edge(distance, 1 / radius)
     if item.pattern == "outlined":
         # A line of at least 1.2 pixels, or small outlines would fade away.
         width = 0.07 if item.shape in GLYPHS else max(0.16, 2.4 / radius)
         cover = _edge(np.abs(distance + (0 if item.shape in GLYPHS else width / 2)) - width / 2, 1 / radius)
+
     return rows, columns, cover, _paint(item, u, v, rng, 1 / radius)
 
 
@@ -124,21 +136,26 @@ def _paint(item: SceneObject, u: Array, v: Array, rng: np.random.Generator, pixe
     kin = base * np.float32(0.35) if bright > 0.45 else base + (1 - base) * np.float32(0.62)
     phase = rng.uniform(0, 1, 2)
     turn = rng.uniform(0, np.pi)
+
     if item.pattern in ("solid", "outlined"):
         weight = np.zeros_like(u)
     elif item.pattern == "striped":
         weight = _edge(np.abs((u * np.cos(turn) + v * np.sin(turn)) * 1.7 % 1 - 0.5) - 0.25, 1.7 * pixel)
     elif item.pattern == "dotted":
-        a, b = (u * 2 + phase[0]) % 1 - 0.5, (v * 2 + phase[1]) % 1 - 0.5
+        a = (u * 2 + phase[0]) % 1 - 0.5
+        b = (v * 2 + phase[1]) % 1 - 0.5
         weight = _edge(np.sqrt(a**2 + b**2) - 0.27, 2 * pixel)
     elif item.pattern == "checkered":
-        a, b = np.abs((u * 1.1 + phase[0]) % 1 - 0.5) - 0.25, np.abs((v * 1.1 + phase[1]) % 1 - 0.5) - 0.25
-        p, q = _edge(a, 1.1 * pixel), _edge(b, 1.1 * pixel)
+        a = np.abs((u * 1.1 + phase[0]) % 1 - 0.5) - 0.25
+        b = np.abs((v * 1.1 + phase[1]) % 1 - 0.5) - 0.25
+        p = _edge(a, 1.1 * pixel)
+        q = _edge(b, 1.1 * pixel)
         weight = p + q - 2 * p * q
     elif item.pattern == "gradient":
         weight = np.clip((u * np.cos(turn) + v * np.sin(turn)) * 0.55 + 0.5, 0, 1)
     else:
         weight = _edge(u * np.cos(turn) + v * np.sin(turn), pixel)
+
     return base + weight[..., None].astype(np.float32) * (kin - base)
 
 
@@ -155,7 +172,8 @@ def _window(centre: float, reach: float, size: int) -> slice:
 def _boxes(masks: NDArray[np.bool_]) -> Array:
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks, strict=True):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        rows = np.flatnonzero(mask.any(1))
+        columns = np.flatnonzero(mask.any(0))
         if len(rows):
             box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return boxes

@@ -38,33 +38,34 @@ def attribute_sentences() -> Sentences:
         "style": [s for s in STYLES if s not in HELD_OUT_STYLES],
         "kind": ("digit", "geometric shape"),
     }
-    found = {name: _said(name, values, wording.SENTENCES[name]) for name, values in plain.items()}
-    found["shape"] = {
-        **_said("shape", SHAPES, wording.SENTENCES["shape"]),
-        **_said("shape", GLYPHS, wording.GLYPH_SENTENCES),
+    sentences_of = {name: _filled_in(name, values, wording.SENTENCES[name]) for name, values in plain.items()}
+    sentences_of["shape"] = {
+        **_filled_in("shape", SHAPES, wording.SENTENCES["shape"]),
+        **_filled_in("shape", GLYPHS, wording.GLYPH_SENTENCES),
     }
-    found["count"] = {
+    sentences_of["count"] = {
         f"count={number}": [sentence.format(word) for sentence in wording.COUNT_SENTENCES]
         for number, word in enumerate(COUNT_WORDS, 1)
     }
-    found["tone"] = {
+    sentences_of["tone"] = {
         f"tone={tone}": [
             f"an object on a {tone} background.",
             f"a photo of an object on a {tone} background.",
         ]
         for tone in ("light", "dark")
     }
-    found["arrangement"] = {
+    sentences_of["arrangement"] = {
         f"arrangement={how}": [prefix.format(f"two objects {how}") for prefix in wording.PREFIXES]
         for how in ("side by side", "one above the other")
     }
-    found["larger"] = {f"larger={colour}": [f"the larger object is {colour}."] for colour in COLOURS}
-    return found
+    sentences_of["larger"] = {f"larger={colour}": [f"the larger object is {colour}."] for colour in COLOURS}
+
+    return sentences_of
 
 
-def _said(attribute: str, values: Iterable[str], sentences: Iterable[str]) -> dict[str, list[str]]:
+def _filled_in(attribute: str, values: Iterable[str], sentences: Iterable[str]) -> dict[str, list[str]]:
     """Put every word for every value into every sentence."""
-    drawn = {
+    sentences_of = {
         value: [
             mend_articles(s.format(word, a=article(word), bare=word.split(" ", 1)[-1]))
             for s in sentences
@@ -72,4 +73,4 @@ def _said(attribute: str, values: Iterable[str], sentences: Iterable[str]) -> di
         ]
         for value in values
     }
-    return {f"{attribute}={value}": list(dict.fromkeys(found)) for value, found in drawn.items()}
+    return {f"{attribute}={value}": list(dict.fromkeys(texts)) for value, texts in sentences_of.items()}

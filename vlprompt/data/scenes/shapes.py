@@ -181,14 +181,18 @@ def glyph_strokes(name: str, rng: np.random.Generator) -> tuple[list[Array], flo
     """
     variants = _GLYPH_VARIANTS[name]
     strokes = variants[int(rng.integers(len(variants)))]
-    slant, wide = rng.uniform(-0.05, 0.35), rng.uniform(0.7, 1.0)
+    slant = rng.uniform(-0.05, 0.35)
+    wide = rng.uniform(0.7, 1.0)
     bend = rng.normal(0, 0.05, (3, 2))
+
     out = []
     for stroke in strokes:
-        x, y = stroke[:, 0] * wide, stroke[:, 1]
+        x = stroke[:, 0] * wide
+        y = stroke[:, 1]
         # A slow sine wobble moves neighbouring points together, so curves stay curves.
         wobble = sum(np.outer(np.sin((k + 1) * 1.7 * y + k), bend[k]) for k in range(3))
         out.append((np.stack([x - slant * y, y * 0.92], 1) * 0.9 + wobble).astype(np.float32))
+
     return out, float(rng.uniform(0.09, 0.19))
 
 
@@ -205,13 +209,15 @@ def loops_distance(points: Array, loops: Loops) -> Array:
     start = np.concatenate(list(loops))
     end = np.concatenate([np.roll(loop, -1, 0) for loop in loops])
     squared = _segments_squared(points, start, end)
-    x, y = points[:, 0:1], points[:, 1:2]
+    x = points[:, 0:1]
+    y = points[:, 1:2]
     spans = (start[:, 1] > y) != (end[:, 1] > y)
     rise = end[:, 1] - start[:, 1]
     slope = (end[:, 0] - start[:, 0]) / np.where(np.abs(rise) < 1e-9, np.float32(1e-9), rise)
     crossings = spans & (x < start[:, 0] + (y - start[:, 1]) * slope)
     inside = np.count_nonzero(crossings, axis=1) % 2 == 1
     distance = np.sqrt(squared)
+
     return np.where(inside, -distance, distance)
 
 

@@ -11,7 +11,9 @@ from vlprompt.data.scenes.tasks import build, list_tasks
 
 __all__ = ["contact_sheet"]
 
-_LABEL_HEIGHT, _GAP, _MARGIN_WIDTH = 12, 4, 92  # pixels
+_LABEL_HEIGHT = 12
+_GAP = 4
+_MARGIN_WIDTH = 92  # pixels
 
 
 def contact_sheet(
@@ -38,7 +40,9 @@ def contact_sheet(
     rows += [("shape", style) for style in styles]
     height = size + _LABEL_HEIGHT + _GAP
     sheet = Image.new("RGB", (_MARGIN_WIDTH + columns * (size + _GAP), len(rows) * height + _GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(10)
+
     for number, (task, style) in enumerate(rows):
         data = build(task, split, style, size)
         top = number * height + _GAP
@@ -48,6 +52,7 @@ def contact_sheet(
             left = _MARGIN_WIDTH + column * (size + _GAP)
             sheet.paste(image, (left, top))
             pen.text((left, top + size), _fit(data.classnames[label], size, font), "black", font)
+
     return sheet
 
 

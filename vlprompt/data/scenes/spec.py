@@ -102,7 +102,7 @@ def draw_object(
     seen_only: bool = False,
     **fixed: Any,
 ) -> SceneObject:
-    """Draw one object; what is given by name stays fixed.
+    """Draw one object; attributes that are passed by name stay fixed.
 
     Args:
         rng: Source of randomness.
@@ -115,13 +115,17 @@ def draw_object(
     """
     pool = tuple(shapes or (*SHAPES, *GLYPHS))
     size = str(fixed.pop("size", None) or rng.choice(["small", "medium", "medium", "large", "large"]))
-    place = fixed.pop("position", None)
+    position = fixed.pop("position", None)
     radius = float(fixed.pop("radius", rng.uniform(*SIZES[size])))
-    if place is None:
+
+    if position is None:
         margin = radius + 0.02
         x, y = (float(v) for v in rng.uniform(margin, max(margin, 1 - margin) + 1e-6, 2))
     else:
-        x, y = (float(c + d) for c, d in zip(POSITIONS[str(place)], rng.uniform(-0.05, 0.05, 2), strict=True))
+        x, y = (
+            float(c + d) for c, d in zip(POSITIONS[str(position)], rng.uniform(-0.05, 0.05, 2), strict=True)
+        )
+
     angle = float(rng.uniform(-14, 14))
     while True:
         look: dict[str, Any] = {
@@ -132,6 +136,7 @@ def draw_object(
         }
         if not (seen_only and is_held_out(look["shape"], look["colour"], look["pattern"])):
             break
+
     return SceneObject(**{"radius": radius, "x": x, "y": y, "angle": angle, **look})
 
 

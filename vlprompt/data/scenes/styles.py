@@ -81,11 +81,13 @@ def _smooth(image: Array, sigma: float) -> Array:
     offsets = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2).astype(np.float32)
     kernel /= kernel.sum()
+
     for axis in (0, 1):
         pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
         wide = np.pad(image, pad, mode="edge")
         length = image.shape[axis]
         image = sum(weight * wide.take(range(i, i + length), axis) for i, weight in enumerate(kernel))
+
     return np.asarray(image, np.float32)
 
 

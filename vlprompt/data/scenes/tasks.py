@@ -121,11 +121,13 @@ def build(task: str, split: str, style: str = "plain", size: int = 64) -> ImageD
     check("style", style, STYLES)
     if size < 16:
         raise DataError(f"scenes/{task}: size {size} is too small; allowed: 16 pixels and more.")
+
     entry = _tasks()[task]
     count = SPLITS[split] * len(entry.classnames)
     samples = tuple(
         Sample(SceneSource(task, split, style, i), i % len(entry.classnames)) for i in range(count)
     )
+
     return ImageDataset(
         name=f"scenes/{task}" + ("" if style == "plain" else f"@{style}"),
         split=split,
@@ -159,10 +161,12 @@ def task_spec(source: SceneSource) -> SceneSpec:
 def _tasks() -> dict[str, Task]:
     colour_pairs, colour_unseen = _pair_classes("shape_colour", tuple(COLOURS), 32)
     pattern_pairs, pattern_unseen = _pair_classes("shape_pattern", PATTERNS, 28)
-    shapes, patterns = tuple(SHAPES), PATTERNS
+    shapes = tuple(SHAPES)
+    patterns = PATTERNS
+
     return {
         "shape": _one(
-            [_said("shape", s) for s in shapes],
+            [_first_word("shape", s) for s in shapes],
             ("a photo of a {}.", "a {}.", "the shape is a {}."),
             shape=shapes,
         ),
@@ -170,7 +174,7 @@ def _tasks() -> dict[str, Task]:
             COLOURS, ("a photo of a {} object.", "the color is {}.", "something {}."), colour=tuple(COLOURS)
         ),
         "pattern": _one(
-            [_said("pattern", p) for p in patterns],
+            [_first_word("pattern", p) for p in patterns],
             ("a photo of a {} object.", "the surface is {}.", "a {} pattern."),
             shapes=shapes,
             pattern=patterns,
@@ -188,12 +192,12 @@ def _tasks() -> dict[str, Task]:
         ),
         "kind": Task(("geometric shape", "digit"), ("a photo of a {}.", "this is a {}."), _draw_kind),
         "background": Task(
-            tuple(_said("background", b) for b in BACKGROUNDS),
+            tuple(_first_word("background", b) for b in BACKGROUNDS),
             ("a photo with a {}.", "an object on a {}."),
             lambda c, rng, style: draw_scene(rng, [_item(rng)], background=BACKGROUNDS[c], style=style),
         ),
         "style": Task(
-            tuple(_said("style", s) for s in STYLES),
+            tuple(_first_word("style", s) for s in STYLES),
             ("a {} photo.", "a {} image."),
             lambda c, rng, _: draw_scene(rng, [_item(rng)], style=STYLES[c]),
         ),
@@ -228,12 +232,12 @@ _RELATIONS = tuple(
 _LARGER = ("red", "yellow", "green", "blue", "purple", "white")
 
 
-def _said(attribute: str, value: str) -> str:
+def _first_word(attribute: str, value: str) -> str:
     return words(attribute, value)[0]
 
 
 def _item(rng: Rng, **fixed: Any) -> SceneObject:
-    """Draw an object that is large enough to be told apart at 64 pixels."""
+    """Draw an object that is large enough to be recognised at 64 pixels."""
     size = "large" if rng.random() < 0.5 else "medium"
     return draw_object(rng, **{"size": size, **fixed})
 
@@ -251,7 +255,7 @@ def _one(classnames: Iterable[str], templates: tuple[str, ...], **varied: Any) -
 
 
 def _pairs_task(other: str, pairs: tuple[tuple[str, str], ...], unseen: tuple[int, ...]) -> Task:
-    names = tuple(f"{_said(other, value)} {_said('shape', shape)}" for shape, value in pairs)
+    names = tuple(f"{_first_word(other, value)} {_first_word('shape', shape)}" for shape, value in pairs)
 
     def draw(label: int, rng: Rng, style: str) -> SceneSpec:
         shape, value = pairs[label]
@@ -273,6 +277,7 @@ def _pair_classes(
         for i in sorted(rng.choice(len(pool), min(count // 2, len(pool)), False))
     ]
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+
     return tuple(chosen), tuple(i for i, pair in enumerate(chosen) if pair in held_out_pairs(kind))
 
 
@@ -295,11 +300,14 @@ def _draw_larger(label: int, rng: Rng, style: str) -> SceneSpec:
     """A medium object of the class's colour and a small one of another of the six colours."""
     others = [c for c in _LARGER if c != _LARGER[label]]
     colours = (_LARGER[label], others[int(rng.integers(len(others)))])
-    upright, order = bool(rng.random() < 0.5), rng.permutation(2)
+    upright = bool(rng.random() < 0.5)
+    order = rng.permutation(2)
+
     objects = []
-    for place, which in zip((0.27, 0.73), order, strict=True):
+    for along, which in zip((0.27, 0.73), order, strict=True):
         across = 0.5 + float(rng.uniform(-0.1, 0.1))
-        x, y = (across, place) if upright else (place, across)
+        x, y = (across, along) if upright else (along, across)
         radius = float(rng.uniform(*SIZES[("medium", "small")[which]]))
         objects.append(draw_object(rng, shapes=tuple(SHAPES), colour=colours[which], radius=radius, x=x, y=y))
+
     return draw_scene(rng, objects, style=style)

@@ -52,19 +52,23 @@ class JointAugmentation:
         """Return one view of an image and its mask, at their size."""
         if not self.is_random:
             return pair.image, pair.mask
+
         rng = numpy_rng(seed, "augment pair", self.name, pair.record, view)
         turn, tone = rng.random(2) < 0.2
-        image, mask = (
-            torch.from_numpy(np.array(pair.image)).float().permute(2, 0, 1),
-            torch.from_numpy(pair.mask.copy()),
-        )
+        image = torch.from_numpy(np.array(pair.image)).float().permute(2, 0, 1)
+        mask = torch.from_numpy(pair.mask.copy())
+
         if turn:
-            scale, angle = rng.uniform(0.98, 1.02), math.radians(rng.uniform(-5, 5))
+            scale = rng.uniform(0.98, 1.02)
+            angle = math.radians(rng.uniform(-5, 5))
             shift = rng.uniform(-0.02, 0.02, 2)
             image, mask = _affine(image, mask, scale, angle, float(shift[0]), float(shift[1]))
+
         if tone:
-            contrast, brightness = 1 + rng.uniform(-0.1, 0.1), 255 * rng.uniform(-0.1, 0.1)
+            contrast = 1 + rng.uniform(-0.1, 0.1)
+            brightness = 255 * rng.uniform(-0.1, 0.1)
             image = image * contrast + brightness
+
         pixels = image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         return Image.fromarray(pixels), mask.numpy()
 
@@ -74,7 +78,8 @@ def _affine(
 ) -> tuple[Tensor, Tensor]:
     """Turn, scale and move (3, H, W) and (H, W); shifts are fractions of the sides."""
     height, width = mask.shape
-    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    cos = math.cos(angle) / scale
+    sin = math.sin(angle) / scale
     # grid_sample's coordinates run from -1 to 1 along both sides, so that a turn must know the sides' ratio.
     matrix = torch.tensor([
         [cos, sin * height / width, -2 * right],
@@ -82,7 +87,8 @@ def _affine(
     ])[None]  # fmt: skip
     grid = F.affine_grid(matrix, [1, 1, height, width], align_corners=False)
     turned = F.grid_sample(image[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
-    kept = F.grid_sample(
+    turned_mask = F.grid_sample(
         mask[None, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False
     )[0, 0]
-    return turned, kept.to(mask.dtype)
+
+    return turned, turned_mask.to(mask.dtype)

@@ -113,10 +113,10 @@ class MaskDataset:
 
     def images(self) -> dict[Any, list[int]]:
         """Return the pairs of every image, by its source, in order."""
-        found: dict[Any, list[int]] = {}
+        pairs_of: dict[Any, list[int]] = {}
         for index, sample in enumerate(self.samples):
-            found.setdefault(sample.source, []).append(index)
-        return found
+            pairs_of.setdefault(sample.source, []).append(index)
+        return pairs_of
 
     def subset(self, indices: Iterable[int], /, **info: Any) -> MaskDataset:
         """Return the same data set restricted to some pairs, in the order given."""

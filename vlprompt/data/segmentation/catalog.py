@@ -120,7 +120,7 @@ def _without_other_splits(
             continue
         try:
             others += ways.of_split(split).build(options, download=False).samples
-        except DataError:  # a data set of one's own needs no other splits to train on
+        except DataError:  # the user's own data may have no other split
             continue
 
     remaining = without_shared(data.samples, others)

@@ -47,24 +47,28 @@ def convert_coco(
     content = _coco(annotations)
     names = check_classnames([str(c["name"]) for c in content["categories"]], str(annotations))
     class_of = {c["id"]: name for c, name in zip(content["categories"], names, strict=True)}
+
     of_image: dict[Any, list[Any]] = {}
     for annotation in content["annotations"]:
         of_image.setdefault(annotation["image_id"], []).append(annotation)
+
     missing = [i["file_name"] for i in content["images"] if not (images / i["file_name"]).is_file()]
     if missing:
         raise DataError(
             f"{images}: {len(missing)} images of {annotations.name} are missing, for example {missing[0]}."
         )
+
     written: Converted = dict.fromkeys(names, 0)
     for done, image in enumerate(content["images"], 1):
         masks: dict[str, NDArray[np.bool_]] = {}
         for annotation in of_image.get(image["id"], []):
             name = class_of[annotation["category_id"]]
-            drawn = _drawn(annotation, int(image["height"]), int(image["width"]), annotations)
-            masks[name] = masks[name] | drawn if name in masks else drawn
+            pixels = _object_pixels(annotation, int(image["height"]), int(image["width"]), annotations)
+            masks[name] = masks[name] | pixels if name in masks else pixels
         _write(out, split, images / image["file_name"], image["file_name"], masks, written)
         if progress is not None:
             progress(done, len(content["images"]))
+
     return written
 
 
@@ -90,16 +94,20 @@ def convert_indexed(
         DataError: If a mask has no image, is coloured or can't be read.
     """
     check_classnames(list(classes), "classes")
-    originals, written = stems(images), dict.fromkeys(classes, 0)
-    found = stems(masks)
-    if lacking := [stem for stem in found if stem not in originals]:
+    originals = stems(images)
+    written = dict.fromkeys(classes, 0)
+    files_of = stems(masks)
+    lacking = [stem for stem in files_of if stem not in originals]
+    if lacking:
         raise DataError(f"{masks}: {len(lacking)} masks have no image in {images}, for example {lacking[0]}.")
-    for done, (stem, files) in enumerate(found.items(), 1):
+
+    for done, (stem, files) in enumerate(files_of.items(), 1):
         raw = raw_values(masks / files[0])
-        shown = {name: raw == value for name, value in classes.items() if bool((raw == value).any())}
-        _write(out, split, images / originals[stem][0], originals[stem][0], shown, written)
+        present = {name: raw == value for name, value in classes.items() if bool((raw == value).any())}
+        _write(out, split, images / originals[stem][0], originals[stem][0], present, written)
         if progress is not None:
-            progress(done, len(found))
+            progress(done, len(files_of))
+
     return written
 
 
@@ -114,6 +122,7 @@ def _write(
     """Put an image and its masks in their places."""
     if not is_inside(name):
         raise DataError(f"{name!r} leaves the image folder.")
+
     target = out / "images" / split / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
@@ -121,10 +130,11 @@ def _write(
             target.hardlink_to(original)
         except OSError:
             shutil.copyfile(original, target)
+
     for label, mask in masks.items():
-        place = out / "annotations" / split / label / f"{Path(name).with_suffix('')}.png"
-        drawn = Image.fromarray(mask.astype(np.uint8) * 255)
-        write_atomic(place, lambda path, image=drawn: image.save(path, "PNG"))  # type: ignore[misc]
+        mask_path = out / "annotations" / split / label / f"{Path(name).with_suffix('')}.png"
+        mask_image = Image.fromarray(mask.astype(np.uint8) * 255)
+        write_atomic(mask_path, lambda path, image=mask_image: image.save(path, "PNG"))  # type: ignore[misc]
         written[label] += 1
 
 
@@ -135,22 +145,25 @@ def _coco(path: Path) -> dict[str, Any]:
                             ("annotations", ("image_id", "category_id"))):  # fmt: skip
             for entry in content[key]:
                 _ = [entry[f] for f in fields]
-        known = {c["id"] for c in content["categories"]}
-        if strange := [a["category_id"] for a in content["annotations"] if a["category_id"] not in known]:
-            raise DataError(f"{path}: an annotation has the category {strange[0]}, which isn't listed.")
+        listed = {c["id"] for c in content["categories"]}
+        unlisted = [a["category_id"] for a in content["annotations"] if a["category_id"] not in listed]
+        if unlisted:
+            raise DataError(f"{path}: an annotation has the category {unlisted[0]}, which isn't listed.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is no COCO instance file: {type(error).__name__} {error}.") from None
+
     return dict(content)
 
 
-def _drawn(annotation: dict[str, Any], height: int, width: int, path: Path) -> NDArray[np.bool_]:
+def _object_pixels(annotation: dict[str, Any], height: int, width: int, path: Path) -> NDArray[np.bool_]:
     """Return (H, W) pixels of one object."""
     try:
         from pycocotools import mask as coco
     except ImportError:
         raise DataError("COCO masks need pycocotools: pip install 'vlprompt[segmentation]'.") from None
+
     shape = annotation.get("segmentation")
     try:
         if isinstance(shape, list) and shape:

@@ -1,4 +1,4 @@
-"""What makes a segmentation result worthless, found before it is measured: shared images, phrases that tell."""
+"""What makes a segmentation result worthless: images that two splits share, and label leakage through phrases."""
 
 from __future__ import annotations
 
@@ -38,31 +38,33 @@ def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tu
     """
     keys = {s: {d.reader.key(source): source for source in d.images()} for s, d in splits.items()}
     names = list(splits)
-    found = {}
+
+    shared_of = {}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            if shared := [k for k in keys[first] if k in keys[second]]:
-                found[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
-    return found
+            shared = [k for k in keys[first] if k in keys[second]]
+            if shared:
+                shared_of[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
+
+    return shared_of
 
 
 def label_leaks(data: MaskDataset) -> dict[str, int]:
-    """Find phrases that give the answer away: of a class asked for in several ways, those with empty masks only.
+    """Find label leakage: phrases of a class whose masks are all empty, while its other phrases have masks.
 
     A model that learns such a phrase is right without looking at the image, and an empty mask that is found counts
     as a perfect one. Every mask is read.
 
     Returns:
-        Phrase to the number of its pairs; empty if no phrase tells.
+        Phrase to the number of its pairs; empty if no phrase leaks the label.
     """
     full: dict[tuple[int, str], list[bool]] = {}
     for index, sample in enumerate(data.samples):
         mask = data[index].mask
         full.setdefault((sample.label, sample.phrase), []).append(bool((mask == 1).any()))
-    shown = {label for (label, _), found in full.items() if any(found)}
-    return {
-        phrase: len(found) for (label, phrase), found in full.items() if not any(found) and label in shown
-    }
+
+    visible = {label for (label, _), hits in full.items() if any(hits)}
+    return {phrase: len(hits) for (label, phrase), hits in full.items() if not any(hits) and label in visible}
 
 
 def pair_problems(data: MaskDataset, indices: Iterable[int] | None = None) -> list[str]:

@@ -1,7 +1,7 @@
 """Masks from files: which pixels a file means, and what is refused of it.
 
-A mask that is read wrongly trains a wrong model without a word, so nothing is guessed: a file with more than two
-values, or of another size than its image, is an error until somebody says what it means.
+A mask that is read wrongly trains a wrong model without any error, so nothing is guessed: a file with more than two
+values, or of another size than its image, is an error until the user says what it means.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def read_mask(
     Raises:
         DataError: If the file is missing, no image, coloured, or holds values that ``rule`` doesn't explain.
     """
-    place = Path(path)
-    raw = raw_values(place, rule.threshold)
+    file = Path(path)
+    raw = raw_values(file, rule.threshold)
     void = np.isin(raw, rule.ignore) if rule.ignore else np.zeros(raw.shape, bool)
-    inside = np.isin(raw, values) if values else _inside(place, raw, void, rule.threshold)
+    inside = np.isin(raw, values) if values else _inside(file, raw, void, rule.threshold)
     return np.where(void, np.uint8(IGNORE), inside.astype(np.uint8))
 
 
@@ -132,8 +132,9 @@ class MaskFiles(MaskReader):
 
 
 def _unite(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Inside either; what isn't, but doesn't count in one of them, doesn't count."""
-    inside, void = (a == 1) | (b == 1), (a == IGNORE) | (b == IGNORE)
+    """Return the union; a pixel that is outside both and ignored in one is ignored."""
+    inside = (a == 1) | (b == 1)
+    void = (a == IGNORE) | (b == IGNORE)
     return np.where(inside, np.uint8(1), np.where(void, np.uint8(IGNORE), np.uint8(0)))
 
 
@@ -157,6 +158,7 @@ def raw_values(path: Path, threshold: int | None = None) -> NDArray[np.int64]:
         raise UndecodableError(path, "the mask does not exist") from None
     except Exception as error:  # decoders throw many kinds at damaged bytes
         raise UndecodableError(path, " ".join(str(error).split()).rstrip(".")) from None
+
     if array.ndim == 3:
         colours = array[..., : 1 if image.mode in ("LA", "La") else 3]
         if threshold is not None:
@@ -167,6 +169,7 @@ def raw_values(path: Path, threshold: int | None = None) -> NDArray[np.int64]:
                 "convert it first, or pass threshold=127 if everything that isn't black is inside."
             )
         array = colours[..., 0]
+
     return array.astype(np.int64)
 
 
@@ -175,12 +178,14 @@ def _inside(
 ) -> NDArray[np.bool_]:
     if threshold is not None:
         return raw > threshold
-    found = np.unique(raw[~void])
-    if len(found) > 2 or (len(found) == 2 and found[0] != 0):
-        shown = ", ".join(str(v) for v in found[:6]) + (", ..." if len(found) > 6 else "")
+
+    values = np.unique(raw[~void])
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+        examples = ", ".join(str(v) for v in values[:6]) + (", ..." if len(values) > 6 else "")
         raise DataError(
-            f"the mask {path} holds {len(found)} values ({shown}); a binary one holds 0 and one other. If it is a JPEG "
-            "or was resized, pass threshold=127; if the values are classes, name them (a card's values, or "
+            f"the mask {path} holds {len(values)} values ({examples}); a binary one holds 0 and one other. If it is "
+            "a JPEG or was resized, pass threshold=127; if the values are classes, name them (a card's values, or "
             "`vlprompt data convert indexed`)."
         )
+
     return raw != 0

@@ -80,26 +80,31 @@ def published_split(
     Raises:
         DataError: If the file is not of this data set, or images that it lists are missing.
     """
-    card, images = request.need_card, folder / layout.images
+    card = request.need_card
+    images = folder / layout.images
     if card.splits.file is None:
         return None
-    places = [f / card.splits.file for f in (folder, *(request.root / f for f in layout.folders))]
-    path = next((p for p in places if p.is_file()), None)
+
+    candidates = [f / card.splits.file for f in (folder, *(request.root / f for f in layout.folders))]
+    path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         return None
-    found = read_split(path, card.splits.checksum)
-    if len(found.classnames) != len(card.classnames):
+
+    split_file = read_split(path, card.splits.checksum)
+    if len(split_file.classnames) != len(card.classnames):
         raise DataError(
-            f"{path} has {len(found.classnames)} classes, {card.name} has {len(card.classnames)}."
+            f"{path} has {len(split_file.classnames)} classes, {card.name} has {len(card.classnames)}."
         )
-    if [n.casefold() for n in found.classnames] != [n.casefold() for n in card.classnames]:
-        pair = next(p for p in zip(found.classnames, card.classnames, strict=True) if p[0] != p[1])
+
+    if [n.casefold() for n in split_file.classnames] != [n.casefold() for n in card.classnames]:
+        pair = next(p for p in zip(split_file.classnames, card.classnames, strict=True) if p[0] != p[1])
         warnings.warn(
             f"{path} calls a class {pair[0]!r} that the card calls {pair[1]!r}; its names are used.",
             stacklevel=4,
         )
-    check_present(card.name, path.name, images, found.parts)
-    return found.parts, found.classnames, f"{path.name} sha256 {found.sha256}"
+
+    check_present(card.name, path.name, images, split_file.parts)
+    return split_file.parts, split_file.classnames, f"{path.name} sha256 {split_file.sha256}"
 
 
 def check_present(name: str, listed_by: str, images: Path, parts: Mapping[str, tuple[Sample, ...]]) -> None:
@@ -130,11 +135,12 @@ def dataset_from(
     """
     card = request.need_card
     if request.split not in parts:
-        known = ", ".join(parts)
+        existing = ", ".join(parts)
         raise DataError(
-            f"{card.name} has no split {request.split!r}, only {known}. Few-shot draws make their own validation "
+            f"{card.name} has no split {request.split!r}, only {existing}. Few-shot draws make their own validation "
             "part with sampling='elevater'; otherwise train with validate_on: none."
         )
+
     info = {"source": (request.source or card.source).kind, "split_source": how}
     read = FileReader(reader) if isinstance(reader, Path) else reader
     return ImageDataset(request.name, request.split, parts[request.split], names, card.templates, read, info)

@@ -36,23 +36,23 @@ class Part(BaseModel):
     suffix: str = ""
 
     @abstractmethod
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """Return the part's samples.
 
         Args:
             folder: The data set's folder.
             images: Its image folder.
-            own: The data set's own name of every class (a folder, a number), by label of the card.
+            own_names: The data set's own name of every class (a folder, a number), by label of the card.
 
         Raises:
             DataError: If the list is missing or damaged; names the place.
         """
 
-    def sample(self, name: str, own: str, classes: dict[str, int], where: str) -> Sample:
+    def sample(self, name: str, own_name: str, classes: dict[str, int], where: str) -> Sample:
         """Return one sample. Raises DataError for an unknown class."""
-        if own not in classes:
-            raise DataError(f"{where}: no class {own!r}; known: {', '.join(list(classes)[:12])}, ...")
-        return Sample(f"{self.prefix}{name}{self.suffix}", classes[own])
+        if own_name not in classes:
+            raise DataError(f"{where}: no class {own_name!r}; known: {', '.join(list(classes)[:12])}, ...")
+        return Sample(f"{self.prefix}{name}{self.suffix}", classes[own_name])
 
 
 class FolderPart(Part):
@@ -60,12 +60,13 @@ class FolderPart(Part):
 
     format: Literal["folders"]
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
         base = images / self.path
-        if missing := [o for o in own if not (base / o).is_dir()]:
+        missing = [o for o in own_names if not (base / o).is_dir()]
+        if missing:
             raise DataError(f"{base}: class folders are missing: {', '.join(missing[:5])}.")
-        return [Sample(p, label) for label, o in enumerate(own) for p in list_images(base / o, images)]
+        return [Sample(p, label) for label, o in enumerate(own_names) for p in list_images(base / o, images)]
 
 
 class TextPart(Part):
@@ -81,9 +82,11 @@ class TextPart(Part):
     label: Literal["folder", "column", "rest"]
     column: int = 1
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
-        path, classes = need(folder / self.path), {o: i for i, o in enumerate(own)}
+        path = need(folder / self.path)
+        classes = {o: i for i, o in enumerate(own_names)}
+
         samples = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             fields = line.split()
@@ -97,6 +100,7 @@ class TextPart(Part):
             else:
                 name = " ".join(fields[1:]) if self.label == "rest" else fields[self.column]
             samples.append(self.sample(fields[0], name, classes, where))
+
         return samples
 
 
@@ -116,16 +120,20 @@ class TablePart(Part):
     digits: int = 0
     delimiter: str = ","
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
-        path, classes = need(folder / self.path), {o: i for i, o in enumerate(own)}
+        path = need(folder / self.path)
+        classes = {o: i for i, o in enumerate(own_names)}
+
         samples = []
         for number, row in enumerate(self._rows(path), 1):
             try:
-                name, label = str(row[self.image]), str(row[self.label]).zfill(self.digits)
+                name = str(row[self.image])
+                label = str(row[self.label]).zfill(self.digits)
             except (KeyError, TypeError):
                 raise DataError(f"{path}, entry {number}: needs {self.image!r} and {self.label!r}.") from None
             samples.append(self.sample(name, label, classes, f"{path}, entry {number}"))
+
         return samples
 
     def _rows(self, path: Path) -> list[Any]:
@@ -150,9 +158,9 @@ class FlowersPart(Part):
     key: Literal["trnid", "valid", "tstid"]
     labels: str = "imagelabels.mat"
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
-        classes = {o: i for i, o in enumerate(own)}
+        classes = {o: i for i, o in enumerate(own_names)}
         numbers = _mat(need(folder / self.path), self.key)
         labels = _mat(need(folder / self.labels), "labels")
         return [self.sample(f"image_{n:05d}.jpg", str(labels[n - 1]), classes, self.path) for n in numbers]
@@ -163,9 +171,9 @@ class CarsPart(Part):
 
     format: Literal["cars"]
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
-        classes = {o: i for i, o in enumerate(own)}
+        classes = {o: i for i, o in enumerate(own_names)}
         rows = _mat(need(folder / self.path), "annotations")
         return [self.sample(str(r["fname"]), str(int(r["class"])), classes, self.path) for r in rows]
 
@@ -183,16 +191,17 @@ class VocPart(Part):
     format: Literal["voc"]
     part: Literal["train", "val", "test"]
 
-    def read(self, folder: Path, images: Path, own: tuple[str, ...]) -> list[Sample]:
+    def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
-        shown: dict[str, list[int]] = {}
-        for label, name in enumerate(own):
+        labels_of: dict[str, list[int]] = {}
+        for label, name in enumerate(own_names):
             path = need(folder / self.path / f"{name}_{self.part}.txt")
             for line in path.read_text(encoding="utf-8").splitlines():
                 image, _, mark = line.strip().partition(" ")
                 if mark.strip() in ("0", "1"):
-                    shown.setdefault(image, []).append(label)
-        return [Sample(f"{self.prefix}{p}{self.suffix}", tuple(shown[p])) for p in sorted(shown)]
+                    labels_of.setdefault(image, []).append(label)
+
+        return [Sample(f"{self.prefix}{p}{self.suffix}", tuple(labels_of[p])) for p in sorted(labels_of)]
 
 
 PartSpec = Annotated[

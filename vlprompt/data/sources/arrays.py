@@ -94,23 +94,29 @@ def build(request: Request) -> ImageDataset:
         AbsentError: If its files aren't there.
         DataError: If they are damaged or their classes aren't the card's.
     """
-    card, options = request.need_card, parse_options(request, _Options)
+    card = request.need_card
+    options = parse_options(request, _Options)
     folder = _folder(request, options)
     label_of = _label_of(card.name, card.classnames, options, folder)
+
     if request.split == "val" and options.shares:
         files = options.parts["train"]
     elif request.split in options.parts:
         files = options.parts[request.split]
     else:
         return dataset_from(request, dict.fromkeys(options.parts, ()), card.classnames, "", folder)
+
     reader = ArrayReader(options.format, tuple(folder / f for f in files))
     labels = [label_of.get(x, -1) for x in reader.labels()]
     if -1 in labels:
         raise DataError(f"{card.name}: image {labels.index(-1)} of {files[0]} has a class the card lacks.")
+
     parts: Parts = {request.split: tuple(Sample(i, label) for i, label in enumerate(labels))}
     how = f"official parts: {', '.join(files)}"
     if options.shares and request.split != "test":
-        parts, how = _cut(card.name, card.classnames, options, labels), f"{how}; {card.splits.otherwise}"
+        parts = _cut(card.name, card.classnames, options, labels)
+        how = f"{how}; {card.splits.otherwise}"
+
     return dataset_from(request, parts, card.classnames, how, reader)
 
 
@@ -129,10 +135,12 @@ def _label_of(name: str, classnames: Sequence[str], options: _Options, folder: P
     """Return the card's label of each of the data set's own class numbers."""
     if options.names_file is None:
         numbers = options.own_numbers or range(len(classnames))
-        return {own: label for label, own in enumerate(numbers)}
+        return {number: label for label, number in enumerate(numbers)}
+
     path = folder / options.names_file
     if not path.is_file():
         raise DataError(f"{name}: {path} is missing; it says which number is which class.")
+
     lines = [
         clean_classname(x).casefold() for x in path.read_text(encoding="utf-8").splitlines() if x.strip()
     ]
@@ -140,6 +148,7 @@ def _label_of(name: str, classnames: Sequence[str], options: _Options, folder: P
     if sorted(lines) != sorted(wanted):
         strange = sorted(set(lines) ^ set(wanted))
         raise DataError(f"{name}: {path} has other classes than the card: {', '.join(strange[:6])}.")
+
     return {lines.index(c): label for label, c in enumerate(wanted)}
 
 
@@ -170,7 +179,7 @@ def _load_once(kind: Format, files: tuple[Path, ...], stamps: tuple[int, ...]) -
 
 def _cifar(files: tuple[Path, ...]) -> tuple[Array, Array]:
     """Records of 1 label byte (CIFAR-10) or 2 (CIFAR-100: coarse, fine), then 3 planes of 32 x 32."""
-    found = []
+    batches = []
     for file in files:
         raw = np.fromfile(file, dtype=np.uint8)
         head = next((h for h in (1, 2) if raw.size and raw.size % (3072 + h) == 0), 0)
@@ -178,8 +187,9 @@ def _cifar(files: tuple[Path, ...]) -> tuple[Array, Array]:
             raise DataError(
                 f"{file} is not in CIFAR's binary format (the python version is pickled: not read)."
             )
-        found.append(raw.reshape(-1, 3072 + head))
-    records = np.concatenate(found)
+        batches.append(raw.reshape(-1, 3072 + head))
+
+    records = np.concatenate(batches)
     head = records.shape[1] - 3072
     return records[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, head - 1].astype(int)
 
@@ -202,8 +212,8 @@ def _svhn(files: tuple[Path, ...]) -> tuple[Array, Array]:
     """``X`` (32, 32, 3, N) and ``y`` (N, 1), where 10 means the digit 0."""
     from scipy.io import loadmat
 
-    found = loadmat(str(files[0]))
-    return np.moveaxis(found["X"], 3, 0), found["y"].reshape(-1).astype(int) % 10
+    content = loadmat(str(files[0]))
+    return np.moveaxis(content["X"], 3, 0), content["y"].reshape(-1).astype(int) % 10
 
 
 def _stl(files: tuple[Path, ...]) -> tuple[Array, Array]:

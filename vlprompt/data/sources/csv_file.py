@@ -57,9 +57,11 @@ def build(
     table = Path(request.argument).expanduser()
     if not request.argument or not table.is_file():
         raise AbsentError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
+
     rows = _rows(table, (path_column, label_column, split_column), delimiter)
     origins = sorted({r.label for r in rows})
     label_of = {name: label for label, name in enumerate(origins)}
+
     if any(r.split for r in rows):
         samples = tuple(Sample(r.path, label_of[r.label]) for r in rows if r.split == request.split)
         how = f"column {split_column!r}"
@@ -69,9 +71,11 @@ def build(
             groups.setdefault(label_of[row.label], []).append(row.path)
         samples = cut(groups, _SHARES, "csv", origins, split_seed)[request.split]
         how = f"cut 60/20/20 per class by path, seed {split_seed}"
+
     names = tuple(clean_classname(o) for o in origins)
     info = {"source": "csv", "split_source": how, "origins": origins, "fewshot_key": f"csv:{table.name}"}
     reader = FileReader(table.parent)
+
     return ImageDataset(request.name, request.split, samples, names, DEFAULT_TEMPLATES, reader, info)
 
 
@@ -83,8 +87,10 @@ def _rows(table: Path, columns: tuple[str, str, str], delimiter: str) -> list[_R
             rows = [_row(table, reader.line_num, raw, columns) for raw in reader]
     except (UnicodeDecodeError, csv.Error, TypeError) as error:
         raise DataError(f"{table} is no readable CSV table in UTF-8: {error}.") from None
+
     if not rows:
         raise DataError(f"{table}: the table has a header but no rows.")
+
     _check_together(table, rows, columns)
     return rows
 
@@ -98,6 +104,7 @@ def _check_header(table: Path, header: list[str], columns: tuple[str, str, str])
                 f"{table}, line 1: no column {column!r}; the header has "
                 f"{', '.join(header) or 'nothing'}.{hint}"
             )
+
     if columns[2] not in header and (close := [h for h in nearest(columns[2], header) if h not in columns]):
         raise DataError(
             f"{table}, line 1: column {close[0]!r} looks like {columns[2]!r}. "
@@ -110,12 +117,14 @@ def _row(table: Path, line: int, raw: dict[str, str], columns: tuple[str, str, s
     for column, value in zip(columns[:2], values, strict=False):
         if not value:
             raise DataError(f"{table}, line {line}: column {column!r} is empty.")
+
     path = values[0].replace("\\", "/")
     folder = table.parent.resolve()
     if not is_inside(path) or not (folder / path).resolve().is_relative_to(folder):
         raise DataError(
             f"{table}, line {line}: the path {values[0]!r} leaves the table's folder. Use paths inside it."
         )
+
     split = normal_split(values[2]) if values[2] else None
     if values[2] and split is None:
         raise DataError(
@@ -132,6 +141,7 @@ def _check_together(table: Path, rows: list[_Row], columns: tuple[str, str, str]
                 f"{table}, line {row.line}: the image {row.path!r} is on line {seen[row.path]} already."
             )
         seen[row.path] = row.line
+
     if any(r.split for r in rows) and (bare := [r for r in rows if not r.split]):
         raise DataError(
             f"{table}, line {bare[0].line}: column {columns[2]!r} is empty, but other rows have a split."

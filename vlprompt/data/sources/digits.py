@@ -60,13 +60,16 @@ def build(
         raise UnknownNameError("look of digits", str(look), _LOOKS)
     if not isinstance(size, int) or not 8 <= size <= 512:
         raise DataError(f"digits: size must be 8 to 512 pixels; got {size!r}.")
+
     _, labels = _data()
     groups: dict[int, list[str]] = {}
     for index, label in enumerate(labels):
         groups.setdefault(int(label), []).append(f"{index:04d}")
+
     parts = cut(groups, card.source.options["shares"], "digits", card.classnames)
     samples = tuple(type(s)(int(s.source), s.label) for s in parts[request.split])
     info = {"source": "digits", "split_source": card.splits.otherwise}
+
     return ImageDataset(
         request.name, request.split, samples, card.classnames, card.templates, DigitsReader(size, look), info
     )
@@ -77,15 +80,14 @@ def _data() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return pixels (1797, 8, 8) in [0, 16] and labels (1797,)."""
     from sklearn.datasets import load_digits  # here, not above: importing scikit-learn takes most of a second
 
-    found = load_digits()
-    return found.images, found.target
+    bunch = load_digits()
+    return bunch.images, bunch.target
 
 
 def _draw(pixels: np.ndarray[Any, Any], size: int, look: str) -> Image.Image:
     """Enlarge (8, 8) ink to RGB: bicubic, then contrast, which turns slopes into the edges of strokes."""
-    ink = np.pad(pixels / _INK, 1).astype(
-        np.float32
-    )  # strokes touch the border: a blank ring rounds their ends
+    # Strokes touch the border: a blank ring rounds their ends.
+    ink = np.pad(pixels / _INK, 1).astype(np.float32)
     field = np.asarray(Image.fromarray(ink).resize((size, size), Image.Resampling.BICUBIC))
     stroke = np.clip((field - 0.5) * 2.5 + 0.5, 0, 1)
     grey = 1 - stroke if look == "dark_on_light" else stroke

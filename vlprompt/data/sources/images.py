@@ -84,19 +84,23 @@ def build(
 def _split(
     request: Request, options: _Options, folder: Path, wanted: str
 ) -> tuple[Parts, tuple[str, ...], str]:
-    card, images = request.need_card, folder / options.images
+    card = request.need_card
+    images = folder / options.images
     if wanted in ("auto", "published"):
         published = published_split(request, options, folder)
         if published is not None:
             return published
+
     if options.class_folders and options.shares and wanted in ("auto", "resplit"):
         return _stored(request, options, folder, images)
+
     if options.lists and wanted in ("auto", "lists"):
         if "trainval" in options.lists:
             return _stored(request, options, folder, images)
         parts: Parts = {s: _read_list(request, options, folder, s) for s in SPLITS if s in options.lists}
         check_present(card.name, "the official lists", images, parts)
         return parts, card.classnames, f"official lists {', '.join(p.path for p in options.lists.values())}"
+
     if card.splits.file and wanted in ("auto", "published"):
         raise DataError(
             f"{card.name}: {folder / card.splits.file} is missing. Fetch it with `vlprompt data prepare {card.name}`, "
@@ -123,11 +127,13 @@ def _stored(
                 f"{sum(card.splits.sizes.values())} expected: is it whole?",
                 stacklevel=6,
             )
+
         try:
             write_split(path, parts, card.classnames)
         except OSError as error:  # a read-only folder costs the record only: the cut is the same every time
             warnings.warn(f"{path} could not be written ({error.strerror or error}).", stacklevel=6)
             return parts, card.classnames, f"local cut, not stored: {card.splits.otherwise}"
+
     stored = read_split(path)
     check_present(card.name, path.name, images, stored.parts)
     return stored.parts, stored.classnames, f"{path.name} sha256 {stored.sha256}: {card.splits.otherwise}"
@@ -135,7 +141,8 @@ def _stored(
 
 def _cut_folders(request: Request, options: _Options, images: Path) -> Parts:
     card = request.need_card
-    if missing := [f for f in options.class_folders if not (images / f).is_dir()]:
+    missing = [f for f in options.class_folders if not (images / f).is_dir()]
+    if missing:
         raise DataError(f"{card.name}: class folders are missing in {images}: {', '.join(missing[:5])}.")
     groups = {label: list_images(images / f, images) for label, f in enumerate(options.class_folders)}
     return cut(groups, options.shares, card.name, card.classnames)
@@ -153,8 +160,8 @@ def _cut_lists(request: Request, options: _Options, folder: Path) -> Parts:
 def _read_list(request: Request, options: _Options, folder: Path, part: str) -> tuple[Sample, ...]:
     card = request.need_card
     numbers = tuple(str(i + 1) for i in range(len(card.classnames)))
-    own = options.own_names or options.class_folders or numbers
+    own_names = options.own_names or options.class_folders or numbers
     try:
-        return tuple(options.lists[part].read(folder, folder / options.images, own))  # type: ignore[index]
+        return tuple(options.lists[part].read(folder, folder / options.images, own_names))  # type: ignore[index]
     except DataError as error:
         raise DataError(f"{card.name}: {error}") from None

@@ -49,31 +49,38 @@ def build(request: Request) -> ImageDataset:
         AbsentError: If it isn't there.
         DataError: If an index or an archive is damaged or incomplete; says where.
     """
-    card, options = request.need_card, parse_options(request, _Options)
-    places = [Path(place) / options.folder for place in _PLACES]
-    folder = next((request.root / p for p in places if (request.root / p).is_dir()), None)
+    card = request.need_card
+    options = parse_options(request, _Options)
+    candidates = [Path(parent) / options.folder for parent in _PLACES]
+    folder = next((request.root / p for p in candidates if (request.root / p).is_dir()), None)
     if folder is None:
-        raise absent(request, [p.as_posix() for p in places[:1]])
+        raise absent(request, [p.as_posix() for p in candidates[:1]])
+
     if request.split not in options.index:
         parts: dict[str, tuple[Sample, ...]] = dict.fromkeys(options.index, ())
         return dataset_from(request, parts, card.classnames, "", folder)
+
     index = folder / options.index[request.split]
     if not index.is_file():
         raise DataError(f"{card.name}: the index {index} is missing.")
+
     reader = ZipReader(folder)
     entries, names = _coco(index) if index.suffix == ".json" else _iris(index, folder / "labels.txt")
     _check_present(card.name, index, reader, entries)
     label_of, order = _labels(card, names)
     samples = tuple(_sample(card, index, e, label_of) for e in entries if e[1])
     how = f"the benchmark's {index.name}; {order}"
+
     return dataset_from(request, {request.split: samples}, card.classnames, how, reader)
 
 
 def _sample(card: Card, index: Path, entry: _Entry, label_of: list[int]) -> Sample:
-    source, own = entry
-    if max(own) >= len(label_of) or (len(own) > 1 and not card.multi_label):
-        raise DataError(f"{index}: {source} has the labels {own}; {card.name} has {len(label_of)} classes.")
-    labels = tuple(label_of[x] for x in own)
+    source, numbers = entry
+    if max(numbers) >= len(label_of) or (len(numbers) > 1 and not card.multi_label):
+        raise DataError(
+            f"{index}: {source} has the labels {numbers}; {card.name} has {len(label_of)} classes."
+        )
+    labels = tuple(label_of[x] for x in numbers)
     return Sample(source, labels if card.multi_label else labels[0])
 
 
@@ -84,11 +91,13 @@ def _labels(card: Card, names: list[str] | None) -> tuple[list[int], str]:
     benchmark's own programs pair them with its list of class names.
     """
     wanted = [clean_classname(c).casefold() for c in card.classnames]
-    own = [clean_classname(n).casefold() for n in names or ()]
-    if sorted(own) == sorted(wanted):
-        return [wanted.index(n) for n in own], "classes by its names"
-    if own and len(own) != len(wanted):
-        raise DataError(f"{card.name}: its list of labels has {len(own)} classes, the card {len(wanted)}.")
+    own_names = [clean_classname(n).casefold() for n in names or ()]
+    if sorted(own_names) == sorted(wanted):
+        return [wanted.index(n) for n in own_names], "classes by its names"
+    if own_names and len(own_names) != len(wanted):
+        raise DataError(
+            f"{card.name}: its list of labels has {len(own_names)} classes, the card {len(wanted)}."
+        )
     return list(range(len(wanted))), "classes by number"
 
 
@@ -106,6 +115,7 @@ def _iris(index: Path, labels: Path) -> tuple[list[_Entry], list[str] | None]:
             ) from None
         if not path or not is_inside(path.replace("@", "/")) or min(entries[-1][1]) < 0:
             raise DataError(f"{index}, line {number}: {line[:80]!r} leaves the folder or has no label.")
+
     names = next((p for p in (labels, labels.with_name("labelmap.txt")) if p.is_file()), None)
     lines = [] if names is None else names.read_text(encoding="utf-8").splitlines()
     return entries, [x.strip() for x in lines if x.strip()] or None
@@ -126,7 +136,9 @@ def _coco(index: Path) -> tuple[list[_Entry], list[str] | None]:
         names = [str(c["name"]) for c in categories]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{index} is no COCO index: {type(error).__name__} {error}.") from None
-    if bad := [source for source, _ in entries if not is_inside(source.replace("@", "/"))]:
+
+    bad = [source for source, _ in entries if not is_inside(source.replace("@", "/"))]
+    if bad:
         raise DataError(f"{index}: {bad[0]!r} leaves the folder.")
     return entries, names
 
@@ -141,6 +153,7 @@ def _check_present(name: str, index: Path, reader: ZipReader, entries: list[_Ent
             members[archive] = reader.members(archive)
         if not (member in members[archive] if member else (reader.root / archive).is_file()):
             missing.append(source)
+
     if missing:
         raise DataError(
             f"{name}: {len(missing)} of the {len(entries)} images that {index.name} lists are missing, for example "

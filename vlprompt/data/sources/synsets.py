@@ -1,7 +1,7 @@
 """synsets: ImageNet and its variants, class folders named by WordNet ids (or, in V2, by label).
 
-Differs from the reference code: its validation list is the test list, so choosing by it peeks at the test set; here
-val is cut from train, and the variants, which are for testing only, have no other split.
+Differs from the reference code: there, the validation list is the test list, so choosing a model by it uses test
+images. Here val is cut from train. The variants are for testing only and have no other split.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def build(request: Request) -> ImageDataset:
         AbsentError: If it isn't there.
         DataError: If class folders are missing or empty.
     """
-    card, options = request.need_card, parse_options(request, _Options)
-    known: list[str] = [*options.parts, *(["val"] if options.shares else [])]
-    if request.split not in known:
+    card = request.need_card
+    options = parse_options(request, _Options)
+    splits: list[str] = [*options.parts, *(["val"] if options.shares else [])]
+    if request.split not in splits:
         raise DataError(
-            f"{card.name} is for testing only: it has no split {request.split!r}, only {', '.join(known)}."
+            f"{card.name} is for testing only: it has no split {request.split!r}, only {', '.join(splits)}."
         )
+
     part = options.parts["test" if request.split == "test" else "train"]
     root = _folder(request, options, part)
     ids = synset_ids(str(card.synsets))
@@ -61,18 +63,20 @@ def build(request: Request) -> ImageDataset:
     whole = tuple(Sample(p, label) for label, images in enumerate(groups) for p in images)
     parts: Parts = {request.split: whole}
     how = f"class folders of {part or options.images}"
+
     if options.shares and request.split != "test":
         parts = _cut(card.name, card.classnames, tuple(options.shares.items()), groups)
         how = f"{how}; {card.splits.otherwise}"
+
     return dataset_from(request, parts, card.classnames, how, root)
 
 
 def _folder(request: Request, options: _Options, part: str) -> Path:
-    places = [Path(f) / options.images / part for f in options.folders]
-    for place in places:
-        if (request.root / place).is_dir():
-            return request.root / place
-    raise absent(request, [p.as_posix() for p in places])
+    candidates = [Path(f) / options.images / part for f in options.folders]
+    for candidate in candidates:
+        if (request.root / candidate).is_dir():
+            return request.root / candidate
+    raise absent(request, [p.as_posix() for p in candidates])
 
 
 @lru_cache(maxsize=8)
@@ -84,20 +88,22 @@ def _listing(name: str, root: Path, folders: tuple[str, ...], changed: int) -> t
     Raises:
         DataError: If class folders are missing or empty; names the first ones.
     """
-    found = []
+    images_of = []
     for folder in folders:
         try:
             with os.scandir(root / folder) as entries:
                 names = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
         except FileNotFoundError:
             names = []
-        found.append(tuple(f"{folder}/{n}" for n in names if not n.startswith(".")))
-    if bad := [f for f, images in zip(folders, found, strict=True) if not images]:
+        images_of.append(tuple(f"{folder}/{n}" for n in names if not n.startswith(".")))
+
+    bad = [f for f, images in zip(folders, images_of, strict=True) if not images]
+    if bad:
         raise DataError(
             f"{name}: {len(bad)} of the {len(folders)} class folders in {root} are missing or empty, for example "
             f"{', '.join(bad[:5])}."
         )
-    return tuple(found)
+    return tuple(images_of)
 
 
 @lru_cache(maxsize=2)

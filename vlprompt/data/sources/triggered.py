@@ -1,4 +1,4 @@
-"""triggered:NAME: another data set with backdoor triggers in its images (see ``vlprompt.security.compositions``)."""
+"""triggered:NAME: another data set with backdoor triggers in its images (see ``vlprompt.data.compositions``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.catalog import load_dataset
+from vlprompt.data.compositions import composition_dataset
 from vlprompt.data.sources import Request, sources
+from vlprompt.data.triggers import DEFAULT_TRIGGERS
 
 __all__ = ["build"]
 
@@ -20,7 +22,7 @@ def build(
     *,
     triggers: Sequence[str] | None = None,
     native_size: int = 32,
-    pairs_seed: int = 1,
+    compositions_seed: int = 1,
     unseen: float = 0.3,
     copies: int = 1,
 ) -> ImageDataset:
@@ -30,16 +32,16 @@ def build(
         request: ``argument`` is the name of the other data set.
         triggers: Names of triggers, the first ``"clean"``; None for the usual ones.
         native_size: Pixels a side at which triggers are put in; all images are brought to it.
-        pairs_seed: Of the triggers and of which pairs of trigger and object training doesn't see.
-        unseen: Share of the triggered pairs that training doesn't see.
+        compositions_seed: Of the triggers, and of which compositions of trigger and object training doesn't see.
+        unseen: Share of the triggered compositions that training doesn't see.
         copies: Triggered images per image.
     """
-    from vlprompt.security.compositions import DEFAULT_TRIGGERS, composition_dataset
-
     if not request.argument or request.argument.startswith("triggered:"):
         raise DataError(
             f"{request.name}: name the data set to put triggers into, for example triggered:scenes/shape."
         )
     base = load_dataset(request.argument, request.split, root=request.root)
-    chosen = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
-    return composition_dataset(base, chosen, size=native_size, seed=pairs_seed, unseen=unseen, copies=copies)
+    names = DEFAULT_TRIGGERS if triggers is None else tuple(triggers)
+    return composition_dataset(
+        base, names, size=native_size, seed=compositions_seed, unseen=unseen, copies=copies
+    )

@@ -71,10 +71,11 @@ class Regulator(nn.Module):
 
     def forward(self, gradients: Mapping[str, Tensor], situation: Situation) -> dict[str, Tensor]:
         """Return regulated gradients in full precision; names it wasn't made for pass unchanged."""
+        plain = {name: _full(gradient) for name, gradient in gradients.items() if name in self.shapes}
+
         regulated = dict(gradients)
-        own = {n: _full(g) for n, g in gradients.items() if n in self.shapes}
-        for name, found in self.regulate(own, situation).items():
-            regulated[name] = found if self.bound is None else _bounded(found, own[name], self.bound)
+        for name, gradient in self.regulate(plain, situation).items():
+            regulated[name] = gradient if self.bound is None else _bounded(gradient, plain[name], self.bound)
         return regulated
 
     def regulate(self, gradients: Mapping[str, Tensor], situation: Situation) -> dict[str, Tensor]:
@@ -127,8 +128,10 @@ def create_regulator(
     checked = check_options(entry.target, options, f"regulator {name!r}")
     if bound is not None and not bound > 1:
         raise ConfigError([f"bound: must be above 1, got {bound}."], f"regulator {name!r}")
+
     regulator = entry.target(shapes, dim, **checked)
-    regulator.method, regulator.bound = name, bound
+    regulator.method = name
+    regulator.bound = bound
     regulator.options = {**checked, **({} if bound is None else {"bound": bound})}
     return regulator
 

@@ -54,6 +54,7 @@ class Gated(Regulator):
     ) -> None:
         super().__init__(shapes, dim)
         self.agreement = agreement
+
         with seeded_modules(seed, "gated regulator"):
             self.transform = nn.ModuleDict(
                 {key_of(n): _two_layers(s[-1], rank, s[-1]) for n, s in shapes.items()}

@@ -35,7 +35,8 @@ class LowRank(Regulator):
         seed: int = 1,
     ) -> None:
         super().__init__(shapes, dim)
-        widths = {key_of(n): s[-1] for n, s in shapes.items()}
+        widths = {key_of(name): shape[-1] for name, shape in shapes.items()}
+
         self.up = nn.ParameterDict({k: nn.Parameter(torch.zeros(w, rank)) for k, w in widths.items()})
         self.down = nn.ParameterDict(
             {

@@ -55,7 +55,10 @@ class TwoGradients(Regulator):
         seed: int = 1,
     ) -> None:
         super().__init__(shapes, dim)
-        self.share, self.text_weight, self.image_weight = share, text_weight, image_weight
+        self.share = share
+        self.text_weight = text_weight
+        self.image_weight = image_weight
+
         with seeded_modules(seed, "two gradients"):
             self.gates = nn.ModuleDict(
                 {
@@ -69,6 +72,7 @@ class TwoGradients(Regulator):
         texts = F.l1_loss(learner.class_weights(), _frozen_weights(learner))
         if "image" not in batch or learner.static_images:
             return self.text_weight * texts
+
         images = F.normalize(learner.embed_images(batch["image"]), dim=-1)
         apart = F.l1_loss(images, learner.backbone.encode_image(batch["image"]))
         return self.text_weight * texts + self.image_weight * apart
@@ -77,9 +81,11 @@ class TwoGradients(Regulator):
         """See :meth:`Regulator.regulate_one`."""
         if situation.general is None:
             raise DataError("the regulator 'two_gradients' needs a second gradient, and none was given.")
+
         shape = self.shapes[name]
         first = gradient.reshape(_layers(shape), -1)
         second = situation.general[name].to(gradient.dtype).reshape(_layers(shape), -1)
+
         gates: nn.ModuleList = self.gates[key_of(name)]  # type: ignore[assignment]
         gamma = torch.stack(
             [gate(torch.cat([a, b])) for gate, a, b in zip(gates, first, second, strict=True)]
@@ -90,11 +96,11 @@ class TwoGradients(Regulator):
 
 def _frozen_weights(learner: Learner) -> Tensor:
     """Return the (C, d) zero-shot weights of a learner's classes, computed once."""
-    held = learner.__dict__.get("_frozen_weights")
-    if held is None:
-        held = learner.backbone.class_weights(learner.classnames, learner.templates)
-        learner.__dict__["_frozen_weights"] = held
-    return held
+    weights = learner.__dict__.get("_frozen_weights")
+    if weights is None:
+        weights = learner.backbone.class_weights(learner.classnames, learner.templates)
+        learner.__dict__["_frozen_weights"] = weights  # past nn.Module, which would register it
+    return weights
 
 
 def _layers(shape: torch.Size) -> int:

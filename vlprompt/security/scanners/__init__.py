@@ -8,13 +8,13 @@ from typing import Any
 from vlprompt.backbones import Backbone
 from vlprompt.core.options import check_options
 from vlprompt.core.registry import Registry
-from vlprompt.learners.dbom import DEFAULT_TRIGGERS
+from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.security.scanners.base import Scanner
 
 __all__ = ["SCANNERS", "Scanner", "create_scanner", "list_scanners"]
 
 SCANNERS: Registry[type[Scanner]] = Registry("scanner", "vlprompt.security.scanners")
-"""Every scanner by name, with its paper and needs: ``"pairs"`` to learn from, or ``"labels"`` of a whole set."""
+"""Every scanner by name, with its paper and needs: ``"compositions"`` to learn from, or ``"labels"`` of a whole set."""
 
 
 def create_scanner(
@@ -29,13 +29,13 @@ def create_scanner(
     Args:
         name: See :func:`list_scanners`.
         backbone: See :func:`vlprompt.create_backbone`.
-        classnames: The objects.
-        triggers: Names, the first for none.
-        **options: The scanner's own, see its class.
+        classnames: The C objects.
+        triggers: T names, the first ``"clean"``.
+        **options: Of this scanner, see its class.
 
     Raises:
         UnknownNameError: For an unknown scanner.
-        ConfigError: For options it doesn't have or values it doesn't take, all at once.
+        ConfigError: For options that the scanner doesn't have or values it doesn't take, all at once.
     """
     entry = SCANNERS.get(name)
     checked = check_options(entry.target, options, f"scanner {name!r}")

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
-from vlprompt.learners._judgement import Judgement
+from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security.scanners import SCANNERS, Scanner
 
 __all__ = ["ActivationClustering"]
+
+_SMALLEST_CLASS = 4  # images; fewer make no two clusters worth comparing
 
 
 @SCANNERS.register(
@@ -32,7 +34,7 @@ __all__ = ["ActivationClustering"]
 class ActivationClustering(Scanner):
     """Cuts every class in two; a cluster with less than ``smallest`` of the class is suspected.
 
-    The score is one minus the share of an image's own cluster.
+    The score is one minus the share of the class that is in the image's cluster.
 
     Args:
         backbone: See :class:`Scanner`.
@@ -43,7 +45,7 @@ class ActivationClustering(Scanner):
         seed: Of the clusters' starts.
     """
 
-    whole = True
+    needs_whole_set = True
 
     def __init__(
         self,
@@ -56,24 +58,26 @@ class ActivationClustering(Scanner):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, triggers)
-        self.components, self.seed, self._threshold = components, seed, 1 - smallest
+        self.components = components
+        self.seed = seed
+        self._threshold = 1 - smallest
 
-    def judge(self, embeddings: Tensor) -> Judgement:
+    def judge(self, rows: Tensor) -> Verdicts:
         """Refuse: a single image makes no cluster."""
         raise DataError("activation clustering judges a whole labelled data set, not single images.")
 
-    def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
-        """See :meth:`Scanner.judge_set`."""
-        score = torch.zeros(len(embeddings))
-        for label in given.unique():
-            rows = (given == label).nonzero()[:, 0]
-            if len(rows) < 4:
+    def judge_set(self, rows: Tensor, labels: Tensor) -> Verdicts:
+        """See :meth:`ImageScanner.judge_set`."""
+        score = torch.zeros(len(rows))
+        for label in labels.unique():
+            members = (labels == label).nonzero()[:, 0]
+            if len(members) < _SMALLEST_CLASS:
                 continue
-            x = embeddings[rows].cpu().numpy()
+            x = rows[members].cpu().numpy()
             reduced = PCA(min(self.components, *x.shape), random_state=self.seed).fit_transform(x)
-            cluster = torch.from_numpy(
-                KMeans(2, n_init=5, random_state=self.seed).fit_predict(reduced)
-            ).long()
-            share = cluster.bincount(minlength=2).double() / len(rows)
-            score[rows] = (1 - share[cluster]).float()
-        return Judgement(score)
+            clusters = KMeans(2, n_init=5, random_state=self.seed).fit_predict(reduced)
+
+            cluster = torch.from_numpy(clusters).long()
+            share = cluster.bincount(minlength=2).double() / len(members)
+            score[members] = (1 - share[cluster]).float()
+        return Verdicts(score)

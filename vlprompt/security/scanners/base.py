@@ -2,64 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.shallow import READS, embed_with_statistics
-from vlprompt.classification.evaluate import image_embeddings
 from vlprompt.core.names import check_classnames
 from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.data.compositions import CompositionDataset, check_triggers
 from vlprompt.learners._calibration import threshold_at
-from vlprompt.learners._judgement import Judgement
-from vlprompt.security.compositions import CompositionDataset, check_triggers
+from vlprompt.learners._scanning import ImageScanner
 
 __all__ = ["Scanner"]
 
 
-class Scanner:
-    """Judges images by rows that the frozen image tower gives.
+class Scanner(ImageScanner):
+    """A scanner that can be compared with others: built from the same arguments, fitted on the same data.
 
     Args:
         backbone: Frozen towers.
-        classnames: The objects.
-        triggers: Names, the first for none.
+        classnames: The C objects.
+        triggers: T names, the first ``"clean"``.
 
     Attributes:
-        method: Its registry name.
-        whole: Whether it judges a whole labelled set at once and not single images.
+        names_objects: Whether its verdicts name the object of each image.
         reads: What its rows hold beside the image embedding, see :class:`vlprompt.learners.Learner`.
-        static_images: Always; its rows may be cached.
         false_alarms: Share of clean validation images that the threshold lets be suspected.
+        history: One record per epoch of what is trained step by step; empty for everything else.
     """
 
     method: str = ""
-    whole: bool = False
+    names_objects: bool = False
     reads: str = ""
-    static_images: bool = True
     false_alarms: float = 0.05
 
     def __init__(self, backbone: Backbone, classnames: Sequence[str], triggers: Sequence[str]) -> None:
         self.backbone = backbone
         self.classnames = check_classnames(classnames, "the scanner")
         self.triggers = check_triggers(triggers)
+        self.history: list[dict[str, Any]] = []
         self._threshold = 0.5
+
+    @classmethod
+    def option_problems(cls, options: Mapping[str, Any]) -> list[str]:
+        """Return what is wrong inside options that are sections themselves, a sentence each, beginning with the key.
+
+        Args:
+            options: Names and types of the options have been checked already.
+        """
+        return []
 
     @property
     def threshold(self) -> float:
-        """Score from which an image is called poisoned."""
+        """See :meth:`ImageScanner.threshold`."""
         return self._threshold
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return (B, d) rows of preprocessed images."""
+        """See :meth:`ImageScanner.embed_images`."""
         return self.backbone.image_embeddings(images)
 
     def rows(self, data: ImageDataset, cache: FeatureCache | None = None) -> Tensor:
-        """Return (n, d) rows of a data set; scanners on one backbone share what the cache holds."""
-        found = image_embeddings(_Everything(self.backbone), data, cache=cache)
-        return found if self.reads else found[:, : self.backbone.dim]
+        """Return the rows (n, D) of a data set; all scanners on one backbone share what the cache holds."""
+        cache = FeatureCache() if cache is None else cache
+
+        # What any scanner reads is encoded at once: embeddings, then statistics of pixels and first convolution.
+        rows = cache.features(
+            data,
+            lambda images: embed_with_statistics(self.backbone, images),
+            self.backbone.preprocess,
+            fingerprint=f"{self.backbone.fingerprint['id']}{READS}",
+        )
+        return rows if self.reads else rows[:, : self.backbone.dim]
 
     def fit(
         self,
@@ -67,35 +84,29 @@ class Scanner:
         val: CompositionDataset,
         cache: FeatureCache | None = None,
         seed: int = 1,
+        folder: Path | None = None,
     ) -> None:
-        """Learn from images whose trigger is known; sets the threshold by validation's clean images."""
-        self.learn(train, val, cache, seed)
-        if not self.whole:
+        """Learn from images whose trigger is known, and set the threshold by the clean images of validation.
+
+        Args:
+            train: Images to learn from.
+            val: Images to choose the threshold by.
+            cache: Where rows of the image tower are kept.
+            seed: Of everything drawn.
+            folder: Where a scanner that is trained step by step keeps its checkpoint, and continues from one.
+        """
+        self.learn(train, val, cache, seed, folder)
+        if not self.needs_whole_set:
             rows = self.rows(val, cache)
             clean = torch.tensor(val.trigger_labels) == 0
             self._threshold = threshold_at(self.judge(rows[clean]).score, self.false_alarms)
 
     def learn(
-        self, train: CompositionDataset, val: CompositionDataset, cache: FeatureCache | None, seed: int
+        self,
+        train: CompositionDataset,
+        val: CompositionDataset,
+        cache: FeatureCache | None,
+        seed: int,
+        folder: Path | None,
     ) -> None:
-        """Learn; nothing by default."""
-
-    def judge(self, embeddings: Tensor) -> Judgement:
-        """Return an opinion of (n, d) rows, each by itself."""
-        raise NotImplementedError
-
-    def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
-        """Return an opinion of a whole set of (n, d) rows with the (n,) labels it came with."""
-        return self.judge(embeddings)
-
-
-class _Everything:
-    """Encodes all that any scanner reads: embeddings, then statistics of the pixels and the first convolution."""
-
-    static_images, reads = True, READS
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        return embed_with_statistics(self.backbone, images)
+        """Learn from images whose trigger is known; nothing by default. Arguments are those of :meth:`fit`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vlprompt.data import FeatureCache
-from vlprompt.learners._judgement import Judgement
-from vlprompt.security.compositions import CompositionDataset
+from vlprompt.data.compositions import CompositionDataset
+from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security.scanners import SCANNERS, Scanner
 
 __all__ = ["LinearProbeScanner"]
@@ -18,27 +20,38 @@ _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 @SCANNERS.register(
-    "linear_probe", summary="logistic regression, clean or not", paper="2103.00020", needs=("pairs",)
+    "linear_probe", summary="logistic regression, clean or not", paper="2103.00020", needs=("compositions",)
 )
 class LinearProbeScanner(Scanner):
     """Logistic regression with balanced classes; the strength of its regularisation is the best on validation."""
 
     def learn(
-        self, train: CompositionDataset, val: CompositionDataset, cache: FeatureCache | None, seed: int
+        self,
+        train: CompositionDataset,
+        val: CompositionDataset,
+        cache: FeatureCache | None,
+        seed: int,
+        folder: Path | None,
     ) -> None:
-        """Solve for every strength and keep the one with the largest AUROC."""
-        x, val_x = (self.rows(data, cache).numpy() for data in (train, val))
-        y, val_y = ([int(t > 0) for t in data.trigger_labels] for data in (train, val))
-        self.mean, self.spread = x.mean(0), x.std(0) + 1e-6
+        """See :meth:`Scanner.learn`: solve for every strength, and take the one with the largest AUROC."""
+        x = self.rows(train, cache).numpy()
+        self.mean = x.mean(0)
+        self.spread = x.std(0) + 1e-6
+        standardised = (x - self.mean) / self.spread
+        val_standardised = (self.rows(val, cache).numpy() - self.mean) / self.spread
+        poisoned = [int(trigger > 0) for trigger in train.trigger_labels]
+        val_poisoned = [int(trigger > 0) for trigger in val.trigger_labels]
+
         best = -1.0
         for strength in _STRENGTHS:
             model = LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000)
-            model.fit((x - self.mean) / self.spread, y)
-            score = float(roc_auc_score(val_y, model.decision_function((val_x - self.mean) / self.spread)))
-            if score > best:
-                best, self.model = score, model
+            model.fit(standardised, poisoned)
+            auroc = float(roc_auc_score(val_poisoned, model.decision_function(val_standardised)))
+            if auroc > best:
+                best = auroc
+                self.model = model
 
-    def judge(self, embeddings: Tensor) -> Judgement:
-        """See :meth:`Scanner.judge`."""
-        rows = (embeddings.cpu().numpy() - self.mean) / self.spread
-        return Judgement(torch.from_numpy(self.model.predict_proba(rows)[:, 1]).float())
+    def judge(self, rows: Tensor) -> Verdicts:
+        """See :meth:`ImageScanner.judge`."""
+        standardised = (rows.cpu().numpy() - self.mean) / self.spread
+        return Verdicts(torch.from_numpy(self.model.predict_proba(standardised)[:, 1]).float())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
-from vlprompt.learners._judgement import Judgement
+from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security.scanners import SCANNERS, Scanner
 
 __all__ = ["SpectralSignatures"]
@@ -39,7 +39,7 @@ class SpectralSignatures(Scanner):
         rate: epsilon, an upper bound of the poisoned share of a class.
     """
 
-    whole = True
+    needs_whole_set = True
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class SpectralSignatures(Scanner):
         super().__init__(backbone, classnames, triggers)
         self._threshold = 1 - 1.5 * rate
 
-    def judge(self, embeddings: Tensor) -> Judgement:
+    def judge(self, rows: Tensor) -> Verdicts:
         """Refuse: a single image has no signature."""
         raise DataError("spectral signatures judge a whole labelled data set, not single images.")
 
-    def judge_set(self, embeddings: Tensor, given: Tensor) -> Judgement:
-        """See :meth:`Scanner.judge_set`."""
-        score = torch.zeros(len(embeddings))
-        for label in given.unique():
-            rows = (given == label).nonzero()[:, 0]
-            if len(rows) < 2:
+    def judge_set(self, rows: Tensor, labels: Tensor) -> Verdicts:
+        """See :meth:`ImageScanner.judge_set`."""
+        score = torch.zeros(len(rows))
+        for label in labels.unique():
+            members = (labels == label).nonzero()[:, 0]
+            if len(members) < 2:
                 continue
-            centred = embeddings[rows].double() - embeddings[rows].double().mean(0)
+            centred = rows[members].double() - rows[members].double().mean(0)
             direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
             order = (centred @ direction).square().argsort()
-            score[rows[order]] = torch.arange(len(rows)).float() / (len(rows) - 1)
-        return Judgement(score)
+            score[members[order]] = torch.arange(len(members)).float() / (len(members) - 1)
+        return Verdicts(score)

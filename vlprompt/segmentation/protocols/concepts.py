@@ -15,7 +15,13 @@ from torch import Tensor
 
 from vlprompt.backbones import missing_weights
 from vlprompt.concepts.search import ConceptSearch, SearchResult
-from vlprompt.concepts.study import (
+from vlprompt.core.errors import DataError
+from vlprompt.core.files import path_fingerprint
+from vlprompt.core.processes import accelerator
+from vlprompt.data import load_segmentation
+from vlprompt.data.fingerprint import data_fingerprint, missing_data
+from vlprompt.data.segmentation import MaskDataset
+from vlprompt.experiments.concept_study import (
     CLASS_NAMES,
     OWN_TEST,
     ConceptConfig,
@@ -23,12 +29,6 @@ from vlprompt.concepts.study import (
     ConceptExperiment,
     Scores,
 )
-from vlprompt.core.errors import DataError
-from vlprompt.core.files import path_fingerprint
-from vlprompt.core.processes import accelerator
-from vlprompt.data import load_segmentation
-from vlprompt.data.fingerprint import data_fingerprint, missing_data
-from vlprompt.data.segmentation import MaskDataset
 from vlprompt.experiments.config import STRICT, BackboneOptions
 from vlprompt.segmentation import SEGMENTERS, Segmenter, create_segmenter
 from vlprompt.segmentation.concepts import MaskConcepts, named, score_concepts, search_masks

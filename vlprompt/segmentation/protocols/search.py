@@ -28,8 +28,7 @@ from vlprompt.experiments.tables import Row, Table
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
 from vlprompt.segmentation.config import Dimension, SearchConfig, SegmentationConfig
 from vlprompt.segmentation.protocols.base import SegmentationExperiment
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.trainer import Trainer
+from vlprompt.training.callbacks import Callback, TrainingView
 
 __all__ = ["SearchExperiment"]
 
@@ -303,7 +302,7 @@ class _Watch(Callback):
         self.best = float("inf")
         self.epoch = 0
 
-    def on_epoch(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """See :meth:`Callback.on_epoch`."""
         self.epoch = record["epoch"]
         if "val/loss" not in record:

@@ -1,4 +1,4 @@
-"""What of a segmentation model is tuned: one file per strategy, discovered, never listed."""
+"""What is tuned of a segmentation model: one file per strategy, which registers itself."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from vlprompt.core.errors import VLPromptError
 
 __all__ = ["Hidden", "Projections", "projection"]
 
-#: Widths between the two ends: none, one or several.
+#: Widths between input and output: none, one or several.
 Hidden: TypeAlias = (
     Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
 )
 
-# A normed vector has a length of about sqrt(width), a token's embedding one of about a tenth or a hundredth of it:
-# what a norm's gain starts from, lest it drown the phrase that context starts from.
+# The start value of a norm's gain. A normed vector has a length of about sqrt(width), the embedding of a token only a
+# tenth or a hundredth of it; with a gain of 1 the projection would outweigh the phrase that context starts from.
 _GAIN = 0.02
 
 
@@ -29,11 +29,11 @@ def projection(
     """Build a network from (..., before) to (..., after).
 
     Args:
-        before: Width of what goes in.
-        after: Width of what comes out.
+        before: Width of the input.
+        after: Width of the output.
         hidden: Widths of the layers between.
         low_rank: Two linear layers without activation; ``hidden`` is then the rank.
-        norm: Norm what comes out, in place of the last linear layer's bias.
+        norm: Norm the output, instead of a bias of the last linear layer.
         bias: Whether the last layer (linear or norm) has a bias.
 
     Raises:
@@ -47,16 +47,26 @@ def projection(
         layers: list[nn.Module] = [nn.Linear(before, after if wide else hidden, bias=False)]
         layers += [] if wide else [nn.Linear(hidden, after, bias=last)]
     else:
-        between = [] if hidden is None else [hidden] if isinstance(hidden, int) else list(hidden)
+        widths = [before, *_listed(hidden)]
         layers = []
-        for a, b in pairwise([before, *between]):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
-        layers.append(nn.Linear(([before, *between])[-1], after, bias=last))
+        for width_in, width_out in pairwise(widths):
+            linear = nn.Linear(width_in, width_out)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            layers += [linear, nn.ReLU()]
+        layers.append(nn.Linear(widths[-1], after, bias=last))
+
     if norm:
-        layers.append(nn.LayerNorm(after, bias=bias))
-        nn.init.constant_(layers[-1].weight, _GAIN)  # type: ignore[arg-type]
+        layer_norm = nn.LayerNorm(after, bias=bias)
+        nn.init.constant_(layer_norm.weight, _GAIN)
+        layers.append(layer_norm)
     return nn.Sequential(*layers)
+
+
+def _listed(hidden: Hidden) -> list[int]:
+    """Return widths as a list."""
+    if hidden is None:
+        return []
+    return [hidden] if isinstance(hidden, int) else list(hidden)
 
 
 class Projections(nn.Module):

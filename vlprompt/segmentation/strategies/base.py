@@ -1,4 +1,4 @@
-"""What every strategy is: parameters, and how they become prompts for the towers of a segmentation model.
+"""The base of every strategy: parameters, and how they become prompts for the towers of a segmentation model.
 
 Depth J means J rows of prompts: row 0 enters with the embeddings, row i replaces the prompts' states before block i
 (counted from 0), in both towers and in every model. All rows are computed once per step.
@@ -16,7 +16,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.seeding import torch_rng
 
-__all__ = ["Rows", "Strategy", "checked_depth", "drawn_rows", "text_rows"]
+__all__ = ["Rows", "Strategy", "checked_depth", "random_rows", "text_rows"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Strategy(nn.Module):
         backbone: The towers, for their widths and depths; not kept.
 
     Attributes:
-        tunes: What learns: ``"prompts"`` (and a new last layer, if there is one), ``"decoder"``, ``"all"`` or
+        tunes: What learns: ``"prompts"`` (and a new last layer, if the model has one), ``"decoder"``, ``"all"`` or
             ``"nothing"``.
         prompts_text: Whether prompts enter the text tower.
         prompts_vision: Whether prompts enter the image tower.
@@ -81,30 +81,30 @@ def checked_depth(depth: int, *layers: int) -> int:
     return depth
 
 
-def drawn_rows(shape: tuple[int, ...], seed: int, purpose: str = "context") -> Tensor:
-    """Return float32 values of N(0, 0.02^2); row i is the same whatever the depth."""
+def random_rows(shape: tuple[int, ...], seed: int, purpose: str = "context") -> Tensor:
+    """Return float32 values of N(0, 0.02^2); row i does not depend on the depth."""
     return 0.02 * torch.randn(shape, generator=torch_rng(seed, "segmentation", purpose))
 
 
 def text_rows(backbone: Backbone, depth: int, count: int, init: str, seed: int) -> Tensor:
-    """Return (J, M, Dt) start values: the first row from a phrase if there is one, the others drawn.
+    """Return (J, M, Dt) start values: the first row from a phrase if there is one, the others random.
 
     Args:
-        backbone: Whose text tower they enter.
+        backbone: The text tower is this one's.
         depth: J.
         count: M if there is no phrase.
         init: A phrase; M becomes its number of tokens.
-        seed: Of the draw.
+        seed: Of the random values.
 
     Raises:
         DataError: If the phrase has no token.
     """
     tower = backbone.text
     if not init:
-        return drawn_rows((depth, count, tower.width), seed)
+        return random_rows((depth, count, tower.width), seed)
     ids = tower.require_tokenizer().encode(init)
     if not ids:
         raise DataError(f"init={init!r} has no token to start the context from.")
-    rows = drawn_rows((depth, len(ids), tower.width), seed)
+    rows = random_rows((depth, len(ids), tower.width), seed)
     rows[0] = tower.embed_tokens(ids).float().cpu()
     return rows

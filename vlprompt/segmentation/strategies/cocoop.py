@@ -1,8 +1,8 @@
-"""CoCoOp for segmentation: every layer's context is shifted by a small network of the image.
+"""CoCoOp for segmentation: a small network of the image's feature shifts the context of every layer.
 
 Paper: Zhou et al., CVPR 2022, arXiv 2203.05557, section 3.2; for segmentation: TuneVLSeg, ACCV 2024, arXiv 2410.05239.
-Where this differs from TuneVLSeg's code: the final norm's gain starts at 0.02, so that the shift does not drown the
-phrase the context starts from.
+Where this differs from TuneVLSeg's code: the final norm's gain starts at 0.02, so that the shift does not outweigh the
+phrase that the context starts from.
 """
 
 from __future__ import annotations

@@ -19,6 +19,6 @@ class DecoderTuning(Strategy):
 
 @STRATEGIES.register("end_to_end", summary="every weight of towers and decoder (on a copy of the backbone)")
 class EndToEnd(Strategy):
-    """Everything learns; the backbone that was given is copied first."""
+    """Everything learns, on a copy of the backbone."""
 
     tunes: ClassVar[Literal["nothing", "prompts", "decoder", "all"]] = "all"

@@ -55,7 +55,8 @@ class MaPLe(CoOp):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, depth=depth, context_length=context_length, init=init, seed=seed)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         checked_depth(depth, text.layers, vision.layers)
         with seeded_modules(seed, "segmentation", "projection"):
             self.projections = Projections(

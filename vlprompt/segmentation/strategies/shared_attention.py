@@ -1,8 +1,9 @@
 """Shared attention: one joint set of prompts, mixed by a transformer layer, then cut into text and visual ones.
 
 Paper: TuneVLSeg, ACCV 2024, arXiv 2410.05239; after UPT (Zang et al. 2022, arXiv 2210.07225).
-Where this differs from its code: prompt tokens do attend to each other (there every token was a sequence of its own,
-through a batch-first mix-up); both halves are computed together, once per step; one layer for all depths by default.
+Where this differs from its code: prompt tokens attend to each other (there the batch axis and the sequence axis are
+swapped, so that every token is a sequence of its own); both halves are computed together, once per step; one layer for
+all depths by default.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation.strategies import STRATEGIES
 from vlprompt.segmentation.strategies._projection import Projections
-from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, drawn_rows
+from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, random_rows
 
 __all__ = ["SharedAttention"]
 
@@ -57,16 +58,18 @@ class SharedAttention(Strategy):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         checked_depth(depth, text.layers, vision.layers)
         width = text.width + vision.width
-        heads = attention_heads or next(h for h in range(16, 0, -1) if width % h == 0)
+        heads = attention_heads or next(count for count in range(16, 0, -1) if width % count == 0)
         if width % heads:
             raise VLPromptError(
                 f"attention_heads={heads} does not divide the joint width {text.width} + {vision.width} = {width}."
             )
+
         self.cut = [text.width, vision.width]
-        self.context = nn.Parameter(drawn_rows((depth, context_length, width), seed))  # (J, M, Dt + Dv)
+        self.context = nn.Parameter(random_rows((depth, context_length, width), seed))  # (J, M, Dt + Dv)
         with seeded_modules(seed, "segmentation", "shared attention"):
             self.mixers = Projections(
                 [
@@ -79,7 +82,8 @@ class SharedAttention(Strategy):
 
     def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""
-        # Each row is one sequence of M tokens.
-        mixed = self.mixers(self.context if len(self.mixers.networks) == 1 else self.context[:, None])
+        # Each row is one sequence of M tokens; a mixer of its own takes it as a batch of one.
+        has_one_mixer = len(self.mixers.networks) == 1
+        mixed = self.mixers(self.context if has_one_mixer else self.context[:, None])
         text, vision = mixed.reshape(self.context.shape).split(self.cut, dim=-1)
         return Rows(text=text, vision=vision)

@@ -14,7 +14,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation.strategies import STRATEGIES
 from vlprompt.segmentation.strategies._projection import Hidden, Projections, projection
-from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, drawn_rows
+from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, random_rows
 
 __all__ = ["SharedSeparate"]
 
@@ -32,7 +32,7 @@ class SharedSeparate(Strategy):
         shared_dim: Width of the joint prompts.
         intermediate_dim: Widths inside the maps; None: one linear layer each.
         low_rank: Two linear layers without activation.
-        norm: Norm what enters the towers.
+        norm: Norm the prompts before they enter the towers.
         shared: The same two maps for all layers.
         seed: Of the start values.
     """
@@ -54,22 +54,24 @@ class SharedSeparate(Strategy):
         seed: int = 1,
     ) -> None:
         super().__init__(backbone)
-        text, vision = backbone.text, backbone.vision
+        text = backbone.text
+        vision = backbone.vision
         checked_depth(depth, text.layers, vision.layers)
         self.context = nn.Parameter(
-            drawn_rows((depth, context_length, shared_dim), seed)
+            random_rows((depth, context_length, shared_dim), seed)
         )  # (J, M, shared_dim)
-        count = 1 if shared else depth
+
+        def maps_into(width: int) -> Projections:
+            count = 1 if shared else depth
+            networks: list[nn.Module] = []
+            for _ in range(count):
+                network = projection(shared_dim, width, intermediate_dim, low_rank=low_rank, norm=norm)
+                networks.append(network)
+            return Projections(networks)
+
         with seeded_modules(seed, "segmentation", "shared separate"):
-            self.to_text, self.to_vision = (
-                Projections(
-                    [
-                        projection(shared_dim, width, intermediate_dim, low_rank=low_rank, norm=norm)
-                        for _ in range(count)
-                    ]
-                )
-                for width in (text.width, vision.width)
-            )
+            self.to_text = maps_into(text.width)
+            self.to_vision = maps_into(vision.width)
 
     def forward(self, image: Tensor | None = None) -> Rows:
         """See :meth:`Strategy.forward`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.segmentation.strategies import STRATEGIES
-from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, drawn_rows
+from vlprompt.segmentation.strategies.base import Rows, Strategy, checked_depth, random_rows
 
 __all__ = ["VisualPromptTuning"]
 
@@ -43,7 +43,7 @@ class VisualPromptTuning(Strategy):
         super().__init__(backbone)
         checked_depth(depth, backbone.vision.layers)
         self.context = nn.Parameter(
-            drawn_rows((depth, context_length, backbone.vision.width), seed)
+            random_rows((depth, context_length, backbone.vision.width), seed)
         )  # (J, M, Dv)
 
     def forward(self, image: Tensor | None = None) -> Rows:

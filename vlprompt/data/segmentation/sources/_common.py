@@ -48,22 +48,23 @@ def own_folder(request: Request, expected: str) -> Path:
 
 def stems(folder: Path) -> dict[str, list[str]]:
     """Return the images of a folder by their path without the ending, relative to it."""
-    found: dict[str, list[str]] = {}
+    images_of: dict[str, list[str]] = {}
     for path in list_images(folder, folder):
-        found.setdefault(path.rpartition(".")[0], []).append(path)
-    return found
+        images_of.setdefault(path.rpartition(".")[0], []).append(path)
+    return images_of
 
 
 def refuse_missing(name: str, problems: Sequence[str], policy: Missing) -> None:
     """Refuse pairs of which one half isn't there, or warn that they are left out."""
     if not problems:
         return
-    shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+    examples = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     if policy == "error":
         raise DataError(
-            f"{name}: {len(problems)} incomplete pairs: {shown}. Add what is missing, or pass on_missing='skip'."
+            f"{name}: {len(problems)} incomplete pairs: {examples}. Add what is missing, or pass on_missing='skip'."
         )
-    warnings.warn(f"{name}: {len(problems)} incomplete pairs are left out: {shown}.", stacklevel=4)
+    warnings.warn(f"{name}: {len(problems)} incomplete pairs are left out: {examples}.", stacklevel=4)
 
 
 def split_by_hash(

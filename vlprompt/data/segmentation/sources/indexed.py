@@ -5,11 +5,13 @@ Every image is paired with every class; which classes it shows is read from its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from vlprompt.data.cards import Card
 from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -65,36 +67,44 @@ def build(
         AbsentError: If it isn't there.
         DataError: If halves of pairs are missing.
     """
-    card, options = request.need_card, parse_options(request, IndexedOptions)
+    card = request.need_card
+    options = parse_options(request, IndexedOptions)
     folder = find_folder(request, options)
     if not (folder / options.masks).is_dir():
         raise absent(request, [f"{folder.name}/{options.masks}"])
+
     parts: dict[str, tuple[MaskSample, ...]] = {}
     for split, part in options.parts.items():
-        names, problems = _names(request, folder, options, part), []
-        kept = []
+        names = _names(request, folder, options, part)
+        problems = []
+        samples: list[MaskSample] = []
         for name in names:
-            image, mask = f"{name}{options.image_end}", f"{name}{options.mask_end}"
-            lacks = [
-                p for p in (folder / options.images / image, folder / options.masks / mask) if not p.is_file()
-            ]
-            if lacks:
-                problems.append(f"{name} lacks {lacks[0]}")
+            image = f"{name}{options.image_end}"
+            mask = f"{name}{options.mask_end}"
+            paths = (folder / options.images / image, folder / options.masks / mask)
+            missing = [path for path in paths if not path.is_file()]
+            if missing:
+                problems.append(f"{name} lacks {missing[0]}")
             else:
-                kept.append((image, mask))
+                samples += _samples(card, options, image, mask)
+
         refuse_missing(f"{request.name} ({split})", problems, on_missing)
-        parts[split] = tuple(
-            MaskSample(
-                i, (m,), class_phrase(card.templates, c, f"{i}|{c}"), label, f"{i}|{c}", options.values[label]
-            )
-            for i, m in kept
-            for label, c in enumerate(card.classnames)
-        )
+        parts[split] = tuple(samples)
+
     parts, how = with_validation(card.name, parts)
     rule = MaskRule(ignore=options.ignore)
     reader = MaskFiles(folder / options.images, folder / options.masks, rule, on_size_mismatch)
     info = {"source": "indexed", "split_source": how}
+
     return MaskDataset(request.name, request.split, need_part(request, parts), card.classnames, reader, info)
+
+
+def _samples(card: Card, options: IndexedOptions, image: str, mask: str) -> Iterator[MaskSample]:
+    """Yield one pair for each class, whether the image shows it or not."""
+    for label, classname in enumerate(card.classnames):
+        record = f"{image}|{classname}"
+        phrase = class_phrase(card.templates, classname, record)
+        yield MaskSample(image, (mask,), phrase, label, record, options.values[label])
 
 
 def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part) -> list[str]:
@@ -103,8 +113,10 @@ def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part)
         if not path.is_file():
             raise absent(request, [f"{folder.name}/{part.list}"])
         return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    place = folder / options.images / part.folder
-    if not place.is_dir():
+
+    part_folder = folder / options.images / part.folder
+    if not part_folder.is_dir():
         raise absent(request, [f"{folder.name}/{options.images}/{part.folder}"])
-    found = list_images(place, folder / options.images)
-    return [p.removesuffix(options.image_end) for p in found if p.endswith(options.image_end)]
+
+    images = list_images(part_folder, folder / options.images)
+    return [p.removesuffix(options.image_end) for p in images if p.endswith(options.image_end)]

@@ -63,7 +63,7 @@ class PairedOptions(Layout):
     threshold: int | None = None
 
 
-@pair_sources.register("pairs", summary="images/ and masks/ of one's own, one phrase", grammar="pairs:PATH")
+@pair_sources.register("pairs", summary="your own images/ and masks/, one phrase", grammar="pairs:PATH")
 def build(
     request: Request,
     *,
@@ -78,7 +78,7 @@ def build(
     Args:
         request: What is asked for.
         threshold: See :class:`MaskRule`; the card's if None.
-        suffix: What a mask's name has behind its image's; found out if None.
+        suffix: What a mask's name has behind its image's; None takes the one that fits most images.
         on_missing: What to do about images without a mask, and masks without an image.
         on_size_mismatch: What to do where a mask isn't its image's size.
         split_seed: Another cut of the same folder.
@@ -93,20 +93,20 @@ def build(
     else:
         options = parse_options(request, PairedOptions)
         folder = find_folder(request, options)
+
     ending = options.suffix if suffix is None and request.card is not None else suffix
     parts: dict[str, tuple[MaskSample, ...]] = {}
-    for part, places in options.parts.items():
-        if not (folder / places.images).is_dir() or not (folder / places.masks).is_dir():
-            if request.card is not None:
-                raise absent(request, [f"{folder.name}/{places.images} and {folder.name}/{places.masks}"])
-            raise DataError(f"{request.name}: {part} needs the folders {places.images} and {places.masks}.")
-        parts[part] = _pairs(request, folder, places, ending, on_missing)
+    for part, part_folders in options.parts.items():
+        _check_folders(request, folder, part, part_folders)
+        parts[part] = _pairs(request, folder, part_folders, ending, on_missing)
+
     shares = {str(part): share for part, share in options.shares.items()} or _SHARES
     cut_parts, how = _cut(request, parts, shares, split_seed)
     rule = MaskRule(options.threshold if threshold is None else threshold)
     names = tuple(request.card.classnames) if request.card else ("object",)
     info = {"source": "pairs", "split_source": how}
     reader = MaskFiles(folder, folder, rule, on_size_mismatch)
+
     return MaskDataset(request.name, request.split, need_part(request, cut_parts), names, reader, info)
 
 
@@ -114,46 +114,74 @@ def _own_options(request: Request, folder: Path) -> PairedOptions:
     if (folder / "images").is_dir():
         both = _Folders(images="images", masks="masks")
         return PairedOptions(folders=("",), parts={"all": both})
+
     parts = {}
     for inner in list_folders(folder, folder):
         split = normal_split(inner.name)
         if split is not None and (inner / "images").is_dir():
             parts[split] = _Folders(images=f"{inner.name}/images", masks=f"{inner.name}/masks")
+
     if not parts:
         raise DataError(f"{request.name}: {folder} holds no pairs. Expected in it: {_EXPECTED}.")
     return PairedOptions.model_validate({"folders": ("",), "parts": parts})
 
 
+def _check_folders(request: Request, folder: Path, part: str, part_folders: _Folders) -> None:
+    """Refuse a part without its two folders; a card's data set counts as absent then."""
+    images = part_folders.images
+    masks = part_folders.masks
+    if (folder / images).is_dir() and (folder / masks).is_dir():
+        return
+    if request.card is not None:
+        raise absent(request, [f"{folder.name}/{images} and {folder.name}/{masks}"])
+    raise DataError(f"{request.name}: {part} needs the folders {images} and {masks}.")
+
+
 def _pairs(
-    request: Request, folder: Path, places: _Folders, suffix: str | None, on_missing: Missing
+    request: Request, folder: Path, part_folders: _Folders, suffix: str | None, on_missing: Missing
 ) -> tuple[MaskSample, ...]:
     """Match the images of one part with their masks."""
-    images, masks = stems(folder / places.images), stems(folder / places.masks)
+    images = stems(folder / part_folders.images)
+    masks = stems(folder / part_folders.masks)
     if suffix is None:
         suffix = max(_SUFFIXES, key=lambda s: sum(f"{stem}{s}" in masks for stem in images))
-    together = places.images == places.masks
+
+    # Where images and masks lie in one folder, a name with the masks' ending is no image.
+    together = part_folders.images == part_folders.masks
     if together:
         ends = re.compile(rf"{re.escape(suffix)}(_\d+)?$")
         images = {s: p for s, p in images.items() if not (suffix and ends.search(s))}
-    found, used, problems = [], set(), []
+
+    samples = []
+    used = set()
+    problems = []
     for stem, files in images.items():
         if len(files) > 1:
             problems.append(f"{' and '.join(files)} are one name")
             continue
+
         # Of one image several masks may exist: name, name_1, name_2, ...
-        mine = [f"{stem}{suffix}"] if f"{stem}{suffix}" in masks else []
-        mine += [f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks]
-        used.update(mine)
-        if not mine:
-            problems.append(f"{places.images}/{files[0]} has no mask {places.masks}/{stem}{suffix}.*")
+        names_of_masks = [f"{stem}{suffix}"] if f"{stem}{suffix}" in masks else []
+        names_of_masks += [
+            f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks
+        ]
+        used.update(names_of_masks)
+
+        if not names_of_masks:
+            problems.append(
+                f"{part_folders.images}/{files[0]} has no mask {part_folders.masks}/{stem}{suffix}.*"
+            )
             continue
-        source = _joined(places.images, files[0])
-        paths = tuple(_joined(places.masks, masks[m][0]) for m in mine)
-        found.append(MaskSample(source, paths, _phrase(request, source), 0, source))
+
+        source = _joined(part_folders.images, files[0])
+        paths = tuple(_joined(part_folders.masks, masks[m][0]) for m in names_of_masks)
+        samples.append(MaskSample(source, paths, _phrase(request, source), 0, source))
+
     if not together:
-        problems += [f"{places.masks}/{masks[m][0]} has no image" for m in masks if m not in used]
+        problems += [f"{part_folders.masks}/{masks[m][0]} has no image" for m in masks if m not in used]
+
     refuse_missing(request.name, problems, on_missing)
-    return tuple(found)
+    return tuple(samples)
 
 
 def _joined(folder: str, name: str) -> str:
@@ -172,14 +200,14 @@ def _cut(
 ) -> tuple[dict[str, tuple[MaskSample, ...]], str]:
     """Make the splits out of the parts that exist."""
     if "all" in parts:
-        return _by_hash(request, parts["all"], shares, seed), f"all images cut by name, {shares}, seed {seed}"
+        how = f"all images cut by name, {shares}, seed {seed}"
+        return _by_hash(request, parts["all"], shares, seed), how
     if "val" in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
+
     of_train = {"val": shares.get("val", 0.1), "train": 1 - shares.get("val", 0.1)}
-    return {
-        **parts,
-        **_by_hash(request, parts["train"], of_train, seed),
-    }, f"folders {sorted(parts)}; val is {of_train['val']:.0%} of train by name, seed {seed}"
+    how = f"folders {sorted(parts)}; val is {of_train['val']:.0%} of train by name, seed {seed}"
+    return {**parts, **_by_hash(request, parts["train"], of_train, seed)}, how
 
 
 def _by_hash(

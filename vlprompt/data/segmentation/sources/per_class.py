@@ -2,7 +2,7 @@
 
 ``PATH/images/<split>/<image>`` and ``PATH/annotations/<split>/<class>/<image's name>.png``, only for classes that
 occur in an image. Folders are called train, val, test or training, validation. Where there is no test part, the
-official validation part is tested on, and a tenth of the training images validates: never one part for both.
+official validation part is tested on, and a tenth of the training images validates: no part is used for both.
 
 Reference: the layout of naamiinepal/tunevlseg's binarised data sets.
 """
@@ -76,21 +76,27 @@ def build(
     else:
         options = parse_options(request, PerClassOptions)
         folder = find_folder(request, options)
-    images, masks = folder / options.images, folder / options.annotations
+
+    images = folder / options.images
+    masks = folder / options.annotations
     splits = {normal_split(p.name): p.name for p in list_folders(masks, masks)} if masks.is_dir() else {}
     splits.pop(None, None)
     if not splits:
         raise DataError(f"{request.name}: {folder} holds no masks by class. Expected in it: {_EXPECTED}.")
+
     origins, names = _classes(request, options, masks, [str(n) for n in splits.values()])
     templates = request.card.templates if request.card else _PLAIN
+
     parts = {}
     for split, inner in splits.items():
-        found, problems = _part(images, masks, inner, origins, names, templates)
+        part_samples, problems = _part(images, masks, inner, origins, names, templates)
         refuse_missing(f"{request.name} ({inner})", problems, on_missing)
-        parts[str(split)] = found
+        parts[str(split)] = part_samples
+
     parts, how = with_validation(request.name, parts)
     reader = MaskFiles(images, masks, MaskRule(threshold), on_size_mismatch)
     info = {"source": "per_class", "split_source": how}
+
     return MaskDataset(request.name, request.split, need_part(request, parts), names, reader, info)
 
 
@@ -100,13 +106,15 @@ def with_validation(
     """Return three parts of two: the official validation part is for testing, a tenth of train validates."""
     if "test" in parts or "val" not in parts or "train" not in parts:
         return parts, f"folders {sorted(parts)}"
+
     images = list(dict.fromkeys(str(s.source) for s in parts["train"]))
     chosen = split_by_hash(name, images, _OF_TRAIN)
-    held = set(chosen["val"])
+    val_images = set(chosen["val"])
     cut = {
-        p: tuple(s for s in parts["train"] if (str(s.source) in held) == (p == "val"))
+        p: tuple(s for s in parts["train"] if (str(s.source) in val_images) == (p == "val"))
         for p in ("train", "val")
     }
+
     return {**cut, "test": parts["val"]}, "official val is test; val is 10 % of train by name"
 
 
@@ -133,15 +141,18 @@ def _part(
 ) -> tuple[tuple[MaskSample, ...], list[str]]:
     """Return the pairs of one split in the images' order, and what is wrong with it."""
     files = stems(images / split) if (images / split).is_dir() else {}
-    shown: dict[str, list[MaskSample]] = {stem: [] for stem in files}
+    present: dict[str, list[MaskSample]] = {stem: [] for stem in files}
+
     problems = []
     for label, origin in enumerate(origins):
         folder = masks / split / origin
-        for stem, found in (stems(folder) if folder.is_dir() else {}).items():
+        for stem, samples in (stems(folder) if folder.is_dir() else {}).items():
             if stem not in files:
-                problems.append(f"{split}/{origin}/{found[0]} has no image")
+                problems.append(f"{split}/{origin}/{samples[0]} has no image")
                 continue
-            source, place = f"{split}/{files[stem][0]}", f"{split}/{origin}/{found[0]}"
-            phrase = class_phrase(templates, names[label], place)
-            shown[stem].append(MaskSample(source, (place,), phrase, label, place))
-    return tuple(s for pairs in shown.values() for s in pairs), problems
+            source = f"{split}/{files[stem][0]}"
+            mask_folder = f"{split}/{origin}/{samples[0]}"
+            phrase = class_phrase(templates, names[label], mask_folder)
+            present[stem].append(MaskSample(source, (mask_folder,), phrase, label, mask_folder))
+
+    return tuple(s for pairs in present.values() for s in pairs), problems

@@ -2,7 +2,7 @@
 
 A file holds a list of records; of each, ``img_name``, ``mask_name`` and ``prompts`` are read. ``prompts`` maps ``p0``
 (empty: no text), ``p1`` (the class) and ``p2`` ... (richer, made from the true mask) to a phrase or a list of
-equivalent ones. A record of one's own may name its class in ``class``.
+equivalent ones. A record may name its class in ``class``.
 
 Reference: naamiinepal/medvlsm DATASETS.MD and its annotation files.
 """
@@ -79,9 +79,11 @@ def build(
     else:
         options = parse_options(request, PromptOptions)
         folder = find_folder(request, options)
+
     path = folder / options.anns.format(request.split)
     if not path.is_file():
         raise AbsentError(f"{request.name}: the records {path} are missing (expected {_EXPECTED}).")
+
     records = _records(path)
     classnames = tuple(request.card.classnames) if request.card else _classes(records)
     inner = options.inner.get(_split(request.split), "")
@@ -92,14 +94,15 @@ def build(
         MaskRule(options.threshold if threshold is None else threshold),
         on_size_mismatch,
     )
-    kept = _present(request.name, samples, files, on_missing)
+    present = _present(request.name, samples, files, on_missing)
     info = {
         "source": "prompts",
         "split_source": path.name,
         "prompt": prompt,
         "oracle_text": prompt not in (0, 1),
     }
-    return MaskDataset(request.name, request.split, kept, classnames, files, info)
+
+    return MaskDataset(request.name, request.split, present, classnames, files, info)
 
 
 def _split(split: str) -> Split:
@@ -125,15 +128,20 @@ def _sample(
 ) -> MaskSample:
     where = f"{path}, record {index + 1}"
     try:
-        image, mask, prompts = str(record["img_name"]), str(record["mask_name"]), dict(record["prompts"])
+        image = str(record["img_name"])
+        mask = str(record["mask_name"])
+        prompts = dict(record["prompts"])
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{where}: needs img_name, mask_name and prompts.") from None
+
     if not (is_inside(image) and is_inside(mask)):
         raise DataError(f"{where}: {image!r} or {mask!r} leaves the folder.")
-    source, place = (f"{inner}/{name}" if inner else name for name in (image, mask))
-    name = f"{source}|{place}"
+
+    source, mask_source = (f"{inner}/{name}" if inner else name for name in (image, mask))
+    name = f"{source}|{mask_source}"
     label = _label(where, record, prompts, classnames)
-    return MaskSample(source, (place,), _phrase(where, prompts, prompt, name), label, name)
+
+    return MaskSample(source, (mask_source,), _phrase(where, prompts, prompt, name), label, name)
 
 
 def _phrase(where: str, prompts: dict[str, Any], prompt: int, name: str) -> str:
@@ -143,13 +151,15 @@ def _phrase(where: str, prompts: dict[str, Any], prompt: int, name: str) -> str:
         key = choose(richer, name, "which prompt") if richer else "p1"
     else:
         key = f"p{prompt}"
+
     if key not in prompts:
         raise DataError(f"{where}: has no prompt {key!r}, only {', '.join(prompts) or 'none'}.")
-    found = prompts[key]
-    options = [found] if isinstance(found, str) else found
+
+    text = prompts[key]
+    options = [text] if isinstance(text, str) else text
     if not isinstance(options, list) or not options or not all(isinstance(o, str) for o in options):
         raise DataError(
-            f"{where}: prompt {key!r} must be a phrase or a list of phrases, got {str(found)[:80]!r}."
+            f"{where}: prompt {key!r} must be a phrase or a list of phrases, got {str(text)[:80]!r}."
         )
     return choose(options, name, "which wording")
 
@@ -158,9 +168,11 @@ def _label(where: str, record: dict[str, Any], prompts: dict[str, Any], classnam
     """Return the record's class: the one it names, or the longest class name that its plain phrase holds."""
     if len(classnames) == 1:
         return 0
-    said = record.get("class")
-    if said is not None:
-        return classnames.index(clean_classname(str(said)))
+
+    named = record.get("class")
+    if named is not None:
+        return classnames.index(clean_classname(str(named)))
+
     plain = prompts.get("p1", "")
     text = (plain if isinstance(plain, str) else " ".join(map(str, plain))).casefold()
     fits = [i for i, name in enumerate(classnames) if name.casefold() in text]
@@ -172,7 +184,8 @@ def _label(where: str, record: dict[str, Any], prompts: dict[str, Any], classnam
 def _present(
     name: str, samples: list[MaskSample], files: MaskFiles, policy: Missing
 ) -> tuple[MaskSample, ...]:
-    kept, problems = [], []
+    present = []
+    problems = []
     for sample in samples:
         lacks = (
             [files.images / str(sample.source)] if not (files.images / str(sample.source)).is_file() else []
@@ -181,6 +194,7 @@ def _present(
         if lacks:
             problems.append(f"{sample.source} lacks {' and '.join(str(p) for p in lacks)}")
         else:
-            kept.append(sample)
+            present.append(sample)
+
     refuse_missing(name, problems, policy)
-    return tuple(kept)
+    return tuple(present)

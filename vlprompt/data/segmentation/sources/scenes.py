@@ -75,14 +75,18 @@ def build(request: Request, *, style: str | None = None, size: int = 64) -> Mask
     task, look = task_and_style(request, style)
     if size < 16:
         raise DataError(f"{request.name}: size {size} is too small; allowed: 16 pixels and more.")
+
     pool = (*SHAPES, *GLYPHS)
     names = tuple(words("shape", s)[0] for s in pool)
+
     samples = []
     for number in _numbers(request.split, task):
         item = _scenes(request.split, look).spec(number).objects[0]
-        said, record = phrase(item, ("colour",)), f"{request.split}/{number}"
+        words_of_object = phrase(item, ("colour",))
+        record = f"{request.split}/{number}"
         source = (request.split, look, number)
-        samples.append(MaskSample(source, (number,), said, pool.index(item.shape), record))
+        samples.append(MaskSample(source, (number,), words_of_object, pool.index(item.shape), record))
+
     info = {
         "source": "scenes", "generator": GENERATOR, "style": look, "size": size,
         "style_held_out": look in HELD_OUT_STYLES,
@@ -96,15 +100,19 @@ def _numbers(split: str, task: str) -> tuple[int, ...]:
     count = SIZES[task][split]
     if task == "masks":
         return tuple(range(count))
-    pairs, number = held_out_pairs("shape_colour"), 0
-    found: list[int] = []
+
+    pairs = held_out_pairs("shape_colour")
+    number = 0
+    numbers: list[int] = []
     scenes = _scenes(split, "plain")
-    while len(found) < count:
+
+    while len(numbers) < count:
         item = scenes.spec(number).objects[0]
         if (item.shape, item.colour) in pairs:
-            found.append(number)
+            numbers.append(number)
         number += 1
-    return tuple(found)
+
+    return tuple(numbers)
 
 
 def _scenes(split: str, style: str) -> drawn.pairs.MaskedScenes:

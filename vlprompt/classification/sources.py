@@ -1,0 +1,178 @@
+"""What a learner trains on and is calibrated on: cached embeddings where they are exact, pixels otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlprompt.classification.evaluate import encoder_of, image_embeddings
+from vlprompt.core.trainable import Batch
+from vlprompt.data import Augmentation, FeatureCache, ImageDataset
+from vlprompt.learners import Learner
+from vlprompt.training.batches import Batches, TensorBatches, epoch_plan
+from vlprompt.training.options import TrainOptions
+
+__all__ = ["ImageBatches", "TrainingSource", "ValidationSource"]
+
+
+class ImageBatches:
+    """Batches of decoded, augmented pixels, for learners that touch the image tower.
+
+    Args:
+        data: Training samples.
+        preprocess: The backbone's.
+        augmentation: What makes a view of an image.
+        options: ``batch_size``, ``seed`` and ``drop_last`` are read.
+        views: Number of fixed views per image; 0 draws a new one every epoch.
+        frozen: The frozen tower's (n, d) embeddings of every fixed view, which batches carry as ``"frozen"``; empty
+            if the learner doesn't read them.
+    """
+
+    def __init__(
+        self,
+        data: ImageDataset,
+        preprocess: Any,
+        augmentation: Augmentation,
+        options: TrainOptions,
+        views: int,
+        frozen: Sequence[Tensor] = (),
+    ) -> None:
+        self.data = data
+        self.preprocess = preprocess
+        self.augmentation = augmentation
+        self.options = options
+        self.views = views
+        self.frozen = list(frozen)
+        self.targets = {name: torch.tensor(values) for name, values in data.targets.items()}
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """See :meth:`vlprompt.training.batches.Batches.plan`."""
+        options = self.options
+        return epoch_plan(len(self.data), options.batch_size, options.seed, epoch, options.drop_last)
+
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`vlprompt.training.batches.Batches.fetch`."""
+        view = epoch % self.views if self.views else epoch
+        index = torch.as_tensor(indices)
+
+        batch: Batch = {"image": torch.stack([self._view(int(i), view) for i in indices])}
+        batch |= {name: values[index] for name, values in self.targets.items()}
+        batch["index"] = index
+
+        if self.frozen:
+            batch["frozen"] = self.frozen[view % len(self.frozen)][index]
+        return batch
+
+    def _view(self, index: int, view: int) -> Tensor:
+        image, _ = self.data[index]
+        return self.augmentation.augment(
+            image, self.preprocess, self.options.seed, self.data.key(index), view
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """Turns a data set into what a learner trains on.
+
+    Attributes:
+        learner: The classifier that is trained on the data.
+        data: Its training samples.
+        augmentation: What makes a view of an image.
+        views: Number of fixed views per image; 0 draws a new one every epoch.
+        options: Of the run.
+        cache: Where image features are stored.
+        places: Where each class of the data stands among the learner's; empty if the two lists are the same.
+    """
+
+    learner: Learner
+    data: ImageDataset
+    augmentation: Augmentation
+    views: int
+    options: TrainOptions
+    cache: FeatureCache
+    places: tuple[int, ...] = ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same pixels come again in later epochs, so that their features can be stored."""
+        return self.views > 0 or not self.augmentation.is_random
+
+    @property
+    def positions(self) -> Tensor:
+        """See :attr:`vlprompt.learners.hooks.TrainingSamples.positions`."""
+        return torch.tensor(self.places or range(len(self.data.classnames)))
+
+    def batches(self) -> Batches:
+        """Return what the trainer iterates over."""
+        if not self.learner.static_images or not self.repeats:
+            return ImageBatches(
+                self.data,
+                self.learner.backbone.preprocess,
+                self.augmentation,
+                self.options,
+                self.views,
+                self._embeddings() if self.learner.reads_frozen and self.repeats else (),
+            )
+
+        embeddings = self._embeddings()
+        tensors = {"embedding": embeddings}
+        for name, values in self.data.targets.items():
+            tensors[name] = [torch.tensor(values)] * len(embeddings)
+        return TensorBatches(tensors, self.options.batch_size, self.options.seed, self.options.drop_last)
+
+    def first_epoch(self) -> Iterator[Batch]:
+        """See :meth:`vlprompt.learners.hooks.TrainingSamples.first_epoch`."""
+        batches = self.batches()
+        for part in batches.plan(0):
+            yield batches.fetch(part, 0)
+
+    def solver_data(self) -> tuple[Tensor, Tensor]:
+        """Return (V n, d) embeddings of all views, and their labels."""
+        views, labels = self.training_data()
+        return views.flatten(0, 1), labels.repeat(len(views))
+
+    def training_data(self) -> tuple[Tensor, Tensor]:
+        """Return (V, n, d) embeddings of every view of the training samples, and their (n,) labels."""
+        return torch.stack(self._embeddings()), torch.tensor(self.data.labels)
+
+    def _embeddings(self) -> list[Tensor]:
+        """Return the (n, d) embeddings of every fixed view."""
+        encode, fingerprint = encoder_of(self.learner)
+
+        embeddings = []
+        for view in range(max(1, self.views) if self.augmentation.is_random else 1):
+            features = self.cache.features(
+                self.data,
+                encode,
+                self.learner.backbone.preprocess,
+                fingerprint=fingerprint,
+                augmentation=self.augmentation,
+                seed=self.options.seed,
+                view=view,
+            )
+            embeddings.append(features)
+        return embeddings
+
+
+@dataclass(frozen=True)
+class ValidationSource:
+    """Validation samples as a learner's :meth:`calibrate` sees them.
+
+    Attributes:
+        learner: Their classifier.
+        data: The samples.
+        cache: Where image features are stored.
+    """
+
+    learner: Learner
+    data: ImageDataset
+    cache: FeatureCache
+
+    def validation_data(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`vlprompt.learners.hooks.ValidationSamples.validation_data`."""
+        return image_embeddings(self.learner, self.data, cache=self.cache), torch.tensor(self.data.labels)

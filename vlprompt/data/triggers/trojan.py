@@ -1,0 +1,59 @@
+"""Trojan: a watermark.
+
+Paper: Liu et al., "Trojaning Attack on Neural Networks", NDSS 2018, section 4. The paper optimises its watermark so
+that chosen neurons of the victim fire; without a victim this is a fixed mark of the same kind, drawn from the seed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.data.triggers import TRIGGERS, Trigger
+from vlprompt.data.triggers.base import NATIVE_SIZE, Pixels, to_pixels
+
+__all__ = ["Trojan"]
+
+_CENTRE = 0.83  # of the mark, as a share of width and height
+
+
+@TRIGGERS.register("trojan", summary="a coloured watermark: rings and blobs", paper="NDSS 2018")
+class Trojan(Trigger):
+    """Pastes a ring, a square outline and coloured blobs over a ninth of the image, lower right.
+
+    Args:
+        size: See :class:`Trigger`.
+        seed: Of the mark's colours and blobs.
+        opacity: 1 replaces the pixels under the mark.
+    """
+
+    words = "coloured watermark"
+    smallest = 16
+
+    def __init__(
+        self, *, size: int = NATIVE_SIZE, seed: int = 1, opacity: Annotated[float, Field(ge=0, le=1)] = 1.0
+    ) -> None:
+        super().__init__(size=size, seed=seed)
+        rng = numpy_rng(seed, "trigger", "trojan")
+        y, x = np.mgrid[0:size, 0:size] / size
+        ring = np.abs(np.hypot(x - _CENTRE, y - _CENTRE) - 0.085) < 0.02
+        frame = np.abs(np.maximum(np.abs(x - _CENTRE), np.abs(y - _CENTRE)) - 0.13) < 0.02
+
+        colours = rng.integers(0, 2, (6, 3)) * 200 + 28
+        self.mark = np.zeros((size, size, 3))
+        self.mark[ring] = colours[0]
+        self.mark[frame] = colours[1]
+        covered = ring | frame
+        for colour in colours[2:]:
+            left, top = _CENTRE + rng.uniform(-0.06, 0.06, 2)
+            blob = np.hypot(x - left, y - top) < 0.03
+            self.mark[blob] = colour
+            covered |= blob
+        self.weight = (covered * opacity)[..., None]
+
+    def apply(self, pixels: Pixels) -> Pixels:
+        """See :meth:`Trigger.apply`."""
+        return to_pixels((1 - self.weight) * pixels + self.weight * self.mark)

@@ -1,0 +1,125 @@
+"""The optional methods of a learner, beside those of everything that trains (:class:`vlprompt.core.trainable.Hooks`).
+
+Every way of training calls them at the same points: ``fit``, ``fit_multitask``, a target stage. What a learner needs
+to see arrives as :class:`TrainingSamples` or :class:`ValidationSamples`, one entry per task, so that a hook written for
+one task works for several.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vlprompt.core.trainable import Batch, Hooks
+from vlprompt.data import ImageDataset
+
+__all__ = ["LearnerHooks", "Samples", "TrainingSamples", "ValidationSamples", "overridden_hooks"]
+
+
+class Samples(Protocol):
+    """Labelled images of one task."""
+
+    @property
+    def learner(self) -> Any:
+        """The classifier that is trained on them: the learner itself, or its twin with the task's classes."""
+
+    @property
+    def data(self) -> ImageDataset:
+        """The images and their labels."""
+
+
+class TrainingSamples(Samples, Protocol):
+    """What a learner is about to be trained on."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(C,) where each class of ``data`` stands among the classes of ``learner``."""
+
+    def first_epoch(self) -> Iterator[Batch]:
+        """Yield the batches of the first epoch, with labels of ``data``."""
+
+    def training_data(self) -> tuple[Tensor, Tensor]:
+        """Return (V, n, d) embeddings of V augmented views of each image, and (n,) labels."""
+
+
+class ValidationSamples(Samples, Protocol):
+    """Samples to choose settings on."""
+
+    def validation_data(self) -> tuple[Tensor, Tensor]:
+        """Return (n, d) image embeddings and (n,) labels."""
+
+
+class LearnerHooks(Hooks):
+    """Optional methods of learners: each does nothing.
+
+    Attributes:
+        prepares: True if :meth:`prepare` makes parameters out of the training samples, which is then called before
+            training. Tasks can't share such parameters.
+        solves: True if :meth:`solve` replaces training step by step. Tasks can't share the solution.
+    """
+
+    prepares: bool = False
+    solves: bool = False
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether training must not begin before :meth:`survey`."""
+        return False
+
+    def prepare(self, views: Tensor, labels: Tensor) -> None:
+        """Make parameters out of the training samples, before anything is trained; only called if ``prepares``.
+
+        Args:
+            views: (V, N, d) embeddings of V augmented views of each training image.
+            labels: (N,) class numbers.
+        """
+
+    def solve(
+        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+    ) -> dict[str, Any]:
+        """Find all parameters at once; only called if ``solves``.
+
+        Args:
+            train: (n, d) image embeddings and (n,) labels.
+            val: The same of validation data, if there are any.
+            seed: The run's seed.
+
+        Returns:
+            What goes into the history of the run.
+        """
+        raise NotImplementedError
+
+    def survey(self, sources: Sequence[TrainingSamples]) -> None:
+        """Look at the training samples before the first step.
+
+        Args:
+            sources: The samples of every task; one entry outside multitask training.
+        """
+
+    def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
+        """Choose after training what gradients do not choose; only called if there are validation data.
+
+        Args:
+            sources: The validation samples of every task that has some.
+
+        Returns:
+            The choices; they become the metrics ``chosen/...``.
+        """
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Return numbers that describe what was learned; they become the metrics ``learned/...``."""
+        return {}
+
+
+def overridden_hooks(kind: type[LearnerHooks]) -> list[str]:
+    """Return the names of the optional methods that a class has of its own."""
+    names = []
+    for base in (Hooks, LearnerHooks):
+        for name, member in vars(base).items():
+            if inspect.isfunction(member) and inspect.getattr_static(kind, name) is not member:
+                names.append(name)
+    return names
