@@ -98,7 +98,7 @@ def test_grounding_dino_reads_states_as_its_own(detectors: dict[str, Any], image
     with torch.no_grad():
         states = detector.text(ids, masks[:, None], torch.zeros_like(ids), positions).last_hidden_state
         shown = ids[0] == 3899
-        detector.given.states = states.masked_fill(~shown[:, None], 0)
+        detector.encoder.states = states.masked_fill(~shown[:, None], 0)
         whole = detector.model(pixel_values=pixels, input_ids=ids, attention_mask=shown.long()[None])
         found = detector(pixels, states[0, shown].view(2, 2, -1))
     expected = whole.logits[..., [1, 2, 4, 5]].unflatten(-1, (2, 2)).mean(-1)

@@ -268,8 +268,8 @@ class ConceptExperiment(Experiment):
         record.summary = f"{self.headline_metric} on {first_test}; {seeds} seed{'s' if seeds > 1 else ''}."
 
         headline: dict[str, float] = {}
-        shown = results.select(self.headline_metric, part=first_test)
-        for (method, images, stage), lines in shown.by("method", "images", "stage").items():
+        measured = results.select(self.headline_metric, part=first_test)
+        for (method, images, stage), lines in measured.by("method", "images", "stage").items():
             headline[_row_label(str(method), images, stage)] = summarise(lines.values()).mean
         record.headline = headline
 
