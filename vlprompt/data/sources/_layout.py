@@ -96,6 +96,7 @@ def published_split(
             f"{path} has {len(split_file.classnames)} classes, {card.name} has {len(card.classnames)}."
         )
 
+    # The published names win: they are what the reference results were measured with.
     if [n.casefold() for n in split_file.classnames] != [n.casefold() for n in card.classnames]:
         pair = next(p for p in zip(split_file.classnames, card.classnames, strict=True) if p[0] != p[1])
         warnings.warn(

@@ -59,6 +59,7 @@ def build(
         raise AbsentError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
 
     rows = _rows(table, (path_column, label_column, split_column), delimiter)
+    # Labels are numbered by name over all splits, so a split without a class keeps the numbers.
     origins = sorted({r.label for r in rows})
     label_of = {name: label for label, name in enumerate(origins)}
 
