@@ -85,7 +85,8 @@ def published_split(
     if card.splits.file is None:
         return None
 
-    candidates = [f / card.splits.file for f in (folder, *(request.root / f for f in layout.folders))]
+    folders = [folder, *(request.root / name for name in layout.folders)]
+    candidates = [candidate / card.splits.file for candidate in folders]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         return None
