@@ -183,7 +183,9 @@ class Concepts:
         different = [key for key in sorted({*self.host, *host}) if self.host.get(key) != host.get(key)]
         if different:
             lines = [f"  - {key}: saved {self.host.get(key)!r}, given {host.get(key)!r}" for key in different]
-            raise CheckpointError("\n".join([f"{source} belongs to another model than the one given:", *lines]))
+            raise CheckpointError(
+                "\n".join([f"{source} belongs to another model than the one given:", *lines])
+            )
 
 
 def repeated(start: Tensor, length: int, jitter: float = 0.0, seed: int = 1) -> Tensor:
