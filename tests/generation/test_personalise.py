@@ -137,7 +137,7 @@ def test_a_concept_file_draws_what_was_learned(
     )
     assert [r["step"] for r in result.history] == [0, 1, 2]
     assert result.history[0]["sum"] != result.history[2]["sum"]
-    path = result.module.as_concepts(["my thing"]).save(tmp_path / "concept.safetensors")
+    path = result.module.to_concepts(["my thing"]).save(tmp_path / "concept.safetensors")
     assert path.stat().st_size < 8192
     context = concept_context(path, host)
     torch.testing.assert_close(context[0], result.module.context().detach(), rtol=0, atol=1e-6)
@@ -161,7 +161,7 @@ def test_a_file_of_another_host_is_refused(
     tiny_host: Any, stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
     module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *")
-    path = module.as_concepts(["x"]).save(tmp_path / "c.safetensors")
+    path = module.to_concepts(["x"]).save(tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="kind: saved 'stable-diffusion', given 'tiny-diffusion'"):
         concept_context(path, tiny_host)
 
@@ -170,7 +170,7 @@ def test_a_pipeline_draws_a_concept_in_one_line(
     stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
     module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *", length=3)
-    path = module.as_concepts(["x"]).save(tmp_path / "c.safetensors")
+    path = module.to_concepts(["x"]).save(tmp_path / "c.safetensors")
     pipe = stable_host.pipe
     (image,) = pipe(prompt_embeds=concept_context(path, stable_host), num_inference_steps=2).images
     assert image.size == (16, 16)
@@ -194,7 +194,7 @@ def test_lengths_can_be_kept(tiny_host: Any, images: list[Image.Image]) -> None:
     with torch.no_grad():
         module.concepts.offset += 3
     torch.testing.assert_close(module.context().norm(dim=-1), norms)
-    torch.testing.assert_close(module.as_concepts(["x"]).vectors[0], module.context())
+    torch.testing.assert_close(module.to_concepts(["x"]).vectors[0], module.context())
 
 
 def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, images: list[Image.Image]) -> None:

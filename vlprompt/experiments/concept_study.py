@@ -301,7 +301,7 @@ class ConceptExperiment(Experiment):
 
         first = self.search(images, config.first_options(seed), folder)
         vectors = first.module.concepts().detach()
-        first.module.as_concepts(self.classnames()).save(folder / "concepts.safetensors")
+        first.module.to_concepts(self.classnames()).save(folder / "concepts.safetensors")
         write_jsonl(folder / "history.jsonl", first.history)
         self._add(result, self.score(first.module))
         result.timings["first"] = first.seconds

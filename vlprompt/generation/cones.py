@@ -97,8 +97,8 @@ class ContextSearch(Personaliser):
             return _inserted(vectors, *self.around)
         return _inserted(vectors, *self.host.slots(template, self.word, len(vectors)))
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`."""
         facts = {"method": "cones", "mode": self.mode, "template": self.template, "word": self.word}
         return Concepts("generator", self.vectors().detach()[None], tuple(names), self.host.identity, facts)
 

@@ -57,8 +57,8 @@ class InvertedWord(Personaliser):
         assert isinstance(self.concepts, nn.ParameterDict)
         return self.host.read_with(template or self.template, self.concepts["words"])
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`: the context that the word makes of its template."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`: the context that the word makes of its template."""
         with torch.no_grad():
             vectors = self.context()[None]
         facts = {"method": "textual-inversion", "mode": "full", "template": self.template, "word": self.word}
