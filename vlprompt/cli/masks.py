@@ -20,6 +20,7 @@ def command(
     A line per weight tensor; for two prompts three columns: by the first, by the second, by both.
     """
     from vlprompt.core.files import write_text
+    from vlprompt.experiments.figures import shares_by_layer
     from vlprompt.saved.prompts import load
     from vlprompt.saved.weight_masks import read_masks
 
@@ -35,5 +36,7 @@ def command(
     shares = [first.masked_share] if other is None else [first.masked_share, second.masked_share]
     print(f"{'all':48s}", *(f"{100 * share:8.2f}" for share in shares))
     if svg is not None:
-        others = {} if other is None else {other: second}
-        write_text(svg, first.figure(prompt, others))
+        series = {prompt: first.sparsity()}
+        if other is not None:
+            series[other] = second.sparsity()
+        write_text(svg, shares_by_layer(series))
