@@ -32,6 +32,7 @@ def assert_kills_change_nothing(config: str, whole: Path, killed: Path, changes:
     for folder in (whole, killed):
         folder.mkdir()
         (folder / "run.yaml").write_text(config)
+        (folder / "start.py").write_text(_PROGRAM)
     assert _start(whole).wait() == 0
 
     for number in changes:
@@ -44,7 +45,7 @@ def assert_kills_change_nothing(config: str, whole: Path, killed: Path, changes:
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", _PROGRAM], cwd=folder, env=environment)
+    return subprocess.Popen([sys.executable, "start.py"], cwd=folder, env=environment)
 
 
 def _kill_after(running: subprocess.Popen[bytes], folder: Path, number: int) -> None:

@@ -63,12 +63,12 @@ def test_the_matching_is_the_cheapest_of_all() -> None:
 
     for image, (rows, columns) in enumerate(match(logits, boxes, targets)):  # type: ignore[arg-type]
         count = len(targets[image]["labels"])
-        found = sum(cost(int(r), int(c), image) for r, c in zip(rows, columns, strict=True))
+        total = sum(cost(int(r), int(c), image) for r, c in zip(rows, columns, strict=True))
         best = min(
             sum(cost(r, c, image) for c, r in enumerate(chosen))
             for chosen in itertools.permutations(range(7), count)
         )
-        assert found == pytest.approx(best, abs=1e-3)
+        assert total == pytest.approx(best, abs=1e-3)
 
 
 def test_images_without_objects_only_teach_what_is_not_there() -> None:

@@ -81,8 +81,8 @@ def test_a_draw_is_seeded_and_keeps_images_with_their_boxes(data: DetectionData)
     few = data.few(2, seed=1)
     assert len(few) == 2
     for i, entry in enumerate(few.objects):
-        place = next(k for k, o in enumerate(data.objects) if o is entry)
-        assert np.array_equal(np.asarray(few.image(i)), np.asarray(data.image(place)))
+        number = next(k for k, o in enumerate(data.objects) if o is entry)
+        assert np.array_equal(np.asarray(few.image(i)), np.asarray(data.image(number)))
     assert [id(o) for o in data.few(2, seed=1).objects] == [id(o) for o in few.objects]
     with pytest.raises(DataError, match="has 4 images, 9 were asked for"):
         data.few(9, seed=1)
@@ -105,12 +105,12 @@ def test_combinations_to_find_were_never_seen() -> None:
     classes = box_classes("shape_colour")
     assert len(classes) == 8
     assert {(s, c) for s, c in classes.values()} <= held_out_pairs("shape_colour")
-    shown = {
+    combinations = {
         (o.shape, o.colour)
         for i in range(200)
         for o in BoxScenes(200, "", "pretraining", "any").spec(i).objects
     }
-    assert not shown & held_out_pairs("shape_colour")
+    assert not combinations & held_out_pairs("shape_colour")
     styles = {BoxScenes(200, "", "pretraining", "any").spec(i).style for i in range(200)}
     assert "sketch" not in styles
     assert len(styles) > 3

@@ -35,13 +35,13 @@ def test_the_names() -> None:
 def test_shapes_and_company(name: str, detectors: dict[str, Any], images: dict[str, Tensor]) -> None:
     detector, pixels = detectors[name], images[name]
     with torch.no_grad():
-        found = detector(pixels, noise(3, 2, detector.width))
-        assert found.logits.shape[::2] == (4, 3)
-        assert found.boxes.shape == (4, found.logits.shape[1], 4)
-        assert 0 <= float(found.boxes.min()) <= float(found.boxes.max()) <= 1
+        detections = detector(pixels, noise(3, 2, detector.width))
+        assert detections.logits.shape[::2] == (4, 3)
+        assert detections.boxes.shape == (4, detections.logits.shape[1], 4)
+        assert 0 <= float(detections.boxes.min()) <= float(detections.boxes.max()) <= 1
         alone = detector(pixels[2:3], noise(3, 2, detector.width))
-    torch.testing.assert_close(alone.logits, found.logits[2:3], rtol=0, atol=1e-4)
-    torch.testing.assert_close(alone.boxes, found.boxes[2:3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.logits, detections.logits[2:3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.boxes, detections.boxes[2:3], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -75,18 +75,18 @@ def test_class_names_detect_as_in_transformers(
     ids = torch.zeros(2, detector.tokens, dtype=torch.long)
     tokens = open_clip.SimpleTokenizer()
     for row, text in zip(ids, texts, strict=True):
-        own = [49406, *tokens.encode(text), 49407]
-        row[: len(own)] = torch.tensor(own)
+        sentence = [49406, *tokens.encode(text), 49407]
+        row[: len(sentence)] = torch.tensor(sentence)
     pixels = images[name][:1]
     with torch.no_grad():
         expected = detector.model(input_ids=ids, pixel_values=pixels, attention_mask=(ids > 0).long())
-        found = detector(pixels, detector.read(texts)[:, None])
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.boxes, expected.pred_boxes, rtol=0, atol=1e-5)
+        detections = detector(pixels, detector.read(texts)[:, None])
+    torch.testing.assert_close(detections.logits, expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(detections.boxes, expected.pred_boxes, rtol=0, atol=1e-5)
 
 
 def test_grounding_dino_reads_states_as_its_own(detectors: dict[str, Any], images: dict[str, Tensor]) -> None:
-    """Against the model itself, its encoder's own states given, and zeros in the places of separators."""
+    """Against the model itself, its encoder's own states, and zeros in the places of separators."""
     pytest.importorskip("transformers")
     from transformers.models.grounding_dino import modeling_grounding_dino as theirs
 
@@ -97,13 +97,13 @@ def test_grounding_dino_reads_states_as_its_own(detectors: dict[str, Any], image
     masks, positions = theirs.generate_masks_with_special_tokens_and_transfer_map(ids, special)
     with torch.no_grad():
         states = detector.text(ids, masks[:, None], torch.zeros_like(ids), positions).last_hidden_state
-        shown = ids[0] == 3899
-        detector.given.states = states.masked_fill(~shown[:, None], 0)
-        whole = detector.model(pixel_values=pixels, input_ids=ids, attention_mask=shown.long()[None])
-        found = detector(pixels, states[0, shown].view(2, 2, -1))
+        is_concept = ids[0] == 3899
+        detector.encoder.states = states.masked_fill(~is_concept[:, None], 0)
+        whole = detector.model(pixel_values=pixels, input_ids=ids, attention_mask=is_concept.long()[None])
+        detections = detector(pixels, states[0, is_concept].view(2, 2, -1))
     expected = whole.logits[..., [1, 2, 4, 5]].unflatten(-1, (2, 2)).mean(-1)
-    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.boxes, whole.pred_boxes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(detections.logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(detections.boxes, whole.pred_boxes, rtol=0, atol=1e-5)
 
 
 def test_grounding_dino_takes_transformers_loss(
@@ -115,11 +115,11 @@ def test_grounding_dino_takes_transformers_loss(
     concepts, targets = noise(3, 1, detector.width), [o.target() for o in data.objects]
     rows = detector.frozen(images["grounding-dino"])
     with torch.no_grad():
-        out, places = detector._run(rows, concepts)
+        out, positions = detector._run(rows, concepts)
         maps = torch.zeros(3, detector.most, dtype=torch.long)
-        maps[torch.arange(3), places[:, 0]] = 1
+        maps[torch.arange(3), positions[:, 0]] = 1
         mask = torch.zeros_like(out.logits, dtype=torch.bool)
-        mask[..., places.flatten()] = True
+        mask[..., positions.flatten()] = True
         labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
         encoder = {"encoder_logits": out.encoder_logits, "encoder_pred_boxes": out.encoder_pred_boxes}
         config = detector.model.config
@@ -147,8 +147,8 @@ def test_the_text_encoder_can_be_dropped(
     with torch.no_grad():
         expected = detector(images[name], concepts)
         detector.drop_text()
-        found = detector(images[name], concepts)
-    assert torch.equal(found.logits, expected.logits)
+        detections = detector(images[name], concepts)
+    assert torch.equal(detections.logits, expected.logits)
     assert sum(p.numel() for p in detector.parameters()) < before
     assert detector.identity == identity
     with pytest.raises(BackboneError, match="dropped"):
@@ -161,10 +161,10 @@ def test_owl_tiny_by_hand(detectors: dict[str, Any], images: dict[str, Tensor]) 
     rows = detector.frozen(images["owl-tiny"])
     units, shift, scale, boxes = detector.head(rows["features"])
     with torch.no_grad():
-        found = detector.detect(rows, concepts)
+        detections = detector.detect(rows, concepts)
         cosine = [F.cosine_similarity(units[1, 5], c, dim=-1).mean() for c in concepts]
         expected = torch.stack([(c + shift[1, 5, 0]) * scale[1, 5, 0] for c in cosine])
-    torch.testing.assert_close(found.logits[1, 5], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(detections.logits[1, 5], expected, rtol=0, atol=1e-4)
     centre = torch.tensor([(5 + 0.5) / 8, 0.5 / 8])  # place 5 of the first row of 8
     assert float((boxes[1, 5, :2] - centre).abs().max()) < 0.2
 

@@ -19,13 +19,13 @@ TRAIN = TrainOptions(
 
 
 class Oracle:
-    """Says what it is given."""
+    """Detects what it was built with."""
 
     def __init__(self, logits: Tensor, boxes: Tensor) -> None:
-        self.found = Detections(logits, boxes)
+        self.detections = Detections(logits, boxes)
 
     def detect(self, frozen: dict[str, Tensor], concepts: Tensor) -> Detections:
-        return self.found
+        return self.detections
 
 
 def test_average_precision_by_hand(data: DetectionData) -> None:
@@ -50,10 +50,10 @@ def test_average_precision_by_hand(data: DetectionData) -> None:
 
 
 def test_boxes_are_ranked_over_classes_and_in_pixels() -> None:
-    found = Detections(
+    detections = Detections(
         torch.tensor([[[1.0, 3.0], [2.0, -1.0]]]), torch.tensor([[[0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.2]]])
     )
-    (best,) = best_boxes(found, [(40, 20)])
+    (best,) = best_boxes(detections, [(40, 20)])
     assert best["labels"].tolist() == [1, 0, 0, 1]
     assert best["boxes"][:2].tolist() == [[0, 0, 40, 20], [10, 8, 30, 12]]
     torch.testing.assert_close(best["scores"], torch.tensor([3.0, 2.0, 1.0, -1.0]).sigmoid())
@@ -69,25 +69,25 @@ def test_a_search_lowers_the_hosts_loss(
     detector = detectors[name]
     before = {n: p.clone() for n, p in detector.named_parameters()}
     options = TRAIN.model_copy(update={"epochs": 4 if name == "grounding-dino" else 15})
-    found = search_concepts(detector, data, options=options, init=init, length=2)
-    losses = [record["loss"] for record in found.history]
+    result = search_concepts(detector, data, options=options, init=init, length=2)
+    losses = [record["loss"] for record in result.history]
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, before[n]) for n, p in detector.named_parameters())
     again = search_concepts(detector, data, options=options, init=init, length=2)
-    assert torch.equal(again.module.concepts(), found.module.concepts())
+    assert torch.equal(again.module.concepts(), result.module.concepts())
 
 
 def test_a_search_starts_where_it_says(detectors: dict[str, Any], data: DetectionData) -> None:
     detector = detectors["owl-tiny"]
     none = TRAIN.model_copy(update={"epochs": 1, "lr": 1e-12})
-    said = search_concepts(detector, data, options=none).module.concepts()
-    torch.testing.assert_close(said, class_vectors(detector, data), rtol=0, atol=1e-6)
-    seen = search_concepts(detector, data, options=none, init="visual").module.concepts()
-    torch.testing.assert_close(seen.norm(dim=-1), torch.ones(3, 1), rtol=0, atol=1e-5)
+    text_start = search_concepts(detector, data, options=none).module.concepts()
+    torch.testing.assert_close(text_start, class_vectors(detector, data), rtol=0, atol=1e-6)
+    visual_start = search_concepts(detector, data, options=none, init="visual").module.concepts()
+    torch.testing.assert_close(visual_start.norm(dim=-1), torch.ones(3, 1), rtol=0, atol=1e-5)
     rows = features(detector, data)
     row = {"features": rows["features"][2:3].float()}
     vectors = detector.embeds(row)[0]
-    cosines = torch.nn.functional.cosine_similarity(vectors, seen[1], dim=-1)
+    cosines = torch.nn.functional.cosine_similarity(vectors, visual_start[1], dim=-1)
     assert float(cosines.detach().max()) == pytest.approx(1, abs=1e-5)  # the one circle's box
     with pytest.raises(DataError, match="have no vectors in the text's space"):
         search_concepts(detectors["grounding-dino"], data, options=none, init="visual")
@@ -101,11 +101,11 @@ def test_the_second_stage_changes_what_is_named_and_puts_it_back(
     detector = detectors["owl-tiny"]
     before = {n: p.clone() for n, p in detector.named_parameters()}
     patterns = ["head.embed.*", "backbone.model.visual.conv1.*"]
-    kept = search_concepts(detector, data, options=TRAIN, unfreeze=patterns[:1])
-    assert kept.module.static
+    tuned = search_concepts(detector, data, options=TRAIN, unfreeze=patterns[:1])
+    assert tuned.module.static
     changed = {n for n, p in detector.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"head.embed.weight", "head.embed.bias"}
-    kept.module.unfrozen.restore()
+    tuned.module.unfrozen.restore()
     assert all(torch.equal(p, before[n]) for n, p in detector.named_parameters())
     with pytest.raises(ConfigError, match=r"'head\.embd\.\*' matches no parameter; near it"):
         search_concepts(detector, data, options=TRAIN, unfreeze=["head.embd.*"])

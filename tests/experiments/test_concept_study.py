@@ -26,7 +26,7 @@ class ToyConfig(ConceptConfig):
 class ToySearch(ConceptSearch):
     """Two concepts of one vector of width 3; nothing is trained, the seed says what was learned."""
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
         return Concepts("detector", self.concepts().detach(), tuple(names), {})
 
 

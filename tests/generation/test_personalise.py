@@ -75,10 +75,10 @@ def test_a_concept_search_runs_no_text_encoder(
 
 def test_searches_start_from_the_class_word(host: Any, images: list[Image.Image]) -> None:
     word, template = word_of(host)
-    said = host.read(template.replace("*", word))
+    sentence = host.read(template.replace("*", word))
     target = PERSONALISERS.get("cones").target
     full = target(host, images, word, template=template, mode="full")
-    torch.testing.assert_close(full.context(), said, rtol=0, atol=0.2)
+    torch.testing.assert_close(full.context(), sentence, rtol=0, atol=0.2)
     slot = target(host, images, word, template=template, mode="slot")
     around, first = host.slots(template, word, 1)
     torch.testing.assert_close(slot.context(), around)
@@ -92,8 +92,8 @@ def test_searches_start_from_the_class_word(host: Any, images: list[Image.Image]
 def test_an_inverted_word_that_is_not_moved_reads_as_the_word(host: Any, images: list[Image.Image]) -> None:
     word, template = word_of(host)
     module = PERSONALISERS.get("textual-inversion").target(host, images, word, template=template)
-    said = host.read(template.replace("*", word))
-    torch.testing.assert_close(module.context()[: len(said)], said, rtol=0, atol=1e-5)
+    sentence = host.read(template.replace("*", word))
+    torch.testing.assert_close(module.context()[: len(sentence)], sentence, rtol=0, atol=1e-5)
 
 
 def test_stable_diffusion_reads_prompts_as_its_pipeline_does(stable_host: Any) -> None:
@@ -115,8 +115,8 @@ def test_the_loss_is_the_hosts_own(kind: str, stable_host: Any, monkeypatch: pyt
     noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
     target = noise if kind == "epsilon" else share.sqrt() * noise - (1 - share).sqrt() * latents
     with torch.no_grad():
-        found = stable_host.network(noisy, time, context).sample
-        expected = (found - target).square().mean()
+        predicted = stable_host.network(noisy, time, context).sample
+        expected = (predicted - target).square().mean()
         torch.testing.assert_close(stable_host.loss(latents, noise, time, context), expected)
 
 
@@ -137,14 +137,14 @@ def test_a_concept_file_draws_what_was_learned(
     )
     assert [r["step"] for r in result.history] == [0, 1, 2]
     assert result.history[0]["sum"] != result.history[2]["sum"]
-    path = result.module.as_concepts(["my thing"]).save(tmp_path / "concept.safetensors")
+    path = result.module.to_concepts(["my thing"]).save(tmp_path / "concept.safetensors")
     assert path.stat().st_size < 8192
     context = concept_context(path, host)
     torch.testing.assert_close(context[0], result.module.context().detach(), rtol=0, atol=1e-6)
-    drawn = [np.asarray(p) for p in host.draw(context[0], 2, seed=0)]
-    assert not np.array_equal(*drawn)
+    samples = [np.asarray(p) for p in host.draw(context[0], 2, seed=0)]
+    assert not np.array_equal(*samples)
     alone = np.asarray(host.draw(context[0], 1, seed=0)[0]).astype(int)
-    assert np.abs(alone - drawn[0]).max() <= 2  # the last bits depend on company
+    assert np.abs(alone - samples[0]).max() <= 2  # the last bits depend on company
     again = personalise(
         host, images, word, method, train=TRAIN, options={"template": template, **options}
     ).module
@@ -161,7 +161,7 @@ def test_a_file_of_another_host_is_refused(
     tiny_host: Any, stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
     module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *")
-    path = module.as_concepts(["x"]).save(tmp_path / "c.safetensors")
+    path = module.to_concepts(["x"]).save(tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="kind: saved 'stable-diffusion', given 'tiny-diffusion'"):
         concept_context(path, tiny_host)
 
@@ -170,7 +170,7 @@ def test_a_pipeline_draws_a_concept_in_one_line(
     stable_host: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
     module = PERSONALISERS.get("cones").target(stable_host, images, "b", template="a *", length=3)
-    path = module.as_concepts(["x"]).save(tmp_path / "c.safetensors")
+    path = module.to_concepts(["x"]).save(tmp_path / "c.safetensors")
     pipe = stable_host.pipe
     (image,) = pipe(prompt_embeds=concept_context(path, stable_host), num_inference_steps=2).images
     assert image.size == (16, 16)
@@ -182,8 +182,8 @@ def test_where_images_are_contexts_a_search_can_start_from_them(
     target = PERSONALISERS.get("cones").target
     module = target(tiny_host, images, "star", init="visual")
     backbone = tiny_host.backbone
-    seen = backbone.encode_image(torch.stack([backbone.preprocess(p) for p in images])).mean(0)
-    torch.testing.assert_close(module.context()[0], nn.functional.normalize(seen, dim=-1))
+    feature = backbone.encode_image(torch.stack([backbone.preprocess(p) for p in images])).mean(0)
+    torch.testing.assert_close(module.context()[0], nn.functional.normalize(feature, dim=-1))
     with pytest.raises(DataError, match="init='visual'"):
         target(stable_host, images, "b", template="a *", init="visual")
 
@@ -194,7 +194,7 @@ def test_lengths_can_be_kept(tiny_host: Any, images: list[Image.Image]) -> None:
     with torch.no_grad():
         module.concepts.offset += 3
     torch.testing.assert_close(module.context().norm(dim=-1), norms)
-    torch.testing.assert_close(module.as_concepts(["x"]).vectors[0], module.context())
+    torch.testing.assert_close(module.to_concepts(["x"]).vectors[0], module.context())
 
 
 def test_the_second_stage_unfreezes_what_is_named(tiny_host: Any, images: list[Image.Image]) -> None:

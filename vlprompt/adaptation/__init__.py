@@ -48,18 +48,22 @@ def create_adapter(
     entry = ADAPTERS.get(name)
     source = f"adapter {name!r}"
     checked = check_options(entry.target, options, source=source)
+
     if isinstance(backbone_or_learner, Learner):
         learner = backbone_or_learner
         if checked.get("init") is not None:
             raise ConfigError(["init: a learner brings its own prompts; leave it out."], source)
+        # The same names would only cost a pass through the text tower.
         if classnames is not None and check_classnames(classnames, source) != learner.classnames:
             learner = learner.with_classes(classnames)
     else:
         if classnames is None:
             raise ConfigError(["classnames: required, but missing (only a learner brings its own)."], source)
         learner = entry.target.start(backbone_or_learner, classnames, templates, checked)
+
     adapter = entry.target(learner, **checked)
-    adapter.method, adapter.options = name, checked
+    adapter.method = name
+    adapter.options = checked
     return adapter
 
 

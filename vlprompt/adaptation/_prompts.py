@@ -79,6 +79,7 @@ class PromptAdapter(Adapter):
         if self.needs_pixels:
             return self.tune_pixels(views.pixels, mask).softmax(-1), mask
 
+        # The text tower runs for a few images together: prompts of all of them at once would not fit into memory.
         tuned = []
         embeddings = views.embeddings.split(self.together)
         for part, rows in zip(embeddings, mask.split(self.together), strict=True):

@@ -108,6 +108,7 @@ class Tuner:
             NonFiniteError: If a gradient is NaN or infinite.
         """
         features = F.normalize(embeddings, dim=-1)
+        # A row of prompts for each image; one optimiser moves them all, since it treats numbers alone.
         prompts = {}
         for name, start in self._start.items():
             prompts[name] = start.expand(len(features), *start.shape).clone()
@@ -122,6 +123,7 @@ class Tuner:
             )
             self._move(optimizer, prompts, gradients)
 
+        # The prediction is that of view 0, the image itself, under its tuned prompts.
         with torch.no_grad():
             weights = self._weights(prompts)
             return Tuned(prompts, self._logits(features[:, :1], weights)[:, 0])
@@ -151,6 +153,8 @@ class Tuner:
         """Tune on the (V, 3, H, W) views of one image with a (V,) mask; the result has one row."""
         prompts = {name: start[None].clone() for name, start in self._start.items()}
         optimizer = self.rule.build(list(prompts.values()))
+
+        # The loss gets the kept views alone, so its own mask keeps all of them.
         used = views[mask.to(views.device)]
         all_used = torch.ones(1, len(used), dtype=torch.bool, device=views.device)
 
@@ -162,6 +166,7 @@ class Tuner:
             logits = self._logits(features[None], weights[None])
             loss = self.loss(logits, all_used, weights[None]).sum() + further
 
+            # A prompt that this loss does not reach has a gradient of 0; AdamW's decay moves it all the same.
             rows = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             gradients = {}
             for name, row in zip(leaves, rows, strict=True):
@@ -180,10 +185,12 @@ class Tuner:
         shared graph to the prompts.
         """
         leaves, weights = self._first_pass()
+        # Copies: the gradient with respect to shared weights would be the sum over all images.
         copies = weights.detach().expand(len(features), -1, -1).clone().requires_grad_()
         loss = self.loss(self._logits(features, copies), mask, copies).sum()
         (weight_gradients,) = torch.autograd.grad(loss, copies)
 
+        # The graph serves all images, so it must outlive each backward pass.
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
         for gradient in weight_gradients:
             parts = torch.autograd.grad(weights, list(leaves.values()), gradient, retain_graph=True)
@@ -192,12 +199,15 @@ class Tuner:
         return {name: torch.stack(parts) for name, parts in rows.items()}
 
     def _gradients(self, prompts: dict[str, Tensor], features: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the gradients of a later step, where the prompts of images differ."""
         leaves = _leaves(prompts)
         weights = self._weights(leaves)
+        # Each term of the sum depends on its own row alone, so the gradient of the sum has the row of each image.
         loss = self.loss(self._logits(features, weights), mask, weights).sum()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def _first_pass(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the start prompts and the class weights that they give, with the graph between them; run once."""
         if self._first is None:
             leaves = _leaves(self._start)
             self._first = leaves, self._weights(leaves)
@@ -206,6 +216,7 @@ class Tuner:
     def _move(
         self, optimizer: torch.optim.Optimizer, prompts: dict[str, Tensor], gradients: dict[str, Tensor]
     ) -> None:
+        """Take one step; prompts change in place."""
         if self.rule.transform is not None:
             gradients = self.rule.transform(gradients)
 
@@ -233,6 +244,7 @@ def require_prompts(learner: Learner) -> None:
     Raises:
         DataError: Says which learners can be adapted.
     """
+    # A learner that overrides logits (an adapter, a cache ...) predicts from more than class weights.
     prompted = {"text", "vision"}
     needs = LEARNERS.get(learner.method).needs if learner.method in LEARNERS else ()
     if prompted & set(needs) and type(learner).logits is Learner.logits:

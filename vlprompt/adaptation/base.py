@@ -129,6 +129,7 @@ class Adapter:
 
     def view_identity(self) -> tuple[object, ...]:
         """Return what encoded standard views depend on; adapters that return the same can share them."""
+        # Prompts in the image tower make embeddings those of one learner object.
         tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
         return (self.plan, tower, self.needs_pixels)
 
@@ -158,6 +159,7 @@ class Adapter:
         variations = self.generate(opened)
         if not variations:
             return standard
+        # A generator works on the whole batch, so its time is shared among the images.
         generation = (time.perf_counter() - started) / len(opened)
 
         generated = self._encode([partial(torch.as_tensor, views) for views in variations])
@@ -189,6 +191,7 @@ class Adapter:
 
         if len({len(row) for row in rows}) > 1:
             raise DataError("the images have different numbers of views.")
+
         embeddings = torch.stack(rows)
         if not bool(embeddings.isfinite().all()):
             raise NonFiniteError(
@@ -202,6 +205,7 @@ class Adapter:
         probs, mask = self.adapt(views)
         adaptation = (time.perf_counter() - started) / len(probs)
 
+        # Without adaptation the classifier sees view 0, the image itself; this is not part of the method's time.
         before = self.view_logits(views.embeddings[:, :1])[:, 0].softmax(-1)
         seconds = torch.cat([views.seconds, torch.full((len(probs), 1), adaptation)], dim=1)
         return Predictions(self.classnames, probs.cpu(), before.cpu(), mask.cpu(), seconds)

@@ -91,7 +91,9 @@ def robust_mode(
     if views == 1:
         return features[0]
 
+    # Distances without a matrix product: its rounding would give identical views a distance above 0.
     squared = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+    # Column 0 of the sorted distances is that of a view to itself.
     nearest = squared.sort(dim=1).values[:, 1 : 1 + keep_count(neighbours, views - 1)]
     bandwidth = (0.5 * nearest.mean(1)).clamp(min=_LEAST_BANDWIDTH)
 
@@ -99,6 +101,7 @@ def robust_mode(
     inlierness = features.new_full((views,), 1 / views)
     mode = features[0]
 
+    # Inlierness and mode in turn, each until it hardly changes.
     for _ in range(_ITERATIONS):
         density = _density(features, mode, bandwidth)
         for _ in range(_ITERATIONS):

@@ -22,12 +22,14 @@ def marginal_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         (...).
     """
+    # In logarithms throughout: a mean of tiny probabilities would underflow before its logarithm is taken.
     log_probs = logits.log_softmax(-1)
     if mask is None:
         mean = log_probs.logsumexp(-2) - math.log(logits.shape[-2])
     else:
         log_probs = log_probs.masked_fill(~mask[..., None], -torch.inf)
         mean = log_probs.logsumexp(-2) - mask.sum(-1, keepdim=True).log()
+
     # Without a lower bound, 0 * log 0 would be NaN in place of 0.
     mean = mean.clamp(min=torch.finfo(mean.dtype).min)
     return -(mean.exp() * mean).sum(-1)

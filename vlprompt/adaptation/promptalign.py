@@ -91,6 +91,7 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
         squares = squares + states.square().sum(1)
 
     mean = total / len(data)
+    # Rounding may push a variance of 0 below it.
     variance = (squares / len(data) - mean.square()).clamp(min=0)
     return SourceStatistics(mean.float(), variance.float(), backbone.fingerprint["id"])
 
@@ -149,6 +150,7 @@ class PromptAlign(PromptAdapter):
             )
         if isinstance(statistics, str):
             statistics = SourceStatistics.load(statistics)
+        # Another backbone has other channels, even where the shapes agree.
         if statistics.backbone != self.backbone.fingerprint["id"]:
             raise CheckpointError("the source statistics were measured on another backbone.")
 
@@ -173,6 +175,7 @@ class PromptAlign(PromptAdapter):
                 f"{states.shape[2]}: they were measured with other prompts."
             )
 
+        # Statistics of one image are those over its views, per layer, token and channel.
         mean = states.mean(1)
         variance = (states - mean[:, None]).square().mean(1)
         mean_distance = (mean - self.means).abs().mean()

@@ -54,6 +54,7 @@ def cosine_then_entropy(logits: Tensor, vectors: Tensor, cosine_share: float, en
         return torch.ones_like(logits[..., 0], dtype=torch.bool)
 
     near = _smallest(-_cosine_with_first(vectors), keep_count(cosine_share, views - 1))
+    # View 0 is compared with nothing, and joins those that passed.
     near = torch.cat([torch.ones_like(near[..., :1]), near], dim=-1)
 
     count = keep_count(entropy_share, keep_count(cosine_share, views - 1) + 1)
@@ -82,6 +83,7 @@ def parallel_filters(
 
     confident = lowest_entropy(logits[..., standard:, :], entropy_share)
     cosine = _cosine_with_first(vectors)[..., standard - 1 :]
+    # Both filters look at all generated views, so fewer than either share may pass both, even none.
     near = _smallest(-cosine, keep_count(cosine_share, generated))
     return torch.cat([mask, confident & near], dim=-1)
 

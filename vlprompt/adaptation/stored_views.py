@@ -42,6 +42,7 @@ def fill_store(source: ViewSource, data: ImageDataset, count: int) -> None:
         DataError: If an image can't be read.
         CheckpointError: If a view can't be written.
     """
+    # Image by image, so that a killed process loses little.
     for index in range(len(data)):
         image, _ = data[index]
         source.views([image], count)
@@ -72,6 +73,7 @@ def classified_alike(
         pixels = torch.stack([backbone.preprocess(one) for one in (image, *views)])
         if blur:
             pixels = tvf.gaussian_blur(pixels, [5, 5], [blur, blur])
+
         classes = learner(pixels.to(backbone.device)).argmax(-1)
         matches += (classes[1:] == classes[0]).tolist()
     return sum(matches) / len(matches)

@@ -57,6 +57,7 @@ def adapt_dataset(
     for start in range(0, len(data), batch_size):
         rows = range(start, min(start + batch_size, len(data)))
         path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
+        # A folder must not be continued with other images or methods.
         facts = {
             "sources": hash_strings(str(data.samples[i].source) for i in rows),
             "labels": sorted(adapters),

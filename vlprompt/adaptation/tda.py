@@ -145,6 +145,8 @@ class DynamicAdapter(Adapter):
         logits = self.view_logits(views.embeddings)
         mask = lowest_entropy(logits, self.share)
         features = F.normalize(views.embeddings, dim=-1)
+
+        # One by one: an image's caches hold the images before it, also those of its own batch.
         rows = []
         for parts in zip(features, logits, mask, strict=True):
             rows.append(self._one(*parts))
@@ -168,12 +170,15 @@ class DynamicAdapter(Adapter):
         predicted = int(mean.argmax())
 
         _offer(self.keys, self.entropy, predicted, feature, uncertainty)
+
+        # Only images of middling uncertainty tell which classes an image is not of.
         low, high = self.uncertain
         if low < float(uncertainty) / math.log2(len(self.classnames)) < high:
             slot = _offer(self.negative_keys, self.negative_entropy, predicted, feature, uncertainty)
             if slot is not None:
                 self.negative_classes[predicted, slot] = (probs > self.unlikely) & (probs < 1)
 
+        # The views of this image must not stay in the cache, so they go into a copy.
         keys = self.keys
         entropy = self.entropy
         if self.boost and len(features) > 1:
@@ -195,6 +200,7 @@ class DynamicAdapter(Adapter):
 
 def _offer(keys: Tensor, entropy: Tensor, predicted: int, feature: Tensor, uncertainty: Tensor) -> int | None:
     """Put a key into a free slot of its class, or replace a less certain key; return the slot, or None."""
+    # A free slot has infinite entropy, so it is the least certain one.
     worst = int(entropy[predicted].argmax())
     if not bool(uncertainty < entropy[predicted, worst]):
         return None

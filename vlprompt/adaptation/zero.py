@@ -52,6 +52,7 @@ class Zero(Adapter):
         """See :meth:`Adapter.adapt`."""
         logits = self.view_logits(views.embeddings)
         voters = keep_count(self.share, logits.shape[1])
+        # Stable: of equally confident views the first comes first, so results do not depend on the sort.
         order = entropies(logits).argsort(dim=-1, stable=True)
 
         ballots = logits.argmax(-1).gather(1, order)  # (B, V), that of the most confident view first
@@ -72,6 +73,7 @@ def count_votes(ballots: Tensor, voters: int, classes: int) -> Tensor:
         voters: Number of views that vote, the first ones.
         classes: C.
     """
+    # Half a vote settles a tie and never overtakes a class with more votes.
     votes = torch.bincount(ballots[:voters], minlength=classes).float()
     tied = votes == votes.max()
     if int(tied.sum()) > 1:

@@ -58,8 +58,10 @@ class ConceptEmbedding(nn.Module):
         super().__init__()
         if absolute and share == "global":
             raise DataError("absolute vectors can't be shared: all concepts would be one. Learn an offset.")
-        self.shape, self.absolute = (concepts, length, width), absolute
-        self.offset = nn.Parameter(torch.zeros(1 if share == "global" else concepts, length, width))
+        self.shape = (concepts, length, width)
+        self.absolute = absolute
+        rows = 1 if share == "global" else concepts
+        self.offset = nn.Parameter(torch.zeros(rows, length, width))
         self.register_buffer("start", None, persistent=False)
 
     def begin(self, start: Tensor) -> None:
@@ -68,11 +70,13 @@ class ConceptEmbedding(nn.Module):
         Raises:
             DataError: If they have another shape or are not finite.
         """
-        if tuple(start.shape) != self.shape or not bool(torch.isfinite(start).all()):
+        finite = bool(torch.isfinite(start).all())
+        if tuple(start.shape) != self.shape or not finite:
             raise DataError(
                 f"a search of concepts {self.shape} can't start from {tuple(start.shape)} vectors"
-                f"{'' if bool(torch.isfinite(start).all()) else ' that are not finite'}."
+                f"{'' if finite else ' that are not finite'}."
             )
+
         self.start = start.detach().float().to(self.offset.device).clone()
         with torch.no_grad():
             self.offset.copy_(self.start) if self.absolute else self.offset.zero_()
@@ -103,7 +107,7 @@ class ConceptCard(BaseModel):
 
 @dataclass(frozen=True)
 class Concepts:
-    """Concepts that were found, with all that is needed to use them without a text encoder: one small file.
+    """Learned concepts, with all that is needed to use them without a text encoder: one small file.
 
     Attributes:
         kind: What they were searched for.
@@ -154,6 +158,7 @@ class Concepts:
         except ValidationError as error:
             problem = describe_problems(error, ConceptCard)[0]
             raise CheckpointError(f"{path} is no concept file: {problem}") from error
+
         if card.format > _FORMAT:
             raise CheckpointError(f"{path} was written by a newer vlprompt.")
         if card.kind != kind:
@@ -165,16 +170,22 @@ class Concepts:
             raise CheckpointError(f"{path} holds {len(vectors)} concepts, but {len(card.names)} names.")
         return cls(kind, vectors, tuple(card.names), card.host, card.facts)
 
-    def check_host(self, given: dict[str, Any], source: str | Path = "the concept file") -> None:
+    def check_host(self, host: dict[str, Any], source: str | Path = "the concept file") -> None:
         """Refuse another model than the one the concepts were searched on.
+
+        Args:
+            host: Facts that identify the model to use them with.
+            source: Where the concepts come from, for messages.
 
         Raises:
             CheckpointError: Names every difference.
         """
-        differs = [k for k in sorted({*self.host, *given}) if self.host.get(k) != given.get(k)]
-        if differs:
-            lines = "\n".join(f"  - {k}: saved {self.host.get(k)!r}, given {given.get(k)!r}" for k in differs)
-            raise CheckpointError(f"{source} belongs to another model than the one given:\n{lines}")
+        different = [key for key in sorted({*self.host, *host}) if self.host.get(key) != host.get(key)]
+        if different:
+            lines = [f"  - {key}: saved {self.host.get(key)!r}, given {host.get(key)!r}" for key in different]
+            raise CheckpointError(
+                "\n".join([f"{source} belongs to another model than the one given:", *lines])
+            )
 
 
 def repeated(start: Tensor, length: int, jitter: float = 0.0, seed: int = 1) -> Tensor:
@@ -190,8 +201,11 @@ def repeated(start: Tensor, length: int, jitter: float = 0.0, seed: int = 1) -> 
     vectors = start[:, None].repeat(1, length, 1).float()
     if length == 1 or not jitter:
         return vectors
+
     noise = torch.randn(vectors.shape, generator=torch_rng(seed, "concepts", "jitter")).to(vectors.device)
-    return vectors + jitter * vectors.norm(dim=-1, keepdim=True) * noise / vectors.shape[-1] ** 0.5
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    # Noise of width d has the length sqrt(d) on average.
+    return vectors + jitter * lengths * noise / vectors.shape[-1] ** 0.5
 
 
 def normal_start(

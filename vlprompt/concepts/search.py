@@ -109,7 +109,7 @@ class ConceptSearch(nn.Module, Trainable):
         """Return the host's losses of a batch."""
         raise NotImplementedError
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
         """Return what was learned as a file's content.
 
         Args:

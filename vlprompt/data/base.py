@@ -153,7 +153,7 @@ class ImageDataset:
             labels = tuple(new_label[c] for c in sample.classes if c in new_label)
             return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
 
-        remaining = [i for i, s in enumerate(self.samples) if any(c in new_label for c in s.classes)]
+        remaining = [i for i, s in enumerate(self.samples) if not new_label.keys().isdisjoint(s.classes)]
         part = self.subset(remaining, **info)
         names = tuple(self.classnames[c] for c in classes)
 

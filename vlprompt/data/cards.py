@@ -266,4 +266,8 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
 
 def _card_files() -> dict[str, Path]:
     further = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
-    return {path.stem: path for folder in (cards_dir(), *further) for path in sorted(folder.glob("*.yaml"))}
+    files: dict[str, Path] = {}
+    # A user's card of the same name replaces the shipped one.
+    for folder in (cards_dir(), *further):
+        files |= {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return files

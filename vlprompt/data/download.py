@@ -102,9 +102,11 @@ def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> N
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # nothing is left to send: whole, or another version
+            # 416 means that nothing follows: the file is whole, or another version; the checksum tells which.
+            if error.code == 416 and have:
                 return
             reason = f"HTTP {error.code} {error.reason}"
+            # Client errors do not pass by waiting, except a timeout (408) and too many requests (429).
             if error.code < 500 and error.code not in (408, 429):
                 raise _BrokenError(reason) from None
         except urllib.error.URLError as error:
@@ -112,6 +114,7 @@ def _fetch(url: str, part: Path, timeout: float, progress: Progress | None) -> N
         except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
 
+        # Only attempts without progress count: a slow server may need many connections.
         grown = part.is_file() and part.stat().st_size > have
         failures = 0 if grown else failures + 1
         if failures >= _RETRIES:
@@ -127,7 +130,7 @@ def _one_connection(url: str, part: Path, have: int, timeout: float, progress: P
         **({"Range": f"bytes={have}-"} if have else {}),
     }
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
-        if answer.status != 206:  # the place knows no ranges and sends it from the start
+        if answer.status != 206:  # the server knows no ranges and sends the file from its start
             have = 0
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise http.client.HTTPException(

@@ -121,12 +121,19 @@ def _hold_out(chosen: list[int], labels: Labels) -> list[int]:
     groups: dict[int, list[int]] = {}
     for index in chosen:
         groups.setdefault(labels[index][0], []).append(index)
-    return [i for group in groups.values() for i in group[: math.ceil(len(group) * VAL_SHARE)]]
+
+    val: list[int] = []
+    for group in groups.values():
+        val += group[: math.ceil(len(group) * VAL_SHARE)]
+    return val
 
 
 def _hold_out_multi(chosen: list[int], labels: Labels, classes: int) -> list[int]:
     """Return images, taken for the first class that still lacks some, until each has its fifth, rounded up."""
-    missing = [math.ceil(sum(c in labels[i] for i in chosen) * VAL_SHARE) for c in range(classes)]
+    missing = []
+    for c in range(classes):
+        count = sum(c in labels[i] for i in chosen)
+        missing.append(math.ceil(count * VAL_SHARE))
     remaining = list(chosen)
 
     val = []

@@ -101,6 +101,7 @@ def cut(
     """
     parts: dict[str, list[Sample]] = {part: [] for part in shares}
     for label in sorted(groups):
+        # The rank of an image is a hash of its own path, so other images hardly change it.
         paths = sorted(groups[label], key=lambda p: derive_seed(seed, "split", key, p))
         if len(paths) < len(shares):
             raise DataError(
@@ -133,8 +134,9 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
     except OSError as error:
         raise DataError(f"can't read the split file {path}: {error.strerror or error}.") from None
 
+    # Copies differ by a newline at the end, so the checksum without it counts too.
     digest = hashlib.sha256(raw).hexdigest()
-    trimmed = f"sha256:{hashlib.sha256(raw.rstrip()).hexdigest()}"  # copies differ by a newline at the end
+    trimmed = f"sha256:{hashlib.sha256(raw.rstrip()).hexdigest()}"
     if not matches(path, expected) and trimmed != expected:
         warnings.warn(
             f"the split file {path} is not the published one ({expected}); results made with it say sha256 {digest}.",
@@ -149,8 +151,11 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
     if not isinstance(content, dict) or not set(SPLITS) <= set(content):
         raise DataError(f"the split file {path} needs the keys {', '.join(SPLITS)}.")
 
-    names: dict[int, str] = {}
-    parts = {s: tuple(_entry(path, s, i, e, names) for i, e in enumerate(content[s])) for s in SPLITS}
+    names: dict[int, str] = {}  # filled by _entry: every part must use the same names
+    parts: dict[str, tuple[Sample, ...]] = {}
+    for split in SPLITS:
+        parts[split] = tuple(_entry(path, split, i, entry, names) for i, entry in enumerate(content[split]))
+
     if sorted(names) != list(range(len(names))):
         missing = min(set(range(max(names, default=0) + 1)) - set(names), default=0)
         raise DataError(f"the split file {path}: labels must be 0..C-1 without gaps; {missing} is missing.")
@@ -160,7 +165,12 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
 
 def write_split(path: Path, parts: Mapping[str, Sequence[Sample]], classnames: Sequence[str]) -> None:
     """Write a split file under a temporary name and rename it. Raises OSError if that can't be done."""
-    content = {s: [[str(x.source), x.classes[0], classnames[x.classes[0]]] for x in parts[s]] for s in SPLITS}
+    content: dict[str, list[list[Any]]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for sample in parts[split]:
+            label = sample.classes[0]
+            content[split].append([str(sample.source), label, classnames[label]])
+
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -176,6 +186,7 @@ def is_inside(path: str) -> bool:
 
 
 def _sizes(count: int, shares: list[float]) -> list[int]:
+    """Return the number of images of each part: at least one, and the last part takes the rest."""
     sizes = []
     left = count
     for index, share in enumerate(shares[:-1]):

@@ -106,6 +106,7 @@ class Augmentation:
         if not self.is_random:
             return preprocess(image)
 
+        # Named by the image's content, not by its position: order and batches don't matter.
         rng = numpy_rng(seed, "augment", self.name, key, view)
         if self.name == "crop_flip":
             height, width = _output_size(preprocess, image)

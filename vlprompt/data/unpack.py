@@ -60,6 +60,7 @@ def _tar(archive: Path, folder: Path) -> None:
             if member.issym() or member.islnk():
                 _check_link(archive, folder, member)
 
+        # Everything is checked before anything is written.
         _check_space(archive, folder, sum(m.size for m in members))
         for member in members:
             member.mode = 0o755 if member.isdir() else 0o644

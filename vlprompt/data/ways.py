@@ -102,7 +102,7 @@ class Ways(Generic[Data]):
             try:
                 return way.build(way.request, **{k: v for k, v in options.items() if k in valid})
             except AbsentError as error:
-                missing.append(str(error))
+                missing.append(str(error))  # another way may find them
 
         if self.card is None:
             raise AbsentError(" ".join(missing))

@@ -83,6 +83,7 @@ class ZipReader(Reader):
     def _open(self, archive: str) -> zipfile.ZipFile:
         path = self.root / archive
         try:
+            # Size and time are part of the cache's key: an archive that was replaced is opened again.
             stat = path.stat()
             return _open(str(path), stat.st_size, stat.st_mtime_ns)
         except (OSError, zipfile.BadZipFile) as error:

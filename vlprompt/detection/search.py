@@ -70,8 +70,8 @@ class ConceptDetection(ConceptSearch):
                     frozen[key.removeprefix("frozen/")] = value.float()
         return detector.losses(frozen, self.concepts(), batch["targets"])
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`."""
         return Concepts("detector", self.concepts().detach(), tuple(names), self.detector[0].identity)
 
 

@@ -68,6 +68,7 @@ class Generator:
     ) -> list[list[Image.Image]]:
         """Return the variations with the numbers ``numbers[i]`` of image i; see :meth:`generate`."""
         keys = [pixel_key(image) for image in images]
+        # Jobs of all images in one list fill the generator's batches, also where an image lacks only some views.
         jobs = []
         for index, wanted in enumerate(numbers):
             jobs += [(index, number) for number in wanted]
@@ -138,6 +139,8 @@ class ViewSource:
                 f"{count} of {n * len(images)} generated views are not in {store.root}. Give the source a generator; "
                 "in a configuration: diffusion.on_the_fly=true."
             )
+
+        # Fresh views are read back, too: an image is the same whether it was just generated or stored before.
         return [store.get(key, n) for key in keys]
 
 

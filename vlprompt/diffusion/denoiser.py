@@ -106,6 +106,7 @@ class Denoiser(nn.Module):
             channels = torch.cat([noisy, canvas], 1)
             detail = self.unet(channels, time, tokens, class_labels=mean, return_dict=False)[0]
 
+        # In float32, so that half precision inside the network does not show in smooth areas of the image.
         sketch = F.interpolate(_sketch(canvas).float(), scale_factor=2, mode="bilinear", align_corners=False)
         return detail.float() + F.pixel_unshuffle(sketch, _PATCH)
 
@@ -147,6 +148,7 @@ class Denoiser(nn.Module):
         return from_patches(patches).clamp(0, 1)
 
     def _renoise(self, condition: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Denoise fresh noise at each of ``steps`` times, from the largest to ``_LEAST_NOISE``."""
         patches = noise[:, 0]
         times = torch.linspace(len(self.alphas) - 1, _LEAST_NOISE, steps).long().tolist()
         for step, time in enumerate(times):
@@ -157,6 +159,7 @@ class Denoiser(nn.Module):
         return patches
 
     def _solve(self, condition: Tensor, start: Tensor, steps: int, guidance: float, solver: Any) -> Tensor:
+        """Follow a scheduler of diffusers from pure noise."""
         solver.set_timesteps(steps)
         patches = start
         for time in solver.timesteps:
@@ -166,14 +169,17 @@ class Denoiser(nn.Module):
         return patches
 
     def _guided(self, noisy: Tensor, time: Tensor, condition: Tensor, guidance: float) -> Tensor:
+        """Return clean patches, moved away from those without a condition (Ho & Salimans, 2022)."""
         clean = self(noisy, time, condition)
         if guidance == 1:
             return clean
+
         free = self(noisy, time, torch.zeros_like(condition))
         return free + guidance * (clean - free)
 
     @staticmethod
     def _scheduler(name: str) -> Any:
+        # The same noise schedule for both; the network predicts the clean image, which diffusers calls the sample.
         facts = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
         if name == "dpm":
             kind = import_diffusers().DPMSolverMultistepScheduler
@@ -183,6 +189,7 @@ class Denoiser(nn.Module):
 
 
 def _sketch(canvas: Tensor) -> Tensor:
+    """Return the (B, 3, 32, 32) sketch of a (B, 16, 16, 16) canvas."""
     return F.pixel_shuffle(canvas[:, :_SKETCH], 2)
 
 
@@ -196,8 +203,9 @@ def load_denoiser(path: Path | None = None) -> Denoiser:
         BackboneError: If the file does not fit, or diffusers is not installed.
         CheckpointError: If the file is missing or damaged.
     """
-    packed, _ = read_tensors(path or WEIGHTS)
+    packed, _ = read_tensors(path or WEIGHTS)  # in half precision, to keep the package small
     model = Denoiser()
+
     try:
         model.load_state_dict({n: t.float() for n, t in packed.items()}, strict=True)
     except RuntimeError as error:

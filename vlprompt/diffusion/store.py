@@ -51,6 +51,7 @@ class ViewStore:
         Raises:
             CheckpointError: If it holds views of another one; names every difference.
         """
+        # Through JSON, so that tuples and lists compare equal to what was read.
         wanted = json.loads(json.dumps({**identity, "seed": seed}))
         if not self._card:
             self._card = {"format": _FORMAT, "title": title, "made_by": wanted}

@@ -268,8 +268,8 @@ class ConceptExperiment(Experiment):
         record.summary = f"{self.headline_metric} on {first_test}; {seeds} seed{'s' if seeds > 1 else ''}."
 
         headline: dict[str, float] = {}
-        shown = results.select(self.headline_metric, part=first_test)
-        for (method, images, stage), lines in shown.by("method", "images", "stage").items():
+        measured = results.select(self.headline_metric, part=first_test)
+        for (method, images, stage), lines in measured.by("method", "images", "stage").items():
             headline[_row_label(str(method), images, stage)] = summarise(lines.values()).mean
         record.headline = headline
 
@@ -301,7 +301,7 @@ class ConceptExperiment(Experiment):
 
         first = self.search(images, config.first_options(seed), folder)
         vectors = first.module.concepts().detach()
-        first.module.as_concepts(self.classnames()).save(folder / "concepts.safetensors")
+        first.module.to_concepts(self.classnames()).save(folder / "concepts.safetensors")
         write_jsonl(folder / "history.jsonl", first.history)
         self._add(result, self.score(first.module))
         result.timings["first"] = first.seconds

@@ -1,6 +1,6 @@
 """Personalised generation: teach a frozen text-to-image model a concept from a few images.
 
-A way of learning the concept is one more file in this folder that registers itself.
+A method of learning the concept is one more file in this folder that registers itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from vlprompt.core.registry import Registry
 __all__ = ["PERSONALISERS", "list_personalisers"]
 
 PERSONALISERS: Registry[Any] = Registry("personaliser", "vlprompt.generation")
-"""Every way of learning a concept, by name."""
+"""Every method of learning a concept, by name."""
 
 
 def list_personalisers() -> list[str]:
-    """Return the sorted names of all ways of learning a concept."""
+    """Return the sorted names of all methods of learning a concept."""
     return PERSONALISERS.names()

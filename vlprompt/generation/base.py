@@ -1,4 +1,4 @@
-"""What every way of learning a concept shares: the host's own denoising loss, and the noise it is measured on."""
+"""What all methods of learning a concept share: the host's own denoising loss, and the noise it is measured on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["NoisedBatches", "Personaliser"]
 
 
 class Personaliser(ConceptSearch):
-    """Base of all ways: something learned becomes the context that the denoiser attends to.
+    """Base of all methods: what is learned becomes the context that the denoiser attends to.
 
     Args:
         concepts: What is learned.
@@ -34,7 +34,11 @@ class Personaliser(ConceptSearch):
         self.host = host
 
     def context(self, template: str | None = None) -> Tensor:
-        """Return the (S, d) context of the concept, in a sentence of one's own if there is one."""
+        """Return the (S, d) context of the concept.
+
+        Args:
+            template: A sentence with one ``*`` to put it in; None: the one it is learned with.
+        """
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -54,29 +58,37 @@ class NoisedBatches:
     Args:
         latents: (n, c, h, w) of the concept's images.
         batch_size: B.
-        seed: Of noise and levels; which depend on (seed, epoch, place in the batch) alone.
+        seed: Of noise and levels; they depend on (seed, epoch, position in the batch) alone.
         levels: Number of noise levels.
     """
 
     def __init__(self, latents: Tensor, batch_size: int, seed: int, levels: int = 1000) -> None:
-        self.latents, self.batch_size, self.seed, self.levels = latents, batch_size, seed, levels
+        self.latents = latents
+        self.batch_size = batch_size
+        self.seed = seed
+        self.levels = levels
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
-        """See :meth:`vlprompt.training.batches.Batches.plan`; indices are places in the batch."""
+        """See :meth:`vlprompt.training.batches.Batches.plan`; indices are positions in the batch."""
         return [np.arange(self.batch_size)]
 
     def fetch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """See :meth:`vlprompt.training.batches.Batches.fetch`."""
-        rngs = [numpy_rng(self.seed, "personalise", epoch, int(i)) for i in indices]
-        times = [(i + rng.random()) / self.batch_size for i, rng in zip(indices, rngs, strict=True)]
+        noises = []
+        levels = []
         shape = tuple(self.latents.shape[1:])
-        noise = np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])
+        for index in indices:
+            rng = numpy_rng(self.seed, "personalise", epoch, int(index))
+            # Stratified: the i-th sample of a batch has a level of the i-th part of all levels.
+            level = (index + rng.random()) / self.batch_size
+            levels.append(int(level * self.levels))
+            noises.append(rng.standard_normal(shape, np.float32))
+
+        # The first image of a batch changes from step to step, so that every image meets every level.
         turn = int(numpy_rng(self.seed, "personalise", "turn", epoch).integers(len(self.latents)))
         rows = torch.as_tensor((indices + turn) % len(self.latents))
         return {
             "latent": self.latents[rows],
-            "noise": torch.from_numpy(noise),
-            "time": torch.tensor(
-                [int(t * self.levels) for t in times]
-            ),  # stratified: one per B-th of the levels
+            "noise": torch.from_numpy(np.stack(noises)),
+            "time": torch.tensor(levels),
         }

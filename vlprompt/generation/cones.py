@@ -27,17 +27,17 @@ __all__ = ["ContextSearch"]
 class ContextSearch(Personaliser):
     """Learns vectors of the denoiser's context.
 
-    ``full``: they are all of the context. ``slot``: they stand at the concept's place in a template's context, whose
-    other vectors are fixed; behind the place, a causal encoder would have seen the concept's word, so these are an
-    approximation.
+    ``full``: they are all of the context. ``slot``: they stand at the concept's position in a template's context, whose
+    other vectors are fixed. A causal encoder would have read the concept before the vectors behind that position, so
+    these are an approximation.
 
     Args:
         host: The frozen model.
-        images: The concept's images; looked at by ``init="visual"`` only.
+        images: The concept's images; read by ``init="visual"`` only.
         word: What the concept is, coarsely: where the search starts.
         mode: See above.
         template: A sentence with one ``*``.
-        length: Vectors; None: as many as the start has (``full``), or one (``slot``).
+        length: L, vectors; None: as many as the start has (``full``), or one (``slot``).
         keep_norm: Vectors keep the lengths they start with, which is what the denoiser was trained on; only their
             directions are searched.
         init: ``text``: outputs of the template with the word; ``normal``: noise of their spread; ``visual``: what the
@@ -46,7 +46,7 @@ class ContextSearch(Personaliser):
         seed: Of noise.
 
     Raises:
-        DataError: If the host has no space of images, or the template no place.
+        DataError: If the host has no space of images, or the template no ``*``.
     """
 
     def __init__(
@@ -63,15 +63,19 @@ class ContextSearch(Personaliser):
         unfreeze: tuple[str, ...] = (),
         seed: int = 1,
     ) -> None:
-        self.mode, self.template, self.word = mode, template, word
+        self.mode = mode
+        self.template = template
+        self.word = word
         self.around, start = _start(host, word, mode, template, length)
         if init == "normal":
             start = normal_start((1, *start.shape), start, seed)[0]
         elif init == "visual":
             start = host.see(images).expand(len(start), -1)
-        if len(start) > 1 and init != "normal":  # equal vectors would stay equal
+
+        if len(start) > 1 and init != "normal":  # vectors that start equal would stay equal
             noise = torch.randn(start.shape, generator=torch_rng(seed, "concept", "apart"))
             start = start + 0.05 * start.norm(dim=-1, keepdim=True) * noise.to(start) / start.shape[-1] ** 0.5
+
         concepts = ConceptEmbedding(1, len(start), host.width, absolute=True).to(start.device)
         concepts.begin(start[None])
         super().__init__(concepts, host, unfreeze)
@@ -79,8 +83,10 @@ class ContextSearch(Personaliser):
 
     def vectors(self) -> Tensor:
         """Return the (L, d) vectors as the denoiser reads them."""
-        found = self.concepts()[0]
-        return found if self.norms is None else found * (self.norms / found.norm(dim=-1, keepdim=True))
+        vectors = self.concepts()[0]
+        if self.norms is None:
+            return vectors
+        return vectors * (self.norms / vectors.norm(dim=-1, keepdim=True))
 
     def context(self, template: str | None = None) -> Tensor:
         """See :meth:`Personaliser.context`; mode ``full`` has no template."""
@@ -88,11 +94,11 @@ class ContextSearch(Personaliser):
         if self.mode == "full":
             return vectors
         if template is None or template == self.template:
-            return _placed(vectors, *self.around)
-        return _placed(vectors, *self.host.slots(template, self.word, len(vectors)))
+            return _inserted(vectors, *self.around)
+        return _inserted(vectors, *self.host.slots(template, self.word, len(vectors)))
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`."""
         facts = {"method": "cones", "mode": self.mode, "template": self.template, "word": self.word}
         return Concepts("generator", self.vectors().detach()[None], tuple(names), self.host.identity, facts)
 
@@ -100,14 +106,16 @@ class ContextSearch(Personaliser):
 def _start(
     host: Host, word: str, mode: str, template: str, length: int | None
 ) -> tuple[tuple[Tensor, int], Tensor]:
-    """Return a template's context with its first place, and where the vectors start."""
+    """Return a template's context with the concept's first position, and the (L, d) start of the search."""
     around, first = host.slots(template, word, length or 1)
     if mode == "slot":
         return (around, first), around[first : first + (length or 1)]
-    said = host.read(template.replace("*", word))
-    count = length or len(said)
-    return (around, first), torch.stack([said[i % len(said)] for i in range(count)])
+
+    sentence = host.read(template.replace("*", word))
+    count = length or len(sentence)
+    return (around, first), torch.stack([sentence[i % len(sentence)] for i in range(count)])
 
 
-def _placed(vectors: Tensor, around: Tensor, first: int) -> Tensor:
+def _inserted(vectors: Tensor, around: Tensor, first: int) -> Tensor:
+    """Return a context with vectors from the position ``first`` on replaced."""
     return torch.cat([around[:first], vectors, around[first + len(vectors) :]])

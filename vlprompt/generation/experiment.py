@@ -121,7 +121,7 @@ class GenerationExperiment(Experiment):
             resume=True,
         )
         try:
-            learned.module.as_concepts([concept.name]).save(folder / "concept.safetensors")
+            learned.module.to_concepts([concept.name]).save(folder / "concept.safetensors")
             samples = similarity.draw(learned.module)
         finally:
             # Other cells share the host: they must find it as it was.

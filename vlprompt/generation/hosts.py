@@ -15,10 +15,10 @@ from vlprompt.core.seeding import derive_seed
 from vlprompt.diffusion.denoiser import to_patches
 from vlprompt.diffusion.tiny import TinyDiffusion
 
-__all__ = ["PLACE", "Host", "TinyHost", "split_template"]
+__all__ = ["MARK", "Host", "TinyHost", "split_template"]
 
-PLACE = "*"
-"""Where the concept stands in a template."""
+MARK = "*"
+"""Stands for the concept in a template."""
 
 
 class Host:
@@ -56,9 +56,9 @@ class Host:
         raise NotImplementedError
 
     def slots(self, template: str, word: str, length: int) -> tuple[Tensor, int]:
-        """Return a template's context (S, d) with ``length`` places for the concept, and the first of them.
+        """Return a template's context (S, d) with ``length`` positions for the concept, and the first of them.
 
-        At these places stand the outputs of ``word``, from which a search may start.
+        At these positions stand the outputs of ``word``, from which a search may start.
         """
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class Host:
         raise NotImplementedError
 
     def see(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return (d,) a context vector that says what images show.
+        """Return a (d,) context vector of what images show.
 
         Raises:
             DataError: If the model's context is no space of images.
@@ -86,16 +86,19 @@ class Host:
 class TinyHost(Host):
     """``tiny-diffusion``, whose contexts are sequences of vectors of `tiny`'s joint space.
 
-    A sentence is one vector here, so a template with a place is that of the sentence without it, and then the place.
+    A sentence is one vector here, so a template's context is the vector of the sentence without the concept, followed
+    by those of the concept.
 
     Args:
         generator: See :class:`vlprompt.diffusion.tiny.TinyDiffusion`.
     """
 
     def __init__(self, generator: TinyDiffusion) -> None:
-        self.generator, self.backbone = generator, generator.backbone
-        self.network, self.width = generator.denoiser, generator.denoiser.dim
-        self.identity = {k: generator.identity[k] for k in ("kind", "weights", "condition")}
+        self.generator = generator
+        self.backbone = generator.backbone
+        self.network = generator.denoiser
+        self.width = generator.denoiser.dim
+        self.identity = {key: generator.identity[key] for key in ("kind", "weights", "condition")}
 
     def latents(self, images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`Host.latents`."""
@@ -104,10 +107,10 @@ class TinyHost(Host):
     def loss(self, latents: Tensor, noise: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """See :meth:`Host.loss`; the network predicts the image, weighted by signal to noise as in its training."""
         denoiser = self.generator.denoiser
-        found = denoiser(denoiser.noised(latents, noise, time), time, context)
+        predicted = denoiser(denoiser.noised(latents, noise, time), time, context)
         level = denoiser.alphas[time]
         weight = (level / (1 - level)).clamp(1.0, 5.0)
-        return (weight * (found - latents).square().mean((1, 2, 3))).mean()
+        return (weight * (predicted - latents).square().mean((1, 2, 3))).mean()
 
     def read(self, text: str) -> Tensor:
         """See :meth:`Host.read`."""
@@ -129,8 +132,9 @@ class TinyHost(Host):
         """See :meth:`Host.read_with`."""
         before, after = split_template(template)
         tower = self.backbone.text
-        pieces: list[str | int] = [before.strip(), *(slot(i) for i in range(len(vectors))), after.strip()]
-        sentence = tower.sentence(*(p for p in pieces if p != ""))
+        slots = [slot(i) for i in range(len(vectors))]
+        pieces: list[str | int] = [before.strip(), *slots, after.strip()]
+        sentence = tower.sentence(*(piece for piece in pieces if piece != ""))
         return nn.functional.normalize(tower.encode(tower.layout([sentence]), vectors), dim=-1)
 
     def see(self, images: Sequence[Image.Image]) -> Tensor:
@@ -145,14 +149,14 @@ class TinyHost(Host):
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Return what stands before and after the concept's place.
+    """Return what stands before and after the concept.
 
     Raises:
-        DataError: If there is not exactly one place.
+        DataError: If it does not stand exactly once in the template.
     """
-    if template.count(PLACE) != 1:
-        raise DataError(f"a template has one {PLACE!r} where the concept stands; got {template!r}.")
-    before, after = template.split(PLACE)
+    if template.count(MARK) != 1:
+        raise DataError(f"a template has one {MARK!r} where the concept stands; got {template!r}.")
+    before, after = template.split(MARK)
     return before, after
 
 

@@ -42,20 +42,25 @@ class StableHost(Host):
         guidance: float = 7.5,
         device: str | None = None,
     ) -> None:
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         title = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
         if isinstance(pipeline, str):
-            pipeline = load_pipeline("StableDiffusionPipeline", pipeline, revision).to(place)
+            pipeline = load_pipeline("StableDiffusionPipeline", pipeline, revision).to(target)
         if not hasattr(getattr(pipeline, "text_encoder", None), "get_input_embeddings"):
             raise BackboneError(f"{title} has no text encoder; concepts need Stable Diffusion 1.x or 2.x.")
         pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval()
-        self.pipe, self.network = pipeline, pipeline.unet
-        self.steps, self.guidance = steps, guidance
+
+        self.pipe = pipeline
+        self.network = pipeline.unet
+        self.steps = steps
+        self.guidance = guidance
         self.width = int(pipeline.unet.config.cross_attention_dim)
         scheduler = import_diffusers().DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.noise, self.levels = scheduler, int(scheduler.config.num_train_timesteps)
+        self.noise = scheduler
+        self.levels = int(scheduler.config.num_train_timesteps)
+
         # Names differ between copies of the same weights; what a concept needs is this space.
         encoder = pipeline.text_encoder.config
         self.identity = {
@@ -70,7 +75,7 @@ class StableHost(Host):
         """See :meth:`Host.latents`; means of the autoencoder's posterior."""
         size = int(self.pipe.unet.config.sample_size) * int(self.pipe.vae_scale_factor)
         square = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
-        pixels = self.pipe.image_processor.preprocess(square).to(self._place, self._dtype)
+        pixels = self.pipe.image_processor.preprocess(square).to(self._device, self._dtype)
         means = [self.pipe.vae.encode(one).latent_dist.mode() for one in pixels.split(1)]
         return (torch.cat(means) * self.pipe.vae.config.scaling_factor).float()
 
@@ -81,8 +86,8 @@ class StableHost(Host):
             raise DataError(f"a pipeline that predicts {kind!r} is not supported: epsilon or v_prediction.")
         target = noise if kind == "epsilon" else self.noise.get_velocity(latents, noise, time)
         noisy = self.noise.add_noise(latents, noise, time).to(self._dtype)
-        found = self.network(noisy, time, context.to(self._dtype), return_dict=False)[0]
-        return F.mse_loss(found.float(), target.float())
+        predicted = self.network(noisy, time, context.to(self._dtype), return_dict=False)[0]
+        return F.mse_loss(predicted.float(), target.float())
 
     @torch.no_grad()
     def read(self, text: str) -> Tensor:
@@ -93,31 +98,31 @@ class StableHost(Host):
     @torch.no_grad()
     def slots(self, template: str, word: str, length: int) -> tuple[Tensor, int]:
         """See :meth:`Host.slots`; of all tokens, padding included, as the pipeline reads a prompt."""
-        ids, first = self._with_place(template, self._tokens(word), length)
+        ids, first = self._with_concept(template, self._tokens(word), length)
         return self._encode(ids), first
 
     def word(self, text: str, length: int) -> Tensor:
         """See :meth:`Host.word`."""
         tokens = self._tokens(text)
-        ids = torch.tensor([tokens[i % len(tokens)] for i in range(length)], device=self._place)
+        ids = torch.tensor([tokens[i % len(tokens)] for i in range(length)], device=self._device)
         return self.pipe.text_encoder.get_input_embeddings()(ids).detach().float()
 
     def read_with(self, template: str, vectors: Tensor) -> Tensor:
         """See :meth:`Host.read_with`."""
-        ids, first = self._with_place(template, [self._end], len(vectors))
+        ids, first = self._with_concept(template, [self._end], len(vectors))
         with self._replaced(first, vectors):
             return self._encode(ids)
 
     @torch.no_grad()
     def draw(self, context: Tensor, count: int, seed: int) -> list[Image.Image]:
         """See :meth:`Host.draw`."""
-        device = "cpu"  # so that images don't depend on where they are drawn
+        device = "cpu"  # noise of a CPU is the same on every machine
         generators = [
             torch.Generator(device).manual_seed(derive_seed(seed, "personalised", k)) for k in range(count)
         ]
         return list(
             self.pipe(
-                prompt_embeds=context.detach().to(self._place, self._dtype)[None],
+                prompt_embeds=context.detach().to(self._device, self._dtype)[None],
                 num_images_per_prompt=count,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance,
@@ -126,7 +131,7 @@ class StableHost(Host):
         )
 
     @property
-    def _place(self) -> torch.device:
+    def _device(self) -> torch.device:
         return self.pipe.unet.device
 
     @property
@@ -145,25 +150,28 @@ class StableHost(Host):
         tokens = self._tokens(text) if text.strip() else []
         return [int(self.pipe.tokenizer.bos_token_id), *tokens, self._end]
 
-    def _with_place(self, template: str, place: list[int], length: int) -> tuple[list[int], int]:
+    def _with_concept(self, template: str, tokens: list[int], length: int) -> tuple[list[int], int]:
+        """Return a template's token ids, with ``length`` tokens for the concept, and the position of the first."""
         before, after = split_template(template)
         head = self._ids(before)[:-1]
         tail = self._tokens(after) if after.strip() else []
-        held = [place[i % len(place)] for i in range(length)]
-        ids = [*head, *held, *tail, self._end]
-        if len(ids) > (most := int(self.pipe.tokenizer.model_max_length)):
-            raise DataError(f"the template has {len(ids)} tokens with its place; allowed: {most}.")
+        concept = [tokens[i % len(tokens)] for i in range(length)]
+        ids = [*head, *concept, *tail, self._end]
+
+        most = int(self.pipe.tokenizer.model_max_length)
+        if len(ids) > most:
+            raise DataError(f"the template has {len(ids)} tokens with the concept; allowed: {most}.")
         return ids, len(head)
 
     def _encode(self, ids: list[int]) -> Tensor:
         tokenizer = self.pipe.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._end
         row = [*ids, *[padding] * (int(tokenizer.model_max_length) - len(ids))]
-        return self.pipe.text_encoder(torch.tensor([row], device=self._place))[0][0].float()
+        return self.pipe.text_encoder(torch.tensor([row], device=self._device))[0][0].float()
 
     @contextmanager
     def _replaced(self, first: int, vectors: Tensor) -> Iterator[None]:
-        """Put vectors in the place of token embeddings while the text encoder runs."""
+        """Replace token embeddings from the position ``first`` on while the text encoder runs."""
 
         def put(module: Any, inputs: Any, output: Tensor) -> Tensor:
             last = first + len(vectors)

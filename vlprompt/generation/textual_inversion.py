@@ -30,7 +30,7 @@ class InvertedWord(Personaliser):
 
     Args:
         host: The frozen model.
-        images: The concept's images; not looked at.
+        images: The concept's images; not read.
         word: A word whose embeddings the search starts from.
         template: A sentence with one ``*``.
         length: Learned embeddings.
@@ -47,7 +47,8 @@ class InvertedWord(Personaliser):
         length: Annotated[int, Field(ge=1, le=64)] = 1,
         unfreeze: tuple[str, ...] = (),
     ) -> None:
-        self.template, self.word = template, word
+        self.template = template
+        self.word = word
         words = nn.ParameterDict({"words": nn.Parameter(host.word(word, length).clone())})
         super().__init__(words, host, unfreeze)
 
@@ -56,8 +57,8 @@ class InvertedWord(Personaliser):
         assert isinstance(self.concepts, nn.ParameterDict)
         return self.host.read_with(template or self.template, self.concepts["words"])
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`: the context that the word makes of its template."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`: the context that the word makes of its template."""
         with torch.no_grad():
             vectors = self.context()[None]
         facts = {"method": "textual-inversion", "mode": "full", "template": self.template, "word": self.word}

@@ -81,8 +81,8 @@ class MaskConcepts(ConceptSearch):
         logits = self.segmenter[0].decode(frozen_of(batch), conditions, batch["size"])
         return self.criterion(logits, batch["mask"])
 
-    def as_concepts(self, names: Sequence[str]) -> Concepts:
-        """See :meth:`ConceptSearch.as_concepts`."""
+    def to_concepts(self, names: Sequence[str]) -> Concepts:
+        """See :meth:`ConceptSearch.to_concepts`."""
         host = segmenter_identity(self.segmenter[0])
         return Concepts("segmenter", self.concepts().detach(), tuple(names), host)
 

@@ -234,11 +234,21 @@ def _batches(
         except DataError as error:
             return str(error)
 
-    starts = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-    waiting = [[pool.submit(load, i) for i in numbers] for numbers in starts[:1]]
-    for turn, numbers in enumerate(starts):
-        waiting += [[pool.submit(load, i) for i in following] for following in starts[turn + 1 : turn + 2]]
-        done = [future.result() for future in waiting.pop(0)]
-        good = [(i, x) for i, x in zip(numbers, done, strict=True) if isinstance(x, Tensor)]
-        errors = {i: x for i, x in zip(numbers, done, strict=True) if isinstance(x, str)}
-        yield [i for i, _ in good], [x for _, x in good], errors
+    batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+    running = [[pool.submit(load, number) for number in batch] for batch in batches[:1]]
+    for turn, batch in enumerate(batches):
+        # Two batches of pixels are in memory at most: this one, and the next one that decodes meanwhile.
+        for following in batches[turn + 1 : turn + 2]:
+            running.append([pool.submit(load, number) for number in following])
+
+        numbers: list[int] = []
+        pixels: list[Tensor] = []
+        errors: dict[int, str] = {}
+        for number, future in zip(batch, running.pop(0), strict=True):
+            result = future.result()
+            if isinstance(result, str):
+                errors[number] = result
+            else:
+                numbers.append(number)
+                pixels.append(result)
+        yield numbers, pixels, errors

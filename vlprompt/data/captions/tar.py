@@ -88,6 +88,7 @@ def _scan(archive: Path) -> list[_Sample]:
     samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
+            # Only headers and captions are read; the bytes of an image stay where they are.
             for member in tar:
                 if not member.isfile():
                     continue

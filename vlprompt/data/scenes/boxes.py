@@ -38,13 +38,14 @@ def box_classes(task: str) -> dict[str, tuple[str, str | None]]:
     pairs = sorted(pair for pair in held_out_pairs("shape_colour") if pair[0] in SHAPES)
     shapes = [s for s in SHAPES if sum(p[0] == s for p in pairs) >= 2]
     chosen = [str(s) for s in rng.choice(shapes, 4, replace=False)]
-    mine = [[p for p in pairs if p[0] == s][:2] for s in chosen]
 
-    return {
-        f"{words('colour', colour)[0]} {words('shape', shape)[0]}": (shape, colour)
-        for both in mine
-        for shape, colour in both
-    }
+    # Two colours of each shape: neither the shape nor the colour alone names a class.
+    classes: dict[str, tuple[str, str | None]] = {}
+    for chosen_shape in chosen:
+        two = [pair for pair in pairs if pair[0] == chosen_shape][:2]
+        for shape, colour in two:
+            classes[f"{words('colour', colour)[0]} {words('shape', shape)[0]}"] = (shape, colour)
+    return classes
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class CaptionPairs:
         if not 0 <= index < self.count:
             raise IndexError(index)
 
+        # A generator for each item: any of them can be drawn without those before it.
         rng = numpy_rng(self.seed, "scenes", "pairs", self.holdout, index)
         if index < self.easy:
             pattern = ("solid", "gradient", "split", "outlined")[int(rng.integers(4))]
@@ -145,7 +146,7 @@ class MaskedScenes:
         return self.count
 
     def spec(self, index: int) -> SceneSpec:
-        """Return the scene of one item; the object at place 0 of ``objects`` is the one named."""
+        """Return the scene of one item; the first of ``objects`` is the one that is named."""
         if not 0 <= index < self.count:
             raise IndexError(index)
 
@@ -153,6 +154,7 @@ class MaskedScenes:
         objects = [draw_object(rng, size="large" if rng.random() < 0.4 else "medium")]
         wanted = int(rng.integers(1, 4))
 
+        # A fixed number of attempts: the stream of random numbers has the same length in every scene.
         for _ in range(30):
             other = draw_object(rng, size="medium")
             clear = all(np.hypot(o.x - other.x, o.y - other.y) > o.radius + other.radius for o in objects)

@@ -51,6 +51,7 @@ def render(spec: SceneSpec, size: int = 64) -> Rendered:
         rows, columns, cover, paint = _object(item, size, rng)
         patch = canvas[rows, columns]
         patch += cover[..., None] * (paint - patch)
+        # Later objects cover earlier ones: masks hold visible pixels only.
         masks[:index, rows, columns] &= ~(cover >= 0.5)
         masks[index, rows, columns] = cover >= 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,24 +37,23 @@ def overlaps(splits: Mapping[str, MaskDataset]) -> dict[tuple[str, str], list[tu
     Returns:
         Pairs of splits to pairs of sources; empty if nothing is shared.
     """
-    keys = {s: {d.reader.key(source): source for source in d.images()} for s, d in splits.items()}
-    names = list(splits)
+    sources: dict[str, dict[str, Any]] = {}  # split -> key of the content -> source
+    for split, data in splits.items():
+        sources[split] = {data.reader.key(source): source for source in data.images()}
 
-    shared_of = {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            shared = [k for k in keys[first] if k in keys[second]]
-            if shared:
-                shared_of[first, second] = [(keys[first][k], keys[second][k]) for k in shared]
-
-    return shared_of
+    shared = {}
+    for first, second in itertools.combinations(splits, 2):
+        keys = [key for key in sources[first] if key in sources[second]]
+        if keys:
+            shared[first, second] = [(sources[first][key], sources[second][key]) for key in keys]
+    return shared
 
 
 def label_leaks(data: MaskDataset) -> dict[str, int]:
     """Find label leakage: phrases of a class whose masks are all empty, while its other phrases have masks.
 
-    A model that learns such a phrase is right without looking at the image, and an empty mask that is found counts
-    as a perfect one. Every mask is read.
+    A model that learns such a phrase is right without looking at the image, and an empty mask that is predicted
+    counts as a perfect one. Every mask is read.
 
     Returns:
         Phrase to the number of its pairs; empty if no phrase leaks the label.

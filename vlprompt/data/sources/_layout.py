@@ -85,7 +85,8 @@ def published_split(
     if card.splits.file is None:
         return None
 
-    candidates = [f / card.splits.file for f in (folder, *(request.root / f for f in layout.folders))]
+    folders = [folder, *(request.root / name for name in layout.folders)]
+    candidates = [candidate / card.splits.file for candidate in folders]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         return None
@@ -96,6 +97,7 @@ def published_split(
             f"{path} has {len(split_file.classnames)} classes, {card.name} has {len(card.classnames)}."
         )
 
+    # The published names win: they are what the reference results were measured with.
     if [n.casefold() for n in split_file.classnames] != [n.casefold() for n in card.classnames]:
         pair = next(p for p in zip(split_file.classnames, card.classnames, strict=True) if p[0] != p[1])
         warnings.warn(

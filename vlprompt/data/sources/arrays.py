@@ -162,6 +162,7 @@ def _cut(name: str, classnames: Sequence[str], options: _Options, labels: list[i
 
 def _load(kind: Format, files: tuple[Path, ...]) -> tuple[Any, Array]:
     """Return images, indexed by number, each (H, W, 3) or (H, W) bytes, and own class numbers from 0, (N,)."""
+    # The modification times are part of the cache's key: a file that was replaced is read again.
     stamps = tuple(f.stat().st_mtime_ns for f in files if f.is_file())
     return _load_once(kind, files, stamps)
 

@@ -59,6 +59,7 @@ def build(
         raise AbsentError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
 
     rows = _rows(table, (path_column, label_column, split_column), delimiter)
+    # Labels are numbered by name over all splits, so a split without a class keeps the numbers.
     origins = sorted({r.label for r in rows})
     label_of = {name: label for label, name in enumerate(origins)}
 
@@ -105,7 +106,8 @@ def _check_header(table: Path, header: list[str], columns: tuple[str, str, str])
                 f"{', '.join(header) or 'nothing'}.{hint}"
             )
 
-    if columns[2] not in header and (close := [h for h in nearest(columns[2], header) if h not in columns]):
+    close = [name for name in nearest(columns[2], header) if name not in columns]
+    if columns[2] not in header and close:
         raise DataError(
             f"{table}, line 1: column {close[0]!r} looks like {columns[2]!r}. "
             "Rename it, or pass split_column."
@@ -142,7 +144,8 @@ def _check_together(table: Path, rows: list[_Row], columns: tuple[str, str, str]
             )
         seen[row.path] = row.line
 
-    if any(r.split for r in rows) and (bare := [r for r in rows if not r.split]):
+    without = [row for row in rows if not row.split]
+    if without and len(without) < len(rows):
         raise DataError(
-            f"{table}, line {bare[0].line}: column {columns[2]!r} is empty, but other rows have a split."
+            f"{table}, line {without[0].line}: column {columns[2]!r} is empty, but other rows have a split."
         )

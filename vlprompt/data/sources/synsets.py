@@ -61,7 +61,7 @@ def build(request: Request) -> ImageDataset:
     folders = [str(label) for label in range(len(ids))] if options.numbered else list(ids)
     groups = _listing(card.name, root, tuple(folders), os.stat(root).st_mtime_ns)
     whole = tuple(Sample(p, label) for label, images in enumerate(groups) for p in images)
-    parts: Parts = {request.split: whole}
+    parts: Parts = {request.split: whole}  # the variants are used whole
     how = f"class folders of {part or options.images}"
 
     if options.shares and request.split != "test":

@@ -215,5 +215,9 @@ def _by_hash(
 ) -> dict[str, tuple[MaskSample, ...]]:
     key = request.card.name if request.card else "pairs"
     chosen = split_by_hash(key, [str(s.source) for s in samples], shares, seed)
-    part_of = {source: part for part, sources in chosen.items() for source in sources}
-    return {p: tuple(s for s in samples if part_of[str(s.source)] == p) for p in SPLITS if p in shares}
+    parts: dict[str, tuple[MaskSample, ...]] = {}
+    for part in SPLITS:
+        if part in shares:
+            sources = set(chosen[part])
+            parts[part] = tuple(sample for sample in samples if str(sample.source) in sources)
+    return parts

@@ -110,12 +110,11 @@ def with_validation(
     images = list(dict.fromkeys(str(s.source) for s in parts["train"]))
     chosen = split_by_hash(name, images, _OF_TRAIN)
     val_images = set(chosen["val"])
-    cut = {
-        p: tuple(s for s in parts["train"] if (str(s.source) in val_images) == (p == "val"))
-        for p in ("train", "val")
-    }
+    train = tuple(sample for sample in parts["train"] if str(sample.source) not in val_images)
+    val = tuple(sample for sample in parts["train"] if str(sample.source) in val_images)
 
-    return {**cut, "test": parts["val"]}, "official val is test; val is 10 % of train by name"
+    how = "official val is test; val is 10 % of train by name"
+    return {"train": train, "val": val, "test": parts["val"]}, how
 
 
 def _classes(
@@ -146,13 +145,16 @@ def _part(
     problems = []
     for label, origin in enumerate(origins):
         folder = masks / split / origin
-        for stem, samples in (stems(folder) if folder.is_dir() else {}).items():
+        mask_files = stems(folder) if folder.is_dir() else {}
+        for stem, names_of_masks in mask_files.items():
+            mask_file = f"{split}/{origin}/{names_of_masks[0]}"
             if stem not in files:
-                problems.append(f"{split}/{origin}/{samples[0]} has no image")
+                problems.append(f"{mask_file} has no image")
                 continue
-            source = f"{split}/{files[stem][0]}"
-            mask_folder = f"{split}/{origin}/{samples[0]}"
-            phrase = class_phrase(templates, names[label], mask_folder)
-            present[stem].append(MaskSample(source, (mask_folder,), phrase, label, mask_folder))
 
-    return tuple(s for pairs in present.values() for s in pairs), problems
+            source = f"{split}/{files[stem][0]}"
+            phrase = class_phrase(templates, names[label], mask_file)
+            present[stem].append(MaskSample(source, (mask_file,), phrase, label, mask_file))
+
+    # In the order of the images, so that the pairs of one image follow each other.
+    return tuple(sample for pairs in present.values() for sample in pairs), problems
