@@ -31,13 +31,15 @@ def set_threads(threads: int) -> None:
 
 
 def fix_products() -> None:
-    """Make matrix products independent of the number of threads, from the first one in this process on.
+    """Make matrix products independent of the number of threads, if this process computes with several.
 
-    MKL splits a product over threads in a way that changes its last bits; its strict mode does not. What remains
-    dependent is a sum of more than 32,768 numbers into one. A value that the user has set is left alone.
+    MKL splits a product over threads in a way that changes its last bits; its strict mode does not. It holds from the
+    first product in this process on, and in every process that is started from it. What remains dependent is a sum of
+    more than 32,768 numbers into one. A value that the user has set is left alone.
     """
-    widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
-    os.environ.setdefault("MKL_CBWR", f"{widest},STRICT")
+    if torch.get_num_threads() > 1:
+        widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
+        os.environ.setdefault("MKL_CBWR", f"{widest},STRICT")
 
 
 def _cpu_only() -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from loky import ProcessPoolExecutor
 
-from vlprompt.core.processes import divide_threads, fix_products, set_threads
+from vlprompt.core.processes import divide_threads, set_threads
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell, whole_number
 from vlprompt.experiments.experiment import Experiment
@@ -79,7 +79,6 @@ class ProcessesExecutor(Executor):
 
 def _prepare(parent: int, threads: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(message)s")
-    fix_products()
     set_threads(threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
