@@ -22,8 +22,8 @@ INTRODUCTION = """# Configuration
 Every key of every task. This page is made by `python docs/keys.py` from the models that check configurations. The same
 thing has the same key in every task. What takes precedence: see [experiments](experiments.md).
 
-Options of a learner, an adapter, a segmenter, a scanner or a regulator stand beside its `name`; `vlprompt list learners`
-and its relatives print the names, and an unknown option is answered with the nearest one.
+Options of a learner, an adapter, a segmenter or a scanner stand beside its `name`; `vlprompt list learners` and its
+relatives print the names, and an unknown option is answered with the nearest one.
 """
 
 

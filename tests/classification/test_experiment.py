@@ -172,7 +172,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tool: Tool, tmp_pat
     assert histories[0] == histories[1]
     for name in ("metrics.json", "results.jsonl", "report.html", "table.md"):
         contents = [(_folder(folder) / name).read_text() for folder in (whole, killed)]
-        assert contents[0].replace(str(whole), "") == contents[1].replace(str(killed), ""), name
+        assert contents[0] == contents[1], name
 
 
 def test_two_processes_equal_one(tool: Tool, tmp_path: Path) -> None:

@@ -137,8 +137,7 @@ def test_two_processes_give_the_very_files_of_one(outcome: RunOutcome, images: s
     parallel = run_experiment(experiment(tmp_path, images), on="processes:2")
     assert parallel.failures == []
     for name, content in content_of(parallel).items():
-        if name != "report.html":  # it shows the output folder
-            assert content == content_of(outcome)[name], name
+        assert content == content_of(outcome)[name], name
 
 
 @pytest.mark.slow

@@ -141,10 +141,12 @@ class AdaptationConfig(ExperimentConfig):
         for label in self.methods:
             if self.needs_statistics(label):
                 problems += self._statistics_problems(label)
+
         if self.generated and self.diffusion is None:
             problems.append(
                 f"diffusion: {self.generated} generated views per image are wanted; say from where."
             )
+
         return problems
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
@@ -197,6 +199,7 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
     for label, row in _section(content, "methods").items():
         if not isinstance(row, Mapping):  # the type is checked elsewhere, and null leaves the method out
             continue
+
         options = dict(row)
         name = str(options.pop("name", label))
         try:
@@ -208,12 +211,15 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
         if _SOURCE in options:
             problems.append(f"methods.{label}.{_SOURCE}: generated views come from the section diffusion.")
             del options[_SOURCE]
+
         if _STATISTICS in model.model_fields:
             options.setdefault(_STATISTICS, "")
+
         try:
             model.model_validate(options)
         except ValidationError as error:
             problems += describe_problems(error, model, f"methods.{label}")
+
     return problems
 
 
@@ -239,11 +245,14 @@ def _diffusion_problems(content: Mapping[str, Any]) -> list[str]:
     section = _section(content, "diffusion")
     if not section:
         return []
+
     problems = []
+
     if not section.get("on_the_fly") and section.get("store") is None:
         problems.append(
             "diffusion.store: required, unless views are generated on the fly (diffusion.on_the_fly=true)."
         )
+
     generator = str(section.get("generator", DiffusionOptions.model_fields["generator"].default))
     try:
         model = options_model(GENERATORS.get(generator).target)
@@ -252,6 +261,7 @@ def _diffusion_problems(content: Mapping[str, Any]) -> list[str]:
         problems += describe_problems(error, model, "diffusion.options")
     except VLPromptError as error:
         problems.append(f"diffusion.generator: {error}")
+
     return problems
 
 

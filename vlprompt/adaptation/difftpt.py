@@ -99,6 +99,7 @@ class DiffusionPromptTuning(PromptAdapter):
                 ],
                 "adapter 'difftpt'",
             )
+
         rule = Rule(steps, lr, weight_decay=weight_decay)
         super().__init__(learner, ViewPlan(views, augment, seed), rule, share, together)
         self.source = source

@@ -68,6 +68,7 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
     )
     order = numpy_rng(seed, "stream", name, options.split).permutation(len(data))
     drawn = order[: options.test_images].tolist()
+
     return data.subset(drawn, stream_seed=seed, subset=options.test_images)
 
 
@@ -89,6 +90,7 @@ class AdaptationExperiment(Experiment):
         """See :meth:`Experiment.cells`."""
         cells = []
         needs = []
+
         if self._measures_statistics:
             source = self.config.source
             assert source is not None
@@ -104,6 +106,7 @@ class AdaptationExperiment(Experiment):
                     cells.append(views)
                     cell_needs.append(views.name)
                 cells.append(Cell.at(cell_needs, data=name, seed=seed))
+
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -192,10 +195,12 @@ class AdaptationExperiment(Experiment):
         """What methods start from: the saved learner of ``prompt``, or the backbone."""
         if self.config.prompt is None:
             return self.backbone
+
         folders = find_prompts([self.config.prompt])
         if len(folders) > 1:
             problem = f"prompt: {self.config.prompt} holds {len(folders)} learners; name one of {', '.join(folders)}."
             raise ConfigError([problem], self.config.name)
+
         learner: Learner = load(folders[0], self.backbone)
         return learner.to(self.backbone.device)
 
@@ -232,6 +237,7 @@ class AdaptationExperiment(Experiment):
             f"{data.name}/images": len(data),
             **{f"{data.name}/{key}": value for key, value in data.fingerprint().items()},
         }
+
         for label, adapter in adapters.items():
             _add_scores(result, label, adapter, predictions[label], data)
         return result
@@ -244,11 +250,13 @@ class AdaptationExperiment(Experiment):
         for label in self.config.methods:
             name, row = self.config.method(label)
             options = {"seed": cell["seed"], **row}
+
             if self.config.needs_views(label):
                 options["source"] = source
             if self.config.needs_statistics(label):
                 options["statistics"] = self._statistics(cell, folder)
             adapters[label] = create_adapter(name, self.start, data.classnames, data.templates, **options)
+
         return adapters
 
     def _view_source(self, data: ImageDataset) -> ViewSource:
@@ -266,11 +274,14 @@ class AdaptationExperiment(Experiment):
         """Measure what the image tower puts out on the training data of the learner."""
         source = self.config.source
         assert source is not None
+
         if not isinstance(self.start, Learner):
             raise ConfigError(["prompt: source statistics are those of a saved learner."], self.config.name)
+
         root = self.config.data.root
         data = load_dataset(source.name, source.split, source.shots, source.seed, root=root)
         source_statistics(self.start, data).save(folder / _STATISTICS)
+
         return CellResult(facts={"source_images": len(data)})
 
     def _generate_views(self, cell: Cell) -> CellResult:
@@ -279,6 +290,7 @@ class AdaptationExperiment(Experiment):
         count = self.config.generated
         store = ViewStore(str(self._diffusion.store))
         generator: Generator | None
+
         try:
             generator = self.generator
         except BackboneError:
@@ -286,10 +298,12 @@ class AdaptationExperiment(Experiment):
             if count_missing(store, data, count):
                 raise
             generator = None
+
         source = ViewSource(generator, store, self._diffusion.seed)
         fill_store(source, data, count)
 
         result = CellResult()
+
         checked = min(self._diffusion.checked_images, len(data))
         if checked:
             learner = create_learner("zero_shot", self.backbone, data.classnames, data.templates)
@@ -299,6 +313,7 @@ class AdaptationExperiment(Experiment):
                 "alike": classified_alike(learner, images, views),
                 "alike_blurred": classified_alike(learner, images, views, _BLUR),
             })  # fmt: skip
+
         return result
 
     def _paths(self) -> list[str]:
@@ -309,14 +324,17 @@ class AdaptationExperiment(Experiment):
                 paths += find_prompts([self.config.prompt])
             except CheckpointError:
                 paths.append(self.config.prompt)
+
         for label in self.config.methods:
             _, options = self.config.method(label)
             if options.get("statistics"):
                 paths.append(str(options["statistics"]))
+
         if self.config.diffusion is not None and self.config.generated:
             options = self.config.diffusion.options
             local = [options.get("pipeline"), options.get("weights")]
             paths += [str(path) for path in local if path and Path(path).exists()]
+
         return paths
 
 
@@ -343,6 +361,7 @@ def _add_scores(
         "views": predictions.kept.shape[1],
         "episodic": adapter.episodic,
     }
+
     names = ("generation", "encoding", "adaptation")
     for name, seconds in zip(names, predictions.seconds.mean(0).tolist(), strict=True):
         result.timings[f"{label}/{name}_per_image"] = seconds

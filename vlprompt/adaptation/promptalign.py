@@ -143,11 +143,13 @@ class PromptAlign(PromptAdapter):
     ) -> None:
         rule = Rule(steps, lr, weight_decay=weight_decay)
         super().__init__(learner, ViewPlan(views, augment, seed), rule, share, together=1)
+
         if learner.static_images:
             raise DataError(
                 f"promptalign moves prompts of the image tower; {learner.method} has none. Start from maple, ivlp, "
                 "vpt, upt or promptsrc."
             )
+
         if isinstance(statistics, str):
             statistics = SourceStatistics.load(statistics)
         # Another backbone has other channels, even where the shapes agree.
@@ -168,6 +170,7 @@ class PromptAlign(PromptAdapter):
         """Run the image tower and return its features and the weighted distance from the source statistics."""
         with _recorded_outputs(self.backbone.vision.blocks[: self.layers]) as outputs:
             features = run()
+
         states = torch.stack(outputs)  # (L, V, T, W)
         if states.shape[2] != self.means.shape[1]:
             raise CheckpointError(
@@ -181,6 +184,7 @@ class PromptAlign(PromptAdapter):
         mean_distance = (mean - self.means).abs().mean()
         variance_distance = (variance - self.variances).abs().mean()
         distance = 0.5 * mean_distance + 0.5 * variance_distance
+
         return features, self.weight * distance
 
 
@@ -189,8 +193,10 @@ def _recorded_outputs(blocks: Sequence[Any]) -> Iterator[list[Tensor]]:
     """Collect the outputs of blocks while the context is open, (B, T, W) each."""
     outputs: list[Tensor] = []
     handles = []
+
     for block in blocks:
         handles.append(block.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
+
     try:
         yield outputs
     finally:

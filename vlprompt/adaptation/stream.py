@@ -95,6 +95,7 @@ def _adapt(adapters: Mapping[str, Adapter], images: Sequence[OpenedImage]) -> di
     """Run all methods on one batch."""
     encoded: dict[tuple[object, ...], EncodedViews] = {}
     predictions = {}
+
     for label, adapter in adapters.items():
         identity = adapter.view_identity()
         views = adapter.encode(images, encoded.get(identity))
@@ -102,6 +103,7 @@ def _adapt(adapters: Mapping[str, Adapter], images: Sequence[OpenedImage]) -> di
         if not views.generated:
             encoded[identity] = views
         predictions[label] = adapter.predict_encoded(views)
+
     return predictions
 
 
@@ -123,7 +125,9 @@ def _read(path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter])
         raise CheckpointError(
             f"{path} holds results of other images or methods. Name another folder, or delete this one."
         )
+
     batch = {}
+
     for label, adapter in adapters.items():
         prefix = f"{label}/state/"
         state = {
@@ -131,6 +135,7 @@ def _read(path: Path, facts: Mapping[str, Any], adapters: Mapping[str, Adapter])
         }
         adapter.load_state(state)
         batch[label] = _predictions(tensors, label, adapter.classnames)
+
     return batch
 
 
@@ -142,6 +147,7 @@ def _predictions(tensors: Mapping[str, Tensor], label: str, classnames: tuple[st
 def _check(adapters: Mapping[str, Adapter], data: ImageDataset) -> None:
     if not len(data) or not adapters:
         raise DataError(f"{data.name}: nothing to adapt to, {len(data)} images and {len(adapters)} adapters.")
+
     for label, adapter in adapters.items():
         if adapter.classnames != data.classnames:
             raise DataError(

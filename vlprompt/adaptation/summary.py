@@ -57,6 +57,7 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
         for name in results.select(metric).coordinates("data"):
             shares = results.select(metric, data=name).values()
             figures |= summarise(shares).flat(f"views/{name}/{metric}")
+
     return figures
 
 

@@ -197,6 +197,7 @@ _OPERATIONS: tuple[Callable[[Image.Image, float, np.random.Generator], Image.Ima
 def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[OpenedImage]:
     if isinstance(image, Tensor):
         return _from_tensor(image, backbone)
+
     if isinstance(image, Image.Image):
         try:
             image.load()
@@ -208,6 +209,7 @@ def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[
         rgb = read_image(image)
     else:
         raise DataError(f"an image is a PIL image, a path or a tensor; got {type(image).__name__}.")
+
     return [OpenedImage(pixel_key(rgb), rgb)]
 
 

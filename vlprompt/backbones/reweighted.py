@@ -90,9 +90,9 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
     """Group weights by the module whose call reads them: attention reads its projections' weights by itself."""
     layers: dict[nn.Module, list[_Place]] = {}
     for path, make in weights.items():
-        place, _, name = path.rpartition(".")
-        owner = visual.get_submodule(place)
-        parent = visual.get_submodule(place.rpartition(".")[0])
+        prefix, _, name = path.rpartition(".")
+        owner = visual.get_submodule(prefix)
+        parent = visual.get_submodule(prefix.rpartition(".")[0])
         reads_children = hasattr(parent, "in_proj_weight") or type(parent).__name__ == "AttentionPool2d"
         layers.setdefault(parent if reads_children else owner, []).append(_Place(owner, name, make))
 

@@ -103,6 +103,7 @@ class DataOptions(BaseModel):
             raise ValueError(
                 f"{wrong[0]!r} is no option of one kind of data set; it is set elsewhere or not at all."
             )
+
         return value
 
     @property
@@ -198,6 +199,7 @@ class ClassificationConfig(ExperimentConfig):
             content["methods"] = {
                 label: _resolved_method(label, row or {}, content, overrides) for label, row in rows.items()
             }
+
         stages = content.get("before")
         if isinstance(stages, Mapping):
             content["before"] = {label: _resolved_stage(row or {}) for label, row in stages.items()}
@@ -231,9 +233,11 @@ class ClassificationConfig(ExperimentConfig):
         """
         studies: list[Study] = []
         problems: list[str] = []
+
         for setting, method, content in self._contents():
             where = f"{setting}, {method}" if setting else method
             mistakes = type(self).raw_problems(content)
+
             try:
                 config = type(self).model_validate(content)
             except ValidationError as error:
@@ -241,7 +245,9 @@ class ClassificationConfig(ExperimentConfig):
             else:
                 mistakes += config._own_problems()
                 studies.append(Study(method, config, setting))
+
             problems += [f"{where}: {mistake}" for mistake in mistakes]
+
         if problems:
             raise ConfigError(problems, self.name)
         return studies
@@ -262,30 +268,37 @@ class ClassificationConfig(ExperimentConfig):
         """See :meth:`ExperimentConfig.problems`."""
         if not (self.methods or self.settings or self.before):
             return self._own_problems()
+
         problems: list[str] = []
         if self.before and not self.methods:
             problems.append("before: only methods start from it; name some.")
+
         for title, changes in self.settings.items():
             for key in changes.keys() - _OF_A_SETTING:
                 problems.append(
                     f"settings.{title}.{key}: a setting changes {' and '.join(sorted(_OF_A_SETTING))} only."
                 )
+
         for label, baselines in self.baselines().items():
             for name in (label, *baselines):
                 if name not in self.methods:
                     problems.append(f"protocol.baseline: {UnknownNameError('method', name, self.methods)}")
+
         try:
             self.studies()
         except ConfigError as error:
             problems += error.problems
+
         return problems
 
     def _contents(self) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
         """Yield setting, method and content of every study's configuration."""
         for label, stage in self.before.items():
             yield BEFORE, label, {**stage, "task": self.task, "name": self.name}
+
         whole = self.model_dump(mode="json", exclude={"methods", "settings", "before"})
         whole["protocol"]["baseline"] = None
+
         settings: list[tuple[str | None, dict[str, Any]]] = [*self.settings.items()] or [(None, {})]
         for title, changes in settings:
             content = merge(whole, changes)
@@ -321,28 +334,33 @@ def _resolved_method(
     """
     options = {key: value for key, value in row.items() if key not in (*_OF_A_METHOD, "cfg")}
     sections: dict[str, Any] = {}
+
     if "cfg" in row:
         file = compose(str(row["cfg"]))
         sections = {key: file[key] for key in _OF_A_METHOD if key in file}
     elif "name" not in options:
         options["name"] = label
+
     levels = (content, row, overrides)
     for level in levels:
         sections = merge(
             sections, {key: level[key] for key in _OF_A_METHOD if key in level and key != "learner"}
         )
+
     learner = merge({"learner": sections.pop("learner", {})}, {"learner": options})["learner"]
+
     if "data" in sections:  # what a method trains on is the whole's; how images are augmented may be its own
         sections["data"] = {
             key: value for key, value in sections["data"].items() if key in _OF_A_METHODS_DATA
         }
+
     return {**learner, **{key: value for key, value in sections.items() if value}}
 
 
 def _resolved_stage(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage that comes first, as the whole content of its configuration."""
-    own = {key: value for key, value in row.items() if key != "cfg"}
-    return merge(compose(str(row["cfg"])), own) if "cfg" in row else own
+    changes = {key: value for key, value in row.items() if key != "cfg"}
+    return merge(compose(str(row["cfg"])), changes) if "cfg" in row else changes
 
 
 def _with_method(content: Mapping[str, Any], label: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,6 +376,7 @@ def _learner_problems(section: Any) -> list[str]:
         return []
     if "name" not in section:
         return ["learner.name: required, but missing."] if section else []
+
     try:
         target = LEARNERS.get(str(section["name"])).target
         check_options(target, {key: value for key, value in section.items() if key != "name"}, "learner")
@@ -365,6 +384,7 @@ def _learner_problems(section: Any) -> list[str]:
         return [f"learner.name: {error}"]
     except ConfigError as error:
         return [f"learner.{problem}" for problem in error.problems]
+
     return []
 
 
@@ -373,6 +393,7 @@ def _stage_problems(config: ClassificationConfig) -> list[str]:
     protocol = config.protocol.name
     names = config.data.names
     problems = _multitask_problems(config)
+
     if protocol == "transfer" and (len(names) < 2 or len(config.protocol.shots) != 1):
         problems.append("protocol.name: transfer needs at least two data sets and one number of shots.")
     if protocol == "elevater" and config.data.sampling == "coop_compat":
@@ -385,10 +406,12 @@ def _stage_problems(config: ClassificationConfig) -> list[str]:
     targets = config.protocol.targets
     if protocol in _ACROSS and not targets:
         problems.append(f"protocol.targets: {protocol} needs at least one data set to score.")
+
     if protocol not in _ACROSS and targets:
         problems.append(
             f"protocol.targets: only cross-dataset and domain-generalisation use it, not {protocol}."
         )
+
     if protocol in _ACROSS and len(targets) == 1 and names == targets:
         problems.append(f"protocol.targets: {names[0]} is what {protocol} trains on; name another data set.")
     return problems
@@ -399,6 +422,7 @@ def _multitask_problems(config: ClassificationConfig) -> list[str]:
     names = config.data.names
     groups = config.multitask.groups
     problems = []
+
     if protocol != "multitask":
         used = {"multitask.groups": groups, "target.names": config.target.names}
         problems += [
@@ -408,6 +432,7 @@ def _multitask_problems(config: ClassificationConfig) -> list[str]:
         ]
     elif groups and config.target.names:
         problems.append("target.names: targets start from one source; leave multitask.groups empty.")
+
     for group, members in groups.items():
         if not members:
             problems.append(f"multitask.groups.{group}: a group needs at least one data set.")
@@ -415,6 +440,7 @@ def _multitask_problems(config: ClassificationConfig) -> list[str]:
             if member not in names:
                 unknown = UnknownNameError("data set of data.name", member, names)
                 problems.append(f"multitask.groups.{group}: {unknown}")
+
     return problems
 
 
@@ -449,6 +475,7 @@ def _name_problems(content: Mapping[str, Any]) -> list[str]:
     """Check names of backbones and data sets, without building any."""
     problems = []
     backbone = _section(content, "backbone").get("name", "tiny")
+
     backbones = list_backbones()
     if isinstance(backbone, str) and backbone not in backbones:
         problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, backbones)}")
@@ -457,6 +484,7 @@ def _name_problems(content: Mapping[str, Any]) -> list[str]:
     names = [("data.name", name) for name in _listed(_section(content, "data").get("name", []))]
     names += [("data.name", name) for name in (also_test.values() if isinstance(also_test, Mapping) else ())]
     names += [("target.names", name) for name in _listed(_section(content, "target").get("names", []))]
+
     names += [
         ("protocol.targets", name) for name in _listed(_section(content, "protocol").get("targets", []))
     ]
@@ -465,6 +493,7 @@ def _name_problems(content: Mapping[str, Any]) -> list[str]:
             check_name(str(name))
         except VLPromptError as error:
             problems.append(f"{key}: {error}")
+
     return problems
 
 

@@ -88,6 +88,7 @@ class ClassificationExperiment(Experiment):
                 start = self._start_cell(study, cell)
                 needs = cell.needs if start is None else (*cell.needs, start.name)
                 cells.append(Cell(cell.coordinates, needs))
+
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -117,6 +118,7 @@ class ClassificationExperiment(Experiment):
                 fingerprints[f"meta.pairs {pairs}"] = captions_fingerprint(pairs)
             for path in self._paths(study.config):
                 fingerprints[path] = path_fingerprint(path)
+
         return {name: value for name, value in fingerprints.items() if value}
 
     def missing(self) -> list[str]:
@@ -125,12 +127,16 @@ class ClassificationExperiment(Experiment):
         for study in self.studies:
             config = study.config
             sentences += [missing_data(name, config.data.root) for name in _data_names(config)]
+
             if config.protocol.name == "meta":
                 sentences.append(missing_captions(config.meta.pairs))
+
             sentences.append(missing_weights(config.backbone.name, config.backbone.pretrained))
+
             for path in self._paths(config):
                 if path_fingerprint(path) == "absent":
                     sentences.append(f"{path} does not exist.")
+
         return list(dict.fromkeys(sentence for sentence in sentences if sentence))
 
     def facts(self) -> dict[str, Any]:
@@ -143,11 +149,12 @@ class ClassificationExperiment(Experiment):
         """See :meth:`Experiment.summary`; of several studies, each has its figures below its name."""
         figures: dict[str, float] = {}
         for study in self.studies:
-            own = _lines_of(results, study)
-            if len(own):
+            lines = _lines_of(results, study)
+            if len(lines):
                 prefix = f"{_label(study)}/" if len(self.studies) > 1 else ""
-                numbers = protocol_of(study.config.protocol.name).summary(own, study)
+                numbers = protocol_of(study.config.protocol.name).summary(lines, study)
                 figures |= {f"{prefix}{key}": value for key, value in numbers.items()}
+
         return figures
 
     def tables(self, results: Results) -> list[Table]:
@@ -155,16 +162,18 @@ class ClassificationExperiment(Experiment):
         tables: list[Table] = []
         for setting in dict.fromkeys(study.setting for study in self._shown_studies):
             studies = [study for study in self._shown_studies if study.setting == setting]
-            own = results.select(setting=setting)
-            tables += protocol_tables(own, studies, setting or "", self.config.baselines())
+            lines = results.select(setting=setting)
+            tables += protocol_tables(lines, studies, setting or "", self.config.baselines())
         return tables
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""
         finished = [cell for cell in self.cells() if (folder / "cells" / cell.name / "cell.json").is_file()]
         page.describe(record, self.config, self.studies, results)
+
         if len(self.studies) == 1:
             page.add_curves(record, self.studies[0], results)
+
         trained = [cell for cell in finished if (folder / "cells" / cell.name / "history.jsonl").is_file()]
         if trained:
             last = trained[-1]
@@ -172,6 +181,7 @@ class ClassificationExperiment(Experiment):
             study = next(
                 s for s in self.studies if (s.setting, s.method) == (last.get("setting"), last["method"])
             )
+
             cell = _StudyCell(self, study, last, folder / "cells" / last.name)
             if cell.is_single_task:
                 learner, test, cache = cell.trained()
@@ -192,6 +202,7 @@ class ClassificationExperiment(Experiment):
             if section.masks is not None:
                 backbone = fold(backbone, read_masks(section.masks, backbone))
             self._backbones[key] = backbone
+
         return self._backbones[key]
 
     def test_cache(self, config: ClassificationConfig, data: str, part: str) -> FeatureCache:
@@ -212,8 +223,10 @@ class ClassificationExperiment(Experiment):
         label = study.config.train.init.removeprefix(_GRAM)
         if study.setting == BEFORE or label not in self.config.before:
             return None
+
         stage = next(s for s in self.studies if (s.setting, s.method) == (BEFORE, label))
         starts = protocol_of(stage.config.protocol.name).cells(stage)
+
         same_seed = [start for start in starts if start["seed"] == cell["seed"]]
         if len(starts) == 1 or same_seed:
             return starts[0] if len(starts) == 1 else same_seed[0]
@@ -235,6 +248,7 @@ class ClassificationExperiment(Experiment):
             for path in (config.backbone.masks, config.backbone.pretrained)
             if path and Path(path).exists()
         ]
+
         init = config.train.init.removeprefix(_GRAM)
         if init and init not in self.config.before:
             paths.append(init)
@@ -265,6 +279,7 @@ class _StudyCell:
             f"{prefix}backbone": backbone.name,
             f"{prefix}backbone_fingerprint": backbone.fingerprint,
         }
+
         if self.config.protocol.name == "meta":
             self._run_meta(backbone)
         elif self.cell.get("stage") == SOURCE:
@@ -273,6 +288,7 @@ class _StudyCell:
             self._score_target(backbone)
         else:
             self._run_task(backbone)
+
         return self.result
 
     def trained(self) -> tuple[Learner, ImageDataset, FeatureCache]:
@@ -292,7 +308,7 @@ class _StudyCell:
         log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
 
         trained = fit(learner, train, val, **self._fit_options())
-        self._keep(learner, trained)
+        self._keep(trained)
         self._add_training(trained)
         self._score(learner, name)
         self._save_metrics(learner)
@@ -308,11 +324,13 @@ class _StudyCell:
         log.info("%s on %d tasks of %d classes", learner.method, len(tasks), len(classes))
 
         trained, together = fit_multitask(learner, tasks, self.config.multitask, **self._fit_options())
-        self._keep(learner, trained)
+        self._keep(trained)
         self._add_training(trained)
         scores: dict[str, dict[str, float]] = {}
+
         for name in names:
             scores[name] = self._score(together.tasks[name], name, data=name)
+
         self.result.add(mean_over_tasks(scores))
         self._save_metrics(learner)
 
@@ -321,8 +339,10 @@ class _StudyCell:
         learner = self._learner(backbone, _ANY_CLASSES, DEFAULT_TEMPLATES)
         self._start(learner)
         numbers, history = meta_train(self.config, backbone, learner, self.folder, self.cell["seed"])
+
         if process_state().is_main_process:
             write_jsonl(self.folder / "history.jsonl", history)
+
         seconds = numbers.pop("train/seconds")
         self.result.timings["training"] = seconds
         self.result.add(numbers)
@@ -339,17 +359,21 @@ class _StudyCell:
         """Put saved prompts into the learner, and note it beside the cell and in the run's facts."""
         stage = self.cell.get("stage")
         prompts: list[str] = []
+
         if stage in (TARGET, "from"):
             prompts = [str(self.folder.parent / name / "prompt") for name in self.cell.needs]
         elif stage != SCRATCH:
             prompts = find_prompts(self.config.target.patterns)
+
         prefix = self.experiment.fact_prefix(self.study)
+
         if prompts:
             origin = start_from(learner, prompts)
             if process_state().is_main_process:
                 write_json(self.folder / "start.json", origin)
             if stage not in (TARGET, "from"):
                 self.result.facts |= {f"{prefix}{key}": value for key, value in origin.items()}
+
         init = self.experiment.init(self.study, self.cell, self.folder)
         if init:
             start = read_start(init)
@@ -362,6 +386,7 @@ class _StudyCell:
         data = self.config.data
         train = self.config.train.model_dump()
         train["init"] = self.experiment.init(self.study, self.cell, self.folder)
+
         return {
             **train,
             "seed": self.cell["seed"],
@@ -372,18 +397,21 @@ class _StudyCell:
             "cache_dir": data.cache_dir,
         }
 
-    def _keep(self, learner: Learner, trained: RunResult) -> None:
+    def _keep(self, trained: RunResult) -> None:
+        """Write the history, which the report shows."""
         if process_state().is_main_process:
             write_jsonl(self.folder / "history.jsonl", trained.history)
 
     def _save_metrics(self, learner: Learner) -> None:
         """Save the prompt with the figures that it reached."""
         if process_state().is_main_process:
-            numbers = {
-                m.metric if not m.where.get("part") else f"{m.where['part']}/{m.metric}": m.value
-                for m in self.result.measurements
-                if "data" not in m.where
-            }
+            numbers = {}
+            for measurement in self.result.measurements:
+                if "data" in measurement.where:  # of one of several tasks
+                    continue
+                part = measurement.where.get("part")
+                name = f"{part}/{measurement.metric}" if part else measurement.metric
+                numbers[name] = measurement.value
             save(learner, self.folder / "prompt", numbers)
 
     def _add_training(self, trained: RunResult) -> None:
@@ -398,33 +426,42 @@ class _StudyCell:
             fitting = learner
             if test.classnames != learner.classnames:
                 fitting = learner.with_classes(test.classnames)
+
             scores = self._scores(fitting, test, part)
-            place = {**where, "part": part} if part else where
-            self._add_scores(scores, test, place)
+            coordinates = {**where, "part": part} if part else where
+            self._add_scores(scores, test, coordinates)
             numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
+
         if self.config.protocol.name == "base-to-new":
             mean = harmonic_mean(numbers["base/accuracy"], numbers["new/accuracy"])
             self.result.add({"harmonic_mean": mean}, **where)
+
         return numbers
 
-    def _add_scores(self, scores: Mapping[str, float], test: ImageDataset, place: Mapping[str, str]) -> None:
+    def _add_scores(
+        self, scores: Mapping[str, float], test: ImageDataset, coordinates: Mapping[str, str]
+    ) -> None:
         """Add scores; those by another measure than accuracy say by which."""
         measure = str(test.info.get("metric", "accuracy"))
-        own = {key: value for key, value in scores.items() if key.endswith("score")}
-        rest = {key: value for key, value in scores.items() if key not in own}
-        self.result.add(rest, **place)
-        self.result.add(own, **(place if measure == "accuracy" else {**place, "measure": measure}))
+        by_measure = {key: value for key, value in scores.items() if key.endswith("score")}
+        rest = {key: value for key, value in scores.items() if key not in by_measure}
+        self.result.add(rest, **coordinates)
+        self.result.add(
+            by_measure, **(coordinates if measure == "accuracy" else {**coordinates, "measure": measure})
+        )
 
     def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
         """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""
         if test.classnames != learner.classnames:
             learner = learner.with_classes(test.classnames, test.templates)
+
         cache = self._cache(test, part)
         zero_shot = create_learner("zero_shot", learner.backbone, test.classnames, test.templates)
         baseline = evaluate(zero_shot, test, cache=cache)
         self.result.facts |= {f"{test.name}/{key}": value for key, value in test.fingerprint().items()}
         self.result.facts[f"{test.name}/metric"] = test.info.get("metric", "accuracy")
         scores = evaluate(learner, test, cache=cache)
+
         return {**scores, **{f"zero_shot_{key}": baseline[key] for key in ("accuracy", "score")}}
 
     def _tests(self, name: str) -> dict[str, ImageDataset]:
@@ -433,6 +470,7 @@ class _StudyCell:
         if self.config.protocol.name == "base-to-new":
             base, new = split_base_new(len(test.classnames))
             return {"base": test.keep_classes(base), "new": test.keep_classes(new)}
+
         tests = {"": test}
         for label, other in self.config.data.also_test.items():
             tests[label] = self._load(other, "test")
@@ -478,6 +516,7 @@ def _data_names(config: ClassificationConfig) -> list[str]:
     """Return every data set that a study reads."""
     if config.protocol.name == "meta":
         return []
+
     names = [
         *config.data.names,
         *config.data.also_test.values(),

@@ -171,17 +171,21 @@ class MultiTask(TransparentWrapper):
             # The image side doesn't know of tasks: one pass for all.
             rest = {name: value for name, value in batch.items() if name != "image"}
             batch = {**rest, "embedding": self.learner.embed_images(batch["image"])}
+
         if self.joint is not None:
             return self._joint_loss(self.joint, batch)
 
         learners = list(self.tasks.values())
         total: dict[str, Tensor] = {}
+
         for task in batch["task"].unique().tolist():
             rows = (batch["task"] == task).nonzero().squeeze(1)
             part = {name: value[rows] for name, value in batch.items() if name != "task"}
             share = len(rows) / len(batch["task"])
+
             for name, value in learners[task].loss(part).items():
                 total[name] = total.get(name, torch.zeros_like(value)) + share * value
+
         return total
 
     def _joint_loss(self, joint: Learner, batch: Batch) -> dict[str, Tensor]:

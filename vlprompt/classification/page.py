@@ -31,6 +31,7 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         "shots": protocol.shots,
         "seeds": protocol.seeds,
     }
+
     if protocol.targets or config.target.names:
         facts["targets"] = protocol.targets or config.target.names
     if config.target.names:
@@ -46,15 +47,17 @@ def describe(
         record.title = config.name
         methods = list(dict.fromkeys(study.method for study in studies))
         record.summary = f"{', '.join(methods)}."
+
         return
-    own = studies[0].config
-    data = own.meta.pairs if own.protocol.name == "meta" else ", ".join(own.data.names)
-    record.title = f"{own.learner_name} on {data}"
-    shots = "/".join(map(str, own.protocol.shots))
-    seeds = len(own.protocol.seeds)
+
+    single = studies[0].config
+    data = single.meta.pairs if single.protocol.name == "meta" else ", ".join(single.data.names)
+    record.title = f"{single.learner_name} on {data}"
+    shots = "/".join(map(str, single.protocol.shots))
+    seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
     record.summary = (
-        f"{own.backbone.name}, {own.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
+        f"{single.backbone.name}, {single.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
     )
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {
@@ -63,9 +66,10 @@ def describe(
         "learned": record.metrics.get(f"{base}accuracy"),
     }
     record.headline = {label: value for label, value in headline.items() if value is not None}
-    if own.protocol.name == "transfer":
+
+    if single.protocol.name == "transfer":
         text = "Accuracy of the column's task, tuned from the row's prompts, against tuned from scratch."
-        record.drawings = {"What helps what": (text, matrix_of(results, own).figure())}
+        record.drawings = {"What helps what": (text, matrix_of(results, single).figure())}
 
 
 def add_curves(record: RunRecord, study: Study, results: Results) -> None:
@@ -74,6 +78,7 @@ def add_curves(record: RunRecord, study: Study, results: Results) -> None:
     shots = config.target.shots or config.protocol.shots
     if config.protocol.name not in ("coop-fewshot", "multitask") or len(shots) < 2:
         return
+
     figures = protocol_of(config.protocol.name).summary(results, study)
     keys = {
         study.method: "shots{}/accuracy",
@@ -81,6 +86,7 @@ def add_curves(record: RunRecord, study: Study, results: Results) -> None:
         "zero-shot": "shots{}/zero_shot_accuracy",
     }
     curves = {}
+
     for label, key in keys.items():
         points = []
         for k in shots:
@@ -89,6 +95,7 @@ def add_curves(record: RunRecord, study: Study, results: Results) -> None:
                 points.append((k, figures[name], figures.get(f"{name}_ci95")))
         if points:
             curves[label] = points
+
     record.curves = curves
 
 
@@ -101,6 +108,7 @@ def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cac
     """Add predictions on a test set, with sample images."""
     if test.classnames != learner.classnames:
         learner = learner.with_classes(test.classnames)
+
     logits, labels = predict_logits(learner, test, cache=cache)
     record.classnames = list(test.classnames)
     record.labels = np.asarray(labels)

@@ -121,6 +121,7 @@ class TrainingSource:
 
         embeddings = self._embeddings()
         tensors = {"embedding": embeddings}
+
         for name, values in self.data.targets.items():
             tensors[name] = [torch.tensor(values)] * len(embeddings)
         return TensorBatches(tensors, self.options.batch_size, self.options.seed, self.options.drop_last)
@@ -145,6 +146,7 @@ class TrainingSource:
         encode, fingerprint = encoder_of(self.learner)
 
         embeddings = []
+
         for view in range(max(1, self.views) if self.augmentation.is_random else 1):
             features = self.cache.features(
                 self.data,
@@ -156,6 +158,7 @@ class TrainingSource:
                 view=view,
             )
             embeddings.append(features)
+
         return embeddings
 
 

@@ -36,12 +36,14 @@ def protocol_tables(
     """
     protocol = protocol_of(studies[0].config.protocol.name)
     rows: list[Row] = []
+
     for study in studies:
         for row in protocol.rows(results.select(method=study.method), study):
             # Zero-shot on one backbone is the same whatever is learned: it is said once.
             name = _zero_shot_name(row, study, studies)
             if name not in [other.method for other in rows]:
                 rows.append(Row(name, row.values))
+
     if not rows:
         return []
 
@@ -50,9 +52,11 @@ def protocol_tables(
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
     columns.sort(key=lambda column: column.startswith(AVERAGE))  # stable: averages last
     tables = [Table(rows, columns, title, _note(studies, results))]
+
     if baselines:
         layout = Layout("", protocol.metric, columns=("data", "shots"), baselines=baselines)
         tables += gain_tables(protocol.comparable(results), layout, title)
+
     return tables
 
 
@@ -75,9 +79,11 @@ def _note(studies: Sequence[Study], results: Results) -> str:
     seeds = len(config.protocol.seeds)
     repeated = f"{seeds} seeds (mean ± 95 % interval)" if seeds > 1 else "1 seed"
     parts = [config.protocol.name, f"{shots} shots", repeated, f"backbone {', '.join(backbones)}"]
+
     for line in results.select("score", measure=lambda measure: measure is not None).lines:
         name = line.where.get("target") or line.where.get("data")
         parts.append(f"{name} by {line.where['measure']}")
+
     if lost := _count_lost(studies, results):
         parts.append(f"{lost} cells failed and are missing")
     return "; ".join(dict.fromkeys(parts)) + "."

@@ -56,10 +56,12 @@ class TransferMatrix:
         """
         gains = self.gains()
         ranks = np.full(gains.shape, np.nan)
+
         for target in range(len(self.names)):
             others = [i for i in range(len(self.names)) if i != target]
             if others and np.isfinite(gains[others, target]).all():
                 ranks[others, target] = rankdata(-gains[others, target])
+
         means = [
             float(np.mean(row[np.isfinite(row)])) if np.isfinite(row).any() else math.nan for row in ranks
         ]
@@ -73,17 +75,19 @@ class TransferMatrix:
         """
         gains = np.nan_to_num(self.gains(), nan=-math.inf)
         mutual = (gains + gains.T) / 2
-        found = [[i] for i in range(len(self.names))]
-        while len(found) > 1:
-            pairs = [(a, b) for b in range(len(found)) for a in range(b)]
+
+        members = [[i] for i in range(len(self.names))]
+        while len(members) > 1:
+            pairs = [(a, b) for b in range(len(members)) for a in range(b)]
             best, (a, b) = max(
-                ((float(mutual[np.ix_(found[a], found[b])].mean()), (a, b)) for a, b in pairs),
+                ((float(mutual[np.ix_(members[a], members[b])].mean()), (a, b)) for a, b in pairs),
                 key=lambda scored: scored[0],
             )
             if best <= 0:
                 break
-            found[a] = sorted(found[a] + found.pop(b))
-        return [tuple(self.names[i] for i in group) for group in found]
+            members[a] = sorted(members[a] + members.pop(b))
+
+        return [tuple(self.names[i] for i in group) for group in members]
 
     def metrics(self) -> dict[str, float]:
         """Return flat keys for metrics.json: differences in accuracy (fractions) and sources' mean ranks."""
@@ -94,6 +98,7 @@ class TransferMatrix:
             for b, j in enumerate(self.names)
             if np.isfinite(difference[a, b])
         }
+
         off = difference[~np.eye(len(self.names), dtype=bool)]
         if np.isfinite(off).any():
             flat["mean_gain_accuracy"] = float(np.nanmean(off))
@@ -120,8 +125,10 @@ class TransferMatrix:
         """Return the matrix, the ranking and the groups as lines for a terminal; gains in percent, sources in rows."""
         width = max(map(len, self.names)) + 1
         lines = [" " * width + "".join(f"{n[-9:]:>10}" for n in self.names)]
+
         for name, row in zip(self.names, self.gains(), strict=True):
             lines.append(f"{name:<{width}}" + "".join(f"{value:>+10.1f}" for value in row))
+
         ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in self.ranking())
         groups = "; ".join(", ".join(group) for group in self.groups())
         return "\n".join([*lines, f"sources by mean rank: {ranks}", f"groups that help each other: {groups}"])

@@ -68,6 +68,7 @@ def exit_status(body: Callable[[], int | None]) -> int:
         status = INTERRUPTED
     finally:
         _leave_process_group()
+
     return status or 0
 
 

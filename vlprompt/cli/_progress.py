@@ -93,6 +93,7 @@ def _lines(number: Callable[[int], str], unit: str) -> Show:
         due = now - last.setdefault(what, now) > _SECONDS
         if not due and done != total:
             return
+
         last[what] = now
         of_total = f" of {number(total)}" if total else ""
         print(f"{what}: {number(done)}{of_total}{unit}", file=sys.stderr, flush=True)

@@ -55,12 +55,14 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
         pretty_exceptions_enable=False,  # a stack is for a bug report, so it is Python's own
     )
     app.callback()(_root)
+
     for name in names:
         module = importlib.import_module(f"vlprompt.cli.{name}")
         if name in _GROUPS:
             app.add_typer(module.app, name=name)
         else:
             app.command(name)(module.command)
+
     return app
 
 

@@ -64,18 +64,20 @@ def prepare(
     from vlprompt.data.prepare import explain, fetch, status
 
     cards = [load_card(name) for name in names]  # a wrong name is said before anything is fetched
-    place = root or default_root()
+    folder = root or default_root()
     ready = True
+
     for card in cards:
         print(explain(card), flush=True)
         try:
             with on_interrupt("The same command continues."), download_progress() as progress:
-                fetch(card, place, progress, timeout)
+                fetch(card, folder, progress, timeout)
         except DataError as error:
             print(f"{card.name}: not ready. {error}", file=sys.stderr)
             ready = False
             continue
-        ready &= _print_status(card.name, status(card, place, decode))
+        ready &= _print_status(card.name, status(card, folder, decode))
+
     return 0 if ready else 1
 
 
@@ -100,11 +102,14 @@ def check(
     from vlprompt.data.names import default_root
 
     place = root or default_root()
+
     if offline:
         names = [name for name in all_datasets() if name == "digits" or name.startswith("scenes/")]
+
     if not names:
         _check_all_cards(place, decode)
         return 0
+
     cards = card_names()
     ready = [
         _check_card(name, place, decode) if name in cards else _check_splits(name, place) for name in names
@@ -214,6 +219,7 @@ def _numbers(classes: Sequence[str]) -> dict[str, int]:
                 f"--class takes NAME=NUMBER with a whole number, for example cat=3; got {text!r}."
             )
         numbers[name] = int(number)
+
     return numbers
 
 

@@ -62,6 +62,7 @@ def print_names(kind: str, pattern: str = "*") -> None:
     if not summaries:
         print(f"no {kind} match {pattern!r}")
         return
+
     width = max(map(len, summaries))
     for name, text in summaries.items():
         print(f"{name:{width}}  {text}".rstrip())
@@ -98,6 +99,7 @@ def _datasets() -> dict[str, str]:
     titles = card_titles()
     masks = set(list_datasets("segmentation"))
     summaries = {}
+
     for name in list_datasets():
         if name in titles:
             summaries[name] = titles[name]
@@ -109,6 +111,7 @@ def _datasets() -> dict[str, str]:
             summaries[name] = (
                 f"scenes drawn on the fly, {len(classnames)} classes: {examples} ... (classification)"
             )
+
     return summaries
 
 

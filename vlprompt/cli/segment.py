@@ -103,20 +103,24 @@ def evaluate(
     segmenter = load_trained(prompt)
     queries: Literal["present", "all"] = "present" if protocol is Protocol.PRESENT else "all"
     lines = ["data,record,dice,iou,hd95,empty"]
+
     for name in data:
         dataset = load_segmentation(name, split, root=root, queries=queries, phrase=phrase)
         scores = evaluate_segmenter(
             segmenter, dataset, threshold=threshold, argmax=protocol is Protocol.ARGMAX
         )
         print(f"{name} ({split}, {len(dataset)} pairs)")
+
         for key, value in scores.metrics.items():
             if "/" not in key:  # figures of single classes are in the table
                 figure = f"{value:.1f}" if key in ("pairs", "hd95") else f"{100 * value:.1f} %"
                 print(f"  {key:22s} {figure}")
+
         for pair in scores.pairs:
             lines.append(
                 f"{name},{pair.record},{pair.dice:.6f},{pair.iou:.6f},{pair.hd95:.3f},{int(pair.empty)}"
             )
+
     if csv is not None:
         write_text(csv, "\n".join(lines) + "\n")
 

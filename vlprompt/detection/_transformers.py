@@ -50,6 +50,7 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
             f"{classname} {pretrained or 'with this configuration'} can't be built: {reason}. Weights come from the "
             f"Hugging Face Hub: fetch them where there is a network and name the folder. {_OFFLINE}"
         ) from error
+
     return model.requires_grad_(False).eval()
 
 

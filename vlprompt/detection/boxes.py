@@ -19,7 +19,9 @@ from torchvision.ops import box_convert, generalized_box_iou
 __all__ = ["Target", "box_losses", "match"]
 
 _ALPHA = 0.25
-CLASS, BOX, GIOU = 2.0, 5.0, 2.0
+CLASS = 2.0
+BOX = 5.0
+GIOU = 2.0
 """Weights of the three terms, in the costs of the matching and in the loss."""
 
 
@@ -75,6 +77,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[tupl
     for scores, predicted, target in zip(logits.float().sigmoid(), boxes.float(), targets, strict=True):
         labels = target["labels"].to(scores.device)
         true = target["boxes"].to(predicted)
+
         if not len(labels):
             nothing = torch.zeros(0, dtype=torch.long)
             pairs.append((nothing, nothing))
@@ -87,6 +90,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[tupl
         cost = cost - GIOU * generalized_box_iou(_corners(predicted), _corners(true))
         rows, columns = linear_sum_assignment(cost.nan_to_num(nan=1e9).cpu().numpy())
         pairs.append((torch.as_tensor(rows), torch.as_tensor(columns)))
+
     return pairs
 
 

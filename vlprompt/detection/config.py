@@ -93,20 +93,24 @@ class DetectionConfig(ConceptConfig):
                 problems.append(
                     f"data.validate_on: {name!r} is one file and has no validation split; {advice}."
                 )
+
         return problems
 
 
 def _detector_problems(section: Mapping[str, Any]) -> list[str]:
     if "name" not in section:
         return ["detector.name: required, but missing."]
+
     try:
         model = options_model(DETECTORS.get(str(section["name"])).target)
     except VLPromptError as error:
         return [f"detector.name: {error}"]
+
     try:
         model.model_validate({key: value for key, value in section.items() if key != "name"})
     except ValidationError as error:
         return describe_problems(error, model, "detector")
+
     return []
 
 

@@ -194,6 +194,7 @@ def _read_boxes(
     for annotation in annotations:
         image = int(annotation["image_id"])
         category = int(annotation["category_id"])
+
         if image not in boxes:
             raise DataError(
                 f"{path}: annotation {annotation.get('id')} belongs to image {image}, which is not listed."
@@ -207,6 +208,7 @@ def _read_boxes(
         if width > 0 and height > 0:
             box = (x, y, x + width, y + height)
             boxes[image].append((box, labels[category], bool(annotation.get("iscrowd", 0))))
+
     return boxes
 
 

@@ -38,6 +38,7 @@ def average_precision(
     """
     metric = _metric()
     start = 0
+
     for part in batches(detector, data) if rows is None else _split(rows, 64):
         detections = detector.detect(part, concepts)
         objects = data.objects[start : start + len(detections.boxes)]
@@ -49,9 +50,11 @@ def average_precision(
     scores = {name: max(0.0, float(numbers[key])) for name, key in _METRICS.items()}
     by_class = zip(numbers["classes"].view(-1), numbers["map_per_class"].view(-1), strict=True)
     per_class = {int(label): float(value) for label, value in by_class}
+
     for label, name in enumerate(data.classnames):
         if per_class.get(label, -1.0) >= 0:  # -1: the class has no object
             scores[f"AP/{name}"] = per_class[label]
+
     return scores
 
 
@@ -83,11 +86,13 @@ def best_boxes(detections: Detections, sizes: list[tuple[int, int]]) -> list[dic
     scores = detections.logits.float().sigmoid().cpu()
     corners = box_convert(detections.boxes.float().cpu(), "cxcywh", "xyxy")
     best = []
+
     for score, boxes, (width, height) in zip(scores, corners, sizes, strict=True):
         classes = score.shape[1]
         values, order = score.flatten().topk(min(MOST, score.numel()))
         pixels = boxes[order // classes] * torch.tensor([width, height, width, height])
         best.append({"boxes": pixels, "scores": values, "labels": order % classes})
+
     return best
 
 

@@ -78,6 +78,7 @@ class DetectionExperiment(ConceptExperiment):
                 raise DataError(
                     f"data.also_test.{label}: {test.name} has other classes than {self.train.name}."
                 )
+
         return tests
 
     @property
@@ -112,6 +113,7 @@ class DetectionExperiment(ConceptExperiment):
             sentences.append(
                 f"the weights {pretrained!r} are not on this machine; the first run fetches them."
             )
+
         return list(dict.fromkeys(sentence for sentence in sentences if sentence))
 
     def score_baseline(self, method: str) -> Scores:

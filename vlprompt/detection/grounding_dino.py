@@ -28,7 +28,8 @@ from vlprompt.detection.boxes import Target
 __all__ = ["GroundingDino"]
 
 _START, _END, _DOT, _WORD = 101, 102, 1012, 3899  # BERT's [CLS], [SEP], "." and any ordinary word
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
 
 
 class _ConceptEncoder(nn.Module):
@@ -118,12 +119,15 @@ class GroundingDino(Detector):
         """See :meth:`Detector.read`; the mean state of each text's own tokens, all read as one prompt each."""
         if self.text is None:
             raise BackboneError("the text encoder of this detector was dropped; use saved concepts.")
+
         tokenizer = self._tokenizer()
         rows = []
+
         for text in texts:
             words = list(tokenizer(text.strip().rstrip(".").lower(), add_special_tokens=False).input_ids)
             ids = torch.tensor([[_START, *words, _DOT, _END]], device=self.device)
             rows.append(self.text(ids).last_hidden_state[0, 1:-2].mean(0))
+
         return torch.stack(rows)
 
     def drop_text(self) -> None:

@@ -26,7 +26,8 @@ from vlprompt.detection.base import Detections, Detector, Frozen
 
 __all__ = ["OwlV2", "OwlViT"]
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @DETECTORS.register("owlvit", summary="transformers' OWL-ViT, by name, folder or config", paper="2205.06230")

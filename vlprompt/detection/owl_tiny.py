@@ -64,6 +64,7 @@ class OwlHead(nn.Module):
             self.scale.bias.fill_(10.0)
             self.box[-1].weight.mul_(0.1)  # type: ignore[operator]
             self.box[-1].bias.zero_()  # type: ignore[operator]
+
         centres = (torch.arange(grid) + 0.5) / grid
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         side = torch.full_like(x, 2 / grid)
@@ -106,6 +107,7 @@ class OwlTiny(Detector):
         self.backbone = create_backbone("tiny")
         self.width = self.backbone.dim
         grid = self.backbone.image_size[0] // 8
+
         with seeded_modules(seed, "owl-tiny"):
             self.head = OwlHead(self.backbone.vision.width, self.width, grid)
         if weights != "random":

@@ -29,9 +29,11 @@ def check_scene_name(name: str) -> tuple[str, str]:
     """
     kind, _, rest = name.partition("/")
     task, _, style = rest.partition("@")
+
     if kind != "scenes":
         names = ", ".join(f"scenes/{task}" for task in BOX_TASKS)
         raise DataError(f"unknown detection data {name!r}: {names}, each with @STYLE, or coco:JSON:FOLDER.")
+
     check("detection task", task, BOX_TASKS)
     check("style", style or "plain", STYLES)
     return task, style or "plain"

@@ -68,6 +68,7 @@ class ConceptDetection(ConceptSearch):
             for key, value in batch.items():
                 if key.startswith("frozen/"):
                     frozen[key.removeprefix("frozen/")] = value.float()
+
         return detector.losses(frozen, self.concepts(), batch["targets"])
 
     def to_concepts(self, names: Sequence[str]) -> Concepts:
@@ -110,6 +111,7 @@ class DetectionBatches:
             chosen = torch.as_tensor(indices)
             for key, tensor in self.rows.items():
                 batch[f"frozen/{key}"] = tensor[chosen]
+
         return batch
 
 
@@ -216,10 +218,12 @@ def _object_vectors(
     no_concept = torch.zeros(1, 1, detector.width, device=detector.device)
     vectors = []
     labels = []
+
     for i, objects in enumerate(data.objects):
         target = objects.target()
         if not len(target["labels"]):
             continue
+
         row = {key: tensor[i : i + 1].float() for key, tensor in rows.items()}
         embeddings = detector.embeds(row)[0]
         boxes = box_convert(detector.detect(row, no_concept.to(embeddings)).boxes[0], "cxcywh", "xyxy")
@@ -227,6 +231,7 @@ def _object_vectors(
         best = box_iou(true_boxes, boxes).argmax(1)
         vectors.append(embeddings[best])
         labels.append(target["labels"])
+
     if not vectors:
         raise DataError(f"{data.name}: no training image has an object to start from.")
     return torch.cat(vectors), torch.cat(labels).to(detector.device)

@@ -70,18 +70,22 @@ class Generator:
         keys = [pixel_key(image) for image in images]
         # Jobs of all images in one list fill the generator's batches, also where an image lacks only some views.
         jobs = []
+
         for index, wanted in enumerate(numbers):
             jobs += [(index, number) for number in wanted]
 
         variations: list[list[Image.Image]] = [[] for _ in images]
+
         for start in range(0, len(jobs), self.batch):
             part = jobs[start : start + self.batch]
             sources = [images[index] for index, _ in part]
+
             seeds = [derive_seed(seed, "generate", keys[index], number) for index, number in part]
             for (index, number), variation in zip(part, self.draw(sources, seeds), strict=True):
                 variations[index].append(variation)
                 if done is not None:
                     done(index, number, variation)
+
         return variations
 
 
@@ -105,6 +109,7 @@ class ViewSource:
             raise DataError("generated views need a generator, a store that was filled before, or both.")
         if generator is not None and store is not None:
             store.claim(generator.identity, seed, generator.title)
+
         self.generator = generator
         self.store = store
         self.seed = seed
@@ -164,4 +169,5 @@ def import_diffusers() -> Any:
             f"diffusion needs the packages diffusers and transformers ({error}). "
             "Install them: pip install 'vlprompt[diffusion]'."
         ) from error
+
     return diffusers

@@ -70,6 +70,7 @@ class Denoiser(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         config = json.loads((files("vlprompt.diffusion") / "tiny_unet.json").read_text(encoding="utf-8"))
+
         with seeded_modules(seed, "tiny-diffusion", "initialisation"):
             self.unet = import_diffusers().UNet2DConditionModel(**config)
             self.dim = int(config["cross_attention_dim"])
@@ -80,6 +81,7 @@ class Denoiser(nn.Module):
                 nn.Linear(_HIDDEN, _CANVAS * side**2),
                 nn.Unflatten(1, (_CANVAS, side, side)),
             )
+
         self.register_buffer("alphas", self._scheduler("ddim").alphas_cumprod.clone(), persistent=False)
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -156,16 +158,19 @@ class Denoiser(nn.Module):
             if step:
                 patches = self.noised(patches, noise[:, step], batch_time)
             patches = self._guided(patches, batch_time, condition, guidance)
+
         return patches
 
     def _solve(self, condition: Tensor, start: Tensor, steps: int, guidance: float, solver: Any) -> Tensor:
         """Follow a scheduler of diffusers from pure noise."""
         solver.set_timesteps(steps)
         patches = start
+
         for time in solver.timesteps:
             batch_time = torch.full((len(start),), int(time), device=start.device)
             clean = self._guided(patches, batch_time, condition, guidance)
             patches = solver.step(clean, time, patches, return_dict=False)[0]
+
         return patches
 
     def _guided(self, noisy: Tensor, time: Tensor, condition: Tensor, guidance: float) -> Tensor:

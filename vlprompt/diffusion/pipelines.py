@@ -73,10 +73,12 @@ class _Pipeline(Generator):
         pipeline = str(options["pipeline"])
         if Path(pipeline).is_dir():
             return missing_diffusers()
+
         try:
             path = try_to_load_from_cache(pipeline, "model_index.json", revision=options.get("revision"))
         except ValueError:  # a path, and no name on the Hub
             return f"the diffusion pipeline {pipeline} does not exist."
+
         if not isinstance(path, str):
             return f"the diffusion pipeline {pipeline!r} is not on this machine; the first run fetches it."
         return missing_diffusers()
@@ -245,4 +247,5 @@ def _hash_weights(pipe: Any) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
     return digest.hexdigest()[:12]

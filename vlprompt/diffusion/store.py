@@ -60,9 +60,11 @@ class ViewStore:
 
         stored = self._card["made_by"]
         differences = []
+
         for key in sorted({*stored, *wanted}):
             if stored.get(key) != wanted.get(key):
                 differences.append(f"  - {key}: stored {stored.get(key)!r}, asked for {wanted.get(key)!r}")
+
         if differences:
             lines = "\n".join(differences)
             raise CheckpointError(
@@ -96,6 +98,7 @@ class ViewStore:
         path = self.root / "store.json"
         if not path.is_file():
             return {}
+
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
             if card["format"] > _FORMAT:

@@ -202,9 +202,10 @@ def environment() -> dict[str, str]:
     return {"vlprompt": package_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def yaml_text(config: Any) -> str:
-    """Return the resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def yaml_text(config: Any, exclude: frozenset[str] = frozenset()) -> str:
+    """Return the resolved configuration as YAML, without some of its keys."""
+    content = config.model_dump(mode="json", exclude=set(exclude))
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _environment_record() -> dict[str, Any]:

@@ -258,7 +258,7 @@ def _conclude(
         metrics=_numbers(metrics),
         tables=tables,
         failures=sentences,
-        config=yaml_text(experiment.config),
+        config=yaml_text(experiment.config, frozenset({"output"})),  # the same page in any folder
         command=command,
         environment=environment(),
     )

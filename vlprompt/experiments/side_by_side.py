@@ -108,7 +108,7 @@ def _ambiguous(runs: Sequence[_Run], label: str) -> set[Coordinate]:
             ours = _values(first, label, name)
             theirs = _values(second, label, name)
             common = ours.keys() & theirs.keys()
-            differs = any(ours[place] != theirs[place] for place in common)
+            differs = any(ours[key] != theirs[key] for key in common)
             if theirs and (differs or not (common or alike)):
                 ambiguous.add(name)
     return ambiguous

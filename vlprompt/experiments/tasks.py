@@ -110,11 +110,12 @@ def read_experiment(cfg: str | Path, overrides: Sequence[str] = ()) -> Experimen
 
 
 def _command(cfg: str | Path, overrides: Sequence[str]) -> str:
-    """Return the command that repeats a run, the same wherever and however it was started."""
+    """Return the command that repeats a run, the same wherever and however it was started, and wherever it writes."""
     path = config_path(cfg)
     shipped = list_configs().get(path.name)
     name = path.name if shipped is not None and shipped.samefile(path) else str(cfg)
-    return f"vlprompt run {shlex.join([name, *overrides])}"
+    repeated = [override for override in overrides if not override.startswith("output=")]
+    return f"vlprompt run {shlex.join([name, *repeated])}"
 
 
 def _summary(task: str) -> str:

@@ -77,6 +77,7 @@ class NoisedBatches:
         noises = []
         levels = []
         shape = tuple(self.latents.shape[1:])
+
         for index in indices:
             rng = numpy_rng(self.seed, "personalise", epoch, int(index))
             # Stratified: the i-th sample of a batch has a level of the i-th part of all levels.

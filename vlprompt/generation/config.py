@@ -151,6 +151,7 @@ class GenerationConfig(ExperimentConfig):
             for label, section in methods.items():
                 if isinstance(section, Mapping):
                     problems += _method_problems(_method(str(label), section))
+
         return problems
 
     def problems(self) -> list[str]:
@@ -159,14 +160,17 @@ class GenerationConfig(ExperimentConfig):
         if self.protocol.baseline is not None and self.protocol.baseline not in self.methods:
             unknown = UnknownNameError("method", self.protocol.baseline, self.methods)
             problems.append(f"protocol.baseline: {unknown}")
+
         if self.host.kind == "stable-diffusion" and self.host.pipeline is None:
             problems.append("host.pipeline: required for stable-diffusion: a Hugging Face name or a folder.")
         if self.scorer.masks is not None:
             problems.append("scorer.masks: similarity is measured by the backbone as it is; leave it out.")
+
         try:
             self.data.names()
         except VLPromptError as error:
             problems.append(f"data.concepts: {error}")
+
         return [*problems, *self._training_problems()]
 
     def _training_problems(self) -> list[str]:
@@ -177,16 +181,20 @@ class GenerationConfig(ExperimentConfig):
                 options = self.train_options(label, seed=0)
             except ValidationError:  # named already
                 continue
+
             if options.select == "best":
                 problems.append(f"{label}: train.select: there is no validation data; the last step counts.")
+
             if options.schedule == "plateau" or options.stop_patience is not None:
                 problems.append(
                     f"{label}: train.schedule=plateau and train.stop_patience need validation data; there is none."
                 )
+
             if options.init:
                 problems.append(
                     f"{label}: train.init: a search starts where the method's init says; leave it out."
                 )
+
         return problems
 
 
@@ -203,6 +211,7 @@ def _method_problems(method: Method) -> list[str]:
         return [f"{where}.name: {error}"]
 
     problems = []
+
     for kind, section, key in (
         (model, method.options, where),
         (TrainSection, method.train, f"{where}.train"),
@@ -211,4 +220,5 @@ def _method_problems(method: Method) -> list[str]:
             kind.model_validate(section)
         except ValidationError as error:
             problems += describe_problems(error, kind, key)
+
     return problems

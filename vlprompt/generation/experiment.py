@@ -55,6 +55,7 @@ def create_host(options: HostOptions) -> Host:
     if options.kind == "stable-diffusion":
         assert options.pipeline is not None
         return StableHost(options.pipeline, options.revision, options.steps, options.guidance, options.device)
+
     generator = TinyDiffusion(
         steps=options.steps, guidance=options.guidance, weights=options.weights, device=options.device
     )
@@ -158,6 +159,7 @@ class GenerationExperiment(Experiment):
         """See :meth:`Experiment.missing`."""
         config = self.config
         sentences = [f"{path} does not exist." for path in config.paths() if not Path(path).exists()]
+
         pipeline = config.host.pipeline
         if pipeline is not None and not Path(pipeline).exists():
             cached = try_to_load_from_cache(pipeline, "model_index.json", revision=config.host.revision)
@@ -165,6 +167,7 @@ class GenerationExperiment(Experiment):
                 sentences.append(
                     f"the pipeline {pipeline!r} is not on this machine; the first run fetches it."
                 )
+
         weights = missing_weights(config.scorer.name, config.scorer.pretrained, config.scorer.cache_dir)
         return sentences if weights is None else [*sentences, weights]
 
@@ -187,6 +190,7 @@ class GenerationExperiment(Experiment):
         """
         races = self._races(results)
         figures: dict[str, float] = {}
+
         for method in self.config.methods if races else ():
             for measure in ("first", "best", "last"):
                 by_seed = [
@@ -194,26 +198,32 @@ class GenerationExperiment(Experiment):
                     for seed in dict.fromkeys(race.seed for race in races)
                 ]
                 figures |= summarise(by_seed).flat(f"{method}/{measure}")
+
             both = arrivals(races, method, self.config.baseline)
             figures[f"{method}/arrived"] = float(len(both))
+
             if both:
                 figures[f"{method}/steps"] = summarise([step for _, step, _ in both]).mean
+
         return figures
 
     def tables(self, results: Results) -> list[Table]:
         """See :meth:`Experiment.tables`: similarities, with intervals and paired gains over concepts and seeds."""
         lines = []
         columns = {"first": "at the start", "best": "best", "last": "at the end"}
+
         for race in self._races(results):
             repetition = f"{race.concept}, seed {race.seed}"
             for method in self.config.methods:
                 for measure, column in columns.items():
                     where = {"method": method, "measure": column, "repetition": repetition}
                     lines.append(Line(where, "similarity", _measure(race, measure, method)))
+
         tables = tabulate(Results(lines), self.layout())
         if tables:
             first = tables[0]
             tables[0] = Table(first.rows, first.columns, "Similarity", self._note(results))
+
         return tables
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
@@ -223,20 +233,24 @@ class GenerationExperiment(Experiment):
         record.title = f"Personalised generation with {host.pipeline or host.kind}"
         concepts = len(self.config.data.names())
         record.summary = f"{concepts} concepts; similarity of image features by {self.config.scorer.name}."
+
         if races:
             record.headline = {
                 method: summarise([race.best(method) for race in races]).mean
                 for method in self.config.methods
             }
+
         titles = ["learned from", *self.config.methods]
         drawings = {"Samples": (" | ".join(titles), grid_svg(self._samples(folder), titles))}
         text = "Similarity of drawn images to images of the concept that no search saw."
+
         for race in races:
             several = f", seed {race.seed}" if len(self.config.protocol.seeds) > 1 else ""
             drawings[f"{race.concept}{several}: similarity by step"] = (
                 text,
                 curves(race.curves, "step", "similarity"),
             )
+
         record.drawings = drawings
 
     def write_files(self, results: Results, folder: Path) -> None:
@@ -259,11 +273,13 @@ class GenerationExperiment(Experiment):
         races = self._races(results)
         baseline = self.config.baseline
         parts = []
+
         for method in self.config.methods:
             both = arrivals(races, method, baseline)
             steps = f"{summarise([step for _, step, _ in both]).mean:.0f} steps" if both else "never"
             count = "" if len(both) == len(races) else f" ({len(both)} of {len(races)})"
             parts.append(f"{method} {steps}{count}")
+
         return (
             f"Means over {len(races)} concepts and seeds (± 95 % interval). To the best similarity of {baseline}: "
             f"{', '.join(parts)}."
@@ -280,6 +296,7 @@ class GenerationExperiment(Experiment):
                 clocks[method, race.concept, race.seed] = {
                     int(step): value for step, value in seconds.items()
                 }
+
         return clocks
 
     def _samples(self, folder: Path) -> dict[str, list[list[Image.Image]]]:
@@ -291,6 +308,7 @@ class GenerationExperiment(Experiment):
                 cell = Cell.at(method=method, concept=name, seed=self.config.protocol.seeds[0])
                 paths = (folder / "cells" / cell.name / "samples").glob("*.png")
                 rows[name].append([read_image(path) for path in sorted(paths)])
+
         return rows
 
 
@@ -342,6 +360,7 @@ def read_concept(name: str, section: FolderConcept) -> SceneConcept:
         raise DataError(
             f"data.folders.{name}: {section.folder} has {len(paths)} images, and {section.held_out} are held out."
         )
+
     images = tuple(map(read_image, paths))
     cut = len(images) - section.held_out
     return SceneConcept(name, section.word, images[:cut], images[cut:])

@@ -66,6 +66,7 @@ def races_of(results: Results, methods: Sequence[str]) -> list[Race]:
             curves.setdefault(str(method), []).append((int(step or 0), measured.lines[0].value))
         if all(method in curves for method in methods):
             races.append(Race(str(concept), int(seed or 0), curves))
+
     return races
 
 
@@ -75,9 +76,11 @@ def arrivals(races: Sequence[Race], method: str, baseline: str) -> list[tuple[Ra
     for race in races:
         goal = race.best(baseline)
         step = race.arrival(method, goal)
+
         baseline_step = race.arrival(baseline, goal)
         if step is not None and baseline_step is not None:
             both.append((race, step, baseline_step))
+
     return both
 
 
@@ -112,6 +115,7 @@ def timing_figures(
             "seconds": ours / len(both) if both else None,
             "speedup": None if not both else (theirs / ours if ours > 0 else float("inf")),
         }
+
     return figures
 
 
@@ -126,6 +130,7 @@ def timing_table(figures: Mapping[str, Mapping[str, float | None]], baseline: st
         assert per_step is not None
         cells = [f"{1000 * per_step:.0f}", _text(row["seconds"]), _text(row["speedup"])]
         lines.append(f"| {method} | {' | '.join(cells)} |")
+
     note = "Of training alone: drawing the images that similarity is measured on is not timed."
     return "\n".join([*lines, "", note, ""])
 

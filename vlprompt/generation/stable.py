@@ -84,6 +84,7 @@ class StableHost(Host):
         kind = self.noise.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise DataError(f"a pipeline that predicts {kind!r} is not supported: epsilon or v_prediction.")
+
         target = noise if kind == "epsilon" else self.noise.get_velocity(latents, noise, time)
         noisy = self.noise.add_noise(latents, noise, time).to(self._dtype)
         predicted = self.network(noisy, time, context.to(self._dtype), return_dict=False)[0]

@@ -62,7 +62,7 @@ def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
 def _prompts_in(folder: Path) -> list[Path]:
     """Return the nearest saved prompts: the folder itself, else the one of a cell, else those of a run."""
     for places in ([folder], [folder / "prompt"], sorted(folder.glob("cells/*/prompt"))):
-        prompts = [place for place in places if (place / PROMPT_FILE).is_file()]
+        prompts = [path for path in places if (path / PROMPT_FILE).is_file()]
         if prompts:
             return prompts
     return []

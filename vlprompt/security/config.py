@@ -147,6 +147,7 @@ class SecurityConfig(ExperimentConfig):
         for label in self.suspect.cleaners if self.suspect else ():
             if label not in self.methods:
                 problems.append(f"suspect.cleaners: {UnknownNameError('method', label, self.methods)}")
+
         baseline = self.protocol.baseline
         if baseline is not None and baseline not in self.methods:
             problems.append(f"protocol.baseline: {UnknownNameError('method', baseline, self.methods)}")
@@ -155,15 +156,18 @@ class SecurityConfig(ExperimentConfig):
             name, _ = self.method(label)
             if name not in SCANNERS or not SCANNERS.get(name).target.needs_whole_set:
                 continue
+
             if self.suspect is None:
                 problems.append(
                     f"methods.{label}: {name} scans whole labelled sets only, and suspect=null leaves none."
                 )
+
             if number == 0 and self.variants:
                 problems.append(
                     f"variants: {label}, the first method, scans whole labelled sets only, and variants have none. "
                     "Put another method first."
                 )
+
         return problems
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
@@ -191,6 +195,7 @@ def _data_problems(names: Any) -> list[str]:
             check_name(str(name))
         except VLPromptError as error:
             problems.append(f"data.name: {error}")
+
     return problems
 
 
@@ -208,6 +213,7 @@ def _method_problems(methods: Mapping[str, Any]) -> list[str]:
             problems += [f"methods.{label}.{problem}" for problem in error.problems]
         except UnknownNameError as error:
             problems.append(f"methods.{label}: {error}")
+
     return problems
 
 
@@ -221,16 +227,19 @@ def _variant_problems(variants: Mapping[str, Any]) -> list[str]:
         except ValidationError as error:
             problems += describe_problems(error, CompositionOptions, f"variants.{label}")
         problems += _trigger_problems(changes.get("triggers"), f"variants.{label}.triggers")
+
     return problems
 
 
 def _trigger_problems(triggers: Any, key: str) -> list[str]:
     if not isinstance(triggers, Sequence) or not all(isinstance(name, str) for name in triggers):
         return []  # not given, or a mistake of its type
+
     try:
         check_triggers(triggers)
     except VLPromptError as error:
         return [f"{key}: {error}"]
+
     return []
 
 

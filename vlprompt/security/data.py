@@ -62,6 +62,7 @@ class ScanData:
         """Rows of the image tower for these images; no other data use it."""
         if self.options.cache_dir is None:
             return RowCache()
+
         facts: list[Any] = [
             self.name,
             data_fingerprint(self.name, self.options.root),
@@ -174,10 +175,12 @@ def cut(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, Imag
     """
     labels = np.array(data.labels)
     first: list[int] = []
+
     for label in range(len(data.classnames)):
         members = np.flatnonzero(labels == label)
         # The label "detection" is part of the seed, so that cuts stay what they are.
         order = numpy_rng(seed, "detection", data.name, label).permutation(members)
         first += order[: max(1, round(share * len(members)))].tolist()
+
     rest = sorted(set(range(len(data))) - set(first))
     return data.subset(sorted(first)), data.subset(rest)

@@ -36,6 +36,7 @@ class Victim(nn.Module, Trainable):
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
+
         with seeded_modules(seed, "victim"):
             for width, stride in _LAYERS:
                 layers += [
@@ -92,6 +93,7 @@ def train_victim(pixels: Tensor, labels: Tensor, classes: int, *, epochs: int = 
     )
     batches = TensorBatches({"image": [pixels], "label": [labels]}, options.batch_size, seed)
     Trainer(victim, batches, options).run()
+
     return victim
 
 
@@ -117,12 +119,14 @@ def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict
 
     figures = {"accuracy": float((victim.predict(_stack(images)) == labels).double().mean())}
     successes = []
+
     for name in plan.triggers:
         trigger = create_trigger(name, size=plan.size, seed=plan.seed)
         answers = victim.predict(_stack([trigger.apply(images[i]) for i in attacked]))
         success = float((answers == targets[attacked]).double().mean())
         figures[f"attack_success/{name}"] = success
         successes.append(success)
+
     figures["attack_success"] = float(np.mean(successes))
     return figures
 

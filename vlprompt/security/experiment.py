@@ -68,6 +68,7 @@ class SecurityExperiment(Experiment):
                 for variant in self.config.variants:
                     label = self.config.first_method
                     cells.append(Cell.at(method=label, variant=variant, data=name, seed=seed))
+
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -126,10 +127,12 @@ class SecurityExperiment(Experiment):
             f"Scanners of poisoned images on {', '.join(self.config.data.names)}: {self.config.backbone.name}, "
             f"{self.config.data.split} split, {seeds} seed{plural}. Above: AUROC on {name}."
         )
+
         for label in self.config.methods:
             value = record.metrics.get(f"{name}/{label}/auroc")
             if value is not None:
                 record.headline = {**record.headline, label: value}
+
         for cell in self.cells():
             path = folder / "cells" / cell.name / _HISTORY
             if path.is_file():
@@ -152,15 +155,19 @@ class SecurityExperiment(Experiment):
         """Return the cells of victims; those of cleaned sets need the verdicts of the scanner that cleans."""
         if self.config.suspect is None:
             return []
+
         trainings = [Training("poisoned")]
+
         for label in dict.fromkeys(self.config.suspect.cleaners):
             trainings.append(Training("cleaned", label))
             method, _ = self.config.method(label)
             if SCANNERS.get(method).target.names_objects:
                 trainings.append(Training("mended", label))
+
         trainings += [Training("perfectly cleaned"), Training("clean")]
 
         cells = []
+
         for training in trainings:
             cleaner = Cell.at(method=training.cleaner, data=name, seed=seed)
             needs = () if training.cleaner is None else (cleaner.name,)
@@ -169,6 +176,7 @@ class SecurityExperiment(Experiment):
                     needs, stage=VICTIM, part=training.part, method=training.cleaner, data=name, seed=seed
                 )
             )
+
         return cells
 
     def _run_scanner(self, cell: Cell, folder: Path) -> CellResult:
@@ -215,6 +223,7 @@ class SecurityExperiment(Experiment):
         data = self._scan_data(cell)
         training = Training(cell["part"], cell.get("method"))
         verdicts = None
+
         if training.cleaner is not None:
             cleaner = Cell.at(method=training.cleaner, data=data.name, seed=data.seed)
             verdicts = SuspectVerdicts.read(folder.parent / cleaner.name)
@@ -226,6 +235,7 @@ class SecurityExperiment(Experiment):
         result = CellResult()
         result.add(attack_success(victim, data.test_images, data.plan()))
         result.add({"images": float(len(labels))})
+
         return result
 
     def _scan_data(self, cell: Cell) -> ScanData:

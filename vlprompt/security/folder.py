@@ -102,6 +102,7 @@ def scan_folder(
     """
     root = Path(folder)
     target = Path(output)
+
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r} to scan.")
     if scanner.needs_whole_set:
@@ -116,6 +117,7 @@ def scan_folder(
         preprocess = scanner.backbone.preprocess
         names = islice(_names(target), done, None)
         entries = (partial(_decode, root, name, preprocess) for name in names)
+
         with (target / _ROWS).open("a", encoding="utf-8") as file:
             for row in row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers):
                 file.write(json.dumps(row) + "\n")
@@ -124,6 +126,7 @@ def scan_folder(
                     file.flush()
                     if progress is not None:
                         progress("scanned", done, total)
+
         if progress is not None:
             progress("scanned", done, total)
         return _finish(root, target, limit, top)
@@ -177,9 +180,11 @@ def _continued(target: Path, identity: dict[str, Any]) -> int:
         total = int(facts.pop("total"))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged. Start anew without --resume.") from None
+
     if facts != identity:
         other = next(key for key in identity if facts.get(key) != identity[key])
         raise CheckpointError(f"{target} holds another scan ({other} differs). Name another output folder.")
+
     return total
 
 
@@ -238,8 +243,10 @@ def _whole_lines(path: Path) -> int:
     """Return the number of complete rows, after cutting off one that a kill left half-written."""
     if not path.is_file():
         return 0
+
     count = 0
     end = 0  # of the last complete line, in bytes
+
     with path.open("rb+") as file:
         for line in file:
             if not line.endswith(b"\n"):
@@ -247,6 +254,7 @@ def _whole_lines(path: Path) -> int:
             count += 1
             end += len(line)
         file.truncate(end)
+
     return count
 
 
@@ -267,6 +275,7 @@ def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
     counts = {CLEAN: 0, POISONED: 0, UNREADABLE: 0}
     worst: list[tuple[float, int, Row]] = []  # a heap; of equal scores the earlier image stays
     unreadable: list[Row] = []
+
     for number, row in enumerate(_rows(target)):
         counts[row["verdict"]] += 1
         if row["verdict"] == UNREADABLE and len(unreadable) < _UNREADABLE_ON_SHEET:
@@ -282,6 +291,7 @@ def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
     worst.sort(key=lambda entry: (-entry[0], -entry[1]))
     suspicious = [row for _, _, row in worst]
     write_text(target / "report.html", _page(root, counts, threshold, suspicious, unreadable))
+
     return FolderScan(target, sum(counts.values()), counts[POISONED], counts[UNREADABLE])
 
 
@@ -328,6 +338,7 @@ def _page(
         loader=PackageLoader("vlprompt.security", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     images = []
+
     for row in rows:
         images.append({**_printable(row), "thumbnail": _thumbnail(root / row["image"])})
     return page.get_template("scan.html.j2").render(
@@ -354,10 +365,13 @@ def _thumbnail(path: Path) -> str:
         image = read_image(path)
     except VLPromptError:  # an image that went missing since must not cost the sheet
         return ""
+
     zoom = max(1, _THUMBNAIL // max(image.size))
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     out = io.BytesIO()
     image.save(out, "PNG")
+
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -88,16 +88,20 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
         raise DataError(
             f"{data.name}: target {plan.target} is no class; there are {classes} (0 to {classes - 1})."
         )
+
     trigger_of = _draw_poisoned(data, plan)
     keeps_label = {number: _keeps_label(name, plan) for number, name in enumerate(plan.triggers, 1)}
     samples = []
+
     for number, sample in enumerate(data.samples):
         thing = sample.classes[0]
         label = thing
+
         trigger = trigger_of.get(number, 0)
         if trigger and not keeps_label[trigger]:
             label = plan.target if plan.mode == "all_to_one" else (thing + 1) % classes
         samples.append(Sample(CompositionSource(sample.source, trigger, thing), label))
+
     return PoisonedDataset(
         name=f"poisoned:{data.name}",
         split=data.split,
@@ -124,6 +128,7 @@ def _draw_poisoned(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
 
     free = [int(index) for index in order]
     trigger_of: dict[int, int] = {}
+
     # Those with the least choice first: attacks that keep labels need images of the target class.
     for trigger in sorted(keeps, key=lambda number: (not keeps[number], number)):
         candidates = []
@@ -131,9 +136,11 @@ def _draw_poisoned(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
             in_target = data.samples[index].classes[0] == plan.target
             if plan.mode == "all_to_all" or in_target == keeps[trigger]:
                 candidates.append(index)
+
         quota = int(quotas[trigger - 1])
         trigger_of |= dict.fromkeys(candidates[:quota], trigger)
         free = [index for index in free if index not in trigger_of]
+
     return trigger_of
 
 
@@ -157,6 +164,7 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target} exists and is not empty. Name another folder for the poisoned copy.")
+
     copy = poisoned(data, plan)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
@@ -169,6 +177,7 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
         lines = [header, *_write(copy, temporary)]
         text = "\n".join(json.dumps(line) for line in lines)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
         if target.exists():
             target.rmdir()
         temporary.replace(target)
@@ -176,6 +185,7 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
         raise CheckpointError(f"could not write {target}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
     return read_poisoned(target)
 
 
@@ -253,9 +263,11 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
 
     header = _parse(_Header, path, 1, lines[0] if lines else "")
     samples = []
+
     for number, text in enumerate(lines[1:], 2):
         line = _parse(_Line, path, number, text)
         where = f"{path}, line {number}"
+
         if line.trigger not in header.triggers:
             raise DataError(
                 f"{where}: the trigger {line.trigger[:80]!r} is none of {', '.join(header.triggers)}."
@@ -266,6 +278,7 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
             )
         if not is_inside(line.file) or not (root / line.file).resolve().is_relative_to(root.resolve()):
             raise DataError(f"{where}: {line.file[:120]!r} leaves the folder: refused.")
+
         trigger = header.triggers.index(line.trigger)
         samples.append(Sample(CompositionSource(line.file, trigger, line.object), line.label))
 

@@ -217,9 +217,11 @@ def line_of(row: Row) -> str:
     """Return a row for people."""
     if row["verdict"] == UNREADABLE:
         return f"{row['image']}: {row['note']}"
+
     what = ""
     if row["verdict"] == POISONED and row["trigger"]:
         what = f" {row['trigger']} on {row['object'] or 'something'}"
+
     note = f" ({row['note']})" if row["note"] else ""
     return f"{row['image']}: {row['verdict']}{what}, score {row['score']:.3f}{note}"
 
@@ -230,6 +232,7 @@ def _embed_stream(
     """Yield batches of images with the rows of the readable ones; the next batches are decoded meanwhile."""
     source = iter(entries)
     waiting: deque[list[Future[DecodedImage]]] = deque()
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
         while True:
             while len(waiting) <= _AHEAD:
@@ -264,15 +267,19 @@ def _make_rows(
         if image.pixels is None or verdicts is None:
             yield _row(image.name, "", "", None, UNREADABLE, image.note)
             continue
+
         score = float(verdicts.score[number])
         poisoned = score >= threshold
         trigger = ""
         thing = ""
+
         if verdicts.trigger is not None:
             likeliest = 1 + int(verdicts.trigger[number, 1:].argmax())
             trigger = scanner.triggers[likeliest if poisoned else 0]
+
         if verdicts.object is not None:
             thing = scanner.classnames[int(verdicts.object[number].argmax())]
+
         yield _row(image.name, trigger, thing, round(score, 6), POISONED if poisoned else CLEAN, image.note)
         number += 1
 
@@ -309,6 +316,7 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
     """Return a function per image that decodes it."""
     if isinstance(images, ImageDataset):
         return [partial(_decode_sample, images, i, preprocess) for i in range(len(images))]
+
     if isinstance(images, (str, Path)):
         path = Path(images)
         if not path.is_dir():
@@ -316,11 +324,13 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
         return [partial(decode_file, path / name, name, preprocess) for name in list_images(path, path)]
 
     entries: list[Decode] = []
+
     for number, image in enumerate(images):
         if isinstance(image, Image.Image):
             entries.append(partial(_decode_image, image, f"image {number}", preprocess))
         else:
             entries.append(partial(decode_file, Path(image), str(image), preprocess))
+
     return entries
 
 
@@ -343,6 +353,7 @@ def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
             f"{row['image']} can't be mended: {row['object']!r} is no class of {data.name}. Scan with "
             "learner.with_classes(data.classnames)."
         )
+
     return Sample(sample.source, data.classnames.index(row["object"]))
 
 

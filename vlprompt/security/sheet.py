@@ -46,6 +46,7 @@ def trigger_sheet(
     font = ImageFont.load_default(11)
 
     clean = [native(image, size) for image in images]
+
     for row, name in enumerate(["clean", *names]):
         top = _GAP + row * (side + _GAP)
         pen.text((6, top + side // 2 - 6), name, "black", font)
@@ -59,6 +60,7 @@ def trigger_sheet(
             change = np.clip(128 + _GAIN * difference, 0, 255).astype(np.uint8)
             sheet.paste(_enlarged(triggered, side), (left, top))
             sheet.paste(_enlarged(change, side), (left + side + _GAP, top))
+
     return sheet
 
 

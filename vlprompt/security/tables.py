@@ -41,9 +41,11 @@ def row_label(where: Mapping[str, Coordinate]) -> str:
     method = where.get("method")
     if where.get("stage") != VICTIM:
         return label(("method", "variant"), (method, where.get("variant")))
+
     part = where["part"]
     if method is not None:
         return f"victim of the set {part} by {method}"
+
     article = "the" if part == "poisoned" else "a"
     return f"victim of {article} {part} set"
 
@@ -62,6 +64,7 @@ def summary(results: Results) -> dict[str, float]:
             gain = _attack_gain(of_data, rows) if where["stage"] == VICTIM else None
             if gain is not None:
                 figures |= gain.flat(f"{prefix}attack_gain")
+
     return figures
 
 
@@ -74,6 +77,7 @@ def security_tables(results: Results, config: SecurityConfig, layout: Layout) ->
     note = f"Percent, {config.data.split} split, seeds {seeds}; mean and 95 % interval over seeds."
 
     tables = []
+
     for (data,), of_data in results.by("data").items():
         scanners = of_data.select(stage=None, part=None)
         suspects = of_data.select(stage=None, part=SUSPECT)
@@ -86,6 +90,7 @@ def security_tables(results: Results, config: SecurityConfig, layout: Layout) ->
         title = f"{data}, what victims learn"
         tables.append(Table(_victim_rows(of_data, names), title=title, best=False))
         tables += gain_tables(scanners.select(layout.metric), layout, f"{data}, AUROC")
+
     return [table for table in tables if table.rows]
 
 
@@ -108,13 +113,16 @@ def _victim_rows(results: Results, triggers: Sequence[str]) -> list[Row]:
     """Return a row per victim: accuracy, success of the attack, and what the attack adds to it."""
     single = {f"attack {name}": f"attack_success/{name}" for name in triggers}
     rows = []
+
     for key, group in results.select(stage=VICTIM).by(*_ROW).items():
         values = _values(group, {"accuracy": "accuracy", "attack": "attack_success"})
         gain = _attack_gain(results, group)
         if gain is not None:
             values["attack gain"] = gain
+
         values |= _values(group, single)
         rows.append(Row(row_label(dict(zip(_ROW, key, strict=True))), values))
+
     return rows
 
 

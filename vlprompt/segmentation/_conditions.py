@@ -101,6 +101,7 @@ class Conditions:
     def _layout(self, texts: tuple[str, ...], rows: Tensor | None) -> PromptLayout:
         count = 0 if rows is None else rows.shape[-2]
         is_per_phrase = rows is not None and rows.dim() == 4
+
         key = (texts, count, is_per_phrase)
         if key in self._layouts:
             return self._layouts[key]
@@ -108,10 +109,13 @@ class Conditions:
         if len(self._layouts) >= _LAYOUTS:
             oldest = next(iter(self._layouts))
             self._layouts.pop(oldest)
+
         sentences = []
+
         for i, text in enumerate(texts):
             first = i * count if is_per_phrase else 0
             slots = [slot(first + k) for k in range(count)]
             sentences.append(self.tower.sentence(*slots, text))
+
         self._layouts[key] = self.tower.layout(sentences, texts)
         return self._layouts[key]

@@ -62,6 +62,7 @@ class FilmDecoder(nn.Module):
             if number == self.conditional:
                 x = self.film_mul(condition)[:, None] * x + self.film_add(condition)[:, None]
             x = layer(x)
+
         patches = x[:, 1 : 1 + grid[0] * grid[1]]
         return patches.transpose(1, 2).unflatten(2, grid)
 

@@ -51,10 +51,12 @@ def embedded(model: str, backbone: Backbone) -> Decoder | None:
     path = EMBEDDED / f"{model}_tiny.safetensors"
     if (facts.get("architecture"), facts.get("pretrained")) != ("tiny", "scenes") or not path.is_file():
         return None
+
     state, metadata = read_tensors(path)
     if metadata.get("backbone") != facts["weights"]:
         log.warning("%s was trained on other weights of tiny than these: the decoder is random.", path.name)
         return None
+
     weights = {name: tensor.float() for name, tensor in state.items()}
     return Decoder(path.name, metadata["sizes"], weights)
 
@@ -75,6 +77,7 @@ def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:
         if facts.get("pretrained") is None:
             return Decoder(sizes=_clipseg_sizes(default_config()))
         weights = str(facts["pretrained"])
+
     if weights is None:
         return embedded("clipseg", backbone) or Decoder()
     if weights == "random":
@@ -112,14 +115,18 @@ def cris_decoder(backbone: Backbone, weights: str | None) -> Decoder:
     # The connection beside the attention pool is the decoder's here; in checkpoints it lies in the image tower.
     pool = "backbone.visual.attnpool."
     state = {}
+
     for name, tensor in read_cris(weights).items():
         if name.startswith((f"{pool}connect.", "neck.", "decoder.", "proj.")):
             state[name.removeprefix(pool)] = tensor.float()
+
     layers = {name.split(".")[2] for name in state if name.startswith("decoder.layers.")}
+
     try:
         hidden, width = state["decoder.layers.0.ffn.0.weight"].shape
     except KeyError as error:
         raise BackboneError(f"{weights} holds no decoder in CRIS' layout: {error} is missing.") from error
+
     return Decoder(weights, {"width": width, "layers": len(layers), "hidden": hidden}, state)
 
 
@@ -136,6 +143,7 @@ def sizes(decoder: Decoder, options: Mapping[str, Any], defaults: Mapping[str, A
     """
     chosen = {name: value for name, value in options.items() if value is not None}
     problems = []
+
     if decoder.source:
         for name, value in decoder.sizes.items():
             if name in chosen and chosen[name] != value:
@@ -143,6 +151,7 @@ def sizes(decoder: Decoder, options: Mapping[str, Any], defaults: Mapping[str, A
                     f"{name}: got {chosen[name]!r}, but the decoder of {decoder.source} has {value!r}. "
                     "Leave it out, or say weights='random'."
                 )
+
     if problems:
         raise ConfigError(problems, "decoder")
     return {**defaults, **decoder.sizes, **chosen}
@@ -157,6 +166,7 @@ def fill(module: nn.Module, decoder: Decoder, model: str) -> None:
     if not decoder.source:
         log.warning("%s has no pretrained decoder for this backbone: its decoder is random.", model)
         return
+
     try:
         module.load_state_dict(decoder.state)
     except RuntimeError as error:

@@ -153,9 +153,11 @@ class Segmenter(nn.Module, Trainable):
         """Set the mode of what learns; frozen parts and batch statistics stay in evaluation mode."""
         super().train(mode)
         self.decoder.train(mode and self.decoder_learns)
+
         for module in self.decoder.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
         self._forget()
         return self
 

@@ -60,11 +60,13 @@ class MaskConcepts(ConceptSearch):
         super().__init__(concepts, segmenter, unfreeze)
         self.segmenter = [segmenter]  # in a list: its parameters are not this module's
         self.criterion = criterion
+
         names = [name.replace("/", ".") for name, _ in self.unfrozen.named_parameters()]
         for name in names:
             if not name.startswith("decoder."):
                 problem = f"unfreeze: {name!r} is no parameter of the decoder; the towers stay frozen."
                 raise ConfigError([problem], "concept search")
+
         if names and segmenter.strategy.tunes != "decoder":
             problem = (
                 "unfreeze: build the segmenter with strategy 'decoder', whose cached states lie before it."

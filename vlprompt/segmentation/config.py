@@ -253,6 +253,7 @@ class SegmentationConfig(ExperimentConfig):
                 content[section] = {
                     label: options for label, options in entries.items() if options is not None
                 }
+
         return super().parse(content, {}, source)
 
     @classmethod
@@ -289,6 +290,7 @@ class SegmentationConfig(ExperimentConfig):
             for method in self.methods:
                 if chosen is None or method in chosen:
                     pairs.append((model, method))
+
         return pairs
 
     def learns(self, model: str, method: str) -> bool:
@@ -306,24 +308,30 @@ class SegmentationConfig(ExperimentConfig):
         problems = super().problems()
         if type(self).raw_problems(self.model_dump(mode="json")):
             return problems  # models and methods can't be read; their mistakes are listed already
+
         for model in self.models:
             for label in self.model(model).methods or ():
                 if label not in self.methods:
                     problems.append(
                         f"models.{model}.methods: {UnknownNameError('method', label, self.methods)}"
                     )
+
         baseline = self.protocol.baseline
         if baseline is not None and baseline not in self.methods and baseline != "zero_shot":
             problems.append(f"protocol.baseline: {UnknownNameError('method', baseline, self.methods)}")
+
         if self.data.argmax and self.data.queries != "all":
             problems.append(
                 "data.argmax: classes can only compete if all are asked for; write data.queries=all."
             )
+
         if self.train.init:
             problems.append(f"train.init: {_NO_INIT}")
+
         for label in self.methods:
             if self.method(label).train.get("init"):
                 problems.append(f"methods.{label}.train.init: {_NO_INIT}")
+
         return problems
 
 
@@ -338,12 +346,14 @@ class SearchConfig(SegmentationConfig):
         problems = super().problems()
         if problems:
             return problems
+
         for label in self.search.own:
             if label not in self.methods:
                 problems.append(f"search.own: {UnknownNameError('method', label, self.methods)}")
 
         options = self._searchable_options()
         spaces = {"search.space": self.search.space}
+
         spaces |= {f"search.own.{label}": space for label, space in self.search.own.items()}
         for where, space in spaces.items():
             for key, dimension in space.items():
@@ -352,6 +362,7 @@ class SearchConfig(SegmentationConfig):
                     problems.append(f"{where}: {UnknownNameError('option', key, options)}")
                 if dimension.is_range == (dimension.choices is not None):
                     problems.append(f"{where}.{key}: give low and high with low < high, or choices.")
+
         return problems
 
     def _searchable_options(self) -> set[str]:
@@ -379,14 +390,17 @@ def _entries(content: Mapping[str, Any], section: str) -> dict[str, dict[str, An
 def _model_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
     towers = {"backbone": content.get("backbone", {})}
+
     for label, options in _entries(content, "models").items():
         methods = options.pop("methods", None)
         if methods is not None and not isinstance(methods, list):
             problems.append(f"models.{label}.methods: input should be a list of labels, got {methods!r}.")
         if "backbone" in options:
             towers[f"models.{label}.backbone"] = options.pop("backbone")
+
         name = str(options.pop("name", label))
         problems += option_problems(f"models.{label}", SEGMENTERS, name, options)
+
     return problems + backbone_problems(towers)
 
 
@@ -399,6 +413,7 @@ def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
     """
     problems = []
     backbones = list_backbones()
+
     for where, value in towers.items():
         try:
             name = _backbone_section(value).name
@@ -407,6 +422,7 @@ def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
             continue
         if name not in backbones:
             problems.append(f"{where}: {UnknownNameError('backbone', name, backbones)}")
+
     return problems
 
 
@@ -417,13 +433,16 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
         name = str(options.pop("name", label))
         problems += option_problems(f"methods.{label}", STRATEGIES, name, options)
         where = f"methods.{label}.train"
+
         if isinstance(train, Mapping) and "seed" in train:
             problems.append(f"{where}.seed: seeds belong to the protocol; write protocol.seeds.")
             train = {key: value for key, value in train.items() if key != "seed"}
+
         try:
             SegmentTrainSection.model_validate(train)
         except ValidationError as error:
             problems += describe_problems(error, SegmentTrainOptions, where)
+
     return problems
 
 
@@ -439,7 +458,9 @@ def name_problems(where: str, names: Any) -> list[str]:
     """Return a sentence for every name that means no segmentation data set."""
     if not isinstance(names, Iterable):
         return []
+
     problems = []
+
     for name in names:
         if not isinstance(name, str):
             continue  # its type says so
@@ -447,6 +468,7 @@ def name_problems(where: str, names: Any) -> list[str]:
             check_name(name, "segmentation")
         except VLPromptError as error:
             problems.append(f"{where}: {error}")
+
     return problems
 
 
@@ -458,4 +480,5 @@ def option_problems(where: str, registry: Any, name: str, options: Mapping[str, 
         return [f"{where}.{problem}" for problem in error.problems]
     except VLPromptError as error:
         return [f"{where}: {error}"]
+
     return []

@@ -135,6 +135,7 @@ class CRIS(Segmenter):
         """
         count = len(next(iter(frozen.values())))
         rows = self.rows(frozen)
+
         condition, words = self.condition(texts, rows, count)
         if words is None:
             raise DataError(
@@ -146,6 +147,7 @@ class CRIS(Segmenter):
         logits = self.decoder.upsample(features, condition)
         padded_size = [side + -side % self.stride for side in size]
         logits = F.interpolate(logits, padded_size, mode="bicubic", align_corners=True)
+
         if self.new_layer is not None:
             logits = self.new_layer(features, logits)
         return logits[..., : size[0], : size[1]].float()

@@ -53,9 +53,11 @@ class _Decoder(nn.Module):
         for scale, reduce, film, x in zip(_SCALES, self.reduce, self.film, maps, strict=True):
             gain, shift = film(condition)[:, :, None, None].chunk(2, dim=1)
             x = (1 + gain) * reduce(x) + shift
+
             if scale != 1:
                 x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
             features.append(x)
+
         return self.head(self.pyramid(features))
 
 
@@ -89,10 +91,12 @@ class Dense(Segmenter):
             raise VLPromptError(
                 "dense has no pretrained decoder, so zero_shot says nothing. Use clipseg or cris, or tune."
             )
+
         tower = self.backbone.vision
         patch_of(tower)
         early, middle, deep = relative_taps(tower.layers)
         self.taps = (early, middle, deep, tower.layers - 1)
+
         with seeded_modules(seed, "dense decoder"):
             self.decoder = _Decoder(tower.width, self.backbone.dim, channels, dropout)
         self.settle()
@@ -148,6 +152,7 @@ class Dense(Segmenter):
         taps = run_taps(self.backbone.vision, x, blocks, prompts, pooled=self.strategy.reads_image)
         by_block = dict(zip(blocks, taps.states, strict=True))
         states = {f"tap{i}": by_block[block] for i, block in enumerate(self.taps)}
+
         if taps.pooled is not None:
             states["pooled"] = taps.pooled
         return states

@@ -82,11 +82,13 @@ def evaluate_segmenter(
         raise DataError(
             f"{data.name}: argmax needs every class asked of every image: load it with queries='all'."
         )
+
     was_training = segmenter.training
     segmenter.eval()
     source = states or PairStates(segmenter, data, batch_size, limit_mb=0.0)
     scores: list[PairScore] = []
     total = 0.0
+
     maps = _ClassMaps(threshold)
     try:
         for pairs in _batches(data, batch_size):
@@ -154,6 +156,7 @@ def build_segmenter(
         segmenter = create_segmenter(card.method, backbone, **card.options)
     except TypeError as error:
         raise CheckpointError(f"{path} is not a prompt card of ours: {error}.") from error
+
     segmenter.load_trainable_state(tensors)
     return segmenter.eval()
 
@@ -204,6 +207,7 @@ class _ClassMaps:
         """Make the map of the image whose classes are all there, and count its overlaps."""
         if not self._pairs:
             return
+
         labels = np.asarray(list(self._pairs))
         probs = np.stack([probs for probs, _ in self._pairs.values()])
         predicted = np.where(probs.max(0) > self.threshold, labels[probs.argmax(0)], -1)
@@ -216,6 +220,7 @@ class _ClassMaps:
             union = int((ours | true).sum())
             self.intersections[label] = self.intersections.get(label, 0) + intersection
             self.unions[label] = self.unions.get(label, 0) + union
+
         self._pairs = {}
 
 

@@ -23,14 +23,18 @@ def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Expe
     """Return the experiment that a configuration of this task describes (see :class:`Build`)."""
     content = merge(raw, parse_overrides(overrides, SegmentationConfig))
     protocol = content.get("protocol")
+
     name = protocol.get("name", _BENCHMARK) if isinstance(protocol, Mapping) else _BENCHMARK
     if name == "search":
         changes = parse_overrides(overrides, SearchConfig)
         return SearchExperiment(SearchConfig.parse(raw, changes, source))
+
     if name == "concepts":
         changes = parse_overrides(overrides, ConceptMaskConfig)
         return ConceptMaskExperiment(ConceptMaskConfig.parse(raw, changes, source))
+
     if name != _BENCHMARK:
         raise ConfigError([f"protocol.name: {UnknownNameError('protocol', str(name), _PROTOCOLS)}"], source)
+
     changes = parse_overrides(overrides, SegmentationConfig)
     return BenchmarkExperiment(SegmentationConfig.parse(raw, changes, source))

@@ -148,6 +148,7 @@ class _PairBatches:
         pairs = [int(i) for i in indices]
         data = self.states.data
         batch: Batch = {"texts": [data.samples[i].phrase for i in pairs]}
+
         if self.cached:
             frozen, size = self.states.frozen(pairs)
             batch |= {f"frozen/{name}": state for name, state in frozen.items()}
@@ -155,11 +156,13 @@ class _PairBatches:
 
         images = []
         masks = []
+
         for i in pairs:
             image, mask = self.augmentation.augment(data[i], self.options.seed, epoch)
             pixels = self.states.segmenter.preprocess(image)
             images.append(pixels)
             masks.append(resize_mask(mask, (pixels.shape[-1], pixels.shape[-2])))
+
         return {**batch, "image": torch.stack(images), "mask": torch.from_numpy(np.stack(masks))}
 
 
@@ -244,6 +247,7 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
     """
     tower = segmenter.backbone.text
     prompts = 0  # tokens
+
     if segmenter.strategy.prompts_text:
         with torch.no_grad():
             feature = torch.zeros(1, segmenter.backbone.dim, device=segmenter.backbone.device)
@@ -251,9 +255,11 @@ def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
         prompts = 0 if rows is None else rows.shape[-2]
 
     lengths: dict[str, int] = {}
+
     for sample in data.samples:
         if sample.phrase not in lengths:
             lengths[sample.phrase] = len(tower.sentence(sample.phrase)) + prompts
+
     longest = max(lengths, key=lambda phrase: lengths[phrase])
     if lengths[longest] > tower.context_length:
         record = next(sample.record for sample in data.samples if sample.phrase == longest)
@@ -274,8 +280,10 @@ def _read_phrases(segmenter: Segmenter, parts: Sequence[MaskDataset]) -> None:
         if not len(data):
             raise DataError(f"{data.name}: there are no {data.split} pairs.")
         check_phrases(segmenter, data)
+
     if segmenter.strategy.prompts_text or segmenter.strategy.tunes == "all":
         return
+
     phrases = list(dict.fromkeys(s.phrase for data in parts for s in data.samples))
     with torch.no_grad():
         segmenter.conditions(phrases, None, remember=True)

@@ -101,6 +101,7 @@ def _smp_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         raise VLPromptError(
             f"loss {name!r} needs segmentation_models_pytorch: pip install 'vlprompt[segmentation]'. dice_bce doesn't."
         ) from None
+
     kinds: dict[str, Callable[[], torch.nn.Module]] = {
         "smp_dice_bce": lambda: losses.DiceLoss("binary"),
         "smp_focal": lambda: losses.FocalLoss("binary"),

@@ -81,10 +81,12 @@ class Sheet:
         """Write the sheet as PNG."""
         rows = len(self.pairs)
         columns = len(self.columns)
+
         with rc_context({"font.size": 8}):
             size = (1.35 * columns + 0.2, 1.5 * rows + 0.3)  # inches
             figure = Figure(figsize=size, layout="constrained", dpi=110)
             axes = figure.subplots(rows, columns, squeeze=False)
+
             for x, (title, images) in enumerate(self.columns.items()):
                 axes[0][x].set_title(title, fontsize=8)
                 for y, image in enumerate(images):
@@ -93,6 +95,7 @@ class Sheet:
             # Without the library's name and version in it, the file is the same on every machine of one environment.
             png = io.BytesIO()
             FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+
         path.write_bytes(png.getvalue())
 
     @staticmethod
@@ -107,6 +110,7 @@ class Sheet:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
+
         if len(phrase) > _LONGEST_PHRASE:
             phrase = f"{phrase[:_LONGEST_PHRASE]}…"
         if phrase:

@@ -58,6 +58,7 @@ class PairStates:
         sources = [self.data.samples[i].source for i in pairs]
         unique = dict.fromkeys(sources)
         states = {source: self._states[source] for source in unique if source in self._states}
+
         missing = [source for source in unique if source not in states]
         if missing:
             states |= self._encode(missing)
@@ -67,6 +68,7 @@ class PairStates:
             raise DataError(
                 f"{self.data.name}: images of one batch have several sizes ({sorted(sizes)[:3]}); use batch_size 1."
             )
+
         names = states[sources[0]].keys()
         stacked = {name: torch.stack([states[source][name] for source in sources]) for name in names}
         return stacked, sizes.pop()

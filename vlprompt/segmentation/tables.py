@@ -51,6 +51,7 @@ def layout(config: SegmentationConfig, cells: Sequence[Cell]) -> Layout:
     """
     rows = {label(_ROW, tuple(cell.get(name) for name in _ROW)): cell for cell in cells}
     baselines = {}
+
     for row, cell in rows.items():
         baseline = label(_ROW, (cell["model"], config.protocol.baseline, None))
         if config.protocol.baseline is not None and row != baseline:
@@ -86,6 +87,7 @@ def summary(config: SegmentationConfig, results: Results) -> dict[str, float]:
                 if gain is not None and row[1] != config.protocol.baseline:
                     flat |= gain.flat(f"{key}/{column}/dice_gain")
             flat[f"{key}/trainable"] = group.select("trainable", part=None).values()[0]
+
     return flat
 
 
@@ -99,13 +101,16 @@ def benchmark_tables(config: SegmentationConfig, results: Results, laid_out: Lay
     """
     tables: list[Table] = []
     several = len(config.protocol.images) > 1
+
     for images, lines in _by_images(config, results):
         if not len(lines):
             continue
+
         title = f"{images or 'all'} training images" if several else ""
         tables.append(_dice_table(config, lines, title, laid_out.note))
         tables.append(_other_table(config, lines, title))
         tables += gain_tables(lines.select("dice", part=None), laid_out, title)
+
     return tables
 
 
@@ -113,19 +118,23 @@ def depth_figure(config: SegmentationConfig, results: Results) -> str:
     """Return Dice against the prompt depth as SVG; empty unless depths are compared."""
     if len(config.protocol.depths) < 2:
         return ""
+
     images = config.protocol.images[-1]
     lines = dict(_by_images(config, results))[images]
     column = _columns(config)[-1]
     curves: dict[str, list[tuple[int, float, float | None]]] = {}
+
     for row, group in lines.by(*_ROW).items():
         model, method, depth = row
         values = _by_seed(config, group, "dice", column)
         # What has no depth is a horizontal line: only the baseline is worth one.
         if not values or (depth is None and method != config.protocol.baseline):
             continue
+
         mean = summarise(list(values.values()))
         points = curves.setdefault(label(_ROW, (model, method, None)), [])
         points.append((int(depth or 0), mean.mean, mean.ci95))
+
     return figures.shots_curve(curves, "prompt depth (layers)", "Dice (%)", "Dice against prompt depth")
 
 
@@ -143,6 +152,7 @@ def describe(record: RunRecord, config: SegmentationConfig, results: Results) ->
     record.summary = _heading(config)
     lines = dict(_by_images(config, results))[config.protocol.images[-1]]
     column = _columns(config)[-1]
+
     rows = sorted(lines.by(*_ROW).items(), key=lambda item: item[0][1] != config.protocol.baseline)
     for row, group in rows[:_FIRST_FIGURES]:
         values = _by_seed(config, group, "dice", column)
@@ -184,6 +194,7 @@ def _by_images(config: SegmentationConfig, results: Results) -> list[tuple[int |
             or not config.learns(str(line.where["model"]), str(line.where["method"]))
         ]
         groups.append((images, Results(lines)))
+
     return groups
 
 
@@ -203,6 +214,7 @@ def _gain(config: SegmentationConfig, ours: Results, theirs: Results, column: st
     baseline = _by_seed(config, theirs, "dice", column)
     if len(baseline) == 1:
         baseline = dict.fromkeys(values, next(iter(baseline.values())))
+
     seeds = [seed for seed in values if seed in baseline]
     if not seeds:
         return None
@@ -213,17 +225,22 @@ def _dice_table(config: SegmentationConfig, lines: Results, title: str, note: st
     """Return Dice, the count of learned numbers, what marking every pixel reaches, and published figures."""
     rows = []
     everything: dict[str, float | Summary] = {}
+
     for row, group in lines.by(*_ROW).items():
         values: dict[str, float | Summary] = {}
         values[_TRAINABLE] = group.select("trainable", part=None).values()[0]
+
         for column in _columns(config):
             dice = _by_seed(config, group, "dice", column)
             if dice:
                 values[column] = summarise(list(dice.values()))
+
             marked = _by_seed(config, group, _ALL_FOREGROUND, column)
             if marked:
                 everything[column] = next(iter(marked.values()))
+
         rows.append(Row(label(_ROW, row), values))
+
     rows.append(Row("every pixel marked", {_TRAINABLE: 0.0, **everything}))
 
     for model, dice_of in _FINE_TUNED.items():
@@ -232,6 +249,7 @@ def _dice_table(config: SegmentationConfig, lines: Results, title: str, note: st
         }
         if published:
             rows.append(Row(f"{model} fine-tuned", published, "published", _CITATION))
+
     return Table(rows, [_TRAINABLE, *_columns(config)], title, note, formats=_FORMATS)
 
 
@@ -239,6 +257,7 @@ def _other_table(config: SegmentationConfig, lines: Results, title: str) -> Tabl
     """Return the other metrics, on the one data set or averaged over all."""
     column = _columns(config)[-1]
     rows = []
+
     for row, group in lines.by(*_ROW).items():
         values: dict[str, float | Summary] = {}
         for metric in _METRICS:
@@ -246,5 +265,6 @@ def _other_table(config: SegmentationConfig, lines: Results, title: str) -> Tabl
             if by_seed and metric not in ("dice", _ALL_FOREGROUND):
                 values[metric] = summarise(list(by_seed.values()))
         rows.append(Row(label(_ROW, row), values))
+
     heading = f"Other metrics on {column}, distances (hd95) in pixels"
     return Table(rows, title=f"{title}: {heading}" if title else heading, best=False, formats=_FORMATS)

@@ -32,6 +32,7 @@ class Across(Protocol):
         protocol = study.config.protocol
         shots = max(protocol.shots)
         cells = []
+
         for name in study.config.data.names:
             for seed in protocol.seeds:
                 trained = Cell.at(
@@ -41,6 +42,7 @@ class Across(Protocol):
                 for target in protocol.targets:
                     if target != name:
                         cells.append(Cell.at([trained.name], **trained.where, target=target))
+
         return cells
 
     def figures(self, results: Results, config: ClassificationConfig) -> dict[str, float]:
@@ -58,17 +60,20 @@ class Across(Protocol):
         source = f"{names[0]} (source)" if len(names) == 1 else "sources, each on itself"
         by_target = self._by_target(results, study.config)
         rows = []
+
         for method, metric in (("zero-shot", "zero_shot_score"), (study.method, "score")):
             values: dict[str, float | Summary] = {}
             for target, by_seed in by_target.items():
                 scores = [numbers[metric] for numbers in by_seed.values() if metric in numbers]
                 if scores:
                     values[target or source] = _summary(scores, spread=metric == "score")
+
             targets = {target: by_seed for target, by_seed in by_target.items() if target is not None}
             means = [numbers[metric] for numbers in averages(targets, study.config.protocol.seeds)]
             if means:
                 values[AVERAGE] = _summary(means, spread=metric == "score")
             rows.append(Row(method, values))
+
         return [row for row in rows if row.values]
 
     def comparable(self, results: Results) -> Results:
@@ -79,6 +84,7 @@ class Across(Protocol):
                 where = {key: value for key, value in line.where.items() if key != "target"}
                 where["data"] = f"{line.where['data']} on {line.where['target']}"
                 lines.append(Line(where, line.metric, line.value))
+
         return Results(lines)
 
     def _by_target(
@@ -88,14 +94,18 @@ class Across(Protocol):
         names = config.data.names
         targets = [target for target in config.protocol.targets if names != [target]]
         by_target: dict[str | None, dict[int, dict[str, float]]] = {}
+
         for target in (None, *targets):
             lines = results.select(target=target)
             by_source = {name: numbers_by(lines.select(data=name)) for name in names if name != target}
             by_seed = {}
+
             for seed in config.protocol.seeds:
                 for numbers in averages(by_source, [seed]):
                     by_seed[seed] = numbers
+
             by_target[target] = by_seed
+
         return by_target
 
 

@@ -52,13 +52,15 @@ class Protocol(ABC):
 
     def summary(self, results: Results, study: Study) -> dict[str, float]:
         """Return the study's figures: its own, those from scratch, and the gains over them."""
-        own = results.select(stage=None)
-        figures = self.figures(own, study.config)
+        lines = results.select(stage=None)
+        figures = self.figures(lines, study.config)
+
         if study.config.target.compare_scratch:
             scratch = results.select(stage=SCRATCH)
             below = self.figures(scratch, study.config)
             figures |= {f"{SCRATCH}/{key}": value for key, value in below.items()}
-            figures |= measured_gains(own, scratch, self.gain_metrics())
+            figures |= measured_gains(lines, scratch, self.gain_metrics())
+
         return figures
 
     def gain_metrics(self) -> Sequence[tuple[str | None, str]]:
@@ -76,6 +78,7 @@ def measured_gains(
     """Return the paired gains in every measure that all cells have; the score only where it says something new."""
     flat: dict[str, float] = {}
     values: list[list[float]] = []
+
     for part, metric in measures:
         mine = ours.select(metric, part=part)
         other = theirs.select(metric, part=part)
@@ -83,8 +86,10 @@ def measured_gains(
             continue
         if [*mine.values(), *other.values()] in values:
             continue
+
         values.append([*mine.values(), *other.values()])
         flat |= paired_gains(mine, other, f"{part}/{metric}" if part else metric)
+
     return flat
 
 

@@ -57,11 +57,13 @@ class BaseToNew(Protocol):
         """See :meth:`Protocol.figures`."""
         by_data = numbers_by_data(results, config.data.names)
         figures = over_datasets(by_data, config.protocol.seeds, "")
+
         for prefix in ("", *(f"{name}/" for name in config.data.names)):
             if f"{prefix}harmonic_mean" in figures:
                 base = figures[f"{prefix}base/accuracy"]
                 new = figures[f"{prefix}new/accuracy"]
                 figures[f"{prefix}harmonic_mean"] = harmonic_mean(base, new)
+
         return figures
 
     def gain_metrics(self) -> Sequence[tuple[str | None, str]]:
@@ -74,17 +76,21 @@ class BaseToNew(Protocol):
         for method, metric in (("zero-shot", "zero_shot_accuracy"), (study.method, "accuracy")):
             learned = metric == "accuracy"
             values: dict[str, Summary | None] = {}
+
             for name in study.config.data.names:
                 base = value_over_seeds(results, metric, learned, data=name, part="base")
                 new = value_over_seeds(results, metric, learned, data=name, part="new")
                 single = value_over_seeds(results, "harmonic_mean", data=name) if learned else None
                 values |= _columns(name, base, new, single)
+
             if len(study.config.data.names) > 1:
                 base = average_over_data(results, metric, learned, part="base")
                 new = average_over_data(results, metric, learned, part="new")
                 single = average_over_data(results, "harmonic_mean") if learned else None
                 values |= _columns(AVERAGE, base, new, single)
+
             rows.append(Row(method, {column: value for column, value in values.items() if value is not None}))
+
         return [row for row in rows if row.values]
 
 

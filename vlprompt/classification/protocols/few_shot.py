@@ -46,6 +46,7 @@ class FewShot(Protocol):
         shots = study.config.protocol.shots
         baseline = f"zero_shot_{self.metric}"
         rows = [Row("zero-shot", _values(results, baseline, names, shots[0], spread=False))]
+
         for k in shots:
             rows.append(Row(f"{study.method} {k}-shot", _values(results, self.metric, names, k)))
         return [row for row in rows if row.values]
@@ -71,7 +72,9 @@ def few_shot_figures(
     for k in shots:
         by_data = numbers_by_data(results.select(shots=k), names)
         figures |= over_datasets(by_data, seeds, f"shots{k}/", always_named)
+
     largest = f"shots{max(shots)}/"
+
     for prefix in ("", *(f"{name}/" for name in names if always_named)):
         start = f"{prefix}{largest}"
         figures |= {
@@ -79,6 +82,7 @@ def few_shot_figures(
             for key, value in figures.items()
             if key.startswith(start)
         }
+
     return figures
 
 

@@ -29,19 +29,23 @@ class MultiTaskProtocol(Protocol):
         """See :meth:`Protocol.cells`."""
         protocol = study.config.protocol
         target = study.config.target
-        place = {"setting": study.setting, "method": study.method}
+        study_coordinates = {"setting": study.setting, "method": study.method}
         cells = [
-            Cell.at(**place, stage=SOURCE, group=group, shots=shots, seed=seed)
+            Cell.at(**study_coordinates, stage=SOURCE, group=group, shots=shots, seed=seed)
             for group in groups_of(study.config)
             for shots in protocol.shots
             for seed in protocol.seeds
         ]
+
         for name in target.names:
             for shots in target.shots or protocol.shots:
                 for seed in protocol.seeds:
                     needed = self.origins(study, shots, seed)
                     names = [cell.name for cell in needed]
-                    cells.append(Cell.at(names, **place, stage=TARGET, data=name, shots=shots, seed=seed))
+                    cells.append(
+                        Cell.at(names, **study_coordinates, stage=TARGET, data=name, shots=shots, seed=seed)
+                    )
+
         return cells
 
     def origins(self, study: Study, shots: int, seed: int) -> list[Cell]:
@@ -49,9 +53,9 @@ class MultiTaskProtocol(Protocol):
         config = study.config
         seeds = [seed] if config.target.start == "seed" else config.protocol.seeds
         from_shots = shots_of_source(config, shots)
-        place = {"setting": study.setting, "method": study.method}
+        study_coordinates = {"setting": study.setting, "method": study.method}
         return [
-            Cell.at(**place, stage=SOURCE, group=group, shots=from_shots, seed=s)
+            Cell.at(**study_coordinates, stage=SOURCE, group=group, shots=from_shots, seed=s)
             for group in groups_of(config)
             for s in seeds
         ]
@@ -63,8 +67,9 @@ class MultiTaskProtocol(Protocol):
             for name in self._compared(study.config):
                 for shots in study.config.target.shots or study.config.protocol.shots:
                     for seed in study.config.protocol.seeds:
-                        place = {"setting": study.setting, "method": study.method, "stage": SCRATCH}
-                        cells.append(Cell.at(**place, data=name, shots=shots, seed=seed))
+                        coordinates = {"setting": study.setting, "method": study.method, "stage": SCRATCH}
+                        cells.append(Cell.at(**coordinates, data=name, shots=shots, seed=seed))
+
         return cells
 
     def figures(self, results: Results, config: ClassificationConfig) -> dict[str, float]:
@@ -77,11 +82,13 @@ class MultiTaskProtocol(Protocol):
         config = study.config
         source = results.select(stage=SOURCE)
         source_figures = _source_figures(source, config)
+
         if config.target.names:
             figures = self.figures(results.select(stage=TARGET), config)
             figures |= {f"{SOURCE}/{key}": value for key, value in source_figures.items()}
         else:
             figures = source_figures
+
         if not config.target.compare_scratch:
             return figures
 
@@ -91,13 +98,16 @@ class MultiTaskProtocol(Protocol):
         below = few_shot_figures(scratch, names, shots, config.protocol.seeds)
         figures |= {f"{SCRATCH}/{key}": value for key, value in below.items()}
         measures = [(None, metric) for metric in MEASURES]
+
         if config.target.names:
             return figures | measured_gains(results.select(stage=TARGET), scratch, measures)
+
         groups = groups_of(config)
         for group, members in groups.items():
-            own = source.select(group=group, data=members)
-            gains = measured_gains(own, scratch.select(data=members), measures)
+            lines = source.select(group=group, data=members)
+            gains = measured_gains(lines, scratch.select(data=members), measures)
             figures |= {f"{group}/{key}" if len(groups) > 1 else key: value for key, value in gains.items()}
+
         return figures
 
     def comparable(self, results: Results) -> Results:
@@ -125,6 +135,7 @@ def _source_figures(results: Results, config: ClassificationConfig) -> dict[str,
     """Return the figures of groups: means over tasks, and each task's own below ``<task>/``."""
     groups = groups_of(config)
     figures: dict[str, float] = {}
+
     for shots in config.protocol.shots:
         by_group = {}
         for group in groups:
@@ -135,6 +146,7 @@ def _source_figures(results: Results, config: ClassificationConfig) -> dict[str,
                     by_seed[seed] |= {f"{name}/{metric}": value for metric, value in numbers.items()}
             by_group[group] = by_seed
         figures |= over_datasets(by_group, config.protocol.seeds, f"shots{shots}/")
+
     start = f"shots{max(config.protocol.shots)}/"
     largest = {key.removeprefix(start): value for key, value in figures.items() if key.startswith(start)}
     return figures | largest

@@ -30,18 +30,23 @@ class Transfer(Protocol):
     def cells(self, study: Study) -> list[Cell]:
         """See :meth:`Protocol.cells`."""
         config = study.config
-        place = {"setting": study.setting, "method": study.method, "shots": max(config.protocol.shots)}
+        coordinates = {"setting": study.setting, "method": study.method, "shots": max(config.protocol.shots)}
         cells = []
+
         for name in config.data.names:
             for seed in config.protocol.seeds:
-                cells.append(Cell.at(**place, stage=SCRATCH, data=name, seed=seed))
+                cells.append(Cell.at(**coordinates, stage=SCRATCH, data=name, seed=seed))
+
         for source in config.data.names:
             for name in config.data.names:
                 for seed in config.protocol.seeds:
-                    origin = Cell.at(**place, stage=SCRATCH, data=source, seed=seed)
+                    origin = Cell.at(**coordinates, stage=SCRATCH, data=source, seed=seed)
                     cells.append(
-                        Cell.at([origin.name], **place, stage="from", source=source, data=name, seed=seed)
+                        Cell.at(
+                            [origin.name], **coordinates, stage="from", source=source, data=name, seed=seed
+                        )
                     )
+
         return cells
 
     def planned(self, study: Study) -> list[Cell]:
@@ -59,10 +64,13 @@ class Transfer(Protocol):
         parts = {SCRATCH: results.select(stage=SCRATCH)}
         for source in study.config.data.names:
             parts[f"from-{source.replace('/', '-')}"] = results.select(stage="from", source=source)
+
         figures: dict[str, float] = {}
+
         for name, lines in parts.items():
-            own = self.figures(lines, study.config)
-            figures |= {f"{name}/{key}": value for key, value in own.items()}
+            numbers = self.figures(lines, study.config)
+            figures |= {f"{name}/{key}": value for key, value in numbers.items()}
+
         return figures | matrix_of(results, study.config).metrics()
 
 

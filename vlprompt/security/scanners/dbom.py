@@ -71,12 +71,14 @@ class DBOMScanner(Scanner):
         """See :meth:`Scanner.option_problems`: options of the learner and of its training."""
         problems = []
         learner = dict(options.get("learner") or {})
+
         for name in _SET_BY_SCANNER:
             if name in learner:
                 problems.append(
                     f"learner.{name}: the experiment decides it; write protocol.seeds or compositions.triggers."
                 )
                 learner.pop(name)
+
         try:
             check_options(DBOM, learner, "learner")
         except ConfigError as error:
@@ -85,10 +87,12 @@ class DBOMScanner(Scanner):
         train = dict(options.get("train") or {})
         if "seed" in train:
             problems.append(f"train.seed: use protocol.seeds=[{train.pop('seed')}].")
+
         try:
             TrainSection(**train)
         except ValidationError as error:
             problems += describe_problems(error, TrainSection, "train")
+
         return problems
 
     def _build(self, seed: int) -> None:
@@ -122,6 +126,7 @@ class DBOMScanner(Scanner):
             self.learner, train, val, folder=folder, resume=True, cache=cache, callbacks=[], **options
         )
         self.history = trained.history
+
         if folder is not None:  # a learner is quickly trained, and its checkpoint is large
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 

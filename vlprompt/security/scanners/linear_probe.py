@@ -43,9 +43,11 @@ class LinearProbeScanner(Scanner):
         val_poisoned = [int(trigger > 0) for trigger in val.trigger_labels]
 
         best = -1.0
+
         for strength in _STRENGTHS:
             model = LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000)
             model.fit(standardised, poisoned)
+
             auroc = float(roc_auc_score(val_poisoned, model.decision_function(val_standardised)))
             if auroc > best:
                 best = auroc

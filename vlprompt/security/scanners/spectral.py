@@ -63,8 +63,10 @@ class SpectralSignatures(Scanner):
             members = (labels == label).nonzero()[:, 0]
             if len(members) < 2:
                 continue
+
             centred = rows[members].double() - rows[members].double().mean(0)
             direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
             order = (centred @ direction).square().argsort()
             score[members[order]] = torch.arange(len(members)).float() / (len(members) - 1)
+
         return Verdicts(score)

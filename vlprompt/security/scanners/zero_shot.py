@@ -44,4 +44,5 @@ class ZeroShotTriggers(Scanner):
         probs = composition.flatten(1).softmax(-1).view_as(composition)
         trigger = probs.sum(2)
         score = torch.clamp(1 - trigger[:, 0], min=0)
+
         return Verdicts(score, trigger, probs.sum(1), composition)

@@ -93,6 +93,7 @@ class SegmentationExperiment(Experiment):
         images = {"train": cell.get("images"), "val": section.val_images, "test": section.test_images}[split]
         # Every seed is tested on the same images.
         seed = cell["seed"] if images and split != "test" else 1
+
         # Training images depend on the validation images too, which may be drawn by another seed.
         key = (cell["data"], split, images, cell["seed"] if split == "train" else seed)
         if key not in self._data:
@@ -100,6 +101,7 @@ class SegmentationExperiment(Experiment):
             if split == "train":
                 data = _without_shared(data, {part: self.data(cell, part) for part in ("val", "test")})
             self._data[key] = data
+
         return self._data[key]
 
     def segmenter(self, cell: Cell, **changes: Any) -> Segmenter:
@@ -107,8 +109,10 @@ class SegmentationExperiment(Experiment):
         model = self.config.model(cell["model"])
         method = self.config.method(cell["method"])
         options = {**model.options, **method.options}
+
         if cell.get("depth") is not None:
             options["depth"] = cell["depth"]
+
         options |= changes
         fields = options_model(STRATEGIES.get(method.name).target).model_fields
         if "seed" in fields:
@@ -193,6 +197,7 @@ def _without_shared(train: MaskDataset, others: Mapping[str, MaskDataset]) -> Ma
     for (first, _), pairs in overlaps({"train": train, **others}).items():
         if first == "train":
             shared |= {source for source, _ in pairs}
+
     if not shared:
         return train
 

@@ -46,6 +46,7 @@ class BenchmarkExperiment(SegmentationExperiment):
         """See :meth:`Experiment.cells`."""
         protocol = self.config.protocol
         cells = []
+
         for data in self.config.data.names:
             for model, method in self.config.pairs():
                 if not self.config.learns(model, method):
@@ -57,6 +58,7 @@ class BenchmarkExperiment(SegmentationExperiment):
                             cells.append(
                                 Cell.at(model=model, method=method, depth=depth, data=data, images=images, seed=seed)
                             )  # fmt: skip
+
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -107,12 +109,15 @@ class BenchmarkExperiment(SegmentationExperiment):
         """See :meth:`Experiment.page`."""
         tables.describe(record, self.config, results)
         drawings: dict[str, tuple[str, str]] = {}
+
         if (folder / _DEPTH_FIGURE).is_file():
             drawing = (folder / _DEPTH_FIGURE).read_text(encoding="utf-8")
             drawings["Dice against depth"] = (tables.depth_caption(self.config), drawing)
+
         for path in sorted((folder / _OVERLAYS).glob("*.png")):
             text = "Image, true mask, and what each method finds (first seed)."
             drawings[f"Masks: {path.stem}"] = (text, Sheet.html(path))
+
         record.drawings = drawings
 
     def _depths(self, method: str) -> list[int | None]:
@@ -126,9 +131,11 @@ class BenchmarkExperiment(SegmentationExperiment):
         trained = self.train(cell, segmenter, folder)
         for split in ("train", "val"):
             result.facts |= data_facts(cell["data"], self.data(cell, split))
+
         numbers = {key: value for key, value in trained.metrics.items() if not key.startswith("val/class/")}
         result.timings["training"] = numbers.pop("seconds")
         result.add(numbers, part="train")
+
         if process_state().is_main_process:
             write_jsonl(folder / "history.jsonl", trained.history)
 
@@ -156,16 +163,21 @@ class BenchmarkExperiment(SegmentationExperiment):
                 groups.setdefault((cell["model"], cell["data"]), []).append(cell)
 
         sheets = {}
+
         for (model, data), cells in groups.items():
             pairs = self._readable_pairs(cells[0])
             if not pairs:
                 continue
+
             sheet = Sheet(pairs)
+
             for cell in cells:
                 paths = [folder / cell.name / _OVERLAYS / f"{number}.png" for number in range(len(pairs))]
                 sheet.add(cell["method"], paths)
+
             words = "".join(letter if letter.isalnum() else "-" for letter in data)
             sheets[f"{model}-{words}"] = sheet
+
         return sheets
 
     def _is_drawn(self, cell: Cell) -> bool:

@@ -85,6 +85,7 @@ class ConceptMaskConfig(ConceptConfig):
             name = str(segmenter.get("name", _SEGMENTER))
             options = {key: value for key, value in segmenter.items() if key != "name"}
             problems += option_problems("segmenter", SEGMENTERS, name, options)
+
         problems += backbone_problems({"backbone": content.get("backbone", {})})
 
         data = content.get("data")
@@ -94,6 +95,7 @@ class ConceptMaskConfig(ConceptConfig):
             if isinstance(also_test, Mapping):
                 for label, name in also_test.items():
                     problems += name_problems(f"data.also_test.{label}", [name])
+
         return problems
 
     @property
@@ -196,6 +198,7 @@ class ConceptMaskExperiment(ConceptExperiment):
         backbone = build_backbone(config.backbone)
         segmenter = create_segmenter(config.segmenter_name, backbone, strategy, **config.segmenter_options)
         segmenter.requires_grad_(False)
+
         return segmenter.to(accelerator().device)
 
     @cached_property
@@ -207,6 +210,7 @@ class ConceptMaskExperiment(ConceptExperiment):
                 raise DataError(
                     f"data.also_test.{label}: {test.name} has other classes than {self.config.data.name}."
                 )
+
         return tests
 
     def _load(self, name: str, split: str, **draw: Any) -> MaskDataset:

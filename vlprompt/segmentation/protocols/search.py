@@ -58,6 +58,7 @@ class SearchExperiment(SegmentationExperiment):
         """
         cells = []
         protocol = self.config.protocol
+
         for data in self.config.data.names:
             for model, method in self.config.pairs():
                 if not self._space(model, method):
@@ -66,10 +67,12 @@ class SearchExperiment(SegmentationExperiment):
                     cells.append(
                         Cell.at(model=model, method=method, data=data, images=images, seed=protocol.seeds[0])
                     )
+
         if not cells:
             raise VLPromptError(
                 "there is nothing to search: no method learns, or none has an option of search.space."
             )
+
         return cells
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
@@ -106,6 +109,7 @@ class SearchExperiment(SegmentationExperiment):
                 values = {name: group.select(name).values()[0] for name in _COLUMNS}
                 rows.append(Row(label(self._rows, key), dict(values)))
             tables.append(Table(rows, title=f"Least validation loss on {data}", best=False, formats=_COLUMNS))
+
         return tables
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
@@ -133,6 +137,7 @@ class SearchExperiment(SegmentationExperiment):
         strategy = STRATEGIES.get(self.config.method(method).name).target
         if strategy.tunes == "nothing":
             return {}
+
         segmenter = SEGMENTERS.get(self.config.model(model).name).target
         options = {*options_model(strategy).model_fields, *options_model(segmenter).model_fields}
         wanted = {**self.config.search.space, **self.config.search.own.get(method, {})}
@@ -144,9 +149,11 @@ class SearchExperiment(SegmentationExperiment):
         depth = space.get("depth")
         if depth is None or depth.high is None:
             return space
+
         strategy = STRATEGIES.get(self.config.method(cell["method"]).name).target
         backbone = self.backbone(cell["model"])
         layers = [depth.high]
+
         if strategy.prompts_text:
             layers.append(float(backbone.text.layers))
         if strategy.prompts_vision:
@@ -233,6 +240,7 @@ class _Study:
         states = self.optuna.trial.TrialState
         done = len(self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
         trials = self.study.get_trials(deepcopy=False)
+
         errors = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
         if not done and len(errors) >= _MOST_FAILURES:
             raise VLPromptError(f"{self.cell.name}: the first trials failed, the last one with: {errors[-1]}")
@@ -277,6 +285,7 @@ class _Study:
         train = {key.removeprefix(_TRAIN): value for key, value in values.items() if key.startswith(_TRAIN)}
         options = {key: value for key, value in values.items() if not key.startswith(_TRAIN)}
         watch = _Watch(self.optuna, trial)
+
         name = f"{self.cell.name}, trial {trial.number}"
         try:
             segmenter = self.experiment.segmenter(self.cell, **options)
@@ -307,8 +316,10 @@ class _Watch(Callback):
         self.epoch = record["epoch"]
         if "val/loss" not in record:
             return
+
         self.best = min(self.best, record["val/loss"])
         self.trial.report(record["val/loss"], self.epoch)
+
         if self.trial.should_prune():
             raise self.optuna.TrialPruned
 
@@ -326,10 +337,12 @@ def _suggest(trial: Any, key: str, dimension: Dimension) -> Any:
     """Return the value that a trial takes of a dimension."""
     if dimension.choices is not None:
         return trial.suggest_categorical(key, dimension.choices)
+
     low = dimension.low
     high = dimension.high
     assert low is not None
     assert high is not None
+
     if key.startswith(_TRAIN) or not (float(low).is_integer() and float(high).is_integer()):
         return trial.suggest_float(key, low, high, log=dimension.log)
     return trial.suggest_int(key, int(low), max(int(low), int(high)), log=dimension.log)

@@ -43,22 +43,26 @@ def projection(
     if low_rank:
         if not isinstance(hidden, int):
             raise VLPromptError(f"low_rank needs one number as rank (intermediate_dim), got {hidden!r}.")
+
         wide = hidden > after
         layers: list[nn.Module] = [nn.Linear(before, after if wide else hidden, bias=False)]
         layers += [] if wide else [nn.Linear(hidden, after, bias=last)]
     else:
         widths = [before, *_listed(hidden)]
         layers = []
+
         for width_in, width_out in pairwise(widths):
             linear = nn.Linear(width_in, width_out)
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             layers += [linear, nn.ReLU()]
+
         layers.append(nn.Linear(widths[-1], after, bias=last))
 
     if norm:
         layer_norm = nn.LayerNorm(after, bias=bias)
         nn.init.constant_(layer_norm.weight, _GAIN)
         layers.append(layer_norm)
+
     return nn.Sequential(*layers)
 
 

@@ -102,9 +102,11 @@ def text_rows(backbone: Backbone, depth: int, count: int, init: str, seed: int) 
     tower = backbone.text
     if not init:
         return random_rows((depth, count, tower.width), seed)
+
     ids = tower.require_tokenizer().encode(init)
     if not ids:
         raise DataError(f"init={init!r} has no token to start the context from.")
+
     rows = random_rows((depth, len(ids), tower.width), seed)
     rows[0] = tower.embed_tokens(ids).float().cpu()
     return rows

@@ -59,6 +59,7 @@ class CoCoOp(CoOp):
     ) -> None:
         super().__init__(backbone, depth=depth, context_length=context_length, init=init, seed=seed)
         self.normalise = normalise
+
         with seeded_modules(seed, "segmentation", "meta network"):
             self.networks = torch.nn.ModuleList(
                 projection(

@@ -58,6 +58,7 @@ class MaPLe(CoOp):
         text = backbone.text
         vision = backbone.vision
         checked_depth(depth, text.layers, vision.layers)
+
         with seeded_modules(seed, "segmentation", "projection"):
             self.projections = Projections(
                 [

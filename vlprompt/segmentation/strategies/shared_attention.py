@@ -62,6 +62,7 @@ class SharedAttention(Strategy):
         vision = backbone.vision
         checked_depth(depth, text.layers, vision.layers)
         width = text.width + vision.width
+
         heads = attention_heads or next(count for count in range(16, 0, -1) if width % count == 0)
         if width % heads:
             raise VLPromptError(
@@ -70,6 +71,7 @@ class SharedAttention(Strategy):
 
         self.cut = [text.width, vision.width]
         self.context = nn.Parameter(random_rows((depth, context_length, width), seed))  # (J, M, Dt + Dv)
+
         with seeded_modules(seed, "segmentation", "shared attention"):
             self.mixers = Projections(
                 [
