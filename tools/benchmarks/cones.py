@@ -11,7 +11,7 @@ import torch
 from benchmarks import BENCHMARKS
 from benchmarks.measure import measure
 from vlprompt.backbones import Backbone, create_backbone
-from vlprompt.classification.config import RunConfig, load_config
+from vlprompt.classification.config import ClassificationConfig, load_config
 from vlprompt.classification.evaluate import evaluate, image_embeddings
 from vlprompt.classification.fit import fit
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
@@ -69,7 +69,7 @@ def bench_cones(
 
 
 def _cell(
-    config: RunConfig,
+    config: ClassificationConfig,
     backbone: Backbone,
     train: ImageDataset,
     seed: int,
@@ -98,9 +98,9 @@ def _cell(
 
 
 def _means(cells: list[dict[str, float]]) -> dict[str, float]:
-    found = {key: summarise([cell[key] for cell in cells]) for key in cells[0]}
-    means = {key: value.mean for key, value in found.items()}
-    half = found["accuracy"].ci95
+    summaries = {key: summarise([cell[key] for cell in cells]) for key in cells[0]}
+    means = {key: value.mean for key, value in summaries.items()}
+    half = summaries["accuracy"].ci95
     return means if half is None else {**means, "accuracy_ci95": half}
 
 
