@@ -341,7 +341,8 @@ def _resolved_method(
     elif "name" not in options:
         options["name"] = label
 
-    levels = (content, row, overrides)
+    # Without a file of its own a method stands above the whole anyway (see :func:`_with_method`).
+    levels = (content, row, overrides) if "cfg" in row else (row, overrides)
     for level in levels:
         sections = merge(
             sections, {key: level[key] for key in _OF_A_METHOD if key in level and key != "learner"}
