@@ -131,7 +131,13 @@ def test_a_run_resumes_and_ships_what_the_segmenter_loads(
             pretrain_masks(short, tmp_path / "cut")
     resumed = pretrain_masks(short, tmp_path / "cut", resume=True)
     first, second = read_tensors(whole)[0], read_tensors(resumed)[0]
-    assert all(torch.equal(first[n], second[n]) for n in first)
+    for name, tensor in first.items():
+        if name.endswith("in_proj_bias"):
+            # The true gradient of a key's bias is zero. Adam turns what rounding leaves of it into steps, and rounding
+            # depends on where tensors lie in memory.
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-3)
+        else:
+            assert torch.equal(second[name], tensor), name
 
     monkeypatch.setattr("vlprompt.segmentation._weights.EMBEDDED", whole.parent)
     loaded = create_segmenter("cris", create_backbone("tiny"))
