@@ -18,8 +18,8 @@ SYNONYMS = {  # the word of one task for what all call otherwise
 }  # fmt: skip
 
 
-# Seeds of something else than the protocol's repetitions, and the data sets of a second stage.
-OTHER_MEANINGS = ("diffusion.seed", "search.seed", "source.seed", "target.names")
+# Seeds of something else than the protocol's repetitions, the data sets of a second stage, what names clusters.
+OTHER_MEANINGS = ("diffusion.seed", "search.seed", "source.seed", "target.names", "meta.clusters.names")
 
 
 def _keys_module():

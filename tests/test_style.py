@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("vlprompt/**/*.py"), *ROOT.glob("tools/**/*.py"), *
 PACKAGES = [
     p for p in SOURCES if p.relative_to(ROOT).parts[0] == "vlprompt" or p.parent.parent == ROOT / "tools"
 ]
-MAX_FILE_LINES = 500  # with the blank lines that code needs to be read
+MAX_FILE_LINES = 550  # with the blank lines that code needs to be read
 MAX_FUNCTION_LINES = 70
 TEXT = {".cfg", ".css", ".csv", ".j2", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
 # Folders that exist on one machine only; registries and mirrors belong into that machine's pip configuration.

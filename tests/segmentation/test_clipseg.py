@@ -48,7 +48,9 @@ def test_random_weights_of_transformers_give_its_outputs(
             expected = theirs(
                 **_tokens(backbone, texts), pixel_values=images, interpolate_pos_encoding=True
             ).logits
-        torch.testing.assert_close(ours(images, texts)[:, 0], expected, rtol=2e-5, atol=1e-4)  # float32, on any CPU
+        torch.testing.assert_close(
+            ours(images, texts)[:, 0], expected, rtol=2e-5, atol=1e-4
+        )  # float32, on any CPU
         assert float(expected.std()) > 1e-3
 
 
