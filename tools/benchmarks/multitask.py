@@ -131,7 +131,7 @@ class _Obvious(MultiTask):
         joint = self.joint
         assert joint is not None
         logits = joint.logits(joint.embed_images(batch["image"]))  # (B, C)
-        ends = torch.tensor(np.cumsum([len(own) for own in self._places]))
+        ends = torch.tensor(np.cumsum([len(positions) for positions in self._positions]))
         owner = torch.bucketize(torch.arange(int(ends[-1])), ends, right=True)
         foreign = owner[None] != batch["task"][:, None].cpu()
         starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])

@@ -32,7 +32,7 @@ class Cell:
     needs: tuple[str, ...] = ()
 
     @classmethod
-    def at(cls, needs: Sequence[str] = (), **coordinates: Coordinate) -> Cell:
+    def at(cls, needs: Sequence[str] = (), /, **coordinates: Coordinate) -> Cell:
         """Return the cell at the coordinates that are given as keywords; one that is None is left out."""
         present = tuple((name, value) for name, value in coordinates.items() if value is not None)
         return cls(present, tuple(needs))

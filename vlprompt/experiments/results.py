@@ -99,7 +99,10 @@ class Results:
         return Results([*self.lines, *other.lines])
 
     def select(
-        self, metric: str | None = None, **where: Coordinate | Collection[Coordinate] | Callable[[Any], bool]
+        self,
+        metric: str | None = None,
+        /,
+        **where: Coordinate | Collection[Coordinate] | Callable[[Any], bool],
     ) -> Results:
         """Return the lines of a metric at some coordinates.
 
