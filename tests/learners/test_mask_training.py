@@ -96,6 +96,7 @@ def test_mixed_precision_takes_nearly_the_same_step(
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Gradients are averaged before the gate, and all draw the same: the same masks but for sums' last bits."""
     config = """
+task: classification
 name: test
 backbone: {name: tiny, pretrained: random}
 learner: {name: ramt, norm_weight: 0}
@@ -112,8 +113,8 @@ protocol: {shots: [2], seeds: [1]}
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, str(root / "tools/train.py"), "--cfg", str(folder / "run.yaml")],
                        env=environment, check=True, capture_output=True)  # fmt: skip
-        (saved,) = folder.glob("test/*/prompt")
-        figures = json.loads((saved.parent / "metrics.json").read_text())
+        (saved,) = folder.glob("test/*/cells/*/prompt")
+        figures = json.loads((saved.parents[2] / "metrics.json").read_text())
         found.append(
             (
                 read(saved)[1],
