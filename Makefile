@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint format install clean
+.PHONY: quickstart test test-slow test-campaign lint format install clean
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+test-campaign: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -287,7 +287,7 @@ def test_views_are_generated_before_and_on_the_fly(tmp_path: Path) -> None:
         shipped("diffusion.on_the_fly=false", "diffusion.options.steps=2")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """Killed at several moments, among them inside a stream, then finished by the same command."""
     pytest.importorskip("diffusers")

@@ -75,7 +75,7 @@ def test_a_run_writes_concepts_table_and_report(detectors: dict[str, Any], data:
     assert run_experiment(experiment).metrics == outcome.metrics
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
     coco_folder: Path, tmp_path: Path, one_thread: None
 ) -> None:
@@ -95,7 +95,7 @@ def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
     assert [m.value for m in measured] == [line.value for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(coco_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     train = (

@@ -106,7 +106,7 @@ def test_a_run_writes_files_tables_and_report(weights: Path, tmp_path: Path) -> 
     assert run_experiment(experiment).metrics == outcome.metrics
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
     weights: Path, tmp_path: Path, one_thread: None
 ) -> None:
@@ -123,7 +123,7 @@ def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
         assert [m.value for m in measured] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(weights: Path, tmp_path: Path) -> None:
     train = "{epochs: 6, batch_size: 2, optimizer: adamw, eval_every: 2, checkpoint_seconds: 0}"
     config = config_text(weights, "runs", train=train, protocol="{baseline: ti, seeds: [1, 2]}")

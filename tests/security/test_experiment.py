@@ -277,7 +277,7 @@ run_experiment(read_experiment(sys.argv[1]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_killed_anywhere_and_run_again_ends_with_the_same_files(tmp_path: Path, images: str) -> None:
     path = tmp_path / "killed.yaml"
     path.write_text(yaml.safe_dump({**_KILLED, "data": {"name": images}}))

@@ -247,7 +247,7 @@ def assert_same_files(first: Path, second: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_killed_at_any_moment_a_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
     content = {**BENCHMARK, "train": {"epochs": 30, "batch_size": 4, "checkpoint_seconds": 0}}
     folders = []

@@ -94,7 +94,7 @@ def test_studies_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
     assert (serial.folder / "metrics.json").read_bytes() == (parallel.folder / "metrics.json").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_killed_at_any_moment_a_search_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
     folders = []
     for name, moments in (("whole", ()), ("killed", (9.0, 10.0, 11.0, 12.0))):
