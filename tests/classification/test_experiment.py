@@ -176,6 +176,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tool: Tool, tmp_pat
         assert contents[0] == contents[1], name
 
 
+@pytest.mark.campaign
 def test_two_processes_equal_one(tool: Tool, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

@@ -92,7 +92,7 @@ def test_mixed_precision_takes_nearly_the_same_step(
     assert 0.01 < gated.figures()["masked_share"] < 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Gradients are averaged before the gate, and all draw the same: the same masks but for sums' last bits."""
     config = """
