@@ -36,8 +36,19 @@ def test_selection_by_value_values_and_condition() -> None:
 
 def test_means_leave_incomplete_repetitions_out() -> None:
     results = lines("one", values={key: value for key, value in VALUES.items() if key != ("b", 2)})
-    assert complete_means(results, "seed", "data") == {1: pytest.approx(0.4)}
-    assert complete_means(lines("one"), "seed", "data") == {1: pytest.approx(0.4), 2: pytest.approx(0.55)}
+    assert complete_means(results, "seed", "data", ["a", "b"]) == {1: pytest.approx(0.4)}
+    assert complete_means(lines("one"), "seed", "data", ["a", "b"]) == {
+        1: pytest.approx(0.4),
+        2: pytest.approx(0.55),
+    }
+
+
+def test_a_row_without_one_of_the_data_sets_has_no_average() -> None:
+    lacking = lines("two", values={key: value for key, value in VALUES.items() if key[0] != "b"})
+    (table, *_) = tabulate(lines("one") + lacking, Layout("accuracy"))
+    complete, incomplete = table.rows
+    assert "average" in complete.values
+    assert set(incomplete.values) == {"a"}
 
 
 def test_tables_have_means_intervals_averages_and_paired_gains() -> None:

@@ -77,19 +77,19 @@ def _cell(
     score: Callable[[Learner], dict[str, float]],
 ) -> dict[str, float]:
     options = {**config.train.model_dump(), "seed": seed}
-    made: list[Learner] = []
+    trained: list[Learner] = []
 
     def work() -> None:
         learner = create_learner(
             config.learner_name, backbone, train.classnames, train.templates, **config.learner_options
         )
         fit(learner, train, cache_dir=folder, callbacks=[], **options)
-        made.append(learner)
+        trained.append(learner)
 
     took = measure(work, repeats=1, warmup=0)
-    learned = sum(p.numel() for p in made[0].parameters() if p.requires_grad)
+    learned = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
     return {
-        "accuracy": score(made[0])["accuracy"],
+        "accuracy": score(trained[0])["accuracy"],
         "seconds": took.seconds,
         "cpu_seconds": took.cpu_seconds,
         "added_mib": 1024 * (took.added_gib or 0.0),

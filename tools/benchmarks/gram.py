@@ -99,11 +99,11 @@ def _episode(names: list[str], ways: int, shots: int, dim: int) -> Episode:
     generator = torch.Generator().manual_seed(0)
     sides = []
 
-    for own in (names[:ways], names[ways:]):
+    for classes in (names[:ways], names[ways:]):
         features = F.normalize(torch.randn(ways * shots, dim, generator=generator), dim=-1)
         batch = {"embedding": features, "label": torch.arange(ways).repeat_interleave(shots)}
         centre = F.normalize(features.mean(0), dim=-1)
-        sides.append(Side(tuple(own), batch, centre, torch.arange(ways * shots).numpy()))
+        sides.append(Side(tuple(classes), batch, centre, torch.arange(ways * shots).numpy()))
 
     return Episode(sides[0], sides[1], (0, 1), 0.0)
 

@@ -64,22 +64,24 @@ def bench_masks(
     data = {"image": images, "label": torch.randint(classes, (batch,), generator=generator)}
     ours = _scattered(create_learner(learner, tower, names), masked, generator)
     start = learned(ours)
-    found = {"teacher_forward": _measured(lambda: tower.image_embeddings(images), "teacher forward", repeats)}
+    measured = {
+        "teacher_forward": _measured(lambda: tower.image_embeddings(images), "teacher forward", repeats)
+    }
     weights = tower.class_weights(ours.classnames, ours.templates)
-    found["full_fine_tuning"] = _fine_tuning(_FullFineTuning(tower, weights), data, repeats)
-    found["ours"] = _measured(lambda: _ours(ours, start, data), learner, repeats)
+    measured["full_fine_tuning"] = _fine_tuning(_FullFineTuning(tower, weights), data, repeats)
+    measured["ours"] = _measured(lambda: _ours(ours, start, data), learner, repeats)
     result: dict[str, Any] = {"backbone": backbone, "learner": learner, "classes": classes, "batch": batch}
     result |= {"masked": masked, "parameters": sum(t.numel() for t in start.values())}
 
     if port:
         update = {n: p - start[n] for n, p in learned(ours).items()}
         ported = _Port(tower, ours, weights, start)
-        found["port"] = _measured(lambda: ported.step(data), "port", repeats)
+        measured["port"] = _measured(lambda: ported.step(data), "port", repeats)
         result["update_rel_diff"] = relative(update, ported.updates())
 
-    found["switch_tasks"] = _switching(tower, ours, masked, repeats)
-    rows = {name: vars(value) for name, value in found.items()}
-    return {**result, "threads": torch.get_num_threads(), **rows, "ratios": _ratios(found)}
+    measured["switch_tasks"] = _switching(tower, ours, masked, repeats)
+    rows = {name: vars(value) for name, value in measured.items()}
+    return {**result, "threads": torch.get_num_threads(), **rows, "ratios": _ratios(measured)}
 
 
 def _switching(backbone: Backbone, learner: Any, share: float, repeats: int) -> Measured:
@@ -102,23 +104,23 @@ def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: i
     return _measured(lambda: take_step(module, data, lr=1e-6), "full fine-tuning", repeats)
 
 
-def _ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
-    ours = found["ours"]
-    tuning = found["full_fine_tuning"]
-    both = tuning.cpu_seconds + found["teacher_forward"].cpu_seconds
+def _ratios(measured: Mapping[str, Measured]) -> dict[str, float | None]:
+    ours = measured["ours"]
+    tuning = measured["full_fine_tuning"]
+    both = tuning.cpu_seconds + measured["teacher_forward"].cpu_seconds
     ratios: dict[str, float | None] = {"time_over_fine_tuning_and_teacher": ours.cpu_seconds / both}
 
     if ours.added_gib is not None and tuning.added_gib:
         ratios["memory_over_fine_tuning"] = ours.added_gib / tuning.added_gib
-    if "port" in found:
-        ratios["speedup_over_port"] = found["port"].cpu_seconds / ours.cpu_seconds
+    if "port" in measured:
+        ratios["speedup_over_port"] = measured["port"].cpu_seconds / ours.cpu_seconds
     return ratios
 
 
 def _measured(work: Callable[[], object], name: str, repeats: int) -> Measured:
-    found = measure(work, repeats, warmup=int(repeats > 1))
-    log.info("%s: %.2f s (%.2f s of processors)", name, found.seconds, found.cpu_seconds)
-    return found
+    measured = measure(work, repeats, warmup=int(repeats > 1))
+    log.info("%s: %.2f s (%.2f s of processors)", name, measured.seconds, measured.cpu_seconds)
+    return measured
 
 
 def _scattered(learner: Any, share: float, generator: torch.Generator) -> Any:
@@ -204,7 +206,7 @@ class _Port:
         teacher = self._logits(self.teacher(data["image"])).log_softmax(-1)
         general = F.kl_div(student.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
         general.backward(retain_graph=True)
-        kept = [s.grad.clone() for s in self._learned()]
+        own_gradients = [s.grad.clone() for s in self._learned()]
 
         for score in self.scores.values():
             score.grad = None
@@ -214,7 +216,7 @@ class _Port:
         generator.manual_seed(derive_seed(self.learner.seed, "gradient dropout", 0))
 
         with torch.no_grad():
-            for score, other in zip(self._learned(), kept, strict=True):
+            for score, other in zip(self._learned(), own_gradients, strict=True):
                 score -= gradient_dropout(score.grad.clone(), other, self.learner.gdr_lambda, generator)
 
     def updates(self) -> dict[str, Tensor]:

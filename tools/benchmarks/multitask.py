@@ -82,19 +82,19 @@ def bench_multitask(
     start = learned(learner)
     generator = torch_rng(0, "bench multitask")
     images = torch.randn(batch, 3, *tower.image_size, generator=generator)
-    shown = {"embedding": tower.image_embeddings(images)} if learner.static_images else {"image": images}
-    sizes = [len(own) for own, _ in tasks.values()]
-    drawn = _drawn(sizes, batch, draws)
+    inputs = {"embedding": tower.image_embeddings(images)} if learner.static_images else {"image": images}
+    sizes = [len(train) for train, _ in tasks.values()]
+    batches_drawn = _drawn(sizes, batch, draws)
 
-    encoded = [sum(sizes[t] for t in part["task"].unique().tolist()) for part in drawn]
+    encoded = [sum(sizes[t] for t in part["task"].unique().tolist()) for part in batches_drawn]
 
     def all_draws() -> None:
-        for part in drawn:
-            take_step(module, {**shown, **part}, start)
+        for part in batches_drawn:
+            take_step(module, {**inputs, **part}, start)
 
     fast = measure(all_draws, repeats=1)
-    seconds = fast.seconds / len(drawn)
-    cpu = fast.cpu_seconds / len(drawn)
+    seconds = fast.seconds / len(batches_drawn)
+    cpu = fast.cpu_seconds / len(batches_drawn)
     log.info("ours: %.3f s a step, %.1f of %d classes encoded", seconds, np.mean(encoded), classes)
     result: dict[str, Any] = {"backbone": backbone, "suite": suite, "family": family, "position": position}
     result |= {"tasks": len(tasks), "classes": classes, "classes_encoded": float(np.mean(encoded))}
@@ -105,12 +105,14 @@ def bench_multitask(
     if not naive:
         return result
 
-    take_step(module, {**shown, **drawn[0]}, start)
+    take_step(module, {**inputs, **batches_drawn[0]}, start)
     ours = {n: p - start[n] for n, p in learned(learner).items()}
     obvious = _Obvious(learner, tasks, "joint_dedup")
 
     with naive_towers(learner, constant_text=family == "vpt"):
-        slow = measure(lambda: take_step(obvious, {"image": images, **drawn[0]}, start), repeats=1, warmup=0)
+        slow = measure(
+            lambda: take_step(obvious, {"image": images, **batches_drawn[0]}, start), repeats=1, warmup=0
+        )
 
     theirs = {n: p - start[n] for n, p in learned(learner).items()}
     return result | {
@@ -160,13 +162,13 @@ def _tasks(names: Sequence[str], suite: Sequence[int]) -> dict[str, tuple[Sequen
 def _drawn(sizes: Sequence[int], batch: int, draws: int) -> list[dict[str, Tensor]]:
     """Return labels and tasks of the first batches that the source stage's sampler gives, proportional to samples."""
     labels = [torch.arange(size).repeat(_SHOTS) for size in sizes]
-    sources = [_Labels(own) for own in labels]
-    batches = MultiTaskBatches(sources, [len(own) for own in labels], 1.0, batch, seed=1)
+    sources = [_Labels(row) for row in labels]
+    batches = MultiTaskBatches(sources, [len(row) for row in labels], 1.0, batch, seed=1)
     epochs = -(-draws // len(batches.plan(0)))
     parts = [(part, epoch) for epoch in range(epochs) for part in batches.plan(epoch)][:draws]
     fetched = [batches.fetch(part, epoch) for part, epoch in parts]
 
-    return [{"label": found["label"], "task": found["task"]} for found in fetched]
+    return [{"label": part["label"], "task": part["task"]} for part in fetched]
 
 
 class _Labels:

@@ -62,7 +62,7 @@ def bench_segment(
         segmenters = [create_segmenter("clipseg", backbone, name, depth=depth) for name, depth in cases]
 
     rows = [_case(theirs, segmenter, batch, repeats) for segmenter in segmenters]
-    found = {f"{n}_{d}": row for (n, d), row in zip(cases, rows, strict=True)}
+    cases_by_name = {f"{n}_{d}": row for (n, d), row in zip(cases, rows, strict=True)}
     ratios: dict[str, float] = {}
 
     for kind, chosen in (("vpt", lambda n: n == "vpt"), ("text", lambda n: n != "vpt")):
@@ -75,7 +75,7 @@ def bench_segment(
         "size": size,
         "batch": batch,
         "threads": torch.get_num_threads(),
-        "cases": found,
+        "cases": cases_by_name,
         "ratios": ratios,
     }
 
@@ -143,7 +143,7 @@ def _case(theirs: Any, segmenter: Segmenter, batch: int, repeats: int) -> dict[s
 
     difference = (gradients["ours"] - gradients["naive"]).norm() / gradients["naive"].norm()
     return {
-        **{way: vars(found) for way, found in measured.items()},
+        **{way: vars(figures) for way, figures in measured.items()},
         "gradient_rel_diff": float(difference),
         "speedup": measured["naive"].cpu_seconds / measured["ours"].cpu_seconds,
         "speedup_frozen_weights": measured["frozen_weights"].cpu_seconds / measured["ours"].cpu_seconds,
@@ -194,19 +194,19 @@ class _Naive:
         x = tower.embeddings.token_embedding(
             nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
         )
-        own = None if rows is None else rows.expand(len(x), *rows.shape[-3:])
-        count = 0 if own is None else own.shape[2]
+        prompts = None if rows is None else rows.expand(len(x), *rows.shape[-3:])
+        count = 0 if prompts is None else prompts.shape[2]
 
-        if own is not None:
-            x = torch.cat([x[:, :1], own[:, 0], x[:, 1:]], dim=1)
+        if prompts is not None:
+            x = torch.cat([x[:, :1], prompts[:, 0], x[:, 1:]], dim=1)
 
         x = x + tower.embeddings.position_embedding.weight[: x.shape[1]]
         mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
 
         for i, layer in enumerate(tower.encoder.layers):
             x = layer(x, attention_mask=mask)
-            if own is not None and i + 1 < own.shape[1]:
-                x = torch.cat([x[:, :1], own[:, i + 1], x[:, 1 + count :]], dim=1)
+            if prompts is not None and i + 1 < prompts.shape[1]:
+                x = torch.cat([x[:, :1], prompts[:, i + 1], x[:, 1 + count :]], dim=1)
 
         ends = torch.tensor([len(row) - 1 + count for row in ids])
         pooled = tower.final_layer_norm(x)[torch.arange(len(x)), ends]

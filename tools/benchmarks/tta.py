@@ -136,12 +136,12 @@ class _Naive:
         ]
         context = start.clone()
         optimizer = Rule(self.steps).build([context])
-        kept = None
+        chosen = None
 
         for _ in range(self.steps):
             features = self._features(self.pixels)
             leaf = context.detach().requires_grad_()
-            gradient, kept = self._backward(layouts, features, leaf, kept)
+            gradient, chosen = self._backward(layouts, features, leaf, chosen)
             context.grad = gradient
             optimizer.step()
 
@@ -156,36 +156,36 @@ class _Naive:
         return features
 
     def _backward(
-        self, layouts: list[PromptLayout], features: Tensor, leaf: Tensor, kept: Tensor | None
+        self, layouts: list[PromptLayout], features: Tensor, leaf: Tensor, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient and the chosen views; in one pass, or with the pull taken from our own features."""
         if len(layouts) == 1:
             weights = self._weights(layouts, leaf)
-            loss, kept = self._loss(features, weights, kept)
-            return torch.autograd.grad(loss, leaf)[0], kept
+            loss, chosen = self._loss(features, weights, chosen)
+            return torch.autograd.grad(loss, leaf)[0], chosen
 
         started = time.perf_counter()
 
         with torch.no_grad():
             text = self.adapter.backbone.text
-            own = text.encode(context_layout(text, self.adapter.classnames, len(leaf)), leaf)
+            weights_leaf = text.encode(context_layout(text, self.adapter.classnames, len(leaf)), leaf)
 
         self.aside += time.perf_counter() - started
-        own = F.normalize(own, dim=-1).requires_grad_()
-        loss, kept = self._loss(features, own, kept)
-        (pull,) = torch.autograd.grad(loss, own)
+        weights_leaf = F.normalize(weights_leaf, dim=-1).requires_grad_()
+        loss, chosen = self._loss(features, weights_leaf, chosen)
+        (pull,) = torch.autograd.grad(loss, weights_leaf)
         total = torch.zeros_like(leaf)
 
         for layout, part in zip(layouts, pull.split(_NAIVE_CHUNK), strict=True):
             total += torch.autograd.grad(self._weights([layout], leaf), leaf, part)[0]
-        return total, kept
+        return total, chosen
 
-    def _loss(self, features: Tensor, weights: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _loss(self, features: Tensor, weights: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = self.adapter.backbone.logit_scale * features @ weights.T
-        if kept is None:
+        if chosen is None:
             self.before = logits[0].detach().softmax(-1)
-            kept = self.adapter.select(logits[None], features[None], 0)[0]
-        return marginal_entropy(logits[kept]), kept
+            chosen = self.adapter.select(logits[None], features[None], 0)[0]
+        return marginal_entropy(logits[chosen]), chosen
 
     def _weights(self, layouts: list[PromptLayout], context: Tensor) -> Tensor:
         tower = self.adapter.backbone.text

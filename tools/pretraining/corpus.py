@@ -52,8 +52,8 @@ class Corpus:
         stated = self.stated[indices, draw]
         positive = np.ones((len(indices), len(indices)), bool)
 
-        for place in range(stated.shape[1]):  # a caption is true where every fact it states is true
-            column = stated[:, place]
+        for number in range(stated.shape[1]):  # a caption is true where every fact it states is true
+            column = stated[:, number]
             positive &= truth[:, column] | (column < 0)[None]
 
         return positive
@@ -70,17 +70,24 @@ def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 
     """
     images = render_all(pairs, cache, workers)
     texts: list[list[str]] = []
-    known: dict[str, int] = {}
+    numbers_by_sentence: dict[str, int] = {}
     truths = []
     stated = []
 
     for index in range(len(pairs)):
-        drawn = pairs.captions(index, captions)
-        texts.append([c.text for c in drawn])
-        truths.append([known.setdefault(f, len(known)) for f in sorted(pairs.facts(index))])
-        stated.append([[known.setdefault(f, len(known)) for f in sorted(c.facts)] for c in drawn])
+        captions_drawn = pairs.captions(index, captions)
+        texts.append([c.text for c in captions_drawn])
+        truths.append(
+            [numbers_by_sentence.setdefault(f, len(numbers_by_sentence)) for f in sorted(pairs.facts(index))]
+        )
+        stated.append(
+            [
+                [numbers_by_sentence.setdefault(f, len(numbers_by_sentence)) for f in sorted(c.facts)]
+                for c in captions_drawn
+            ]
+        )
 
-    truth = np.zeros((len(pairs), len(known)), bool)
+    truth = np.zeros((len(pairs), len(numbers_by_sentence)), bool)
     for row, numbers in zip(truth, truths, strict=True):
         row[numbers] = True
 
@@ -91,7 +98,7 @@ def read_corpus(pairs: CaptionPairs, captions: int, cache: Path, workers: int = 
         images=images,
         truth=truth,
         stated=padded,
-        labels=_labels(truth, known, named),
+        labels=_labels(truth, numbers_by_sentence, named),
         **_tokenise(texts, {name: list(values.values()) for name, values in named.items()}),
     )
 
@@ -107,12 +114,14 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-def _labels(truth: NDArray[np.bool_], known: Mapping[str, int], named: Sentences) -> NDArray[np.int16]:
+def _labels(
+    truth: NDArray[np.bool_], numbers_by_sentence: Mapping[str, int], named: Sentences
+) -> NDArray[np.int16]:
     labels = np.full((len(truth), len(named)), -1, np.int16)
     for column, values in enumerate(named.values()):
         for number, fact in enumerate(values):
-            if fact in known:
-                labels[truth[:, known[fact]], column] = number
+            if fact in numbers_by_sentence:
+                labels[truth[:, numbers_by_sentence[fact]], column] = number
     return labels
 
 
@@ -120,9 +129,9 @@ def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) 
     """Tokenise and renumber the tokens that occur 0, 1, 2, ... in the order of their ids."""
     stating = {text for values in sentences.values() for said in values for text in said}
     ids = {text: encode(text) for text in stating.union(*captions)}
-    seen = sorted({i for row in ids.values() for i in row})
-    place = {token: number for number, token in enumerate(seen)}
-    numbers = {text: [place[t] for t in row] for text, row in ids.items()}
+    used_ids = sorted({i for row in ids.values() for i in row})
+    position = {token: number for number, token in enumerate(used_ids)}
+    numbers = {text: [position[t] for t in row] for text, row in ids.items()}
     longest = max(len(numbers[text]) for row in captions for text in row)
     tokens = np.zeros((len(captions), len(captions[0]), longest), np.uint16)
     last = np.zeros(tokens.shape[:2], np.uint8)
@@ -135,15 +144,15 @@ def _tokenise(captions: list[list[str]], sentences: dict[str, list[list[str]]]) 
     numbered = {
         name: [[numbers[text] for text in said] for said in values] for name, values in sentences.items()
     }
-    return {"tokens": tokens, "last": last, "seen_ids": seen, "sentences": numbered}
+    return {"tokens": tokens, "last": last, "seen_ids": used_ids, "sentences": numbered}
 
 
 def render_all(pairs: CaptionPairs, cache: Path, workers: int) -> NDArray[np.uint8]:
     """Return (N, H, W, 3) uint8 pixels of all images, drawn once and kept beside ``cache``, memory-mapped."""
     shape = (len(pairs), pairs.size, pairs.size, 3)
-    shown = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
+    store_key = derive_seed(pairs.seed, GENERATOR, pairs.holdout, pairs.easy, shape)
 
-    cache = cache.with_name(f"{cache.stem}-{shown:x}.u8")
+    cache = cache.with_name(f"{cache.stem}-{store_key:x}.u8")
     if not (cache.is_file() and cache.stat().st_size == int(np.prod(shape))):
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part")

@@ -46,8 +46,8 @@ class ConditionedBatches:
     def __init__(
         self,
         images: NDArray[np.uint8],
-        seen: Tensor,
-        told: Tensor,
+        image_embeddings: Tensor,
+        text_embeddings: Tensor,
         batch_size: int,
         seed: int,
         drop: float = 0.1,
@@ -55,8 +55,8 @@ class ConditionedBatches:
         focus: float = 1.0,
     ) -> None:
         self.images = images
-        self.seen = seen
-        self.told = told
+        self.image_embeddings = image_embeddings
+        self.text_embeddings = text_embeddings
         self.batch_size = batch_size
         self.seed = seed
         self.drop = drop
@@ -76,7 +76,7 @@ class ConditionedBatches:
         return {
             "image": self._images(indices),
             "condition": condition,
-            "told": self.told[rows],
+            "told": self.text_embeddings[rows],
             "view": _view(rng),
             "time": torch.from_numpy((1000 * (1 - rng.random(count) ** self.focus)).astype(np.int64)),
             "noise": torch.from_numpy(rng.standard_normal((count, 48, 16, 16), np.float32)),
@@ -89,16 +89,16 @@ class ConditionedBatches:
         count = len(indices)
         rows = torch.from_numpy(indices)
         turn = rng.random(count)
-        kept = rng.random(count) >= self.drop
-        said = np.stack([rng.permutation(self.told.shape[1])[:2] for _ in indices])
-        told = self.told[rows[:, None], torch.from_numpy(said)]
-        seen = self.seen[rows, None].expand(-1, 2, -1)
-        both = torch.stack([seen[:, 0], told[:, 0]], 1)
+        has_condition = rng.random(count) >= self.drop
+        said = np.stack([rng.permutation(self.text_embeddings.shape[1])[:2] for _ in indices])
+        text_embeddings = self.text_embeddings[rows[:, None], torch.from_numpy(said)]
+        image_embeddings = self.image_embeddings[rows, None].expand(-1, 2, -1)
+        both = torch.stack([image_embeddings[:, 0], text_embeddings[:, 0]], 1)
         by_text = torch.from_numpy(turn < self.worded)[:, None, None]
         by_both = torch.from_numpy(turn < self.worded * 4 / 3)[:, None, None]
-        condition = torch.where(by_text, told, torch.where(by_both, both, seen))
+        condition = torch.where(by_text, text_embeddings, torch.where(by_both, both, image_embeddings))
 
-        return condition * torch.from_numpy(kept)[:, None, None]
+        return condition * torch.from_numpy(has_condition)[:, None, None]
 
 
 class SketchBatches(ConditionedBatches):
@@ -233,26 +233,33 @@ class DenoisingModule(nn.Module, Trainable):
         grain = from_patches(batch["noise"][-len(guess) :]) * 2 - 1  # standard normal, of other images
 
         with torch.no_grad():
-            seen = self._look(images, grain, batch["view"])
+            image_embeddings = self._look(images, grain, batch["view"])
 
-        found = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
-        told = condition.abs().sum((1, 2)) > 0
-        share = told / told.sum().clamp(min=1)
+        guess_embeddings = self._look(from_patches(guess).clamp(0, 1), grain, batch["view"])
+        conditioned = condition.abs().sum((1, 2)) > 0
+        share = conditioned / conditioned.sum().clamp(min=1)
         losses = {
-            "embeddings": self.perception * ((1 - (found * seen).sum(-1)) * share).sum(),
-            "names": self.naming * (self._apart(found, seen, batch["told"].flatten(0, 1)) * share).sum(),
+            "embeddings": self.perception
+            * ((1 - (guess_embeddings * image_embeddings).sum(-1)) * share).sum(),
+            "names": self.naming
+            * (self._apart(guess_embeddings, image_embeddings, batch["told"].flatten(0, 1)) * share).sum(),
         }
 
         if self.asking and self.questions:
-            apart = torch.stack([self._apart(found, seen, answers) for answers in self.questions])
+            apart = torch.stack(
+                [self._apart(guess_embeddings, image_embeddings, answers) for answers in self.questions]
+            )
             losses["answers"] = self.asking * (apart.mean(0) * share).sum()
 
         return losses
 
-    def _apart(self, found: Tensor, seen: Tensor, texts: Tensor) -> Tensor:
+    def _apart(self, guess_embeddings: Tensor, image_embeddings: Tensor, texts: Tensor) -> Tensor:
         """Return (B,) divergences of how (B, d) embeddings fit (C, d) texts from how others do."""
-        got, wanted = ((self._eyes[0].logit_scale * e @ texts.T).log_softmax(-1) for e in (found, seen))
-        return F.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
+        actual, expected = (
+            (self._eyes[0].logit_scale * e @ texts.T).log_softmax(-1)
+            for e in (guess_embeddings, image_embeddings)
+        )
+        return F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1)
 
     def _look(self, images: Tensor, grain: Tensor, view: Tensor) -> Tensor:
         """Return `tiny`'s embeddings of a crop, blurred and grained: a pattern that only deceives does not survive."""
@@ -285,6 +292,6 @@ class DenoisingModule(nn.Module, Trainable):
 
     def load_running_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`running_state` returned."""
-        held = dict(state)
-        self.steps = int(held.pop("steps"))
-        self.average = {n: t.clone() for n, t in held.items()}
+        merged = dict(state)
+        self.steps = int(merged.pop("steps"))
+        self.average = {n: t.clone() for n, t in merged.items()}

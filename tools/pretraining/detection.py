@@ -114,11 +114,11 @@ class BoxBatches:
         rows = []
 
         for start in range(0, len(scenes), 128):
-            drawn = [scenes.boxes(i) for i in range(start, min(start + 128, len(scenes)))]
-            pixels = [detector.preprocess(Image.fromarray(image)) for image, _, _ in drawn]
+            boxes_drawn = [scenes.boxes(i) for i in range(start, min(start + 128, len(scenes)))]
+            pixels = [detector.preprocess(Image.fromarray(image)) for image, _, _ in boxes_drawn]
             rows.append(detector.frozen(torch.stack(pixels))["features"].half())
 
-            for image, boxes, items in drawn:
+            for image, boxes, items in boxes_drawn:
                 x0, y0, x1, y1 = (torch.from_numpy(boxes) / image.shape[0]).T
                 self.boxes.append(torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1))
                 self.items.append(items)
@@ -150,8 +150,8 @@ class HeadModule(nn.Module, Trainable):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch of :class:`BoxBatches`."""
         vectors = self.queries.vectors[batch["kind"]][:, None]
-        found = self._detector[0].detect({"features": batch["features"].float()}, vectors)
-        return box_losses(found.logits.float(), found.boxes.float(), batch["targets"])
+        detections = self._detector[0].detect({"features": batch["features"].float()}, vectors)
+        return box_losses(detections.logits.float(), detections.boxes.float(), batch["targets"])
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the head's tensors by name."""
@@ -171,14 +171,14 @@ class _Watch:
         self.rows = {name: features(detector, data) for name, data in self.sets.items()}
 
     def __call__(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, data in self.sets.items():
             scores = average_precision(
                 self.detector, class_vectors(self.detector, data), data, self.rows[name]
             )
-            found |= {f"{name}/{key}": scores[key] for key in ("AP", "AP50")}
+            figures |= {f"{name}/{key}": scores[key] for key in ("AP", "AP50")}
 
-        return found
+        return figures
 
 
 class _Ship(Callback):

@@ -92,13 +92,19 @@ def pretrain_diffusion(
     backbone = create_backbone("tiny")
     pairs = CaptionPairs(options.images, options.seed, easy=options.easy, balanced=True)
     images = render_all(pairs, folder / "scenes.u8", workers)
-    seen, told = _embeddings(pairs, images, options.captions, backbone, folder)
+    image_embeddings, text_embeddings = _embeddings(pairs, images, options.captions, backbone, folder)
     told_of = (options.drop, options.worded)
     batches = ConditionedBatches(
-        images, seen, told, options.train.batch_size, options.train.seed, *told_of, options.focus
+        images,
+        image_embeddings,
+        text_embeddings,
+        options.train.batch_size,
+        options.train.seed,
+        *told_of,
+        options.focus,
     )
-    asked = [build(task, "train") for task in ASKED] if options.asking else []
-    answers = [backbone.class_weights(data.classnames, data.templates) for data in asked]
+    tasks_asked = [build(task, "train") for task in ASKED] if options.asking else []
+    answers = [backbone.class_weights(data.classnames, data.templates) for data in tasks_asked]
     module = DenoisingModule(
         backbone,
         options.seed,
@@ -116,7 +122,14 @@ def pretrain_diffusion(
         before = load_denoiser(options.start).state_dict()
         module.denoiser.load_state_dict(before)
     else:
-        sketches = SketchBatches(images, seen, told, options.sketch.batch_size, options.sketch.seed, *told_of)
+        sketches = SketchBatches(
+            images,
+            image_embeddings,
+            text_embeddings,
+            options.sketch.batch_size,
+            options.sketch.seed,
+            *told_of,
+        )
         Trainer(
             SketchModule(module.denoiser), sketches, options.sketch, folder / "sketch", identity=identity
         ).run(resume)
@@ -144,9 +157,9 @@ def _embeddings(
         texts = [c.text for i in range(len(pairs)) for c in pairs.captions(i, captions)]
         distinct = sorted(set(texts))
         parts = [backbone.encode_text(distinct[i : i + 512]) for i in range(0, len(distinct), 512)]
-        place = {text: number for number, text in enumerate(distinct)}
-        told = torch.cat(parts)[[place[text] for text in texts]]
-        write_tensors(path, {"seen": torch.cat(rows), "told": told.view(len(pairs), captions, -1)})
+        position = {text: number for number, text in enumerate(distinct)}
+        text_embeddings = torch.cat(parts)[[position[text] for text in texts]]
+        write_tensors(path, {"seen": torch.cat(rows), "told": text_embeddings.view(len(pairs), captions, -1)})
 
     tensors, _ = read_tensors(path)
     return tensors["seen"], tensors["told"]
@@ -187,13 +200,13 @@ class _Watch:
         rows = []
 
         for task, (images, heads) in self.tasks.items():
-            seen = self.backbone.encode_image(_preprocessed(images, self.backbone))
+            image_embeddings = self.backbone.encode_image(_preprocessed(images, self.backbone))
             noise = torch.randn(len(images), self.steps, 48, 16, 16, generator=torch_rng(0, "watch", task))
-            made = self.denoiser.sample(seen[:, None], noise, self.steps)
-            again = self.backbone.encode_image(_preprocessed(made, self.backbone))
-            alike = (seen @ heads.T).argmax(1) == (again @ heads.T).argmax(1)
+            samples = self.denoiser.sample(image_embeddings[:, None], noise, self.steps)
+            again = self.backbone.encode_image(_preprocessed(samples, self.backbone))
+            alike = (image_embeddings @ heads.T).argmax(1) == (again @ heads.T).argmax(1)
             scores[task] = float(alike.float().mean())
-            rows += [images[:16].float() / 255, made[:16]]
+            rows += [images[:16].float() / 255, samples[:16]]
 
         sheet = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
         image: Image.Image = tvf.to_pil_image(sheet)

@@ -105,9 +105,9 @@ class MaskModule(nn.Module, Trainable):
         frozen = {n.removeprefix("frozen/"): t.float() for n, t in batch.items() if n.startswith("frozen/")}
         mask = batch["mask"].float()
         logits = self.segmenter.decode(frozen, batch["texts"], (mask.shape[2], mask.shape[3]))
-        found = logits.sigmoid().flatten(1)
-        wanted = mask.flatten(1)
-        overlap = (2 * (found * wanted).sum(1) + 1) / (found.sum(1) + wanted.sum(1) + 1)
+        probability = logits.sigmoid().flatten(1)
+        target = mask.flatten(1)
+        overlap = (2 * (probability * target).sum(1) + 1) / (probability.sum(1) + target.sum(1) + 1)
 
         return {"bce": F.binary_cross_entropy_with_logits(logits, mask), "dice": 0.5 * (1 - overlap).mean()}
 
@@ -187,10 +187,10 @@ def _states(
         maps = {}
 
         for start in range(0, len(scenes), _CHUNK):
-            drawn = [scenes.rendered(i) for i in range(start, min(start + _CHUNK, len(scenes)))]
-            masks += [m for _, m in drawn]
+            scenes_drawn = [scenes.rendered(i) for i in range(start, min(start + _CHUNK, len(scenes)))]
+            masks += [m for _, m in scenes_drawn]
 
-            pixels = normalised(segmenter.backbone, np.stack([image for image, _ in drawn]))
+            pixels = normalised(segmenter.backbone, np.stack([image for image, _ in scenes_drawn]))
             for name, state in segmenter.frozen(pixels).items():
                 if name not in maps:
                     shape = (len(scenes), *state.shape[1:])
@@ -227,11 +227,13 @@ class _Watch:
 
         for style in ("plain", "sketch", "inverted"):
             scenes = MaskedScenes(10 * images, 0, "watch", style)
-            seen = [i for i in range(len(scenes)) if scenes.spec(i).objects[0].shape not in HELD_OUT_MASKS]
-            self.sets[style] = self._read(scenes, seen[:images])
+            training_indices = [
+                i for i in range(len(scenes)) if scenes.spec(i).objects[0].shape not in HELD_OUT_MASKS
+            ]
+            self.sets[style] = self._read(scenes, training_indices[:images])
 
             if style == "plain":
-                other = sorted(set(range(len(scenes))) - set(seen))
+                other = sorted(set(range(len(scenes))) - set(training_indices))
                 self.sets["objects"] = self._read(scenes, other[:images])
 
     def _read(self, scenes: MaskedScenes, chosen: list[int]) -> tuple[Tensor, list[str], Tensor]:
@@ -241,14 +243,14 @@ class _Watch:
 
     def __call__(self) -> dict[str, float]:
         """Return Dice by data set."""
-        found = {}
+        figures = {}
         for name, (pixels, texts, masks) in self.sets.items():
             guess = self.segmenter(pixels, texts)[:, 0] > 0
             both = (guess & masks).sum((1, 2))
             either = guess.sum((1, 2)) + masks.sum((1, 2))
-            found[f"dice_{name}"] = float((2 * both / either.clamp(min=1)).mean())
+            figures[f"dice_{name}"] = float((2 * both / either.clamp(min=1)).mean())
 
-        return found
+        return figures
 
 
 class _Ship(Callback):

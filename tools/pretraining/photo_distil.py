@@ -183,9 +183,9 @@ class DistilModule(nn.Module, Trainable):
         target = teacher.places(maps) @ teacher.projection[:, :width]
         target = (_GAIN * target - residual).flatten(0, 1).double()
         ridge = h.T @ h + _RIDGE * len(h) * torch.eye(h.shape[1], dtype=h.dtype)
-        found = torch.linalg.solve(ridge, h.T @ target).float()
-        mlp.c_proj.weight.copy_(found[:-1].T)
-        mlp.c_proj.bias.copy_(found[-1])
+        solution = torch.linalg.solve(ridge, h.T @ target).float()
+        mlp.c_proj.weight.copy_(solution[:-1].T)
+        mlp.c_proj.bias.copy_(solution[-1])
         visual.proj.zero_()
         visual.proj[:, :width].fill_diagonal_(1.0)
 

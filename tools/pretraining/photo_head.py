@@ -90,13 +90,13 @@ def state_batches(
     """
     words = sentences.vocabulary
     rows = torch.from_numpy(np.unique(sentences.rows))
-    found = []
+    states_by_view = []
 
     for view in range(views):
         rng = numpy_rng(seed, "sentences of the head", view)
         texts = [said(words.phrases[i], words.above[i], sentences.adjectives, rng) for i in rows]
         parts = [sentences.tokens(texts[i : i + 256]) for i in range(0, len(texts), 256)]
         torch.manual_seed(int(rng.integers(2**31)))  # for embeddings that nobody taught
-        found.append(torch.cat([tower.states(p["text"], p["last"]) for p in parts]))  # type: ignore[operator]
+        states_by_view.append(torch.cat([tower.states(p["text"], p["last"]) for p in parts]))  # type: ignore[operator]
 
-    return TensorBatches({"state": found, "phrase": [rows]}, batch_size, seed)
+    return TensorBatches({"state": states_by_view, "phrase": [rows]}, batch_size, seed)

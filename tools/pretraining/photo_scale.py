@@ -30,8 +30,8 @@ def best_scale(cosines: Tensor, labels: Tensor) -> tuple[float, float]:
     def loss(log_scale: float) -> float:
         return float(F.cross_entropy(cosines.double() * float(np.exp(log_scale)), labels))
 
-    found = minimize_scalar(loss, bounds=_LOGS, method="bounded")
-    return float(np.exp(found.x)), float(found.fun)
+    minimum = minimize_scalar(loss, bounds=_LOGS, method="bounded")
+    return float(np.exp(minimum.x)), float(minimum.fun)
 
 
 @torch.no_grad()
@@ -50,18 +50,18 @@ def calibrate(model: CLIP, photos: Path, classes_kept_back: int, seed: int) -> d
 
     photographs = Photographs(photos, classes_kept_back, seed)
     pool = photographs.chosen("val")
-    drawn = [pool[i] for i in numpy_rng(seed, "calibration").permutation(len(pool))[:_IMAGES]]
+    sample = [pool[i] for i in numpy_rng(seed, "calibration").permutation(len(pool))[:_IMAGES]]
     tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
     backbone = wrap_open_clip(model, dict(PREPROCESS), tokenizer, {"architecture": "", "pretrained": None})
     text = backbone.class_weights(synset_names("imagenet"), ["a photo of a {}."])
     numbers = {name: i for i, name in enumerate(synset_ids("imagenet"))}
-    images = [backbone.preprocess(photographs.read(*one)) for one in drawn]
+    images = [backbone.preprocess(photographs.read(*one)) for one in sample]
     features = torch.cat(
         [backbone.encode_image(torch.stack(images[i : i + 50])) for i in range(0, len(images), 50)]
     )
-    labels = torch.tensor([numbers[name] for name, _ in drawn])
+    labels = torch.tensor([numbers[name] for name, _ in sample])
     cosines = features @ text.T
     scale, loss = best_scale(cosines, labels)
     right = float((cosines.argmax(1) == labels).float().mean())
 
-    return {"scale": scale, "nll": loss, "accuracy": right, "pictures": float(len(drawn))}
+    return {"scale": scale, "nll": loss, "accuracy": right, "pictures": float(len(sample))}

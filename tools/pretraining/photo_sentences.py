@@ -66,10 +66,10 @@ class SentenceBatches:
         self.batch_size = batch_size
         self.seed = seed
         self.adjectives: list[str] = plain_words()["adjectives"]
-        kept = [i for i in range(len(vocabulary.phrases)) if i not in vocabulary.held_out]
-        self.rows = np.array([i for i in kept for _ in range(_REPEATS[vocabulary.kinds[i]])])
+        training_phrases = [i for i in range(len(vocabulary.phrases)) if i not in vocabulary.held_out]
+        self.rows = np.array([i for i in training_phrases for _ in range(_REPEATS[vocabulary.kinds[i]])])
         fixed = [*_TEMPLATES, *self.adjectives, "a photo of the, a type of."]
-        texts = [t.replace("{}", " ") for t in fixed] + [vocabulary.phrases[i] for i in kept]
+        texts = [t.replace("{}", " ") for t in fixed] + [vocabulary.phrases[i] for i in training_phrases]
         ends = [token for text in texts for token in encode(text)]
         self.seen_ids = sorted(set(ends))
         self._place = {token: number for number, token in enumerate(self.seen_ids)}

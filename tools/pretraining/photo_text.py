@@ -179,7 +179,7 @@ class Watch:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Return per kind of phrase: ``top`` whether the nearest row is one it stands for, and the mean ``cosine``."""
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for kind, numbers in self.parts.items():
             if not numbers:
                 continue
@@ -190,10 +190,10 @@ class Watch:
             text = self.module.encode(batch["text"], batch["last"]).float()
             target = F.normalize(members @ self.module.rows, dim=-1)
             nearest = (text @ self.module.rows.T).argmax(1)
-            found[f"{kind}/top"] = float((members[torch.arange(len(members)), nearest] > 0).float().mean())
-            found[f"{kind}/cosine"] = float((text * target).sum(-1).mean())
+            figures[f"{kind}/top"] = float((members[torch.arange(len(members)), nearest] > 0).float().mean())
+            figures[f"{kind}/cosine"] = float((text * target).sum(-1).mean())
 
-        return {"accuracy": found["name/top"], **found}
+        return {"accuracy": figures["name/top"], **figures}
 
 
 @RECIPES.register(
@@ -227,17 +227,17 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
     )
     history = progress.history + _teach_head(module.eval(), batches, options, folder / "head", watch, resume)
     model = module.model(options.scale)
-    found = {"scale": options.scale}
+    calibration = {"scale": options.scale}
 
     if options.photos is not None:
-        found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
-        model.logit_scale.data.fill_(torch.tensor(found["scale"]).log())
+        calibration = calibrate(model, options.photos, options.classes_kept_back, options.seed)
+        model.logit_scale.data.fill_(torch.tensor(calibration["scale"]).log())
 
     path = folder / "photo.safetensors"
     about = {
         "words": _about_words(vocabulary),
         "read": history[-1] if history else {},
-        **found,
+        **calibration,
     }
     write_tensors(path, pack_photo(model, batches.seen_ids), {"facts": about, "history": history})
 

@@ -69,17 +69,17 @@ class Watch:
     def __call__(self) -> dict[str, float]:
         """Return ``agreement`` and ``cosine`` by name, and their mean agreement as ``accuracy``."""
         teacher, rows = self.module.frozen
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
 
         for name, maps in self.maps.items():
             image = self.module.embed(maps)[0]
             (true, _) = teacher(maps)
             same = (image @ rows.T).argmax(1) == (true @ rows.T).argmax(1)
-            found[f"{name}/agreement"] = float(same.float().mean())
-            found[f"{name}/cosine"] = float((image * true).sum(-1).mean())
+            figures[f"{name}/agreement"] = float(same.float().mean())
+            figures[f"{name}/cosine"] = float((image * true).sum(-1).mean())
 
-        agreements = [v for k, v in found.items() if k.endswith("agreement")]
-        return {"accuracy": sum(agreements) / len(agreements), **found}
+        agreements = [v for k, v in figures.items() if k.endswith("agreement")]
+        return {"accuracy": sum(agreements) / len(agreements), **figures}
 
 
 def training_maps(
@@ -100,7 +100,7 @@ def watched_maps(
     options: PhotoVitOptions, photographs: Photographs, stem: nn.Module, folder: Path
 ) -> dict[str, NDArray[Any]]:
     """Return the maps of photographs that are kept back, of seen (``val``) and unseen classes."""
-    found = {}
+    maps_by_part = {}
     for part in ("val", "unseen"):
         pool = photographs.chosen(part)
         if not pool:
@@ -113,8 +113,8 @@ def watched_maps(
         ) -> NDArray[np.uint8]:
             return whole(photographs.read(*pool[order[n]]))
 
-        found[part] = cached_maps(image, len(order), stem, folder / f"{part}-{key:x}.f16")
-    return found
+        maps_by_part[part] = cached_maps(image, len(order), stem, folder / f"{part}-{key:x}.f16")
+    return maps_by_part
 
 
 @RECIPES.register(
@@ -167,9 +167,9 @@ def _ship(
     path = folder / "photo_vit.safetensors"
     write_tensors(path, pack_vit(model))
     load_vit(model, path, options.words)
-    found = calibrate(model, options.photos, options.classes_kept_back, options.seed)
-    model.logit_scale.data.fill_(float(np.log(found["scale"])))
-    about = {"pictures_composed": options.images, "distilled": history[-1] if history else {}, **found}
+    calibration = calibrate(model, options.photos, options.classes_kept_back, options.seed)
+    model.logit_scale.data.fill_(float(np.log(calibration["scale"])))
+    about = {"pictures_composed": options.images, "distilled": history[-1] if history else {}, **calibration}
     write_tensors(path, pack_vit(model), {"facts": about, "history": history})
 
     return path

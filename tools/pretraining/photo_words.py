@@ -67,11 +67,11 @@ class WordNet:
     @cached_property
     def below(self) -> dict[str, list[str]]:
         """Hyponyms by synset."""
-        found = defaultdict(list)
+        children = defaultdict(list)
         for synset, parents in self.above.items():
             for parent in parents:
-                found[parent].append(synset)
-        return found
+                children[parent].append(synset)
+        return children
 
     @cached_property
     def senses(self) -> dict[str, list[str]]:
@@ -90,15 +90,15 @@ class WordNet:
 
     def ancestors(self, synset: str) -> set[str]:
         """Return everything above a synset."""
-        found: set[str] = set()
+        synsets: set[str] = set()
         waiting = list(self.above[synset])
         while waiting:
             one = waiting.pop()
-            if one not in found:
-                found.add(one)
+            if one not in synsets:
+                synsets.add(one)
                 waiting += self.above[one]
 
-        return found
+        return synsets
 
 
 @dataclass(frozen=True)
@@ -149,50 +149,50 @@ def read_vocabulary(wordnet: WordNet, held_out: float, seed: int, near: bool = T
             f"wordnet: synset {missing[0]} of ImageNet is not in it; WordNet must be version 3.0."
         )
 
-    known: dict[str, set[int]] = defaultdict(set)
+    members_of: dict[str, set[int]] = defaultdict(set)
 
     for number, synset in enumerate(ids):
         for above in {synset} | wordnet.ancestors(synset):
-            known[above].add(number)
+            members_of[above].add(number)
 
-    found: dict[str, tuple[str, frozenset[int], str]] = {}
+    entries: dict[str, tuple[str, frozenset[int], str]] = {}
     for number, name in enumerate(synset_names("imagenet")):
-        found[name.lower()] = ("name", frozenset([number]), ids[number])
+        entries[name.lower()] = ("name", frozenset([number]), ids[number])
 
-    for word, synset in _words(wordnet, known):
+    for word, synset in _words(wordnet, members_of):
         kind = "synonym" if synset in set(ids) else "hypernym"
-        found.setdefault(word, (kind, frozenset(known[synset]), synset))
+        entries.setdefault(word, (kind, frozenset(members_of[synset]), synset))
 
     for word, meanings in plain_words()["words"].items():
-        rows = [found[m.lower()] for m in meanings if m.lower() in found]
+        rows = [entries[m.lower()] for m in meanings if m.lower() in entries]
         if rows:
-            found[word] = ("plain", frozenset().union(*(r[1] for r in rows)), rows[0][2])
+            entries[word] = ("plain", frozenset().union(*(r[1] for r in rows)), rows[0][2])
 
-    for word, (kind, members, synset) in list(found.items()):
+    for word, (kind, members, synset) in list(entries.items()):
         if kind in ("name", "hypernym", "plain") and word.isalpha() and not word.endswith("s"):
-            found.setdefault(_plural(word), ("plural", members, synset))
+            entries.setdefault(_plural(word), ("plural", members, synset))
 
-    for word, synset in _near(wordnet, known) if near else ():
-        parents = [p for p in wordnet.above[synset] if p in known and len(known[p]) <= _NEAR]
-        found.setdefault(word, ("near", frozenset().union(*(known[p] for p in parents)), parents[0]))
+    for word, synset in _near(wordnet, members_of) if near else ():
+        parents = [p for p in wordnet.above[synset] if p in members_of and len(members_of[p]) <= _NEAR]
+        entries.setdefault(word, ("near", frozenset().union(*(members_of[p] for p in parents)), parents[0]))
 
-    return _arranged(wordnet, known, found, held_out, seed)
+    return _arranged(wordnet, members_of, entries, held_out, seed)
 
 
-def _words(wordnet: WordNet, known: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
+def _words(wordnet: WordNet, members_of: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
     """Yield every word of the known synsets with the most frequent of its known meanings."""
-    for word in sorted({lemma.lower() for synset in known for lemma in wordnet.lemmas[synset]}):
+    for word in sorted({lemma.lower() for synset in members_of for lemma in wordnet.lemmas[synset]}):
         order = wordnet.senses.get(word, [])
-        meanings = [s for s in order if s in known]
+        meanings = [s for s in order if s in members_of]
         if meanings:
             yield word, meanings[0]
 
 
-def _near(wordnet: WordNet, known: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
+def _near(wordnet: WordNet, members_of: dict[str, set[int]]) -> Iterator[tuple[str, str]]:
     """Yield common words whose most frequent meaning is directly below a known one that few classes are kinds of."""
-    for parent in sorted(p for p, members in known.items() if len(members) <= _NEAR):
+    for parent in sorted(p for p, members in members_of.items() if len(members) <= _NEAR):
         for synset in wordnet.below[parent]:
-            if synset in known:
+            if synset in members_of:
                 continue
             for lemma in wordnet.lemmas[synset]:
                 word = lemma.lower()
@@ -208,29 +208,31 @@ def _plural(word: str) -> str:
 
 def _arranged(
     wordnet: WordNet,
-    known: dict[str, set[int]],
-    found: dict[str, tuple[str, frozenset[int], str]],
+    members_of: dict[str, set[int]],
+    entries: dict[str, tuple[str, frozenset[int], str]],
     held_out: float,
     seed: int,
 ) -> Vocabulary:
-    phrases = sorted(found, key=lambda p: (found[p][0], p))
-    kinds = [found[p][0] for p in phrases]
+    phrases = sorted(entries, key=lambda p: (entries[p][0], p))
+    kinds = [entries[p][0] for p in phrases]
     free = [i for i, kind in enumerate(kinds) if kind in ("synonym", "hypernym") and " " in phrases[i]]
-    drawn = numpy_rng(seed, "words held out").permutation(len(free))[: round(held_out * len(free))]
-    back = frozenset(free[i] for i in drawn)
+    held_out_order = numpy_rng(seed, "words held out").permutation(len(free))[: round(held_out * len(free))]
+    back = frozenset(free[i] for i in held_out_order)
     trained = {p for i, p in enumerate(phrases) if i not in back}
 
     def above(phrase: str) -> str:
-        kind, _, synset = found[phrase]
-        for one in [synset] if kind == "near" else _closest_first(wordnet, known, synset):
+        kind, _, synset = entries[phrase]
+        for one in [synset] if kind == "near" else _closest_first(wordnet, members_of, synset):
             for lemma in wordnet.lemmas[one]:
-                if lemma.lower() in trained and found[lemma.lower()][2] == one and lemma.lower() != phrase:
+                if lemma.lower() in trained and entries[lemma.lower()][2] == one and lemma.lower() != phrase:
                     return lemma.lower()
         return phrase
 
-    members = [tuple(sorted(found[p][1])) for p in phrases]
+    members = [tuple(sorted(entries[p][1])) for p in phrases]
     return Vocabulary(phrases, members, kinds, [above(p) for p in phrases], back)
 
 
-def _closest_first(wordnet: WordNet, known: dict[str, set[int]], synset: str) -> Sequence[str]:
-    return sorted((a for a in wordnet.ancestors(synset) if a in known), key=lambda a: (len(known[a]), a))
+def _closest_first(wordnet: WordNet, members_of: dict[str, set[int]], synset: str) -> Sequence[str]:
+    return sorted(
+        (a for a in wordnet.ancestors(synset) if a in members_of), key=lambda a: (len(members_of[a]), a)
+    )

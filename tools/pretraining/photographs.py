@@ -79,8 +79,8 @@ class Photographs:
                 f"photos: {self.root} holds {len(self.classes)} classes, {held_out} are to be kept back."
             )
 
-        drawn = numpy_rng(seed, "classes kept back").permutation(len(self.classes))[:held_out]
-        self.unseen = [self.classes[i] for i in sorted(drawn)]
+        chosen_classes = numpy_rng(seed, "classes kept back").permutation(len(self.classes))[:held_out]
+        self.unseen = [self.classes[i] for i in sorted(chosen_classes)]
 
     def chosen(self, part: str) -> list[tuple[str, int]]:
         """Return (class, number) of the photographs of a part.
@@ -89,7 +89,7 @@ class Photographs:
             part: ``"train"``; ``"val"``: the tenth of the same classes that is kept back; ``"unseen"``: all of the
                 classes that are kept back.
         """
-        found = []
+        listed = []
         for name in self.classes:
             count = len(self._places[name])
             if (name in self.unseen) != (part == "unseen"):
@@ -97,16 +97,16 @@ class Photographs:
 
             order = numpy_rng(self.seed, "photographs kept back", name).permutation(count)
             back = {int(i) for i in order[: -(-count // 10)]}
-            found += [(name, i) for i in range(count) if part == "unseen" or (i in back) == (part == "val")]
+            listed += [(name, i) for i in range(count) if part == "unseen" or (i in back) == (part == "val")]
 
-        return found
+        return listed
 
     def read(self, name: str, number: int) -> Image.Image:
         """Return a photograph as RGB."""
-        place = self._places[name][number]
-        with place.file.open("rb") as file:
-            file.seek(place.offset)
-            return decode(file.read(place.size), f"{place.file}#{number}")
+        location = self._places[name][number]
+        with location.file.open("rb") as file:
+            file.seek(location.offset)
+            return decode(file.read(location.size), f"{location.file}#{number}")
 
 
 def composed(
@@ -175,8 +175,8 @@ def cached_maps(
         for start in range(done, count, chunk):
             numbers = range(start, min(start + chunk, count))
             with torch.no_grad():
-                found = stem(to_pixels([image(n) for n in numbers]))
-            maps[start : numbers.stop] = found.flatten(2).transpose(1, 2).half().numpy()
+                stem_maps = stem(to_pixels([image(n) for n in numbers]))
+            maps[start : numbers.stop] = stem_maps.flatten(2).transpose(1, 2).half().numpy()
             if (start // chunk) % 10 == 9 or numbers.stop == count:
                 maps.flush()
                 write_json(state, numbers.stop)

@@ -58,26 +58,26 @@ class PhraseScenes:
 
     def _draw(self, index: int) -> SceneSpec:
         rng = numpy_rng(self.seed, "scenes", "phrases", index)
-        kept = [s for s in STYLES[1:] if s not in HELD_OUT_STYLES]
-        style = "plain" if rng.random() < 0.6 else kept[int(rng.integers(len(kept)))]
-        wanted = int(rng.integers(1, MOST_OBJECTS + 1))
+        styles = [s for s in STYLES[1:] if s not in HELD_OUT_STYLES]
+        style = "plain" if rng.random() < 0.6 else styles[int(rng.integers(len(styles)))]
+        count = int(rng.integers(1, MOST_OBJECTS + 1))
         first = ("large", "medium", "small")[int(rng.choice(3, p=[0.4, 0.5, 0.1]))]
         objects = [draw_object(rng, shapes=_SEEN, seen_only=True, size=first)]
 
         for _ in range(30):
             size = "medium" if rng.random() < 0.75 else "small"
             other = draw_object(rng, shapes=_SEEN, seen_only=True, size=size)
-            if len(objects) < wanted and all(_apart(o, other) for o in objects):
+            if len(objects) < count and all(_apart(o, other) for o in objects):
                 objects.append(other)
 
         return draw_scene(rng, objects, style=style)
 
     def rendered(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return the (64, 64, 3) image, and (4, 64, 8) masks of its objects, eight pixels to a byte."""
-        drawn = render(self.spec(index))
-        masks = np.zeros((MOST_OBJECTS, *drawn.masks.shape[1:]), bool)
-        masks[: len(drawn.masks)] = drawn.masks
-        return drawn.image, np.packbits(masks, axis=2)
+        rendered = render(self.spec(index))
+        masks = np.zeros((MOST_OBJECTS, *rendered.masks.shape[1:]), bool)
+        masks[: len(rendered.masks)] = rendered.masks
+        return rendered.image, np.packbits(masks, axis=2)
 
     def phrase(self, index: int, draw: int) -> tuple[str, list[int]]:
         """Return a phrase, and the places in ``objects`` of all that it names; draws differ."""

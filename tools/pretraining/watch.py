@@ -27,17 +27,17 @@ class ZeroShot:
     def __init__(self, module: ContrastiveModule, names: Sequence[tuple[str, str]], count: int = 200) -> None:
         self.module = module
         self.sets = {}
-        place = {token: number for number, token in enumerate(module.seen_ids)}
+        position = {token: number for number, token in enumerate(module.seen_ids)}
 
         for task, style in names:
             data = build(task, "val", style)
             chosen = range(min(count, len(data)))
             images = np.stack([np.asarray(data[i][0]) for i in chosen])
             rows = [encode(t.format(c)) for t in data.templates for c in data.classnames]
-            known = [
-                [place[token] for token in row if token in place] for row in rows
+            rows_known = [
+                [position[token] for token in row if token in position] for row in rows
             ]  # unread words say nothing
-            self.sets[data.name] = (torch.from_numpy(images).permute(0, 3, 1, 2), data, known)
+            self.sets[data.name] = (torch.from_numpy(images).permute(0, 3, 1, 2), data, rows_known)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

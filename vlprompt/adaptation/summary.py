@@ -93,5 +93,4 @@ def _by_seed(lines: Results, data: str, config: AdaptationConfig) -> dict[Coordi
     """Return one value for each seed; of the average only for seeds that have every data set."""
     if data != AVERAGE:
         return lines.select(data=data).value_by("seed")
-    complete = set(lines.coordinates("data")) == set(config.data.names)
-    return complete_means(lines, "seed", "data") if complete else {}
+    return complete_means(lines, "seed", "data", config.data.names)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from typing_extensions import Self
 
-from vlprompt.backbones import list_backbones
 from vlprompt.classification.options import MultiTaskOptions, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.names import check_name
 from vlprompt.data.transforms import Augmentation
+from vlprompt.experiments.backbone import backbone_problems
 from vlprompt.experiments.config import (
     STRICT,
     BackboneOptions,
@@ -113,7 +113,7 @@ class DataOptions(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Return what :func:`vlprompt.load_dataset` takes for every split."""
-        return {**{key: getattr(self, key) for key in _ARGUMENTS}, **self.options}
+        return {**self.model_dump(include=set(_ARGUMENTS)), **self.options}
 
 
 class ProtocolOptions(BaseModel):
@@ -474,13 +474,7 @@ def _meta_problems(config: ClassificationConfig) -> list[str]:
 
 def _name_problems(content: Mapping[str, Any]) -> list[str]:
     """Check names of backbones and data sets, without building any."""
-    problems = []
-    backbone = _section(content, "backbone").get("name", "tiny")
-
-    backbones = list_backbones()
-    if isinstance(backbone, str) and backbone not in backbones:
-        problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, backbones)}")
-
+    problems = backbone_problems(content)
     also_test = _section(content, "data").get("also_test", {})
     names = [("data.name", name) for name in _listed(_section(content, "data").get("name", []))]
     names += [("data.name", name) for name in (also_test.values() if isinstance(also_test, Mapping) else ())]

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from vlprompt.classification.config import Study
 from vlprompt.classification.protocols import protocol_of
-from vlprompt.classification.protocols.base import AVERAGE
-from vlprompt.experiments.layout import Layout, gain_tables
+from vlprompt.experiments.layout import AVERAGE, Layout, gain_tables
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Row, Table
 

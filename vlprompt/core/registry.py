@@ -1,8 +1,8 @@
 """One registry for every kind of thing that is looked up by name.
 
 Entries register themselves with a decorator when their module is imported. Modules inside the package are
-found by walking it, third-party ones by the entry-point group ``vlprompt.<kind>s``; nothing is listed by
-hand.
+found by walking it, third-party ones by the entry-point group ``vlprompt.<kind>s`` (a space in
+the kind is ``_`` there: ``vlprompt.pair_sources``); nothing is listed by hand.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Registry(Generic[T]):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self.package}.{module.name}")
 
-        for point in entry_points(group=f"vlprompt.{self.kind}s"):
+        for point in entry_points(group=f"vlprompt.{self.kind.replace(' ', '_')}s"):
             try:
                 point.load()
             except Exception as error:  # a broken plug-in must not take the library down with it

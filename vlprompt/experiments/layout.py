@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,15 +72,18 @@ def label(names: Sequence[str], values: Sequence[Coordinate]) -> str:
     return ", ".join(words)
 
 
-def complete_means(results: Results, over: str, average: str) -> dict[Coordinate, float]:
-    """Return the mean over ``average`` for each repetition; one that any of them lacks would shift it, and is left out.
+def complete_means(
+    results: Results, over: str, average: str, parts: Collection[Coordinate]
+) -> dict[Coordinate, float]:
+    """Return the mean over ``parts`` for each repetition that has all of them; a missing part would shift the mean.
 
     Args:
         results: Lines of one metric, one for each pair of coordinates.
         over: Coordinate of the repetitions, mostly ``"seed"``.
         average: Coordinate that the mean is over, mostly ``"data"``.
+        parts: The values of ``average`` that the mean is over, also those whose cells all failed.
     """
-    by_part = [part.value_by(over) for part in results.by(average).values()]
+    by_part = [results.select(**{average: part}).value_by(over) for part in parts]
     repetitions = results.coordinates(over)
     complete = [key for key in repetitions if all(key in values for values in by_part)]
     return {key: float(np.mean([values[key] for values in by_part])) for key in complete}
@@ -109,7 +112,7 @@ def gain_tables(results: Results, layout: Layout, title: str = "") -> list[Table
 
 
 def _value_table(results: Results, layout: Layout, title: str) -> Table:
-    several = len(results.coordinates(layout.average)) > 1 if layout.average else False
+    parts = results.coordinates(layout.average) if layout.average else []
     rows = []
 
     for key, group in results.by(*layout.rows).items():
@@ -118,8 +121,8 @@ def _value_table(results: Results, layout: Layout, title: str) -> Table:
             repeated = list(lines.value_by(layout.over).values())
             values[label(layout.columns, column) or layout.metric] = summarise(repeated)
 
-        if several:
-            values |= _averages(group, layout)
+        if len(parts) > 1:
+            values |= _averages(group, layout, parts)
         rows.append(Row(label(layout.rows, key), values))
 
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
@@ -127,13 +130,13 @@ def _value_table(results: Results, layout: Layout, title: str) -> Table:
     return Table(rows, columns, title, layout.note)
 
 
-def _averages(group: Results, layout: Layout) -> dict[str, float | Summary]:
+def _averages(group: Results, layout: Layout, parts: Sequence[Coordinate]) -> dict[str, float | Summary]:
     """Return the average column, one for each value of the other columns."""
     others = tuple(name for name in layout.columns if name != layout.average)
     values: dict[str, float | Summary] = {}
 
     for key, lines in group.by(*others).items():
-        means = complete_means(lines, layout.over, layout.average)
+        means = complete_means(lines, layout.over, layout.average, parts)
         if means:
             name = ", ".join([AVERAGE, *([label(others, key)] if label(others, key) else [])])
             values[name] = summarise(list(means.values()))
@@ -166,8 +169,11 @@ def _gains(ours: Results, theirs: Results, layout: Layout) -> dict[str, Summary]
             (layout.over, layout.average, layout.over),
             (layout.average, layout.over, layout.average),
         ):
-            mine = complete_means(lines, over, across)
-            pairs = _pairs(mine, complete_means(baseline[key], over, across))
+            parts = lines.coordinates(across)
+            mine = complete_means(lines, over, across, parts)
+            # A baseline that learns nothing was measured once, so its lines have no seeds to average over.
+            theirs_parts = baseline[key].coordinates(across) if across == layout.over else parts
+            pairs = _pairs(mine, complete_means(baseline[key], over, across, theirs_parts))
             if pairs:
                 values[f"{AVERAGE} over {what}s{suffix}".replace("datas", "data sets")] = _paired(pairs)
 

@@ -117,12 +117,13 @@ def run_experiment(
             state.wait_for_everyone()
             return _finished(experiment, folder, cells)
 
-        folder.start()
-        finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
-        if finished:
-            log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
-        state.wait_for_everyone()
+        # Built before the folder, so that a mistake in ``on`` leaves no empty run behind.
         with create_executor(on, experiment) as executor:
+            folder.start()
+            finished = _finished_cells(folder, cells)
+            if finished:
+                log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
+            state.wait_for_everyone()
             failures = _execute(executor, folder, cells, finished, progress)
         return _conclude(experiment, folder, cells, finished, failures, command)
 
@@ -272,8 +273,7 @@ def _conclude(
 
 def _finished(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
     """Return what a complete run holds, without changing anything."""
-    finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
-    results = Results.of(finished)
+    results = Results.of(_finished_cells(folder, cells))
     metrics = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
     headline = experiment.layout().headline
     return RunOutcome(
@@ -284,7 +284,7 @@ def _finished(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) 
 def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
     """Take part in a run as one of several processes of a ``torchrun``; the main process writes and says everything."""
     process_state().wait_for_everyone()
-    finished = {cell: result for cell in cells if (result := folder.result(cell)) is not None}
+    finished = _finished_cells(folder, cells)
     failures: dict[Cell, Failure] = {}
 
     if not folder.finished:
@@ -299,6 +299,12 @@ def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) ->
 
     results = Results.of(finished)
     return RunOutcome(folder.path, {}, experiment.layout().headline, results, failures=_sentences(failures))
+
+
+def _finished_cells(folder: RunFolder, cells: Sequence[Cell]) -> dict[Cell, CellResult]:
+    """Return the results of the cells that an earlier command finished."""
+    results = {cell: folder.result(cell) for cell in cells}
+    return {cell: result for cell, result in results.items() if result is not None}
 
 
 def _sentences(failures: dict[Cell, Failure]) -> list[str]:

@@ -203,9 +203,8 @@ def _by_seed(config: SegmentationConfig, group: Results, metric: str, column: st
     lines = group.select(metric, part=None)
     if column != AVERAGE:
         return lines.select(data=column).value_by("seed")
-    if set(lines.coordinates("data")) != set(config.data.names):
-        return {}  # the average over some data sets compares with nothing
-    return {int(str(seed)): value for seed, value in complete_means(lines, "seed", "data").items()}
+    means = complete_means(lines, "seed", "data", config.data.names)
+    return {int(str(seed)): value for seed, value in means.items()}
 
 
 def _gain(config: SegmentationConfig, ours: Results, theirs: Results, column: str) -> Summary | None:

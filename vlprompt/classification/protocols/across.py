@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vlprompt.classification.config import ClassificationConfig, Study
-from vlprompt.classification.protocols.base import AVERAGE, Protocol
+from vlprompt.classification.protocols.base import Protocol
 from vlprompt.classification.summary import averages, numbers_by, over_seeds
 from vlprompt.experiments.cell import Cell
+from vlprompt.experiments.layout import AVERAGE
 from vlprompt.experiments.results import Line, Results
 from vlprompt.experiments.statistics import Summary, summarise
 from vlprompt.experiments.tables import Row

@@ -13,9 +13,8 @@ from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import Summary, summarise
 from vlprompt.experiments.tables import Row
 
-__all__ = ["AVERAGE", "MEASURES", "SCRATCH", "Protocol", "measured_gains", "value_over_seeds"]
+__all__ = ["MEASURES", "SCRATCH", "Protocol", "measured_gains", "value_over_seeds"]
 
-AVERAGE = "average"
 SCRATCH = "scratch"
 MEASURES = ("accuracy", "score")  # a data set's own measure may be another than accuracy
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlprompt.classification.config import ClassificationConfig, Study
-from vlprompt.classification.protocols.base import AVERAGE, Protocol, value_over_seeds
+from vlprompt.classification.protocols.base import Protocol, value_over_seeds
 from vlprompt.classification.protocols.few_shot import average_over_data
 from vlprompt.classification.summary import numbers_by_data, over_datasets
 from vlprompt.core.errors import DataError
 from vlprompt.experiments.cell import Cell
+from vlprompt.experiments.layout import AVERAGE
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import Summary, harmonic_mean
 from vlprompt.experiments.tables import Row
@@ -72,21 +73,23 @@ class BaseToNew(Protocol):
 
     def rows(self, results: Results, study: Study) -> list[Row]:
         """Return ``zero-shot`` and the method: base, new and harmonic mean of every data set, then of the averages."""
+        names = study.config.data.names
         rows = []
+
         for method, metric in (("zero-shot", "zero_shot_accuracy"), (study.method, "accuracy")):
             learned = metric == "accuracy"
             values: dict[str, Summary | None] = {}
 
-            for name in study.config.data.names:
+            for name in names:
                 base = value_over_seeds(results, metric, learned, data=name, part="base")
                 new = value_over_seeds(results, metric, learned, data=name, part="new")
                 single = value_over_seeds(results, "harmonic_mean", data=name) if learned else None
                 values |= _columns(name, base, new, single)
 
-            if len(study.config.data.names) > 1:
-                base = average_over_data(results, metric, learned, part="base")
-                new = average_over_data(results, metric, learned, part="new")
-                single = average_over_data(results, "harmonic_mean") if learned else None
+            if len(names) > 1:
+                base = average_over_data(results, names, metric, learned, part="base")
+                new = average_over_data(results, names, metric, learned, part="new")
+                single = average_over_data(results, names, "harmonic_mean") if learned else None
                 values |= _columns(AVERAGE, base, new, single)
 
             rows.append(Row(method, {column: value for column, value in values.items() if value is not None}))

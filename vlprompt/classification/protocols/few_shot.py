@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlprompt.classification.config import ClassificationConfig, Study
-from vlprompt.classification.protocols.base import AVERAGE, Protocol, value_over_seeds
+from vlprompt.classification.protocols.base import Protocol, value_over_seeds
 from vlprompt.classification.summary import numbers_by_data, over_datasets
 from vlprompt.experiments.cell import Cell
-from vlprompt.experiments.layout import complete_means
+from vlprompt.experiments.layout import AVERAGE, complete_means
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.statistics import Summary, summarise
 from vlprompt.experiments.tables import Row
@@ -86,10 +88,12 @@ def few_shot_figures(
     return figures
 
 
-def average_over_data(results: Results, metric: str, spread: bool = True, **where: object) -> Summary | None:
-    """Return a metric's average over data sets, summarised over the seeds that all of them have."""
+def average_over_data(
+    results: Results, names: Sequence[str], metric: str, spread: bool = True, **where: object
+) -> Summary | None:
+    """Return a metric's average over the named data sets, summarised over the seeds that all of them have."""
     lines = results.select(metric, **{"part": None, "stage": None, **where})  # type: ignore[arg-type]
-    means = list(complete_means(lines, "seed", "data").values())
+    means = list(complete_means(lines, "seed", "data", names).values())
     if not means:
         return None
     summary = summarise(means)
@@ -102,5 +106,5 @@ def _values(
     """Return a value per data set and their average; of a single data set only itself."""
     values = {name: value_over_seeds(results, metric, spread, data=name, shots=shots) for name in names}
     if len(names) > 1:
-        values[AVERAGE] = average_over_data(results.select(shots=shots, data=names), metric, spread)
+        values[AVERAGE] = average_over_data(results.select(shots=shots), names, metric, spread)
     return {column: value for column, value in values.items() if value is not None}

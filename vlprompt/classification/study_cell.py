@@ -1,0 +1,298 @@
+"""One cell of a classification experiment: how a learner is trained and scored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlprompt.backbones import Backbone
+from vlprompt.classification.config import ClassificationConfig
+from vlprompt.classification.evaluate import evaluate
+from vlprompt.classification.fit import RunResult, fit
+from vlprompt.classification.meta import meta_train
+from vlprompt.classification.multitask import (
+    TaskData,
+    common_templates,
+    fit_multitask,
+    mean_over_tasks,
+    union_of_classes,
+)
+from vlprompt.classification.protocols.base import SCRATCH
+from vlprompt.classification.protocols.base_to_new import split_base_new
+from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_of
+from vlprompt.classification.transfer import start_from
+from vlprompt.core.files import write_json, write_jsonl
+from vlprompt.core.options import options_model
+from vlprompt.core.processes import process_state
+from vlprompt.data import FeatureCache, ImageDataset, load_dataset
+from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.statistics import harmonic_mean
+from vlprompt.learners import LEARNERS, Learner, create_learner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.meta.start import read_start
+from vlprompt.saved.paths import find_prompts
+from vlprompt.saved.prompts import load, save
+
+__all__ = ["StudyCell"]
+
+log = logging.getLogger("vlprompt.run")
+
+_ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
+
+
+@dataclass
+class StudyCell:
+    """One cell of a study: trains and scores, or loads what was trained.
+
+    Args:
+        config: The study's configuration.
+        cell: Its coordinates.
+        folder: Where its files lie.
+        backbone: What the learner stands on.
+        init: ``train.init``, with the label of a stage that ran before replaced by its folder.
+        fact_prefix: Put before facts of the learner, so that those of several learners keep apart.
+        test_cache: Returns the cache of (data set, part of its test set).
+    """
+
+    config: ClassificationConfig
+    cell: Cell
+    folder: Path
+    backbone: Backbone
+    init: str
+    fact_prefix: str
+    test_cache: Callable[[str, str], FeatureCache]
+    result: CellResult = field(default_factory=CellResult)
+
+    @property
+    def is_single_task(self) -> bool:
+        """Whether it trains on one data set, and its learner can be loaded and shown."""
+        return self.config.protocol.name != "meta" and self.cell.get("stage") != SOURCE
+
+    def run(self) -> CellResult:
+        """Train and score."""
+        self.result.facts |= {
+            f"{self.fact_prefix}backbone": self.backbone.name,
+            f"{self.fact_prefix}backbone_fingerprint": self.backbone.fingerprint,
+        }
+
+        if self.config.protocol.name == "meta":
+            self._run_meta()
+        elif self.cell.get("stage") == SOURCE:
+            self._run_group()
+        elif self.cell.get("target") is not None:
+            self._score_target()
+        else:
+            self._run_task()
+
+        return self.result
+
+    def trained(self) -> tuple[Learner, ImageDataset, FeatureCache]:
+        """Return the saved learner of a finished cell, the first part that it was tested on, and its cache."""
+        learner = load(self.folder / "prompt", self.backbone)
+        part, test = next(iter(self._tests(self.cell["data"]).items()))
+        return learner, test, self._cache(test, part)
+
+    def _run_task(self) -> None:
+        """Train on one data set and score what was learned."""
+        name = self.cell["data"]
+        train = self._part(name, "train")
+        val = self._validation(name)
+        learner = self._learner(train.classnames, train.templates)
+        self._start(learner)
+        log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
+
+        trained = fit(learner, train, val, **self._fit_options())
+        self._keep(trained)
+        self._add_training(trained)
+        self._score(learner, name)
+        self._save_metrics(learner)
+
+    def _run_group(self) -> None:
+        """Train several data sets together and score each on its own classes."""
+        names = groups_of(self.config)[self.cell["group"]]
+        tasks = {name: TaskData(self._part(name, "train"), self._validation(name)) for name in names}
+        classes, _ = union_of_classes([task.train.classnames for task in tasks.values()])
+        templates = common_templates([task.train.templates for task in tasks.values()])
+        learner = self._learner(classes, templates)
+        self._start(learner)
+        log.info("%s on %d tasks of %d classes", learner.method, len(tasks), len(classes))
+
+        trained, together = fit_multitask(learner, tasks, self.config.multitask, **self._fit_options())
+        self._keep(trained)
+        self._add_training(trained)
+        scores: dict[str, dict[str, float]] = {}
+
+        for name in names:
+            scores[name] = self._score(together.tasks[name], name, data=name)
+
+        self.result.add(mean_over_tasks(scores))
+        self._save_metrics(learner)
+
+    def _run_meta(self) -> None:
+        """Meta-train the learner's prompts and a regulator."""
+        learner = self._learner(_ANY_CLASSES, DEFAULT_TEMPLATES)
+        self._start(learner)
+        numbers, history = meta_train(self.config, self.backbone, learner, self.folder, self.cell["seed"])
+
+        if process_state().is_main_process:
+            write_jsonl(self.folder / "history.jsonl", history)
+
+        seconds = numbers.pop("train/seconds")
+        self.result.timings["training"] = seconds
+        self.result.add(numbers)
+
+    def _score_target(self) -> None:
+        """Score on another data set what the source cell learned."""
+        process_state().wait_for_everyone()  # the source's files are written by one process
+        source = self.cell.sibling(target=None)
+        learner = load(self.folder.parent / source.name / "prompt", self.backbone)
+        test = self._load(self.cell["target"], "test")
+        self._add_scores(self._scores(learner, test, ""), test, {})
+
+    def _start(self, learner: Learner) -> None:
+        """Put saved prompts into the learner, and note it beside the cell and in the run's facts."""
+        stage = self.cell.get("stage")
+        prompts: list[str] = []
+
+        if stage in (TARGET, "from"):
+            prompts = [str(self.folder.parent / name / "prompt") for name in self.cell.needs]
+        elif stage != SCRATCH:
+            prompts = find_prompts(self.config.target.patterns)
+
+        if prompts:
+            origin = start_from(learner, prompts)
+            if process_state().is_main_process:
+                write_json(self.folder / "start.json", origin)
+            if stage not in (TARGET, "from"):
+                self.result.facts |= {f"{self.fact_prefix}{key}": value for key, value in origin.items()}
+
+        if self.init:
+            start = read_start(self.init)
+            self.result.facts |= {
+                f"{self.fact_prefix}init": start.folder.name,
+                f"{self.fact_prefix}init_checksum": start.checksum,
+            }
+
+    def _fit_options(self) -> dict[str, Any]:
+        data = self.config.data
+        train = self.config.train.model_dump()
+        train["init"] = self.init
+
+        return {
+            **train,
+            "seed": self.cell["seed"],
+            "folder": self.folder,
+            "resume": True,
+            "augmentation": data.augmentation,
+            "views": data.views,
+            "cache_dir": data.cache_dir,
+        }
+
+    def _keep(self, trained: RunResult) -> None:
+        """Write the history, which the report shows."""
+        if process_state().is_main_process:
+            write_jsonl(self.folder / "history.jsonl", trained.history)
+
+    def _save_metrics(self, learner: Learner) -> None:
+        """Save the prompt with the figures that it reached."""
+        if process_state().is_main_process:
+            numbers = {}
+            for measurement in self.result.measurements:
+                if "data" in measurement.where:  # of one of several tasks
+                    continue
+                part = measurement.where.get("part")
+                name = f"{part}/{measurement.metric}" if part else measurement.metric
+                numbers[name] = measurement.value
+            save(learner, self.folder / "prompt", numbers)
+
+    def _add_training(self, trained: RunResult) -> None:
+        numbers = dict(trained.metrics)
+        self.result.timings["training"] = numbers.pop("seconds")
+        self.result.add(numbers, part="train")
+
+    def _score(self, learner: Learner, name: str, **where: str) -> dict[str, float]:
+        """Add test metrics of the learner and of zero-shot, by part; return them with the parts in their names."""
+        numbers: dict[str, float] = {}
+        for part, test in self._tests(name).items():
+            fitting = learner
+            if test.classnames != learner.classnames:
+                fitting = learner.with_classes(test.classnames)
+
+            scores = self._scores(fitting, test, part)
+            coordinates = {**where, "part": part} if part else where
+            self._add_scores(scores, test, coordinates)
+            numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
+
+        if self.config.protocol.name == "base-to-new":
+            mean = harmonic_mean(numbers["base/accuracy"], numbers["new/accuracy"])
+            self.result.add({"harmonic_mean": mean}, **where)
+
+        return numbers
+
+    def _add_scores(
+        self, scores: Mapping[str, float], test: ImageDataset, coordinates: Mapping[str, str]
+    ) -> None:
+        """Add scores; those by another measure than accuracy say by which."""
+        measure = str(test.info.get("metric", "accuracy"))
+        by_measure = {key: value for key, value in scores.items() if key.endswith("score")}
+        rest = {key: value for key, value in scores.items() if key not in by_measure}
+        self.result.add(rest, **coordinates)
+        self.result.add(
+            by_measure, **(coordinates if measure == "accuracy" else {**coordinates, "measure": measure})
+        )
+
+    def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
+        """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""
+        if test.classnames != learner.classnames:
+            learner = learner.with_classes(test.classnames, test.templates)
+
+        cache = self._cache(test, part)
+        zero_shot = create_learner("zero_shot", learner.backbone, test.classnames, test.templates)
+        baseline = evaluate(zero_shot, test, cache=cache)
+        self.result.facts |= {f"{test.name}/{key}": value for key, value in test.fingerprint().items()}
+        self.result.facts[f"{test.name}/metric"] = test.info.get("metric", "accuracy")
+        scores = evaluate(learner, test, cache=cache)
+
+        return {**scores, **{f"zero_shot_{key}": baseline[key] for key in ("accuracy", "score")}}
+
+    def _tests(self, name: str) -> dict[str, ImageDataset]:
+        """Return the test sets by part: the whole ("") and further data sets, or the base and the new classes."""
+        test = self._load(name, "test")
+        if self.config.protocol.name == "base-to-new":
+            base, new = split_base_new(len(test.classnames))
+            return {"base": test.keep_classes(base), "new": test.keep_classes(new)}
+
+        tests = {"": test}
+        for label, other in self.config.data.also_test.items():
+            tests[label] = self._load(other, "test")
+        return tests
+
+    def _part(self, name: str, split: str) -> ImageDataset:
+        """Return the samples of one split that the cell draws."""
+        data = self._load(name, split, shots=self.cell["shots"], seed=self.cell["seed"])
+        if self.config.protocol.name == "base-to-new":
+            base, _ = split_base_new(len(self._load(name, "test").classnames))
+            return data.keep_classes(base)
+        return data
+
+    def _validation(self, name: str) -> ImageDataset | None:
+        return self._part(name, "val") if self.config.data.validate_on == "val" else None
+
+    def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
+        arguments = self.config.data.arguments()
+        if self.config.protocol.name == "elevater":
+            arguments["sampling"] = "elevater"
+        return load_dataset(name, split, **draw, **arguments)
+
+    def _cache(self, test: ImageDataset, part: str) -> FeatureCache:
+        return self.test_cache(test.name, part)
+
+    def _learner(self, classnames: Sequence[str], templates: Sequence[str]) -> Learner:
+        options = dict(self.config.learner_options)
+        fields = options_model(LEARNERS.get(self.config.learner_name).target).model_fields
+        if "seed" in fields and "seed" not in options:
+            options["seed"] = self.cell["seed"]
+        return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
