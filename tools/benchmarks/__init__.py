@@ -1,4 +1,4 @@
-"""Benchmarks: ours against the obvious way, in one process, as a ratio. One file each, discovered."""
+"""Benchmarks: ours against a baseline, in one process, as a ratio. One file each, discovered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step of every learner against the obvious way of computing the same step.
+"""A training step of every learner against a baseline that computes the same step.
 
 Ours is what ``fit`` does after its first epoch: the real trainer, cached image embeddings where they are exact,
 the fast text tower, constants computed before. Obvious is the same learner and trainer with
@@ -88,7 +88,7 @@ def bench_learners(
 
     for name, case in cases.items() if naive else ():
         rows[name] |= _measure_naive(case, image_graph)
-        log.info("%s, the obvious way: %.3f s (%.1fx)", name, rows[name]["naive_s"], rows[name]["speedup"])
+        log.info("%s, baseline: %.3f s (%.1fx)", name, rows[name]["naive_s"], rows[name]["speedup"])
 
     settings = {"backbone": backbone, "classes": classes, "batch": batch, "image_graph": image_graph}
     return {**settings, "threads": torch.get_num_threads(), "learners": dict(sorted(rows.items()))}
