@@ -361,7 +361,11 @@ def _resolved_method(
 def _resolved_stage(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage that comes first, as the whole content of its configuration."""
     changes = {key: value for key, value in row.items() if key != "cfg"}
-    return merge(compose(str(row["cfg"])), changes) if "cfg" in row else changes
+    if "cfg" not in row:
+        return changes
+    content = compose(str(row["cfg"]))
+    content.pop("expect", None)  # figures of the file, not of a run that changes it
+    return merge(content, changes)
 
 
 def _with_method(content: Mapping[str, Any], label: str, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``vlprompt check``: is a configuration, or what was saved, as it should be?"""
+"""``vlprompt check``: is a configuration, a finished run, or what was saved, as it should be?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._complete import complete_config
+from vlprompt.core.errors import VLPromptError
 
 if TYPE_CHECKING:
     from vlprompt.experiments.cell import Cell
@@ -20,23 +21,52 @@ def command(
     cfg: Annotated[
         str,
         typer.Argument(
-            metavar="CFG", help="A configuration, or a saved prompt's folder.", autocompletion=complete_config
+            metavar="CFG",
+            help="A configuration, the folder of a finished run, or of a saved prompt.",
+            autocompletion=complete_config,
         ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to a configuration.")
     ] = None,
-) -> None:
-    """Check a configuration as a whole and say what it would run, or check a saved prompt.
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CFG",
+            show_default=False,
+            help="The configuration that a run is compared with, where it is not the shipped one of the same name.",
+        ),
+    ] = None,
+) -> int:
+    """Check a configuration and say what it would run; compare a finished run with what is expected; check a prompt.
 
     All mistakes are reported at once. Data sets are checked by: vlprompt data check NAME.
 
-    Exit status: 0 if there is no mistake, else 2.
+    Exit status: 0; 1 if a run does not reach what its configuration expects; 2 after a mistake.
     """
-    if Path(cfg).is_dir():
+    path = Path(cfg)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return _check_run(path, against)
+
+    if against is not None:
+        raise VLPromptError(f"--against compares a finished run, and {cfg} is none.")
+    if path.is_dir():
         _check_prompt(cfg)
     else:
         _check_config(cfg, overrides or [])
+    return 0
+
+
+def _check_run(folder: Path, against: str | None) -> int:
+    """Print a line for each expectation; return 1 if one is not reached."""
+    from vlprompt.experiments.check import check_run
+
+    verdicts = check_run(folder, against)
+    for verdict in verdicts:
+        print(verdict.text())
+    if not verdicts:
+        print(f"{folder}: its configuration expects no figure (key: expect)")
+    return int(any(verdict.outcome == "fail" for verdict in verdicts))
 
 
 def _check_config(cfg: str, overrides: Sequence[str]) -> None:

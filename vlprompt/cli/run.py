@@ -50,6 +50,10 @@ def command(
         bool,
         typer.Option("--dry-run", help="Only print the cells, and which data and weights are missing."),
     ] = False,
+    expect_only: Annotated[
+        bool,
+        typer.Option("--expect-only", help="Only print the figures that the configuration expects."),
+    ] = False,
 ) -> int:
     """Run an experiment: train, evaluate, and write tables and a report.
 
@@ -68,6 +72,8 @@ def command(
             "`vlprompt list configs` prints the names of all."
         )
 
+    if expect_only:
+        return _print_expectations(words[0], words[1:])
     if dry_run:
         return _describe(words[0], words[1:])
     from vlprompt.experiments import tasks
@@ -86,6 +92,19 @@ def _describe(cfg: str, overrides: list[str]) -> int:
     experiment = read_experiment(cfg, overrides)
     print(describe_plan(experiment))
     return 1 if experiment.missing() else 0
+
+
+def _print_expectations(cfg: str, overrides: list[str]) -> int:
+    """Print what papers report, or what was measured, for a configuration."""
+    from vlprompt.experiments.tasks import read_experiment
+
+    expected = read_experiment(cfg, overrides).config.expect
+    for expectation in expected:
+        for metric in expectation.figures:
+            print(expectation.text(metric))
+    if not expected:
+        print(f"{cfg} expects no figure (key: expect)")
+    return 0
 
 
 def _print(outcome: RunOutcome) -> None:

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.core.options import describe_problems
+from vlprompt.experiments.expectation import Expectation
 
 __all__ = [
     "STRICT",
@@ -78,6 +79,11 @@ class ExperimentConfig(BaseModel):
     task: str = Field(description="which kind of experiment this is")
     name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = Field("runs", description="folder that runs are written below")
+    expect: list[Expectation] = Field(
+        default_factory=list,
+        description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "
+        "on this one, or changes keys, has expectations of its own",
+    )
 
     @classmethod
     def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -273,6 +279,7 @@ def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
     for base in [bases] if isinstance(bases, str) else bases:
         merged = merge(merged, _compose(config_path(base, path.parent), (*above, path)))
+        merged.pop("expect", None)  # figures belong to one file's settings
     return merge(merged, content)
 
 

@@ -61,7 +61,7 @@ class RunFolder:
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:
-        content = self.config.model_dump(mode="json", exclude={"output"})
+        content = self.config.model_dump(mode="json", exclude={"output", "expect"})
         text = json.dumps([content, self.sources], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

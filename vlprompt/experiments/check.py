@@ -1,0 +1,157 @@
+"""Does a finished run reach what its configuration expects?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlprompt.core.errors import CheckpointError, ConfigError, UnknownNameError
+from vlprompt.experiments.config import ExperimentConfig
+from vlprompt.experiments.expectation import Expectation
+from vlprompt.experiments.tasks import read_experiment
+
+__all__ = ["Verdict", "check_run", "is_run"]
+
+_PLACES = frozenset({"output", "name", "expect"})
+_PLACE_KEYS = frozenset({"root", "cache_dir", "store", "on_bad_image"})  # where files lie changes no figure
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one expected figure.
+
+    Attributes:
+        outcome: ``"pass"``, ``"fail"``, or ``"not comparable"``.
+        expectation: What was expected, with its source.
+        metric: Which of its figures.
+        value: What the run reached; None if it has no such figure.
+        reason: Why it can't be compared: which settings differ, or that the figure is missing.
+    """
+
+    outcome: Literal["pass", "fail", "not comparable"]
+    expectation: Expectation
+    metric: str
+    value: float | None = None
+    reason: str = ""
+
+    def text(self) -> str:
+        """Return the verdict as a line."""
+        reached = "" if self.value is None else f"reached {self.value:.4g}; "
+        reason = f"{self.reason}; " if self.reason else ""
+        return f"{self.outcome}: {reached}{reason}expected {self.expectation.text(self.metric)}"
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a finished run."""
+    return (folder / "metrics.json").is_file() and (folder / "config.yaml").is_file()
+
+
+def check_run(folder: Path, cfg: str | None = None) -> list[Verdict]:
+    """Compare a run's figures with what its configuration expects.
+
+    A figure can be compared if the run has the settings in which the figure was reached: those of the configuration
+    file, with what ``under`` changes.
+
+    Args:
+        folder: Of the run.
+        cfg: The configuration file that it is held against; None for the shipped one of the same name, or the run's
+            own where there is none.
+
+    Raises:
+        CheckpointError: If the run is not finished, or damaged.
+        UnknownNameError: If ``cfg`` does not exist.
+        ConfigError: If ``cfg`` is of another task.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"{folder} holds no finished run: it needs config.yaml and metrics.json.")
+
+    run_config = read_experiment(folder / "config.yaml").config
+    reference = _reference(run_config, folder, cfg)
+    expected = read_experiment(reference).config.expect
+    metrics = _metrics(folder / "metrics.json")
+
+    settings = dict(_flat(run_config))
+    verdicts = []
+    for expectation in expected:
+        wanted = read_experiment(reference, _overrides(expectation.under)).config
+        if wanted.task != run_config.task:
+            raise ConfigError(
+                [f"task: the run is of {run_config.task!r}, the file of {wanted.task!r}."], str(reference)
+            )
+        differences = _differences(settings, dict(_flat(wanted)))
+        verdicts += [_verdict(expectation, metric, metrics, differences) for metric in expectation.figures]
+
+    return verdicts
+
+
+def _reference(config: ExperimentConfig, folder: Path, cfg: str | None) -> str | Path:
+    """Return the file whose settings and expectations a run is held against."""
+    if cfg is not None:
+        return cfg
+    try:
+        read_experiment(config.name)
+    except (UnknownNameError, ConfigError):
+        return folder / "config.yaml"
+    return config.name
+
+
+def _verdict(
+    expectation: Expectation, metric: str, metrics: Mapping[str, Any], differences: Sequence[str]
+) -> Verdict:
+    figure = expectation.figures[metric]
+    value = metrics.get(metric)
+    if differences:
+        more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        return Verdict(
+            "not comparable", expectation, metric, reason=f"{'; '.join(differences[:_SHOWN])}{more}"
+        )
+    if not isinstance(value, int | float):
+        return Verdict("not comparable", expectation, metric, reason=f"the run has no figure {metric!r}")
+
+    reached = abs(value - figure.value) <= figure.within
+    return Verdict("pass" if reached else "fail", expectation, metric, float(value))
+
+
+def _differences(run: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return how the settings of a run differ, as ``key=value instead of other``."""
+    keys = dict.fromkeys([*wanted, *run])
+    return [
+        f"{key}={run.get(key)} instead of {wanted.get(key)}"
+        for key in keys
+        if run.get(key) != wanted.get(key)
+    ]
+
+
+def _flat(config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of what can change a figure."""
+    content = config.model_dump(mode="json", exclude=set(_PLACES))
+    yield from _flat_mapping(content, "")
+
+
+def _flat_mapping(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if key in _PLACE_KEYS:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat_mapping(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _overrides(under: Mapping[str, Any]) -> list[str]:
+    """Return settings as they are written on the command line."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in under.items()]
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no figures.")
+    return content
