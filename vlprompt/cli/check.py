@@ -45,7 +45,7 @@ def command(
     Exit status: 0; 1 if a run does not reach what its configuration expects; 2 after a mistake.
     """
     path = Path(cfg)
-    if path.is_dir() and (path / "config.yaml").is_file():
+    if path.is_dir() and (path / "config.yaml").is_file():  # a run, finished or not
         return _check_run(path, against)
 
     if against is not None:
@@ -58,14 +58,19 @@ def command(
 
 
 def _check_run(folder: Path, against: str | None) -> int:
-    """Print a line for each expectation; return 1 if one is not reached."""
+    """Print a line for each expected figure, then what the run learned; return 1 if a figure is not reached."""
     from vlprompt.experiments.check import check_run
+    from vlprompt.saved.paths import find_prompts
 
     verdicts = check_run(folder, against)
     for verdict in verdicts:
         print(verdict.text())
     if not verdicts:
         print(f"{folder}: its configuration expects no figure (key: expect)")
+
+    if any(folder.glob("cells/*/prompt")):
+        for prompt in find_prompts([folder]):
+            _check_prompt(prompt)
     return int(any(verdict.outcome == "fail" for verdict in verdicts))
 
 

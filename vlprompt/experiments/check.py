@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.core.errors import CheckpointError, ConfigError, UnknownNameError
-from vlprompt.experiments.config import ExperimentConfig
+from vlprompt.core.errors import CheckpointError, ConfigError
+from vlprompt.experiments.config import ExperimentConfig, list_configs
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.experiments.tasks import read_experiment
 
@@ -92,11 +92,7 @@ def _reference(config: ExperimentConfig, folder: Path, cfg: str | None) -> str |
     """Return the file whose settings and expectations a run is held against."""
     if cfg is not None:
         return cfg
-    try:
-        read_experiment(config.name)
-    except (UnknownNameError, ConfigError):
-        return folder / "config.yaml"
-    return config.name
+    return list_configs().get(f"{config.name}.yaml", folder / "config.yaml")
 
 
 def _verdict(
