@@ -228,6 +228,12 @@ def test_preprocessing_makes_the_towers_input(small: Backbone) -> None:
     assert small.encode_image(pixels[None]).shape == (1, small.dim) == (1, 24)
 
 
+def test_class_names_are_read_as_learners_read_them(small: Backbone) -> None:
+    templates = ["a photo of a {}."]
+    expected = small.class_weights(["red dog"], templates)
+    assert torch.equal(small.class_weights(["red_dog"], templates), expected)
+
+
 def test_scale_and_zero_shot_weights(small: Backbone) -> None:
     assert small.logit_scale == pytest.approx(1 / 0.07, rel=1e-5)
     weights = small.class_weights(["dog", "cat"], ["a photo of a {}.", "the {}"])

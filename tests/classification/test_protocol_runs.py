@@ -131,11 +131,11 @@ def test_elevater_draws_and_measures_as_the_benchmark_does(train: Train, tmp_pat
         "train.select_metric=score",
         code=1,
     )
-    assert metrics[f"{voc.name}/map_11_point"] == metrics[f"{voc.name}/score"] > 0
-    assert metrics[f"{voc.name}/metric"] == "map_11_point"
+    assert metrics[f"{voc.name}/map_11_point_elevater"] == metrics[f"{voc.name}/score"] > 0
+    assert metrics[f"{voc.name}/metric"] == "map_11_point_elevater"
     assert metrics["digits/accuracy"] == metrics["digits/score"]
     assert outcome.failures[0].startswith("coop_folder-nothing-here-")
-    assert f"{voc.name} by map_11_point" in (outcome.folder / "table.md").read_text()
+    assert f"{voc.name} by map_11_point_elevater" in (outcome.folder / "table.md").read_text()
     assert len(outcome.results.select("val/score", data="digits", part="train")) == 1
 
 

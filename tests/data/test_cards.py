@@ -92,7 +92,7 @@ ELEVATER = {
     "rendered-sst2": (2, 6920, 1821, 1, "accuracy"),
     "resisc45_clip": (45, 3150, 25200, 18, "accuracy"),
     "stanford-cars": (196, 8144, 8041, 8, "accuracy"),
-    "voc-2007-classification": (20, 2501, 4952, 1, "map_11_point"),
+    "voc-2007-classification": (20, 2501, 4952, 1, "map_11_point_elevater"),
 }
 
 

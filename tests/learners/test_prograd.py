@@ -191,3 +191,14 @@ def test_it_forgets_less_than_coop(backbone: Backbone, digits: ImageDataset) -> 
         assert after["cross_entropy"] < before["cross_entropy"]
         drift[strength] = float((after["kl"] - before["kl"]).detach())
     assert drift[1.0] < 0.7 * drift[0.0]
+
+
+def test_the_teacher_may_read_the_authors_order_of_words(backbone: Backbone) -> None:
+    """The zero-shot sentences of the authors' code (CUSTOM_TEMPLATES in trainers/prograd.py of Prompt-align)."""
+    templates = ["a photo of a {}, a type of pet."]
+    learner = create_learner("prograd", backbone, NAMES, templates, teacher="class_last")
+    expected = backbone.class_weights(NAMES, ["a type of pet, a photo of a {}."])
+    torch.testing.assert_close(learner.zero_shot, expected)
+
+    as_written = create_learner("prograd", backbone, NAMES, templates)
+    torch.testing.assert_close(as_written.zero_shot, backbone.class_weights(NAMES, templates))

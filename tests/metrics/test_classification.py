@@ -11,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from vlprompt.core.errors import DataError, NonFiniteError, UnknownNameError
 from vlprompt.experiments.tables import is_fraction
-from vlprompt.metrics.classification import METRICS, compute, map_11_point
+from vlprompt.metrics.classification import METRICS, compute, map_11_point, map_11_point_elevater
 
 
 def logits_of(probs: list[list[float]]) -> torch.Tensor:
@@ -74,6 +74,25 @@ def test_map_11_point_reaches_a_recall_of_exactly_seven_tenths() -> None:
     truth = torch.tensor([1] * 7 + [0] + [1] * 3)[:, None]
     scores = torch.arange(11, 0, -1).double()[:, None]
     assert map_11_point(scores, truth) == pytest.approx((8 * 1 + 3 * 10 / 11) / 11)
+
+
+def test_map_11_point_does_not_depend_on_the_order_of_equal_scores() -> None:
+    scores = torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    for labels in ([1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]):
+        # One of three at the first threshold, two of four at the second.
+        assert map_11_point(scores, torch.tensor(labels)[:, None]) == pytest.approx(0.5)
+
+
+def test_elevaters_map_counts_a_precision_of_one_at_a_recall_of_zero() -> None:
+    """The value that its toolkit's own test states for these predictions (vision-evaluation, test_evaluators.py)."""
+    truth = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 1], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1], [1, 0]])
+    first = torch.tensor([1, 0, 0.5, 0.1, 0.44, 0.09, 0.91, 0.37, 0.34, 0.89])
+    scores = torch.stack([first, torch.tensor([0, 1, 0.5, 0.9, 0.56, 0.91, 0.09, 0.63, 0.66, 0.11])], 1)
+    assert map_11_point_elevater(scores, truth) == pytest.approx(0.7406926406926406, abs=1e-6)
+
+    worst = torch.tensor([[0.0], [1.0]])
+    assert map_11_point(worst, torch.tensor([[1], [0]])) == pytest.approx(0.5)
+    assert map_11_point_elevater(worst, torch.tensor([[1], [0]])) == pytest.approx((10 * 0.5 + 1) / 11)
 
 
 def test_map_11_point_skips_classes_without_positives() -> None:

@@ -16,6 +16,7 @@ from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import VisionTower, VisualPrompts
+from vlprompt.core.names import clean_classname
 
 __all__ = ["Backbone", "content_id"]
 
@@ -128,9 +129,9 @@ class Backbone(nn.Module):
         """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.
 
         Each template's feature is normalised, then averaged, then normalised again (Radford et al. 2021,
-        section 3.1.4).
+        section 3.1.4). Names are read as learners read them: underscores are spaces.
         """
-        texts = [t.format(c) for c in classnames for t in templates]
+        texts = [t.format(clean_classname(c)) for c in classnames for t in templates]
         features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
         return F.normalize(features.mean(1), dim=-1)
 

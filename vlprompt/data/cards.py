@@ -129,7 +129,9 @@ class Card(_Strict):
     templates: tuple[str, ...] = Field(min_length=1)
     source: SourceSpec
     splits: SplitSpec = SplitSpec()
-    metric: Literal["accuracy", "mean_per_class", "roc_auc", "map_11_point", "dice"] = "accuracy"
+    metric: Literal[
+        "accuracy", "mean_per_class", "roc_auc", "map_11_point", "map_11_point_elevater", "dice"
+    ] = "accuracy"
     paper: str
     licence: str
     homepage: str = ""

@@ -6,7 +6,7 @@ Paper: Zhu et al., "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ class ProGrad(Learner):
             name, the context vectors left of them start at zero.
         strength: How much of the disagreeing component is removed (the paper's lambda); 0 is CoOp.
         temperature: Divides both logits in ``kl``.
+        teacher: Sentences of zero-shot classification. ``"templates"``: as they are. ``"class_last"``: in the order
+            of :func:`class_last`, as the authors' own ("a type of pet, a photo of a beagle."); the two differ by up to
+            nine logits on Oxford Pets.
         seed: Of the random initialisation.
 
     Raises:
@@ -68,6 +71,7 @@ class ProGrad(Learner):
         init: str = "template",
         strength: Annotated[float, Field(ge=0)] = 1.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
+        teacher: Literal["templates", "class_last"] = "templates",
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -83,7 +87,10 @@ class ProGrad(Learner):
         self.context = nn.Parameter(start)  # (M, Dt)
         self.layout = context_layout(backbone.text, self.classnames, context_length)
 
-        frozen = backbone.class_weights(self.classnames, self.templates)  # (C, d)
+        sentences = self.templates
+        if teacher == "class_last":
+            sentences = tuple(f"{class_last(template)} {{}}.".strip() for template in self.templates)
+        frozen = backbone.class_weights(self.classnames, sentences)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)
 
     def class_weights(self) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import recall_score, roc_auc_score
+from sklearn.metrics import precision_recall_curve, recall_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +25,7 @@ __all__ = [
     "compute",
     "ece",
     "map_11_point",
+    "map_11_point_elevater",
     "mean_per_class",
     "nll",
     "roc_auc",
@@ -102,10 +103,10 @@ def roc_auc(logits: Tensor, labels: Tensor) -> float:
 
 
 def map_11_point(logits: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the 11-point average precision (PASCAL VOC 2007; ELEVATER's VOC metric).
+    """Mean over classes of the 11-point average precision (Everingham et al., "The PASCAL VOC Challenge", IJCV 2010).
 
-    Per class, the highest precision at any recall >= t, averaged over t = 0.0, 0.1 ... 1.0. Only ranks
-    matter.
+    Per class, the highest precision at any recall >= t, averaged over t = 0.0, 0.1 ... 1.0. Only ranks matter, and
+    samples of equal scores count together, so their order does not matter. Classes without positives are left out.
 
     Args:
         logits: Scores, (n, C).
@@ -114,13 +115,23 @@ def map_11_point(logits: Tensor, labels: Tensor) -> float:
     Raises:
         DataError: If no class has a positive sample.
     """
-    truth = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
-    scores = [
-        _average_precision(logits[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()
-    ]
-    if not scores:
-        raise DataError("map_11_point needs at least one positive label; every label is 0.")
-    return float(np.mean(scores))
+    return _mean_over_classes(_average_precision, logits, labels, "map_11_point")
+
+
+def map_11_point_elevater(logits: Tensor, labels: Tensor) -> float:
+    """Mean over classes of the 11-point average precision as ELEVATER's toolkit computes it (Li et al., NeurIPS 2022).
+
+    It differs from :func:`map_11_point` in two ways. The precision at a recall of 0 is always 1, because the curve
+    ends there by convention. And recalls are compared in floating point, where 0.7 may be reached or not.
+
+    Args:
+        logits: Scores, (n, C).
+        labels: Multi-label truth of zeros and ones, (n, C); or true classes, (n,).
+
+    Raises:
+        DataError: If no class has a positive sample.
+    """
+    return _mean_over_classes(_elevater_precision, logits, labels, "map_11_point_elevater")
 
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -131,9 +142,10 @@ METRICS: dict[str, Metric] = {
     "ece": ece,
     "roc_auc": roc_auc,
     "map_11_point": map_11_point,
+    "map_11_point_elevater": map_11_point_elevater,
 }
 DEFAULT_METRICS = ("accuracy", "mean_per_class", "nll", "ece")
-MULTI_LABEL_METRICS = ("accuracy", "map_11_point")
+MULTI_LABEL_METRICS = ("accuracy", "map_11_point", "map_11_point_elevater")
 
 
 def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRICS) -> dict[str, float]:
@@ -165,13 +177,38 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
     return {name: METRICS[name](scores, truth) for name in names}
 
 
+def _mean_over_classes(
+    score: Callable[[Tensor, Tensor], float], logits: Tensor, labels: Tensor, name: str
+) -> float:
+    """Return the mean score of the classes with at least one positive."""
+    truth = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
+    scores = [score(logits[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()]
+    if not scores:
+        raise DataError(f"{name} needs at least one positive label; every label is 0.")
+    return float(np.mean(scores))
+
+
 def _average_precision(scores: Tensor, truth: Tensor) -> float:
     """Return the 11-point average precision of one class with at least one positive, (n,) and (n,)."""
-    hits = truth[scores.argsort(descending=True, stable=True)].cumsum(0).double()
+    order = scores.argsort(descending=True)
+    hits = truth[order].cumsum(0).double()
     precision = hits / torch.arange(1, len(hits) + 1)
+
+    # A threshold takes all samples of a score or none, so only the last of equal scores is a point of the curve.
+    last = torch.ones(len(order), dtype=torch.bool)
+    last[:-1] = scores[order][1:] != scores[order][:-1]
+    hits = hits[last]
+    precision = precision[last]
+
     # Whole numbers of positives, because 7 * 0.1 > 0.7 in floating point.
     needed = [math.ceil(tenths * int(hits[-1]) / 10) for tenths in range(11)]
     return float(np.mean([float(precision[hits >= count].max()) for count in needed]))
+
+
+def _elevater_precision(scores: Tensor, truth: Tensor) -> float:
+    """Return ELEVATER's 11-point average precision of one class with at least one positive, (n,) and (n,)."""
+    precision, recall, _ = precision_recall_curve(truth.numpy(), scores.numpy())
+    return float(np.mean([precision[recall >= level].max() for level in np.linspace(1, 0, 11)]))
 
 
 def _check(scores: Tensor, truth: Tensor) -> None:
