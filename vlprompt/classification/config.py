@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from typing_extensions import Self
 
-from vlprompt.classification.options import MultiTaskOptions, TargetOptions
+from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.names import check_name
@@ -27,7 +27,6 @@ from vlprompt.experiments.config import (
 from vlprompt.learners import LEARNERS
 from vlprompt.meta.options import MetaOptions
 from vlprompt.meta.regulators import REGULATORS
-from vlprompt.training.options import TrainSection
 
 __all__ = ["BEFORE", "ClassificationConfig", "DataOptions", "ProtocolOptions", "Study", "load_config"]
 
@@ -45,6 +44,7 @@ _ARGUMENTS = (
 _OF_A_METHOD = ("backbone", "learner", "train", "data", "meta", "target")  # sections that a row may change
 _OF_A_METHODS_DATA = ("augmentation", "views")
 _OF_A_SETTING = frozenset({"data", "protocol"})
+_SEVERAL_STAGES = ("multitask", "transfer", "meta")  # their stages share one training, which no search covers
 _ACROSS = ("cross-dataset", "domain-generalisation")
 
 
@@ -172,7 +172,7 @@ class ClassificationConfig(ExperimentConfig):
         "set. cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
     )
     data: DataOptions = Field(default_factory=DataOptions)
-    train: TrainSection = Field(default_factory=TrainSection)
+    train: StudyTrainSection = Field(default_factory=StudyTrainSection)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
@@ -194,6 +194,11 @@ class ClassificationConfig(ExperimentConfig):
         What is written on the command line takes precedence over all of them.
         """
         content = dict(raw)
+        protocol = merge(content, overrides).get("protocol")
+        name = protocol.get("name") if isinstance(protocol, Mapping) else None
+        if "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES:
+            content["train"] = {"recipe": "auto"}
+
         rows = content.get("methods")
         if isinstance(rows, Mapping):
             content["methods"] = {
@@ -398,6 +403,9 @@ def _stage_problems(config: ClassificationConfig) -> list[str]:
     protocol = config.protocol.name
     names = config.data.names
     problems = _multitask_problems(config)
+
+    if protocol in _SEVERAL_STAGES and config.train.recipe != "none":
+        problems.append(f"train.recipe: {protocol} trains several tasks together; write the options.")
 
     if protocol == "transfer" and (len(names) < 2 or len(config.protocol.shots) != 1):
         problems.append("protocol.name: transfer needs at least two data sets and one number of shots.")

@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vlprompt.classification.evaluate import evaluate
+from vlprompt.classification.recipe import AutomaticRecipe, find_recipe
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
@@ -57,9 +58,14 @@ def fit(
     cache_dir: str | Path | None = None,
     cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
+    recipe: Literal["auto", "paper"] | None = None,
     **options: Any,
 ) -> RunResult:
     """Train a learner; its parameters are changed in place.
+
+    Without any training option but the seed the learner's own recipe is used (``recipe="auto"``): the paper's options
+    on the backbones of the papers, elsewhere those that a small search finds on held-back shots (see
+    :mod:`vlprompt.classification.recipe`). With an option, all others have the defaults of :class:`TrainOptions`.
 
     If the learner leaves the image tower alone, image embeddings are computed once per view and training runs
     on them.
@@ -77,6 +83,8 @@ def fit(
         cache_dir: Where embeddings are stored between runs; None holds them in memory.
         cache: A cache that is used in place of one in ``cache_dir``.
         callbacks: Replaces the default ones (progress, TensorBoard).
+        recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
+            on any backbone. None: ``"auto"`` without options, none with options.
         **options: See :class:`TrainOptions`.
 
     Raises:
@@ -85,13 +93,17 @@ def fit(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
-    checked = parse_options(options)
+    parse_options(options)
     _check_samples(learner, train)
     started = time.monotonic()
     processes = accelerator()
     learner.to(processes.device)
     folder = None if folder is None else Path(folder)
     cache = FeatureCache(cache_dir) if cache is None else cache
+
+    automatic = _recipe(learner, train, val, recipe, options, cache)
+    train, val = automatic.train, automatic.val
+    checked = parse_options({**automatic.options, **options})
 
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     held_out = None if val is None else ValidationSource(learner, val, cache)
@@ -122,9 +134,33 @@ def fit(
     if held_out is not None:
         metrics = calibrate(learner, [held_out])
         metrics |= validation(evaluate(learner, held_out.data, cache=cache))
-    metrics |= describe(learner)
+    metrics |= describe(learner) | automatic.figures
 
     return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
+
+
+def _recipe(
+    learner: Learner,
+    train: ImageDataset,
+    val: ImageDataset | None,
+    recipe: Literal["auto", "paper"] | None,
+    options: Mapping[str, Any],
+    cache: FeatureCache,
+) -> AutomaticRecipe:
+    """Return what to train on, and the options that nobody gave."""
+    if recipe is None and options.keys() - {"seed"}:
+        return AutomaticRecipe({}, train, val, {})
+
+    if recipe == "paper":
+        shots = max(train.labels.count(label) for label in set(train.labels))
+        return AutomaticRecipe(learner.recipe.paper_options(shots, len(train)), train, val, {})
+
+    def trial(
+        copy: Learner, kept: ImageDataset, held: ImageDataset | None, changes: Mapping[str, Any]
+    ) -> None:
+        fit(copy, kept, held, cache=cache, callbacks=(), **{**changes, **options})
+
+    return find_recipe(learner, train, val, int(options.get("seed", 1)), cache, trial)
 
 
 def parse_options(options: Mapping[str, Any]) -> TrainOptions:

@@ -53,7 +53,7 @@ def meta_train(
     started = time.monotonic()
     processes = accelerator()
     meta = config.meta
-    options = TrainOptions(**config.train.model_dump(), seed=seed)
+    options = TrainOptions(**config.train.model_dump(exclude={"recipe"}), seed=seed)
     learner.to(processes.device)
     module = MetaPrompts(learner, meta)
 

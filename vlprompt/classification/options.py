@@ -1,14 +1,32 @@
-"""What a user may set of training on several tasks: sections of a configuration."""
+"""What a user may set of training, on one task or several: sections of a configuration."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["LabelSpace", "MultiTaskOptions", "TargetOptions"]
+from vlprompt.training.options import TrainSection
+
+__all__ = ["LabelSpace", "MultiTaskOptions", "StudyTrainSection", "TargetOptions"]
 
 LabelSpace = Literal["per_task", "joint", "joint_dedup"]
+
+
+class StudyTrainSection(TrainSection):
+    """The ``train:`` section of a configuration of classification."""
+
+    recipe: Literal["auto", "paper", "none"] = Field(
+        "none",
+        description="auto: keys that keep their default are the paper's on the paper's backbones, and searched on "
+        "held-back shots elsewhere; paper: the paper's; none: the defaults above. A file without train: has auto",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """Return training options of :func:`vlprompt.fit`, with ``recipe``."""
+        if self.recipe == "none":
+            return {**self.model_dump(exclude={"recipe"}), "recipe": None}
+        return self.model_dump(exclude_defaults=True)
 
 
 class MultiTaskOptions(BaseModel):

@@ -120,7 +120,9 @@ class StudyCell:
         self._start(learner)
         log.info("%s on %d tasks of %d classes", learner.method, len(tasks), len(classes))
 
-        trained, together = fit_multitask(learner, tasks, self.config.multitask, **self._fit_options())
+        options = self._fit_options()
+        options.pop("recipe")  # of one task; the configuration refuses one here
+        trained, together = fit_multitask(learner, tasks, self.config.multitask, **options)
         self._keep(trained)
         self._add_training(trained)
         scores: dict[str, dict[str, float]] = {}
@@ -178,8 +180,7 @@ class StudyCell:
 
     def _fit_options(self) -> dict[str, Any]:
         data = self.config.data
-        train = self.config.train.model_dump()
-        train["init"] = self.init
+        train = self.config.train.options() | {"init": self.init}
 
         return {
             **train,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import check_classnames, check_templates
 from vlprompt.core.trainable import Trainable
 from vlprompt.learners.hooks import LearnerHooks
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["DEFAULT_TEMPLATES", "Learner"]
 
@@ -42,6 +43,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         smooth: False if losses are a step function of the parameters (binary masks), so that a small step changes
             nothing.
         method: Its registry name.
+        recipe: How it is trained where nobody says how.
         options: The options it was built with.
     """
 
@@ -51,6 +53,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     class_bound: bool = False
     smooth: bool = True
     method: str = ""
+    recipe: ClassVar[Recipe] = Recipe()
 
     options: dict[str, Any]
 

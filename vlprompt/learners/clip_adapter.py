@@ -16,6 +16,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["ClipAdapter"]
 
@@ -37,6 +38,8 @@ class ClipAdapter(Learner):
         reduction: How many times narrower A's hidden layer is than the joint space.
         seed: Of the random start.
     """
+
+    recipe = Recipe({"lr": 1e-5, "batch_size": 32, "epochs": 200, "optimizer": "adamw", "weight_decay": 0.0})
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from vlprompt.backbones.layout import PromptLayout
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["ClipLora", "LowRank"]
 
@@ -123,6 +124,21 @@ class ClipLora(Learner):
         BackboneError: If the attention of a tower that is to be updated has no packed projection.
         VLPromptError: If a sentence is too long for the text tower; names its class.
     """
+
+    recipe = Recipe(
+        {
+            "lr": 2e-4,
+            "batch_size": 32,
+            "optimizer": "adamw",
+            "weight_decay": 0.01,
+            "schedule": "cosine",
+            "warmup_epochs": 0.0,
+            "drop_last": False,
+        },
+        steps_per_shot=500,
+        steps=100,
+        trial_steps=30,
+    )
 
     def __init__(
         self,

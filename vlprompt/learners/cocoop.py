@@ -21,6 +21,7 @@ from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["CoCoOp"]
 
@@ -57,6 +58,8 @@ class CoCoOp(Learner):
         BackboneError: If learned context can't enter the backbone's text tower.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.002, "batch_size": 1, "epochs": 10})
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ from vlprompt.concepts.embedding import (
 from vlprompt.core.errors import BackboneError, CheckpointError, DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["ConES", "concept_classifier"]
 
@@ -62,6 +63,19 @@ class ConES(Learner):
     Raises:
         BackboneError: If ``space`` is ``text`` and there is no text projection that is a plain matrix.
     """
+
+    recipe = Recipe(
+        {
+            "lr": 1e-4,
+            "batch_size": 256,
+            "epochs": 100,
+            "optimizer": "adamw",
+            "weight_decay": 0.01,
+            "schedule": "cosine",
+            "warmup_epochs": 0.0,
+            "drop_last": False,
+        }
+    )
 
     prepares = True
 

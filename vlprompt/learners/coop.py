@@ -18,6 +18,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Position, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["CoOp"]
 
@@ -44,6 +45,8 @@ class CoOp(Learner):
         BackboneError: If learned context can't enter the backbone's text tower.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.002, "batch_size": 32}, epochs_by_shots=((1, 50), (2, 100), (8, 200)))
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ from vlprompt.learners._repository import Bank, diversity, separation
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
+from vlprompt.learners.recipe import Recipe
 from vlprompt.metrics.verdicts import Verdicts
 
 __all__ = ["DBOM"]
@@ -90,6 +91,19 @@ class DBOM(Learner, ImageScanner):
         BackboneError: If learned context can't enter the text tower, or there is no convolution to look at.
         VLPromptError: If an object's name is too long for the tower; names it.
     """
+
+    recipe = Recipe(
+        {
+            "lr": 0.003,
+            "batch_size": 256,
+            "epochs": 40,
+            "optimizer": "adamw",
+            "weight_decay": 0.5,
+            "schedule": "cosine",
+        },
+        factors=(1.0,),
+        needs_validation="its threshold is calibrated on validation data",
+    )
 
     reads = ""
     seen: Tensor  # (T, C), compositions that training shows

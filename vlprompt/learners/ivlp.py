@@ -15,6 +15,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._unified import DualPrompts
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["IVLP"]
 
@@ -41,6 +42,8 @@ class IVLP(DualPrompts):
         DataError: If the phrase has fewer tokens than ``context_length``.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.0025, "batch_size": 4, "epochs": 20}, steps=100, trial_steps=30)
 
     def __init__(
         self,

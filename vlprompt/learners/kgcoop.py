@@ -17,6 +17,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["KgCoOp"]
 
@@ -47,6 +48,8 @@ class KgCoOp(Learner):
         BackboneError: If learned context can't enter the backbone's text tower.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.002, "batch_size": 128, "epochs": 100})
 
     zero_shot: Tensor
 

@@ -21,6 +21,7 @@ from vlprompt.learners import LEARNERS
 from vlprompt.learners._unified import initial_deep_context, phrase_context
 from vlprompt.learners._visual import PromptedImages, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["MaPLe"]
 
@@ -49,6 +50,8 @@ class MaPLe(PromptedImages):
         DataError: If the phrase has fewer than M tokens.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.0035, "batch_size": 4, "epochs": 5}, steps=100, trial_steps=30)
 
     deep_context: nn.Parameter | None
 

@@ -39,6 +39,7 @@ from vlprompt.learners._masks import (
 from vlprompt.learners._scores import MaskScores
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples, overridden_hooks
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["MaskTuning"]
 
@@ -80,6 +81,20 @@ class MaskTuning(Learner):
         BackboneError: If ``prompts`` can't work on this backbone.
         ConfigError: If the image tower has no such weights, or ``prompts`` can't be combined with masks.
     """
+
+    recipe = Recipe(
+        {
+            "lr": 8e-5,
+            "batch_size": 32,
+            "epochs": 30,
+            "optimizer": "adamw",
+            "weight_decay": 0.0,
+            "warmup_epochs": 0.0,
+        },
+        factors=(1.0, 5.0, 25.0),
+        steps=100,
+        trial_steps=40,
+    )
 
     static_images = False
     smooth = False

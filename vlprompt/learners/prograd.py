@@ -19,6 +19,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["ProGrad", "class_last", "project_conflict"]
 
@@ -57,6 +58,8 @@ class ProGrad(Learner):
         DataError: If the phrase has more tokens than there are context vectors.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.002, "batch_size": 32}, epochs_by_shots=((1, 50), (2, 100), (8, 200)))
 
     combines_gradients = True
     zero_shot: Tensor

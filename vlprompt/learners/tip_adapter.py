@@ -23,6 +23,7 @@ from vlprompt.core.errors import CheckpointError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import ValidationSamples
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["TipAdapter", "TipAdapterF"]
 
@@ -49,6 +50,8 @@ class TipAdapter(Learner):
         alpha_steps: Values of alpha tried for each beta; 0 keeps ``alpha`` and ``beta``.
         beta_steps: Values of beta tried; 0 keeps ``alpha`` and ``beta``.
     """
+
+    recipe = Recipe(factors=(1.0,), needs_validation="alpha and beta are chosen on validation data")
 
     class_bound = True
     prepares = True
@@ -212,6 +215,22 @@ class TipAdapterF(TipAdapter):
     Training keeps the given alpha and beta; validation chooses the epoch (``select: best``), then alpha and
     beta. Published recipe: AdamW, lr 0.001, eps 1e-4, cosine per step, 20 epochs, batch 256, 10 views.
     """
+
+    recipe = Recipe(
+        {
+            "lr": 0.001,
+            "batch_size": 256,
+            "epochs": 20,
+            "optimizer": "adamw",
+            "eps": 1e-4,
+            "weight_decay": 0.01,
+            "schedule": "cosine",
+            "warmup_epochs": 0.0,
+            "drop_last": False,
+        },
+        factors=(0.1, 1.0, 10.0),
+        needs_validation="alpha and beta are chosen on validation data",
+    )
 
     fine_tuned = True
 

@@ -20,6 +20,7 @@ from vlprompt.learners._context import Position, context_layout, initial_context
 from vlprompt.learners._unified import Mixing, PromptMixer
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["UPT"]
 
@@ -54,6 +55,8 @@ class UPT(PromptedImages):
         BackboneError: If prompts can't enter one of the backbone's towers.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
+
+    recipe = Recipe({"lr": 0.002, "batch_size": 32, "epochs": 200}, steps=100, trial_steps=30)
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from vlprompt.backbones.vision import Insertion, VisualPrompts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["VPT"]
 
@@ -40,6 +41,8 @@ class VPT(PromptedImages):
     Raises:
         BackboneError: If the backbone's image tower is no sequence of tokens.
     """
+
+    recipe = Recipe({"lr": 0.0025, "batch_size": 4, "epochs": 5}, steps=100, trial_steps=30)
 
     def __init__(
         self,
