@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.temporary import remove_left_behind, temporary_neighbour
 
 __all__ = [
     "path_fingerprint",
@@ -32,36 +34,48 @@ __all__ = [
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then rename it over ``path``.
 
+    A link stays a link: the file that it leads to is replaced. A pipe or a character device (``/dev/stdout``) is
+    written to, since a rename would put a file in its place. Temporary files that killed processes left in the folder
+    are removed.
+
     Raises:
-        CheckpointError: If the disk is full or the place can't be written; what stood at ``path`` is
-            untouched.
+        CheckpointError: If the disk is full or the place can't be written, is a folder, a disk, a socket, a link that
+            ends in itself or a pipe that nobody reads; what stood at ``path`` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        target = _target(path)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise CheckpointError(f"could not write {str(path)!r}: {error}.") from None
 
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
-        temporary.replace(path)
+    try:
+        if target is None:
+            _write_through(path, write)
+        else:
+            _replace(target, write)
     except OSError as error:
         raise CheckpointError(
             f"could not write {path}: {error.strerror or error}. The old file is kept."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # where it could not be made; the reason is under way already
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically."""
-    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    """Write UTF-8 text, atomically; names of files that are no UTF-8 are written as the bytes that they are."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which stands for no byte
+        data = text.encode("utf-8", "replace")
+    write_atomic(path, lambda temporary: _write_bytes(temporary, data))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name that is no UTF-8: JSON has escapes for it
+        text = json.dumps(value, indent=2)
+    write_text(path, f"{text}\n")
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -140,6 +154,59 @@ def read_tensors(
         ) from error
 
     return tensors, metadata
+
+
+def _target(path: Path) -> Path | None:
+    """Return the regular file, present or not, that is to be replaced; None for what is written to as it stands.
+
+    Raises:
+        CheckpointError: If there is something that can be neither.
+        OSError: If the path can't be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a disk" if stat.S_ISBLK(mode) else "no file"
+        raise CheckpointError(f"could not write {path}: it is {kind}. Name a file.")
+    if not path.is_symlink():
+        return path
+
+    # Links of /proc (``/dev/stdout`` of a command that writes into a file) lead to open files, not to names.
+    target = Path(os.path.realpath(path))
+    return target if target.exists() and target.samefile(path) else None
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = temporary_neighbour(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(path.parent)
+        write(temporary)
+
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # where it could not be made; the reason is under way already
+            temporary.unlink(missing_ok=True)
+
+
+def _write_through(path: Path, write: Callable[[Path], None]) -> None:
+    """Write the whole content into a pipe or a device; a pipe that nobody reads is an error, not a wait."""
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch, "content")
+        write(whole)
+
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "wb") as file:
+            if hasattr(os, "set_blocking"):
+                os.set_blocking(handle, True)
+            file.write(whole.read_bytes())
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
