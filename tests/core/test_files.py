@@ -43,7 +43,7 @@ def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path: Path) -> None:
 def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
     loop = tmp_path / "loop.csv"
     loop.symlink_to(loop)
-    with pytest.raises(CheckpointError, match="could not write .*loop.csv"):
+    with pytest.raises(CheckpointError, match=r"could not write .*loop.csv"):
         write_text(loop, "x")
     assert loop.is_symlink()
 
