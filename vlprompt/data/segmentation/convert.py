@@ -18,7 +18,7 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic
 from vlprompt.core.names import check_classnames
-from vlprompt.data.segmentation.reading import raw_values
+from vlprompt.data.segmentation.pixels import raw_values
 from vlprompt.data.segmentation.sources._common import stems
 from vlprompt.data.splits import is_inside
 

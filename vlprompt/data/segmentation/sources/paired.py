@@ -60,14 +60,14 @@ class PairedOptions(Layout):
     parts: dict[Literal["all", "train", "val", "test"], _Folders]
     suffix: str = ""
     shares: dict[Literal["train", "val", "test"], float] = Field(default_factory=dict)
-    threshold: int | None = None
+    threshold: float | None = None
 
 
 @pair_sources.register("pairs", summary="your own images/ and masks/, one phrase", grammar="pairs:PATH")
 def build(
     request: Request,
     *,
-    threshold: int | None = None,
+    threshold: float | None = None,
     suffix: str | None = None,
     on_missing: Missing = "error",
     on_size_mismatch: SizePolicy = "error",

@@ -54,7 +54,7 @@ class PerClassOptions(Layout):
 def build(
     request: Request,
     *,
-    threshold: int | None = None,
+    threshold: float | None = None,
     on_missing: Missing = "error",
     on_size_mismatch: SizePolicy = "error",
 ) -> MaskDataset:
