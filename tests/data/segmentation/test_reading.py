@@ -69,7 +69,9 @@ def test_a_palette_of_two_colours_is_read_by_its_colours(
     _palette(1 - bar, list(colours[::-1])).save(tmp_path / "m.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), bar)
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png", MaskRule(threshold=0)), bar)
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", values=(0,)), bar)  # class numbers stay numbers
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "m.png", values=(0,)), bar
+    )  # class numbers stay numbers
     # All of one colour.
     _palette(bar * 0, [WHITE, BLACK]).save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").all()
@@ -179,7 +181,9 @@ def test_the_size_error_mentions_orientation(tmp_path: Path) -> None:
     size = reader.read("i.jpg").size
     assert size == (20, 30)
     for policy in ("error", "resize"):  # resizing would squash what lies on its side
-        with pytest.raises(DataError, match=r"the image's says 6, the mask's 1 .* One of them lies on its side"):
+        with pytest.raises(
+            DataError, match=r"the image's says 6, the mask's 1 .* One of them lies on its side"
+        ):
             replace(reader, on_size_mismatch=policy).mask(sample, size)
     Image.new("L", (30, 20)).save(tmp_path / "m.png", exif=turned)
     assert reader.mask(sample, size).shape == (30, 20)

@@ -41,7 +41,9 @@ def open_mask(path: Path) -> Image.Image:
                 raise DataError(f"the mask {path} claims {opened.width} x {opened.height} pixels.")
             frames = int(getattr(opened, "n_frames", 1))
             if frames > 1 and opened.format != "MPO":
-                raise DataError(f"the mask {path} holds {frames} images; a mask is one. Save the one that counts.")
+                raise DataError(
+                    f"the mask {path} holds {frames} images; a mask is one. Save the one that counts."
+                )
             opened.load()
             return ImageOps.exif_transpose(opened)
     except DataError:
