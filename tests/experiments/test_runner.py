@@ -236,9 +236,7 @@ def test_labels_that_differ_in_signs_alone_have_folders_of_their_own(tmp_path: P
     labels = ["my dog", "my_dog", "my-dog", "../../my dog", ".."]
     outcome = run_experiment(toy(tmp_path, methods=dict.fromkeys(labels, 0.1)))
     assert len(list((outcome.folder / "cells").iterdir())) == len(labels) * 4
-    assert {path for path in tmp_path.rglob("cell.json")} == set(
-        (outcome.folder / "cells").glob("*/cell.json")
-    )
+    assert set(tmp_path.rglob("cell.json")) == set((outcome.folder / "cells").glob("*/cell.json"))
     assert set(outcome.results.coordinates("method")) == set(labels)
 
 

@@ -111,9 +111,8 @@ def seen_values(path: Path, threshold: float | None, ignore: Sequence[int] = ())
     """
     image = open_mask(path)
     stored = np.asarray(image)
-    if image.mode in ("L", "1", "F") or image.mode.startswith("I"):
-        if "transparency" not in image.info:
-            return _checked(path, stored, threshold), stored
+    if (image.mode in ("L", "1", "F") or image.mode.startswith("I")) and "transparency" not in image.info:
+        return _checked(path, stored, threshold), stored
 
     array = np.asarray(_decoded(image))
     colours = array[..., :3]

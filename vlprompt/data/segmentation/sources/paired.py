@@ -166,6 +166,10 @@ def _pairs(
             f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks
         ]
         used.update(names_of_masks)
+        ambiguous = [masks[m] for m in names_of_masks if len(masks[m]) > 1]
+        if ambiguous:
+            problems.append(f"{part_folders.masks}: {' and '.join(ambiguous[0])} are one name")
+            continue
 
         if not names_of_masks:
             problems.append(
