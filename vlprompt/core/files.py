@@ -30,6 +30,8 @@ __all__ = [
     "write_text",
 ]
 
+_CHECKSUMS = "checksums"  # key of the metadata of a file of tensors
+
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then rename it over ``path``.
@@ -123,9 +125,11 @@ def path_fingerprint(path: Path | str) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors and JSON-able metadata into one safetensors file, atomically."""
+    """Write tensors and JSON-able metadata into one safetensors file, atomically, with a checksum of each."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     packed = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    sums = {name: _checksum(tensor) for name, tensor in sorted(flat.items())}
+    packed[_CHECKSUMS] = json.dumps([_metadata_checksum(packed), sums])
     write_atomic(path, lambda temporary: _write_bytes(temporary, tensors_to_bytes(flat, metadata=packed)))
 
 
@@ -139,7 +143,7 @@ def read_tensors(
         prefixes: Only tensors whose names start with one of these are read.
 
     Raises:
-        CheckpointError: If the file is missing, truncated or not a safetensors file of ours.
+        CheckpointError: If the file is missing, truncated, not a safetensors file of ours, or a checksum in it differs.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"no such file: {path}.")
@@ -147,13 +151,43 @@ def read_tensors(
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            raw = dict(file.metadata() or {})
+            names = list(file.keys())
+            metadata = {key: json.loads(value) for key, value in raw.items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}). It may be truncated."
         ) from error
 
+    if _CHECKSUMS in metadata:  # files of others have none
+        damaged = _damage(tensors, names, raw, metadata.pop(_CHECKSUMS))
+        if damaged:
+            raise CheckpointError(f"{path} does not match its own checksum ({damaged}); it is damaged.")
     return tensors, metadata
+
+
+def _damage(
+    tensors: Mapping[str, torch.Tensor], names: list[str], raw: dict[str, str], checksums: Any
+) -> str:
+    """Return what of a file differs from its checksums, empty if nothing does."""
+    raw.pop(_CHECKSUMS)
+    if not isinstance(checksums, list) or len(checksums) != 2 or not isinstance(checksums[1], dict):
+        return "the checksums themselves"
+    if checksums[0] != _metadata_checksum(raw):
+        return "the facts beside the tensors"
+    if set(checksums[1]) != set(names):
+        return "the names of the tensors"
+    return next((name for name, tensor in tensors.items() if checksums[1][name] != _checksum(tensor)), "")
+
+
+def _metadata_checksum(packed: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(packed.items())).encode()).hexdigest()[:32]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    result = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    result.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()[:32]
 
 
 def _target(path: Path) -> Path | None:

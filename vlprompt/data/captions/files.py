@@ -189,7 +189,9 @@ def _refuse_shared_texts(root: Path, images: list[str]) -> None:
     for name in images:
         first = first_of.setdefault(name.rpartition(".")[0], name)
         if first != name and (root / name).with_suffix(".txt").is_file():
-            raise DataError(f"{root}: {first} and {name} would share one caption. Rename or remove one of them.")
+            raise DataError(
+                f"{root}: {first} and {name} would share one caption. Rename or remove one of them."
+            )
 
 
 def _read(image: Path) -> str:
