@@ -427,6 +427,17 @@ def test_rows_of_another_list_of_images_are_not_counted(
             scan_folder(image_folder, corner, out, resume=True)
 
 
+def test_a_listing_that_lost_a_name_is_damaged(corner: Any, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scan_folder(image_folder, corner, out)
+    names = (out / "listing.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_bytes(b"")
+    for damaged in ("".join(names[1:]), "{", ""):
+        (out / "listing.jsonl").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"listing\.jsonl is damaged"):
+            scan_folder(image_folder, corner, out, resume=True)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_two_scans_at_once_into_one_folder(corner: Any, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

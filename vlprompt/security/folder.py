@@ -8,6 +8,7 @@ starts), ``scan.json`` (what is scanned with what), ``rows.jsonl`` (a verdict pe
 from __future__ import annotations
 
 import base64
+import hashlib
 import heapq
 import io
 import json
@@ -197,9 +198,8 @@ def _prepare(root: Path, target: Path, identity: dict[str, Any], resume: bool) -
         raise DataError(
             f"{root} holds no images ({', '.join(EXTENSIONS)}){f', only {others}' if others else ''}."
         )
-    write_json(
-        target / _FACTS, {**identity, "total": total, "passed_over": dict(sorted(passed_over.items()))}
-    )
+    facts = {"total": total, "listing": _digest(target), "passed_over": dict(sorted(passed_over.items()))}
+    write_json(target / _FACTS, {**identity, **facts})
     return total
 
 
@@ -248,6 +248,8 @@ def _continued(target: Path, identity: dict[str, Any]) -> int:
     facts = _facts(target)
     total = int(facts.pop("total"))
     facts.pop("passed_over")
+    if facts.pop("listing") != _digest(target):  # a name that got lost would be an image that nobody looks at
+        raise CheckpointError(f"{target / _LISTING} is damaged. Start anew without --resume.")
 
     if facts != identity:
         other = next(key for key in identity if facts.get(key) != identity[key])
@@ -262,8 +264,9 @@ def _facts(target: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         facts["total"] = int(facts["total"])
+        facts["listing"] = str(facts["listing"])
         facts["passed_over"] = {str(ending): int(count) for ending, count in facts["passed_over"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(f"{path} is damaged. Start anew without --resume.") from None
 
     return dict(facts)
@@ -327,6 +330,15 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _digest(target: Path) -> str:
+    """Return the sha256 of the listing; empty if there is none."""
+    try:
+        with (target / _LISTING).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
 def _names(target: Path) -> Iterator[str]:
     with (target / _LISTING).open(encoding="utf-8") as file:
         yield from map(json.loads, file)
@@ -378,7 +390,7 @@ def _rows(target: Path) -> Iterator[Row]:
     """Yield the verdicts. Raises CheckpointError for a row that is damaged, or of another image than the listing's."""
     path = target / _ROWS
     names = _names(target)
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             row = _row_of(line)
             if row is None or row["image"] != next(names, None):
