@@ -1,6 +1,7 @@
 """Readers of foreign files on damaged and hostile ones: an error of ours, in time, and nothing written elsewhere.
 
-The quick tests try a few dozen inputs of every kind; ``-m slow`` tries thousands.
+The quick tests try a few dozen inputs of every kind, the same in every run; ``-m slow`` tries a thousand others, or as
+many as ``VLPROMPT_FUZZ_INPUTS`` says.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 QUICK = 25  # inputs of each kind
-LONG = 3000
+LONG = int(os.environ.get("VLPROMPT_FUZZ_INPUTS", "1000"))  # more for a long search
 SECONDS = 20  # for one input, on a busy machine
 
 Draw = Callable[..., Any]

@@ -212,7 +212,7 @@ def _put(original: Path, target: Path) -> None:
     try:
         target.hardlink_to(os.path.realpath(original))  # of the file itself, where the original is a link
     except OSError:
-        write_atomic(target, lambda temporary: shutil.copyfile(original, temporary))  # type: ignore[arg-type, return-value]
+        write_atomic(target, lambda temporary: shutil.copyfile(original, temporary))  # type: ignore[arg-type]
 
 
 def _class_masks(entry: CocoImage, classnames: tuple[str, ...]) -> tuple[Masks, int]:
