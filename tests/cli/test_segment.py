@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -56,7 +57,15 @@ def test_mistakes_are_messages(command: Command, tmp_path: Path) -> None:
             "--class takes NAME=NUMBER",
         ),
         (("data", "convert", "indexed", ".", ".", "--out", "o", "--class", "cat=x"), "got 'cat=x'"),
-        (("data", "convert", "coco", "none.json", ".", "--out", "o"), "is no COCO instance file"),
+        (("data", "convert", "coco", "none.json", ".", "--out", "o"), "can't read none.json"),
+        (
+            ("segment", "predict", "a.png", "x", "--threshold", "nan"),
+            "must be a probability in [0, 1], got nan",
+        ),
+        (
+            ("segment", "evaluate", "x", "scenes/masks", "--threshold", "2"),
+            "must be a probability in [0, 1], got 2.0",
+        ),
     ):
         answer = command(*words)
         assert answer.status == 2, words
@@ -75,6 +84,35 @@ def test_a_folder_is_checked_before_it_is_used(command: Command, tmp_path: Path)
     assert answer.status == 1
     assert "003_0.png is 5 x 5, its image" in answer.out
     assert "train and test share 1 images, for example 001.png = 008.png" in answer.out
+
+
+def test_phrases_that_no_tower_reads_are_found_before_a_run(command: Command, tmp_path: Path) -> None:
+    lay.medvlsm(tmp_path / "own", {"train": 6, "val": 2, "test": 2}, ["polyp"])
+    path = tmp_path / "own/anns/train.json"
+    records = json.loads(path.read_text())
+    records[2]["prompts"]["p1"] = "polyp " * 90
+    path.write_text(json.dumps(records))
+    answer = command("segment", "check", f"prompts:{tmp_path / 'own'}")
+    assert answer.status == 1
+    assert "takes 182 tokens (1 pairs); text towers read 77 at most" in answer.out
+
+
+def test_names_with_commas_and_formulas_are_cells_of_the_table(
+    command: Command, run_folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own, mine"
+    lay.medvlsm(own, {"train": 2, "val": 2, "test": 2}, ["polyp"])
+    path = own / "anns/test.json"
+    records = json.loads(path.read_text())
+    for record, name in zip(records, ["=a,b.png", 'c"d.png'], strict=True):
+        (own / "images" / record["img_name"]).rename(own / "images" / name)
+        record["img_name"] = name
+    path.write_text(json.dumps(records))
+    assert command("segment", "evaluate", run_folder, f"prompts:{own}", "--csv", "pairs.csv").status == 0
+    rows = list(csv.DictReader((tmp_path / "pairs.csv").open()))
+    assert {row["data"] for row in rows} == {f"prompts:{own}"}
+    assert [row["record"].partition("|")[0] for row in rows] == ["'=a,b.png", 'c"d.png']
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows)
 
 
 def test_masks_of_class_numbers_are_converted(command: Command, tmp_path: Path) -> None:

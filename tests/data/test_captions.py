@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import os
 import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +110,176 @@ def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
     _archive(tmp_path / "0.tar", {**first, "b/1.seg.png": b"another file", "b/1.png": _image(COLOURS[2])})
     captions = {"caption": "green\nleaf", "width": 8}
     _archive(tmp_path / "1.tar", {"9.json": json.dumps(captions).encode(), "9.PNG": _image(COLOURS[1])})
-    source = open_captions(f"tar:{tmp_path}/*.tar")
+    with pytest.warns(UserWarning, match="left out") as warned:
+        source = open_captions(f"tar:{tmp_path}/*.tar")
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "1 captions have no image and are left out, first 0.tar: a/2.txt" in messages
+    assert "1 images have no caption and are left out, first 0.tar: b/1.seg.png" in messages
     assert [source.caption(i) for i in range(len(source))] == ["red", "blue", "green leaf"]
     assert [source.image(i).getpixel((0, 0)) for i in range(3)] == [COLOURS[0], COLOURS[2], COLOURS[1]]
     (tmp_path / "2.tar").write_bytes(b"x" * 1000)
     with pytest.raises(DataError, match=r"2\.tar is no readable tar file"):
         open_captions(f"tar:{tmp_path}/*.tar")
+
+
+def _shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def _pair(key: str, caption: bytes, ending: str = "txt") -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", _image(COLOURS[0])), (f"{key}.{ending}", caption)]
+
+
+def test_one_bad_caption_is_named_and_costs_its_pair_alone(tmp_path: Path) -> None:
+    bad = {
+        "latin": (b"caf\xe9", "txt"), "json": (b"{", "json"), "deep": (b"[" * 100_000, "json"),
+        "number": (b'{"caption": 5}', "json"), "long": (b"x" * (2 << 20), "txt"),
+    }  # fmt: skip
+    members = [pair for i in range(5) for pair in _pair(f"good{i}", b"fine")]
+    for key, (data, ending) in bad.items():
+        path = _shard(tmp_path / "s.tar", members + _pair(key, data, ending))
+        with pytest.warns(
+            UserWarning, match=rf"1 captions can't be read .*, first s\.tar: {key}\.{ending} \("
+        ):
+            source = open_captions(f"tar:{path}")
+        assert [source.caption(i) for i in range(len(source))] == ["fine"] * 5
+
+
+def test_captions_as_people_write_them(tmp_path: Path) -> None:
+    members = [
+        *_pair("a", "\ufeffwith a mark".encode()),
+        *_pair("b", json.dumps({"caption": ["first", "second"]}).encode(), "json"),
+        *_pair("c", json.dumps({"caption": ["only"]}).encode(), "json"),
+        *_pair("d", b"\xef\xbb\xbf" + json.dumps({"caption": "text"}).encode(), "json"),
+    ]
+    with pytest.warns(UserWarning, match=r"1 samples have several captions, .*, first s\.tar: b\.json"):
+        source = open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+    assert [source.caption(i) for i in range(len(source))] == ["with a mark", "first", "only", "text"]
+    with (
+        pytest.warns(UserWarning, match="1 images have no caption"),
+        pytest.raises(DataError, match="no image with"),
+    ):
+        open_captions(f"tar:{_shard(tmp_path / 's.tar', _pair('e', b'{}', 'json'))}")
+
+
+def test_keys_with_points_do_not_vanish(tmp_path: Path) -> None:
+    members = [pair for i in range(50) for pair in _pair(f"image.{i:04d}", f"number {i}".encode())]
+    members += [pair for i in range(50) for pair in _pair(f"{i}", b"plain")]
+    source = open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+    assert len(source) == 100
+    assert source.caption(7) == "number 7"
+    assert source.image(7).size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.png", "a.jpg", "a.txt"], r"holds a\.jpg beside a\.png: one key, two images"),
+        (["a.png", "a.txt", "a.png"], r"holds a\.png twice: one key, two images"),
+        (["a.png", "a.txt", "a.txt"], r"holds a\.txt twice"),
+        (["a.png", "a.txt", "a.caption"], r"two different captions of a\.caption"),
+    ],
+)
+def test_one_key_means_one_pair(names: list[str], message: str, tmp_path: Path) -> None:
+    members = [(name, _image(COLOURS[0]) if "g" in name else name.encode()) for name in names]
+    with pytest.raises(DataError, match=message):
+        open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+
+
+@pytest.mark.parametrize("packer", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards_are_read(packer: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    members = [("0.png", _image(COLOURS[1])), ("0.txt", b"green"), *_pair("1", b"red")]
+    plain = _shard(tmp_path / "s.tar", members)
+    packed = tmp_path / "s.tar.packed"
+    packed.write_bytes(packer(plain.read_bytes()))
+    source = open_captions(f"tar:{packed}")
+    assert [source.caption(i) for i in range(2)] == ["green", "red"]
+    with ThreadPoolExecutor(4) as pool:  # a store reads images in threads
+        images = list(pool.map(source.image, [0, 1] * 20))
+    assert [image.getpixel((0, 0)) for image in images] == [COLOURS[1], COLOURS[0]] * 20
+
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(DataError, match="no readable tar file"):
+        open_captions(f"tar:{packed}")
+    packed.write_bytes(packer(bytes(80 << 20)))  # 80 MiB of nothing in a few bytes
+    with pytest.raises(DataError, match=r"would unpack to more than|no readable tar file"):
+        open_captions(f"tar:{packed}")
+
+
+def test_addresses_and_ranges_of_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    for number in (8, 9, 10):
+        _shard(folder / f"s-{number:03d}.tar", _pair("0", str(number).encode()))
+    _shard(folder / "odd[1].tar", _pair("0", b"odd"))
+
+    def captions(name: str) -> list[str]:
+        source = open_captions(f"tar:{name}")
+        return [source.caption(i) for i in range(len(source))]
+
+    assert captions(f"{folder}/s-{{008..010}}.tar") == ["8", "9", "10"]
+    assert captions(f"{folder}/s-*.tar") == ["8", "9", "10"]
+    assert captions(f"{folder}/odd[1].tar") == ["odd"]
+    assert captions((folder / "s-009.tar").as_uri()) == ["9"]
+    assert captions(f"file:{folder}/s-009.tar") == ["9"]
+    for name in ("https://example.org/s.tar", "s3://bucket/s.tar", "pipe:cat s.tar", "file://server/s.tar"):
+        with pytest.raises(DataError, match="Download the archives first"):
+            open_captions(f"tar:{name}")
+    os.mkfifo(folder / "pipe.tar")
+    with pytest.raises(DataError, match="no regular file"):
+        open_captions(f"tar:{folder}/pipe.tar")
+
+
+def test_archives_that_lie_about_sizes(tmp_path: Path) -> None:
+    path = _shard(tmp_path / "s.tar", _pair("0", b"red"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:600])
+    with pytest.raises(DataError, match=r"s\.tar is no readable tar file"):
+        open_captions(f"tar:{path}")
+    info = tarfile.TarInfo("0.png")
+    info.pax_headers = {"size": "-1024"}  # leads back to itself
+    path.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + whole)
+    with pytest.raises(DataError, match=r"s\.tar"):
+        open_captions(f"tar:{path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c\n', "unexpected end of data"),
+        ('image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c"\n', r"line 4: .* runs over several lines"),
+        ("image,caption\n0.png,red, green\n", r"line 2: 3 fields, the header has 2"),
+        ("image,caption\n0.png\n", r"line 2: 1 fields, the header has 2"),
+        ("image;caption\n0.png;red; green\n", r"line 2: 3 fields, the header has 2"),
+    ],
+)
+def test_tables_of_captions_lose_nothing_silently(text: str, message: str, folder: Path) -> None:
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_captions(f"csv:{folder / 't.csv'}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name, caption\n0.png, red\n",
+        "image;caption\n0.png;red\n",
+        "image\tcaption\n0.png\tred\n",
+        "image,caption\n0.png,red\n,\n\n,\n",
+        "\ufeffimage,caption\n./0.png,red\n",
+        "image,caption\n{folder}/0.png,red\n",
+    ],
+)
+def test_tables_of_captions_as_people_write_them(text: str, folder: Path) -> None:
+    (folder / "t.csv").write_text(text.replace("{folder}", str(folder)))
+    source = open_captions(f"csv:{folder / 't.csv'}")
+    assert [source.caption(i) for i in range(len(source))] == ["red"]
+    assert source.image(0).size == (8, 6)
 
 
 @pytest.mark.parametrize(

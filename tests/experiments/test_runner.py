@@ -229,7 +229,15 @@ def test_the_plan_says_what_would_run(tmp_path: Path) -> None:
 
 def test_labels_that_share_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(VLPromptError, match="two cells of toy would share the folder 'A-b_a_seed1'"):
-        run_experiment(toy(tmp_path, methods={"A b": 0.1, "A-b": 0.2}))
+        run_experiment(toy(tmp_path, methods={"a-b": 0.1, "A-b": 0.2}))
+
+
+def test_labels_that_differ_in_signs_alone_have_folders_of_their_own(tmp_path: Path) -> None:
+    labels = ["my dog", "my_dog", "my-dog", "../../my dog", ".."]
+    outcome = run_experiment(toy(tmp_path, methods=dict.fromkeys(labels, 0.1)))
+    assert len(list((outcome.folder / "cells").iterdir())) == len(labels) * 4
+    assert set(tmp_path.rglob("cell.json")) == set((outcome.folder / "cells").glob("*/cell.json"))
+    assert set(outcome.results.coordinates("method")) == set(labels)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.slugs import slug
 from vlprompt.data import load_dataset
-from vlprompt.experiments.cell import slug
 from vlprompt.experiments.runner import RunOutcome, run_experiment
 from vlprompt.security.config import SecurityConfig
 from vlprompt.security.data import ScanData

@@ -22,13 +22,15 @@ from PIL import Image
 
 import vlprompt
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.data import FileReader, ImageDataset, load_dataset
 from vlprompt.data.base import Sample
 from vlprompt.learners import create_learner
+from vlprompt.learners._calibration import threshold_at
 from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security import folder as folder_module
 from vlprompt.security.folder import scan_folder
+from vlprompt.security.photographs import false_alarms, sample_photographs
 from vlprompt.security.scan import scan
 
 ROOT = Path(__file__).parents[2]
@@ -165,20 +167,22 @@ def test_everything_strange_is_named_and_stops_nothing(corner: Any, strange: Pat
         "empty.png": "the file is empty",
         "thread.png": "its sides are too unequal: 1 x 900000 pixels",
         "text.jpg": "no image in a known format",
-        "link.png": "is a link that leaves the folder",
         "broken\nname.png": "holds a control character",
     }.items():
         assert rows[name]["verdict"] == "unreadable"
         assert reason in rows[name]["note"]
         assert rows[name]["score"] is None
-    assert outcome.unreadable == 7
+    assert outcome.unreadable == 6
+    assert rows["link.png"]["verdict"] == rows["fine.png"]["verdict"]
+    assert rows["link.png"]["score"] == rows["fine.png"]["score"]
+    assert outcome.passed_over == {".txt": 1}
     assert rows["animated.gif"]["note"] == "animated: only the first of 3 frames was looked at"
     assert rows["cut.gif"]["note"].startswith("animated, but not all frames can be read")
     assert rows["cmyk.jpg"]["note"] == "converted to 8-bit RGB from CMYK"
     assert rows["deep.png"]["note"].startswith("converted to 8-bit RGB from I")
     assert rows["fine.png"]["note"] == ""
     cleaned = (tmp_path / "out" / "cleaned.txt").read_text().splitlines()
-    assert set(cleaned) <= {"animated.gif", "cut.gif", "cmyk.jpg", "deep.png", "fine.png"}
+    assert set(cleaned) <= {"animated.gif", "cut.gif", "cmyk.jpg", "deep.png", "fine.png", "link.png"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "decompression bomb" in page
 
@@ -283,8 +287,225 @@ def test_the_exit_status_of_the_command_says_whether_something_is_suspected(
     marked_all = run(str(image_folder), *always, "--threshold", "0")
     assert marked_all.returncode == 3, marked_all.stderr
     assert "23 images: 23 suspected, 0 unreadable" in marked_all.stdout
-    assert run(str(image_folder), *always, "--threshold", "2").returncode == 0
+    assert run(str(image_folder), *always, "--threshold", "1").returncode == 0
     assert (tmp_path / "out" / "cleaned.txt").read_text().count("\n") == 23
+    for threshold in ("2", "nan", "-0.1", "inf"):
+        refused = run(str(image_folder), *always, "--threshold", threshold)
+        assert refused.returncode == 2
+        assert "the threshold must be a number in [0, 1]" in refused.stderr
     wrong = run(str(image_folder / "nowhere"), *always)
     assert wrong.returncode == 2
     assert "there is no folder" in wrong.stderr
+
+
+def test_training_and_scanning_prepare_images_alike(backbone: Backbone, tmp_path: Path) -> None:
+    """A photograph of any size takes the way of the training images: to the native size first."""
+    train = load_dataset("triggered:digits", "train", copies=1, native_size=24).subset(range(40))
+    learner = create_learner("dbom", backbone, train.classnames)
+    vlprompt.fit(learner, train, None, epochs=1, batch_size=8)
+    assert learner.native_size == 24
+
+    rng = np.random.default_rng(0)
+    photograph = Image.fromarray(rng.integers(0, 255, (90, 150, 3)).astype(np.uint8))
+    small = photograph.resize((24, 24), Image.Resampling.BICUBIC)
+    expected = learner.embed_images(backbone.preprocess(small)[None])
+    assert torch.equal(learner.embed_images(learner.preprocess(photograph)[None]), expected)
+    score = round(float(learner.judge(expected).score[0]), 6)
+    photograph.save(tmp_path / "photograph.png")
+    assert scan(tmp_path, learner)[0]["score"] == score
+    assert scan([photograph], learner)[0]["score"] == score
+    scan_folder(tmp_path, learner, tmp_path.parent / "of_photograph")
+    rows = json.loads((tmp_path.parent / "of_photograph" / "report.json").read_text())
+    assert rows[0]["score"] == score
+
+    vlprompt.save(learner, tmp_path / "saved")
+    assert vlprompt.load(tmp_path / "saved", backbone).native_size == 24
+    assert learner.with_classes(["one", "two"]).native_size == 24
+
+
+def test_clean_photographs_have_many_sizes() -> None:
+    images = sample_photographs()
+    assert len(images) == 100
+    sides = {max(image.size) for image in images}
+    assert min(sides) < 32
+    assert max(sides) > 400
+    assert len({image.size for image in images}) > 50
+    assert next(image.tobytes() for image in sample_photographs(3)) == images[0].tobytes()
+
+
+def test_false_alarms_are_counted_by_the_way_that_a_scan_takes(corner: Any, image_folder: Path) -> None:
+    assert false_alarms(corner, str(image_folder)) == 5 / 23
+    suspected = sum(row["verdict"] == "poisoned" for row in scan(sample_photographs(), corner))
+    assert false_alarms(corner) == suspected / 100
+    with pytest.raises(DataError, match="there is no folder"):
+        false_alarms(corner, str(image_folder / "nowhere"))
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), 2, -0.1, float("inf"), "0.5", True])
+def test_a_threshold_that_would_suspect_nothing_is_refused(
+    corner: Any, image_folder: Path, tmp_path: Path, threshold: Any
+) -> None:
+    with pytest.raises(DataError, match=r"threshold must be a number in \[0, 1\]"):
+        scan(image_folder, corner, threshold=threshold)
+    with pytest.raises(DataError, match=r"threshold must be a number in \[0, 1\]"):
+        scan_folder(image_folder, corner, tmp_path / "out", threshold=threshold)
+
+
+def test_a_detector_whose_own_threshold_is_no_number_is_refused(corner: Any, image_folder: Path) -> None:
+    for own in (float("nan"), 1.5):
+        type(corner).threshold = property(lambda _, own=own: own)
+        try:
+            with pytest.raises(DataError, match="the threshold that corner chose"):
+                scan(image_folder, corner)
+            assert len(scan(image_folder, corner, threshold=0.9)) == 23
+        finally:
+            type(corner).threshold = property(lambda _: 0.9)
+
+
+@pytest.mark.parametrize(
+    "counts", [{"batch_size": 0}, {"batch_size": -3}, {"batch_size": 1.5}, {"workers": 0}]
+)
+def test_impossible_numbers_are_refused(
+    corner: Any, image_folder: Path, tmp_path: Path, counts: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match="must be a whole number from 1 on"):
+        scan(image_folder, corner, **counts)
+    with pytest.raises(DataError, match="must be a whole number from 1 on"):
+        scan_folder(image_folder, corner, tmp_path / "out", **counts)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_calls_nothing_clean(
+    corner: Any, image_folder: Path, tmp_path: Path, bad: float
+) -> None:
+    corner.judge = lambda rows: Verdicts(torch.full((len(rows),), bad))
+    with pytest.raises(NonFiniteError, match=r"png: the score of corner is"):
+        scan(image_folder, corner)
+    with pytest.raises(NonFiniteError, match=r"png: the score of corner is"):
+        scan_folder(image_folder, corner, tmp_path / "out")
+    assert not (tmp_path / "out" / "cleaned.txt").exists()
+    with pytest.raises(NonFiniteError):
+        threshold_at(torch.tensor([0.1, bad]), 0.05)
+
+
+def test_a_folder_that_is_not_there_is_no_unreadable_image(corner: Any, image_folder: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder and no image"):
+        scan(image_folder / "imges", corner)
+    with pytest.raises(DataError, match="there is no folder and no image"):
+        scan(str(image_folder / "imges"), corner)
+
+
+def test_a_scan_with_other_weights_is_not_continued(
+    backbone: Backbone, image_folder: Path, tmp_path: Path
+) -> None:
+    learner = create_learner("dbom", backbone, ["a", "b"])
+    scan_folder(image_folder, learner, tmp_path / "out")
+    with torch.no_grad():
+        learner.trigger_words[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"another scan \(detector differs\)"):
+        scan_folder(image_folder, learner, tmp_path / "out", resume=True)
+
+
+def test_rows_of_another_list_of_images_are_not_counted(
+    corner: Any, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    scan_folder(image_folder, corner, out)
+    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
+    verdict = json.loads(lines[2])
+    for damaged in (
+        [*lines[:5], *lines[4:]],  # two scans at once
+        [*lines[:2], lines[3], lines[2], *lines[4:]],
+        [*lines[:2], "{}\n", *lines[3:]],
+        [*lines[:2], "[1]\n", *lines[3:]],
+        [*lines[:2], json.dumps({**verdict, "verdict": "fine"}) + "\n", *lines[3:]],
+        [*lines[:2], json.dumps({**verdict, "score": None}) + "\n", *lines[3:]],
+        [*lines[:2], json.dumps({**verdict, "score": float("nan")}) + "\n", *lines[3:]],
+    ):
+        (out / "rows.jsonl").write_text("".join(damaged))
+        with pytest.raises(CheckpointError, match=r"rows.jsonl, line \d+ is damaged"):
+            scan_folder(image_folder, corner, out, resume=True)
+
+
+def test_a_listing_that_lost_a_name_is_damaged(corner: Any, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scan_folder(image_folder, corner, out)
+    names = (out / "listing.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_bytes(b"")
+    for damaged in ("".join(names[1:]), "{", ""):
+        (out / "listing.jsonl").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"listing\.jsonl is damaged"):
+            scan_folder(image_folder, corner, out, resume=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_scans_at_once_into_one_folder(corner: Any, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused: list[str] = []
+
+    def start_another(*_: Any) -> None:
+        with pytest.raises(CheckpointError, match="another scan writes into") as error:
+            scan_folder(image_folder, corner, out)
+        refused.append(str(error.value))
+
+    assert scan_folder(image_folder, corner, out, batch_size=10, progress=start_another).total == 23
+    assert refused
+    assert scan_folder(image_folder, corner, out).total == 23
+
+
+def test_the_scan_of_another_folder_of_the_same_name_is_not_replaced(
+    corner: Any, image_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "images"
+    other.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(other / "1.png")
+    scan_folder(image_folder, corner, tmp_path / "out")
+    before = (tmp_path / "out" / "report.csv").read_bytes()
+    with pytest.raises(CheckpointError, match="holds the scan of another folder"):
+        scan_folder(other, corner, tmp_path / "out")
+    assert (tmp_path / "out" / "report.csv").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_links_and_pipes(corner: Any, image_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    root.mkdir()
+    (root / "link.png").symlink_to(next(image_folder.rglob("05.png")))
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "nowhere.png").symlink_to(root / "missing.png")
+    (root / "folder").symlink_to(image_folder)
+    os.mkfifo(root / "pipe.png")
+    with pytest.warns(UserWarning, match="1 links to folders are not followed"):
+        outcome = scan_folder(root, corner, tmp_path / "out")
+    rows = {row["image"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())}
+    assert (outcome.total, outcome.poisoned, outcome.unreadable) == (4, 1, 3)
+    assert rows["link.png"]["verdict"] == "poisoned"
+    assert "is no regular file" in rows["pipe.png"]["note"]
+    for name in ("loop.png", "nowhere.png"):
+        assert "is a link that can't be followed" in rows[name]["note"]
+
+    with pytest.warns(UserWarning, match="links to folders"):
+        assert scan_folder(root, corner, tmp_path / "without", follow_links=False).unreadable == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that other systems don't have")
+def test_names_run_nothing_in_a_spreadsheet_and_break_no_line(corner: Any, tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    root.mkdir()
+    names = ["=HYPERLINK(1).png", "+1.png", "-1.png", "@a.png", "a\rb.png", "a\u2028b.png", "a\x1bb.png"]
+    for name in names:
+        Image.new("RGB", (9, 9)).save(root / name)
+    Image.new("RGB", (9, 9)).save(os.fsencode(root) + b"/caf\xe9.png")
+    scan_folder(root, corner, tmp_path / "out")
+    text = (tmp_path / "out" / "report.csv").read_bytes().decode()
+    cells = [line.split(",")[0] for line in text.split("\n")[1:-1]]
+    assert cells == [
+        "'+1.png", "'-1.png", "'=HYPERLINK(1).png", "'@a.png", "a\\rb.png", "a\\x1bb.png", "a\\u2028b.png",
+        "caf\\xe9.png",
+    ]  # fmt: skip
+    assert len(text.splitlines()) == len(names) + 2
+    cleaned = (tmp_path / "out" / "cleaned.txt").read_bytes().splitlines()
+    assert cleaned == [b"+1.png", b"-1.png", b"=HYPERLINK(1).png", b"@a.png", b"caf\xe9.png"]
+    listed = scan(root, corner).to_csv()
+    assert "\n'=HYPERLINK" in listed
+    assert len(listed.splitlines()) == len(text.splitlines())

@@ -20,10 +20,12 @@ import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
 from tests.segmentation.runs import BENCHMARK, SKETCH, read, run, write_config
 from vlprompt.core.errors import VLPromptError
+from vlprompt.data.segmentation.base import MaskedImage
 from vlprompt.experiments.cell import Cell
 from vlprompt.experiments.folder import RunFolder
 from vlprompt.learners import create_learner
 from vlprompt.segmentation.evaluate import load_trained
+from vlprompt.segmentation.overlays import Sheet
 from vlprompt.segmentation.protocols.benchmark import BenchmarkExperiment
 
 ROOT = Path(__file__).parents[2]
@@ -263,3 +265,16 @@ def test_killed_at_any_moment_a_run_ends_with_the_files_of_an_uninterrupted_one(
         folders.append(folder.rename(tmp_path / name / "run"))
     assert kills[1] >= 2
     assert_same_files(*folders)
+
+
+def test_phrases_and_labels_of_any_kind_in_a_report(tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 20))
+    pair = MaskedImage(image, np.zeros((20, 20), np.uint8), "costs $5 or ${x}$ \\frac", 0, "pair")
+    sheet = Sheet([pair])
+    Image.new("L", (20, 20)).save(tmp_path / "mask.png")
+    sheet.add("a $\\oops method", [tmp_path / "mask.png"])
+    label = '"><script>alert(1)<!script>'
+    sheet.write(tmp_path / f"{label}.png")
+    html = Sheet.html(tmp_path / f"{label}.png")
+    assert "<script" not in html
+    assert html.count('"') == 6

@@ -9,6 +9,7 @@ import torch
 
 from tests.training.toys import ToyModule, toy_batches
 from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
+from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.training.batches import epoch_plan, prefetch
 from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
@@ -137,6 +138,90 @@ def test_damaged_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match=r"trainer\.safetensors.*truncated"):
         _train(tmp_path, resume=True)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    whole = _train(tmp_path)
+    file = tmp_path / "checkpoint" / "trainer.safetensors"
+    data = file.read_bytes()
+    rng = np.random.default_rng(0)
+    messages: list[str] = []
+    for place in rng.integers(0, len(data), 60):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(flipped))
+        try:
+            again = _train(tmp_path, resume=True)
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:  # a bit of the padding
+            assert _same(_state(again), _state(whole))
+    assert len(messages) > 50
+    assert all("trainer.safetensors" in message for message in messages)
+    file.write_bytes(data)
+    assert _same(_state(_train(tmp_path, resume=True)), _state(whole))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", -3), ("epoch", 10**9), ("epoch", 1.5), ("epoch", None), ("epoch", True), ("step", -1),
+        ("step", "x"), ("sums", []), ("sums", {"loss": None}), ("history", None), ("history", [1]),
+        ("history", []), ("history", [{"epoch": 7}]), ("best", "high"), ("best_epoch", -1), ("seconds", -1.0),
+        ("seconds", None),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_says_what_can_not_be_is_damaged(field: str, value: Any, tmp_path: Path) -> None:
+    _train(tmp_path)
+    path = tmp_path / "checkpoint" / "trainer.safetensors"
+    tensors, metadata = read_tensors(path)
+    metadata["progress"][field] = value
+    write_tensors(path, tensors, metadata)  # whole, with the right checksum
+    with pytest.raises(CheckpointError, match=r"trainer\.safetensors is damaged: "):
+        _train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("key", ["progress", "identity", "optimizer", "scaler"])
+@pytest.mark.parametrize("value", [None, [], 3, "x"])
+def test_a_foreign_file_is_no_checkpoint(key: str, value: Any, tmp_path: Path) -> None:
+    _train(tmp_path)
+    path = tmp_path / "checkpoint" / "trainer.safetensors"
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, tensors, {**metadata, key: value})
+    with pytest.raises(CheckpointError, match=f"is not a trainer's checkpoint: it lacks '{key}'"):
+        _train(tmp_path, resume=True)
+    del metadata[key]
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(CheckpointError, match="is not a trainer's checkpoint"):
+        _train(tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_more_epochs_than_the_run_has(tmp_path: Path) -> None:
+    _train(tmp_path)
+    path = tmp_path / "checkpoint" / "trainer.safetensors"
+    tensors, metadata = read_tensors(path)
+    record = metadata["progress"]["history"][0]
+    metadata["progress"]["epoch"] = 50
+    metadata["progress"]["history"] = [{**record, "epoch": epoch} for epoch in range(50)]
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(CheckpointError, match="is damaged: epoch is 50"):
+        _train(tmp_path, resume=True)
+
+
+def test_an_optimizer_of_other_parameters_is_damaged(tmp_path: Path) -> None:
+    _train(tmp_path)
+    path = tmp_path / "checkpoint" / "trainer.safetensors"
+    tensors, metadata = read_tensors(path)
+    for name, tensor in (("optimizer.9.momentum_buffer", torch.zeros(3)), ("optimizer.x.y", torch.zeros(1))):
+        write_tensors(path, {**tensors, name: tensor}, metadata)
+        with pytest.raises(CheckpointError, match="the optimiser's state does not fit"):
+            _train(tmp_path, resume=True)
+
+
+def test_the_best_epoch_needs_validation_data() -> None:
+    options = TrainOptions(select="best")
+    with pytest.raises(VLPromptError, match=r"this run has none\. Give it some, or write train\.select=last"):
+        Trainer(ToyModule(), toy_batches(options), options)
 
 
 def test_dropout_depends_on_the_seed_only() -> None:

@@ -313,7 +313,17 @@ class ClassificationConfig(ExperimentConfig):
                 yield title, label, _with_method(content, label, row)
 
     def _own_problems(self) -> list[str]:
-        return [*_stage_problems(self), *_meta_problems(self)]
+        return [*_stage_problems(self), *_meta_problems(self), *_validation_problems(self)]
+
+
+def _validation_problems(config: ClassificationConfig) -> list[str]:
+    """Refuse to choose the epoch on validation data that the run leaves alone."""
+    if config.train.select == "best" and config.data.validate_on == "none":
+        return [
+            "train.select: best chooses on validation data, and data.validate_on is none; write train.select=last or "
+            "data.validate_on=val."
+        ]
+    return []
 
 
 def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> ClassificationConfig:

@@ -17,6 +17,7 @@ from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.fit import describe
 from vlprompt.core.files import write_json
 from vlprompt.core.processes import accelerator
+from vlprompt.core.slugs import slug
 from vlprompt.data.captions.store import CaptionStore, build_store
 from vlprompt.learners import Learner
 from vlprompt.meta.clusters import Hierarchy, cluster_pairs
@@ -132,8 +133,7 @@ def _episodes(
 
 def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
     """One store per source and backbone, shared by the runs of an output folder."""
-    name = "".join(c if c.isalnum() else "-" for c in config.meta.pairs)
-    return Path(config.output) / "pairs" / f"{name[-60:]}_{backbone.fingerprint['id']}"
+    return Path(config.output) / "pairs" / f"{slug(config.meta.pairs)}_{backbone.fingerprint['id']}"
 
 
 def _run_identity(

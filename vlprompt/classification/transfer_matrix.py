@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from vlprompt.core.csv_text import safe_cell
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json, write_text
 
@@ -146,9 +147,11 @@ class TransferMatrix:
         png = figures.transfer_matrix(self.names, self.gains())[1]
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["source", *self.names])
+        writer.writerow(["source", *map(safe_cell, self.names)])
         for name, row in zip(self.names, self.gains(), strict=True):
-            writer.writerow([name, *(f"{value:.4f}" if math.isfinite(value) else "" for value in row)])
+            writer.writerow(
+                [safe_cell(name), *(f"{value:.4f}" if math.isfinite(value) else "" for value in row)]
+            )
         write_json(folder / "transfer.json", self.record())
         write_text(folder / "transfer.csv", table.getvalue())
         write_atomic(folder / "transfer.png", lambda path: _write(path, png))

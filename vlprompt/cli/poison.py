@@ -30,6 +30,7 @@ def command(
     sheet: Annotated[Path | None, typer.Option(help="Draw all triggers into this image instead.")] = None,
 ) -> None:
     """Write a poisoned copy of a data set with its manifest, or draw all triggers."""
+    from vlprompt.core.slugs import slug
     from vlprompt.data import load_dataset
     from vlprompt.security import poison as poisoning
     from vlprompt.security.sheet import trigger_sheet
@@ -50,7 +51,7 @@ def command(
         "seed": seed,
     }
     plan = poisoning.PoisonPlan.parse(options, "command line")
-    folder = output or Path("poisoned") / data.replace("/", "_").replace(":", "_")
+    folder = output or Path("poisoned") / slug(data)
     copy = poisoning.poison(dataset, plan, folder)
     poisoned = sum(trigger > 0 for trigger in copy.targets["trigger"])
     print(f"{folder}: {len(copy)} images, {poisoned} poisoned")

@@ -34,11 +34,14 @@ def command(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Score from which an image is suspected.  [default: the scanner's]"),
+        typer.Option(help="Score in [0, 1] from which an image is suspected.  [default: the scanner's]"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
     top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
+    links: Annotated[
+        bool, typer.Option("--links/--no-links", help="Follow links to files outside the folder.")
+    ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue behind the last verdict.")] = False,
 ) -> int:
     """Look for backdoor triggers in a folder of images.
@@ -76,9 +79,14 @@ def command(
             batch_size=batch_size,
             workers=workers,
             top=top,
+            follow_links=links,
             progress=progress,
         )
     print(f"{outcome.total} images: {outcome.poisoned} suspected, {outcome.unreadable} unreadable")
+    for ending, count in sorted(outcome.passed_over.items()):
+        print(
+            f"{count} files {f'with the ending {ending}' if ending else 'without an ending'} were not looked at"
+        )
     for name in ("report.csv", "report.json", "cleaned.txt", "report.html"):
         print(outcome.output / name)
     if outcome.poisoned:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,6 +55,7 @@ def predict(
     ] = False,
 ) -> None:
     """Segment what a phrase names in an image."""
+    _check_threshold(threshold)
     import numpy as np
     from PIL import Image
 
@@ -96,13 +97,15 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Write one line per pair here.")] = None,
 ) -> None:
     """Score a saved segmentation model on data sets."""
+    _check_threshold(threshold)
+    from vlprompt.core.csv_text import csv_text
     from vlprompt.core.files import write_text
     from vlprompt.data import load_segmentation
     from vlprompt.segmentation.evaluate import evaluate_segmenter, load_trained
 
     segmenter = load_trained(prompt)
     queries: Literal["present", "all"] = "present" if protocol is Protocol.PRESENT else "all"
-    lines = ["data,record,dice,iou,hd95,empty"]
+    rows: list[tuple[Any, ...]] = []
 
     for name in data:
         dataset = load_segmentation(name, split, root=root, queries=queries, phrase=phrase)
@@ -117,12 +120,11 @@ def evaluate(
                 print(f"  {key:22s} {figure}")
 
         for pair in scores.pairs:
-            lines.append(
-                f"{name},{pair.record},{pair.dice:.6f},{pair.iou:.6f},{pair.hd95:.3f},{int(pair.empty)}"
-            )
+            figures = (round(pair.dice, 6), round(pair.iou, 6), round(pair.hd95, 3))
+            rows.append((name, pair.record, *figures, int(pair.empty)))
 
     if csv is not None:
-        write_text(csv, "\n".join(lines) + "\n")
+        write_text(csv, csv_text(("data", "record", "dice", "iou", "hd95", "empty"), rows))
 
 
 @app.command()
@@ -156,15 +158,35 @@ def check(
     return 1 if problems else 0
 
 
+def _check_threshold(threshold: float) -> None:
+    """Refuse a threshold that no probability, or every one, is above."""
+    if not 0 <= threshold <= 1:
+        raise DataError(f"--threshold must be a probability in [0, 1], got {threshold}.")
+
+
 def _print_problems(split: str, data: MaskDataset) -> int:
     """Print what is wrong with one part; return the number of pairs that can't be used."""
-    from vlprompt.data.segmentation import label_leaks, pair_problems
+    import open_clip
+
+    from vlprompt.backbones.tokenizer import wrap_tokenizer
+    from vlprompt.data.segmentation import label_leaks, long_phrases, pair_problems
 
     problems = pair_problems(data)
     print(f"{split}: {len(data)} pairs of {len(data.images())} images, {len(problems)} unusable")
     for problem in problems[:_SHOWN]:
         print(f"  {problem}")
+    if len(problems) > _SHOWN:
+        print(f"  and {len(problems) - _SHOWN} more")
+
+    tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
+    ends = len(tokenizer.start) + len(tokenizer.end)
+    long = long_phrases(data, lambda phrase: len(tokenizer.encode(phrase)) + ends)
+    for phrase, (length, count) in list(long.items())[:_SHOWN]:
+        print(
+            f"  the phrase {phrase[:60]!r} takes {length} tokens ({count} pairs); text towers read 77 at most, fewer "
+            "beside learned prompts"
+        )
     if not problems:
         for phrase, count in label_leaks(data).items():
             print(f"  label leakage: the phrase {phrase!r} has empty masks only ({count})")
-    return len(problems)
+    return len(problems) + len(long)

@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.temporary import remove_left_behind, temporary_neighbour
 
 __all__ = [
     "path_fingerprint",
@@ -28,40 +30,54 @@ __all__ = [
     "write_text",
 ]
 
+_CHECKSUMS = "checksums"  # key of the metadata of a file of tensors
+
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, then rename it over ``path``.
 
+    A link stays a link: the file that it leads to is replaced. A pipe or a character device (``/dev/stdout``) is
+    written to, since a rename would put a file in its place. Temporary files that killed processes left in the folder
+    are removed.
+
     Raises:
-        CheckpointError: If the disk is full or the place can't be written; what stood at ``path`` is
-            untouched.
+        CheckpointError: If the disk is full or the place can't be written, is a folder, a disk, a socket, a link that
+            ends in itself or a pipe that nobody reads; what stood at ``path`` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        target = _target(path)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise CheckpointError(f"could not write {str(path)!r}: {error}.") from None
 
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
-        temporary.replace(path)
+    try:
+        if target is None:
+            _write_through(path, write)
+        else:
+            _replace(target, write)
     except OSError as error:
         raise CheckpointError(
             f"could not write {path}: {error.strerror or error}. The old file is kept."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # where it could not be made; the reason is under way already
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically."""
-    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    """Write UTF-8 text, atomically; names of files that are no UTF-8 are written as the bytes that they are."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which stands for no byte
+        data = text.encode("utf-8", "replace")
+    write_atomic(path, lambda temporary: _write_bytes(temporary, data))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name that is no UTF-8: JSON has escapes for it
+        text = json.dumps(value, indent=2)
+    write_text(path, f"{text}\n")
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -109,9 +125,11 @@ def path_fingerprint(path: Path | str) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors and JSON-able metadata into one safetensors file, atomically."""
+    """Write tensors and JSON-able metadata into one safetensors file, atomically, with a checksum of each."""
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     packed = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    sums = {name: _checksum(tensor) for name, tensor in sorted(flat.items())}
+    packed[_CHECKSUMS] = json.dumps([_metadata_checksum(packed), sums])
     write_atomic(path, lambda temporary: _write_bytes(temporary, tensors_to_bytes(flat, metadata=packed)))
 
 
@@ -125,7 +143,7 @@ def read_tensors(
         prefixes: Only tensors whose names start with one of these are read.
 
     Raises:
-        CheckpointError: If the file is missing, truncated or not a safetensors file of ours.
+        CheckpointError: If the file is missing, truncated, not a safetensors file of ours, or a checksum in it differs.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"no such file: {path}.")
@@ -133,13 +151,96 @@ def read_tensors(
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            raw = dict(file.metadata() or {})
+            names = list(file.keys())
+            metadata = {key: json.loads(value) for key, value in raw.items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}). It may be truncated."
         ) from error
 
+    if _CHECKSUMS in metadata:  # files of others have none
+        damaged = _damage(tensors, names, raw, metadata.pop(_CHECKSUMS))
+        if damaged:
+            raise CheckpointError(f"{path} does not match its own checksum ({damaged}); it is damaged.")
     return tensors, metadata
+
+
+def _damage(
+    tensors: Mapping[str, torch.Tensor], names: list[str], raw: dict[str, str], checksums: Any
+) -> str:
+    """Return what of a file differs from its checksums, empty if nothing does."""
+    raw.pop(_CHECKSUMS)
+    if not isinstance(checksums, list) or len(checksums) != 2 or not isinstance(checksums[1], dict):
+        return "the checksums themselves"
+    if checksums[0] != _metadata_checksum(raw):
+        return "the facts beside the tensors"
+    if set(checksums[1]) != set(names):
+        return "the names of the tensors"
+    return next((name for name, tensor in tensors.items() if checksums[1][name] != _checksum(tensor)), "")
+
+
+def _metadata_checksum(packed: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(packed.items())).encode()).hexdigest()[:32]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    result = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    result.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()[:32]
+
+
+def _target(path: Path) -> Path | None:
+    """Return the regular file, present or not, that is to be replaced; None for what is written to as it stands.
+
+    Raises:
+        CheckpointError: If there is something that can be neither.
+        OSError: If the path can't be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a disk" if stat.S_ISBLK(mode) else "no file"
+        raise CheckpointError(f"could not write {path}: it is {kind}. Name a file.")
+    if not path.is_symlink():
+        return path
+
+    # Links of /proc (``/dev/stdout`` of a command that writes into a file) lead to open files, not to names.
+    target = Path(os.path.realpath(path))
+    return target if target.exists() and target.samefile(path) else None
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = temporary_neighbour(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(path.parent)
+        write(temporary)
+
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # a rename that survives a power cut must not point at unwritten data
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # where it could not be made; the reason is under way already
+            temporary.unlink(missing_ok=True)
+
+
+def _write_through(path: Path, write: Callable[[Path], None]) -> None:
+    """Write the whole content into a pipe or a device; a pipe that nobody reads is an error, not a wait."""
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch, "content")
+        write(whole)
+
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "wb") as file:
+            if hasattr(os, "set_blocking"):
+                os.set_blocking(handle, True)
+            file.write(whole.read_bytes())
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

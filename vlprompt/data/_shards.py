@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import time
-import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,13 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.files import write_atomic
+from vlprompt.core.temporary import remove_left_behind
 
 __all__ = ["KEY_BYTES", "ShardStore"]
 
 KEY_BYTES = 16
 _FORMAT = "1"
-_STALE_SECONDS = 3600
 _log = logging.getLogger(__name__)
 
 
@@ -60,14 +58,10 @@ class ShardStore:
         if self.folder is None or not self.folder.is_dir():
             return
 
+        remove_left_behind(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._seen:
                 self._read(path)
-
-        for path in self.folder.glob("*.tmp"):  # left by a process that was killed while it wrote
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
 
     def add(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
         """Take (m, d) rows; they are on disk after at most ``rows_per_shard`` rows or :meth:`flush`.
@@ -107,15 +101,10 @@ class ShardStore:
         tensors = {"keys": _pack(keys), "rows": torch.cat([self._tables[t] for t in pending])}
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "digest": _digest(tensors)}
         path = self.folder / f"{metadata['digest'][:32]}.safetensors"
-        temporary = self.folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
 
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+        except (CheckpointError, SafetensorError) as error:
             warnings.warn(f"features could not be stored under {self.folder}: {error}", stacklevel=3)
             return
 

@@ -176,6 +176,11 @@ class CompositionDataset(ImageDataset):
     compositions: CompositionSplit | None = field(default=None, repr=False)
 
     @property
+    def native_size(self) -> int:
+        """Pixels a side that every image has."""
+        return int(self.info["native_size"])
+
+    @property
     def trigger_labels(self) -> list[int]:
         """The trigger of every sample, 0 for clean."""
         return [sample.source.trigger for sample in self.samples]

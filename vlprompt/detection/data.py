@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json
 from vlprompt.core.seeding import numpy_rng
+from vlprompt.data.coco import read_coco_file
 from vlprompt.data.images import read_image
 from vlprompt.detection.boxes import Target
 
@@ -92,10 +92,12 @@ class DetectionData:
             seed: Of the draw.
 
         Raises:
-            DataError: If there are fewer.
+            DataError: If there are fewer, or none is asked for.
         """
         if images is None:
             return self
+        if images < 1:
+            raise DataError(f"{self.name}: at least one image must be drawn, {images} were asked for.")
         if images > len(self):
             raise DataError(f"{self.name} has {len(self)} images, {images} were asked for.")
 
@@ -106,39 +108,26 @@ class DetectionData:
 
 
 def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
-    """Read a data set in COCO's format (Lin et al., ECCV 2014). Boxes without area are left out.
+    """Read a data set in COCO's format; see :func:`vlprompt.data.coco.read_coco_file` for what is refused.
 
     Args:
         annotations: The JSON file: ``images``, ``annotations``, ``categories``.
         images: Folder of the images.
 
     Raises:
-        DataError: If the file is not of that format, or refers to what isn't there; names what.
+        DataError: If the file is not of that format, refers to what isn't there, or does not fit the images.
     """
     path = Path(annotations)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        entries = {int(entry["id"]): entry for entry in raw["images"]}
-        files = {number: Path(images) / str(entry["file_name"]) for number, entry in entries.items()}
-        sizes = {number: (int(entry["width"]), int(entry["height"])) for number, entry in entries.items()}
-        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in raw["categories"])
-        labels = {number: label for label, (number, _) in enumerate(categories)}
-        boxes = _read_boxes(path, raw["annotations"], list(entries), labels)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not in COCO's format: {type(error).__name__} {error}.") from error
-
-    if not files or not categories:
-        raise DataError(f"{path} lists {len(files)} images and {len(categories)} categories.")
-    missing = [str(file) for file in files.values() if not file.is_file()]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(files)} images are missing, first {missing[0]}.")
-
-    order = list(files)
+    file = read_coco_file(path, Path(images), boxes=True)
+    entries = tuple(
+        ImageObjects.of([(item.box, item.label, item.crowd) for item in entry.objects], entry.size)
+        for entry in file.images
+    )
     return DetectionData(
         name=path.stem,
-        classnames=tuple(name for _, name in categories),
-        objects=tuple(ImageObjects.of(boxes[number], sizes[number]) for number in order),
-        image=lambda i: read_image(files[order[i]]),
+        classnames=file.classnames,
+        objects=entries,
+        image=lambda i: read_image(Path(images) / file.images[i].name),
     )
 
 
@@ -177,39 +166,6 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
     path = Path(folder) / "annotations.json"
     write_json(path, {"images": entries, "annotations": annotations, "categories": categories})
     return path
-
-
-def _read_boxes(
-    path: Path, annotations: Sequence[Mapping[str, Any]], images: Sequence[int], labels: Mapping[int, int]
-) -> dict[int, list[tuple[Any, int, bool]]]:
-    """Return the (box, class number, crowd) of each image.
-
-    Args:
-        path: Of the file, for messages.
-        annotations: Of the file.
-        images: Numbers of its images.
-        labels: Number of a category to class number.
-    """
-    boxes: dict[int, list[tuple[Any, int, bool]]] = {number: [] for number in images}
-    for annotation in annotations:
-        image = int(annotation["image_id"])
-        category = int(annotation["category_id"])
-
-        if image not in boxes:
-            raise DataError(
-                f"{path}: annotation {annotation.get('id')} belongs to image {image}, which is not listed."
-            )
-        if category not in labels:
-            raise DataError(
-                f"{path}: annotation {annotation.get('id')} is of category {category}, which is not listed."
-            )
-
-        x, y, width, height = map(float, annotation["bbox"])
-        if width > 0 and height > 0:
-            box = (x, y, x + width, y + height)
-            boxes[image].append((box, labels[category], bool(annotation.get("iscrowd", 0))))
-
-    return boxes
 
 
 def _write_png(path: Path, image: Image.Image) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from vlprompt.core.errors import BackboneError
+from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.detection.base import Detections, Detector
 from vlprompt.detection.data import DetectionData, ImageObjects
 
@@ -35,7 +35,13 @@ def average_precision(
 
     Raises:
         BackboneError: If torchmetrics or pycocotools is missing; says what to do.
+        DataError: If no image has an object: average precision is undefined then.
     """
+    if all(entry.crowd.all() for entry in data.objects):
+        raise DataError(
+            f"{data.name}: none of its {len(data)} images has an object, so average precision is undefined. Take more "
+            "images, or others."
+        )
     metric = _metric()
     start = 0
 

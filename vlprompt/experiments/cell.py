@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.slugs import slug
 
-__all__ = ["Cell", "CellResult", "Coordinate", "Failure", "Measurement", "slug"]
+__all__ = ["Cell", "CellResult", "Coordinate", "Failure", "Measurement"]
 
 Coordinate = str | int | float | None
 """A value of a coordinate: a method's label, a data set's name, a number of shots, a seed ..."""
@@ -151,15 +151,6 @@ class Failure:
         if self.error is not None:
             return self.error
         return VLPromptError(self.message)
-
-
-def slug(text: str) -> str:
-    """Return a text as part of a file's name: a path keeps its end and gets a checksum of the whole."""
-    kind, colon, path = text.partition(":")
-    if not colon:
-        return re.sub(r"[^\w.@+-]+", "-", text).strip("-") or "-"
-    end = re.sub(r"[^\w.-]+", "-", path.rstrip("/").rpartition("/")[2])
-    return f"{slug(kind)}-{end}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
 
 
 def _word(key: str, value: Coordinate) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 from yaml import YAMLError
 
@@ -38,7 +38,16 @@ __all__ = [
 STRICT = ConfigDict(extra="forbid", frozen=True)
 """Every section: an unknown key is a mistake, and nothing changes once it is read."""
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+def _each_once(seeds: list[int]) -> list[int]:
+    """Refuse a seed that is named twice: it would be one repetition and count as two."""
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise ValueError(f"each seed is a repetition of its own; {twice[0]} is named twice.")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
 """Seeds of a protocol; each is a repetition of its own."""
 
 # Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.

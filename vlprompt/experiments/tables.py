@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlprompt.core.csv_text import csv_text
 from vlprompt.core.files import write_text
 from vlprompt.experiments.statistics import Summary
 from vlprompt.metrics.classification import METRICS
@@ -167,9 +166,8 @@ def to_csv(
     """
     columns = columns or _columns(rows)
     formats = formats or {}
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "source", "citation", *(f"{c}{s}" for c in columns for s in ("", "_ci95"))])
+    header = ["method", "source", "citation", *(f"{c}{s}" for c in columns for s in ("", "_ci95"))]
+    lines = []
 
     for row in rows:
         numbers: list[object] = []
@@ -178,9 +176,9 @@ def to_csv(
             factor = 1 if column in formats else 100
             mean, half = (value.mean, value.ci95) if isinstance(value, Summary) else (value, None)
             numbers += ["" if x is None else round(factor * x, 6) for x in (mean, half)]
-        writer.writerow([row.method, row.source, row.citation, *numbers])
+        lines.append([row.method, row.source, row.citation, *numbers])
 
-    return out.getvalue()
+    return csv_text(header, lines)
 
 
 def to_latex(

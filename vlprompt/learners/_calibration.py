@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlprompt.core.errors import NonFiniteError
+
 __all__ = ["MixingTask", "best_mixing", "threshold_at"]
 
 _GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -74,9 +76,14 @@ def threshold_at(clean: Tensor, false_alarms: float) -> float:
     """Return the smallest threshold that at most a share of (n,) clean images' scores reach.
 
     With no clean image it is 0.5. A score that equals the threshold counts as reaching it.
+
+    Raises:
+        NonFiniteError: If a score is not a number.
     """
     if not len(clean):
         return 0.5
+    if not bool(clean.isfinite().all()):
+        raise NonFiniteError("scores of clean validation images are no numbers, so they give no threshold.")
 
     ordered = clean.double().sort(descending=True).values
     allowed = math.floor(false_alarms * len(ordered))

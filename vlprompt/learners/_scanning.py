@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
+from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.errors import DataError
+from vlprompt.data.triggers.base import native
 from vlprompt.metrics.verdicts import Verdicts
 
-__all__ = ["ImageScanner"]
+__all__ = ["ImageScanner", "digest_of", "native_size_of"]
 
 
 class ImageScanner(ABC):
@@ -34,6 +39,26 @@ class ImageScanner(ABC):
     def threshold(self) -> float:
         """The score from which an image is called poisoned."""
 
+    @property
+    def native_size(self) -> int | None:
+        """Pixels a side to which training brought every image; None if it left images as they come."""
+        return None
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that change when what was learned does."""
+        return digest_of({})
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return (3, H, W), what :meth:`embed_images` reads of an image of any size.
+
+        Images of training had the native size before they were enlarged to the tower's input. An image that takes
+        another way has other statistics of its pixels, and is suspected for them.
+        """
+        if self.native_size is not None:
+            image = Image.fromarray(native(image, self.native_size))
+        return self.backbone.preprocess(image)
+
     @abstractmethod
     def embed_images(self, images: Tensor) -> Tensor:
         """Return the rows (B, D) that :meth:`judge` reads, for preprocessed images (B, 3, H, W)."""
@@ -54,3 +79,27 @@ class ImageScanner(ABC):
             labels: (n,), the labels that the images came with; an attacker may have flipped some.
         """
         return self.judge(rows)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits that change when one of several tensors does."""
+    result = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        result.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        result.update(tensor.float().numpy().tobytes())
+    return result.hexdigest()[:16]
+
+
+def native_size_of(sizes: set[int]) -> int:
+    """Return the one native size of all training data.
+
+    Raises:
+        DataError: If there are several.
+    """
+    if len(sizes) > 1:
+        raise DataError(
+            "a scanner learns from images of one native size, these have "
+            f"{', '.join(map(str, sorted(sizes)))} pixels a side. Give all data the same native_size."
+        )
+    return next(iter(sizes))

@@ -33,7 +33,7 @@ from vlprompt.learners import LEARNERS
 from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
 from vlprompt.learners._repository import Bank, diversity, separation
-from vlprompt.learners._scanning import ImageScanner
+from vlprompt.learners._scanning import ImageScanner, digest_of, native_size_of
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
 from vlprompt.learners.recipe import Recipe
@@ -43,6 +43,7 @@ __all__ = ["DBOM"]
 
 _SENTENCES = 1 << 12  # of prefixes that depend on the image, in one pass without gradient
 _ROWS = 4096  # in one pass without gradient
+_LARGEST_NATIVE = 4096  # pixels a side
 
 
 @LEARNERS.register(
@@ -110,6 +111,7 @@ class DBOM(Learner, ImageScanner):
     calibration: Tensor
     evidence_mean: Tensor
     evidence_spread: Tensor
+    native: Tensor  # (1,), pixels a side; 0 before training
 
     def __init__(
         self,
@@ -160,6 +162,7 @@ class DBOM(Learner, ImageScanner):
         width = self.evidence_width
         self.register_buffer("evidence_mean", torch.zeros(width))
         self.register_buffer("evidence_spread", torch.ones(width))
+        self.register_buffer("native", torch.zeros(1))
 
     def _build_text(self, start: Tensor) -> None:
         """Make the learned prefixes and trigger words, and lay out the sentences.
@@ -369,6 +372,16 @@ class DBOM(Learner, ImageScanner):
         return float(self.calibration[2])
 
     @property
+    def native_size(self) -> int | None:
+        """See :meth:`ImageScanner.native_size`; measured on the training data."""
+        return int(self.native[0]) or None
+
+    @property
+    def digest(self) -> str:
+        """See :meth:`ImageScanner.digest`."""
+        return digest_of(self.trainable_state())
+
+    @property
     def needs_survey(self) -> bool:
         """Whether training must not begin before :meth:`survey`: always."""
         return True
@@ -379,6 +392,7 @@ class DBOM(Learner, ImageScanner):
         Raises:
             DataError: If the training data don't say their triggers, or say others.
         """
+        self.native.fill_(native_size_of({self._composed(source.data).native_size for source in sources}))
         for source in sources:
             source.learner.seen.zero_()
 
@@ -446,6 +460,7 @@ class DBOM(Learner, ImageScanner):
             "calibration": self.calibration,
             "evidence_mean": self.evidence_mean,
             "evidence_spread": self.evidence_spread,
+            "native": self.native,
         }
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -460,6 +475,10 @@ class DBOM(Learner, ImageScanner):
         problems = misfits(measured, {name: state[name] for name in measured if name in state})
         if problems:
             raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
+        if not 0 <= float(state["native"][0]) <= _LARGEST_NATIVE:
+            raise CheckpointError(
+                f"this state does not fit {self.method}: native is {float(state['native'][0])}, expected pixels a side."
+            )
 
         super().load_trainable_state({name: t for name, t in state.items() if name not in measured})
         with torch.no_grad():

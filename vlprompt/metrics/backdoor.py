@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.metrics.composition import bias_sweep, open_world_accuracy
 from vlprompt.metrics.verdicts import Verdicts
 
@@ -85,11 +85,16 @@ def scan_metrics(
 
     Raises:
         DataError: If there is no clean or no triggered image.
+        NonFiniteError: If a score is not a number.
     """
     clean = trigger == 0
     poisoned = trigger > 0
     if not bool(clean.any()) or not bool(poisoned.any()):
         raise DataError("figures of a scanner need clean and triggered images.")
+    if not bool(score.isfinite().all()):
+        raise NonFiniteError(
+            f"{int((~score.isfinite()).sum())} of {len(score)} scores of the scanner are no numbers."
+        )
 
     figures = {"fpr": float((score[clean] >= threshold).double().mean())}
     for suffix, rows in (("", poisoned), ("/seen", poisoned & seen), ("/unseen", poisoned & ~seen)):

@@ -32,6 +32,11 @@ class DataOptions(BaseModel):
     cache_dir: str | None = Field(
         None, description="where rows of the image tower are kept between runs; empty: in memory"
     )
+    photographs: str | None = Field(
+        None,
+        description="folder of clean photographs of any size that false alarms are counted on, too; empty: crops of "
+        "the two that scikit-learn brings",
+    )
 
     @field_validator("name")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.files import read_jsonl, write_jsonl
+from vlprompt.core.files import path_fingerprint, read_jsonl, write_jsonl
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
 from vlprompt.experiments.cell import Cell, CellResult
@@ -26,6 +26,7 @@ from vlprompt.metrics.backdoor import scan_metrics, verdict_metrics
 from vlprompt.security.config import SecurityConfig
 from vlprompt.security.data import ScanData
 from vlprompt.security.effect import attack_success, train_victim
+from vlprompt.security.photographs import false_alarms
 from vlprompt.security.scanners import SCANNERS, Scanner, create_scanner
 from vlprompt.security.tables import SUSPECT, VICTIM, row_label, security_tables, summary
 from vlprompt.security.victims import SuspectVerdicts, Training, training_set
@@ -89,11 +90,17 @@ class SecurityExperiment(Experiment):
         fingerprints = backbone_sources(self.config.backbone)
         for name in self.config.data.names:
             fingerprints[name] = data_fingerprint(name, self.config.data.root)
+        photographs = self.config.data.photographs
+        if photographs is not None:
+            fingerprints[photographs] = path_fingerprint(photographs)
         return {name: fingerprint for name, fingerprint in fingerprints.items() if fingerprint}
 
     def missing(self) -> list[str]:
         """See :meth:`Experiment.missing`."""
         sentences = missing_backbone(self.config.backbone)
+        photographs = self.config.data.photographs
+        if photographs is not None and not Path(photographs).is_dir():
+            sentences.append(f"data.photographs: there is no folder {photographs!r}.")
         for name in self.config.data.names:
             sentence = missing_data(name, self.config.data.root)
             if sentence is not None:
@@ -199,6 +206,7 @@ class SecurityExperiment(Experiment):
         if not scanner.needs_whole_set:
             verdicts = scanner.judge(scanner.rows(data.test, data.cache))
             result.add(verdict_metrics(verdicts, data.test, scanner.threshold))
+            result.add({"fpr/photographs": false_alarms(scanner, self.config.data.photographs)})
         if data.suspect is not None:
             result.add(self._scan_suspects(scanner, data, folder), part=SUSPECT)
         return result

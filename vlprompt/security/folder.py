@@ -8,15 +8,18 @@ starts), ``scan.json`` (what is scanned with what), ``rows.jsonl`` (a verdict pe
 from __future__ import annotations
 
 import base64
-import csv
+import hashlib
 import heapq
 import io
 import json
+import math
 import os
+import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,6 +28,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from vlprompt.core.csv_text import csv_line, is_one_line
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.data.images import EXTENSIONS, read_image
@@ -36,15 +40,23 @@ from vlprompt.security.scan import (
     UNREADABLE,
     DecodedImage,
     Row,
+    check_counts,
     decode_file,
     row_stream,
+    threshold_of,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows: two scans into one folder are still told apart at the end, by their rows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["FolderScan", "scan_folder"]
 
 _LISTING = "listing.jsonl"
 _FACTS = "scan.json"
 _ROWS = "rows.jsonl"
+_REPORTS = ("report.csv", "report.json", "cleaned.txt", "report.html")
 _SORTED_AT_ONCE = 50_000  # names in memory
 _THUMBNAIL = 128  # pixels
 _UNREADABLE_ON_SHEET = 50
@@ -60,12 +72,14 @@ class FolderScan:
         total: Images looked at.
         poisoned: How many are suspected.
         unreadable: How many could not be read.
+        passed_over: Ending to the number of files that have it and were not looked at: their names are no image's.
     """
 
     output: Path
     total: int
     poisoned: int
     unreadable: int
+    passed_over: dict[str, int]
 
 
 def scan_folder(
@@ -78,6 +92,7 @@ def scan_folder(
     batch_size: int = 64,
     workers: int = 2,
     top: int = 200,
+    follow_links: bool = True,
     progress: Progress | None = None,
 ) -> FolderScan:
     """Scan every image below a folder and write the verdicts.
@@ -90,15 +105,19 @@ def scan_folder(
         scanner: One that judges single images.
         output: Where to write; may not lie inside ``folder``.
         threshold: See :func:`vlprompt.scan`.
-        resume: Continue; otherwise an older scan in ``output`` is replaced.
+        resume: Continue; otherwise an older scan of the same folder in ``output`` is replaced.
         batch_size: Images per pass.
         workers: Threads that decode.
         top: Images on the sheet, most suspicious first.
+        follow_links: Whether links are followed that leave the folder and end in a file; otherwise such an image is
+            unreadable. A link to a folder never is followed, and is named in a warning.
         progress: Called with ("scanned", done, total).
 
     Raises:
-        DataError: If there is no folder or no image, or the scanner judges whole sets only.
-        CheckpointError: If the scan to continue is another one, or nothing can be written.
+        DataError: If there is no folder or no image, the scanner judges whole sets only, or an option is impossible.
+        CheckpointError: If the scan to continue is another one or damaged, ``output`` holds a scan of another folder,
+            another process writes into it, or nothing can be written.
+        NonFiniteError: If a score is not a number.
     """
     root = Path(folder)
     target = Path(output)
@@ -110,26 +129,31 @@ def scan_folder(
     if target.resolve().is_relative_to(root.resolve()):
         raise DataError(f"the output {target} lies inside the scanned folder {root}; name one elsewhere.")
 
-    limit = scanner.threshold if threshold is None else threshold
+    limit = threshold_of(scanner, threshold)
+    check_counts(batch_size=batch_size, workers=workers)
+    if top < 0:
+        raise DataError(f"top must not be negative, got {top}.")
+
     try:
-        total = _prepare(root, target, _identity(root, scanner, limit), resume)
-        done = _whole_lines(target / _ROWS)
-        preprocess = scanner.backbone.preprocess
-        names = islice(_names(target), done, None)
-        entries = (partial(_decode, root, name, preprocess) for name in names)
+        target.mkdir(parents=True, exist_ok=True)
+        with _alone_in(target):
+            total = _prepare(root, target, _identity(root, scanner, limit), resume)
+            done = _whole_lines(target / _ROWS)
+            decode = partial(_decode, root, preprocess=scanner.preprocess, follow_links=follow_links)
+            entries = (partial(decode, name) for name in islice(_names(target), done, None))
 
-        with (target / _ROWS).open("a", encoding="utf-8") as file:
-            for row in row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers):
-                file.write(json.dumps(row) + "\n")
-                done += 1
-                if done % batch_size == 0:
-                    file.flush()
-                    if progress is not None:
-                        progress("scanned", done, total)
+            with (target / _ROWS).open("a", encoding="utf-8") as file:
+                for row in row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers):
+                    file.write(json.dumps(row) + "\n")
+                    done += 1
+                    if done % batch_size == 0:
+                        file.flush()
+                        if progress is not None:
+                            progress("scanned", done, total)
 
-        if progress is not None:
-            progress("scanned", done, total)
-        return _finish(root, target, limit, top)
+            if progress is not None:
+                progress("scanned", done, total)
+            return _finish(root, target, limit, top)
     except OSError as error:
         raise CheckpointError(
             f"could not write the scan into {target}: {error.strerror or error}."
@@ -142,6 +166,8 @@ def _identity(root: Path, scanner: ImageScanner, threshold: float) -> dict[str, 
         "folder": str(root.resolve()),
         "method": scanner.method,
         "backbone": scanner.backbone.fingerprint["id"],
+        "detector": scanner.digest,
+        "native_size": scanner.native_size,
         "triggers": list(scanner.triggers),
         "objects": list(scanner.classnames),
         "threshold": threshold,
@@ -153,33 +179,77 @@ def _prepare(root: Path, target: Path, identity: dict[str, Any], resume: bool) -
     if resume and (target / _FACTS).is_file():
         return _continued(target, identity)
 
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (_FACTS, _ROWS):
+    _refuse_other_folder(target, identity)
+    for name in (_FACTS, _ROWS, *_REPORTS):  # reports of an older scan must not stand beside rows of this one
         (target / name).unlink(missing_ok=True)
     total = 0
+    passed_over: Counter[str] = Counter()
 
     def write(path: Path) -> None:
         nonlocal total
         with path.open("w", encoding="utf-8") as file:
-            for name in _sorted_names(root):
+            for name in _sorted_names(root, passed_over):
                 file.write(json.dumps(name) + "\n")
                 total += 1
 
     write_atomic(target / _LISTING, write)
     if not total:
-        raise DataError(f"{root} holds no images ({', '.join(EXTENSIONS)}).")
-    write_json(target / _FACTS, {**identity, "total": total})
+        others = _endings(passed_over)
+        raise DataError(
+            f"{root} holds no images ({', '.join(EXTENSIONS)}){f', only {others}' if others else ''}."
+        )
+    facts = {"total": total, "listing": _digest(target), "passed_over": dict(sorted(passed_over.items()))}
+    write_json(target / _FACTS, {**identity, **facts})
     return total
+
+
+@contextmanager
+def _alone_in(target: Path) -> Iterator[None]:
+    """Refuse to write into a folder that another scan writes into. The lock goes with the process."""
+    if fcntl is None:
+        yield
+        return
+
+    handle = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise CheckpointError(
+            f"another scan writes into {target} at this moment. Wait for it, or name another output folder."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _refuse_other_folder(target: Path, identity: dict[str, Any]) -> None:
+    """Refuse to replace the scan of another folder, which may happen to have the same name."""
+    try:
+        other = json.loads((target / _FACTS).read_text(encoding="utf-8"))["folder"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # none, or one that is damaged
+    if other != identity["folder"]:
+        raise CheckpointError(
+            f"{target} holds the scan of another folder, {other}. Name another output folder, or remove this one."
+        )
+
+
+def _endings(passed_over: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {ending or 'without ending'}" for ending, count in sorted(passed_over.items()))
 
 
 def _continued(target: Path, identity: dict[str, Any]) -> int:
     """Return the number of images of the scan that is to be continued, after checking that it is this one."""
-    path = target / _FACTS
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        total = int(facts.pop("total"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is damaged. Start anew without --resume.") from None
+    facts = _facts(target)
+    total = int(facts.pop("total"))
+    facts.pop("passed_over")
+    if facts.pop("listing") != _digest(target):  # a name that got lost would be an image that nobody looks at
+        raise CheckpointError(f"{target / _LISTING} is damaged. Start anew without --resume.")
 
     if facts != identity:
         other = next(key for key in identity if facts.get(key) != identity[key])
@@ -188,9 +258,28 @@ def _continued(target: Path, identity: dict[str, Any]) -> int:
     return total
 
 
-def _sorted_names(root: Path) -> Iterator[str]:
-    """Yield the sorted relative paths of all images; only so many are sorted in memory, the rest on disk."""
-    names = _walk(root)
+def _facts(target: Path) -> dict[str, Any]:
+    """Return what a scan wrote when it started. Raises CheckpointError if that is damaged."""
+    path = target / _FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts["total"] = int(facts["total"])
+        facts["listing"] = str(facts["listing"])
+        facts["passed_over"] = {str(ending): int(count) for ending, count in facts["passed_over"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        raise CheckpointError(f"{path} is damaged. Start anew without --resume.") from None
+
+    return dict(facts)
+
+
+def _sorted_names(root: Path, passed_over: Counter[str]) -> Iterator[str]:
+    """Yield the sorted relative paths of all images; only so many are sorted in memory, the rest on disk.
+
+    Args:
+        root: The folder.
+        passed_over: Counts the endings of all other files.
+    """
+    names = _walk(root, passed_over)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         runs: list[Iterator[str]] = []
         while True:
@@ -203,9 +292,10 @@ def _sorted_names(root: Path) -> Iterator[str]:
         yield from heapq.merge(*runs)
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
     """Yield the relative paths of all images, in no order; hidden files and links to folders are left out."""
     folders = [""]
+    links = 0
     while folders:
         folder = folders.pop()
         try:
@@ -215,13 +305,38 @@ def _walk(root: Path) -> Iterator[str]:
             continue
         with entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith((".", "__MACOSX")):
                     continue
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(name)
+                elif _is_dir(entry):
+                    links += 1
                 elif entry.name.lower().endswith(EXTENSIONS):
                     yield name
+                else:
+                    passed_over[Path(entry.name).suffix.lower()] += 1
+
+    if links:
+        warnings.warn(
+            f"{root}: {links} links to folders are not followed; scan those folders, too.", stacklevel=2
+        )
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that goes round in a circle
+        return False
+
+
+def _digest(target: Path) -> str:
+    """Return the sha256 of the listing; empty if there is none."""
+    try:
+        with (target / _LISTING).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _names(target: Path) -> Iterator[str]:
@@ -229,13 +344,26 @@ def _names(target: Path) -> Iterator[str]:
         yield from map(json.loads, file)
 
 
-def _decode(root: Path, name: str, preprocess: Callable[[Image.Image], Any]) -> DecodedImage:
+def _decode(
+    root: Path, name: str, *, preprocess: Callable[[Image.Image], Any], follow_links: bool
+) -> DecodedImage:
     """Decode one image of the folder, unless its name or its link is a danger."""
     path = root / name
-    if any(ord(character) < 32 for character in name):  # the cleaned list promises one line per image
+    if not is_one_line(name):  # the cleaned list promises one line per image
         return DecodedImage(name, None, f"the name {name!r} holds a control character: refused.")
-    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+
+    try:
+        leaves = path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
+        mode = path.stat().st_mode
+    except (OSError, RuntimeError) as error:  # a link that ends nowhere, or in itself
+        reason = error.strerror if isinstance(error, OSError) else "it ends in itself"
+        what = "a link that can't be followed" if path.is_symlink() else "a file that can't be read"
+        return DecodedImage(name, None, f"{name} is {what} ({reason}).")
+
+    if leaves and not follow_links:
         return DecodedImage(name, None, f"{name} is a link that leaves the folder: not followed.")
+    if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
+        return DecodedImage(name, None, f"{name} is no regular file.")
     return decode_file(path, name, preprocess)
 
 
@@ -259,15 +387,33 @@ def _whole_lines(path: Path) -> int:
 
 
 def _rows(target: Path) -> Iterator[Row]:
+    """Yield the verdicts. Raises CheckpointError for a row that is damaged, or of another image than the listing's."""
     path = target / _ROWS
-    with path.open(encoding="utf-8") as file:
+    names = _names(target)
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise CheckpointError(
-                    f"{path}, line {number} is damaged. Start anew without --resume."
-                ) from None
+            row = _row_of(line)
+            if row is None or row["image"] != next(names, None):
+                raise CheckpointError(f"{path}, line {number} is damaged. Start anew without --resume.")
+            yield row
+
+    if next(names, None) is not None:
+        raise CheckpointError(f"{path} has fewer rows than there are images. Start anew without --resume.")
+
+
+def _row_of(line: str) -> Row | None:
+    """Return the row that a line holds; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or set(row) != set(COLUMNS):
+        return None
+
+    if row["verdict"] == UNREADABLE:
+        return row if row["score"] is None else None
+    fits = row["verdict"] in (CLEAN, POISONED) and isinstance(row["score"], float)
+    return row if fits and math.isfinite(row["score"]) else None
 
 
 def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
@@ -292,7 +438,8 @@ def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
     suspicious = [row for _, _, row in worst]
     write_text(target / "report.html", _page(root, counts, threshold, suspicious, unreadable))
 
-    return FolderScan(target, sum(counts.values()), counts[POISONED], counts[UNREADABLE])
+    passed_over = _facts(target)["passed_over"]
+    return FolderScan(target, sum(counts.values()), counts[POISONED], counts[UNREADABLE], passed_over)
 
 
 def _write(path: Path, fill: Callable[[IO[str]], None]) -> None:
@@ -301,9 +448,9 @@ def _write(path: Path, fill: Callable[[IO[str]], None]) -> None:
 
 
 def _csv(target: Path, file: IO[str]) -> None:
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rows(target))
+    file.write(csv_line(COLUMNS))
+    for row in _rows(target):
+        file.write(csv_line(row[column] for column in COLUMNS))
 
 
 def _json(target: Path, file: IO[str]) -> None:

@@ -193,7 +193,7 @@ def _write(data: PoisonedDataset, folder: Path) -> Iterator[dict[str, Any]]:
     """Write the images, and yield the manifest's line of each."""
     for number, sample in enumerate(data.samples):
         image, label = data[number]
-        name = re.sub(r"[^\w-]+", "_", data.classnames[label]) or "class"
+        name = re.sub(r"[^\w-]+", "_", data.classnames[label])[:100] or "class"
         path = f"{label:04d}_{name}/{number:07d}.png"
         (folder / path).parent.mkdir(exist_ok=True)
         image.save(folder / path)

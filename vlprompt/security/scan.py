@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.core.errors import DataError
+from vlprompt.core.csv_text import csv_text
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
@@ -34,11 +34,13 @@ __all__ = [
     "UNREADABLE",
     "DecodedImage",
     "ScanReport",
+    "check_counts",
     "check_scanner",
     "decode_file",
     "line_of",
     "row_stream",
     "scan",
+    "threshold_of",
 ]
 
 CLEAN = "clean"
@@ -121,12 +123,8 @@ class ScanReport:
         return replace(data.subset(indices, scan={**counts, "mended": mend}), samples=samples)
 
     def to_csv(self) -> str:
-        """Return the table as CSV text."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return out.getvalue()
+        """Return the table as CSV text; odd names are written so that a spreadsheet runs nothing."""
+        return csv_text(COLUMNS, ([row[column] for column in COLUMNS] for row in self.rows))
 
 
 def scan(
@@ -143,7 +141,7 @@ def scan(
         images: A folder (searched at any depth), a file, a list of files or PIL images, or a data set. The labels of a
             data set are those that scanners of whole sets read.
         detector: The scanner: a trained ``dbom`` learner, or a fitted one of :mod:`vlprompt.security.scanners`.
-        threshold: The score from which an image is called poisoned; None for the scanner's.
+        threshold: The score from which an image is called poisoned, in [0, 1]; None for the scanner's.
         batch_size: Images per pass.
         workers: Threads that decode.
 
@@ -151,11 +149,14 @@ def scan(
         A table in the order of the images; one that can't be read has the verdict ``unreadable`` and stops nothing.
 
     Raises:
-        DataError: If there is no image, ``detector`` is no scanner, or it scans whole labelled sets and there is none.
+        DataError: If there is no image or no such folder, ``detector`` is no scanner, it scans whole labelled sets and
+            there is none, or the threshold or the batch size is impossible.
+        NonFiniteError: If a score is not a number: nothing is called clean then.
     """
     scanner = check_scanner(detector)
-    limit = scanner.threshold if threshold is None else threshold
-    entries = _entries(images, scanner.backbone.preprocess)
+    limit = threshold_of(scanner, threshold)
+    check_counts(batch_size=batch_size, workers=workers)
+    entries = _entries(images, scanner.preprocess)
     if not entries:
         raise DataError("there are no images to scan.")
 
@@ -182,6 +183,42 @@ def check_scanner(detector: Any) -> ImageScanner:
     )
 
 
+def threshold_of(scanner: ImageScanner, threshold: float | None) -> float:
+    """Return the score from which an image is suspected.
+
+    Args:
+        scanner: Whose threshold counts if there is no other.
+        threshold: The user's; None for the scanner's.
+
+    Raises:
+        DataError: If it is no number in [0, 1]: with such a threshold nothing would be suspected, or everything.
+    """
+    limit = scanner.threshold if threshold is None else threshold
+    if isinstance(limit, (int, float)) and not isinstance(limit, bool) and 0 <= limit <= 1:
+        return float(limit)
+
+    if threshold is not None:
+        raise DataError(f"the threshold must be a number in [0, 1], got {threshold!r}; scores are shares.")
+    raise DataError(
+        f"the threshold that {scanner.method} chose on its validation images is {limit!r}, which no score reaches or "
+        "every score does. Train it again with more validation images, or pass a threshold in [0, 1]."
+    )
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers below 1.
+
+    Args:
+        counts: Name to number.
+
+    Raises:
+        DataError: Names the first that is no whole number from 1 on.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
+
+
 def row_stream(
     entries: Iterable[Decode],
     scanner: ImageScanner,
@@ -198,6 +235,9 @@ def row_stream(
         threshold: The score from which an image is called poisoned.
         batch_size: Images per pass.
         workers: Threads that decode.
+
+    Raises:
+        NonFiniteError: If a score is not a number.
     """
     for images, embeddings in _embed_stream(entries, scanner, batch_size, workers):
         verdicts = None if embeddings is None else scanner.judge(embeddings)
@@ -269,6 +309,11 @@ def _make_rows(
             continue
 
         score = float(verdicts.score[number])
+        if not math.isfinite(score):
+            raise NonFiniteError(
+                f"{image.name}: the score of {scanner.method} is {score}, so nothing can be said of the image. The "
+                "detector or its backbone is damaged, or was trained with numbers that overflow: train it again."
+            )
         poisoned = score >= threshold
         trigger = ""
         thing = ""
@@ -319,6 +364,8 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
 
     if isinstance(images, (str, Path)):
         path = Path(images)
+        if not path.exists():
+            raise DataError(f"there is no folder and no image {str(path)!r} to scan.")
         if not path.is_dir():
             return [partial(decode_file, path, path.name, preprocess)]
         return [partial(decode_file, path / name, name, preprocess) for name in list_images(path, path)]

@@ -27,6 +27,7 @@ _SCANNER_COLUMNS = {
     "FPR at 95 % TPR, seen": "fpr_at_95_tpr/seen",
     "TPR": "tpr",
     "FPR": "fpr",
+    "FPR, photographs": "fpr/photographs",
     "trigger named": "trigger_accuracy",
     "object, clean": "object_accuracy_clean",
     "object, triggered": "object_accuracy_triggered",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class Sheet:
         rows = len(self.pairs)
         columns = len(self.columns)
 
-        with rc_context({"font.size": 8}):
+        # Phrases and labels may hold dollar signs, which are no formulas.
+        with rc_context({"font.size": 8, "text.parse_math": False}):
             size = (1.35 * columns + 0.2, 1.5 * rows + 0.3)  # inches
             figure = Figure(figsize=size, layout="constrained", dpi=110)
             axes = figure.subplots(rows, columns, squeeze=False)
@@ -102,7 +104,7 @@ class Sheet:
     def html(path: Path) -> str:
         """Return a written sheet as an ``<img>`` element that holds the whole file."""
         data = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{path.stem}" style="max-width:100%" src="data:image/png;base64,{data}">'
+        return f'<img alt="{escape(path.stem, quote=True)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 
     @staticmethod
     def _draw(axis: Any, image: Image.Image, phrase: str) -> None:

@@ -98,16 +98,65 @@ def load_checkpoint(
         return None
 
     tensors, metadata = read_tensors(path)
+    for key in ("progress", "identity", "optimizer", "scaler"):
+        if not isinstance(metadata.get(key), dict):
+            raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {key!r}.")
+    progress = _progress(path, metadata["progress"])
+    _check_identity(path, metadata["identity"], identity)
+
     try:
-        names = {f.name for f in fields(Progress)}
-        progress = Progress(**{k: v for k, v in metadata["progress"].items() if k in names})
-        _check_identity(path, metadata["identity"], identity)
         _restore_optimizer(optimizer, tensors, metadata["optimizer"])
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {error}.") from error
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the optimiser's state does not fit ({error}). It is damaged."
+        ) from error
 
     states = {kind: _with_prefix(tensors, f"{kind}.") for kind in ("weights", "best", "running")}
     return progress, states, metadata["scaler"]
+
+
+def _progress(path: Path, raw: Mapping[str, Any]) -> Progress:
+    """Return where a run stands. Raises CheckpointError if no run can stand there."""
+    names = {f.name for f in fields(Progress)}
+    missing = sorted(names - raw.keys())
+    if missing:
+        raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {missing[0]!r}.")
+
+    progress = Progress(**{name: raw[name] for name in names})
+    for name, right in _sound(progress).items():
+        if not right:
+            raise CheckpointError(f"{path} is damaged: {name} is {str(getattr(progress, name))[:80]}.")
+    return progress
+
+
+def _sound(progress: Progress) -> dict[str, bool]:
+    """Return for every field whether its value is possible."""
+    history = progress.history
+    epoch_is_count = _is_count(progress.epoch)
+    has_best = progress.best is not None
+    records = isinstance(history, list) and all(isinstance(record, dict) for record in history)
+    # Lengths first: a list as long as a damaged number says might not fit into memory.
+    in_order = records and len(history) == progress.epoch
+    in_order = in_order and all(record.get("epoch") == number for number, record in enumerate(history))
+    return {
+        "epoch": epoch_is_count,
+        "step": _is_count(progress.step),
+        "sums": isinstance(progress.sums, dict) and all(map(_is_number, progress.sums.values())),
+        "history": in_order,
+        "best": not has_best or _is_number(progress.best),
+        "best_epoch": (_is_count(progress.best_epoch) and 0 <= progress.best_epoch < progress.epoch)  # type: ignore[operator]
+        if has_best
+        else progress.best_epoch is None,
+        "seconds": _is_number(progress.seconds) and progress.seconds >= 0,
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -158,6 +207,13 @@ def _restore_optimizer(
     for key, value in [*_with_prefix(tensors, "optimizer.").items(), *values.items()]:
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for position, entry in state.items():
+        shape = parameters[position].shape if 0 <= position < len(parameters) else None
+        for name, value in entry.items():
+            if shape is None or (isinstance(value, torch.Tensor) and value.shape not in (shape, ())):
+                raise ValueError(f"{position}.{name} belongs to no parameter")
 
     # The parameter groups of a run are a function of its options, which the identity has already compared.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

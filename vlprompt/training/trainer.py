@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlprompt.core.errors import NonFiniteError, VLPromptError
+from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.core.seeding import derive_seed
 from vlprompt.core.trainable import Batch, ParameterGroup, Trainable
@@ -82,6 +82,11 @@ class Trainer:
             raise VLPromptError(
                 "schedule plateau and stop_patience watch validation data, and this run has none. Give it some, or "
                 "use schedule cosine and no stop_patience."
+            )
+        if validate is None and options.select == "best":
+            raise VLPromptError(
+                "select best chooses the epoch on validation data, and this run has none. Give it some, or write "
+                "train.select=last."
             )
 
         self.optimizer = _build_optimizer(self._optimizer_groups(), options)
@@ -391,7 +396,12 @@ class Trainer:
         if loaded is None:
             return
 
-        self.progress, states, scaler = loaded
+        progress, states, scaler = loaded
+        if progress.epoch > self.options.epochs:
+            raise CheckpointError(
+                f"{self.folder} is damaged: epoch is {progress.epoch}, the run has {self.options.epochs}."
+            )
+        self.progress = progress
         self.module.load_trainable_state(states["weights"])
         self.best_state = states["best"] or None
         self.module.load_running_state(states["running"])

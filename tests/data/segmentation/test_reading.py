@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import load_segmentation
 from vlprompt.data.segmentation import MaskRule, read_mask
 from vlprompt.data.segmentation.augment import JointAugmentation
-from vlprompt.data.segmentation.base import MaskedImage
+from vlprompt.data.segmentation.base import MaskedImage, MaskSample
 from vlprompt.data.segmentation.convert import convert_coco, convert_indexed
+from vlprompt.data.segmentation.reading import MaskFiles
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "LA"])
@@ -44,6 +47,146 @@ def test_what_is_refused_of_masks(tmp_path: Path) -> None:
         read_mask(path)
     with pytest.raises(DataError, match="the mask does not exist"):
         read_mask(tmp_path / "n.png")
+
+
+def _palette(indices: np.ndarray, colours: list[tuple[int, int, int]]) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([channel for colour in colours for channel in colour])
+    return image
+
+
+WHITE, BLACK, RED, DARK = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 60)
+
+
+@pytest.mark.parametrize("colours", [(BLACK, WHITE), (BLACK, RED), (BLACK, DARK)])
+def test_a_palette_of_two_colours_is_read_by_its_colours(
+    colours: tuple[tuple[int, int, int], ...], tmp_path: Path
+) -> None:
+    bar = lay.bar(1)
+    _palette(bar, list(colours)).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), bar)
+    # The same image with the palette the other way round: black is number 1.
+    _palette(1 - bar, list(colours[::-1])).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), bar)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", MaskRule(threshold=0)), bar)
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "m.png", values=(0,)), bar
+    )  # class numbers stay numbers
+    # All of one colour.
+    _palette(bar * 0, [WHITE, BLACK]).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png").all()
+    _palette(bar * 0 + 1, [WHITE, BLACK]).save(tmp_path / "m.png")
+    assert not read_mask(tmp_path / "m.png").any()
+    _palette(bar * 0 + 1, [BLACK, RED]).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png").all()
+
+
+def test_palettes_that_leave_open_what_is_inside_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.png"
+    _palette(lay.bar(1), [WHITE, RED]).save(path)
+    with pytest.raises(DataError, match=r"2 colours \(#ff0000, #ffffff\)"):
+        read_mask(path)
+    _palette(lay.bar(1), [BLACK, BLACK]).save(path)
+    with pytest.raises(DataError, match="its palette gives several of them one colour"):
+        read_mask(path)
+    _palette(np.array([[0, 1, 2]]), [BLACK, RED, WHITE]).save(path)
+    with pytest.raises(DataError, match="3 colours"):
+        read_mask(path)
+    ignored = read_mask(path, MaskRule(ignore=(2,)))
+    assert ignored.tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("ground", [(0, 0, 0), (255, 255, 255), (10, 200, 30)])
+@pytest.mark.parametrize("threshold", [None, 127])
+def test_a_mask_in_the_transparency(ground: tuple[int, ...], threshold: int | None, tmp_path: Path) -> None:
+    bar = lay.bar(1)
+    image = Image.new("RGB", (bar.shape[1], bar.shape[0]), ground)
+    image.putalpha(Image.fromarray(bar * 255))
+    image.save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", MaskRule(threshold)), bar)
+    image.convert("LA").save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", MaskRule(threshold)), bar)
+
+
+def test_colours_and_transparency_must_agree(tmp_path: Path) -> None:
+    bar, path = lay.bar(1), tmp_path / "m.png"
+    painted = Image.merge("RGB", [Image.fromarray(bar * value) for value in (0, 0, 60)])
+    painted.putalpha(255)
+    painted.save(path)  # opaque: the dark colour is what is inside
+    np.testing.assert_array_equal(read_mask(path), bar)
+    painted.putalpha(Image.fromarray(bar * 255))
+    painted.save(path)
+    np.testing.assert_array_equal(read_mask(path), bar)
+    painted.putalpha(Image.fromarray(255 - bar * 255))
+    painted.save(path)
+    with pytest.raises(DataError, match="colours and transparency that differ"):
+        read_mask(path)
+    Image.new("RGBA", (4, 3), (255, 255, 255, 0)).save(path)
+    with pytest.raises(DataError, match="colours and transparency that differ"):
+        read_mask(path)
+    Image.new("RGBA", (4, 3), (0, 0, 0, 0)).save(path)
+    assert not read_mask(path).any()
+
+
+def test_masks_of_fractions_are_not_cut_to_whole_numbers(tmp_path: Path) -> None:
+    bar, path = lay.bar(1), tmp_path / "m.tif"
+    Image.fromarray(bar.astype(np.float32) * 0.7).save(path)
+    np.testing.assert_array_equal(read_mask(path), bar)
+    np.testing.assert_array_equal(read_mask(path, MaskRule(threshold=0.5)), bar)
+    with pytest.raises(DataError, match=r"numbers from 0 to 1, of which threshold=127 leaves nothing inside"):
+        read_mask(path, MaskRule(threshold=127))
+    with pytest.raises(DataError, match="no whole ones"):
+        read_mask(path, values=(1,))
+    Image.fromarray(np.where(bar == 1, np.nan, 0).astype(np.float32)).save(path)
+    for rule in (MaskRule(), MaskRule(threshold=0.5)):
+        with pytest.raises(DataError, match="no numbers"):
+            read_mask(path, rule)
+    Image.fromarray(bar.astype(np.float32)).save(path)
+    np.testing.assert_array_equal(read_mask(path, values=(1,)), bar)
+    deep = Image.fromarray(bar.astype(np.uint16) * 65535)
+    deep.save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), bar)
+    with pytest.raises(DataError, match="values up to 65535, and threshold=127"):
+        read_mask(tmp_path / "m.png", MaskRule(threshold=127))
+
+
+def test_dark_colours_are_inside(tmp_path: Path) -> None:
+    bar, path = lay.bar(1), tmp_path / "m.png"
+    Image.merge("RGB", [Image.fromarray(bar * value) for value in (40, 0, 0)]).save(path)
+    np.testing.assert_array_equal(read_mask(path), bar)
+    several = np.stack([bar * 40, lay.bar(2) * 90, bar * 0], axis=-1).astype(np.uint8)
+    Image.fromarray(several).save(path)
+    with pytest.raises(DataError, match="pass threshold=0"):  # the advice, and what it gives
+        read_mask(path)
+    np.testing.assert_array_equal(read_mask(path, MaskRule(threshold=0)), several.any(-1))
+
+
+def test_a_mask_is_one_image_in_a_regular_file(tmp_path: Path) -> None:
+    frames = [Image.fromarray(lay.bar(i) * 255) for i in range(3)]
+    frames[0].save(tmp_path / "m.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match="holds 3 images; a mask is one"):
+        read_mask(tmp_path / "m.tif")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match="no regular file"):
+        read_mask(tmp_path / "pipe.png")
+
+
+def test_the_size_error_mentions_orientation(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the image is stored on its side
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.jpg", exif=turned)
+    Image.new("L", (30, 20)).save(tmp_path / "m.png")
+    reader = MaskFiles(tmp_path, tmp_path)
+    sample = MaskSample("i.jpg", ("m.png",), "bar", 0, "pair")
+    size = reader.read("i.jpg").size
+    assert size == (20, 30)
+    for policy in ("error", "resize"):  # resizing would squash what lies on its side
+        with pytest.raises(
+            DataError, match=r"the image's says 6, the mask's 1 .* One of them lies on its side"
+        ):
+            replace(reader, on_size_mismatch=policy).mask(sample, size)
+    Image.new("L", (30, 20)).save(tmp_path / "m.png", exif=turned)
+    assert reader.mask(sample, size).shape == (30, 20)
 
 
 def test_ignored_values_are_neither_inside_nor_outside(tmp_path: Path) -> None:
@@ -133,7 +276,7 @@ def test_coco_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"instances\.json: annotation 1: it has no polygon"):
         convert_coco(path, tmp_path / "images", tmp_path / "out")
     path.write_text('{"images": []}')
-    with pytest.raises(DataError, match="no COCO instance file: KeyError 'categories'"):
+    with pytest.raises(DataError, match="not in COCO's format: KeyError 'categories'"):
         convert_coco(path, tmp_path / "images", tmp_path / "out")
 
 

@@ -4,7 +4,7 @@ Such data sets are opened by :func:`vlprompt.load_segmentation` (``catalog``).
 """
 
 from vlprompt.data.segmentation.base import MaskDataset, MaskedImage, MaskSample
-from vlprompt.data.segmentation.guards import label_leaks, overlaps, pair_problems
+from vlprompt.data.segmentation.guards import label_leaks, long_phrases, overlaps, pair_problems
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, read_mask
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "MaskSample",
     "MaskedImage",
     "label_leaks",
+    "long_phrases",
     "overlaps",
     "pair_problems",
     "read_mask",

@@ -16,7 +16,8 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.names import default_root, parse_name
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.guards import denies, without_shared
-from vlprompt.data.segmentation.reading import MaskFiles, raw_values
+from vlprompt.data.segmentation.pixels import raw_values
+from vlprompt.data.segmentation.reading import MaskFiles
 from vlprompt.data.segmentation.sources._common import class_phrase
 from vlprompt.data.splits import SPLITS, check_split
 from vlprompt.data.ways import Ways, mask_ways

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 
-__all__ = ["denies", "label_leaks", "overlaps", "pair_problems", "without_shared"]
+__all__ = ["denies", "label_leaks", "long_phrases", "overlaps", "pair_problems", "without_shared"]
 
 _DENIAL = re.compile(
     r"^\s*(?:an?\s+(?:image|picture|photo)\s+(?:of|with)\s+)?(?:no|without|normal|absence of)\b", re.I
@@ -65,6 +66,24 @@ def label_leaks(data: MaskDataset) -> dict[str, int]:
 
     visible = {label for (label, _), hits in full.items() if any(hits)}
     return {phrase: len(hits) for (label, phrase), hits in full.items() if not any(hits) and label in visible}
+
+
+def long_phrases(
+    data: MaskDataset, tokens: Callable[[str], int], most: int = 77
+) -> dict[str, tuple[int, int]]:
+    """Find phrases that no text tower of CLIP's kind reads to their end; a run with them stops.
+
+    Args:
+        data: The pairs.
+        tokens: Returns how many tokens a phrase takes, with those of start and end.
+        most: The longest sentence in tokens.
+
+    Returns:
+        Phrase to its tokens and to the number of its pairs.
+    """
+    counts = Counter(sample.phrase for sample in data.samples)
+    lengths = {phrase: tokens(phrase) for phrase in counts}
+    return {phrase: (length, counts[phrase]) for phrase, length in lengths.items() if length > most}
 
 
 def pair_problems(data: MaskDataset, indices: Iterable[int] | None = None) -> list[str]:

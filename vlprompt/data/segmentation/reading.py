@@ -10,17 +10,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, file_stamp
+from vlprompt.data.images import FileReader, file_stamp
 from vlprompt.data.segmentation.base import IGNORE, MaskReader, MaskSample
+from vlprompt.data.segmentation.pixels import orientation, raw_values, seen_values
 
-__all__ = ["MaskFiles", "MaskRule", "SizePolicy", "raw_values", "read_mask", "resize_mask"]
+__all__ = ["MaskFiles", "MaskRule", "SizePolicy", "read_mask", "resize_mask"]
 
 SizePolicy = Literal["error", "resize"]
 
@@ -31,11 +32,11 @@ class MaskRule:
 
     Attributes:
         threshold: Of a binary mask: larger values are inside. None: the file must hold one value beside 0, whichever
-            (1, 255, 65535). JPEG files and masks that were resized smoothly need one.
+            (1, 255, 65535). JPEG files and masks that were resized smoothly need one, in the range of their own values.
         ignore: Values of pixels that don't count.
     """
 
-    threshold: int | None = None
+    threshold: float | None = None
     ignore: tuple[int, ...] = ()
 
 
@@ -44,7 +45,9 @@ def read_mask(
 ) -> NDArray[np.uint8]:
     """Read one mask file.
 
-    Palette files are read by index, not by colour; an image in three equal channels is one in one channel.
+    A binary mask is read by what one sees: the colours of a palette, black outside; or the opacity of an image of one
+    colour. Masks of class numbers are read by the numbers that are stored, whatever a palette paints them in. An image
+    in three equal channels is one in one channel.
 
     Args:
         path: The file.
@@ -55,12 +58,18 @@ def read_mask(
         (H, W) uint8: 1 inside, 0 outside, 255 where it doesn't count.
 
     Raises:
-        DataError: If the file is missing, no image, coloured, or holds values that ``rule`` doesn't explain.
+        DataError: If the file is missing, no image, or holds colours or values that ``rule`` doesn't explain.
     """
     file = Path(path)
-    raw = raw_values(file, rule.threshold)
-    void = np.isin(raw, rule.ignore) if rule.ignore else np.zeros(raw.shape, bool)
-    inside = np.isin(raw, values) if values else _inside(file, raw, void, rule.threshold)
+    if values:
+        numbers = raw_values(file)
+        void = np.isin(numbers, rule.ignore) if rule.ignore else np.zeros(numbers.shape, bool)
+        inside = np.isin(numbers, values)
+        return np.where(void, np.uint8(IGNORE), inside.astype(np.uint8))
+
+    seen, stored = seen_values(file, rule.threshold, rule.ignore)
+    void = np.isin(stored, rule.ignore) if rule.ignore else np.zeros(seen.shape, bool)
+    inside = _inside(file, seen, void, rule.threshold)
     return np.where(void, np.uint8(IGNORE), inside.astype(np.uint8))
 
 
@@ -123,12 +132,27 @@ class MaskFiles(MaskReader):
         height, width = part.shape
         if (width, height) == size:
             return part
-        if self.on_size_mismatch == "error":
-            raise DataError(
-                f"the mask {self.masks / name} is {width} x {height}, its image {self.images / str(sample.source)} "
-                f"is {size[0]} x {size[1]}. Mend one of them, or pass on_size_mismatch='resize' if they show the same."
-            )
+        turned = (height, width) == size
+        if self.on_size_mismatch == "error" or turned:
+            raise DataError(self._misfit(sample, name, size, (width, height), turned))
         return resize_mask(part, size)
+
+    def _misfit(
+        self, sample: MaskSample, name: str, size: tuple[int, int], own: tuple[int, int], turned: bool
+    ) -> str:
+        """Return what is wrong with a mask of another size than its image; (width, height) each."""
+        mask = self.masks / name
+        image = self.images / str(sample.source)
+        what = f"the mask {mask} is {own[0]} x {own[1]}, its image {image} is {size[0]} x {size[1]}."
+        states = (orientation(image), orientation(mask))
+        if states != (1, 1):
+            what += (
+                " Both are read upright, by the orientation of their EXIF blocks: the image's says "
+                f"{states[0]}, the mask's {states[1]} (1 is upright)."
+            )
+        if turned:
+            return f"{what} One of them lies on its side: turn it, or mend its EXIF orientation."
+        return f"{what} Mend one of them, or pass on_size_mismatch='resize' if they show the same."
 
 
 def _unite(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -138,43 +162,8 @@ def _unite(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(inside, np.uint8(1), np.where(void, np.uint8(IGNORE), np.uint8(0)))
 
 
-def raw_values(path: Path, threshold: int | None = None) -> NDArray[np.int64]:
-    """Return a mask file's own values, (H, W); palette files by index.
-
-    With a threshold a coloured file is fine: what is bright in any channel is inside.
-
-    Raises:
-        DataError: If the file is missing, damaged, too large or coloured.
-    """
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(f"the mask {path} claims {opened.width} x {opened.height} pixels.")
-            image = ImageOps.exif_transpose(opened)
-            array = np.asarray(image)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise UndecodableError(path, "the mask does not exist") from None
-    except Exception as error:  # decoders throw many kinds at damaged bytes
-        raise UndecodableError(path, " ".join(str(error).split()).rstrip(".")) from None
-
-    if array.ndim == 3:
-        colours = array[..., : 1 if image.mode in ("LA", "La") else 3]
-        if threshold is not None:
-            return colours.max(-1).astype(np.int64)
-        if (colours != colours[..., :1]).any():
-            raise DataError(
-                f"the mask {path} is a colour image. A mask has one channel with 0 outside, or class numbers; "
-                "convert it first, or pass threshold=127 if everything that isn't black is inside."
-            )
-        array = colours[..., 0]
-
-    return array.astype(np.int64)
-
-
 def _inside(
-    path: Path, raw: NDArray[np.int64], void: NDArray[np.bool_], threshold: int | None
+    path: Path, raw: NDArray[Any], void: NDArray[np.bool_], threshold: float | None
 ) -> NDArray[np.bool_]:
     if threshold is not None:
         return raw > threshold

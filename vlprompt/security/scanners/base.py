@@ -15,7 +15,7 @@ from vlprompt.core.names import check_classnames
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset, check_triggers
 from vlprompt.learners._calibration import threshold_at
-from vlprompt.learners._scanning import ImageScanner
+from vlprompt.learners._scanning import ImageScanner, digest_of, native_size_of
 
 __all__ = ["Scanner"]
 
@@ -46,6 +46,7 @@ class Scanner(ImageScanner):
         self.triggers = check_triggers(triggers)
         self.history: list[dict[str, Any]] = []
         self._threshold = 0.5
+        self._native_size: int | None = None
 
     @classmethod
     def option_problems(cls, options: Mapping[str, Any]) -> list[str]:
@@ -60,6 +61,20 @@ class Scanner(ImageScanner):
     def threshold(self) -> float:
         """See :meth:`ImageScanner.threshold`."""
         return self._threshold
+
+    @property
+    def native_size(self) -> int | None:
+        """See :meth:`ImageScanner.native_size`; of the data that it was fitted on."""
+        return self._native_size
+
+    @property
+    def digest(self) -> str:
+        """See :meth:`ImageScanner.digest`."""
+        return digest_of({**self.learned(), "threshold": torch.tensor(self.threshold, dtype=torch.float64)})
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return what :meth:`learn` leaves behind, by name; nothing by default."""
+        return {}
 
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`ImageScanner.embed_images`."""
@@ -95,6 +110,7 @@ class Scanner(ImageScanner):
             seed: Of everything drawn.
             folder: Where a scanner that is trained step by step keeps its checkpoint, and continues from one.
         """
+        self._native_size = native_size_of({train.native_size, val.native_size})
         self.learn(train, val, cache, seed, folder)
         if not self.needs_whole_set:
             rows = self.rows(val, cache)

@@ -107,6 +107,10 @@ class DBOMScanner(Scanner):
         """See :class:`Scanner`; the learner's."""
         return self.learner.threshold
 
+    def learned(self) -> dict[str, Tensor]:
+        """See :meth:`Scanner.learned`."""
+        return self.learner.trainable_state()
+
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`DBOM.embed_images`."""
         return self.learner.embed_images(images)

@@ -53,6 +53,16 @@ class LinearProbeScanner(Scanner):
                 best = auroc
                 self.model = model
 
+    def learned(self) -> dict[str, Tensor]:
+        """See :meth:`Scanner.learned`."""
+        arrays = {
+            "mean": self.mean,
+            "spread": self.spread,
+            "weights": self.model.coef_,
+            "bias": self.model.intercept_,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
     def judge(self, rows: Tensor) -> Verdicts:
         """See :meth:`ImageScanner.judge`."""
         standardised = (rows.cpu().numpy() - self.mean) / self.spread

@@ -16,6 +16,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
 from vlprompt.core.processes import accelerator, process_state
+from vlprompt.core.slugs import slug
 from vlprompt.data.segmentation import MaskDataset, MaskedImage
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.layout import Layout
@@ -175,8 +176,10 @@ class BenchmarkExperiment(SegmentationExperiment):
                 paths = [folder / cell.name / _OVERLAYS / f"{number}.png" for number in range(len(pairs))]
                 sheet.add(cell["method"], paths)
 
-            words = "".join(letter if letter.isalnum() else "-" for letter in data)
-            sheets[f"{model}-{words}"] = sheet
+            words = "".join(letter if letter.isalnum() else "-" for letter in data)[-100:]
+            name = f"{slug(model)}-{words}"
+            # Two names of data that differ in signs only must not share a file.
+            sheets[f"{name}-{slug(data)}" if name in sheets else name] = sheet
 
         return sheets
 

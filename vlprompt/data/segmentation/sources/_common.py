@@ -19,6 +19,7 @@ __all__ = [
     "choose",
     "class_phrase",
     "need_part",
+    "one_of_each",
     "own_folder",
     "refuse_missing",
     "split_by_hash",
@@ -52,6 +53,17 @@ def stems(folder: Path) -> dict[str, list[str]]:
     for path in list_images(folder, folder):
         images_of.setdefault(path.rpartition(".")[0], []).append(path)
     return images_of
+
+
+def one_of_each(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the one file of each name (see :func:`stems`). Raises DataError if a name means two: a.jpg and a.png."""
+    for names in files.values():
+        if len(names) > 1:
+            raise DataError(
+                f"{folder}: {' and '.join(names)} have one name but for their endings, so a mask could be of either. "
+                "Rename one of them."
+            )
+    return {stem: names[0] for stem, names in files.items()}
 
 
 def refuse_missing(name: str, problems: Sequence[str], policy: Missing) -> None:

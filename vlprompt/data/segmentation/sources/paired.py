@@ -60,14 +60,14 @@ class PairedOptions(Layout):
     parts: dict[Literal["all", "train", "val", "test"], _Folders]
     suffix: str = ""
     shares: dict[Literal["train", "val", "test"], float] = Field(default_factory=dict)
-    threshold: int | None = None
+    threshold: float | None = None
 
 
 @pair_sources.register("pairs", summary="your own images/ and masks/, one phrase", grammar="pairs:PATH")
 def build(
     request: Request,
     *,
-    threshold: int | None = None,
+    threshold: float | None = None,
     suffix: str | None = None,
     on_missing: Missing = "error",
     on_size_mismatch: SizePolicy = "error",
@@ -166,6 +166,10 @@ def _pairs(
             f"{stem}{suffix}_{i}" for i in range(1, 20) if suffix and f"{stem}{suffix}_{i}" in masks
         ]
         used.update(names_of_masks)
+        ambiguous = [masks[m] for m in names_of_masks if len(masks[m]) > 1]
+        if ambiguous:
+            problems.append(f"{part_folders.masks}: {' and '.join(ambiguous[0])} are one name")
+            continue
 
         if not names_of_masks:
             problems.append(

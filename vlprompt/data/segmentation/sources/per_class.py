@@ -1,7 +1,8 @@
 """per_class: one binary mask per image and class, which is what conversions write (``vlprompt data convert``).
 
 ``PATH/images/<split>/<image>`` and ``PATH/annotations/<split>/<class>/<image's name>.png``, only for classes that
-occur in an image. Folders are called train, val, test or training, validation. Where there is no test part, the
+occur in an image. Signs of a class that a folder can't have are written as in web addresses (``tv%2Fmonitor``).
+Folders are called train, val, test or training, validation. Where there is no test part, the
 official validation part is tested on, and a tenth of the training images validates: no part is used for both.
 
 Reference: the layout of naamiinepal/tunevlseg's binarised data sets.
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import check_classnames
+from vlprompt.core.slugs import folder_word, text_of
 from vlprompt.data.listing import list_folders
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -21,6 +23,7 @@ from vlprompt.data.segmentation.sources._common import (
     Missing,
     class_phrase,
     need_part,
+    one_of_each,
     own_folder,
     refuse_missing,
     split_by_hash,
@@ -54,7 +57,7 @@ class PerClassOptions(Layout):
 def build(
     request: Request,
     *,
-    threshold: int | None = None,
+    threshold: float | None = None,
     on_missing: Missing = "error",
     on_size_mismatch: SizePolicy = "error",
 ) -> MaskDataset:
@@ -123,11 +126,11 @@ def _classes(
     """Return the class folders and the class names."""
     if request.card is not None:
         names = request.card.classnames
-        return options.own_names or names, names
+        return options.own_names or tuple(map(folder_word, names)), names
     origins = sorted({p.name for s in splits for p in list_folders(masks / s, masks)})
     if not origins:
         raise DataError(f"{request.name}: {masks} holds no class folders. Expected: {_EXPECTED}.")
-    return tuple(origins), check_classnames(origins, request.name)
+    return tuple(origins), check_classnames(list(map(text_of, origins)), request.name, origins)
 
 
 def _part(
@@ -139,20 +142,20 @@ def _part(
     templates: tuple[str, ...],
 ) -> tuple[tuple[MaskSample, ...], list[str]]:
     """Return the pairs of one split in the images' order, and what is wrong with it."""
-    files = stems(images / split) if (images / split).is_dir() else {}
+    files = one_of_each(images / split, stems(images / split)) if (images / split).is_dir() else {}
     present: dict[str, list[MaskSample]] = {stem: [] for stem in files}
 
     problems = []
     for label, origin in enumerate(origins):
         folder = masks / split / origin
-        mask_files = stems(folder) if folder.is_dir() else {}
-        for stem, names_of_masks in mask_files.items():
-            mask_file = f"{split}/{origin}/{names_of_masks[0]}"
+        mask_files = one_of_each(folder, stems(folder)) if folder.is_dir() else {}
+        for stem, name in mask_files.items():
+            mask_file = f"{split}/{origin}/{name}"
             if stem not in files:
                 problems.append(f"{mask_file} has no image")
                 continue
 
-            source = f"{split}/{files[stem][0]}"
+            source = f"{split}/{files[stem]}"
             phrase = class_phrase(templates, names[label], mask_file)
             present[stem].append(MaskSample(source, (mask_file,), phrase, label, mask_file))
 

@@ -45,7 +45,7 @@ class PromptOptions(Layout):
     masks: str = "masks"
     anns: str = "anns/{}.json"
     inner: dict[Split, str] = Field(default_factory=dict)
-    threshold: int | None = None
+    threshold: float | None = None
 
 
 @pair_sources.register(
@@ -55,7 +55,7 @@ def build(
     request: Request,
     *,
     prompt: int = 1,
-    threshold: int | None = None,
+    threshold: float | None = None,
     on_missing: Missing = "error",
     on_size_mismatch: SizePolicy = "error",
 ) -> MaskDataset:
