@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import file_stamp, read_image
-from vlprompt.data.listing import list_images
+from vlprompt.data.listing import list_images, spelled_on_disk
 from vlprompt.data.sources import AbsentError
-from vlprompt.data.splits import is_inside
+from vlprompt.data.tables import Row, Table, inside, read_table
 
 __all__ = ["FolderCaptions", "TableCaptions"]
 
-_IMAGE_COLUMNS = ("image", "path", "filepath", "file", "filename")
-_CAPTION_COLUMNS = ("caption", "title", "text")
+_IMAGE_COLUMNS = ("path", "filepath", "file", "filename", "file_name", "image_path")
+_CAPTION_COLUMNS = ("title", "text")
 
 
 class _Files:
@@ -83,8 +82,9 @@ class FolderCaptions(_Files):
 class TableCaptions(_Files):
     """A table with a header, a column of images and one of captions, such as CC3M's after its download.
 
-    Columns: ``image``, ``path``, ``filepath``, ``file`` or ``filename``; ``caption``, ``title`` or ``text``. Files
-    ending in ``.tsv`` are separated by tabs. Images are relative to the table's folder and stay inside it.
+    Columns: ``image``, or else ``path``, ``filepath``, ``file``, ``filename``, ``file_name`` or ``image_path``;
+    ``caption``, or else ``title`` or ``text``. Files ending in ``.tsv`` are separated by tabs, others by what separates
+    the header. Images are relative to the table's folder and stay inside it.
 
     Args:
         argument: The table.
@@ -98,46 +98,30 @@ class TableCaptions(_Files):
         if not table.is_file():
             raise AbsentError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
 
-        delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
-        try:
-            with table.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, delimiter=delimiter)
-                columns = _columns(table, list(reader.fieldnames or []))
-                rows = [_row(table, reader.line_num, raw, columns) for raw in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{table} is no readable table in UTF-8: {error}.") from None
+        content = read_table(table, "\t" if table.suffix.lower() == ".tsv" else None)
+        images = content.column("image", _IMAGE_COLUMNS, required=False)
+        captions = content.column("caption", _CAPTION_COLUMNS, required=False)
+        if images is None or captions is None:
+            raise _no_column(content, "images" if images is None else "captions")
 
+        rows = [_pair(content, row, images, captions) for row in content.rows]
         super().__init__(table.parent, rows)
 
 
-def _columns(table: Path, header: list[str]) -> tuple[str, str]:
-    lowered = {name.strip().lower(): name for name in header}
-    chosen = []
-    for what, candidates in (("images", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
-        column = next((lowered[name] for name in candidates if name in lowered), None)
-        if column is None:
-            raise DataError(
-                f"{table}, line 1: no column of {what}; the header has {', '.join(header) or 'nothing'}, expected one "
-                f"of {', '.join(candidates)}. A table of web addresses must be downloaded first."
-            )
-        chosen.append(column)
-
-    return chosen[0], chosen[1]
+def _no_column(table: Table, what: str) -> DataError:
+    candidates = ("image", *_IMAGE_COLUMNS) if what == "images" else ("caption", *_CAPTION_COLUMNS)
+    return DataError(
+        f"{table.path}, line 1: no column of {what}; the header has {', '.join(table.header) or 'nothing'}, expected "
+        f"one of {', '.join(candidates)}. A table of web addresses must be downloaded first."
+    )
 
 
-def _row(table: Path, line: int, raw: dict[str, str], columns: tuple[str, str]) -> tuple[str, str]:
-    path, caption = ((raw.get(column) or "").strip() for column in columns)
-    for column, value in zip(columns, (path, caption), strict=True):
-        if not value:
-            raise DataError(f"{table}, line {line}: column {column!r} is empty.")
-
-    path = path.replace("\\", "/")
-    folder = table.parent.resolve()
-    if not is_inside(path) or not (folder / path).resolve().is_relative_to(folder):
-        raise DataError(
-            f"{table}, line {line}: the path {path!r} leaves the table's folder. Use paths inside it."
-        )
-    return path, caption
+def _pair(table: Table, row: Row, images: int, captions: int) -> tuple[str, str]:
+    for column in (images, captions):
+        if not row.fields[column]:
+            raise DataError(f"{table.path}, line {row.line}: column {table.header[column]!r} is empty.")
+    path = spelled_on_disk(table.path.parent, inside(table.path, row.line, row.fields[images]))
+    return path, " ".join(row.fields[captions].split())
 
 
 def _read(image: Path) -> str:
