@@ -13,6 +13,7 @@ from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
+from vlprompt.classification.label_space import fitting
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -303,20 +304,27 @@ class _StudyCell:
         name = self.cell["data"]
         train = self._part(name, "train")
         val = self._validation(name)
+        self._tests(name)  # damaged or missing test data are found before training, not after it
+        _say_cut(train)
         learner = self._learner(backbone, train.classnames, train.templates)
         self._start(learner)
         log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
 
         trained = fit(learner, train, val, **self._fit_options())
         self._keep(trained)
+        self._save(learner)  # what was learned stays, whatever scoring meets
         self._add_training(trained)
         self._score(learner, name)
-        self._save_metrics(learner)
+        self._save(learner)
 
     def _run_group(self, backbone: Backbone) -> None:
         """Train several data sets together and score each on its own classes."""
         names = groups_of(self.config)[self.cell["group"]]
         tasks = {name: TaskData(self._part(name, "train"), self._validation(name)) for name in names}
+        for name, task in tasks.items():
+            self._tests(name)
+            _say_cut(task.train)
+
         classes, _ = union_of_classes([task.train.classnames for task in tasks.values()])
         templates = common_templates([task.train.templates for task in tasks.values()])
         learner = self._learner(backbone, classes, templates)
@@ -325,6 +333,7 @@ class _StudyCell:
 
         trained, together = fit_multitask(learner, tasks, self.config.multitask, **self._fit_options())
         self._keep(trained)
+        self._save(learner)
         self._add_training(trained)
         scores: dict[str, dict[str, float]] = {}
 
@@ -332,7 +341,7 @@ class _StudyCell:
             scores[name] = self._score(together.tasks[name], name, data=name)
 
         self.result.add(mean_over_tasks(scores))
-        self._save_metrics(learner)
+        self._save(learner)
 
     def _run_meta(self, backbone: Backbone) -> None:
         """Meta-train the learner's prompts and a regulator."""
@@ -402,8 +411,8 @@ class _StudyCell:
         if process_state().is_main_process:
             write_jsonl(self.folder / "history.jsonl", trained.history)
 
-    def _save_metrics(self, learner: Learner) -> None:
-        """Save the prompt with the figures that it reached."""
+    def _save(self, learner: Learner) -> None:
+        """Save the prompt with the figures that it reached so far."""
         if process_state().is_main_process:
             numbers = {}
             for measurement in self.result.measurements:
@@ -423,11 +432,7 @@ class _StudyCell:
         """Add test metrics of the learner and of zero-shot, by part; return them with the parts in their names."""
         numbers: dict[str, float] = {}
         for part, test in self._tests(name).items():
-            fitting = learner
-            if test.classnames != learner.classnames:
-                fitting = learner.with_classes(test.classnames)
-
-            scores = self._scores(fitting, test, part)
+            scores = self._scores(learner, test, part)
             coordinates = {**where, "part": part} if part else where
             self._add_scores(scores, test, coordinates)
             numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
@@ -452,8 +457,8 @@ class _StudyCell:
 
     def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
         """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""
-        if test.classnames != learner.classnames:
-            learner = learner.with_classes(test.classnames, test.templates)
+        templates = test.templates if self.cell.get("target") is not None else None
+        learner, test = fitting(learner, test, templates)
 
         cache = self._cache(test, part)
         zero_shot = create_learner("zero_shot", learner.backbone, test.classnames, test.templates)
@@ -489,6 +494,7 @@ class _StudyCell:
 
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         arguments = self.config.data.arguments()
+        arguments["validation"] = self.config.data.validate_on == "val"
         if self.config.protocol.name == "elevater":
             arguments["sampling"] = "elevater"
         return load_dataset(name, split, **draw, **arguments)
@@ -502,6 +508,17 @@ class _StudyCell:
         if "seed" in fields and "seed" not in options:
             options["seed"] = self.cell["seed"]
         return create_learner(self.config.learner_name, backbone, classnames, templates, **options)
+
+
+def _say_cut(train: ImageDataset) -> None:
+    """Say how many training images were kept for validation, where the data have no validation part."""
+    if cut := train.info.get("cut_for_validation"):
+        log.info(
+            "%s has no validation part: %d of its %d training images are kept for it; "
+            "data.validate_on=none trains on all",
+            train.name,
+            *cut,
+        )
 
 
 def _label(study: Study) -> str:

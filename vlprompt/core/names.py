@@ -13,6 +13,7 @@ __all__ = [
     "check_classnames",
     "check_templates",
     "check_text",
+    "checked_names",
     "class_key",
     "clean_classname",
     "listed_names",
@@ -85,6 +86,24 @@ def check_text(name: Any, where: str) -> str:
             "folder, or write it in UTF-8."
         )
     return name
+
+
+def checked_names(value: Any) -> Any:
+    """Return ``classnames`` of a configuration as they are: None, a list of texts, or old name to new name.
+
+    Raises:
+        ValueError: For one text, and for names that YAML reads as numbers or truth values; says what to write.
+    """
+    if isinstance(value, str):
+        raise ValueError(
+            f"class names are a list, for example [cat, dog], or old name to new name; got {value!r}."
+        )
+    names = (
+        [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list) else []
+    )
+    for name in names:
+        check_text(name, "class names")
+    return value
 
 
 def check_classnames(

@@ -40,30 +40,11 @@ NO_IMAGE = "no image by its ending"
 
 # Image formats that we can't read: they are images to a user, so leaving them out is said.
 _OTHER_IMAGES = frozenset(
-    [
-        ".ai",
-        ".arw",
-        ".cr2",
-        ".cr3",
-        ".dcm",
-        ".dng",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".jxl",
-        ".nef",
-        ".nii",
-        ".npy",
-        ".orf",
-        ".pdf",
-        ".psd",
-        ".raf",
-        ".raw",
-        ".rw2",
-        ".svg",
-        ".xcf",
-    ]
-)
+    (
+        ".ai", ".arw", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".jxl", ".nef", ".nii", ".npy", ".orf",
+        ".pdf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf",
+    )
+)  # fmt: skip
 _LEFT_BY_OTHERS = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
 _FOLDER = "a folder"
 _MAX_VISITS = 16  # of one folder by several links: links in a circle have no end of paths

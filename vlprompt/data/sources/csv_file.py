@@ -1,8 +1,8 @@
 """csv:PATH: a table with the columns ``path``, ``label`` and, if the splits are given, ``split``.
 
 Paths are relative to the table's folder, or absolute inside it. Labels are class names. Without a ``split`` column
-each class is cut 60/20/20, at least one image each, by a hash of the images' paths; where only val is missing, it is a fifth of
-each class of train. Other usual names of the columns, and what separates them, are recognised and recorded.
+each class is cut 60/20/20, at least one image each, by a hash of the images' paths; where only val is missing, it is a
+fifth of each class of train. Other usual names of the columns, and what separates them, are recognised and recorded.
 """
 
 from __future__ import annotations
