@@ -10,7 +10,7 @@ import errno
 import os
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +166,7 @@ def spelled_on_disk(root: Path, path: str) -> str:
 def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, listing: Listing) -> None:
     """Add what lies below a folder; links may lead back to a folder on the way, or often to the same one."""
     visits: Counter[_Identity] = Counter()
-    waiting: list[tuple[Path, frozenset[_Identity]]] = [(folder, frozenset())]
+    waiting: deque[tuple[Path, frozenset[_Identity]]] = deque([(folder, frozenset())])
 
     while waiting:
         current, above = waiting.pop()
@@ -192,7 +192,11 @@ def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, l
             name = _relative(Path(entry.path), root)
             reason = _reason(entry, extensions)
             if reason == _FOLDER:
-                waiting.append((Path(entry.path), above | {identity}))
+                below = (Path(entry.path), above | {identity})
+                if entry.is_symlink():
+                    waiting.appendleft(below)  # after all folders that are none
+                else:
+                    waiting.append(below)
             elif reason:
                 listing.skipped.append(Skipped(name, reason))
             else:

@@ -144,17 +144,17 @@ def inside(table: Path, line: int, path: str) -> str:
     Raises:
         DataError: If it leaves the folder.
     """
-    written = path.replace("\\", "/")
-    for folder in (table.parent.absolute(), table.parent.resolve()):
-        if written.startswith(f"{folder.as_posix().rstrip('/')}/"):
-            written = written[len(folder.as_posix().rstrip("/")) + 1 :]
-            break
+    slashes = path.replace("\\", "/")
+    parts = "/".join(part for part in slashes.split("/") if part not in ("", "."))
+    written = f"/{parts}" if slashes.startswith("/") else parts
 
+    for folder in (table.parent.absolute(), table.parent.resolve()):
+        written = written.removeprefix(f"{folder.as_posix().rstrip('/')}/")
     if not is_inside(written):
         raise DataError(
             f"{printable(str(table))}, line {line}: the path {path!r} leaves the table's folder. Use paths inside it."
         )
-    return "/".join(part for part in written.split("/") if part not in ("", "."))
+    return written
 
 
 def _text(path: Path) -> str:
