@@ -300,7 +300,7 @@ def test_long_names_and_line_breaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classnames", "message"),
     [
-        ("cat", "needs 2 names in order, or a mapping; got the string 'cat'"),
+        ("cat", "needs 2 names in order, or a mapping; got str 'cat'"),
         ([1, 2], "a class name is text; got 1, a number.*quotation marks"),
         ([True, False], "a class name is text; got True, a truth value"),
         ({"cat": False}, "a class name is text; got False"),

@@ -121,7 +121,12 @@ def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None
 
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
-    return default_root() if root is None else Path(root).expanduser()
+    if root is None:
+        return default_root()
+    try:
+        return Path(root).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"root is the folder of data sets; got {root!r} ({error}).") from None
 
 
 def _check_all(name: DataName) -> str:
@@ -222,7 +227,8 @@ def _finished(
             "it, load the split 'all' (vlprompt evaluate --all)."
         )
     if templates is not None:
-        if isinstance(templates, str) or not templates:
+        is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
+        if not is_list or not templates or not all(isinstance(template, str) for template in templates):
             raise DataError(
                 f"{name}: templates is a list of sentences with one {{}} each; got {templates!r}."
             )
@@ -251,8 +257,9 @@ def _renamed(dataset: ImageDataset, origins: Sequence[str], new: Names | None) -
                 raise UnknownNameError(f"class of {dataset.name}", str(key), label_of)
             names[label_of[key]] = clean_classname(check_text(value, dataset.name))
         return tuple(names)
-    if isinstance(new, str) or len(new) != len(old):
-        got = f"the string {new!r}" if isinstance(new, str) else f"{len(new)} names"
+    if isinstance(new, str) or not isinstance(new, Sequence) or len(new) != len(old):
+        is_list = isinstance(new, Sequence) and not isinstance(new, str)
+        got = f"{len(new)} names" if is_list else f"{type(new).__name__} {new!r}"
         raise DataError(
             f"{dataset.name}: classnames needs {len(old)} names in order, or a mapping; got {got}."
         )

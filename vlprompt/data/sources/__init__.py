@@ -17,7 +17,7 @@ from vlprompt.core.registry import Registry
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import Card, SourceSpec
 
-__all__ = ["AbsentError", "Build", "Request", "local_path", "sources"]
+__all__ = ["AbsentError", "Build", "Request", "local_path", "read_text", "sources"]
 
 Build = Callable[..., ImageDataset]
 sources: Registry[Build] = Registry("source", "vlprompt.data.sources")
@@ -75,3 +75,22 @@ def local_path(request: Request) -> Path:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{printable(request.name)[:200]}: this path can't be used: {reason}.") from None
     return path
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a list or index in UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: If it can't be read, or is in another encoding; names the line.
+    """
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"can't read {printable(str(path))}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{printable(str(path))} is no text in UTF-8: line {line} holds the byte {data[error.start]:#04x}. Save it "
+            "as UTF-8."
+        ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname, listed_names, printable
+from vlprompt.data.sources import read_text
 
 __all__ = ["read_names"]
 
@@ -35,7 +36,7 @@ def read_names(root: Path, origins: Sequence[str]) -> tuple[str, ...]:
     line_of: dict[str, int] = {}
     unknown: list[tuple[int, str]] = []
 
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         folder, rest = _parse(line, folders)
@@ -57,15 +58,6 @@ def read_names(root: Path, origins: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         _check_unknown(path, unknown, [origin for origin in origins if origin not in line_of])
     return tuple(names.values())
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{printable(str(path))} is no text in UTF-8 ({error}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"can't read {printable(str(path))}: {error.strerror}.") from None
 
 
 def _parse(line: str, folders: dict[str, str]) -> tuple[str | None, str]:
