@@ -157,7 +157,7 @@ def spelled_on_disk(root: Path, path: str) -> str:
     if path.isascii() or (root / path).exists():
         return path
     for form in ("NFC", "NFD"):
-        spelling = unicodedata.normalize(form, path)  # type: ignore[arg-type]
+        spelling = unicodedata.normalize(form, path)
         if (root / spelling).exists():
             return spelling
     return path
@@ -187,9 +187,10 @@ def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, l
             listing.skipped.append(Skipped(_relative(current, root), reason))
             continue
 
+        prefix = "" if current == root else f"{_relative(current, root)}/"
         for entry in entries:
             _check_link(entry, root, links)
-            name = _relative(Path(entry.path), root)
+            name = f"{prefix}{entry.name}"
             reason = _reason(entry, extensions)
             if reason == _FOLDER:
                 below = (Path(entry.path), above | {identity})

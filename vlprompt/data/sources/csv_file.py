@@ -168,7 +168,7 @@ def _check_misspelt(table: Table, names: tuple[str, str, str]) -> None:
 def _entry(table: Table, row: Row, columns: tuple[int, int, int | None], links: Links) -> _Entry:
     where = f"{printable(str(table.path))}, line {row.line}"
     for column in columns[:2]:
-        if not row.fields[column]:  # type: ignore[index]
+        if not row.fields[column]:
             raise DataError(f"{where}: column {table.header[column]!r} is empty.")  # type: ignore[index]
 
     path = spelled_on_disk(table.path.parent, inside(table.path, row.line, row.fields[columns[0]]))
