@@ -10,6 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vlprompt.core.errors import DataError, nearest
 from vlprompt.core.names import clean_classname, printable
@@ -93,8 +94,15 @@ def build(
     samples, how, cut_off = _samples(request, entries, origins, split_column, split_seed)
 
     names = tuple(clean_classname(o) for o in origins)
-    info = {"source": "csv", "split_source": how, "origins": origins, "fewshot_key": f"csv:{path.name}"}
-    info |= {"table": table.facts, **({"cut_for_validation": cut_off} if cut_off else {})}
+    info: dict[str, Any] = {
+        "source": "csv",
+        "split_source": how,
+        "origins": origins,
+        "fewshot_key": f"csv:{path.name}",
+    }
+    info["table"] = table.facts
+    if cut_off:
+        info["cut_for_validation"] = cut_off
     limits = check_value_range(value_range, request.name)
     reader = FileReader(path.parent, check_max_pixels(max_pixels, request.name), limits)
 
@@ -169,7 +177,7 @@ def _entry(table: Table, row: Row, columns: tuple[int, int, int | None], links: 
     where = f"{printable(str(table.path))}, line {row.line}"
     for column in columns[:2]:
         if not row.fields[column]:
-            raise DataError(f"{where}: column {table.header[column]!r} is empty.")  # type: ignore[index]
+            raise DataError(f"{where}: column {table.header[column]!r} is empty.")
 
     path = spelled_on_disk(table.path.parent, inside(table.path, row.line, row.fields[columns[0]]))
     folder = table.path.parent.resolve()
