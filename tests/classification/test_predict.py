@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +124,134 @@ def test_the_table_as_text(learner: Learner, tmp_path: Path) -> None:
     assert rows[0]["label"] == table[0]["labels"][0]
     assert float(rows[0]["probability"]) == pytest.approx(table[0]["probs"][0], abs=1e-6)
     assert "does not exist" in rows[2]["error"]
+
+
+# --- every form of an image
+
+
+def forms(image: Image.Image, path: Path) -> dict[str, object]:
+    image.save(path)
+    pixels = np.asarray(image)
+    return {
+        "text": str(path),
+        "path": path,
+        "image": image,
+        "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "file": io.BytesIO(path.read_bytes()),
+        "array": pixels,
+        "channels first": np.moveaxis(pixels, 2, 0),
+        "fractions": pixels / 255,
+        "tensor": torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        "tensor of fractions": torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255,
+        "whole numbers": pixels.astype(np.int64),
+    }
+
+
+def test_one_image_in_every_form(learner: Learner, tmp_path: Path) -> None:
+    image = make_image(0)
+    expected = predict(learner, [image])[0]["probs"]
+    for form, value in forms(image, tmp_path / "a.png").items():
+        table = predict(learner, value)
+        assert len(table) == 1, form
+        assert table[0]["probs"] == expected, form
+
+
+def test_many_images_in_every_form(learner: Learner, tmp_path: Path) -> None:
+    image = make_image(0)
+    many = list(forms(image, tmp_path / "a.png").values())
+    batch = np.stack([np.asarray(image)] * 3)
+    for value, count in (
+        (many, 12),
+        (iter(many[:4]), 4),
+        ((m for m in [image] * 5), 5),
+        (batch, 3),
+        ((image,), 1),
+    ):
+        if value is many:
+            many[5].seek(0)  # type: ignore[attr-defined]  # it was read by nobody yet
+        table = predict(learner, value, batch_size=2)
+        assert len(table) == count
+        assert len({tuple(row["labels"]) for row in table}) == 1
+    assert len(predict(learner, np.asarray(image.convert("L")))) == 1
+
+
+def test_a_generator_is_read_a_batch_at_a_time(learner: Learner) -> None:
+    made: list[int] = []
+
+    def images() -> Iterator[Image.Image]:
+        for number in range(6):
+            made.append(number)
+            yield make_image(number)
+        raise DataError("the generator's own mistake")
+
+    with pytest.raises(DataError, match="the generator's own mistake"):
+        predict(learner, images(), batch_size=2)
+    assert made == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("https://example.org/a.jpg", "is an address: nothing is fetched"),
+        (["s3://bucket/a.jpg"], "is an address"),
+        ("file:///tmp/a.jpg", "is an address"),
+        (None, "an image is .*; got NoneType"),
+        (7, "got int 7"),
+        ([7], "got int 7"),
+        ({"image": "a.jpg"}, "got dict"),
+        ([("a.jpg", 1)], "got tuple"),
+        (np.zeros((3, 5, 3), np.uint8), "can be \\(channels, H, W\\) or \\(H, W, channels\\)"),
+        (np.zeros((5, 6, 7), np.uint8), "pixels are .*got \\(5, 6, 7\\)"),
+        (np.zeros(5), "pixels are"),
+        (np.zeros((0, 5, 3)), "holds no image"),
+        (np.array(["a"]), "holds numbers"),
+        (np.array([[None]]), "holds numbers"),
+        (io.StringIO("text"), "is binary"),
+        ("", "no path of an image"),
+        ("a\0b.jpg", "no path of an image"),
+        (iter(()), "no images to predict"),
+    ],
+)
+def test_what_is_no_image_is_one_sentence(learner: Learner, images: object, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        predict(learner, images)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((6, 5, 3), 1.5), "floats lie in \\[0, 1\\]; got 1.5 to 1.5.*learner\\(images\\)"),
+        (np.full((6, 5, 3), np.nan), "floats lie in"),
+        (np.full((6, 5, 3), 256), "whole numbers lie in 0 to 255"),
+        (b"no image", "no image in a known format"),
+        (io.BytesIO(b""), "can't read the image"),
+    ],
+)
+def test_pixels_and_bytes_that_are_no_image_stop_nothing(
+    learner: Learner, images: object, message: str
+) -> None:
+    table = predict(learner, [make_image(0), images])
+    assert [bool(row["error"]) for row in table] == [False, True]
+    assert re.search(message, table[1]["error"])
+
+
+def test_a_folder_is_listed_as_data_sets_list_it(learner: Learner, tmp_path: Path) -> None:
+    for path in ("a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "._a.png", "b.avif"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        make_image(0).save(tmp_path / path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.warns(UserWarning, match="1 entry is left out, a named pipe"):
+        table = predict(learner, tmp_path)
+    assert [Path(row["image"]).name for row in table] == ["a.png", "b.avif"]
+
+
+def test_names_of_files_stay_on_their_line(learner: Learner, tmp_path: Path) -> None:
+    make_image(0).save(tmp_path / "two\nlines.png")
+    os.rename(tmp_path / "two\nlines.png", os.fsencode(tmp_path) + b"/two\nlines\xff.png")
+    table = predict(learner, tmp_path)
+    assert table[0]["image"].endswith("two\\nlines\\xff.png")
+    assert not table[0]["error"]
+    assert len(str(table).splitlines()) == 1
+    assert table.to_csv().encode()

@@ -47,7 +47,7 @@ def test_a_seeded_cut_and_other_column_names(folder: Path) -> None:
     ("text", "message"),
     [
         ("", "line 1: no column 'path'; the header has nothing"),
-        ("image,label\n", "line 1: no column 'path'; the header has image, label"),
+        ("picture,label\n", "line 1: no column 'path'; the header has picture, label"),
         ("path,labels\n", "line 1: no column 'label'.*Did you mean 'labels'"),
         ("path,label,spilt\n", "line 1: column 'spilt' looks like 'split'"),
         ("path,label\n", "no rows"),
@@ -75,11 +75,13 @@ def test_mistakes_name_line_and_column(folder: Path, text: str, message: str) ->
         load_dataset(table(folder, text))
 
 
-def test_a_link_out_of_the_folder_is_an_escape(folder: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
-    os.symlink(tmp_path / "secret.png", folder / "pics" / "link.png")
-    with pytest.raises(DataError, match=r"line 2: the path .pics/link\.png. leaves"):
-        load_dataset(table(folder, "path,label\npics/link.png,a\n"))
+def test_links_are_followed_or_forbidden(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "elsewhere.png")
+    os.symlink(tmp_path / "elsewhere.png", folder / "pics" / "link.png")
+    name = table(folder, "path,label,split\npics/link.png,a,train\npics/0.png,b,train\n")
+    assert load_dataset(name, validation=False)[0][0].getpixel((0, 0)) == (1, 2, 3)
+    with pytest.raises(DataError, match=r"line 2: 'pics/link\.png' is a symbolic link"):
+        load_dataset(name, links="forbid")
 
 
 def test_missing_files_and_tables(folder: Path) -> None:

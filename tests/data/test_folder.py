@@ -123,16 +123,16 @@ def test_hidden_files_endings_and_depth(pets: Path) -> None:
     assert len(list(chain(*parts(pets, extensions=["png"]).values()))) == 18
 
 
-def test_links_that_leave_the_folder_are_ignored(pets: Path, tmp_path: Path) -> None:
+def test_links_are_followed_or_forbidden(pets: Path, tmp_path: Path) -> None:
+    """Caches of the Hub, DVC and git-annex put links where images are expected; scratch disks, links to folders."""
     fill(tmp_path / "outside", 4)
     os.symlink(tmp_path / "outside" / "000.png", pets / "Pug" / "leaves.png")
-    os.symlink(pets / "Pug" / "000.png", pets / "Pug" / "stays.png")
     os.symlink(tmp_path / "outside", pets / "elsewhere")
-    with pytest.warns(UserWarning, match="is a link that leaves") as caught:
-        found = list(chain(*parts(pets).values()))
-    assert {str(w.message).split()[0].rsplit("/")[-1] for w in caught} == {"leaves.png", "elsewhere"}
-    assert "Pug/stays.png" in found
-    assert len(found) == 19
+    found = list(chain(*parts(pets).values()))
+    assert {"Pug/leaves.png", "elsewhere/003.png"} <= set(found)
+    assert len(found) == 18 + 1 + 4
+    with pytest.raises(DataError, match=r"elsewhere is a symbolic link, and links='forbid'"):
+        load_dataset(f"folder:{pets}", links="forbid")
 
 
 def test_names_from_classnames_txt_and_options(pets: Path) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vlprompt.adaptation import ADAPTERS
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.names import checked_names
 from vlprompt.core.options import describe_problems, options_model
 from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
@@ -38,11 +39,24 @@ class StreamOptions(BaseModel):
     )
     root: str | None = Field(None, description="where data sets lie")
     on_bad_image: Literal["skip", "error"] = "skip"
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
+    )
+    max_bad_images: int = Field(
+        3,
+        ge=0,
+        description="so many unreadable images are skipped whatever their share, if less than half of the split",
+    )
     classnames: list[str] | dict[str, str] | None = Field(
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
     batch_size: int = Field(16, ge=1, description="images in memory at the same time, with all their views")
+
+    @field_validator("classnames", mode="before")
+    @classmethod
+    def _check_classnames(cls, value: Any) -> Any:
+        return checked_names(value)
 
     @field_validator("name")
     @classmethod

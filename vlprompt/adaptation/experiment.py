@@ -63,6 +63,8 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
         options.split,
         root=options.root,
         on_bad_image=options.on_bad_image,
+        max_bad_share=options.max_bad_share,
+        max_bad_images=options.max_bad_images,
         classnames=options.classnames,
         templates=options.templates,
     )

@@ -28,7 +28,8 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.images import pixel_key, read_image, to_rgb
+from vlprompt.data.images import pixel_key, read_image
+from vlprompt.data.inputs import open_image
 from vlprompt.data.transforms import crop_box
 
 __all__ = ["Augment", "Images", "OpenedImage", "ViewPlan", "open_images"]
@@ -199,12 +200,7 @@ def _open(image: Image.Image | str | Path | Tensor, backbone: Backbone) -> list[
         return _from_tensor(image, backbone)
 
     if isinstance(image, Image.Image):
-        try:
-            image.load()
-        except OSError as error:
-            # Pillow decodes late: an image that was opened may still turn out to be truncated.
-            raise DataError(f"can't read the image: {error}.") from None
-        rgb = to_rgb(image)
+        rgb = open_image(image)
     elif isinstance(image, (str, Path)):
         rgb = read_image(image)
     else:

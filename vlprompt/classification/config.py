@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
+from vlprompt.core.names import checked_names
 from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.names import check_name
 from vlprompt.data.transforms import Augmentation
@@ -37,6 +38,8 @@ _ARGUMENTS = (
     "root",
     "sampling",
     "on_bad_image",
+    "max_bad_share",
+    "max_bad_images",
     "strict_shots",
     "classnames",
     "templates",
@@ -61,6 +64,14 @@ class DataOptions(BaseModel):
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
     sampling: Literal["auto", "private", "coop_compat", "elevater"] = "auto"
     on_bad_image: Literal["skip", "error"] = "skip"
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
+    )
+    max_bad_images: int = Field(
+        3,
+        ge=0,
+        description="so many unreadable images are skipped whatever their share, if less than half of the split",
+    )
     strict_shots: bool = False
     augmentation: str = Field(
         "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"
@@ -76,6 +87,18 @@ class DataOptions(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="what only this kind of data set takes, for example {size: 64}"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("it needs at least one data set.")
+        return value
+
+    @field_validator("classnames", mode="before")
+    @classmethod
+    def _check_classnames(cls, value: Any) -> Any:
+        return checked_names(value)
 
     @field_validator("augmentation")
     @classmethod
@@ -96,7 +119,7 @@ class DataOptions(BaseModel):
             "seed",
             "classes",
             "download",
-            "max_bad_share",
+            "validation",
             *_ARGUMENTS,
         }
         if wrong := sorted(set_elsewhere & value.keys()):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprompt.core.errors import DataError
+from vlprompt.classification.label_space import in_learner_space
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
@@ -34,15 +34,17 @@ def evaluate(
 
     Args:
         learner: See :func:`vlprompt.create_learner`.
-        data: Its class names must be the learner's, in the same order.
+        data: The learner must know all its classes; they may be fewer, in another order or in capitals. Images compete
+            against all classes of the learner.
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
         cache: Where image features are stored, if the learner leaves the image tower alone.
 
     Raises:
-        DataError: If the class names differ.
+        DataError: If the learner doesn't know a class.
     """
+    data = in_learner_space(learner, data)
     cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
@@ -69,7 +71,7 @@ def predict_logits(
 
     The label of an image that has several is its first; :meth:`ImageDataset.multi_hot` has all.
     """
-    _check_classes(learner, data)
+    data = in_learner_space(learner, data)
     device = learner.backbone.device
     was_training = learner.training
 
@@ -110,18 +112,3 @@ def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[
     for start in range(0, len(data), size):
         end = min(start + size, len(data))
         yield torch.stack([learner.backbone.preprocess(data[i][0]) for i in range(start, end)])
-
-
-def _check_classes(learner: Learner, data: ImageDataset) -> None:
-    """Refuse data with other classes than the learner's, or in another order."""
-    expected = learner.classnames
-    names = tuple(" ".join(name.replace("_", " ").split()) for name in data.classnames)
-    if names == expected:
-        return
-
-    different = [f"{a!r} and {b!r}" for a, b in zip(expected, names, strict=False) if a != b]
-    first = different[0] if different else "one list is longer"
-    raise DataError(
-        f"{data.name} has {len(names)} classes, the learner {len(expected)}, and they differ (first: {first}). "
-        "Use learner.with_classes(data.classnames)."
-    )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vlprompt.classification.evaluate import evaluate
+from vlprompt.classification.label_space import in_learner_space, known_classes
 from vlprompt.classification.recipe import AutomaticRecipe, find_recipe
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
@@ -94,6 +95,7 @@ def fit(
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
     parse_options(options)
+    train = _in_order(learner, train)
     _check_samples(learner, train)
     started = time.monotonic()
     processes = accelerator()
@@ -196,6 +198,12 @@ def _solve(source: TrainingSource, held_out: ValidationSource | None) -> dict[st
     samples = None if held_out is None else held_out.validation_data()
     solution = source.learner.solve(source.solver_data(), samples, seed=source.options.seed)
     return {"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}
+
+
+def _in_order(learner: Learner, train: ImageDataset) -> ImageDataset:
+    """Return training data whose labels are the learner's, where it has the same class names in another order."""
+    same = known_classes(learner, train) == len(train.classnames) == len(learner.classnames)
+    return in_learner_space(learner, train) if same else train
 
 
 def _check_samples(learner: Learner, train: ImageDataset) -> None:

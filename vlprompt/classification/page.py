@@ -10,6 +10,7 @@ import numpy as np
 
 from vlprompt.classification.config import ClassificationConfig, Study
 from vlprompt.classification.evaluate import predict_logits
+from vlprompt.classification.label_space import fitting
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.classification.protocols.transfer import matrix_of
 from vlprompt.core.files import read_jsonl
@@ -106,9 +107,7 @@ def add_history(record: RunRecord, folder: Path) -> None:
 
 def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cache: FeatureCache) -> None:
     """Add predictions on a test set, with sample images."""
-    if test.classnames != learner.classnames:
-        learner = learner.with_classes(test.classnames)
-
+    learner, test = fitting(learner, test)
     logits, labels = predict_logits(learner, test, cache=cache)
     record.classnames = list(test.classnames)
     record.labels = np.asarray(labels)

@@ -6,14 +6,13 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import EXTENSIONS, read_image, to_rgb
+from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.learners import Learner
 
 __all__ = ["PredictionTable", "predict"]
@@ -57,18 +56,14 @@ class PredictionTable:
         return out.getvalue()
 
 
-def predict(
-    learner: Learner,
-    images: str | Path | Sequence[str | Path | Image.Image],
-    topk: int = 5,
-    *,
-    batch_size: int = 64,
-) -> PredictionTable:
+def predict(learner: Learner, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
     """Name images.
 
     Args:
         learner: See :func:`vlprompt.load`.
-        images: A folder (searched recursively), one file, or a list of files or PIL images.
+        images: One image or many, in any form that :func:`vlprompt.data.inputs.image_inputs` takes: a folder, a file, a
+            PIL image, bytes, an open file, pixels, or an iterable of these, which is read a batch at a time. Addresses
+            are refused.
         topk: Names per image, at least 1; more than C gives C.
         batch_size: Images per pass.
 
@@ -76,47 +71,28 @@ def predict(
         A table; an image that can't be read has its reason in ``error`` and stops nothing.
 
     Raises:
-        DataError: If there is no image, or ``topk`` is below 1.
+        DataError: If there is no image, something is none, or ``topk`` is below 1.
     """
-    if topk < 1:
-        raise DataError(f"topk must be at least 1, got {topk}.")
+    for name, value in (("topk", topk), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}.")
 
-    sources = _sources(images)
     learner.eval()
-
+    inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(sources), batch_size):
-        rows += _predict_batch(learner, sources[start : start + batch_size], topk, start)
+    while batch := list(islice(inputs, batch_size)):
+        rows += _predict_batch(learner, batch, topk)
     return PredictionTable(rows)
 
 
-def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Path | Image.Image]:
-    """Return files and images one by one; a folder is searched."""
-    if isinstance(images, (str, Path)):
-        path = Path(images)
-        if not path.is_dir():
-            return [path]
-
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not files:
-            raise DataError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
-        return list(files)
-
-    if not len(images):
-        raise DataError("no images to predict.")
-    return [image if isinstance(image, Image.Image) else Path(image) for image in images]
-
-
 @torch.no_grad()
-def _predict_batch(
-    learner: Learner, sources: Sequence[Path | Image.Image], topk: int, first: int
-) -> list[dict[str, Any]]:
-    """Return one row per source; ``first`` is the number of the first one among all."""
+def _predict_batch(learner: Learner, inputs: Sequence[ImageInput], topk: int) -> list[dict[str, Any]]:
+    """Return one row per image."""
     pixels: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
-    for i, source in enumerate(sources):
+    for i, image in enumerate(inputs):
         try:
-            pixels[i] = learner.backbone.preprocess(_open(source))
+            pixels[i] = learner.backbone.preprocess(image.open())
         except DataError as error:
             errors[i] = str(error)
 
@@ -130,31 +106,15 @@ def _predict_batch(
             probabilities[i] = values
 
     rows = []
-    for i, source in enumerate(sources):
+    for i, image in enumerate(inputs):
         row = {
-            "image": f"image {first + i}" if isinstance(source, Image.Image) else str(source),
+            "image": image.name,
             "labels": labels.get(i, []),
             "probs": probabilities.get(i, []),
             "error": errors.get(i, ""),
         }
         rows.append(row)
     return rows
-
-
-def _open(source: Path | Image.Image) -> Image.Image:
-    """Return an image, decoded.
-
-    Raises:
-        DataError: If it can't be read.
-    """
-    if not isinstance(source, Image.Image):
-        return read_image(source)
-
-    try:
-        source.load()
-        return to_rgb(source)
-    except OSError as error:  # pillow decodes late: an image that was opened may still turn out truncated
-        raise DataError(f"can't read the image: {error}.") from None
 
 
 def _named(row: dict[str, Any]) -> str:

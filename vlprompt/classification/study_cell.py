@@ -12,6 +12,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
+from vlprompt.classification.label_space import fitting
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -100,20 +101,27 @@ class StudyCell:
         name = self.cell["data"]
         train = self._part(name, "train")
         val = self._validation(name)
+        self._tests(name)  # damaged or missing test data are found before training, not after it
+        _say_cut(train)
         learner = self._learner(train.classnames, train.templates)
         self._start(learner)
         log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
 
         trained = fit(learner, train, val, **self._fit_options())
         self._keep(trained)
+        self._save(learner)  # what was learned stays, whatever scoring meets
         self._add_training(trained)
         self._score(learner, name)
-        self._save_metrics(learner)
+        self._save(learner)
 
     def _run_group(self) -> None:
         """Train several data sets together and score each on its own classes."""
         names = groups_of(self.config)[self.cell["group"]]
         tasks = {name: TaskData(self._part(name, "train"), self._validation(name)) for name in names}
+        for name, task in tasks.items():
+            self._tests(name)
+            _say_cut(task.train)
+
         classes, _ = union_of_classes([task.train.classnames for task in tasks.values()])
         templates = common_templates([task.train.templates for task in tasks.values()])
         learner = self._learner(classes, templates)
@@ -124,6 +132,7 @@ class StudyCell:
         options.pop("recipe")  # of one task; the configuration refuses one here
         trained, together = fit_multitask(learner, tasks, self.config.multitask, **options)
         self._keep(trained)
+        self._save(learner)
         self._add_training(trained)
         scores: dict[str, dict[str, float]] = {}
 
@@ -131,7 +140,7 @@ class StudyCell:
             scores[name] = self._score(together.tasks[name], name, data=name)
 
         self.result.add(mean_over_tasks(scores))
-        self._save_metrics(learner)
+        self._save(learner)
 
     def _run_meta(self) -> None:
         """Meta-train the learner's prompts and a regulator."""
@@ -197,8 +206,8 @@ class StudyCell:
         if process_state().is_main_process:
             write_jsonl(self.folder / "history.jsonl", trained.history)
 
-    def _save_metrics(self, learner: Learner) -> None:
-        """Save the prompt with the figures that it reached."""
+    def _save(self, learner: Learner) -> None:
+        """Save the prompt with the figures that it reached so far."""
         if process_state().is_main_process:
             numbers = {}
             for measurement in self.result.measurements:
@@ -218,11 +227,7 @@ class StudyCell:
         """Add test metrics of the learner and of zero-shot, by part; return them with the parts in their names."""
         numbers: dict[str, float] = {}
         for part, test in self._tests(name).items():
-            fitting = learner
-            if test.classnames != learner.classnames:
-                fitting = learner.with_classes(test.classnames)
-
-            scores = self._scores(fitting, test, part)
+            scores = self._scores(learner, test, part)
             coordinates = {**where, "part": part} if part else where
             self._add_scores(scores, test, coordinates)
             numbers |= {f"{part}/{key}" if part else key: value for key, value in scores.items()}
@@ -247,8 +252,8 @@ class StudyCell:
 
     def _scores(self, learner: Learner, test: ImageDataset, part: str) -> dict[str, float]:
         """Return test metrics of a learner on any classes, and what zero-shot reaches on them."""
-        if test.classnames != learner.classnames:
-            learner = learner.with_classes(test.classnames, test.templates)
+        templates = test.templates if self.cell.get("target") is not None else None
+        learner, test = fitting(learner, test, templates)
 
         cache = self._cache(test, part)
         zero_shot = create_learner("zero_shot", learner.backbone, test.classnames, test.templates)
@@ -284,6 +289,7 @@ class StudyCell:
 
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         arguments = self.config.data.arguments()
+        arguments["validation"] = self.config.data.validate_on == "val"
         if self.config.protocol.name == "elevater":
             arguments["sampling"] = "elevater"
         return load_dataset(name, split, **draw, **arguments)
@@ -297,3 +303,14 @@ class StudyCell:
         if "seed" in fields and "seed" not in options:
             options["seed"] = self.cell["seed"]
         return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
+
+
+def _say_cut(train: ImageDataset) -> None:
+    """Say how many training images were kept for validation, where the data have no validation part."""
+    if cut := train.info.get("cut_for_validation"):
+        log.info(
+            "%s has no validation part: %d of its %d training images are kept for it; "
+            "data.validate_on=none trains on all",
+            train.name,
+            *cut,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,14 +16,28 @@ import typer
 from typer.core import TyperGroup
 
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.names import printable
 
-__all__ = ["INTERRUPTED", "USER_ERROR", "CommandGroup", "Commands", "exit_status", "on_interrupt"]
+__all__ = [
+    "INTERRUPTED",
+    "LAST_NET",
+    "USER_ERROR",
+    "CommandGroup",
+    "Commands",
+    "exit_status",
+    "on_interrupt",
+    "say_last_net",
+]
 
 USER_ERROR = 2
 """Exit status after a user's mistake, the same that typer takes for a wrong option."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+LAST_NET = (OSError, MemoryError, RecursionError, UnicodeError)
+"""What may come from the system or a file anywhere in a command; it ends in one sentence."""
 
 
 class CommandGroup(TyperGroup):
@@ -60,16 +75,50 @@ def exit_status(body: Callable[[], int | None]) -> int:
     _set_up_messages()
     try:
         status = body()
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the end
     except VLPromptError as error:
         print(f"{_speaker()}error: {error}", file=sys.stderr)
         status = USER_ERROR
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         status = INTERRUPTED
+    except LAST_NET as error:
+        status = say_last_net(error)
     finally:
         _leave_process_group()
 
     return status or 0
+
+
+def say_last_net(error: BaseException) -> int:
+    """Turn what the system or a hostile file made fail into one sentence; return the exit status of a mistake."""
+    if isinstance(error, BrokenPipeError):
+        text = "standard output was closed before everything was written."
+        _silence_output()
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}."
+        _silence_output()
+    elif isinstance(error, MemoryError):
+        text = "there is not enough memory. Use fewer or smaller images, or a smaller batch."
+    elif isinstance(error, RecursionError):
+        text = "something is nested too deeply, for example a file of brackets in brackets."
+    else:
+        text = f"a text can't be read or written: {error}."
+
+    with contextlib.suppress(OSError):
+        print(printable(f"{_speaker()}error: {text}"), file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _silence_output() -> None:
+    """Send what is still to be written to nowhere, if standard output takes no more: else Python says so at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from vlprompt.cli._errors import Commands
+from vlprompt.cli._errors import LAST_NET, Commands, say_last_net
 
 __all__ = ["COMMANDS", "build", "main"]
 
@@ -43,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Only the command that is called is imported; all of them where a name has to be shown, completed or corrected.
     called = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS
-    build(called)(args=words, prog_name="vlprompt")
+    try:
+        try:
+            build(called)(args=words, prog_name="vlprompt")
+        finally:
+            sys.stdout.flush()  # help is printed before any command runs
+    except LAST_NET as error:
+        sys.exit(say_last_net(error))
 
 
 def build(names: Iterable[str] = COMMANDS) -> typer.Typer:

@@ -85,7 +85,9 @@ def prepare(
 def check(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Names, folder:PATH or csv:PATH; without any: all data sets with a card."),
+        typer.Argument(
+            help="Names, folders or tables (PATH, folder:PATH, csv:PATH); without any: all data sets with a card."
+        ),
     ] = None,
     root: Root = None,
     decode: Decode = False,
@@ -95,11 +97,15 @@ def check(
 ) -> int:
     """Say what is there of a data set, and compare it with its card. Nothing is fetched.
 
+    Of your own folder or table: its splits and classes with counts, what is left out and why, which images can't be
+    read, and which occur in two splits or with two labels.
+
     Exit status: 0 if all that are named are ready; 1 if not; 2 after a mistake.
     """
     from vlprompt.data import list_datasets as all_datasets
     from vlprompt.data.cards import card_names
     from vlprompt.data.names import default_root
+    from vlprompt.data.overview import own_name
 
     place = root or default_root()
 
@@ -111,10 +117,32 @@ def check(
         return 0
 
     cards = card_names()
-    ready = [
-        _check_card(name, place, decode) if name in cards else _check_splits(name, place) for name in names
-    ]
+    ready = []
+    for name in names:
+        own = own_name(name) if name not in cards else None
+        if own is not None:
+            ready.append(_check_own(own))
+        elif name in cards:
+            ready.append(_check_card(name, place, decode))
+        else:
+            ready.append(_check_splits(name, place))
     return 0 if all(ready) else 1
+
+
+def _check_own(name: str) -> bool:
+    """Print what a folder or table holds; return whether there is nothing to mend."""
+    from vlprompt.core.names import printable
+    from vlprompt.data.overview import look_at
+
+    overview = look_at(name)
+    count = len(overview.problems)
+    verdict = "ready" if not count else "1 problem" if count == 1 else f"{count} problems"
+    print(f"{printable(name)}: {verdict}")
+    for line in overview.lines:
+        print(f"  {printable(line)}")
+    for problem in overview.problems:
+        print(f"  problem: {printable(problem)}")
+    return not count
 
 
 def _check_all_cards(root: Path, decode: bool) -> None:

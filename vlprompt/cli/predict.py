@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
@@ -34,7 +38,7 @@ def command(
     from vlprompt.saved.prompts import load
 
     learner = load(prompt)
-    if names:
+    if names and not _are_its_own(learner, names):
         learner = learner.with_classes(names)
     tables = [predicting.predict(learner, image, topk) for image in images]
     rows = [row for table in tables for row in table]
@@ -48,3 +52,11 @@ def command(
     if unreadable:
         print(f"{unreadable} of {len(rows)} images could not be read.", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _are_its_own(learner: Learner, names: Sequence[str]) -> bool:
+    """Return whether names are the learner's classes, whatever their order and capitals."""
+    from vlprompt.core.names import match_classes
+
+    places = match_classes(names, learner.classnames)
+    return sorted(place for place in places if place is not None) == list(range(len(learner.classnames)))

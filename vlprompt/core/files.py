@@ -117,7 +117,8 @@ def path_fingerprint(path: Path | str) -> str:
     for file in files:
         status = file.stat()
         name = "" if file == root else file.relative_to(root).as_posix()
-        digest.update(f"{name}\x1f{status.st_size}\x1f{status.st_mtime_ns}\n".encode())
+        facts = f"{name}\x1f{status.st_size}\x1f{status.st_mtime_ns}\n"
+        digest.update(facts.encode("utf-8", "surrogatepass"))
 
     return digest.hexdigest()[:12]
 

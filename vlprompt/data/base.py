@@ -35,6 +35,10 @@ class Reader(ABC):
         """Return why an image can't be decoded, empty if it can; images that are drawn always can."""
         return ""
 
+    def note(self, source: Any) -> str:
+        """Return what decoding changes of an image and a user should know, empty if nothing."""
+        return ""
+
     def stamp(self, source: Any) -> str:
         """Return a string that changes when the image is written again, without reading its bytes.
 
@@ -169,4 +173,4 @@ class ImageDataset:
 
 def hash_strings(strings: Iterable[str]) -> str:
     """Return 12 hex digits that identify a list of strings and its order."""
-    return hashlib.sha256("\x1f".join(strings).encode()).hexdigest()[:12]
+    return hashlib.sha256("\x1f".join(strings).encode("utf-8", "surrogatepass")).hexdigest()[:12]

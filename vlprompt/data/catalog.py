@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
-from vlprompt.core.names import check_classnames, check_templates, clean_classname
+from vlprompt.core.names import check_classnames, check_templates, check_text, clean_classname, printable
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
-from vlprompt.data.images import BadImagePolicy, drop_bad
-from vlprompt.data.names import default_root, parse_name
+from vlprompt.data.images import BadImagePolicy, SkipLimits, drop_bad
+from vlprompt.data.names import DataName, default_root, parse_name
 from vlprompt.data.sources import Request
 from vlprompt.data.splits import check_split
 from vlprompt.data.ways import Ways, image_ways
@@ -24,6 +24,9 @@ __all__ = ["load_dataset", "open_split"]
 Names = Sequence[str] | Mapping[str, str]
 Classes = Literal["all", "base", "new"]
 Sampling = Literal["auto", "private", "coop_compat", "elevater"]
+
+_OWN_KINDS = ("folder", "csv")
+_SCORED = ("test", "all")  # of one class too: whose names it competes against, the learner says
 
 
 def load_dataset(
@@ -39,6 +42,8 @@ def load_dataset(
     download: bool = False,
     strict_shots: bool = False,
     max_bad_share: float = 0.05,
+    max_bad_images: int = 3,
+    validation: bool = True,
     classnames: Names | None = None,
     templates: Sequence[str] | None = None,
     **options: Any,
@@ -47,7 +52,8 @@ def load_dataset(
 
     Args:
         name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH`` or ``csv:PATH``.
-        split: ``"train"``, ``"val"`` or ``"test"``. The train split of a multi-label data set has one sample per
+        split: ``"train"``, ``"val"`` or ``"test"``; of folders and tables also ``"all"``, for scoring: every image
+            there is. The train split of a multi-label data set has one sample per
             image and label; its other splits keep all labels together.
         shots: Images per class, None for all; ``val`` gives at most 4 per class, as the protocol has it.
         seed: Seed of the draw of shots.
@@ -63,6 +69,10 @@ def load_dataset(
         download: Fetch a data set that isn't there, if its card says from where (see ``vlprompt data prepare``).
         strict_shots: Refuse classes with fewer images than ``shots``.
         max_bad_share: Share of unreadable images in [0, 1] above which ``"skip"`` refuses too.
+        max_bad_images: So many unreadable images of a split are skipped whatever their share, if they are less than
+            half of it; none if the share is 0.
+        validation: Whether a validation part is cut from the training images of a folder or table that has none. Pass
+            False where nothing validates.
         classnames: Other class names, all in order, or a mapping of some old names (or folder names) to new
             ones.
         templates: Other templates, each with one ``{}``.
@@ -76,14 +86,17 @@ def load_dataset(
         UnknownNameError: For an unknown name, split, style or choice, with the nearest ones.
         DataError: For anything else that is wrong with the data or the options.
     """
-    split = check_split(name, split)
-    _check_choices(name, on_bad_image, classes, sampling, max_bad_share)
-    ways = _find(name, split, root)
+    parsed = parse_name(name, "classification")
+    split = check_split(name, split) if split != "all" else _check_all(parsed)
+    _check_choices(name, on_bad_image, classes, sampling)
+    _check_numbers(name, seed, max_bad_share, max_bad_images)
+    ways = image_ways(parsed, split, _root(root), validation)
     ways.check_options(options, load_dataset)
 
-    loader = _Loader(ways, options, download, classnames, templates, on_bad_image, max_bad_share)
+    limits = SkipLimits(max_bad_share, max_bad_images)
+    loader = _Loader(ways, options, download, classnames, templates, on_bad_image, limits)
     if shots is None:
-        dataset = drop_bad(loader.whole(split), on_bad_image, max_bad_share)
+        dataset = drop_bad(loader.whole(split), on_bad_image, limits.share, max_images=limits.images)
     else:
         dataset = loader.draw(split, shots, seed, sampling, strict_shots)
 
@@ -91,7 +104,7 @@ def load_dataset(
         dataset = dataset.one_label_each()
     dataset = base_new(dataset, classes)
     if not len(dataset):
-        raise DataError(f"{name}: the split {split!r} has no readable image of these classes.")
+        raise DataError(f"{printable(name)}: the split {split!r} has no readable image of these classes.")
     return dataset
 
 
@@ -103,16 +116,29 @@ def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None
         DataError: If it is incomplete.
     """
     split = check_split(name, split)
-    ways = _find(name, split, root)
+    ways = image_ways(parse_name(name, "classification"), split, _root(root))
     return _finished(ways.build({}, download=False), ways.request, None, None)
 
 
-def _find(name: str, split: str, root: str | os.PathLike[str] | None) -> Ways[ImageDataset]:
-    folder = default_root() if root is None else Path(root).expanduser()
-    return image_ways(parse_name(name, "classification"), split, folder)
+def _root(root: str | os.PathLike[str] | None) -> Path:
+    if root is None:
+        return default_root()
+    try:
+        return Path(root).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"root is the folder of data sets; got {root!r} ({error}).") from None
 
 
-def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str, max_bad_share: float) -> None:
+def _check_all(name: DataName) -> str:
+    if name.kind not in _OWN_KINDS:
+        raise DataError(
+            f"{name.text}: the split 'all' is for your own images (folder:PATH, csv:PATH); this data set has train, "
+            "val and test."
+        )
+    return "all"
+
+
+def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str) -> None:
     choices = (
         ("on_bad_image", on_bad_image, ("skip", "error")),
         ("classes", classes, ("all", "base", "new")),
@@ -121,8 +147,15 @@ def _check_choices(name: str, on_bad_image: str, classes: str, sampling: str, ma
     for key, value, allowed in choices:
         if value not in allowed:
             raise UnknownNameError(key, str(value), allowed)
-    if not 0 <= max_bad_share <= 1:
-        raise DataError(f"{name}: max_bad_share is a share in [0, 1]; got {max_bad_share!r}.")
+
+
+def _check_numbers(name: str, seed: int, max_bad_share: float, max_bad_images: int) -> None:
+    for key, value in (("seed", seed), ("max_bad_images", max_bad_images)):
+        if isinstance(value, bool) or not isinstance(value, int) or (key != "seed" and value < 0):
+            least = "" if key == "seed" else " of at least 0"
+            raise DataError(f"{printable(name)}: {key} is a whole number{least}; got {value!r}.")
+    if not isinstance(max_bad_share, (int, float)) or not 0 <= max_bad_share <= 1:
+        raise DataError(f"{printable(name)}: max_bad_share is a share in [0, 1]; got {max_bad_share!r}.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +168,7 @@ class _Loader:
     classnames: Names | None
     templates: Sequence[str] | None
     on_bad_image: BadImagePolicy
-    max_bad_share: float
+    limits: SkipLimits
 
     def whole(self, split: str) -> ImageDataset:
         """Return a split with its final class names and templates."""
@@ -154,7 +187,8 @@ class _Loader:
                 shots,
                 seed,
                 on_bad_image=self.on_bad_image,
-                max_bad_share=self.max_bad_share,
+                max_bad_share=self.limits.share,
+                max_bad_images=self.limits.images,
             )
 
         compatible = sampling == "coop_compat"
@@ -168,7 +202,8 @@ class _Loader:
             train=train,
             strict_shots=strict_shots,
             on_bad_image=self.on_bad_image,
-            max_bad_share=self.max_bad_share,
+            max_bad_share=self.limits.share,
+            max_bad_images=self.limits.images,
         )
 
 
@@ -179,16 +214,21 @@ def _finished(
 
     Raises:
         UnknownNameError: If a class is renamed that doesn't exist.
-        DataError: If the split is empty, has fewer than two classes, or names or templates are not usable.
+        DataError: If the split is empty, is to be trained on and has fewer than two classes, or names or templates are
+            not usable.
     """
-    name = request.name
+    name = printable(request.name)
     origins = dataset.info.get("origins", dataset.classnames)
     names = _renamed(dataset, origins, classnames)
     check_classnames(names, name, origins)
-    if len(names) < 2:
-        raise DataError(f"{name}: a classifier needs at least two classes; found one, {names[0]!r}.")
+    if len(names) < 2 and request.split not in _SCORED:
+        raise DataError(
+            f"{name}: a classifier needs at least two classes; found one, {names[0]!r}. To score a saved learner on "
+            "it, load the split 'all' (vlprompt evaluate --all)."
+        )
     if templates is not None:
-        if isinstance(templates, str) or not templates:
+        is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
+        if not is_list or not templates or not all(isinstance(template, str) for template in templates):
             raise DataError(
                 f"{name}: templates is a list of sentences with one {{}} each; got {templates!r}."
             )
@@ -215,11 +255,12 @@ def _renamed(dataset: ImageDataset, origins: Sequence[str], new: Names | None) -
         for key, value in new.items():
             if key not in label_of:
                 raise UnknownNameError(f"class of {dataset.name}", str(key), label_of)
-            names[label_of[key]] = clean_classname(str(value))
+            names[label_of[key]] = clean_classname(check_text(value, dataset.name))
         return tuple(names)
-    if isinstance(new, str) or len(new) != len(old):
-        got = "a string" if isinstance(new, str) else f"{len(new)} names"
+    if isinstance(new, str) or not isinstance(new, Sequence) or len(new) != len(old):
+        is_list = isinstance(new, Sequence) and not isinstance(new, str)
+        got = f"{len(new)} names" if is_list else f"{type(new).__name__} {new!r}"
         raise DataError(
             f"{dataset.name}: classnames needs {len(old)} names in order, or a mapping; got {got}."
         )
-    return tuple(clean_classname(str(name)) for name in new)
+    return tuple(clean_classname(check_text(name, dataset.name)) for name in new)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.images import BadImagePolicy, VerificationReport, refuse_if_fatal, verify
+from vlprompt.data.images import BadImagePolicy, SkipLimits, VerificationReport, refuse_if_fatal, verify
 
 __all__ = ["VAL_SHARE", "elevater_draw", "elevater_indices"]
 
@@ -32,6 +32,7 @@ def elevater_draw(
     *,
     on_bad_image: BadImagePolicy = "error",
     max_bad_share: float = 0.05,
+    max_bad_images: int = 0,
 ) -> ImageDataset:
     """Draw the train or val part of a few-shot run from the whole train list.
 
@@ -44,6 +45,7 @@ def elevater_draw(
         seed: Seed of the one shuffle.
         on_bad_image: See :func:`vlprompt.data.images.drop_bad`.
         max_bad_share: Share of the whole list, in [0, 1].
+        max_bad_images: See :func:`vlprompt.data.images.drop_bad`.
 
     Returns:
         The part; ``info["indices"]`` holds the positions in the whole list.
@@ -67,7 +69,7 @@ def elevater_draw(
             train.split,
             VerificationReport(len(train), bad),
             on_bad_image,
-            max_bad_share,
+            SkipLimits(max_bad_share, max_bad_images),
             len(train),
         )
 

@@ -16,7 +16,14 @@ from typing import Literal
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.images import BadImage, BadImagePolicy, VerificationReport, refuse_if_fatal, verify
+from vlprompt.data.images import (
+    BadImage,
+    BadImagePolicy,
+    SkipLimits,
+    VerificationReport,
+    refuse_if_fatal,
+    verify,
+)
 
 __all__ = ["VAL_SHOTS", "base_new", "coop_indices", "few_shot"]
 
@@ -35,6 +42,7 @@ def few_shot(
     strict_shots: bool = False,
     on_bad_image: BadImagePolicy = "error",
     max_bad_share: float = 0.05,
+    max_bad_images: int = 0,
 ) -> ImageDataset:
     """Draw ``shots`` images per class without replacement; from ``val`` at most 4 (:data:`VAL_SHOTS`).
 
@@ -52,6 +60,7 @@ def few_shot(
             warning.
         on_bad_image: See :func:`vlprompt.data.images.drop_bad`.
         max_bad_share: Share of the whole split, in [0, 1].
+        max_bad_images: See :func:`vlprompt.data.images.drop_bad`.
 
     Returns:
         The subset; ``info["indices"]`` holds the chosen positions in the whole split.
@@ -74,7 +83,8 @@ def few_shot(
 
     chosen, bad = _take_readable(dataset, queues, wanted)
     report = VerificationReport(sum(map(len, chosen)) + len(bad), tuple(bad))
-    refuse_if_fatal(dataset.name, dataset.split, report, on_bad_image, max_bad_share, len(dataset))
+    limits = SkipLimits(max_bad_share, max_bad_images)
+    refuse_if_fatal(dataset.name, dataset.split, report, on_bad_image, limits, len(dataset))
     indices = [i for group in chosen for i in group]
     info = {"skipped": [b.name for b in bad]} if bad else {}
 

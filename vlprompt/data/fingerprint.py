@@ -60,7 +60,7 @@ def data_fingerprint(name: str, root: Root = None) -> str:
             digest.update(f"\x1d{split}".encode())
             facts = [content] if isinstance(content, str) else _facts(content)
             for fact in facts:
-                digest.update(f"\n{fact}".encode())
+                digest.update(f"\n{fact}".encode("utf-8", "surrogatepass"))
     except AbsentError:
         return "absent"
     return digest.hexdigest()[:12]

@@ -7,68 +7,95 @@ then the same in every process.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.names import printable
 from vlprompt.data.base import ImageDataset, Reader
+from vlprompt.data.pixels import is_deep, orientation, range_of, to_rgb
 
 __all__ = [
     "EXTENSIONS",
     "BadImage",
     "FileReader",
+    "SkipLimits",
     "UndecodableError",
     "VerificationReport",
     "decode",
     "drop_bad",
+    "file_kind",
     "file_stamp",
     "pixel_key",
     "read_image",
     "read_with_note",
+    "refuse_if_fatal",
     "to_rgb",
     "verify",
 ]
 
-EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Where Pillow itself begins to warn: 256 MiB of RGB. A header that claims more is treated as an attack.
-MAX_PIXELS = 89_478_485
+EXTENSIONS = (
+    ".bmp", ".apng", ".avif", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg",
+    ".jpf", ".jpg", ".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# Pillow's own bound: 512 MiB of RGB. A header that claims more is treated as an attack.
+MAX_PIXELS = 178_956_970
+# JPEGs above it, such as photographs of 108 megapixels, are decoded at half their size.
+_HALVED_ABOVE = 89_478_485
 # A line of one pixel by a million is a small file, but huge after its shorter side is enlarged to a tower's input.
 MAX_ASPECT = 500
 BadImagePolicy = Literal["skip", "error"]
+Limits = tuple[float, float] | None
+
+# Formats that Pillow decodes by itself: others call programs or read what is no raster image.
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 # Path, bytes, modification time in ns: while they are equal, a file is not read again.
 _Stat = tuple[str, int, int]
 _digests: dict[_Stat, str] = {}
-_verdicts: dict[_Stat, str] = {}
+_verdicts: dict[tuple[_Stat, int, Limits], tuple[str, str]] = {}
+
+# Large photographs are read on purpose; Pillow would call each one a possible attack.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, value_range: Limits = None
+) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright.
 
     EXIF orientation is applied, the first frame of an animation is taken, transparency is laid on white,
-    16-bit and float greys are scaled to 8 bits, CMYK and palettes are converted.
+    greys of more than 8 bits are scaled (see :func:`vlprompt.data.pixels.range_of`), CMYK and palettes are converted.
+    A JPEG of more than 89 megapixels is decoded at half its width and height.
 
     Args:
         path: The file.
-        max_pixels: Largest declared width x height; checked before any pixel is decoded.
+        max_pixels: Largest declared width x height, up to :data:`MAX_PIXELS`; checked before any pixel is decoded.
+        value_range: What becomes black and white in greys of more than 8 bits; None for what is declared or measured.
 
     Raises:
-        DataError: If the file is missing, truncated, too large, a thread of pixels or no image; names the file and
-            the reason.
+        DataError: If the file is missing, no regular file, truncated, too large, a thread of pixels or no image; names
+            the file and the reason.
     """
     with _opened(Path(path), Path(path), max_pixels) as image:
-        return _upright(image)
+        return _upright(image, value_range)
 
 
 def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
@@ -82,7 +109,8 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
     """
     with _opened(Path(path), Path(path), max_pixels) as image:
         mode = image.mode
-        return _upright(image), "; ".join(filter(None, (_frames_note(image), _mode_note(mode))))
+        rgb = _upright(image)
+        return rgb, "; ".join(filter(None, (_frames_note(image), _mode_note(image, mode))))
 
 
 @dataclass(frozen=True)
@@ -92,10 +120,12 @@ class FileReader(Reader):
     Attributes:
         root: The folder.
         max_pixels: See :func:`read_image`.
+        value_range: See :func:`read_image`.
     """
 
     root: Path
     max_pixels: int = MAX_PIXELS
+    value_range: Limits = None
 
     def path(self, source: str) -> Path:
         """Return where a source lies."""
@@ -103,23 +133,29 @@ class FileReader(Reader):
 
     def read(self, source: str) -> Image.Image:
         """Return the image as RGB (see :func:`read_image`)."""
-        return read_image(self.path(source), self.max_pixels)
+        return read_image(self.path(source), self.max_pixels, self.value_range)
 
     def check(self, source: str) -> str:
         """Return why an image can't be decoded, empty if it can; remembered like :meth:`key`."""
-        return _verdict(self.path(source), self.max_pixels)
+        return _verdict(self.path(source), self.max_pixels, self.value_range)[0]
+
+    def note(self, source: str) -> str:
+        """See :meth:`Reader.note`."""
+        return _verdict(self.path(source), self.max_pixels, self.value_range)[1]
 
     def key(self, source: str) -> str:
         """Return ``file:`` and the sha256 of the bytes; remembered until size or time of change differ."""
         path = self.path(source)
         try:
-            stat = _stat(path)
-            if stat not in _digests:
-                _digests[stat] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
+            status = _stat(path)
+            if status not in _digests:
+                _digests[status] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
-            raise DataError(f"can't read the image {path}: {error.strerror or error}.") from None
+            raise DataError(f"can't read the image {_shown(path)}: {_os_reason(error)}.") from None
 
-        return _digests[stat]
+        if self.value_range is None:
+            return _digests[status]
+        return f"{_digests[status]};{self.value_range[0]:g}..{self.value_range[1]:g}"
 
     def stamp(self, source: str) -> str:
         """See :meth:`Reader.stamp`; ``"absent"`` if there is no such file."""
@@ -142,10 +178,12 @@ class VerificationReport:
     Attributes:
         checked: How many images were decoded.
         bad: The unreadable ones, by index.
+        notes: What decoding changes of readable ones (see :meth:`Reader.note`), and of how many.
     """
 
     checked: int
     bad: tuple[BadImage, ...] = ()
+    notes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         if not self.bad:
@@ -171,25 +209,37 @@ def verify(
     chosen = list(range(len(dataset)) if indices is None else indices)
     threads = workers or min(8, os.cpu_count() or 1)
 
-    def check(part: list[int]) -> list[BadImage]:
+    def check(part: list[int]) -> tuple[list[BadImage], Counter[str]]:
         bad = []
+        notes: Counter[str] = Counter()
         for index in part:
             source = dataset.samples[index].source
             reason = dataset.reader.check(source)
             if reason:
-                bad.append(BadImage(index, str(source), reason))
-        return bad
+                bad.append(BadImage(index, printable(str(source)), reason))
+            elif note := dataset.reader.note(source):
+                notes[note] += 1
+        return bad, notes
 
     # One task for each thread: a task for each image would cost more than looking at a drawn one.
     parts = [chosen[start::threads] for start in range(threads)]
+    bad_images: list[BadImage] = []
+    counts: Counter[str] = Counter()
     with ThreadPoolExecutor(threads) as pool:
-        bad_images = [bad for part in pool.map(check, parts) for bad in part]
+        for bad, notes in pool.map(check, parts):
+            bad_images += bad
+            counts += notes
 
-    return VerificationReport(len(chosen), tuple(sorted(bad_images, key=lambda bad: bad.index)))
+    in_order = sorted(bad_images, key=lambda bad: bad.index)
+    return VerificationReport(len(chosen), tuple(in_order), tuple(sorted(counts.items())))
 
 
 def drop_bad(
-    dataset: ImageDataset, policy: BadImagePolicy, max_share: float, report: VerificationReport | None = None
+    dataset: ImageDataset,
+    policy: BadImagePolicy,
+    max_share: float,
+    report: VerificationReport | None = None,
+    max_images: int = 0,
 ) -> ImageDataset:
     """Return the data set without its unreadable images, named in a warning and ``info["skipped"]``.
 
@@ -198,15 +248,24 @@ def drop_bad(
         policy: ``"skip"`` leaves bad images out; ``"error"`` refuses the data set.
         max_share: Largest share of bad images, in [0, 1], that may be skipped.
         report: What :func:`verify` said, if it was called already.
+        max_images: See :class:`SkipLimits`.
 
     Raises:
-        DataError: Under ``"error"``, or if more than ``max_share`` can't be read; names the files.
+        DataError: Under ``"error"``, or if more can't be read than may be skipped; names the files.
     """
     report = verify(dataset) if report is None else report
+    if report.notes:
+        listing = "; ".join(f"{note} ({count} images)" for note, count in report.notes[:3])
+        more = f"; and {len(report.notes) - 3} other ranges" if len(report.notes) > 3 else ""
+        warnings.warn(
+            f"{dataset.name} ({dataset.split}): {listing}{more}. To set the range: value_range=[LOW, HIGH].",
+            stacklevel=3,
+        )
     if not report.bad:
         return dataset
 
-    refuse_if_fatal(dataset.name, dataset.split, report, policy, max_share, len(dataset))
+    limits = SkipLimits(max_share, max_images)
+    refuse_if_fatal(dataset.name, dataset.split, report, policy, limits, len(dataset))
     bad = {b.index for b in report.bad}
     names = [*dataset.info.get("skipped", []), *(b.name for b in report.bad)]
     readable = [i for i in range(len(dataset)) if i not in bad]
@@ -214,18 +273,37 @@ def drop_bad(
     return dataset.subset(readable, skipped=names)
 
 
+@dataclass(frozen=True)
+class SkipLimits:
+    """How many unreadable images of a split may be skipped.
+
+    Attributes:
+        share: Share of the split, in [0, 1]; 0 allows none.
+        images: So many may be skipped whatever their share, since one image of a small split is a large share; but
+            never half of the split.
+    """
+
+    share: float
+    images: int = 0
+
+    def allow(self, bad: int, total: int) -> bool:
+        """Return whether ``bad`` of ``total`` images may be skipped."""
+        return bad <= self.share * total or (self.share > 0 and bad <= self.images and 2 * bad < total)
+
+
 def refuse_if_fatal(
-    name: str, split: str, report: VerificationReport, policy: BadImagePolicy, max_share: float, total: int
+    name: str, split: str, report: VerificationReport, policy: BadImagePolicy, limits: SkipLimits, total: int
 ) -> None:
     """Raise if bad images are fatal, warn if they are skipped (see :func:`drop_bad`)."""
     if not report.bad:
         return
     if policy == "error":
         raise DataError(f"{name} ({split}): {report}. Mend or remove them, or pass on_bad_image='skip'.")
-    if len(report.bad) > max_share * total:
+    if not limits.allow(len(report.bad), total):
         raise DataError(
             f"{name} ({split}): {report}. That is {len(report.bad) / max(total, 1):.1%} of {total}, more "
-            f"than the {max_share:.1%} that may be skipped (max_bad_share)."
+            f"than the {limits.share:.1%} (max_bad_share) and the {limits.images} images (max_bad_images, of less than "
+            "half a split) that may be skipped. Mend or remove them, or raise one of the two."
         )
     warnings.warn(f"{name} ({split}): {report}. They are skipped.", stacklevel=4)
 
@@ -239,32 +317,47 @@ def file_stamp(path: Path) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False) -> Image.Image:
+def file_kind(mode: int) -> str:
+    """Return what an entry of a folder is, by the mode of its status; empty for a regular file."""
+    kinds = (
+        (stat.S_ISREG, ""),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((kind for test, kind in kinds if test(mode)), "no regular file")
+
+
+def decode(
+    data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False, value_range: Limits = None
+) -> Image.Image:
     """Decode an image's bytes as :func:`read_image` does; ``quick`` only walks them.
 
     Raises:
         UndecodableError: If they are no image; names ``name`` and the reason.
     """
     with _opened(io.BytesIO(data), Path(name), max_pixels) as image:
-        return _walked(image) if quick else _upright(image)
+        return _walked(image) if quick else _upright(image, value_range)
 
 
-def _verdict(path: Path, max_pixels: int) -> str:
-    """Return why a file can't be decoded, empty if it can."""
+def _verdict(path: Path, max_pixels: int, value_range: Limits) -> tuple[str, str]:
+    """Return why a file can't be decoded, empty if it can, and what decoding changes."""
     try:
-        stat = _stat(path)
+        key = (_stat(path), max_pixels, value_range)
     except OSError as error:
-        return "does not exist" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        return "does not exist" if isinstance(error, FileNotFoundError) else _os_reason(error), ""
 
-    if stat not in _verdicts:
+    if key not in _verdicts:
         try:
             with _opened(path, path, max_pixels) as image:
                 _walked(image)
-            _verdicts[stat] = ""
+                _verdicts[key] = "", str(range_of(image, value_range)) if is_deep(image.mode) else ""
         except UndecodableError as error:
-            _verdicts[stat] = error.reason
+            _verdicts[key] = error.reason, ""
 
-    return _verdicts[stat]
+    return _verdicts[key]
 
 
 class UndecodableError(DataError):
@@ -272,38 +365,77 @@ class UndecodableError(DataError):
 
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"can't read the image {path}: {reason}.")
+        super().__init__(f"can't read the image {_shown(path)}: {reason}.")
 
 
 @contextmanager
 def _opened(source: Path | io.BytesIO, path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image whose header is harmless; whatever fails until it is closed becomes one sentence with its name."""
     try:
-        with Image.open(source) as image:
+        if isinstance(source, Path):
+            _stat(source)  # a pipe would be waited for without end
+        with _image_of(source) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UndecodableError(
-                    path, f"its header claims {width} x {height} pixels, more than {max_pixels:,}"
+                    path,
+                    f"its header claims {width} x {height} pixels, more than {max_pixels:,} (max_pixels)",
                 )
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise UndecodableError(path, f"its sides are too unequal: {width} x {height} pixels")
             yield image
     except UndecodableError:
         raise
-    # Decoders raise OSError, SyntaxError, struct.error, zlib.error and others at damaged bytes.
+    # Decoders raise OSError, SyntaxError, struct.error, zlib.error, MemoryError and others at damaged bytes.
     except Exception as error:
         raise UndecodableError(path, _reason(path, error)) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _image_of(source: Path | io.BytesIO) -> Image.Image:
+    """Return an image whose header was read."""
+    try:
+        return Image.open(source, formats=_formats())
+    except UnidentifiedImageError:
+        if not _is_heif(source):
+            raise
+        try:
+            import pillow_heif
+        except ImportError:
+            raise OSError(
+                "it is HEIC, which needs the package pillow-heif (pip install pillow-heif); or save it as JPEG"
+            ) from None
+        pillow_heif.register_heif_opener()
+        return Image.open(source, formats=["HEIF"])
+
+
+@cache
+def _formats() -> list[str]:
+    """Return the formats that this Pillow can open of those that we read."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _is_heif(source: Path | io.BytesIO) -> bool:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            head = file.read(12)
+    else:
+        head = source.getvalue()[:12]
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+
+
+def _upright(image: Image.Image, value_range: Limits = None) -> Image.Image:
+    if image.format in ("JPEG", "MPO") and image.width * image.height > _HALVED_ABOVE:
+        image.draft(image.mode, (image.width // 2, image.height // 2))
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb(image, value_range)
 
 
 def _walked(image: Image.Image) -> Image.Image:
     """Decode at an eighth of the size, where the format can: damage shows all the same."""
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()
+    orientation(image)  # as reading does
     return image
 
 
@@ -315,33 +447,23 @@ def _frames_note(image: Image.Image) -> str:
     return f"animated: only the first of {frames} frames was looked at" if frames > 1 else ""
 
 
-def _mode_note(mode: str) -> str:
-    return f"converted to 8-bit RGB from {mode}" if mode == "CMYK" or mode.startswith(("I", "F")) else ""
+def _mode_note(image: Image.Image, mode: str) -> str:
+    if is_deep(mode):
+        return f"converted to 8-bit RGB from {mode}: {range_of(image)}"
+    return f"converted to 8-bit RGB from {mode}" if mode == "CMYK" else ""
 
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no image in a known format"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    if isinstance(error, UnidentifiedImageError):
+        is_empty = path.is_file() and path.stat().st_size == 0
+        return "the file is empty" if is_empty else "it is no image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return _os_reason(error)
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded image of any mode as 8-bit RGB: white under transparency, more than 8 bits scaled."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-
-    return image.convert("RGB")
 
 
 def pixel_key(image: Image.Image) -> str:
@@ -349,16 +471,24 @@ def pixel_key(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
-def _to_bytes(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Scale (H, W) greys of more than 8 bits to bytes; Pillow's own conversion would clip them at 255."""
-    if grey.dtype.kind == "f":
-        grey = np.nan_to_num(grey) * (255.0 if np.nanmax(grey) <= 1.0 else 1.0)
-        return np.clip(np.round(grey), 0, 255).astype(np.uint8)
-    if grey.dtype.itemsize > 2 and grey.max() <= 255:
-        return np.clip(grey, 0, 255).astype(np.uint8)
-    return (np.clip(grey, 0, 65535) // 257).astype(np.uint8)
-
-
 def _stat(path: Path) -> _Stat:
-    status = path.stat()
+    """Return what tells one state of a regular file from another. Raises OSError if it is none."""
+    try:
+        status = path.stat()
+    except ValueError:
+        raise OSError(errno.EINVAL, "its name holds a null character") from None
+    kind = file_kind(status.st_mode)
+    if kind:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
     return str(path), status.st_size, status.st_mtime_ns
+
+
+def _os_reason(error: OSError) -> str:
+    """Return what the system says, in words that a user reads."""
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link that leads to itself"
+    return str(error.strerror or error)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))

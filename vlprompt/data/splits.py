@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
+import re
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ __all__ = [
     "SplitFile",
     "check_split",
     "cut",
+    "cut_validation",
+    "cut_whole",
     "is_inside",
     "normal_split",
     "read_split",
@@ -39,11 +42,23 @@ SPLITS = ("train", "val", "test")
 _ALIASES = {
     "train": "train",
     "training": "train",
+    "trn": "train",
     "val": "val",
     "valid": "val",
+    "validate": "val",
     "validation": "val",
+    "dev": "val",
+    "development": "val",
     "test": "test",
+    "testing": "test",
+    "tst": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
+# What people put around the word: train_set, images-train, testdata, val_split, test images.
+_AROUND = re.compile(r"[-_. ]+|images|imgs|data|set|split")
+_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+_VAL_OF_TRAIN = {"val": 0.2, "train": 0.8}
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,12 @@ class SplitFile:
 
 
 def normal_split(name: str) -> str | None:
-    """Return ``train``, ``val`` or ``test`` for a common spelling of it, None for anything else."""
-    return _ALIASES.get(name.strip().lower())
+    """Return ``train``, ``val`` or ``test`` for a common spelling of it, None for anything else.
+
+    ``dev`` is val, and ``eval`` is test, as on the Hugging Face Hub.
+    """
+    lowered = name.strip().lower()
+    return _ALIASES.get(lowered) or _ALIASES.get(_AROUND.sub("", lowered))
 
 
 def check_split(name: str, split: str) -> str:
@@ -106,7 +125,8 @@ def cut(
         if len(paths) < len(shares):
             raise DataError(
                 f"{key}: class {names[label]!r} has {len(paths)} image{'s' * (len(paths) != 1)}, too few "
-                f"to cut into {', '.join(shares)}. Add images, or provide the splits yourself."
+                f"to cut into {', '.join(shares)}. Add images, or provide the splits yourself; to score "
+                "everything there is, load the split 'all' (vlprompt evaluate --all)."
             )
         sizes = _sizes(len(paths), list(shares.values()))
         start = 0
@@ -115,6 +135,67 @@ def cut(
             start += size
 
     return {part: tuple(samples) for part, samples in parts.items()}
+
+
+def cut_whole(
+    groups: Mapping[int, Sequence[str]],
+    key: str,
+    names: Sequence[str],
+    seed: int = 0,
+    validation: bool = True,
+) -> dict[str, tuple[Sample, ...]]:
+    """Cut images that have no splits 60/20/20 into train, val and test, per class (see :func:`cut`).
+
+    Args:
+        groups: See :func:`cut`.
+        key: See :func:`cut`.
+        names: See :func:`cut`.
+        seed: See :func:`cut`.
+        validation: False leaves what would be val in train; test has the same images.
+
+    Raises:
+        DataError: See :func:`cut`; without validation two images of a class are enough.
+    """
+    if validation:
+        return cut(groups, _SHARES, key, names, seed)
+
+    pairs = {label: paths for label, paths in groups.items() if len(paths) == 2}
+    others = {label: paths for label, paths in groups.items() if len(paths) != 2}
+    if any(len(paths) < 2 for paths in others.values()):
+        cut(groups, {"train": 0.8, "test": 0.2}, key, names, seed)  # says what is too few
+
+    parts = cut(others, _SHARES, key, names, seed)
+    halves = cut(pairs, {"train": 0.5, "test": 0.5}, key, names, seed)
+    train = [*parts["train"], *parts["val"], *halves["train"]]
+    test = [*parts["test"], *halves["test"]]
+    return {"train": _in_order(train), "val": (), "test": _in_order(test)}
+
+
+def cut_validation(
+    groups: Mapping[int, Sequence[str]],
+    key: str,
+    names: Sequence[str],
+    seed: int = 0,
+    validation: bool = True,
+) -> dict[str, tuple[Sample, ...]]:
+    """Cut val from the training images, a fifth of each class but never its last image.
+
+    Args:
+        groups: See :func:`cut`.
+        key: See :func:`cut`.
+        names: See :func:`cut`.
+        seed: See :func:`cut`.
+        validation: False cuts nothing.
+    """
+    enough = {label: paths for label, paths in groups.items() if validation and len(paths) > 1}
+    parts = cut(enough, _VAL_OF_TRAIN, key, names, seed)
+    rest = [Sample(p, label) for label, paths in groups.items() if label not in enough for p in paths]
+    return {"train": _in_order([*parts["train"], *rest]), "val": parts["val"]}
+
+
+def _in_order(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """Return samples by label, then path."""
+    return tuple(sorted(samples, key=lambda sample: (sample.classes, sample.source)))
 
 
 def read_split(path: Path, expected: str | None = None) -> SplitFile:
@@ -145,11 +226,14 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
 
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the split file {path} is no valid JSON: {error}.") from None
 
     if not isinstance(content, dict) or not set(SPLITS) <= set(content):
         raise DataError(f"the split file {path} needs the keys {', '.join(SPLITS)}.")
+    wrong = [split for split in SPLITS if not isinstance(content[split], list)]
+    if wrong:
+        raise DataError(f"the split file {path}: {wrong[0]!r} must be a list of [path, label, class name].")
 
     names: dict[int, str] = {}  # filled by _entry: every part must use the same names
     parts: dict[str, tuple[Sample, ...]] = {}
@@ -157,7 +241,7 @@ def read_split(path: Path, expected: str | None = None) -> SplitFile:
         parts[split] = tuple(_entry(path, split, i, entry, names) for i, entry in enumerate(content[split]))
 
     if sorted(names) != list(range(len(names))):
-        missing = min(set(range(max(names, default=0) + 1)) - set(names), default=0)
+        missing = next(label for label in range(len(names)) if label not in names)
         raise DataError(f"the split file {path}: labels must be 0..C-1 without gaps; {missing} is missing.")
 
     return SplitFile(parts, tuple(names[label] for label in sorted(names)), digest)
@@ -171,7 +255,7 @@ def write_split(path: Path, parts: Mapping[str, Sequence[Sample]], classnames: S
             label = sample.classes[0]
             content[split].append([str(sample.source), label, classnames[label]])
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short, whatever the length of the name
     try:
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, path)

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_origin, get_type_hints
 
-from vlprompt.core.errors import DataError, nearest
+from vlprompt.core.errors import ConfigError, DataError, nearest
+from vlprompt.core.names import printable
+from vlprompt.core.options import check_options
 from vlprompt.core.registry import Registry
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import Card, SourceSpec
@@ -100,7 +102,9 @@ class Ways(Generic[Data]):
         for way in self.ways:
             valid = way.options
             try:
-                return way.build(way.request, **{k: v for k, v in options.items() if k in valid})
+                return way.build(
+                    way.request, **_checked(way, {k: v for k, v in options.items() if k in valid})
+                )
             except AbsentError as error:
                 missing.append(str(error))  # another way may find them
 
@@ -113,9 +117,9 @@ class Ways(Generic[Data]):
         return self.build(options, download=False)
 
 
-def image_ways(name: DataName, split: str, root: Path) -> Ways[ImageDataset]:
-    """Return the ways to read a split of a classification data set."""
-    return Ways(tuple(_ways(sources, name, split, root)))
+def image_ways(name: DataName, split: str, root: Path, validation: bool = True) -> Ways[ImageDataset]:
+    """Return the ways to read a split of a classification data set; arguments as :class:`Request` has them."""
+    return Ways(tuple(_ways(sources, name, split, root, validation)))
 
 
 def mask_ways(name: DataName, split: str, root: Path) -> Ways[MaskDataset]:
@@ -124,13 +128,28 @@ def mask_ways(name: DataName, split: str, root: Path) -> Ways[MaskDataset]:
 
 
 def _ways(
-    registry: Registry[Callable[..., Data]], name: DataName, split: str, root: Path
+    registry: Registry[Callable[..., Data]], name: DataName, split: str, root: Path, validation: bool = True
 ) -> Iterator[Way[Data]]:
     if name.card is None:
-        yield Way(registry.get(name.kind).target, Request(name.text, name.argument, split, root))
+        request = Request(name.text, name.argument, split, root, validation=validation)
+        yield Way(registry.get(name.kind).target, request)
         return
     source: SourceSpec | None = name.card.source
     while source is not None:
-        request = Request(name.text, "", split, root, name.card, source)
+        request = Request(name.text, "", split, root, name.card, source, validation)
         yield Way(registry.get(source.kind).target, request)
         source = source.otherwise
+
+
+def _checked(way: Way[Data], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of the types that a source declares; those with a list of choices it checks itself.
+
+    Raises:
+        DataError: Names all wrong values at once.
+    """
+    hints = get_type_hints(way.build)
+    free = {key: value for key, value in options.items() if get_origin(hints.get(key)) is not Literal}
+    try:
+        return {**options, **check_options(way.build, free, way.request.name)}
+    except ConfigError as error:
+        raise DataError(f"{printable(way.request.name)}: {' '.join(error.problems)}") from None

@@ -6,6 +6,7 @@ One vocabulary for every task: ``task``, ``backbone``, ``data``, ``learner`` or 
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typing_extensions import Self
 from yaml import YAMLError
 
@@ -93,6 +94,13 @@ class ExperimentConfig(BaseModel):
         description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "
         "on this one, or changes keys, has expectations of its own",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _check_run_name(cls, value: str) -> str:
+        if not value.strip("."):
+            raise ValueError(f"{value!r} is no name of a folder below output.")
+        return value
 
     @classmethod
     def read(cls, cfg: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -224,7 +232,7 @@ def parse_overrides(overrides: Sequence[str], model: type[BaseModel]) -> dict[st
     for text in overrides:
         key, _, value = text.partition("=")
         try:
-            parsed = _literal(value) if _takes_text(model, key, value) else _yaml_value(text)
+            parsed = _literal(value) if _takes_text(model, key, value) else _yaml_value(model, key, value)
             OmegaConf.update(content, key, parsed, merge=True, force_add=True)
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise ConfigError([f"{text!r}: {str(error).strip()}"], "command line") from error
@@ -301,14 +309,34 @@ def _plain(content: Any) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _yaml_value(text: str) -> Any:
-    """Return the value of ``key=value`` as YAML, with omegaconf's idea of numbers (1e-3 is one)."""
-    parsed = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])
-    return OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[call-overload,index]
+def _yaml_value(model: type[BaseModel], key: str, value: str) -> Any:
+    """Return a value as YAML, with omegaconf's idea of numbers (1e-3 is one).
+
+    Raises:
+        ValueError: If YAML would read a part of it as something else than a user sees: a comment, a mapping.
+    """
+    if re.search(r"\s#", value) and not re.search("[\"']", value):
+        raise ValueError("in YAML ' #' begins a comment: put texts that hold it in quotation marks.")
+
+    parsed = OmegaConf.from_dotlist([f"value={value}"])
+    content = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[call-overload,index]
+    if isinstance(content, dict) and not value.lstrip().startswith("{"):
+        raise ValueError(
+            "YAML reads ': ' as a mapping: put a text in quotation marks, a mapping in {braces}."
+        )
+    return _literal_texts(content) if str in _kinds(_annotation(model, key.split("."))) else content
 
 
 def _literal(value: str) -> str:
-    return value.replace("${", "\\${")  # no interpolation either: a path may hold anything
+    """Return text of which omegaconf interpolates nothing: a path may hold anything."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+
+
+def _literal_texts(content: Any) -> Any:
+    """Return a list of texts, or one, without interpolation."""
+    if isinstance(content, str):
+        return _literal(content)
+    return [_literal_texts(part) for part in content] if isinstance(content, list) else content
 
 
 def _takes_text(model: type[BaseModel], key: str, value: str) -> bool:
@@ -332,6 +360,9 @@ def _annotation(model: Any, keys: Sequence[str]) -> Any:
     current: Any = model
     for key in keys:
         models = [kind for kind in _kinds(current) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not models and get_origin(current) is dict:  # label to text: also_test.sketch=folder:PATH
+            current = get_args(current)[1]
+            continue
         fields = models[0].model_fields if models else {}
         if key not in fields:
             return None

@@ -16,7 +16,8 @@ from vlprompt.backbones import Backbone, create_backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint, write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
-from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.data.images import read_image
+from vlprompt.data.listing import list_images
 from vlprompt.data.scenes.concepts import SceneConcept, scene_concepts
 from vlprompt.diffusion.tiny import TinyDiffusion
 from vlprompt.experiments.cell import Cell, CellResult
@@ -355,7 +356,10 @@ def read_concept(name: str, section: FolderConcept) -> SceneConcept:
     Raises:
         DataError: If no image would be left to learn from.
     """
-    paths = sorted(path for path in Path(section.folder).glob("*") if path.suffix.lower() in EXTENSIONS)
+    folder = Path(section.folder)
+    if not folder.is_dir():
+        raise DataError(f"data.folders.{name}: there is no folder {str(folder)!r}.")
+    paths = [folder / image for image in list_images(folder, folder) if "/" not in image]
     if len(paths) <= section.held_out:
         raise DataError(
             f"data.folders.{name}: {section.folder} has {len(paths)} images, and {section.held_out} are held out."

@@ -74,6 +74,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         self.backbone = backbone
         self.classnames = _check_classes(classnames)
         self.templates = check_templates(templates)
+        _check_tokens(backbone, self.classnames, self.templates)
         self._cached_weights: Tensor | None = None
 
     # --- the classifier
@@ -158,3 +159,34 @@ def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:
             f"a classifier needs at least two classes, got {len(names)}: {', '.join(names) or 'none'}."
         )
     return names
+
+
+def _check_tokens(backbone: Backbone, classnames: Sequence[str], templates: Sequence[str]) -> None:
+    """Refuse classes whose sentences a text tower can't tell apart: equal tokens, or equal up to where it cuts.
+
+    Raises:
+        DataError: Names the two classes.
+    """
+    tokenizer = backbone.text.tokenizer
+    if tokenizer is None:
+        return
+
+    room = backbone.text.context_length - len(tokenizer.start) - len(tokenizer.end)
+    first_with: dict[tuple[object, ...], str] = {}
+    for name in classnames:
+        tokens = tokenizer.encode(name)
+        if not tokens:
+            raise DataError(
+                f"the learner: the tokenizer reads nothing in the class name {name!r}. Give it another one."
+            )
+
+        key: tuple[object, ...] = tuple(tokens)
+        if len(tokens) > room // 2:  # with the words of a template it may be cut
+            key = tuple(tuple(tokenizer.encode(template.format(name))[:room]) for template in templates)
+
+        other = first_with.setdefault(key, name)
+        if other is not name:
+            raise DataError(
+                f"the learner: the classes {other!r} and {name!r} are the same to the text tower, which reads "
+                f"{backbone.text.context_length} tokens and neither capitals nor most signs. Rename one."
+            )

@@ -16,14 +16,16 @@ class TrainSection(BaseModel):
     epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     init: str = Field(
         "",
         description="gram:PATH, what a meta-training left behind: its prompts are the start, its regulator changes the "
         "gradients",
     )
-    epochs: int = Field(50, ge=0, description="passes over the training samples; 0 evaluates only")
+    epochs: int = Field(
+        50, ge=0, le=1_000_000, description="passes over the training samples; 0 evaluates only"
+    )
     batch_size: int = Field(
         32, ge=1, description="global batch: samples per optimiser step over all processes"
     )

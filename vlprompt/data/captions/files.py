@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import os
 import warnings
 from pathlib import Path
 
@@ -13,17 +10,15 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.images import EXTENSIONS, file_stamp, read_image
-from vlprompt.data.listing import list_images
+from vlprompt.data.images import file_stamp, read_image
+from vlprompt.data.listing import list_images, spelled_on_disk
 from vlprompt.data.sources import AbsentError
-from vlprompt.data.splits import is_inside
+from vlprompt.data.tables import Row, Table, inside, read_table
 
 __all__ = ["FolderCaptions", "TableCaptions"]
 
-_IMAGE_COLUMNS = ("image", "path", "filepath", "file", "filename", "file_name")
-_CAPTION_COLUMNS = ("caption", "title", "text")
-_DELIMITERS = (",", ";", "\t")
-_MOST_LINES = 20  # of one caption
+_IMAGE_COLUMNS = ("path", "filepath", "file", "filename", "file_name", "image_path")
+_CAPTION_COLUMNS = ("title", "text")
 
 
 class _Files:
@@ -88,9 +83,9 @@ class FolderCaptions(_Files):
 class TableCaptions(_Files):
     """A table with a header, a column of images and one of captions, such as CC3M's after its download.
 
-    Columns: ``image``, ``path``, ``filepath``, ``file``, ``filename`` or ``file_name``; ``caption``, ``title`` or
-    ``text``. Fields are separated by commas, semicolons or tabs, whichever the header has. Images are relative to the
-    table's folder, or absolute, and stay inside it. Empty rows don't count.
+    Columns: ``image``, or else ``path``, ``filepath``, ``file``, ``filename``, ``file_name`` or ``image_path``;
+    ``caption``, or else ``title`` or ``text``. Files ending in ``.tsv`` are separated by tabs, others by what separates
+    the header. Images are relative to the table's folder and stay inside it.
 
     Args:
         argument: The table.
@@ -104,83 +99,30 @@ class TableCaptions(_Files):
         if not table.is_file():
             raise AbsentError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
 
-        rows: list[tuple[str, str]] = []
-        line = 1
-        try:
-            with table.open(encoding="utf-8-sig", newline="") as file:
-                delimiter = _delimiter(file.readline(), table)
-                file.seek(0)
-                reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
-                header = next(reader, [])
-                columns = _columns(table, header)
+        content = read_table(table, "\t" if table.suffix.lower() == ".tsv" else None)
+        images = content.column("image", _IMAGE_COLUMNS, required=False)
+        captions = content.column("caption", _CAPTION_COLUMNS, required=False)
+        if images is None or captions is None:
+            raise _no_column(content, "images" if images is None else "captions")
 
-                for fields in reader:
-                    line = reader.line_num
-                    if any(field.strip() for field in fields):
-                        rows.append(_row(table, line, fields, header, columns))
-        except csv.Error as error:
-            raise DataError(
-                f"{table}, behind line {line}: {error}. A quotation mark that opens a field must be closed, and be "
-                "doubled inside it."
-            ) from None
-        except (UnicodeDecodeError, OSError) as error:
-            raise DataError(f"{table} is no readable table in UTF-8: {error}.") from None
-
+        rows = [_pair(content, row, images, captions) for row in content.rows]
         super().__init__(table.parent, rows)
 
 
-def _delimiter(header: str, table: Path) -> str:
-    """Return what separates fields: the one sign that the header has, or the usual one of the file's ending."""
-    counts = {delimiter: header.count(delimiter) for delimiter in _DELIMITERS}
-    usual = "\t" if table.suffix.lower() == ".tsv" else ","
-    return usual if counts[usual] else max(_DELIMITERS, key=lambda delimiter: counts[delimiter])
+def _no_column(table: Table, what: str) -> DataError:
+    candidates = ("image", *_IMAGE_COLUMNS) if what == "images" else ("caption", *_CAPTION_COLUMNS)
+    return DataError(
+        f"{table.path}, line 1: no column of {what}; the header has {', '.join(table.header) or 'nothing'}, expected "
+        f"one of {', '.join(candidates)}. A table of web addresses must be downloaded first."
+    )
 
 
-def _columns(table: Path, header: list[str]) -> tuple[int, int]:
-    lowered = {name.strip().lower(): number for number, name in enumerate(header)}
-    chosen = []
-    for what, candidates in (("images", _IMAGE_COLUMNS), ("captions", _CAPTION_COLUMNS)):
-        column = next((lowered[name] for name in candidates if name in lowered), None)
-        if column is None:
-            raise DataError(
-                f"{table}, line 1: no column of {what}; the header has {', '.join(header) or 'nothing'}, expected one "
-                f"of {', '.join(candidates)}. A table of web addresses must be downloaded first."
-            )
-        chosen.append(column)
-
-    return chosen[0], chosen[1]
-
-
-def _row(
-    table: Path, line: int, fields: list[str], header: list[str], columns: tuple[int, int]
-) -> tuple[str, str]:
-    if len(fields) != len(header):
-        raise DataError(
-            f"{table}, line {line}: {len(fields)} fields, the header has {len(header)}. A caption with the separating "
-            "sign in it stands in quotation marks."
-        )
-    path, caption = (fields[column].strip() for column in columns)
-    for column, value in zip(columns, (path, caption), strict=True):
-        if not value:
-            raise DataError(f"{table}, line {line}: column {header[column].strip()!r} is empty.")
-        # A quotation mark that is not closed swallows the rows up to the next one.
-        lines = value.splitlines()
-        if len(lines) > _MOST_LINES or any(ending in text for text in lines[1:] for ending in EXTENSIONS):
-            raise DataError(
-                f"{table}, line {line}: the column {header[column].strip()!r} runs over several lines, from "
-                f"{lines[0][:40]!r} to {lines[-1][:40]!r}: a quotation mark is not closed."
-            )
-
-    path = path.replace("\\", "/")
-    folder = table.parent.resolve()
-    if Path(path).is_absolute():
-        with contextlib.suppress(ValueError):
-            path = Path(os.path.normpath(path)).relative_to(folder).as_posix()
-    if not is_inside(path) or not (folder / path).resolve().is_relative_to(folder):
-        raise DataError(
-            f"{table}, line {line}: the path {path!r} leaves the table's folder. Use paths inside it."
-        )
-    return path, caption
+def _pair(table: Table, row: Row, images: int, captions: int) -> tuple[str, str]:
+    for column in (images, captions):
+        if not row.fields[column]:
+            raise DataError(f"{table.path}, line {row.line}: column {table.header[column]!r} is empty.")
+    path = spelled_on_disk(table.path.parent, inside(table.path, row.line, row.fields[images]))
+    return path, " ".join(row.fields[captions].split())
 
 
 def _refuse_shared_texts(root: Path, images: list[str]) -> None:

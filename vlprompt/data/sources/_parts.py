@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import Sample
 from vlprompt.data.listing import list_images
+from vlprompt.data.sources import read_text
 
 __all__ = ["Part", "PartSpec"]
 
@@ -88,7 +89,7 @@ class TextPart(Part):
         classes = {o: i for i, o in enumerate(own_names)}
 
         samples = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             fields = line.split()
             if not fields or fields[0].startswith("#"):
                 continue
@@ -137,12 +138,12 @@ class TablePart(Part):
         return samples
 
     def _rows(self, path: Path) -> list[Any]:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if self.format == "csv":
             return list(csv.DictReader(text.splitlines(), delimiter=self.delimiter))
         try:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no valid JSON: {error}.") from None
 
 
@@ -196,7 +197,7 @@ class VocPart(Part):
         labels_of: dict[str, list[int]] = {}
         for label, name in enumerate(own_names):
             path = need(folder / self.path / f"{name}_{self.part}.txt")
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_text(path).splitlines():
                 image, _, mark = line.strip().partition(" ")
                 if mark.strip() in ("0", "1"):
                     labels_of.setdefault(image, []).append(label)

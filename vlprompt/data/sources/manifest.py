@@ -17,7 +17,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.cards import Card
-from vlprompt.data.sources import Request, sources
+from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._layout import absent, dataset_from, parse_options
 from vlprompt.data.splits import is_inside
 from vlprompt.data.zipped import ZipReader
@@ -103,7 +103,7 @@ def _labels(card: Card, names: list[str] | None) -> tuple[list[int], str]:
 
 def _iris(index: Path, labels: Path) -> tuple[list[_Entry], list[str] | None]:
     entries = []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(index).splitlines(), 1):
         if not line.strip():
             continue
         path, _, numbers = line.strip().rpartition(" ")
@@ -117,13 +117,13 @@ def _iris(index: Path, labels: Path) -> tuple[list[_Entry], list[str] | None]:
             raise DataError(f"{index}, line {number}: {line[:80]!r} leaves the folder or has no label.")
 
     names = next((p for p in (labels, labels.with_name("labelmap.txt")) if p.is_file()), None)
-    lines = [] if names is None else names.read_text(encoding="utf-8").splitlines()
+    lines = [] if names is None else read_text(names).splitlines()
     return entries, [x.strip() for x in lines if x.strip()] or None
 
 
 def _coco(index: Path) -> tuple[list[_Entry], list[str] | None]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(read_text(index))
         categories = sorted(content["categories"], key=lambda c: c["id"])
         number_of = {c["id"]: i for i, c in enumerate(categories)}
         labels: dict[Any, list[int]] = {}
@@ -134,7 +134,7 @@ def _coco(index: Path) -> tuple[list[_Entry], list[str] | None]:
             for i in content["images"]
         ]
         names = [str(c["name"]) for c in categories]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{index} is no COCO index: {type(error).__name__} {error}.") from None
 
     bad = [source for source, _ in entries if not is_inside(source.replace("@", "/"))]

@@ -18,6 +18,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.imagenet import synset_ids
 from vlprompt.data.images import EXTENSIONS
+from vlprompt.data.listing import is_hidden
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut
@@ -95,7 +96,7 @@ def _listing(name: str, root: Path, folders: tuple[str, ...], changed: int) -> t
                 names = sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS))
         except FileNotFoundError:
             names = []
-        images_of.append(tuple(f"{folder}/{n}" for n in names if not n.startswith(".")))
+        images_of.append(tuple(f"{folder}/{n}" for n in names if not is_hidden(n)))
 
     bad = [f for f, images in zip(folders, images_of, strict=True) if not images]
     if bad:

@@ -1,0 +1,76 @@
+"""Which classes images compete against: a learner's, a data set's, and how labels move from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vlprompt.core.errors import DataError
+from vlprompt.core.names import listed_names, match_classes
+from vlprompt.data import ImageDataset, Sample
+from vlprompt.learners import Learner
+
+__all__ = ["fitting", "in_learner_space", "known_classes"]
+
+
+def known_classes(learner: Learner, data: ImageDataset) -> int:
+    """Return how many classes of a data set a learner knows; capitals and the order don't count."""
+    return sum(place is not None for place in match_classes(data.classnames, learner.classnames))
+
+
+def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
+    """Return a data set with a learner's class names and numbers.
+
+    The data may have the same classes in another order or in capitals, or fewer of them.
+
+    Raises:
+        DataError: If the learner doesn't know one of its classes.
+    """
+    if data.classnames == learner.classnames:
+        return data
+
+    places = match_classes(data.classnames, learner.classnames)
+    unknown = [name for name, place in zip(data.classnames, places, strict=True) if place is None]
+    if unknown:
+        raise DataError(
+            f"{data.name} has {len(data.classnames)} classes, the learner {len(learner.classnames)}, and does not "
+            f"know {listed_names(unknown)}. Use learner.with_classes(data.classnames), or --label-space data, to "
+            "choose among the classes of the data."
+        )
+
+    known = [place for place in places if place is not None]
+    if len(known) == len(learner.classnames):
+        order = sorted(range(len(known)), key=known.__getitem__)
+        return replace(data.keep_classes(order), classnames=learner.classnames)
+
+    samples = tuple(_moved(sample, known) for sample in data.samples)
+    return replace(data, samples=samples, classnames=learner.classnames)
+
+
+def fitting(
+    learner: Learner, data: ImageDataset, templates: Sequence[str] | None = None
+) -> tuple[Learner, ImageDataset]:
+    """Return a learner and a data set with the same classes, those of the data.
+
+    A learner of other classes is moved to those of the data; one whose parameters belong to its classes can't be moved,
+    so the data's labels are put into its order if the classes are the same.
+
+    Args:
+        learner: Of any classes.
+        data: What it is scored on.
+        templates: Of the data, for a learner that is moved; None keeps the learner's.
+
+    Raises:
+        DataError: If the learner can't be moved and its classes are others.
+    """
+    if learner.classnames == data.classnames:
+        return learner, data
+    is_permuted = known_classes(learner, data) == len(data.classnames) == len(learner.classnames)
+    if learner.class_bound and is_permuted:
+        return learner, in_learner_space(learner, data)
+    return learner.with_classes(data.classnames, templates), data
+
+
+def _moved(sample: Sample, places: Sequence[int]) -> Sample:
+    labels = tuple(places[label] for label in sample.classes)
+    return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
