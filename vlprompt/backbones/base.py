@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         dim: d, dimension of the joint space.
         image_size: (H, W) of the input in pixels.
         about: What its weights were trained on and where they are weak; empty where nobody has written it down.
-        origin: Arguments of :func:`vlprompt.create_backbone` (and ``masks``) that build it again; empty if nothing does.
+        origin: Arguments of :func:`vlprompt.create_backbone` (and ``masks``) that build it again; empty if none do.
     """
 
     model: Any

@@ -12,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
 from vlprompt.backbones.base import Backbone
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 from vlprompt.backbones.checkpoints.cards import PREPROCESS_FIELDS, transformers_preprocessing
 from vlprompt.backbones.checkpoints.facts import facts_of_tag
 from vlprompt.backbones.checkpoints.fitting import load_tensors, open_clip_names
@@ -39,8 +39,8 @@ def build_from_model(
     """Make a backbone of a model that is there already.
 
     Args:
-        model: A CLIP of open_clip, which is frozen in place; or a ``CLIPModel`` or ``SiglipModel`` of transformers, whose
-            weights are copied into a model of open_clip.
+        model: A CLIP of open_clip, which is frozen in place; or a ``CLIPModel`` or ``SiglipModel`` of transformers,
+            whose weights are copied into a model of open_clip.
         architecture: open_clip's name of it, under which prompts find it again; None: the name of its class.
         preprocess: Fields of :class:`vlprompt.backbones.preprocessing.PreprocessOptions`, or an image processor (or a
             whole processor) of transformers. None: what open_clip wrote on the model when it built it.
@@ -89,7 +89,7 @@ def _of_transformers(model: Any) -> nn.Module:
     converted = build_transformers_model(to_dict(), title)
     try:
         load_tensors(converted, open_clip_names(model.state_dict()))
-    except WeightsProblem as problem:
+    except WeightsError as problem:
         raise BackboneError(f"{title} can't be used: {problem}.") from problem
     return converted.to(next(model.parameters()).device)
 

@@ -1,4 +1,4 @@
-"""Building backbones from open_clip: any architecture, with weights of a tag, a file, a folder, the Hub, or random ones."""
+"""Building backbones from open_clip: random weights, or those of a tag, a file, a folder, the Hub."""
 
 from __future__ import annotations
 

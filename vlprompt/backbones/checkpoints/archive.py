@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 
 __all__ = ["Archive", "is_archive", "read_archive"]
 
@@ -44,7 +43,7 @@ class Archive:
 
     Attributes:
         tensors: Parameters and buffers by the names that ``state_dict`` would give them.
-        quick_gelu: Whether its code multiplies by a sigmoid (QuickGELU) or calls GELU; None if it does neither.
+        quick_gelu: Whether its code calls a sigmoid (QuickGELU) or GELU; None if it calls neither or both.
     """
 
     tensors: dict[str, Tensor]
@@ -63,25 +62,23 @@ def read_archive(path: Path) -> Archive:
     """Read the tensors of a TorchScript archive without running anything in it.
 
     Raises:
-        WeightsProblem: If it is damaged, or its description names anything but modules and tensors.
+        WeightsError: If it is damaged, or its description names anything but modules and tensors.
     """
     try:
         with zipfile.ZipFile(path) as file:
             description = _description(file)
             if description is None:
-                raise WeightsProblem("it is no TorchScript archive")
+                raise WeightsError("it is no TorchScript archive")
 
             root = description.removesuffix("data.pkl")
             reader = _Reader(file, root)
             tree = reader.tree(description)
             tensors = {name: reader.tensor(stored) for name, stored in _named(tree)}
             return Archive(tensors, _quick_gelu(file, root))
-    except WeightsProblem:
+    except WeightsError:
         raise
     except Exception as error:  # zipfile, pickle and torch each raise their own kinds on damaged bytes
-        raise WeightsProblem(
-            f"its TorchScript archive is damaged ({type(error).__name__}: {error})"
-        ) from error
+        raise WeightsError(f"its TorchScript archive is damaged ({type(error).__name__}: {error})") from error
 
 
 def _description(file: zipfile.ZipFile) -> str | None:
@@ -106,7 +103,7 @@ class _Module:
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise WeightsProblem("it holds more than plain tensors (a module whose state is no mapping)")
+            raise WeightsError("it holds more than plain tensors (a module whose state is no mapping)")
         self.values = {str(name): value for name, value in state.items()}
 
 
@@ -140,7 +137,7 @@ def _rebuild_tensor(*arguments: Any) -> _Stored:
     storage, offset, size, stride = arguments[:4]
     numbers = [offset, *size, *stride]
     if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise WeightsProblem("it holds a tensor that is described wrongly")
+        raise WeightsError("it holds a tensor that is described wrongly")
     return _Stored(storage, offset, tuple(size), tuple(stride))
 
 
@@ -159,12 +156,12 @@ class _Reader(pickle.Unpickler):
     def tree(self, description: str) -> _Module:
         """Return the root module of the archive."""
         if self._file.getinfo(description).file_size > _LARGEST:
-            raise WeightsProblem(f"its description is larger than {_LARGEST >> 20} MB")
+            raise WeightsError(f"its description is larger than {_LARGEST >> 20} MB")
 
         super().__init__(io.BytesIO(self._file.read(description)))
         tree = self.load()
         if not isinstance(tree, _Module):
-            raise WeightsProblem("its TorchScript archive describes no module")
+            raise WeightsError("its TorchScript archive describes no module")
         return tree
 
     def find_class(self, module: str, name: str) -> Callable[..., Any] | torch.dtype:
@@ -177,13 +174,13 @@ class _Reader(pickle.Unpickler):
             return _rebuild_tensor
         if module == "torch.jit._pickle" or (module, name) == ("collections", "OrderedDict"):
             return _ignored
-        raise WeightsProblem(f"it holds more than plain tensors ({module}.{name})")
+        raise WeightsError(f"it holds more than plain tensors ({module}.{name})")
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Return what stands for ``("storage", type, key, device, count)``."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise WeightsProblem("it holds a storage that is described wrongly")
+            raise WeightsError("it holds a storage that is described wrongly")
         return _Storage(dtype, key, int(count))
 
     def tensor(self, stored: _Stored) -> Tensor:
@@ -192,11 +189,11 @@ class _Reader(pickle.Unpickler):
         record = self._file.getinfo(f"{self._root}data/{storage.key}")
         expected = storage.count * storage.dtype.itemsize
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != expected:
-            raise WeightsProblem(f"its storage {storage.key} has {record.file_size} bytes, not {expected}")
+            raise WeightsError(f"its storage {storage.key} has {record.file_size} bytes, not {expected}")
 
         last = sum((n - 1) * step for n, step in zip(stored.size, stored.stride, strict=True))
         if 0 not in stored.size and stored.offset + last >= storage.count:
-            raise WeightsProblem(f"a tensor reaches beyond its storage {storage.key}")
+            raise WeightsError(f"a tensor reaches beyond its storage {storage.key}")
         if not storage.count:
             return torch.empty(stored.size, dtype=storage.dtype)
 
@@ -229,6 +226,6 @@ def _quick_gelu(file: zipfile.ZipFile, root: str) -> bool | None:
         file.read(n).decode("utf-8", errors="replace") for n in names if file.getinfo(n).file_size < _LARGEST
     ]
 
-    if any(re.search(r"torch\.sigmoid\(|\bclass QuickGELU\b", text) for text in code):
-        return True
-    return False if any("torch.gelu(" in text for text in code) else None
+    quick = any("torch.sigmoid(" in text for text in code)
+    exact = any("torch.gelu(" in text for text in code)
+    return quick if quick != exact else None

@@ -92,9 +92,9 @@ def published_as(name: str, path: Path) -> str | None:
             return tag
 
         url = entry.get("url", "")
-        if url and path.name == Path(url).name and (checksum := _checksum(url)):
-            if _sha256(path).startswith(checksum):
-                return tag
+        checksum = _checksum(url)
+        if checksum and path.name == Path(url).name and _sha256(path).startswith(checksum):
+            return tag
 
     return None
 

@@ -10,7 +10,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from torch import Tensor, nn
 
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 from vlprompt.backbones.checkpoints.transformers_names import from_transformers, is_transformers
 
 __all__ = ["load_tensors", "open_clip_names"]
@@ -28,7 +28,7 @@ def open_clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of any layout that is known by open_clip's names; others stay as they are.
 
     Raises:
-        WeightsProblem: If a layout is known, and something in it is missing.
+        WeightsError: If a layout is known, and something in it is missing.
     """
     named = from_transformers(tensors) if is_transformers(tensors) else dict(tensors)
     return {name: tensor for name, tensor in named.items() if name not in _SETTINGS}
@@ -43,7 +43,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], leave_out: Seq
         leave_out: Beginnings of names that are not wanted.
 
     Raises:
-        WeightsProblem: If they don't fit; lists what is missing, unexpected and misshapen.
+        WeightsError: If they don't fit; lists what is missing, unexpected and misshapen.
     """
     state = _wanted(tensors, leave_out)
     state = convert_state_dict(model, state)
@@ -68,7 +68,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], leave_out: Seq
         if n in expected and t.shape != expected[n].shape
     ]
     if missing or unexpected or misshapen:
-        raise WeightsProblem(_misfit(missing, unexpected, misshapen))
+        raise WeightsError(_misfit(missing, unexpected, misshapen))
 
     model.load_state_dict(state, strict=False)
 
@@ -78,7 +78,7 @@ def _wanted(tensors: Mapping[str, Tensor], leave_out: Sequence[str]) -> dict[str
     for beginning in leave_out:
         names = [n for n in state if n == beginning or n.startswith(f"{beginning.rstrip('.')}.")]
         if not names:
-            raise WeightsProblem(f"nothing in it is called {beginning!r}, which leave_out names")
+            raise WeightsError(f"nothing in it is called {beginning!r}, which leave_out names")
 
         log.info("%d tensors are left out: %s.", len(names), _listed(names))
         for name in names:

@@ -51,7 +51,7 @@ class Repository:
         try:
             return Path(hf_hub_download(self.repo, file, revision=self.revision, cache_dir=self.cache_dir))
         except LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError, but the Hub was not asked
-            raise _Unreachable(
+            raise _UnreachableError(
                 self._message(file, "the Hub can't be reached, and the cache has no copy")
             ) from error
         except EntryNotFoundError:
@@ -79,7 +79,7 @@ class Repository:
         for name in names:
             try:
                 path = self.fetch(name)
-            except _Unreachable as error:  # offline, another name may still be in the cache
+            except _UnreachableError as error:  # offline, another name may still be in the cache
                 unreachable = error
                 continue
             if path is not None:
@@ -96,7 +96,7 @@ class Repository:
         )
 
 
-class _Unreachable(BackboneError):
+class _UnreachableError(BackboneError):
     """The Hub could not be asked."""
 
 
@@ -128,7 +128,7 @@ def _fetch_if_there(repository: Repository, name: str) -> None:
     """Fetch a file that a repository need not have; offline, what is in the cache is all there is."""
     try:
         repository.fetch(name)
-    except _Unreachable:
+    except _UnreachableError:
         return
 
 

@@ -14,7 +14,7 @@ from open_clip.convert import load_big_vision_weights
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 from vlprompt.backbones.checkpoints.cards import Card, read_card
 from vlprompt.backbones.checkpoints.facts import Facts, facts_of_file, facts_of_tag, resolve_facts
 from vlprompt.backbones.checkpoints.files import WeightFiles
@@ -46,7 +46,7 @@ class Asked:
         leave_out: See :func:`vlprompt.backbones.checkpoints.fitting.load_tensors`.
     """
 
-    facts: Facts = Facts("asked for")
+    facts: Facts
     weights_of: str | None = None
     part: str | None = None
     leave_out: Sequence[str] = ()
@@ -119,7 +119,7 @@ def load_architecture(name: str, files: WeightFiles, asked: Asked) -> Loaded:
     try:
         weights = read_weights(files, asked.part)
         tensors = open_clip_names(weights.tensors)
-    except WeightsProblem as problem:
+    except WeightsError as problem:
         raise _unfit(name, files, problem) from problem
 
     facts = _facts(name, files, asked, weights, card)
@@ -170,7 +170,7 @@ def load_described(files: WeightFiles, asked: Asked, title: str) -> Loaded:
 
     try:
         tensors = open_clip_names(read_weights(files, asked.part).tensors)
-    except WeightsProblem as problem:
+    except WeightsError as problem:
         raise _unfit(title, files, problem) from problem
 
     _load(title, files, model, tensors, asked)
@@ -266,10 +266,10 @@ def _load(
 ) -> None:
     try:
         load_tensors(model, tensors, asked.leave_out)
-    except WeightsProblem as problem:
+    except WeightsError as problem:
         raise _unfit(title, files, problem) from problem
     except (RuntimeError, KeyError, ValueError, IndexError) as error:  # conversions of open_clip
-        raise _unfit(title, files, WeightsProblem(first_line(error))) from error
+        raise _unfit(title, files, WeightsError(first_line(error))) from error
 
 
 def _load_big_vision(name: str, files: WeightFiles, model: nn.Module) -> None:
@@ -277,10 +277,10 @@ def _load_big_vision(name: str, files: WeightFiles, model: nn.Module) -> None:
         with torch.no_grad():
             load_big_vision_weights(model, str(files.path))
     except Exception as error:  # numpy and open_clip raise many kinds
-        raise _unfit(name, files, WeightsProblem(first_line(error))) from error
+        raise _unfit(name, files, WeightsError(first_line(error))) from error
 
 
-def _unfit(title: str, files: WeightFiles, problem: WeightsProblem) -> BackboneError:
+def _unfit(title: str, files: WeightFiles, problem: WeightsError) -> BackboneError:
     return BackboneError(
         f"{files.path} can't be loaded into {title}: {problem}. The file must be a safetensors file, a torch state "
         "dict (no pickled code) or a TorchScript archive, of this architecture."

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 from vlprompt.backbones.checkpoints.archive import is_archive, read_archive
 from vlprompt.backbones.checkpoints.files import WeightFiles
 
@@ -53,7 +53,7 @@ def read_weights(files: WeightFiles, part: str | None = None) -> Weights:
             the names begin with (``"student."``).
 
     Raises:
-        WeightsProblem: If a file is damaged, holds code, no tensors, or more than one model.
+        WeightsError: If a file is damaged, holds code, no tensors, or more than one model.
     """
     if len(files.parts) == 1 and is_archive(files.parts[0]):
         archive = read_archive(files.parts[0])
@@ -82,12 +82,12 @@ def _content(path: Path) -> Mapping[str, Any]:
         # A plain torch.save of today is a zip file, whose tensors need not all be in memory at once.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, OSError) as error:
-        raise WeightsProblem(f"it is no readable file of weights ({first_line(error)})") from error
+        raise WeightsError(f"it is no readable file of weights ({first_line(error)})") from error
     except Exception as error:  # torch raises many kinds on damaged bytes and on code
-        raise WeightsProblem(first_line(error)) from error
+        raise WeightsError(first_line(error)) from error
 
     if not isinstance(loaded, Mapping):
-        raise WeightsProblem(f"it holds a {type(loaded).__name__}, not tensors by name")
+        raise WeightsError(f"it holds a {type(loaded).__name__}, not tensors by name")
     return loaded
 
 
@@ -96,19 +96,25 @@ def _tensors(content: Mapping[str, Any], part: str | None) -> tuple[dict[str, Te
     if part is not None and isinstance(content.get(part), Mapping):
         return _only_tensors(content[part]), None
 
-    inside = [
-        key for key in _CONTAINERS if isinstance(content.get(key), Mapping) and _only_tensors(content[key])
-    ]
+    inside = [key for key in _CONTAINERS if _holds_tensors(content.get(key))]
     if len(inside) > 1:
-        raise WeightsProblem(_ambiguous(inside))
+        raise WeightsError(_ambiguous(inside))
     if inside:
         return _tensors(content[inside[0]], part)
 
     tensors = _only_tensors(content)
     if not tensors:
         keys = ", ".join(str(key) for key in list(content)[:10])
-        raise WeightsProblem(f"it holds no tensors by name (its keys: {keys or 'none'})")
+        raise WeightsError(f"it holds no tensors by name (its keys: {keys or 'none'})")
     return tensors, part
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is tensors by name, or a checkpoint around some."""
+    if not isinstance(value, Mapping):
+        return False
+    tensors = any(isinstance(inner, Tensor) for inner in value.values())
+    return tensors or any(_holds_tensors(value.get(key)) for key in _CONTAINERS)
 
 
 def _only_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,11 +147,11 @@ def _prefix(names: Iterable[str], part: str | None) -> str:
         wanted = part.rstrip(".") + "."
         if not any(name.startswith(wanted) for name in names):
             known = ", ".join(repr(prefix) for prefix in prefixes if prefix) or "none"
-            raise WeightsProblem(f"nothing in it is called {part!r} (beginnings of names: {known})")
+            raise WeightsError(f"nothing in it is called {part!r} (beginnings of names: {known})")
         return wanted
 
     if len(prefixes) > 1 and "" not in prefixes:
-        raise WeightsProblem(_ambiguous(prefixes))
+        raise WeightsError(_ambiguous(prefixes))
     return "" if len(prefixes) != 1 else prefixes[0]
 
 

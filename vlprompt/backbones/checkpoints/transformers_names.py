@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vlprompt.backbones.checkpoints import WeightsProblem
+from vlprompt.backbones.checkpoints import WeightsError
 
 __all__ = ["from_transformers", "is_transformers"]
 
@@ -71,7 +71,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     that are in neither layout stay as they are.
 
     Raises:
-        WeightsProblem: If queries, keys and values are not complete.
+        WeightsError: If queries, keys and values are not complete.
     """
     siglip = _PROBE in tensors
     names = _SIGLIP if siglip else _CLIP
@@ -120,7 +120,7 @@ def _packed(tensors: Mapping[str, Tensor], attention: str, kind: str) -> Tensor:
     parts = [f"{attention}{part}_proj.{kind}" for part in "qkv"]
     missing = [part for part in parts if part not in tensors]
     if missing:
-        raise WeightsProblem(f"it has no {missing[0]}")
+        raise WeightsError(f"it has no {missing[0]}")
     return torch.cat([tensors[part] for part in parts])
 
 
