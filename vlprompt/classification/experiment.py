@@ -31,6 +31,7 @@ from vlprompt.classification.transfer import start_from
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.files import path_fingerprint, write_json, write_jsonl
 from vlprompt.core.options import options_model
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import process_state
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.data.fingerprint import captions_fingerprint, data_fingerprint, missing_captions, missing_data
@@ -246,7 +247,7 @@ class ClassificationExperiment(Experiment):
         paths += [
             path
             for path in (config.backbone.masks, config.backbone.pretrained)
-            if path and Path(path).exists()
+            if path and user_path(path).exists()
         ]
 
         init = config.train.init.removeprefix(_GRAM)

@@ -14,6 +14,7 @@ from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
@@ -90,7 +91,7 @@ def fit(
     started = time.monotonic()
     processes = accelerator()
     learner.to(processes.device)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir) if cache is None else cache
 
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image, to_rgb
 from vlprompt.learners import Learner
 
@@ -93,7 +94,7 @@ def predict(
 def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Path | Image.Image]:
     """Return files and images one by one; a folder is searched."""
     if isinstance(images, (str, Path)):
-        path = Path(images)
+        path = user_path(images)
         if not path.is_dir():
             return [path]
 
@@ -104,7 +105,7 @@ def _sources(images: str | Path | Sequence[str | Path | Image.Image]) -> list[Pa
 
     if not len(images):
         raise DataError("no images to predict.")
-    return [image if isinstance(image, Image.Image) else Path(image) for image in images]
+    return [image if isinstance(image, Image.Image) else user_path(image) for image in images]
 
 
 @torch.no_grad()

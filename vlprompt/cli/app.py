@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from vlprompt.cli._errors import Commands
+from vlprompt.core.paths import user_path
 
 __all__ = ["COMMANDS", "build", "main"]
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Only the command that is called is imported; all of them where a name has to be shown, completed or corrected.
     called = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS
-    build(called)(args=words, prog_name="vlprompt")
+    build(called)(args=[_with_home(word) for word in words], prog_name="vlprompt")
 
 
 def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -64,6 +65,12 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
             app.command(name)(module.command)
 
     return app
+
+
+def _with_home(word: str) -> str:
+    """Return a word whose path begins with the home folder: a shell leaves ``~`` alone in ``--csv=~/out.csv``."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{user_path(value)}" if value.startswith("~/") else word
 
 
 def _version(wanted: bool) -> None:

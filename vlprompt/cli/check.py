@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlprompt.cli._complete import complete_config
+from vlprompt.core.paths import user_path
 
 if TYPE_CHECKING:
     from vlprompt.experiments.cell import Cell
@@ -33,7 +33,7 @@ def command(
 
     Exit status: 0 if there is no mistake, else 2.
     """
-    if Path(cfg).is_dir():
+    if user_path(cfg).is_dir():
         _check_prompt(cfg)
     else:
         _check_config(cfg, overrides or [])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.paths import user_path
 
 __all__ = [
     "path_fingerprint",
@@ -36,7 +37,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         CheckpointError: If the disk is full or the place can't be written; what stood at ``path`` is
             untouched.
     """
-    path = Path(path)
+    path = user_path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def path_fingerprint(path: Path | str) -> str:
 
     Contents are not read, so large files cost nothing. Where there is nothing at the path it returns ``"absent"``.
     """
-    root = Path(path)
+    root = user_path(path)
     if root.is_file():
         files = [root]
     elif root.is_dir():
@@ -127,7 +128,8 @@ def read_tensors(
     Raises:
         CheckpointError: If the file is missing, truncated or not a safetensors file of ours.
     """
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise CheckpointError(f"no such file: {path}.")
 
     try:

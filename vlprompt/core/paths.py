@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["looks_like_path", "user_path"]
+__all__ = ["local_or_name", "looks_like_path", "user_path"]
 
 
 def user_path(text: str | Path) -> Path:
@@ -17,6 +17,12 @@ def user_path(text: str | Path) -> Path:
         return path.expanduser()
     except RuntimeError:  # no such user
         return path
+
+
+def local_or_name(text: str) -> str:
+    """Return the whole path where there is something, and a name on the Hub or a tag as it is."""
+    path = user_path(text)
+    return str(path) if path.exists() else text
 
 
 def looks_like_path(text: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import check_classnames, check_templates, clean_classname
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
@@ -108,7 +108,7 @@ def open_split(name: str, split: str, root: str | os.PathLike[str] | None = None
 
 
 def _find(name: str, split: str, root: str | os.PathLike[str] | None) -> Ways[ImageDataset]:
-    folder = default_root() if root is None else Path(root).expanduser()
+    folder = default_root() if root is None else user_path(root)
     return image_ways(parse_name(name, "classification"), split, folder)
 
 

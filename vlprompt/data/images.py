@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset, Reader
 
 __all__ = [
@@ -67,7 +68,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         DataError: If the file is missing, truncated, too large, a thread of pixels or no image; names the file and
             the reason.
     """
-    with _opened(Path(path), Path(path), max_pixels) as image:
+    with _opened(user_path(path), user_path(path), max_pixels) as image:
         return _upright(image)
 
 
@@ -80,7 +81,7 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
     Raises:
         DataError: As :func:`read_image` does.
     """
-    with _opened(Path(path), Path(path), max_pixels) as image:
+    with _opened(user_path(path), user_path(path), max_pixels) as image:
         mode = image.mode
         return _upright(image), "; ".join(filter(None, (_frames_note(image), _mode_note(mode))))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import read_image
 from vlprompt.detection.boxes import Target
@@ -115,11 +116,11 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
     Raises:
         DataError: If the file is not of that format, or refers to what isn't there; names what.
     """
-    path = Path(annotations)
+    path = user_path(annotations)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         entries = {int(entry["id"]): entry for entry in raw["images"]}
-        files = {number: Path(images) / str(entry["file_name"]) for number, entry in entries.items()}
+        files = {number: user_path(images) / str(entry["file_name"]) for number, entry in entries.items()}
         sizes = {number: (int(entry["width"]), int(entry["height"])) for number, entry in entries.items()}
         categories = sorted((int(entry["id"]), str(entry["name"])) for entry in raw["categories"])
         labels = {number: label for label, (number, _) in enumerate(categories)}
@@ -157,7 +158,7 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
     for i, objects in enumerate(data.objects):
         name = f"{i:06d}.png"
         width, height = objects.size
-        _write_png(Path(folder) / name, data.image(i))
+        _write_png(user_path(folder) / name, data.image(i))
         entries.append({"id": i, "file_name": name, "width": width, "height": height})
 
         for box, label, crowd in zip(objects.boxes.tolist(), objects.labels, objects.crowd, strict=True):
@@ -174,7 +175,7 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
             )
 
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(data.classnames)]
-    path = Path(folder) / "annotations.json"
+    path = user_path(folder) / "annotations.json"
     write_json(path, {"images": entries, "annotations": annotations, "categories": categories})
     return path
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones import Backbone, create_backbone, list_backbones, missing_weights
 from vlprompt.core.errors import UnknownNameError
 from vlprompt.core.files import path_fingerprint
+from vlprompt.core.paths import user_path
 from vlprompt.experiments.config import BackboneOptions
 from vlprompt.saved.weight_masks import fold, read_masks
 
@@ -35,7 +35,7 @@ def backbone_sources(options: BackboneOptions) -> dict[str, str]:
     if options.masks is not None:
         fingerprints[options.masks] = path_fingerprint(options.masks)
     # A weights tag is no path; what it names is part of the configuration.
-    if options.pretrained is not None and Path(options.pretrained).exists():
+    if options.pretrained is not None and user_path(options.pretrained).exists():
         fingerprints[options.pretrained] = path_fingerprint(options.pretrained)
     return fingerprints
 

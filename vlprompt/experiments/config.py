@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 
 __all__ = [
     "STRICT",
@@ -242,7 +243,7 @@ def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
     """
     names = [str(cfg), f"{cfg}.yaml"]
     folders = [Path(), *([beside] if beside else [])]
-    for path in (folder / name for folder in folders for name in names):
+    for path in (folder / user_path(name) for folder in folders for name in names):
         if path.is_file():
             return path
 

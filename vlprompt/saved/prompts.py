@@ -16,6 +16,7 @@ from vlprompt.backbones import BACKBONES, Backbone, create_backbone
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import read_tensors, write_json, write_tensors
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
 from vlprompt.saved.paths import PROMPT_FILE, prompt_folder
@@ -96,7 +97,7 @@ def save(learner: Learner | Prompted, path: str | Path, metrics: Mapping[str, fl
     Raises:
         CheckpointError: If it can't be written; an older artefact in the folder stays usable.
     """
-    folder = Path(path)
+    folder = user_path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
     is_learner = isinstance(learner, Learner)
     content = PromptCard(

@@ -27,6 +27,7 @@ from PIL import Image
 
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
@@ -100,8 +101,8 @@ def scan_folder(
         DataError: If there is no folder or no image, or the scanner judges whole sets only.
         CheckpointError: If the scan to continue is another one, or nothing can be written.
     """
-    root = Path(folder)
-    target = Path(output)
+    root = user_path(folder)
+    target = user_path(output)
 
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r} to scan.")

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
@@ -318,7 +319,7 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
         return [partial(_decode_sample, images, i, preprocess) for i in range(len(images))]
 
     if isinstance(images, (str, Path)):
-        path = Path(images)
+        path = user_path(images)
         if not path.is_dir():
             return [partial(decode_file, path, path.name, preprocess)]
         return [partial(decode_file, path / name, name, preprocess) for name in list_images(path, path)]
@@ -329,7 +330,7 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
         if isinstance(image, Image.Image):
             entries.append(partial(_decode_image, image, f"image {number}", preprocess))
         else:
-            entries.append(partial(decode_file, Path(image), str(image), preprocess))
+            entries.append(partial(decode_file, user_path(image), str(image), preprocess))
 
     return entries
 

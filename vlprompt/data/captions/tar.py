@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import EXTENSIONS, decode, file_stamp
@@ -52,7 +53,7 @@ class TarCaptions:
     """
 
     def __init__(self, argument: str) -> None:
-        archives = sorted(glob.glob(str(Path(argument).expanduser())))
+        archives = sorted(glob.glob(str(user_path(argument))))
         if not archives:
             raise AbsentError(f"pairs tar:{argument}: no archive matches.")
         samples = [s for archive in archives for s in _scan(Path(archive))]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, file_stamp
 from vlprompt.data.segmentation.base import IGNORE, MaskReader, MaskSample
 
@@ -57,7 +58,7 @@ def read_mask(
     Raises:
         DataError: If the file is missing, no image, coloured, or holds values that ``rule`` doesn't explain.
     """
-    file = Path(path)
+    file = user_path(path)
     raw = raw_values(file, rule.threshold)
     void = np.isin(raw, rule.ignore) if rule.ignore else np.zeros(raw.shape, bool)
     inside = np.isin(raw, values) if values else _inside(file, raw, void, rule.threshold)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError, nearest
 from vlprompt.core.names import clean_classname
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import FileReader
 from vlprompt.data.sources import AbsentError, Request, sources
@@ -54,7 +55,7 @@ def build(
     Raises:
         DataError: Names the line and column that is wrong.
     """
-    table = Path(request.argument).expanduser()
+    table = user_path(request.argument)
     if not request.argument or not table.is_file():
         raise AbsentError(f"{request.name}: there is no file {str(table)!r}. Write csv:PATH.")
 

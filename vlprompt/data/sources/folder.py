@@ -16,6 +16,7 @@ from typing import Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import clean_classname
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import list_folders, list_images
@@ -72,7 +73,7 @@ def build(
     if empty_class not in ("error", "skip"):
         raise UnknownNameError("empty_class policy", str(empty_class), ("error", "skip"))
 
-    root = Path(request.argument).expanduser()
+    root = user_path(request.argument)
     if not request.argument or not root.is_dir():
         raise AbsentError(
             f"{request.name}: there is no folder {str(root)!r}. Write folder:PATH, with class folders in it."
