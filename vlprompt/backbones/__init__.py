@@ -11,6 +11,7 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.origin import origin_of
 from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.options import check_options
+from vlprompt.core.preprocessing import read_preprocess_options
 from vlprompt.core.registry import Registry
 
 __all__ = [
@@ -71,7 +72,7 @@ def create_backbone(name: str | nn.Module, pretrained: str | None = None, **opti
 
 def _registered(name: str, pretrained: str | None, options: Mapping[str, Any]) -> Backbone:
     """Build an embedded or plug-in backbone; its images can be prepared in another way like all others'."""
-    from vlprompt.backbones.preprocessing import change_preprocessing, read_preprocess_options
+    from vlprompt.backbones.preprocessing import change_preprocessing
 
     builder = BACKBONES.get(name).target
     shared = {key: options[key] for key in ("preprocess", "resize") if key in options}
@@ -95,17 +96,15 @@ def list_backbones() -> list[str]:
 
 
 def missing_weights(name: str, pretrained: str | None = None, cache_dir: str | None = None) -> str | None:
-    """Return what must be fetched before a backbone can be built, as a sentence; None if nothing must.
+    """Return what must be fetched or is missing before a backbone can be built, as a sentence; None if nothing is.
 
     Args:
         name: See :func:`create_backbone`.
         pretrained: See there.
         cache_dir: Where downloaded weights are kept; None for the usual folders.
     """
-    if name in BACKBONES or pretrained is None:
+    if name in BACKBONES:
         return None
-    from vlprompt.backbones.openclip import is_fetched
+    from vlprompt.backbones.openclip import missing_files
 
-    if is_fetched(name, pretrained, cache_dir):
-        return None
-    return f"the weights {pretrained!r} of {name} are not on this machine; the first run fetches them."
+    return missing_files(name, pretrained, cache_dir)

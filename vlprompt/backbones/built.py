@@ -18,9 +18,10 @@ from vlprompt.backbones.checkpoints.facts import facts_of_tag
 from vlprompt.backbones.checkpoints.fitting import load_tensors, open_clip_names
 from vlprompt.backbones.checkpoints.transformers_models import build_transformers_model
 from vlprompt.backbones.openclip import wrap_open_clip
-from vlprompt.backbones.preprocessing import ResizeMode, read_preprocess_options
+from vlprompt.backbones.origin import BUILT, UNSAVED
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.core.errors import BackboneError, UnknownNameError
+from vlprompt.core.preprocessing import ResizeMode, read_preprocess_options
 
 __all__ = ["build_from_model"]
 
@@ -42,7 +43,7 @@ def build_from_model(
         model: A CLIP of open_clip, which is frozen in place; or a ``CLIPModel`` or ``SiglipModel`` of transformers,
             whose weights are copied into a model of open_clip.
         architecture: open_clip's name of it, under which prompts find it again; None: the name of its class.
-        preprocess: Fields of :class:`vlprompt.backbones.preprocessing.PreprocessOptions`, or an image processor (or a
+        preprocess: Fields of :class:`vlprompt.core.preprocessing.PreprocessOptions`, or an image processor (or a
             whole processor) of transformers. None: what open_clip wrote on the model when it built it.
         resize: See :func:`vlprompt.create_backbone`.
         weights_of: A tag whose preprocessing it has, ``"ARCHITECTURE/tag"``.
@@ -67,13 +68,15 @@ def build_from_model(
     missing = ""
     if tokenizer is None:
         tokenizer, missing = _tokenizer(model, architecture)
-    return wrap_open_clip(
+    backbone = wrap_open_clip(
         model,
         {**facts, "size": _visual(model).image_size},
         wrap_tokenizer(tokenizer) if tokenizer is not None else None,
         {"architecture": architecture or title, "pretrained": None},
         missing,
     )
+    backbone.origin = {UNSAVED: [BUILT]}
+    return backbone
 
 
 def _of_transformers(model: Any) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import nn
 
 from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.checkpoints.facts import Facts, hub_files
-from vlprompt.backbones.checkpoints.files import WeightFiles, find_weight_files
+from vlprompt.backbones.checkpoints.files import WEIGHT_FILES, WeightFiles, find_weight_files
 from vlprompt.backbones.checkpoints.hub import Repository, fetch_weights
 from vlprompt.backbones.checkpoints.loading import (
     Asked,
@@ -31,17 +31,13 @@ from vlprompt.backbones.checkpoints.loading import (
     load_described,
 )
 from vlprompt.backbones.checkpoints.tensors import first_line
-from vlprompt.backbones.preprocessing import (
-    ResizeMode,
-    preprocessing_facts,
-    read_preprocess_options,
-    transform_of,
-)
+from vlprompt.backbones.preprocessing import preprocessing_facts, transform_of
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.core.errors import BackboneError, ConfigError, UnknownNameError
 from vlprompt.core.paths import looks_like_path, user_path
+from vlprompt.core.preprocessing import ResizeMode, read_preprocess_options
 
-__all__ = ["HUB", "LOCAL", "build_open_clip", "is_fetched", "wrap_open_clip"]
+__all__ = ["build_open_clip", "missing_files", "wrap_open_clip"]
 
 log = logging.getLogger("vlprompt.backbones")
 
@@ -82,22 +78,23 @@ def build_open_clip(
 
     if name.startswith((HUB, LOCAL)):
         loaded, source = _described(name, pretrained, asked, cache_dir)
-        architecture = name
+        # A place is no part of what a model is: the same folder, moved, is the same backbone.
+        architecture = loaded.card.transformers.get("model_type", "open_clip") if loaded.card else "open_clip"
+        facts = {"architecture": architecture, "pretrained": name}
     else:
         if name not in open_clip.list_models():
             raise UnknownNameError("backbone", name, [*open_clip.list_models(), "tiny"])
         loaded, source = _architecture(name, pretrained, asked, cache_dir, seed)
-        architecture = name
+        facts = {"architecture": name, "pretrained": None if pretrained is None else str(pretrained)}
 
     _set_scale(loaded.model, logit_scale, logit_bias)
     missing = ""
     if tokenizer is None:
-        tokenizer, missing = _tokenizer(architecture, loaded, source, cache_dir)
+        tokenizer, missing = _tokenizer(name, loaded, source, cache_dir)
     elif isinstance(tokenizer, str):
         tokenizer = _named_tokenizer(tokenizer, loaded, cache_dir)
 
     fields = {**loaded.preprocess, **wanted, "size": loaded.model.visual.image_size}
-    facts = {"architecture": architecture, "pretrained": None if pretrained is None else str(pretrained)}
     return wrap_open_clip(
         loaded.model, fields, wrap_tokenizer(tokenizer) if tokenizer else None, facts, missing
     )
@@ -379,15 +376,40 @@ def _quiet() -> Iterator[None]:
         ours.setLevel(level)
 
 
-def is_fetched(name: str, pretrained: str, cache_dir: str | None = None) -> bool:
-    """Return whether weights are on this machine: a path, or a tag whose file lies in its cache."""
-    entry = open_clip.get_pretrained_cfg(name, pretrained)
-    if not entry:
-        return user_path(pretrained).exists()
+def missing_files(name: str, pretrained: str | None, cache_dir: str | None = None) -> str | None:
+    """Return what must be fetched, or does not exist, before a backbone can be built; None if nothing.
 
-    folder = user_path(cache_dir or "~/.cache/clip")
+    Args:
+        name: An architecture, ``hf-hub:org/name`` or ``local-dir:PATH``.
+        pretrained: A tag, a path or nothing.
+        cache_dir: Where downloaded weights are kept; None for the usual folders.
+    """
+    cache = None if cache_dir is None else user_path(cache_dir)
+    place = name if name.startswith((HUB, LOCAL)) else pretrained or ""
+    if place.startswith(LOCAL):
+        folder = user_path(place.removeprefix(LOCAL))
+        return None if folder.is_dir() else f"the folder {folder} does not exist."
+    if place.startswith(HUB):
+        repository, _, revision = place.removeprefix(HUB).partition("@")
+        files = [try_to_load_from_cache(repository, file, cache, revision or None) for file in WEIGHT_FILES]
+        there = any(isinstance(file, str) for file in files)
+        return None if there else f"{place} is not on this machine; the first run fetches it."
+
+    entry = open_clip.get_pretrained_cfg(name, place) if place else {}
+    if entry:
+        if _is_fetched(entry, cache):
+            return None
+        return f"the weights {place!r} of {name} are not on this machine; the first run fetches them."
+    if place and not user_path(place).exists():
+        return f"the weights {place} of {name} do not exist."
+    return None
+
+
+def _is_fetched(entry: Mapping[str, Any], cache: Path | None) -> bool:
+    """Return whether the file of a tag lies in its cache."""
     repository, files = hub_files(entry)
     if repository:
-        cache = None if cache_dir is None else folder
         return any(isinstance(try_to_load_from_cache(repository, file, cache), str) for file in files)
+
+    folder = user_path("~/.cache/clip") if cache is None else cache
     return bool(entry.get("url")) and (folder / Path(entry["url"]).name).is_file()

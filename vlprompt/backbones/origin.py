@@ -10,11 +10,14 @@ import open_clip
 
 from vlprompt.core.paths import looks_like_path, user_path
 
-__all__ = ["LOCAL_DIR", "UNSAVED", "complete", "complete_if_there", "origin_of"]
+__all__ = ["BUILT", "LOCAL_DIR", "UNSAVED", "complete", "complete_if_there", "origin_of"]
 
 LOCAL_DIR = "local-dir:"
 UNSAVED = "unsaved"
 """Key of an origin that lists options which no file can hold, such as a tokenizer object."""
+
+BUILT = "model"
+"""Stands under :data:`UNSAVED` for a model that was built elsewhere."""
 
 _PATHS = ("cache_dir", "masks")  # options that are always paths
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+
 __all__ = ["command"]
 
 
@@ -27,13 +29,14 @@ def command(
         Part, typer.Option(help="The first half of the classes, the rest, or all.")
     ] = Part.ALL,
     root: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
+    backbone: BackboneChanges = None,
 ) -> None:
     """Score a saved learner on a data set, and print its metrics as JSON."""
     from vlprompt.classification import evaluate as evaluating
     from vlprompt.data import load_dataset
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt)
+    learner = load(prompt, backbone_changes(backbone))
     dataset = load_dataset(data, split, classes=classes.value, root=root)
     if learner.classnames != dataset.classnames:
         learner = learner.with_classes(dataset.classnames)

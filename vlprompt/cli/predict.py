@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+
 __all__ = ["command"]
 
 
@@ -23,6 +25,7 @@ def command(
             help="A class name to choose from instead of those trained on; repeat it.",
         ),
     ] = None,
+    backbone: BackboneChanges = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
 ) -> int:
     """Name images: a line per image with the likeliest classes.
@@ -33,7 +36,7 @@ def command(
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt)
+    learner = load(prompt, backbone_changes(backbone))
     if names:
         learner = learner.with_classes(names)
     tables = [predicting.predict(learner, image, topk) for image in images]

@@ -135,7 +135,7 @@ class GenerationConfig(ExperimentConfig):
 
     def paths(self) -> list[str]:
         """Return the files and folders that are read: concepts, and starting weights that are named by a path."""
-        weights = [self.host.weights, self.host.pipeline, self.scorer.pretrained, self.scorer.masks]
+        weights = [self.host.weights, self.host.pipeline, *self.scorer.paths()]
         paths = [path for path in weights if path is not None and user_path(path).exists()]
         if self.host.weights is not None:
             paths.append(self.host.weights)

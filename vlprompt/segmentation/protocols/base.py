@@ -176,8 +176,9 @@ def weight_files(section: BackboneOptions, options: Mapping[str, Any]) -> list[s
 
     Names of weights that are fetched are no paths.
     """
-    values = [section.masks, section.pretrained, options.get("weights")]
-    return [value for value in values if isinstance(value, str) and user_path(value).exists()]
+    weights = options.get("weights")
+    more = [weights] if isinstance(weights, str) and user_path(weights).exists() else []
+    return [*section.paths(), *more]
 
 
 def data_facts(name: str, data: MaskDataset) -> dict[str, Any]:
