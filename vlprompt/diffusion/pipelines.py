@@ -19,6 +19,7 @@ from vlprompt.core.errors import BackboneError
 from vlprompt.core.paths import local_or_name, user_path
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
+from vlprompt.diffusion.custom_code import refuse_custom_code
 
 __all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
@@ -204,10 +205,11 @@ def load_pipeline(classname: str, pipeline: str, revision: str | None = None) ->
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        BackboneError: If it can't be had; says what to do.
+        BackboneError: If it can't be had, or brings code of its own; says what to do.
     """
     diffusers = import_diffusers()
     pipeline = local_or_name(pipeline)
+    refuse_custom_code(pipeline, revision)
     try:
         kind = getattr(diffusers, classname)
         # Without safety_checker=None, newer releases fetch and run a classifier that blacks images out.
