@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     __version__: str
@@ -87,12 +88,15 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, backbone: Backbone | None = None, kind: Kind | None = None) -> Any:
+def load(
+    path: str | Path, backbone: Backbone | Mapping[str, Any] | None = None, kind: Kind | None = None
+) -> Any:
     """Read what :func:`vlprompt.save` wrote: a learner, or a segmentation model. No code in the files can run.
 
     Args:
         path: The folder, or that of the cell or run which saved it, if it saved no other.
-        backbone: The backbone it was trained on; None builds it from the name in the file.
+        backbone: The backbone it was trained on; None builds what the file says. A mapping builds that with other
+            arguments of :func:`create_backbone`, such as ``{"pretrained": PATH}`` where weights have moved.
         kind: What it has to be; None takes either.
 
     Raises:

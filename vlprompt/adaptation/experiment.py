@@ -20,6 +20,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.core.options import options_model
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
@@ -335,7 +336,7 @@ class AdaptationExperiment(Experiment):
         if self.config.diffusion is not None and self.config.generated:
             options = self.config.diffusion.options
             local = [options.get("pipeline"), options.get("weights")]
-            paths += [str(path) for path in local if path and Path(path).exists()]
+            paths += [str(path) for path in local if path and user_path(path).exists()]
 
         return paths
 

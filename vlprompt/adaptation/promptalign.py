@@ -24,6 +24,7 @@ from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
 
@@ -47,7 +48,7 @@ class SourceStatistics:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {"means": self.means, "variances": self.variances}
-        write_tensors(Path(path), tensors, {"backbone": self.backbone})
+        write_tensors(user_path(path), tensors, {"backbone": self.backbone})
 
     @classmethod
     def load(cls, path: str | Path) -> SourceStatistics:
@@ -56,7 +57,7 @@ class SourceStatistics:
         Raises:
             CheckpointError: If the file is missing, damaged or another one.
         """
-        tensors, metadata = read_tensors(Path(path))
+        tensors, metadata = read_tensors(user_path(path))
         if tensors.keys() != {"means", "variances"} or "backbone" not in metadata:
             raise CheckpointError(f"{path} holds no source statistics.")
         return cls(tensors["means"], tensors["variances"], metadata["backbone"])

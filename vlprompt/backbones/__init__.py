@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from vlprompt.backbones.base import Backbone
+from vlprompt.backbones.origin import origin_of
 from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.core.options import check_options
+from vlprompt.core.preprocessing import read_preprocess_options
 from vlprompt.core.registry import Registry
 
 __all__ = [
@@ -21,28 +27,65 @@ BACKBONES: Registry[Any] = Registry("backbone", "vlprompt.backbones")
 """Embedded and plug-in backbones; open_clip's architectures are looked up when none of these matches."""
 
 
-def create_backbone(name: str, pretrained: str | None = None, **options: Any) -> Backbone:
+def create_backbone(name: str | nn.Module, pretrained: str | None = None, **options: Any) -> Backbone:
     """Build a frozen dual encoder.
 
     Args:
-        name: An embedded backbone (``"tiny"``) or any open_clip architecture (``"ViT-B-16"``, ``"RN50"``,
-            ...).
-        pretrained: For open_clip: a weights tag (``"openai"``), the path of a weights file (safetensors, or a
-            torch state dict), or None for seeded random weights. For ``tiny``: None for its own weights,
-            ``"random"``.
-        **options: For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``resize``
-            (``"shortest"`` keeps proportions and crops, ``"squash"`` doesn't; None: as trained), ``tokenizer``,
-            ``cache_dir``, ``seed`` of random weights.
+        name: An embedded backbone (``"tiny"``); any open_clip architecture (``"ViT-B-16"``, ``"RN50"``, ...);
+            ``"hf-hub:org/name"`` or ``"local-dir:PATH"``, which bring a card and their weights (of open_clip, or a CLIP
+            or SigLIP of transformers); or a built model of open_clip or transformers, which is frozen in place.
+        pretrained: For open_clip: a weights tag (``"openai"``), the path of weights, or None for seeded random
+            weights. Weights are a safetensors file, a torch state dict or checkpoint, a TorchScript archive, an index
+            of parts, or a folder with one of them, in the layout of open_clip or transformers. For ``tiny``: None for
+            its own weights, ``"random"``.
+        **options: For all that are named: ``resize`` (``"shortest"`` keeps proportions and crops, ``"longest"`` pads,
+            ``"squash"`` doesn't keep them; None: as trained) and ``preprocess`` (``mean``, ``std``, ``interpolation``,
+            ``resize_mode``; what is left out: as trained).
+            For open_clip: ``quick_gelu`` (None: what the weights were trained with), ``weights_of`` (a tag that weights
+            from a file are like), ``part`` (which model of a file that holds several), ``leave_out`` (beginnings of
+            names of tensors that are not wanted, such as a head), ``logit_scale`` and ``logit_bias`` (None: the
+            weights' own), ``tokenizer``, ``cache_dir``, ``seed`` of random weights.
+            For built models: see :func:`vlprompt.backbones.built.build_from_model`.
 
     Raises:
         UnknownNameError: For an unknown name or tag, with the nearest valid ones.
-        BackboneError: If weights can't be fetched or don't fit; says what to do and what works offline.
+        BackboneError: If weights can't be fetched or don't fit, or nothing says how they were trained; says what to do
+            and what works offline.
+        ConfigError: For options that the backbone doesn't have, or values it doesn't take.
     """
-    if name in BACKBONES:
-        return BACKBONES.get(name).target(pretrained, **options)
-    from vlprompt.backbones.openclip import build_open_clip
+    if not isinstance(name, str):
+        from vlprompt.backbones.built import build_from_model
 
-    return build_open_clip(name, pretrained, **options)
+        return build_from_model(name, **_checked(build_from_model, options, type(name).__name__))
+
+    if name in BACKBONES:
+        backbone = _registered(name, pretrained, options)
+    else:
+        from vlprompt.backbones.openclip import build_open_clip
+
+        checked = _checked(build_open_clip, options, name)
+        backbone = build_open_clip(name, None if pretrained is None else str(pretrained), **checked)
+
+    backbone.origin = origin_of(name, pretrained, options)
+    return backbone
+
+
+def _registered(name: str, pretrained: str | None, options: Mapping[str, Any]) -> Backbone:
+    """Build an embedded or plug-in backbone; its images can be prepared in another way like all others'."""
+    from vlprompt.backbones.preprocessing import change_preprocessing
+
+    builder = BACKBONES.get(name).target
+    shared = {key: options[key] for key in ("preprocess", "resize") if key in options}
+    changes = read_preprocess_options(shared.get("preprocess"), shared.get("resize"), f"backbone {name!r}")
+    others = {key: value for key, value in options.items() if key not in shared}
+
+    backbone = builder(pretrained, **_checked(builder, others, name))
+    change_preprocessing(backbone, changes)
+    return backbone
+
+
+def _checked(builder: Any, options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return check_options(builder, options, source=f"backbone {name!r}")
 
 
 def list_backbones() -> list[str]:
@@ -53,17 +96,15 @@ def list_backbones() -> list[str]:
 
 
 def missing_weights(name: str, pretrained: str | None = None, cache_dir: str | None = None) -> str | None:
-    """Return what must be fetched before a backbone can be built, as a sentence; None if nothing must.
+    """Return what must be fetched or is missing before a backbone can be built, as a sentence; None if nothing is.
 
     Args:
         name: See :func:`create_backbone`.
         pretrained: See there.
         cache_dir: Where downloaded weights are kept; None for the usual folders.
     """
-    if name in BACKBONES or pretrained is None:
+    if name in BACKBONES:
         return None
-    from vlprompt.backbones.openclip import is_fetched
+    from vlprompt.backbones.openclip import missing_files
 
-    if is_fetched(name, pretrained, cache_dir):
-        return None
-    return f"the weights {pretrained!r} of {name} are not on this machine; the first run fetches them."
+    return missing_files(name, pretrained, cache_dir)

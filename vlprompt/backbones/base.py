@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text import TextTower
-from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import VisionTower, VisualPrompts
 from vlprompt.core.names import clean_classname
 
@@ -37,6 +37,7 @@ class Backbone(nn.Module):
         dim: d, dimension of the joint space.
         image_size: (H, W) of the input in pixels.
         about: What its weights were trained on and where they are weak; empty where nobody has written it down.
+        origin: Arguments of :func:`vlprompt.create_backbone` (and ``masks``) that build it again; empty if none do.
     """
 
     model: Any
@@ -59,6 +60,12 @@ class Backbone(nn.Module):
         self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
         self.about = ""
+        self.origin: dict[str, Any] = {}
+
+        # A sentence that is not start, words, end and padding has no place for learned context; strings are
+        # encoded in the tokenizer's own rows.
+        if self.text.refusal is None and (reason := irregularity(tokenizer)):
+            self.text.refusal = f"{reason} Learners that leave the text tower alone work."
 
     def describe(self) -> str:
         """Return what it is, what its weights were trained on, and where they are weak, for people."""

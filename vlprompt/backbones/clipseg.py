@@ -18,6 +18,7 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.paths import user_path
 
 __all__ = ["build_clipseg", "default_config", "layer_state", "read_checkpoint"]
 
@@ -91,7 +92,8 @@ def read_checkpoint(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         BackboneError: If something is missing, damaged, or can't be fetched; says what to do.
     """
-    paths = _local(Path(source)) if Path(source).is_dir() else _fetched(source)
+    folder = user_path(source)
+    paths = _local(folder) if folder.is_dir() else _fetched(source)
     if paths is None:
         raise BackboneError(f"{source} needs {_FILES[0]}, and {_FILES[1]} or {_FILES[2]}.")
 

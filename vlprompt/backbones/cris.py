@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -17,6 +16,7 @@ from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.paths import user_path
 
 __all__ = ["build_cris", "read_cris"]
 
@@ -67,16 +67,17 @@ def read_cris(path: str) -> dict[str, Tensor]:
     Raises:
         BackboneError: If it can't be read; there are no official weights, so it says where others come from.
     """
-    if not Path(path).is_file():
+    file = user_path(path)
+    if not file.is_file():
         raise BackboneError(
             f"no CRIS checkpoint at {path}. Its authors published none; issue 3 of DerrickWang005/CRIS.pytorch links "
             "one that others trained. What works offline: the embedded tiny backbone, whose decoder is in the package."
         )
 
     try:
-        if Path(path).suffix == ".safetensors":
-            return _stripped(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            return _stripped(load_file(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds; what torch advises (running the code) is no advice
         raise BackboneError(f"{path} is no safetensors file or torch state dict of plain tensors.") from error
 

@@ -37,6 +37,7 @@ class ReweightedBackbone(Backbone):
     def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
         super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
         self.text = backbone.text
+        self.origin = backbone.origin
         self._layers = _by_caller(self.vision.visual, weights)
 
     def image_embeddings(

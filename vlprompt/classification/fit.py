@@ -16,6 +16,7 @@ from vlprompt.classification.recipe import AutomaticRecipe, find_recipe
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
@@ -100,7 +101,7 @@ def fit(
     started = time.monotonic()
     processes = accelerator()
     learner.to(processes.device)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir) if cache is None else cache
 
     automatic = _recipe(learner, train, val, recipe, options, cache)

@@ -16,6 +16,7 @@ from vlprompt.classification.cluster_sheet import write_sheet
 from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.fit import describe
 from vlprompt.core.files import write_json
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.slugs import slug
 from vlprompt.data.captions.store import CaptionStore, build_store
@@ -101,7 +102,7 @@ def _clustered(config: ClassificationConfig, backbone: Backbone, seed: int) -> t
     """Encode the captioned images, unless that is done, and cluster them."""
     started = time.monotonic()
     meta = config.meta
-    store_folder = Path(meta.store) if meta.store else _default_store(config, backbone)
+    store_folder = user_path(meta.store) if meta.store else _default_store(config, backbone)
     with accelerator().main_process_first():
         store = build_store(meta.pairs, backbone, store_folder, shard=meta.shard)
     built = time.monotonic()
@@ -133,7 +134,7 @@ def _episodes(
 
 def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
     """One store per source and backbone, shared by the runs of an output folder."""
-    return Path(config.output) / "pairs" / f"{slug(config.meta.pairs)}_{backbone.fingerprint['id']}"
+    return user_path(config.output) / "pairs" / f"{slug(config.meta.pairs)}_{backbone.fingerprint['id']}"
 
 
 def _run_identity(

@@ -33,6 +33,7 @@ from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.classification.task_batches import MultiTaskBatches
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import check_classnames
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import Trainable, TransparentWrapper
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
@@ -293,7 +294,7 @@ def fit_multitask(
     started = time.monotonic()
     processes = accelerator()
     learner.to(processes.device)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir)
 
     start = start_learner(learner, checked.init)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from vlprompt.cli._errors import LAST_NET, Commands, say_last_net
+from vlprompt.core.paths import user_path
 
 __all__ = ["COMMANDS", "build", "main"]
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     called = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS
     try:
         try:
-            build(called)(args=words, prog_name="vlprompt")
+            build(called)(args=[_with_home(word) for word in words], prog_name="vlprompt")
         finally:
             sys.stdout.flush()  # help is printed before any command runs
     except LAST_NET as error:
@@ -70,6 +71,12 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
             app.command(name)(module.command)
 
     return app
+
+
+def _with_home(word: str) -> str:
+    """Return a word whose path begins with the home folder: a shell leaves ``~`` alone in ``--csv=~/out.csv``."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{user_path(value)}" if value.startswith("~/") else word
 
 
 def _version(wanted: bool) -> None:

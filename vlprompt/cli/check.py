@@ -10,6 +10,7 @@ import typer
 
 from vlprompt.cli._complete import complete_config
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.paths import user_path
 
 if TYPE_CHECKING:
     from vlprompt.experiments.cell import Cell
@@ -44,7 +45,7 @@ def command(
 
     Exit status: 0; 1 if a run does not reach what its configuration expects; 2 after a mistake.
     """
-    path = Path(cfg)
+    path = user_path(cfg)
     if path.is_dir() and (path / "config.yaml").is_file():  # a run, finished or not
         return _check_run(path, against)
 

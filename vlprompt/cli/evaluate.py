@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def command(
         ),
     ] = None,
     root: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
+    backbone: BackboneChanges = None,
 ) -> None:
     """Score a saved learner on a data set, and print its metrics as JSON, with the counts that they are of."""
     if everything and split is not None:
@@ -60,7 +62,7 @@ def command(
     from vlprompt.data import load_dataset
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt)
+    learner = load(prompt, backbone_changes(backbone))
     part = "all" if everything else split or "test"
     dataset = load_dataset(data, part, classes=classes.value, root=root)
     space = label_space or _label_space(learner, dataset)

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+
 __all__ = ["command"]
 
 
 def command(
     prompt: Annotated[str, typer.Argument(help="Folder of a saved learner with masks, or of its run.")],
     other: Annotated[str | None, typer.Argument(help="Another one, to compare with.")] = None,
+    backbone: BackboneChanges = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the shares here.")] = None,
 ) -> None:
     """Print the share of weights that saved masks switch off, in percent.
@@ -24,9 +27,9 @@ def command(
     from vlprompt.saved.prompts import load
     from vlprompt.saved.weight_masks import read_masks
 
-    backbone = load(prompt).backbone
-    first = read_masks(prompt, backbone)
-    second = first if other is None else read_masks(other, backbone)
+    tower = load(prompt, backbone_changes(backbone)).backbone
+    first = read_masks(prompt, tower)
+    second = first if other is None else read_masks(other, tower)
     for name, difference in first.diff(second).items():
         counts = [difference.both_off + difference.only_first]
         if other is not None:

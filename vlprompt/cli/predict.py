@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from vlprompt.learners import Learner
+    from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
@@ -27,6 +28,7 @@ def command(
             help="A class name to choose from instead of those trained on; repeat it.",
         ),
     ] = None,
+    backbone: BackboneChanges = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
 ) -> int:
     """Name images: a line per image with the likeliest classes.
@@ -37,7 +39,7 @@ def command(
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt)
+    learner = load(prompt, backbone_changes(backbone))
     if names and not _are_its_own(learner, names):
         learner = learner.with_classes(names)
     tables = [predicting.predict(learner, image, topk) for image in images]

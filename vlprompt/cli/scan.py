@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
 from vlprompt.core.errors import DataError
@@ -36,6 +37,7 @@ def command(
         float | None,
         typer.Option(help="Score in [0, 1] from which an image is suspected.  [default: the scanner's]"),
     ] = None,
+    backbone: BackboneChanges = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
     top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
@@ -58,7 +60,7 @@ def command(
     from vlprompt.saved.prompts import load
     from vlprompt.security.folder import scan_folder
 
-    learner: Learner = load(prompt)
+    learner: Learner = load(prompt, backbone_changes(backbone))
     if not isinstance(learner, ImageScanner):
         raise DataError(
             f"{prompt} holds {learner.method}, which can't scan. Train a scanner: vlprompt run dbom_tiny.yaml."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import CommandGroup
 from vlprompt.core.errors import DataError
 
@@ -44,11 +45,12 @@ def predict(
     overlay: Annotated[Path | None, typer.Option(help="Also write the image with the mask on it.")] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Saved model's folder, or its run's; without: --model on --backbone, zero-shot."),
+        typer.Option(
+            help="Saved model's folder, or its run's; without: --model on --backbone name=..., zero-shot."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Model without --prompt.")] = "clipseg",
-    backbone: Annotated[str, typer.Option(help="Its backbone.")] = "tiny",
-    pretrained: Annotated[str | None, typer.Option(help="Its weights.")] = None,
+    backbone: BackboneChanges = None,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is inside.")] = 0.5,
     soft: Annotated[
         bool, typer.Option("--soft", help="Write probabilities, 0 to 255, instead of the mask.")
@@ -62,14 +64,19 @@ def predict(
     from vlprompt.backbones import create_backbone
     from vlprompt.core.files import write_atomic
     from vlprompt.data import read_image
+    from vlprompt.saved.weight_masks import fold, read_masks
     from vlprompt.segmentation import create_segmenter, overlays
     from vlprompt.segmentation.evaluate import load_trained, predict_mask
 
+    changes = backbone_changes(backbone)
     pixels = read_image(image)
     if prompt is not None:
-        segmenter = load_trained(prompt)
+        segmenter = load_trained(prompt, changes)
     else:
-        segmenter = create_segmenter(model, create_backbone(backbone, pretrained))
+        masks = changes.pop("masks", None)
+        tower = create_backbone(changes.pop("name", "tiny"), **changes)
+        tower = tower if masks is None else fold(tower, read_masks(masks, tower))
+        segmenter = create_segmenter(model, tower)
     probabilities = predict_mask(segmenter, pixels, phrase)
     inside = probabilities > threshold
 
@@ -94,6 +101,7 @@ def evaluate(
     ] = Protocol.PRESENT,
     phrase: Annotated[str | None, typer.Option(help="Replaces every phrase.")] = None,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is inside.")] = 0.5,
+    backbone: BackboneChanges = None,
     csv: Annotated[Path | None, typer.Option(help="Write one line per pair here.")] = None,
 ) -> None:
     """Score a saved segmentation model on data sets."""
@@ -103,7 +111,7 @@ def evaluate(
     from vlprompt.data import load_segmentation
     from vlprompt.segmentation.evaluate import evaluate_segmenter, load_trained
 
-    segmenter = load_trained(prompt)
+    segmenter = load_trained(prompt, backbone_changes(backbone))
     queries: Literal["present", "all"] = "present" if protocol is Protocol.PRESENT else "all"
     rows: list[tuple[Any, ...]] = []
 

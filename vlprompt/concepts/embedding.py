@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import torch_rng
 
 __all__ = ["ConceptEmbedding", "Concepts", "Kind", "Share", "normal_start", "repeated", "visual_start"]
@@ -138,8 +139,8 @@ class Concepts:
             facts=self.facts,
             digest=_digest(tensors),
         )
-        write_tensors(Path(path), tensors, {"concepts": card.model_dump()})
-        return Path(path)
+        write_tensors(user_path(path), tensors, {"concepts": card.model_dump()})
+        return user_path(path)
 
     @classmethod
     def load(cls, path: str | Path, kind: Kind) -> Concepts:
@@ -152,7 +153,7 @@ class Concepts:
         Raises:
             CheckpointError: If it is missing, damaged, no concept file, or of another kind.
         """
-        tensors, metadata = read_tensors(Path(path))
+        tensors, metadata = read_tensors(user_path(path))
         try:
             card = ConceptCard.model_validate(metadata.get("concepts"))
         except ValidationError as error:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.paths import user_path
 from vlprompt.core.temporary import remove_left_behind, temporary_neighbour
 
 __all__ = [
@@ -44,7 +45,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         CheckpointError: If the disk is full or the place can't be written, is a folder, a disk, a socket, a link that
             ends in itself or a pipe that nobody reads; what stood at ``path`` is untouched.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         target = _target(path)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
@@ -104,7 +105,7 @@ def path_fingerprint(path: Path | str) -> str:
 
     Contents are not read, so large files cost nothing. Where there is nothing at the path it returns ``"absent"``.
     """
-    root = Path(path)
+    root = user_path(path)
     if root.is_file():
         files = [root]
     elif root.is_dir():
@@ -146,7 +147,8 @@ def read_tensors(
     Raises:
         CheckpointError: If the file is missing, truncated, not a safetensors file of ours, or a checksum in it differs.
     """
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise CheckpointError(f"no such file: {path}.")
 
     try:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlprompt.core.errors import DataError, NonFiniteError
+from vlprompt.core.paths import user_path
 from vlprompt.data._shards import ShardStore
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.transforms import Augmentation, Preprocess
@@ -40,7 +41,7 @@ class FeatureCache:
     """
 
     def __init__(self, root: str | Path | None = None, rows_per_shard: int = _ROWS_PER_SHARD) -> None:
-        self.root = None if root is None else Path(root).expanduser()
+        self.root = None if root is None else user_path(root)
         self.rows_per_shard = rows_per_shard
         self._stores: dict[tuple[str, torch.dtype], ShardStore] = {}
 

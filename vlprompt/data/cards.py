@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlprompt.core.errors import ConfigError, DataError, UnknownNameError, nearest
 from vlprompt.core.names import check_classnames, check_templates
+from vlprompt.core.paths import user_path
 
 __all__ = [
     "ArchiveSpec",
@@ -267,7 +268,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
 
 
 def _card_files() -> dict[str, Path]:
-    further = [Path(p).expanduser() for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
+    further = [user_path(p) for p in os.environ.get("VLPROMPT_CARDS", "").split(os.pathsep) if p]
     files: dict[str, Path] = {}
     # A user's card of the same name replaces the shipped one.
     for folder in (cards_dir(), *further):

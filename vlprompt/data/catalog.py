@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import check_classnames, check_templates, check_text, clean_classname, printable
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
@@ -124,7 +125,7 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
     if root is None:
         return default_root()
     try:
-        return Path(root).expanduser()
+        return user_path(root)
     except (TypeError, RuntimeError) as error:
         raise DataError(f"root is the folder of data sets; got {root!r} ({error}).") from None
 

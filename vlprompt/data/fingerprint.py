@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.captions import CAPTION_SOURCES, open_captions
 from vlprompt.data.cards import card_path
@@ -173,7 +174,7 @@ def _facts(data: ImageDataset | MaskDataset) -> Iterator[str]:
 def _box_paths(name: str) -> list[Path]:
     """Return the file of annotations and the folder of images of ``coco:JSON:FOLDER``."""
     annotations, _, folder = name.removeprefix("coco:").partition(":")
-    return [Path(annotations), Path(folder or Path(annotations).parent)]
+    return [user_path(annotations), user_path(folder or user_path(annotations).parent)]
 
 
 def _boxes_fingerprint(name: str) -> str:

@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset, Reader
 from vlprompt.data.pixels import is_deep, orientation, range_of, to_rgb
 
@@ -94,7 +95,7 @@ def read_image(
         DataError: If the file is missing, no regular file, truncated, too large, a thread of pixels or no image; names
             the file and the reason.
     """
-    with _opened(Path(path), Path(path), max_pixels) as image:
+    with _opened(user_path(path), user_path(path), max_pixels) as image:
         return _upright(image, value_range)
 
 
@@ -107,7 +108,7 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
     Raises:
         DataError: As :func:`read_image` does.
     """
-    with _opened(Path(path), Path(path), max_pixels) as image:
+    with _opened(user_path(path), user_path(path), max_pixels) as image:
         mode = image.mode
         rgb = _upright(image)
         return rgb, "; ".join(filter(None, (_frames_note(image), _mode_note(image, mode))))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.images import EXTENSIONS, decode, read_image
 from vlprompt.data.listing import list_images
@@ -130,7 +131,7 @@ def _files(item: str | Path) -> Iterator[Path]:
     if not text or "\0" in text:
         raise DataError(f"{text[:200]!r} is no path of an image.")
 
-    path = Path(item)
+    path = user_path(item)
     try:
         is_folder = path.is_dir()
     except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.paths import user_path
 from vlprompt.core.registry import Registry
 from vlprompt.data import scenes
 from vlprompt.data.cards import Card, card_names, load_card
@@ -64,7 +65,7 @@ class DataName:
 
 def default_root() -> Path:
     """Return the folder of downloaded data sets: ``VLPROMPT_DATA``, or ``~/.cache/vlprompt/data``."""
-    return Path(os.environ.get("VLPROMPT_DATA") or "~/.cache/vlprompt/data").expanduser()
+    return user_path(os.environ.get("VLPROMPT_DATA") or "~/.cache/vlprompt/data")
 
 
 def list_datasets(task: Task | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import listed_names, printable
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.catalog import open_split
 from vlprompt.data.images import verify
@@ -73,7 +74,7 @@ def look_at(name: str) -> Overview:
         _describe(overview, split, data)
     _compare(overview, splits)
     if name.startswith("folder:"):
-        overview.lines += _left_out(Path(name.removeprefix("folder:")).expanduser())
+        overview.lines += _left_out(user_path(name.removeprefix("folder:")))
     return overview
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.paths import local_or_name, user_path
 from vlprompt.core.seeding import seeded_modules
 
 __all__ = ["build_model", "is_fetched"]
@@ -39,7 +39,9 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
     kind = getattr(transformers, classname)
     try:
         if pretrained is not None:
-            model = kind.from_pretrained(pretrained, use_safetensors=True)  # no pickle is ever loaded
+            model = kind.from_pretrained(
+                local_or_name(pretrained), use_safetensors=True
+            )  # no pickle is ever loaded
         else:
             with seeded_modules(seed, "detector", classname):
                 model = kind(kind.config_class(**(config or {})))
@@ -56,6 +58,6 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
 
 def is_fetched(pretrained: str) -> bool:
     """Return whether weights are on this machine: a folder, or a name on the Hub whose files are in the cache."""
-    if Path(pretrained).exists():
+    if user_path(pretrained).exists():
         return True
     return isinstance(try_to_load_from_cache(pretrained, "config.json"), str)

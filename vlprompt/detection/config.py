@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import describe_problems, options_model
+from vlprompt.core.paths import user_path
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.sources import check_boxes_name, has_splits
 from vlprompt.experiments.concept_study import OWN_TEST, ConceptConfig, ConceptData
@@ -77,7 +77,7 @@ class DetectionConfig(ConceptConfig):
     def weight_paths(self) -> list[str]:
         """Return the files and folders that the detector's weights are read from."""
         values = [self.detector.get(key) for key in ("pretrained", "weights")]
-        return [value for value in values if isinstance(value, str) and Path(value).exists()]
+        return [value for value in values if isinstance(value, str) and user_path(value).exists()]
 
     def problems(self) -> list[str]:
         """See :meth:`ExperimentConfig.problems`: splits that a data set doesn't have."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.coco import read_coco_file
 from vlprompt.data.images import read_image
@@ -117,8 +118,9 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
     Raises:
         DataError: If the file is not of that format, refers to what isn't there, or does not fit the images.
     """
-    path = Path(annotations)
-    file = read_coco_file(path, Path(images), boxes=True)
+    path = user_path(annotations)
+    folder = user_path(images)
+    file = read_coco_file(path, folder, boxes=True)
     entries = tuple(
         ImageObjects.of([(item.box, item.label, item.crowd) for item in entry.objects], entry.size)
         for entry in file.images
@@ -127,7 +129,7 @@ def read_coco(annotations: str | Path, images: str | Path) -> DetectionData:
         name=path.stem,
         classnames=file.classnames,
         objects=entries,
-        image=lambda i: read_image(Path(images) / file.images[i].name),
+        image=lambda i: read_image(folder / file.images[i].name),
     )
 
 
@@ -146,7 +148,7 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
     for i, objects in enumerate(data.objects):
         name = f"{i:06d}.png"
         width, height = objects.size
-        _write_png(Path(folder) / name, data.image(i))
+        _write_png(user_path(folder) / name, data.image(i))
         entries.append({"id": i, "file_name": name, "width": width, "height": height})
 
         for box, label, crowd in zip(objects.boxes.tolist(), objects.labels, objects.crowd, strict=True):
@@ -163,7 +165,7 @@ def write_coco(data: DetectionData, folder: str | Path) -> Path:
             )
 
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(data.classnames)]
-    path = Path(folder) / "annotations.json"
+    path = user_path(folder) / "annotations.json"
     write_json(path, {"images": entries, "annotations": annotations, "categories": categories})
     return path
 

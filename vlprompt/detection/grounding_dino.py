@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError, DataError
+from vlprompt.core.paths import local_or_name
 from vlprompt.detection import DETECTORS
 from vlprompt.detection._transformers import build_model
 from vlprompt.detection.base import Detections, Detector, Frozen
@@ -79,7 +80,7 @@ class GroundingDino(Detector):
         model.model.text_backbone = self.encoder
         self.model = model
         self.size = size
-        self.source = pretrained
+        self.source = None if pretrained is None else local_or_name(pretrained)
         self.width = int(model.config.text_config.hidden_size)
         self.most = int(model.config.max_text_len)
         self.identity = {"kind": "GroundingDino", "size": size, "weights": weights_id(model)}

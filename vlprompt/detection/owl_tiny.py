@@ -21,6 +21,7 @@ from vlprompt.backbones.taps import first_state, run_taps
 from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.files import read_tensors
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.base import Detections, Detector, Frozen
@@ -111,7 +112,7 @@ class OwlTiny(Detector):
         with seeded_modules(seed, "owl-tiny"):
             self.head = OwlHead(self.backbone.vision.width, self.width, grid)
         if weights != "random":
-            self._load(Path(weights) if weights else WEIGHTS)
+            self._load(user_path(weights) if weights else WEIGHTS)
 
         self.tower = ("backbone.",)
         self._has_text = True

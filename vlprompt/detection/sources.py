@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlprompt.core.files import path_fingerprint
+from vlprompt.core.paths import user_path
 from vlprompt.detection.data import DetectionData, read_coco
 from vlprompt.detection.scenes import check_scene_name, scene_boxes
 
@@ -69,5 +70,5 @@ def missing_boxes(name: str, split: str) -> str | None:
 def _coco_paths(name: str, split: str) -> tuple[Path, Path]:
     """Return the annotations' file and the images' folder."""
     annotations, _, folder = name.removeprefix(_COCO).replace(_SPLIT, split).partition(":")
-    path = Path(annotations)
-    return path, Path(folder) if folder else path.parent
+    path = user_path(annotations)
+    return path, user_path(folder) if folder else path.parent

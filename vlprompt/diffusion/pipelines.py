@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,8 +16,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.paths import local_or_name, user_path
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
+from vlprompt.diffusion.custom_code import refuse_custom_code
 
 __all__ = ["ImageToImage", "ImageVariation", "load_pipeline"]
 
@@ -71,7 +72,7 @@ class _Pipeline(Generator):
     def missing(cls, options: Mapping[str, Any]) -> str | None:
         """See :meth:`Generator.missing`: a pipeline is a local folder, or in the cache of the Hugging Face Hub."""
         pipeline = str(options["pipeline"])
-        if Path(pipeline).is_dir():
+        if user_path(pipeline).is_dir():
             return missing_diffusers()
 
         try:
@@ -204,9 +205,11 @@ def load_pipeline(classname: str, pipeline: str, revision: str | None = None) ->
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        BackboneError: If it can't be had; says what to do.
+        BackboneError: If it can't be had, or brings code of its own; says what to do.
     """
     diffusers = import_diffusers()
+    pipeline = local_or_name(pipeline)
+    refuse_custom_code(pipeline, revision)
     try:
         kind = getattr(diffusers, classname)
         # Without safety_checker=None, newer releases fetch and run a classifier that blacks images out.
@@ -217,7 +220,9 @@ def load_pipeline(classname: str, pipeline: str, revision: str | None = None) ->
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = shorten(text, 300, placeholder=" ...").rstrip(".")
         where = (
-            "in that folder" if Path(pipeline).is_dir() else "on the Hugging Face Hub, or as a local folder"
+            "in that folder"
+            if user_path(pipeline).is_dir()
+            else "on the Hugging Face Hub, or as a local folder"
         )
         raise BackboneError(
             f"the diffusion pipeline {pipeline!r} can't be loaded: {reason}. It was looked for {where}. Fetch it where "

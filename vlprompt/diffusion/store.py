@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import write_atomic, write_json
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import read_image
 
 __all__ = ["ViewStore"]
@@ -32,7 +33,7 @@ class ViewStore:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = user_path(root)
         self._card = self._read_card()
 
     @property

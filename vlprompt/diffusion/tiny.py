@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import create_backbone
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import derive_seed
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, missing_diffusers
@@ -66,7 +66,7 @@ class TinyDiffusion(Generator):
         batch: Annotated[int, Field(ge=1)] = 64,
     ) -> None:
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.denoiser = load_denoiser(Path(weights) if weights else None).to(target)
+        self.denoiser = load_denoiser(user_path(weights) if weights else None).to(target)
         self.backbone = create_backbone("tiny").to(target)
         self.steps = steps
         self.guidance = guidance
@@ -85,7 +85,7 @@ class TinyDiffusion(Generator):
     def missing(cls, options: Mapping[str, Any]) -> str | None:
         """See :meth:`Generator.missing`."""
         weights = options.get("weights")
-        if weights and not Path(weights).is_file():
+        if weights and not user_path(weights).is_file():
             return f"the weights {weights} of tiny-diffusion do not exist."
         return missing_diffusers()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones import Backbone, create_backbone, list_backbones, missing_weights
@@ -31,13 +30,7 @@ def build_backbone(options: BackboneOptions) -> Backbone:
 
 def backbone_sources(options: BackboneOptions) -> dict[str, str]:
     """Return path to fingerprint of the files that the backbone is read from (see ``Experiment.sources``)."""
-    fingerprints = {}
-    if options.masks is not None:
-        fingerprints[options.masks] = path_fingerprint(options.masks)
-    # A weights tag is no path; what it names is part of the configuration.
-    if options.pretrained is not None and Path(options.pretrained).exists():
-        fingerprints[options.pretrained] = path_fingerprint(options.pretrained)
-    return fingerprints
+    return {path: path_fingerprint(path) for path in options.paths()}
 
 
 def missing_backbone(options: BackboneOptions) -> list[str]:
@@ -60,6 +53,6 @@ def backbone_problems(content: Mapping[str, Any]) -> list[str]:
     section = content.get("backbone")
     name = section.get("name", "tiny") if isinstance(section, Mapping) else "tiny"
     names = list_backbones()
-    if isinstance(name, str) and name not in names:
+    if isinstance(name, str) and name not in names and not name.startswith(("hf-hub:", "local-dir:")):
         return [f"backbone.name: {UnknownNameError('backbone', name, names)}"]
     return []

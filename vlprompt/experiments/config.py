@@ -20,6 +20,8 @@ from yaml import YAMLError
 
 from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
+from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.experiments.expectation import Expectation
 
 __all__ = [
@@ -60,20 +62,50 @@ class BackboneOptions(BaseModel):
 
     model_config = STRICT
 
-    name: str = "tiny"
-    pretrained: str | None = None
-    quick_gelu: bool | None = None
-    resize: Literal["shortest", "squash"] | None = Field(
-        None, description="keep proportions and crop, or don't; empty: as the weights were trained"
+    name: str = Field(
+        "tiny", description="embedded, an architecture of open_clip, hf-hub:ORG/NAME or local-dir:PATH"
     )
-    cache_dir: str | None = None
+    pretrained: str | None = Field(
+        None, description="a tag, a file or folder of weights; empty: embedded or random weights"
+    )
+    weights_of: str | None = Field(
+        None, description="a tag that weights from a file are like, in activation and preprocessing"
+    )
+    quick_gelu: bool | None = Field(None, description="activation; empty: as the weights were trained")
+    preprocess: PreprocessOptions | None = Field(
+        None, description="how images are prepared; empty: as the weights were trained"
+    )
+    resize: ResizeMode | None = Field(
+        None, description="the same as preprocess.resize_mode; empty: as the weights were trained"
+    )
+    logit_scale: Annotated[float, Field(gt=0)] | None = Field(None, description="empty: the weights' own")
+    logit_bias: float | None = Field(None, description="empty: the weights' own")
+    part: str | None = Field(None, description="which model of a file that holds several")
+    leave_out: list[str] = Field(
+        default_factory=list, description="beginnings of names of tensors that are not wanted, such as a head"
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or Hub name of a transformers tokenizer; empty: the architecture's own"
+    )
+    cache_dir: str | None = Field(None, description="where downloaded weights lie; empty: the usual folders")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of random weights")
     masks: str | None = Field(
         None, description="saved masks (of amt, ramt ...) that are folded into the image tower first"
     )
 
     def arguments(self) -> dict[str, Any]:
         """Return only what was set, since embedded backbones take fewer options."""
-        return self.model_dump(exclude_defaults=True, exclude={"name", "masks"})
+        return self.model_dump(exclude_defaults=True, exclude_none=True, exclude={"name", "masks"})
+
+    def paths(self) -> list[str]:
+        """Return the files and folders that the backbone is read from.
+
+        A tag, or a name on the Hub, is no path: what it names is part of the configuration.
+        """
+        folder = self.name.removeprefix("local-dir:") if self.name.startswith("local-dir:") else None
+        named = [folder, self.pretrained, self.tokenizer]
+        paths = [path for path in named if path is not None and user_path(path).exists()]
+        return paths if self.masks is None else [*paths, self.masks]
 
 
 class ExperimentConfig(BaseModel):
@@ -265,7 +297,7 @@ def config_path(cfg: str | Path, beside: Path | None = None) -> Path:
     """
     names = [str(cfg), f"{cfg}.yaml"]
     folders = [Path(), *([beside] if beside else [])]
-    for path in (folder / name for folder in folders for name in names):
+    for path in (folder / user_path(name) for folder in folders for name in names):
         if path.is_file():
             return path
 

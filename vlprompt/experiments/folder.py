@@ -24,6 +24,7 @@ import yaml
 
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import write_json, write_text
+from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.config import ExperimentConfig
@@ -57,7 +58,7 @@ class RunFolder:
     def __init__(self, config: ExperimentConfig, sources: Mapping[str, str]) -> None:
         self.config = config
         self.sources = dict(sources)
-        self.parent = Path(config.output) / config.name
+        self.parent = user_path(config.output) / config.name
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_text
+from vlprompt.core.paths import user_path
 from vlprompt.data.thumbnails import data_uri
 from vlprompt.experiments.tables import Table, is_fraction, written
 
@@ -77,8 +78,8 @@ def write_report(path: Path | str, record: RunRecord) -> Path:
         CheckpointError: If the file can't be written; an older report stays as it was.
     """
     page = render(record)
-    write_text(Path(path), page)
-    return Path(path)
+    write_text(user_path(path), page)
+    return user_path(path)
 
 
 def render(record: RunRecord) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.paths import user_path
 from vlprompt.experiments.cell import Coordinate
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.layout import Layout
@@ -44,7 +45,7 @@ def tables_of_runs(folders: Sequence[str | Path]) -> list[Table]:
         ConfigError: If a configuration is not one of this version.
     """
     groups: dict[tuple[object, ...], list[_Run]] = {}
-    for folder in dict.fromkeys(Path(folder) for folder in folders):
+    for folder in dict.fromkeys(user_path(folder) for folder in folders):
         run = _read(folder)
         groups.setdefault(_kind(run), []).append(run)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from vlprompt.core.errors import UnknownNameError, VLPromptError
 from vlprompt.core.options import describe_problems, options_model
+from vlprompt.core.paths import user_path
 from vlprompt.data.scenes.concepts import scene_concept_names
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds
 from vlprompt.generation import PERSONALISERS
@@ -135,8 +135,8 @@ class GenerationConfig(ExperimentConfig):
 
     def paths(self) -> list[str]:
         """Return the files and folders that are read: concepts, and starting weights that are named by a path."""
-        weights = [self.host.weights, self.host.pipeline, self.scorer.pretrained, self.scorer.masks]
-        paths = [path for path in weights if path is not None and Path(path).exists()]
+        weights = [self.host.weights, self.host.pipeline, *self.scorer.paths()]
+        paths = [path for path in weights if path is not None and user_path(path).exists()]
         if self.host.weights is not None:
             paths.append(self.host.weights)
         paths += [concept.folder for concept in self.data.folders.values()]

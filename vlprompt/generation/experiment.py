@@ -16,6 +16,7 @@ from vlprompt.backbones import Backbone, create_backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint, write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import read_image
 from vlprompt.data.listing import list_images
 from vlprompt.data.scenes.concepts import SceneConcept, scene_concepts
@@ -159,10 +160,10 @@ class GenerationExperiment(Experiment):
     def missing(self) -> list[str]:
         """See :meth:`Experiment.missing`."""
         config = self.config
-        sentences = [f"{path} does not exist." for path in config.paths() if not Path(path).exists()]
+        sentences = [f"{path} does not exist." for path in config.paths() if not user_path(path).exists()]
 
         pipeline = config.host.pipeline
-        if pipeline is not None and not Path(pipeline).exists():
+        if pipeline is not None and not user_path(pipeline).exists():
             cached = try_to_load_from_cache(pipeline, "model_index.json", revision=config.host.revision)
             if not isinstance(cached, str):
                 sentences.append(
@@ -356,7 +357,7 @@ def read_concept(name: str, section: FolderConcept) -> SceneConcept:
     Raises:
         DataError: If no image would be left to learn from.
     """
-    folder = Path(section.folder)
+    folder = user_path(section.folder)
     if not folder.is_dir():
         raise DataError(f"data.folders.{name}: there is no folder {str(folder)!r}.")
     paths = [folder / image for image in list_images(folder, folder) if "/" not in image]

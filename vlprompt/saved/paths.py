@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.paths import user_path
 
 __all__ = ["PROMPT_FILE", "find_prompts", "prompt_folder"]
 
@@ -25,11 +26,11 @@ def prompt_folder(path: str | Path) -> Path:
     Raises:
         CheckpointError: If there is none, or more than one; names them.
     """
-    folders = _prompts_in(Path(path))
+    folders = _prompts_in(user_path(path))
     if not folders:
         raise CheckpointError(
             f"no saved prompt at {str(path)!r}: expected the folder of a prompt, of a cell or of a run "
-            f"(no such file: {Path(path) / PROMPT_FILE})."
+            f"(no such file: {user_path(path) / PROMPT_FILE})."
         )
     if len(folders) > 1:
         names = "".join(f"\n  {folder}" for folder in folders[:_SHOWN])
@@ -48,7 +49,7 @@ def find_prompts(patterns: Sequence[str | Path]) -> list[str]:
         CheckpointError: If one of them means nothing.
     """
     prompts: list[str] = []
-    for pattern in map(str, patterns):
+    for pattern in (str(user_path(pattern)) for pattern in patterns):
         roots = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         folders = [folder for root in roots for folder in _prompts_in(Path(root))]
         if not folders:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.base import content_id
+from vlprompt.backbones.origin import complete
 from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.backbones.weight_masks import maskable, pack, unpack
 from vlprompt.core.errors import CheckpointError, UnknownNameError
-from vlprompt.saved.prompts import check_backbone, read
+from vlprompt.saved.card import check_backbone, read
+from vlprompt.saved.paths import prompt_folder
 
 __all__ = ["MaskDifference", "Masks", "TaskMasks", "fold", "read_masks"]
 
@@ -55,9 +57,11 @@ class Masks(Mapping[str, Tensor]):
 
     Args:
         masks: Name to mask.
+        source: The saved prompt they were read from, if they were.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], source: str | None = None) -> None:
+        self.source = source
         self.bits = {name: pack(mask) for name, mask in masks.items()}
         self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
 
@@ -150,7 +154,7 @@ def read_masks(path: str | Path, backbone: Backbone) -> Masks:
             )
         masks[name] = unpack(bits, shape)
 
-    return Masks(masks)
+    return Masks(masks, complete(str(prompt_folder(path))))
 
 
 def fold(backbone: Backbone, masks: Mapping[str, Tensor]) -> Backbone:
@@ -167,6 +171,7 @@ def fold(backbone: Backbone, masks: Mapping[str, Tensor]) -> Backbone:
             weight.mul_(mask.to(weight.device))
 
     folded.fingerprint = _fingerprint(backbone, masks)
+    folded.origin = {**backbone.origin, "masks": masks.source} if backbone.origin and masks.source else {}
     return folded
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.data.compositions import CompositionDataset, composition_dataset
@@ -72,7 +73,7 @@ class ScanData:
             None if self.suspect is None else self.plan().model_dump(mode="json"),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        return RowCache(Path(self.options.cache_dir) / digest)
+        return RowCache(user_path(self.options.cache_dir) / digest)
 
     @cached_property
     def train(self) -> CompositionDataset:

@@ -31,6 +31,7 @@ from PIL import Image
 from vlprompt.core.csv_text import csv_line, is_one_line
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
@@ -119,8 +120,8 @@ def scan_folder(
             another process writes into it, or nothing can be written.
         NonFiniteError: If a score is not a number.
     """
-    root = Path(folder)
-    target = Path(output)
+    root = user_path(folder)
+    target = user_path(output)
 
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r} to scan.")

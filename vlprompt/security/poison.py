@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.compositions import CompositionReader, CompositionSource, check_triggers
@@ -161,7 +162,7 @@ def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> Poisoned
         DataError: If the folder is not empty, or the plan doesn't fit the data.
         CheckpointError: If it can't be written; nothing is left behind.
     """
-    target = Path(folder)
+    target = user_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target} exists and is not empty. Name another folder for the poisoned copy.")
 
@@ -254,7 +255,7 @@ def read_poisoned(folder: str | Path) -> PoisonedDataset:
         DataError: If the manifest is missing, damaged or hostile: a line that is no entry, a number that is no class, a
             trigger the header doesn't name, a path that leaves the folder or leads out of it by a link. Says the line.
     """
-    root = Path(folder)
+    root = user_path(folder)
     path = root / MANIFEST
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

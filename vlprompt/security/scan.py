@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError, NonFiniteError
+from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
@@ -363,7 +364,7 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
         return [partial(_decode_sample, images, i, preprocess) for i in range(len(images))]
 
     if isinstance(images, (str, Path)):
-        path = Path(images)
+        path = user_path(images)
         if not path.exists():
             raise DataError(f"there is no folder and no image {str(path)!r} to scan.")
         if not path.is_dir():
@@ -376,7 +377,7 @@ def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[D
         if isinstance(image, Image.Image):
             entries.append(partial(_decode_image, image, f"image {number}", preprocess))
         else:
-            entries.append(partial(decode_file, Path(image), str(image), preprocess))
+            entries.append(partial(decode_file, user_path(image), str(image), preprocess))
 
     return entries
 

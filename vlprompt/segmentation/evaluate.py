@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,12 +132,12 @@ def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
     return np.asarray(batch[0, 0].sigmoid().cpu().numpy(), np.float32)
 
 
-def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmenter:
+def load_trained(path: str | Path, backbone: Backbone | Mapping[str, Any] | None = None) -> Segmenter:
     """Return a saved segmentation model. No code in the files can run.
 
     Args:
         path: The folder, or that of the cell or run which saved it, if it saved no other.
-        backbone: The backbone it was trained on; None builds it from the name in the file.
+        backbone: See :func:`vlprompt.load`.
 
     Raises:
         CheckpointError: If a file is missing, damaged or hostile, holds a classifier, or the backbone is another one.
@@ -147,7 +148,10 @@ def load_trained(path: str | Path, backbone: Backbone | None = None) -> Segmente
 
 
 def build_segmenter(
-    path: str | Path, card: PromptCard, tensors: Mapping[str, Tensor], backbone: Backbone | None = None
+    path: str | Path,
+    card: PromptCard,
+    tensors: Mapping[str, Tensor],
+    backbone: Backbone | Mapping[str, Any] | None = None,
 ) -> Segmenter:
     """Return the model of a card and tensors that were read already; arguments and errors as :func:`load_trained`."""
     check_kind(path, card, "segmenter")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
@@ -218,7 +219,7 @@ def fit_segmenter(
 
     history: list[dict[str, Any]] = []
     if segmenter.num_trainable() and checked.epochs:
-        path = None if folder is None else Path(folder)
+        path = None if folder is None else user_path(folder)
         if callbacks is None:
             callbacks = default_callbacks(segmenter.method, path)
         trainer = Trainer(

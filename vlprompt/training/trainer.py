@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
+from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.core.seeding import derive_seed
 from vlprompt.core.trainable import Batch, ParameterGroup, Trainable
@@ -68,7 +69,7 @@ class Trainer:
         self.batches = batches
         self.options = options
         self.validate = validate
-        self.folder = Path(folder) / "checkpoint" if folder is not None else None
+        self.folder = user_path(folder) / "checkpoint" if folder is not None else None
         self.accelerator = accelerator or default_accelerator()
         self.callbacks = list(callbacks) if self.accelerator.is_main_process else []
         self.identity = {"options": options.model_dump(mode="json"), **(identity or {})}

@@ -18,6 +18,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.sources import AbsentError
 
 __all__ = ["Archive", "find_archives"]
@@ -139,7 +140,7 @@ def find_archives(argument: str) -> list[Archive]:
     """
     text = _local(argument)
     names: list[str] = []
-    for name in _expanded(str(Path(text).expanduser())):
+    for name in _expanded(str(user_path(text))):
         names += [name] if Path(name).exists() else sorted(glob.glob(name))
     if not names:
         raise AbsentError(f"pairs tar:{argument}: no archive matches.")

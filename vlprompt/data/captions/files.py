@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
 from vlprompt.data.images import file_stamp, read_image
@@ -61,7 +62,7 @@ class FolderCaptions(_Files):
     """
 
     def __init__(self, argument: str) -> None:
-        root = Path(argument).expanduser()
+        root = user_path(argument)
         if not root.is_dir():
             raise AbsentError(f"pairs folder:{argument}: there is no folder {str(root)!r}.")
 
@@ -95,7 +96,7 @@ class TableCaptions(_Files):
     """
 
     def __init__(self, argument: str) -> None:
-        table = Path(argument).expanduser()
+        table = user_path(argument)
         if not table.is_file():
             raise AbsentError(f"pairs csv:{argument}: there is no file {str(table)!r}.")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_json, write_tensors
+from vlprompt.core.paths import user_path
 from vlprompt.data.captions import CaptionSource, open_captions
 
 __all__ = ["CaptionStore", "Rows", "build_store"]
@@ -126,7 +127,7 @@ def build_store(
         BackboneError: If the backbone reads no text.
     """
     source = open_captions(pairs)
-    folder = Path(folder)
+    folder = user_path(folder)
     facts = {
         "format": _FORMAT,
         "pairs": source.identity(),

@@ -6,12 +6,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.names import default_root, parse_name
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
@@ -107,7 +107,7 @@ def _check_choices(queries: str, leaks: str, empty: str) -> None:
 
 
 def _find(name: str, split: str, root: str | os.PathLike[str] | None) -> Ways[MaskDataset]:
-    folder = default_root() if root is None else Path(root).expanduser()
+    folder = default_root() if root is None else user_path(root)
     return mask_ways(parse_name(name, "segmentation"), split, folder)
 
 

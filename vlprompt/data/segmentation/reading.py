@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.images import FileReader, file_stamp
 from vlprompt.data.segmentation.base import IGNORE, MaskReader, MaskSample
 from vlprompt.data.segmentation.pixels import orientation, raw_values, seen_values
@@ -60,7 +61,7 @@ def read_mask(
     Raises:
         DataError: If the file is missing, no image, or holds colours or values that ``rule`` doesn't explain.
     """
-    file = Path(path)
+    file = user_path(path)
     if values:
         numbers = raw_values(file)
         void = np.isin(numbers, rule.ignore) if rule.ignore else np.zeros(numbers.shape, bool)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
+from vlprompt.core.paths import user_path
 from vlprompt.core.registry import Registry
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import Card, SourceSpec
@@ -69,7 +70,7 @@ def local_path(request: Request) -> Path:
         DataError: If the system can't look there; a path where there is nothing is no error.
     """
     try:
-        path = Path(request.argument).expanduser()
+        path = user_path(request.argument)
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

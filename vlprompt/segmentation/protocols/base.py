@@ -12,6 +12,7 @@ from vlprompt.backbones import Backbone, create_backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.core.options import options_model
+from vlprompt.core.paths import user_path
 from vlprompt.data import load_segmentation
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.segmentation import MaskDataset, overlaps
@@ -175,8 +176,9 @@ def weight_files(section: BackboneOptions, options: Mapping[str, Any]) -> list[s
 
     Names of weights that are fetched are no paths.
     """
-    values = [section.masks, section.pretrained, options.get("weights")]
-    return [value for value in values if isinstance(value, str) and Path(value).exists()]
+    weights = options.get("weights")
+    more = [weights] if isinstance(weights, str) and user_path(weights).exists() else []
+    return [*section.paths(), *more]
 
 
 def data_facts(name: str, data: MaskDataset) -> dict[str, Any]:

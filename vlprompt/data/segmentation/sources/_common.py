@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskSample
@@ -41,7 +42,7 @@ def class_phrase(templates: Sequence[str], classname: str, record: str) -> str:
 
 def own_folder(request: Request, expected: str) -> Path:
     """Return the folder of ``kind:PATH``. Raises DataError if it isn't there."""
-    root = Path(request.argument).expanduser()
+    root = user_path(request.argument)
     if not request.argument or not root.is_dir():
         raise AbsentError(f"{request.name}: there is no folder {str(root)!r}. Expected in it: {expected}.")
     return root

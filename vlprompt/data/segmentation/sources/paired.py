@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.paths import user_path
 from vlprompt.data.listing import list_folders
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -195,7 +196,7 @@ def _joined(folder: str, name: str) -> str:
 def _phrase(request: Request, record: str) -> str:
     if request.card is not None:
         return class_phrase(request.card.templates, request.card.classnames[0], record)
-    path = Path(request.argument).expanduser() / "phrase.txt"
+    path = user_path(request.argument) / "phrase.txt"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 

@@ -1,0 +1,50 @@
+"""How pixels become a tower's input, and how that is changed on a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+
+from vlprompt.backbones.base import Backbone, content_id
+
+__all__ = ["change_preprocessing", "preprocessing_facts", "transform_of"]
+
+
+def preprocessing_facts(config: PreprocessCfg) -> dict[str, Any]:
+    """Return a preprocessing as a fingerprint holds it."""
+    size = list(config.size) if isinstance(config.size, (tuple, list)) else config.size
+    facts = {
+        "size": size,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "interpolation": config.interpolation,
+        "resize_mode": config.resize_mode,
+    }
+    # Only what pads has a colour; without the key, identities stay what they were.
+    return {**facts, "fill_color": config.fill_color} if config.fill_color else facts
+
+
+def transform_of(config: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
+    """Return the function from a PIL image to a (3, H, W) tensor."""
+    return image_transform_v2(config, is_train=False)
+
+
+def change_preprocessing(backbone: Backbone, changes: Mapping[str, Any]) -> None:
+    """Prepare a backbone's images in another way, in place.
+
+    Args:
+        backbone: A new one, that nobody else uses.
+        changes: Fields of ``PreprocessCfg``.
+    """
+    if not changes:
+        return
+
+    config = PreprocessCfg(**{**backbone.fingerprint["preprocess"], **changes})
+    backbone.preprocess = transform_of(config)
+    fingerprint = {**backbone.fingerprint, "preprocess": preprocessing_facts(config)}
+    fingerprint["id"] = content_id(fingerprint)
+    backbone.fingerprint = fingerprint
