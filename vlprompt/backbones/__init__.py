@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vlprompt.backbones.base import Backbone
-from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.backbones.vision import PixelPrompts, VisualPrompts
 from vlprompt.core.registry import Registry
 
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "PixelPrompts",
     "VisualPrompts",
     "create_backbone",
     "list_backbones",

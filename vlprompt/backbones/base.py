@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.text import TextTower
+from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer
-from vlprompt.backbones.vision import VisionTower, VisualPrompts
+from vlprompt.backbones.vision import Prompts, VisionTower
 
 __all__ = ["Backbone", "content_id"]
 
@@ -35,6 +35,8 @@ class Backbone(nn.Module):
         vision: The image tower, through which visual prompts enter.
         dim: d, dimension of the joint space.
         image_size: (H, W) of the input in pixels.
+        logit_scale: The factor tau on cosine similarities (100 for OpenAI's CLIP), as it was when this was built.
+        logit_bias: SigLIP's additive bias; 0 elsewhere. It shifts all classes alike, so a softmax never sees it.
         about: What its weights were trained on and where they are weak; empty where nobody has written it down.
     """
 
@@ -53,10 +55,14 @@ class Backbone(nn.Module):
         visual: Any = self.model.visual
         self.preprocess = preprocess
         self.fingerprint = fingerprint
-        self.text = TextTower(self.model, tokenizer, missing_tokenizer)
+        self.text = build_text_tower(self.model, tokenizer, missing_tokenizer)
         self.vision = VisionTower(visual)
         self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
+        # Numbers, not tensors: constants of a traced graph, and as precise in a half-precision backbone.
+        bias = getattr(self.model, "logit_bias", None)
+        self.logit_scale = float(self.model.logit_scale.exp())
+        self.logit_bias = 0.0 if bias is None else float(bias)
         self.about = ""
 
     def describe(self) -> str:
@@ -88,25 +94,14 @@ class Backbone(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    @property
-    def logit_scale(self) -> float:
-        """The factor tau on cosine similarities (100 for OpenAI's CLIP)."""
-        return float(self.model.logit_scale.exp())
-
-    @property
-    def logit_bias(self) -> float:
-        """SigLIP's additive bias; 0 elsewhere. It shifts all classes alike, so a softmax never sees it."""
-        bias = getattr(self.model, "logit_bias", None)
-        return 0.0 if bias is None else float(bias)
-
-    def encode_image(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
     def image_embeddings(
         self,
         images: Tensor,
-        prompts: VisualPrompts | None = None,
+        prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph."""

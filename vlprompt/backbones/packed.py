@@ -186,7 +186,7 @@ def _last_block(
     query = F.linear(normed_ends, weight[:width], None if bias is None else bias[:width])
 
     if adapter is not None:
-        query = query + adapter(normed_ends)[..., :width]
+        query = query + adapter(normed_ends)[..., :width].to(query.dtype)
 
     query = _split(query, block.attn.num_heads)
     mask = mask.gather(2, end_rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
@@ -247,7 +247,7 @@ def _heads(
 
     projected = F.linear(normed, weight, bias)
     if adapter is not None:
-        projected = projected + adapter(normed)[..., -projected.shape[-1] :]
+        projected = projected + adapter(normed)[..., -projected.shape[-1] :].to(projected.dtype)
 
     parts = [_split(t, block.attn.num_heads) for t in projected.split(width, dim=-1)]
     return parts[0], parts[-2], parts[-1]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprompt.backbones.attention import reads_its_layers_weights
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.backbones.vision import Prompts
 from vlprompt.core.errors import BackboneError
 
 __all__ = ["Reweight", "ReweightedBackbone"]
@@ -37,18 +38,20 @@ class ReweightedBackbone(Backbone):
     def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
         super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
         self.text = backbone.text
+        self.logit_scale = backbone.logit_scale  # not from weights that may be in half precision by now
         self._layers = _by_caller(self.vision.visual, weights)
 
     def image_embeddings(
         self,
         images: Tensor,
-        prompts: VisualPrompts | None = None,
+        prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """See :meth:`Backbone.image_embeddings`; with a graph, if the weights need one.
 
         Raises:
-            BackboneError: If there are adapters, which read the tower's own weights.
+            BackboneError: If there are adapters, which read the tower's own weights, or if the tower reads a weight
+                without calling its layer.
         """
         if adapters is not None:
             raise BackboneError(
@@ -93,8 +96,7 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
         prefix, _, name = path.rpartition(".")
         owner = visual.get_submodule(prefix)
         parent = visual.get_submodule(prefix.rpartition(".")[0])
-        reads_children = hasattr(parent, "in_proj_weight") or type(parent).__name__ == "AttentionPool2d"
-        layers.setdefault(parent if reads_children else owner, []).append(_Place(owner, name, make))
+        layers.setdefault(parent if reads_its_layers_weights(parent) else owner, []).append(_Place(owner, name, make))
 
     return list(layers.items())
 
@@ -103,6 +105,7 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
 def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[None]:
     """While open, each of the layers runs with its other weights."""
     alive: dict[int, tuple[Tensor, Reweight]] = {}  # by the address of what was made
+    ran: set[nn.Module] = set()
 
     def pack(saved: Tensor) -> Any:
         made = alive.get(saved.untyped_storage().data_ptr())
@@ -116,7 +119,8 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
     def around(places: Sequence[_Place]) -> tuple[Callable[..., None], Callable[..., None]]:
         frozen = [layer.frozen() for layer in places]
 
-        def enter(*_: Any) -> None:
+        def enter(caller: nn.Module, *_: Any) -> None:
+            ran.add(caller)
             for layer, weight in zip(places, frozen, strict=True):
                 made = layer.make(weight)
                 kind = weight.device.type
@@ -145,8 +149,20 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if keep else nullcontext():
             yield
+        _check_all_ran(layers, ran)
     finally:
         for handle in handles:
             handle.remove()
         for leave in undo:
             leave()
+
+
+def _check_all_ran(layers: Sequence[tuple[nn.Module, Sequence[_Place]]], ran: set[nn.Module]) -> None:
+    """Refuse a tower that reads a weight in another way than by calling its layer: replacing it would do nothing."""
+    unread = [place for caller, places in layers if caller not in ran for place in places]
+    if unread:
+        kinds = ", ".join(sorted({f"{type(place.owner).__name__}.{place.name}" for place in unread}))
+        raise BackboneError(
+            f"{len(unread)} weights of this image tower can't be replaced: it reads them without calling their layers "
+            f"({kinds}). Leave them out (tensors=...), or use another learner."
+        )

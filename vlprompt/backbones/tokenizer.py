@@ -18,11 +18,13 @@ class TextTokenizer(Protocol):
         start: Ids before the words ([] if the model has none).
         end: Ids after the words.
         pad: Id that fills a row.
+        context_length: Tokens of a row, if the tokenizer knows.
     """
 
     start: list[int]
     end: list[int]
     pad: int
+    context_length: int | None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the words alone."""
@@ -39,6 +41,7 @@ class _BytePair:
         self.start = [tokenizer.sot_token_id]
         self.end = [tokenizer.eot_token_id]
         self.pad = 0
+        self.context_length = tokenizer.context_length
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer.encode(text)]
@@ -58,6 +61,7 @@ class _HuggingFace:
         self.end = [i for i in empty if i in ends]
         self.start = [i for i in empty if i not in ends]
         self.pad = inner.pad_token_id if inner.pad_token_id is not None else 0
+        self.context_length = tokenizer.context_length
 
     def encode(self, text: str) -> list[int]:
         clean = self._tokenizer.clean_fn(text)
