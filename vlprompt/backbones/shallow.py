@@ -106,5 +106,8 @@ def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:
     first = next((m for m in backbone.vision.visual.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise BackboneError("this backbone's image tower has no convolution whose output could be looked at.")
+        raise BackboneError(
+            "this backbone's image tower has no convolution whose output could be looked at. Let dbom read the image "
+            "embedding instead (evidence=embedding)."
+        )
     return first

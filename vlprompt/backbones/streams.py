@@ -115,9 +115,10 @@ class TimmStream(TokenStream):
         self.blocks = trunk.blocks
         self.width = int(trunk.embed_dim)
         self.special = int(trunk.num_prefix_tokens)
-        self.patch = _pair(trunk.patch_embed.patch_size)
-        resizes = getattr(trunk, "dynamic_img_size", False)
-        self.native = None if resizes else _pair(trunk.patch_embed.img_size)
+        size = _pair(trunk.patch_embed.img_size)
+        grid = _pair(trunk.patch_embed.grid_size)  # behind a stem of convolutions, patch_size is that of its map
+        self.patch = (size[0] // grid[0], size[1] // grid[1])
+        self.native = None if getattr(trunk, "dynamic_img_size", False) else size
         self.rotates = getattr(trunk, "rope", None) is not None
         self.own_rotations = bool(getattr(trunk, "rope_mixed", False))
 
