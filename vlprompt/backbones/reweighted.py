@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vlprompt.backbones.attention import reads_its_layers_weights
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.vision import Prompts
+from vlprompt.backbones.vision import Prompts, VisionTower
 from vlprompt.core.errors import BackboneError
 
 __all__ = ["Reweight", "ReweightedBackbone"]
@@ -39,6 +40,7 @@ class ReweightedBackbone(Backbone):
         super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
         self.text = backbone.text
         self.logit_scale = backbone.logit_scale  # not from weights that may be in half precision by now
+        self._weights = dict(weights)
         self._layers = _by_caller(self.vision.visual, weights)
 
     def image_embeddings(
@@ -59,8 +61,25 @@ class ReweightedBackbone(Backbone):
                 "into the backbone first, or leave the image tower alone (encoder=text)."
             )
 
+        if torch.compiler.is_compiling():  # a traced graph keeps what it needs by itself
+            made = {f"visual.{name}": make(self.vision.visual.get_parameter(name)) for name, make in self._weights.items()}
+            return functional_call(_Tower(self.vision), made, (images.to(self.device), prompts))
+
         with _replaced(self._layers):
             return self.vision.encode(images.to(self.device), prompts)
+
+
+class _Tower(nn.Module):
+    """An image tower as one module, for ``functional_call``."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.visual = tower.visual
+        self.tower = tower
+
+    def forward(self, images: Tensor, prompts: Prompts | None) -> Tensor:
+        """See :meth:`VisionTower.encode`."""
+        return self.tower.encode(images, prompts)
 
 
 @dataclass

@@ -98,7 +98,7 @@ def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
     """Return (B, C) quantiles of a (B, C, h, w) map, each the value at the nearest rank."""
     flat = sizes[..., :: max(1, sizes.shape[-2] // _ROWS), :].flatten(2)
     # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
-    on_cpu = flat.device.type == "cpu"
+    on_cpu = flat.device.type == "cpu" and not torch.compiler.is_compiling()
     ordered = torch.from_numpy(np.sort(flat.numpy(), axis=2)) if on_cpu else flat.sort(dim=2).values
     return [ordered[..., round(q * (flat.shape[2] - 1))] for q in quantiles]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections
-from vlprompt.backbones.layout import PromptLayout, insert_rows
+from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import Adapter, encode_packed
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
@@ -88,15 +88,28 @@ class TextTower:
         """What the tower computes in; learned context is cast to it where it enters."""
         return self.embedding.weight.dtype
 
-    def layout(self, sentences: Sequence[Sequence[int]], names: Sequence[str] | None = None) -> PromptLayout:
+    def layout(
+        self,
+        sentences: Sequence[Sequence[int]],
+        names: Sequence[str] | None = None,
+        share_prefix: bool = True,
+    ) -> PromptLayout:
         """Arrange sentences of token ids and context slots for this tower (see :class:`PromptLayout`).
+
+        Args:
+            sentences: C lists of sources.
+            names: What to call them in error messages.
+            share_prefix: Run a common beginning once, if the tower is causal.
 
         Raises:
             BackboneError: If learned context can't enter this tower.
             VLPromptError: If a sentence is too long; the message names its class.
         """
         self.require_prompts()
-        return PromptLayout(sentences, self.context_length, names, share_prefix=self.causal)
+        layout = PromptLayout(sentences, self.context_length, names, share_prefix and self.causal)
+        if self.packable:
+            _ = layout.tiles  # made now: what is made while a graph is traced belongs to the graph
+        return layout
 
     def sentence(self, *pieces: str | int) -> list[int]:
         """Return [start, *pieces, end]: strings become token ids, context slots (ints) stay as they are."""
@@ -236,11 +249,11 @@ class TextTower:
         """Return (C, T) sources of the sentences, padded as the tokenizer pads."""
         return layout.padded(length, self.tokenizer.pad if self.tokenizer is not None else 0)
 
-    def embed(self, sources: Tensor, context: Tensor | None) -> Tensor:
-        """Return (G or 1, R, Dt) embeddings of a flat list of R sources, without positions."""
+    def embed(self, sources: Tensor, slots: Slots, context: Tensor | None) -> Tensor:
+        """Return (G or 1, R, Dt) embeddings of a flat list of R sources and its slots, without positions."""
         sources = sources.to(self.embedding.weight.device)
         x = self.embedding(sources.clamp(min=0))[None].to(self.dtype)
-        return x if context is None else insert_rows(x, sources, context)
+        return x if context is None else insert_rows(x, slots, context)
 
     def project(self, x: Tensor) -> Tensor:
         """Apply the final norm and the projection into the joint space: (..., Dt) -> (..., d), float32."""

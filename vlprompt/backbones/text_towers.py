@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
-from vlprompt.backbones.layout import PromptLayout, insert_rows
+from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import Adapter, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
@@ -91,9 +91,9 @@ class OwnTower(TextTower):
         exact_when_cut = self.causal and self.pooling in ("argmax", "eos")
         return max(layout.lengths) if exact_when_cut else self.context_length
 
-    def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
-        """Return (G or 1, R, Dt) embeddings plus positions of a flat list of R sources."""
-        x = self.embed(sources, context)
+    def assemble(self, sources: Tensor, slots: Slots, positions: Tensor, context: Tensor | None) -> Tensor:
+        """Return (G or 1, R, Dt) embeddings plus positions of a flat list of R sources and its slots."""
+        x = self.embed(sources, slots, context)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
     def run_plain(
@@ -106,20 +106,20 @@ class OwnTower(TextTower):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        positions = torch.arange(length).repeat(len(layout))
-        x = self.assemble(sources.flatten(), positions, context)
+        slots = layout.padded_slots(length)
+        x = self.assemble(sources.flatten(), slots, torch.arange(length).repeat(len(layout)), context)
         groups = max(len(x), 1 if deep is None else len(deep))
         x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
         mask = None if self.causal_mask is None else self.causal_mask[:length, :length].to(x.dtype)
-        x = self.run_blocks(x, mask, sources, deep, adapters)
+        x = self.run_blocks(x, mask, layout, deep, adapters)
         return self._pool(x, layout), x
 
     def run_blocks(
         self,
         x: Tensor,
         mask: Tensor | None,
-        sources: Tensor,
+        layout: PromptLayout,
         deep: Tensor | None,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
@@ -128,15 +128,16 @@ class OwnTower(TextTower):
         Args:
             x: Tokens, and perhaps more after them.
             mask: Added to attention's logits: (R, R), or (G * C, 1, R, R) if sentences differ.
-            sources: (C, T) where the tokens come from.
+            layout: The C sentences.
             deep: (G or 1, J, K, Dt) deep prompts.
             adapters: See :meth:`TextTower.encode`.
         """
+        slots = layout.padded_slots(x.shape[1])
         hooked = adapters is not None and any(place.layers for place in self.attention)
         with adapted(self.attention, adapters or ()) if hooked else nullcontext():
             for i, block in enumerate(self.blocks):
                 if deep is not None and 1 <= i <= deep.shape[1]:
-                    x = _replace(x, sources, deep[:, i - 1])
+                    x = _replace(x, len(layout), slots, deep[:, i - 1])
                 adapter = None if hooked or adapters is None else adapters[i]
                 x = self._run(block, x, mask, adapter)
         return x
@@ -195,7 +196,8 @@ class CoCaTower(OwnTower):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        x = self.assemble(sources.flatten(), torch.arange(length).repeat(len(layout)), context)
+        slots = layout.padded_slots(length)
+        x = self.assemble(sources.flatten(), slots, torch.arange(length).repeat(len(layout)), context)
         groups = max(len(x), 1 if deep is None else len(deep))
         x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
@@ -204,7 +206,7 @@ class CoCaTower(OwnTower):
             x = torch.cat([x, token.expand(len(x), 1, -1)], dim=1)
 
         mask = self._mask(sources.to(x.device), x.dtype).repeat(groups, 1, 1, 1)
-        x = self.run_blocks(x, mask, sources, deep, adapters)
+        x = self.run_blocks(x, mask, layout, deep, adapters)
         if self.cls is None:
             return self._pool(x, layout), x
         return x[:, -1], x[:, :-1]
@@ -279,7 +281,8 @@ class HuggingFaceTower(TextTower):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        x = self.embed(sources.flatten(), context)
+        slots = layout.padded_slots(length)
+        x = self.embed(sources.flatten(), slots, context)
         groups = max(len(x), 1 if deep is None else len(deep))
         x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
         mask = (sources != self.pad).long().to(x.device).repeat(groups, 1)
@@ -289,7 +292,7 @@ class HuggingFaceTower(TextTower):
                 stack.enter_context(adapted(self.attention, adapters))
             if deep is not None:
                 for i in range(1, deep.shape[1] + 1):
-                    hook = _replacing(sources, deep[:, i - 1])
+                    hook = _replacing(len(layout), slots, deep[:, i - 1])
                     handle = self.blocks[i].register_forward_pre_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             output = self.inner.transformer(inputs_embeds=x, attention_mask=mask)
@@ -297,22 +300,19 @@ class HuggingFaceTower(TextTower):
         return self.inner.pooler(output, mask), output.last_hidden_state
 
 
-def _replace(x: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
-    """Put (G or 1, K, Dt) learned vectors into the first T of (G * C, R, Dt) states, where (C, T) sources say so."""
-    classes, length = sources.shape
-    groups = len(x) // classes
-    tokens = x[:, :length].reshape(groups, classes * length, -1)
-    tokens = insert_rows(tokens, sources.flatten(), rows).reshape(groups * classes, length, -1)
-    return tokens if x.shape[1] == length else torch.cat([tokens, x[:, length:]], dim=1)
+def _replace(x: Tensor, classes: int, slots: Slots, rows: Tensor) -> Tensor:
+    """Put (G or 1, K, Dt) learned vectors into (G * C, R, Dt) states; slots are those of C sentences of R tokens."""
+    flat = x.reshape(len(x) // classes, classes * x.shape[1], -1)
+    return insert_rows(flat, slots, rows).reshape(-1, *x.shape[1:])
 
 
-def _replacing(sources: Tensor, rows: Tensor) -> Callable[..., tuple[Any, Any]]:
+def _replacing(classes: int, slots: Slots, rows: Tensor) -> Callable[..., tuple[Any, Any]]:
     """Return a hook that does :func:`_replace` to the states that a layer is called with."""
 
     def hook(_: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         if positional:
-            return (_replace(positional[0], sources, rows), *positional[1:]), named
-        return positional, {**named, "hidden_states": _replace(named["hidden_states"], sources, rows)}
+            return (_replace(positional[0], classes, slots, rows), *positional[1:]), named
+        return positional, {**named, "hidden_states": _replace(named["hidden_states"], classes, slots, rows)}
 
     return hook
 

@@ -107,7 +107,7 @@ class PromptedImages(Learner):
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         """Compute something; in evaluation without gradients only the first time."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
 
         constants: dict[str, Any] = self.__dict__.setdefault("_constants", {})

@@ -195,8 +195,7 @@ class ClipLora(Learner):
         """Return the sentences of all classes; a tower that isn't causal never shares a prefix."""
         tower = self.backbone.text
         sentences = [tower.sentence(self.templates[0].format(name)) for name in self.classnames]
-        share_prefix = share_prefix and tower.causal
-        return PromptLayout(sentences, tower.context_length, self.classnames, share_prefix=share_prefix)
+        return tower.layout(sentences, self.classnames, share_prefix)
 
 
 def _by_block(updates: nn.ModuleDict, depth: int) -> list[nn.Module | None]:
