@@ -35,7 +35,7 @@ from torch import nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.openclip import wrap_open_clip
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.core.errors import VLPromptError
+from vlprompt.core.errors import ConfigError, VLPromptError
 from vlprompt.core.files import write_text
 from vlprompt.learners import LEARNERS, create_learner
 from vlprompt.learners.vpt import VPT
@@ -341,6 +341,8 @@ def answer(backbone: Backbone, name: str) -> str:
     """Return ``works``, ``pixels``, or why a learner is refused."""
     try:
         learner = train_one_step(backbone, name)
+    except ConfigError as error:
+        return " ".join(error.problems)
     except VLPromptError as error:
         return str(error)
     return "pixels" if isinstance(learner, VPT) and learner.visual is None else "works"
