@@ -66,13 +66,13 @@ In Python, `backbone.encode_image(images, PixelPrompts(pixels))` takes any (3, H
 
 Context is learned in the token embeddings of every text tower. In CLIP's own causal towers sentences are packed without
 padding and share their beginnings; the others run each sentence padded to the longest, or to the full length where
-padding counts (SigLIP, MobileCLIP-B). If a tower looks causal but can't be packed, a warning names the open_clip versions
-that were tested.
+padding counts (SigLIP, MobileCLIP-B). If a tower looks causal but can't be packed, a warning names the versions of
+open_clip that were tested.
 
 ## Half precision
 
-`backbone.to(torch.bfloat16)` (or `.half()`) halves the memory of the frozen towers. What is learned, features and logits
-stay float32.
+`backbone.to(torch.bfloat16)` (or `.half()`) halves the memory of the frozen towers. What is learned, features and
+logits stay float32.
 """
 
 PAGE = Path(__file__).parent / "backbones.md"
@@ -83,7 +83,8 @@ SIZE = 32
 _VISION = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 _TEXT = {"layers": 2, "width": 32, "heads": 2, "context_length": 40}
 _VIT: dict[str, Any] = {
-    "img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": DIM,
+    "img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0,
+    "num_classes": DIM,
 }  # fmt: skip
 _WORDS = (
     "a photo of the with and type an image picture x y z dog cat red circle humming bird bad good small large many "
@@ -139,7 +140,8 @@ def _eva(**options: Any) -> nn.Module:
 
 def _eva02() -> nn.Module:
     return _eva(
-        qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True, ref_feat_shape=(2, 2)
+        qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True,
+        ref_feat_shape=(2, 2),
     )  # fmt: skip
 
 
@@ -156,7 +158,9 @@ def _naflex(**options: Any) -> nn.Module:
 
 
 def _mobileclip_b() -> nn.Module:
-    stem = ConvStem(channels=(8, 8, 32), stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=0, act_layer=nn.GELU)
+    stem = ConvStem(
+        channels=(8, 8, 32), stride=(2, 2, 2), kernel_size=(2, 2, 2), padding=0, act_layer=nn.GELU
+    )
     embed = partial(HybridEmbed, backbone=stem, proj=False)
     return VisionTransformer(**{**_VIT, "patch_size": 1, "no_embed_class": True, "embed_layer": embed})
 
@@ -253,7 +257,9 @@ FAMILIES = (
     Family(
         "SigLIP, SigLIP 2",
         "ViT-B-16-SigLIP, ViT-B-16-SigLIP2",
-        lambda: _timm(lambda: VisionTransformer(**{**_VIT, "class_token": False, "global_pool": "map"}), _SIGLIP_TEXT),
+        lambda: _timm(
+            lambda: VisionTransformer(**{**_VIT, "class_token": False, "global_pool": "map"}), _SIGLIP_TEXT
+        ),
     ),
     Family("EVA-01", "EVA01-g-14", lambda: _timm(_eva)),
     Family("EVA-02-E", "EVA02-E-14", lambda: _timm(lambda: _eva(use_post_norm=True))),
@@ -263,9 +269,13 @@ FAMILIES = (
     Family(
         "NaFlex ViT, rotary",
         "timm's naflexvit_* with rotary positions",
-        lambda: _timm(lambda: _naflex(rope_type="axial", attn_type="rope", class_token=True, pos_embed="none")),
+        lambda: _timm(
+            lambda: _naflex(rope_type="axial", attn_type="rope", class_token=True, pos_embed="none")
+        ),
     ),
-    Family("MobileCLIP-B", "MobileCLIP-B, MobileCLIP2-B", lambda: _timm(_mobileclip_b, {"no_causal_mask": True})),
+    Family(
+        "MobileCLIP-B", "MobileCLIP-B, MobileCLIP2-B", lambda: _timm(_mobileclip_b, {"no_causal_mask": True})
+    ),
     Family("MobileCLIP-S", "MobileCLIP-S2, MobileCLIP2-S4", lambda: _timm(_fastvit)),
     Family("ViTamin", "ViTamin-B, ViTamin-L", lambda: _timm(_vitamin)),
     Family("ConvNeXt", "convnext_base_w, convnext_large_d", lambda: _timm(_convnext)),
@@ -276,17 +286,23 @@ FAMILIES = (
         "timm's vit_*_reg4_*",
         lambda: _timm(lambda: VisionTransformer(**{**_VIT, "reg_tokens": 2, "global_pool": "avg"})),
     ),
-    Family("MetaCLIP worldwide", "ViT-H-14-worldwide", lambda: _custom({"pool_type": "eos", "eos_id": 49407})),
+    Family(
+        "MetaCLIP worldwide", "ViT-H-14-worldwide", lambda: _custom({"pool_type": "eos", "eos_id": 49407})
+    ),
     Family("BERT text", "BiomedCLIP", lambda: _hugging_face("bert", "cls_pooler", "mlp"), "words"),
     Family("RoBERTa text", "roberta-ViT-B-32", lambda: _hugging_face("roberta", "mean_pooler"), "words"),
-    Family("CoCa, RoBERTa text", "coca_roberta-ViT-B-32", lambda: _hugging_face("coca", "mean_pooler"), "words"),
+    Family(
+        "CoCa, RoBERTa text", "coca_roberta-ViT-B-32", lambda: _hugging_face("coca", "mean_pooler"), "words"
+    ),
     Family(
         "XLM-RoBERTa text",
         "xlm-roberta-base-ViT-B-32",
         lambda: _hugging_face("xlm-roberta", "mean_pooler"),
         "words",
     ),
-    Family("mT5 text", "mt5-base-ViT-B-32", lambda: _hugging_face("mt5", "mean_pooler"), "words without start"),
+    Family(
+        "mT5 text", "mt5-base-ViT-B-32", lambda: _hugging_face("mt5", "mean_pooler"), "words without start"
+    ),
     Family("NLLB text", "nllb-clip-base", lambda: _hugging_face("m2m_100", "cls_pooler"), "words"),
 )
 
@@ -369,7 +385,9 @@ def page() -> str:
 
     notes: list[str] = []
     lines = [
-        "| Family | Members | " + " | ".join(", ".join(f"`{name}`" for name in names) for _, names in ordered) + " |",
+        "| Family | Members | "
+        + " | ".join(", ".join(f"`{name}`" for name in names) for _, names in ordered)
+        + " |",
         "|---" * (2 + len(ordered)) + "|",
     ]
     for row, family in enumerate(FAMILIES):

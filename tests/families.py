@@ -10,7 +10,14 @@ from types import ModuleType
 
 from vlprompt.backbones import Backbone
 
-__all__ = ["FAMILIES", "IMAGE_FAMILIES", "TEXT_FAMILIES", "TRANSFORMERS", "family_backbone", "load_page_maker"]
+__all__ = [
+    "FAMILIES",
+    "IMAGE_FAMILIES",
+    "TEXT_FAMILIES",
+    "TRANSFORMERS",
+    "family_backbone",
+    "load_page_maker",
+]
 
 
 @functools.cache

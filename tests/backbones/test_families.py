@@ -1,4 +1,4 @@
-"""One small member of every family of open_clip's towers: equal to open_clip, and open to prompts, adapters and masks."""
+"""One small member of every family of towers: equal to open_clip, and open to prompts, adapters and masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from vlprompt.core.errors import BackboneError
 from vlprompt.learners import create_learner
 
 NAMES = ("dog", "red circle", "humming bird")
-TEXTS = ["a photo of a dog.", "", "this is my large, clean humming bird", "a picture of the red circle.", "dog " * 60]
+TEXTS = [
+    "a photo of a dog.",
+    "",
+    "this is my large, clean humming bird",
+    "a picture of the red circle.",
+    "dog " * 60,
+]
 ROTARY = ("EVA-02", "PE-Core", "NaFlex ViT, rotary")
 SHUT = ("CLIP ResNet", "MobileCLIP-S", "ConvNeXt", "Swin", "ViT with relative positions")
 
@@ -57,7 +63,9 @@ def test_text_features_are_open_clips(name: str) -> None:
     backbone = family_backbone(name)
     tokenizer = backbone.text.require_tokenizer()
     with torch.no_grad():
-        expected = backbone.model.encode_text(tokenizer.rows(TEXTS, backbone.text.context_length), normalize=True)
+        expected = backbone.model.encode_text(
+            tokenizer.rows(TEXTS, backbone.text.context_length), normalize=True
+        )
     close(backbone.encode_text(TEXTS), expected)
     assert (expected[0] - expected[1]).abs().max() > 1e-2  # the tower reads the words
 
@@ -97,7 +105,9 @@ def test_deep_text_prompts_that_copy_states_change_nothing(name: str) -> None:
     layout = tower.layout([[*sentence[:start], slot(0), slot(1), *sentence[start + 2 :]]])
 
     states: list[Tensor] = []
-    handles = [b.register_forward_hook(lambda _, __, output: states.append(_states(output))) for b in tower.blocks]
+    handles = [
+        b.register_forward_hook(lambda _, __, output: states.append(_states(output))) for b in tower.blocks
+    ]
     expected = tower.encode(layout, words)
     for handle in handles:
         handle.remove()
@@ -129,7 +139,11 @@ def test_prompt_tokens_have_no_rotary_position(name: str, insertion: str) -> Non
 
     # After the class token or behind the patches: attention doesn't know an order, only who turns.
     first = tokens[:1].expand(3, -1, -1)
-    x = trunk.norm_pre(torch.cat([x, first], dim=1)) if insertion == "append" else torch.cat([trunk.norm_pre(x), first], 1)
+    x = (
+        trunk.norm_pre(torch.cat([x, first], dim=1))
+        if insertion == "append"
+        else torch.cat([trunk.norm_pre(x), first], 1)
+    )
     x = torch.cat([x[:, :special], x[:, -3:], x[:, special:-3]], dim=1)
     for i, block in enumerate(trunk.blocks):
         if i == 1:
@@ -180,7 +194,7 @@ def test_a_mask_reaches_every_weight_that_it_names(name: str) -> None:
         zeroed.get_parameter(weight).data.zero_()
         output = zeroed(images())
         close(view.image_embeddings(images()), output[0] if isinstance(output, tuple) else output)
-    everything = ReweightedBackbone(backbone, {weight: torch.zeros_like for weight in names})
+    everything = ReweightedBackbone(backbone, dict.fromkeys(names, torch.zeros_like))
     assert not torch.allclose(everything.image_embeddings(images()), plain, atol=1e-3)
 
 

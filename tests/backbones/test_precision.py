@@ -74,7 +74,18 @@ def test_models_of_open_clips_mixed_precision_work() -> None:
         logits.sum().backward()
 
 
-TRACED = ("zero_shot", "coop", "cocoop", "vpt", "maple", "clip_lora", "clip_adapter", "tip_adapter", "linear_probe", "amt")
+TRACED = (
+    "zero_shot",
+    "coop",
+    "cocoop",
+    "vpt",
+    "maple",
+    "clip_lora",
+    "clip_adapter",
+    "tip_adapter",
+    "linear_probe",
+    "amt",
+)
 
 
 @pytest.fixture
@@ -104,7 +115,9 @@ def test_other_families_can_be_exported(family: str, learner: str, quiet: None) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learner", ["coop", "cocoop", "vpt", "maple", "clip_lora", "clip_adapter", "tip_adapter"])
+@pytest.mark.parametrize(
+    "learner", ["coop", "cocoop", "vpt", "maple", "clip_lora", "clip_adapter", "tip_adapter"]
+)
 def test_compilation_finds_no_graph_break(learner: str, quiet: None) -> None:
     import torch._dynamo
 

@@ -59,4 +59,6 @@ def test_refusals_say_what_does_work() -> None:
     reasons = text.partition("Refused because:")[2].partition("##")[0].strip().splitlines()
     assert len(reasons) >= 5
     for reason in reasons:
-        assert any(word in reason for word in ("What works here", "encoder=", "evidence=", "mmt masks")), reason
+        assert any(word in reason for word in ("What works here", "encoder=", "evidence=", "mmt masks")), (
+            reason
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,8 +100,12 @@ def test_where_tokens_cannot_enter_pixels_are_learned(resnet: Backbone, images: 
     learner = create_learner("vpt", resnet, NAMES)
     zero_shot = create_learner("zero_shot", resnet, NAMES)
     # The paper's share of the image: 30 of 224 pixels, here 4 of 32; all of the frame and nothing else is learned.
-    assert {n: tuple(t.shape) for n, t in learner.trainable_state().items()} == {"frame": (3, 32 * 32 - 24 * 24)}
-    torch.testing.assert_close(learner(images), zero_shot(images), rtol=0, atol=1e-6)  # it starts as zero-shot
+    assert {n: tuple(t.shape) for n, t in learner.trainable_state().items()} == {
+        "frame": (3, 32 * 32 - 24 * 24)
+    }
+    torch.testing.assert_close(
+        learner(images), zero_shot(images), rtol=0, atol=1e-6
+    )  # it starts as zero-shot
 
     optimizer = torch.optim.SGD(learner.parameters(), lr=5.0)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -140,7 +143,9 @@ def test_pixels_are_added_where_they_are_learned(
                     changed[:, :, row, column] += next(values)
     if patch:
         changed[:, :, :patch, :patch] += learner.patch
-    torch.testing.assert_close(learner.embed_images(images), backbone.image_embeddings(changed), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        learner.embed_images(images), backbone.image_embeddings(changed), rtol=0, atol=1e-5
+    )
 
 
 def test_a_prompt_of_pixels_is_saved_and_loaded(resnet: Backbone, images: Tensor, tmp_path: Path) -> None:

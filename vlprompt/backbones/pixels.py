@@ -1,7 +1,7 @@
 """Visual prompts of pixels: a learned frame around the image, and a learned patch in its corner.
 
-Paper: Bahng et al., "Exploring Visual Prompts for Adapting Large-Scale Models", arXiv 2203.17274, section 3. Only pixels
-that are learned are parameters: for a frame of 30 pixels around 224 x 224 these are the paper's 69,840.
+Paper: Bahng et al., "Exploring Visual Prompts for Adapting Large-Scale Models", arXiv 2203.17274, section 3. Only
+pixels that are learned are parameters: for a frame of 30 pixels around 224 x 224 these are the paper's 69,840.
 """
 
 from __future__ import annotations

@@ -62,7 +62,10 @@ class ReweightedBackbone(Backbone):
             )
 
         if torch.compiler.is_compiling():  # a traced graph keeps what it needs by itself
-            made = {f"visual.{name}": make(self.vision.visual.get_parameter(name)) for name, make in self._weights.items()}
+            made = {
+                f"visual.{name}": make(self.vision.visual.get_parameter(name))
+                for name, make in self._weights.items()
+            }
             return functional_call(_Tower(self.vision), made, (images.to(self.device), prompts))
 
         with _replaced(self._layers):
@@ -115,7 +118,9 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
         prefix, _, name = path.rpartition(".")
         owner = visual.get_submodule(prefix)
         parent = visual.get_submodule(prefix.rpartition(".")[0])
-        layers.setdefault(parent if reads_its_layers_weights(parent) else owner, []).append(_Place(owner, name, make))
+        layers.setdefault(parent if reads_its_layers_weights(parent) else owner, []).append(
+            _Place(owner, name, make)
+        )
 
     return list(layers.items())
 

@@ -10,9 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["ClipStream", "NaFlexStream", "TimmStream", "TokenStream", "find_stream", "with_places_without_rotation"]
+__all__ = [
+    "ClipStream",
+    "NaFlexStream",
+    "TimmStream",
+    "TokenStream",
+    "find_stream",
+    "with_places_without_rotation",
+]
 
 
 class TokenStream:
@@ -116,7 +123,9 @@ class TimmStream(TokenStream):
         self.width = int(trunk.embed_dim)
         self.special = int(trunk.num_prefix_tokens)
         size = _pair(trunk.patch_embed.img_size)
-        grid = _pair(trunk.patch_embed.grid_size)  # behind a stem of convolutions, patch_size is that of its map
+        grid = _pair(
+            trunk.patch_embed.grid_size
+        )  # behind a stem of convolutions, patch_size is that of its map
         self.patch = (size[0] // grid[0], size[1] // grid[1])
         self.native = None if getattr(trunk, "dynamic_img_size", False) else size
         self.rotates = getattr(trunk, "rope", None) is not None
@@ -183,8 +192,8 @@ def find_stream(visual: Any) -> TokenStream | str:
 
     if hasattr(trunk, "shared_rel_pos"):
         return (
-            f"its image tower ({type(trunk).__name__}) knows places by a table of pairs of patches, in which an inserted "
-            "token has none"
+            f"its image tower ({type(trunk).__name__}) knows places by a table of pairs of patches, in which an "
+            "inserted token has none"
         )
     return f"its image tower ({type(trunk).__name__}) is not a sequence of tokens"
 

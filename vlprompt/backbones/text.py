@@ -78,9 +78,13 @@ class TextTower:
     def connect(self) -> None:
         """Find the tower's parts; here: say why there are none that a prompt could enter."""
         left_out = getattr(self.inner, "text_left_out", None)
-        self.refusal = str(left_out) if left_out else (
-            f"its text tower ({type(self.inner).__name__}) shows neither token embeddings nor blocks. What works here: "
-            "learners that leave the text tower alone (vpt, clip_adapter, tip_adapter, linear_probe)."
+        self.refusal = (
+            str(left_out)
+            if left_out
+            else (
+                f"its text tower ({type(self.inner).__name__}) shows neither token embeddings nor blocks. What works "
+                "here: learners that leave the text tower alone (vpt, clip_adapter, tip_adapter, linear_probe)."
+            )
         )
 
     @property

@@ -237,8 +237,8 @@ def _attention(visual: nn.Module, blocks: Any) -> list[Projections]:
 
 def _refusal(reason: str) -> str:
     return (
-        f"{reason}. What works here: vpt, which learns pixels around the image instead (where=pixels), and learners that "
-        "leave the image tower alone (coop, clip_adapter, tip_adapter, linear_probe)."
+        f"{reason}. What works here: vpt, which learns pixels around the image instead (where=pixels), and learners "
+        "that leave the image tower alone (coop, clip_adapter, tip_adapter, linear_probe)."
     )
 
 

@@ -79,7 +79,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the projected queries, keys and values of (..., W), one after the other."""
-        x = x.to(self.down[self.matrices[0]].dtype)  # a tower may compute in half precision, what is learned doesn't
+        x = x.to(
+            self.down[self.matrices[0]].dtype
+        )  # a tower may compute in half precision, what is learned doesn't
         return torch.cat([self._part(m, x) for m in "qkv"], dim=-1)
 
     def _part(self, matrix: str, x: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ class VPT(PromptedImages):
             problems.append("frame: 0 and patch: 0 leave nothing to learn.")
         if 2 * self.frame_width >= min(size):
             problems.append(
-                f"frame: {self.frame_width} covers the image of {size[1]} x {size[0]} pixels; at most {(min(size) - 1) // 2}."
+                f"frame: {self.frame_width} covers the image of {size[1]} x {size[0]} pixels; at most "
+                f"{(min(size) - 1) // 2}."
             )
         if side > min(size):
             problems.append(f"patch: {side} is larger than the image of {size[1]} x {size[0]} pixels.")
