@@ -168,3 +168,17 @@ def test_no_warning_where_the_path_was_never_fast(
     make_backbone({"no_causal_mask": True, "pool_type": "last"}, custom=True)
     make_backbone({"embed_cls": True}, custom=True)
     assert caplog.records == []
+
+
+def test_the_scale_follows_the_weights_but_not_their_rounding() -> None:
+    """100 is no number of bfloat16: exp of its rounded logarithm is 98.9."""
+    backbone = copy.deepcopy(family_backbone("CLIP"))
+    with torch.no_grad():
+        backbone.model.logit_scale.fill_(100.0).log_()
+    assert backbone.logit_scale == pytest.approx(100, rel=1e-6)
+    backbone.to(torch.bfloat16)
+    assert float(backbone.model.logit_scale.float().exp()) < 99
+    assert backbone.logit_scale == pytest.approx(100, rel=1e-6)
+    with torch.no_grad():
+        backbone.model.logit_scale.fill_(2.0)
+    assert backbone.logit_scale == pytest.approx(2.718281828**2, rel=1e-6)

@@ -35,8 +35,6 @@ class Backbone(nn.Module):
         vision: The image tower, through which visual prompts enter.
         dim: d, dimension of the joint space.
         image_size: (H, W) of the input in pixels.
-        logit_scale: The factor tau on cosine similarities (100 for OpenAI's CLIP), as it was when this was built.
-        logit_bias: SigLIP's additive bias; 0 elsewhere. It shifts all classes alike, so a softmax never sees it.
         about: What its weights were trained on and where they are weak; empty where nobody has written it down.
     """
 
@@ -59,10 +57,8 @@ class Backbone(nn.Module):
         self.vision = VisionTower(visual)
         self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
-        # Numbers, not tensors: constants of a traced graph, and as precise in a half-precision backbone.
-        bias = getattr(self.model, "logit_bias", None)
-        self.logit_scale = float(self.model.logit_scale.exp())
-        self.logit_bias = 0.0 if bias is None else float(bias)
+        self._known_scale = (float("nan"), float("nan"))  # the parameter's value and its exponential
+        _ = self.logit_scale
         self.about = ""
 
     def describe(self) -> str:
@@ -93,6 +89,29 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor tau on cosine similarities (100 for OpenAI's CLIP).
+
+        A number, so it is a constant of a traced graph. It is the one that was loaded, also where the backbone was cast
+        to half precision since, which would round 100 to 99.
+        """
+        value, scale = self._known_scale
+        if torch.compiler.is_compiling():
+            return scale
+
+        parameter = self.model.logit_scale.detach()
+        if float(parameter) != float(torch.tensor(value, dtype=parameter.dtype)):
+            scale = float(parameter.float().exp())
+            self._known_scale = (float(parameter), scale)
+        return scale
+
+    @property
+    def logit_bias(self) -> float:
+        """SigLIP's additive bias; 0 elsewhere. It shifts all classes alike, so a softmax never sees it."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias)
 
     def encode_image(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""

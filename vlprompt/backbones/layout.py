@@ -167,8 +167,8 @@ class PromptLayout:
 
     def padded_slots(self, length: int) -> Slots:
         """Return the slots of :meth:`padded`, row after row."""
-        places = []
-        numbers = []
+        places: list[int] = []
+        numbers: list[int] = []
         for row, sentence in enumerate(self.sentences):
             slots = Slots.of(sentence)
             places += [row * length + place for place in slots.places]

@@ -39,7 +39,7 @@ class ReweightedBackbone(Backbone):
     def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
         super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
         self.text = backbone.text
-        self.logit_scale = backbone.logit_scale  # not from weights that may be in half precision by now
+        self._known_scale = backbone._known_scale
         self._weights = dict(weights)
         self._layers = _by_caller(self.vision.visual, weights)
 

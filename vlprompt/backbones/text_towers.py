@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
 from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
-from vlprompt.backbones.packed import Adapter, is_packable_block, run_block
+from vlprompt.backbones.packed import Adapter, encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import weights_dtype
@@ -85,6 +85,18 @@ class OwnTower(TextTower):
     def dtype(self) -> torch.dtype:
         """See :meth:`TextTower.dtype`."""
         return weights_dtype(self.blocks)
+
+    def run(
+        self,
+        layout: PromptLayout,
+        context: Tensor | None,
+        deep: Tensor | None,
+        adapters: Sequence[Adapter | None] | None,
+    ) -> Tensor:
+        """See :meth:`TextTower.run`."""
+        if self.packable:
+            return encode_packed(self, layout, context, deep, adapters)
+        return super().run(layout, context, deep, adapters)
 
     def shortest(self, layout: PromptLayout) -> int:
         """See :meth:`TextTower.shortest`."""
