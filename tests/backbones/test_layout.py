@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from vlprompt.backbones.layout import PromptLayout, insert_rows, is_slot, slot, slot_number
+from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows, is_slot, slot, slot_number
 from vlprompt.core.errors import VLPromptError
 
 LIMIT = 77
@@ -88,9 +88,9 @@ def test_slots_are_numbers_apart_from_token_ids() -> None:
 
 def test_learned_rows_replace_only_their_places() -> None:
     x, rows = torch.zeros(1, 4, 2), torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [4.0, 4.0]]])
-    out = insert_rows(x, torch.tensor([7, slot(1), 7, slot(0)]), rows)
+    out = insert_rows(x, Slots.of([7, slot(1), 7, slot(0)]), rows)
     assert out[:, :, 0].tolist() == [[0, 2, 0, 1], [0, 4, 0, 3]]
-    assert insert_rows(x, torch.tensor([7, 7, 7, 7]), rows) is x
+    assert insert_rows(x, Slots.of([7, 7, 7, 7]), rows) is x
 
 
 def test_no_sentence_and_a_too_long_one_are_refused_by_name() -> None:

@@ -155,7 +155,7 @@ def test_learners_that_leave_the_image_tower_alone_work_on_photo(name: str, phot
         assert bool(ready(name, photo)(IMAGES).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["vpt", "maple", "upt", "ivlp", "promptsrc", "clip_lora"])
+@pytest.mark.parametrize("name", ["maple", "upt", "ivlp", "promptsrc", "clip_lora"])
 def test_learners_that_need_tokens_are_refused_by_name(name: str, photo: Backbone) -> None:
     with pytest.raises(BackboneError, match=r"EfficientNet|Lite0Tower"):
         create_learner(name, photo, NAMES)

@@ -217,7 +217,7 @@ def test_training_mode_never_reaches_the_towers(
 CONVOLUTIONS = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "image_size": 64}
 
 
-@pytest.mark.parametrize("kind", ["resnet", "timm_convolution", "rotary", "relative_positions"])
+@pytest.mark.parametrize("kind", ["resnet", "timm_convolution", "relative_positions"])
 def test_towers_that_take_no_prompts_say_why_and_still_encode(
     make_backbone: Callable[..., Backbone], kind: str
 ) -> None:
@@ -226,9 +226,6 @@ def test_towers_that_take_no_prompts_say_why_and_still_encode(
             make_backbone(vision=CONVOLUTIONS),
             r"\(ModifiedResNet\) is not a sequence of tokens",
         )
-    elif kind == "rotary":
-        backbone = timm_backbone(make_backbone, timm_model_name="eva02_tiny_patch14_224", image_size=224)
-        reason = r"\(Eva\) gives its tokens rotary positions"
     elif kind == "relative_positions":
         backbone = timm_backbone(make_backbone, timm_model_name="test_vit_relpos", image_size=160)
         reason = r"\(VisionTransformerRelPos\)"

@@ -25,15 +25,15 @@ def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool
     """
     backbone = learner.backbone
     tower = learner.backbone.text
-    assemble = tower.assemble
+    embed = tower.embed
     class_weights = learner.class_weights
     template = learner.templates[0]
 
     def encode(layout: Any, context: Any = None, deep: Any = None, adapters: Any = None) -> Tensor:
         return tower.encode_plain(layout, context, deep, tower.context_length, adapters)
 
-    def assemble_with_graph(*arguments: Any) -> Tensor:
-        return _require_grad(assemble(*arguments))
+    def embed_with_graph(*arguments: Any) -> Tensor:
+        return _require_grad(embed(*arguments))
 
     def image_embeddings(images: Tensor, prompts: Any = None, adapters: Any = None) -> Tensor:
         images = images.to(backbone.device)
@@ -45,7 +45,7 @@ def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool
 
     replacements: list[tuple[Any, str, Callable[..., Any]]] = [
         (tower, "encode", encode),
-        (tower, "assemble", assemble_with_graph),
+        (tower, "embed", embed_with_graph),
         (backbone, "image_embeddings", image_embeddings),
         *(
             [(learner, "class_weights", class_weights_every_step)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.origin import origin_of
-from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.backbones.vision import PixelPrompts, VisualPrompts
 from vlprompt.core.options import check_options
 from vlprompt.core.preprocessing import read_preprocess_options
 from vlprompt.core.registry import Registry
@@ -17,6 +17,7 @@ from vlprompt.core.registry import Registry
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "PixelPrompts",
     "VisualPrompts",
     "create_backbone",
     "list_backbones",

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.text import TextTower
+from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
-from vlprompt.backbones.vision import VisionTower, VisualPrompts
+from vlprompt.backbones.vision import Prompts, VisionTower
 from vlprompt.core.names import clean_classname
 
 __all__ = ["Backbone", "content_id"]
@@ -55,10 +55,12 @@ class Backbone(nn.Module):
         visual: Any = self.model.visual
         self.preprocess = preprocess
         self.fingerprint = fingerprint
-        self.text = TextTower(self.model, tokenizer, missing_tokenizer)
+        self.text = build_text_tower(self.model, tokenizer, missing_tokenizer)
         self.vision = VisionTower(visual)
         self.image_size: tuple[int, int] = _pair(visual.image_size)
         self.dim = int(fingerprint["dim"])
+        self._known_scale = (float("nan"), float("nan"))  # the parameter's value and its exponential
+        _ = self.logit_scale
         self.about = ""
         self.origin: dict[str, Any] = {}
 
@@ -98,8 +100,20 @@ class Backbone(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """The factor tau on cosine similarities (100 for OpenAI's CLIP)."""
-        return float(self.model.logit_scale.exp())
+        """The factor tau on cosine similarities (100 for OpenAI's CLIP).
+
+        A number, so it is a constant of a traced graph. It is the one that was loaded, also where the backbone was cast
+        to half precision since, which would round 100 to 99.
+        """
+        value, scale = self._known_scale
+        if torch.compiler.is_compiling():
+            return scale
+
+        parameter = self.model.logit_scale.detach()
+        if float(parameter) != float(torch.tensor(value, dtype=parameter.dtype)):
+            scale = float(parameter.float().exp())
+            self._known_scale = (float(parameter), scale)
+        return scale
 
     @property
     def logit_bias(self) -> float:
@@ -107,14 +121,14 @@ class Backbone(nn.Module):
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else float(bias)
 
-    def encode_image(self, images: Tensor, prompts: VisualPrompts | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
     def image_embeddings(
         self,
         images: Tensor,
-        prompts: VisualPrompts | None = None,
+        prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph."""

@@ -42,7 +42,9 @@ def without_text(backbone: Backbone) -> Backbone:
     if isinstance(backbone.model, _ImageModel):
         return backbone
     facts = {k: backbone.fingerprint.get(k) for k in ("architecture", "pretrained")}
-    return _wrap(_ImageModel(backbone.model), backbone.fingerprint["preprocess"], facts)
+    alone = _wrap(_ImageModel(backbone.model), backbone.fingerprint["preprocess"], facts)
+    alone._known_scale = backbone._known_scale  # more precise than weights that were cast to half precision
+    return alone
 
 
 def image_backbone(name: str, pretrained: str | None = None, **options: Any) -> Backbone:

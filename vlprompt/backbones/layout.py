@@ -7,7 +7,7 @@ once, and packs what is left of each sentence into tiles without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlprompt.core.errors import VLPromptError
 
-__all__ = ["PromptLayout", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
+__all__ = ["PromptLayout", "Slots", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
 
 _TILE = (
     64  # tokens per tile: long enough for efficient attention, short enough that a tile's mask stays cheap
@@ -38,24 +38,48 @@ def slot_number(source: int) -> int:
     return -1 - source
 
 
-def insert_rows(x: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
-    """Put learned vectors where the sources say so.
+@dataclass(frozen=True)
+class Slots:
+    """Where a flat list of sources refers to learned vectors: plain numbers, so that traced graphs have fixed shapes.
+
+    Attributes:
+        places: Ascending places in the list.
+        numbers: Which vector stands at each.
+    """
+
+    places: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sources: Iterable[int]) -> Slots:
+        """Find the slots of a list of sources."""
+        pairs = [(place, slot_number(source)) for place, source in enumerate(sources) if is_slot(source)]
+        return cls(tuple(place for place, _ in pairs), tuple(number for _, number in pairs))
+
+    def window(self, start: int, stop: int) -> Slots:
+        """Return the slots of a part of the list, counted from its beginning."""
+        pairs = zip(self.places, self.numbers, strict=True)
+        inside = [(place - start, number) for place, number in pairs if start <= place < stop]
+        return Slots(tuple(place for place, _ in inside), tuple(number for _, number in inside))
+
+
+def insert_rows(x: Tensor, slots: Slots, rows: Tensor) -> Tensor:
+    """Put learned vectors into their places.
 
     Args:
         x: (G or 1, R, W) states of R tokens.
-        sources: (R,) where each token comes from; at slot k the state becomes ``rows[:, k]``.
+        slots: The places of the R tokens that are learned; vector k becomes ``rows[:, k]``.
         rows: (G or 1, K, W) learned vectors.
 
     Returns:
-        (G or 1, R, W); ``x`` itself if no source is a slot.
+        (G or 1, R, W) of x's type; ``x`` itself if nothing is learned.
     """
-    sources = sources.to(x.device)
-    places = (sources < 0).nonzero()[:, 0]
-    if not len(places):
+    if not slots.places:
         return x
 
     groups = max(len(x), len(rows))
-    chosen = rows[:, -1 - sources[places]].to(x.dtype)
+    places = torch.tensor(slots.places, device=x.device)
+    chosen = rows[:, torch.tensor(slots.numbers, device=rows.device)].to(x.dtype)
     return x.expand(groups, -1, -1).index_copy(1, places, chosen.expand(groups, -1, -1))
 
 
@@ -72,6 +96,7 @@ class Tiles:
         end_rows: (R, E) tile-local index of each sentence end, repeated to the longest row; for the last
             block.
         end_slots: (C,) flat index into the R * E end rows, in class order.
+        slots: Where the R * S sources refer to learned vectors.
     """
 
     sources: Tensor
@@ -80,6 +105,7 @@ class Tiles:
     ends: Tensor
     end_rows: Tensor
     end_slots: Tensor
+    slots: Slots
 
 
 class PromptLayout:
@@ -117,6 +143,9 @@ class PromptLayout:
                 )
 
         self.shared = _common_prefix(self.sentences) if share_prefix else 0
+        # (P,) sources of the beginning that all sentences share, and its slots.
+        self.prefix = torch.tensor(self.sentences[0][: self.shared], dtype=torch.long)
+        self.prefix_slots = Slots.of(self.sentences[0][: self.shared])
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -131,15 +160,20 @@ class PromptLayout:
         """Number of learned context vectors the sentences refer to (highest + 1)."""
         return 1 + max((slot_number(s) for row in self.sentences for s in row if is_slot(s)), default=-1)
 
-    @cached_property
-    def prefix(self) -> Tensor:
-        """(P,) sources of the beginning that all sentences share."""
-        return torch.tensor(self.sentences[0][: self.shared], dtype=torch.long)
-
     def padded(self, length: int | None = None, pad: int = 0) -> Tensor:
         """Return (C, T) sources of the whole sentences, padded to ``length`` (default: the longest) with ``pad``."""
         length = length or max(self.lengths)
         return torch.tensor([[*s, *[pad] * (length - len(s))] for s in self.sentences], dtype=torch.long)
+
+    def padded_slots(self, length: int) -> Slots:
+        """Return the slots of :meth:`padded`, row after row."""
+        places: list[int] = []
+        numbers: list[int] = []
+        for row, sentence in enumerate(self.sentences):
+            slots = Slots.of(sentence)
+            places += [row * length + place for place in slots.places]
+            numbers += slots.numbers
+        return Slots(tuple(places), tuple(numbers))
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -222,4 +256,5 @@ def _tensors(remainders: Sequence[Sequence[int]], rows: list[list[int]], size: i
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     inside = (owner[:, :, None] == owner[:, None, :]) & causal
     mask = torch.cat([torch.ones(len(rows), size, offset, dtype=torch.bool), inside], dim=-1)
-    return Tiles(sources, positions, mask[:, None], ends, end_rows, end_slots)
+    slots = Slots.of(sources.flatten().tolist())
+    return Tiles(sources, positions, mask[:, None], ends, end_rows, end_slots, slots)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlprompt.backbones.layout import PromptLayout, Tiles, insert_rows
+from vlprompt.backbones.layout import PromptLayout, Slots, Tiles, insert_rows
 
 __all__ = ["Adapter", "encode_packed", "is_packable_block", "run_block"]
 
@@ -43,7 +43,7 @@ class PackableTower(Protocol):
     width: int
     memory: int
 
-    def assemble(self, sources: Tensor, positions: Tensor, context: Tensor | None) -> Tensor:
+    def assemble(self, sources: Tensor, slots: Slots, positions: Tensor, context: Tensor | None) -> Tensor:
         """Return (G or 1, R, W) embeddings plus positions of a flat list of R sources."""
 
     def project(self, x: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ def encode_packed(
     """
     tiles = layout.tiles
     adapters = adapters or [None] * tower.layers
-    prefix = tower.assemble(layout.prefix, torch.arange(layout.shared), context)
-    past = _run_prefix(tower, prefix, layout.prefix, deep, adapters)
-    remainders = tower.assemble(tiles.sources.flatten(), tiles.positions.flatten(), context)
+    prefix = tower.assemble(layout.prefix, layout.prefix_slots, torch.arange(layout.shared), context)
+    past = _run_prefix(tower, prefix, layout.prefix_slots, deep, adapters)
+    remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
     groups = max(len(remainders), len(prefix), 1 if deep is None else len(deep))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
@@ -114,12 +114,12 @@ def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | Non
 
 
 def _run_prefix(
-    tower: PackableTower, x: Tensor, sources: Tensor, deep: Tensor | None, adapters: Adapters
+    tower: PackableTower, x: Tensor, slots: Slots, deep: Tensor | None, adapters: Adapters
 ) -> list[KeyValue]:
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh)."""
     past: list[KeyValue] = []
     for i, block in enumerate(tower.blocks):
-        x = _insert(x, sources, deep, i)
+        x = _insert(x, slots, deep, i)
         normed = block.ln_1(x)
 
         if i == tower.layers - 1:  # nobody reads its output, only its keys and values
@@ -149,16 +149,16 @@ def _run_tiles(
     size = tiles.sources.shape[1]
     window = slice(rows.start * size, rows.stop * size)
     x = _pick(remainders, group)[:, window]
-    sources = tiles.sources.flatten()[window]
+    slots = tiles.slots.window(window.start, window.stop)
     mask = tiles.mask[rows].to(x.device)
     deep = None if deep is None else _pick(deep, group)
 
     for i, block in enumerate(tower.blocks[:-1]):
-        x = _insert(x, sources, deep, i)
+        x = _insert(x, slots, deep, i)
         query, key, value = _heads(block, block.ln_1(x), adapters[i])
         x = _finish(block, x, _attend(query, key, value, past[i], group, mask))
 
-    x = _insert(x, sources, deep, tower.layers - 1)
+    x = _insert(x, slots, deep, tower.layers - 1)
     end_rows = tiles.end_rows[rows].to(x.device)
     return _last_block(tower.blocks[-1], x, end_rows, past[-1], adapters[-1], group, mask)
 
@@ -186,7 +186,7 @@ def _last_block(
     query = F.linear(normed_ends, weight[:width], None if bias is None else bias[:width])
 
     if adapter is not None:
-        query = query + adapter(normed_ends)[..., :width]
+        query = query + adapter(normed_ends)[..., :width].to(query.dtype)
 
     query = _split(query, block.attn.num_heads)
     mask = mask.gather(2, end_rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
@@ -247,7 +247,7 @@ def _heads(
 
     projected = F.linear(normed, weight, bias)
     if adapter is not None:
-        projected = projected + adapter(normed)[..., -projected.shape[-1] :]
+        projected = projected + adapter(normed)[..., -projected.shape[-1] :].to(projected.dtype)
 
     parts = [_split(t, block.attn.num_heads) for t in projected.split(width, dim=-1)]
     return parts[0], parts[-2], parts[-1]
@@ -270,11 +270,11 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp.c_proj(mlp.gelu(hidden))
 
 
-def _insert(x: Tensor, sources: Tensor, deep: Tensor | None, layer: int) -> Tensor:
+def _insert(x: Tensor, slots: Slots, deep: Tensor | None, layer: int) -> Tensor:
     """Replace the states at learned places by this layer's own prompts, if it has any."""
     if deep is None or not 1 <= layer <= deep.shape[1]:
         return x
-    return insert_rows(x, sources, deep[:, layer - 1])
+    return insert_rows(x, slots, deep[:, layer - 1])
 
 
 def _pick(x: Tensor, group: slice) -> Tensor:

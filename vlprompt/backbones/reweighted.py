@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from vlprompt.backbones.attention import reads_its_layers_weights
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.backbones.vision import Prompts, VisionTower
 from vlprompt.core.errors import BackboneError
 
 __all__ = ["Reweight", "ReweightedBackbone"]
@@ -38,18 +40,21 @@ class ReweightedBackbone(Backbone):
         super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
         self.text = backbone.text
         self.origin = backbone.origin
+        self._known_scale = backbone._known_scale
+        self._weights = dict(weights)
         self._layers = _by_caller(self.vision.visual, weights)
 
     def image_embeddings(
         self,
         images: Tensor,
-        prompts: VisualPrompts | None = None,
+        prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """See :meth:`Backbone.image_embeddings`; with a graph, if the weights need one.
 
         Raises:
-            BackboneError: If there are adapters, which read the tower's own weights.
+            BackboneError: If there are adapters, which read the tower's own weights, or if the tower reads a weight
+                without calling its layer.
         """
         if adapters is not None:
             raise BackboneError(
@@ -57,8 +62,28 @@ class ReweightedBackbone(Backbone):
                 "into the backbone first, or leave the image tower alone (encoder=text)."
             )
 
+        if torch.compiler.is_compiling():  # a traced graph keeps what it needs by itself
+            made = {
+                f"visual.{name}": make(self.vision.visual.get_parameter(name))
+                for name, make in self._weights.items()
+            }
+            return functional_call(_Tower(self.vision), made, (images.to(self.device), prompts))
+
         with _replaced(self._layers):
             return self.vision.encode(images.to(self.device), prompts)
+
+
+class _Tower(nn.Module):
+    """An image tower as one module, for ``functional_call``."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.visual = tower.visual
+        self.tower = tower
+
+    def forward(self, images: Tensor, prompts: Prompts | None) -> Tensor:
+        """See :meth:`VisionTower.encode`."""
+        return self.tower.encode(images, prompts)
 
 
 @dataclass
@@ -94,8 +119,9 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
         prefix, _, name = path.rpartition(".")
         owner = visual.get_submodule(prefix)
         parent = visual.get_submodule(prefix.rpartition(".")[0])
-        reads_children = hasattr(parent, "in_proj_weight") or type(parent).__name__ == "AttentionPool2d"
-        layers.setdefault(parent if reads_children else owner, []).append(_Place(owner, name, make))
+        layers.setdefault(parent if reads_its_layers_weights(parent) else owner, []).append(
+            _Place(owner, name, make)
+        )
 
     return list(layers.items())
 
@@ -104,6 +130,7 @@ def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple
 def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[None]:
     """While open, each of the layers runs with its other weights."""
     alive: dict[int, tuple[Tensor, Reweight]] = {}  # by the address of what was made
+    ran: set[nn.Module] = set()
 
     def pack(saved: Tensor) -> Any:
         made = alive.get(saved.untyped_storage().data_ptr())
@@ -117,7 +144,8 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
     def around(places: Sequence[_Place]) -> tuple[Callable[..., None], Callable[..., None]]:
         frozen = [layer.frozen() for layer in places]
 
-        def enter(*_: Any) -> None:
+        def enter(caller: nn.Module, *_: Any) -> None:
+            ran.add(caller)
             for layer, weight in zip(places, frozen, strict=True):
                 made = layer.make(weight)
                 kind = weight.device.type
@@ -146,8 +174,20 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if keep else nullcontext():
             yield
+        _check_all_ran(layers, ran)
     finally:
         for handle in handles:
             handle.remove()
         for leave in undo:
             leave()
+
+
+def _check_all_ran(layers: Sequence[tuple[nn.Module, Sequence[_Place]]], ran: set[nn.Module]) -> None:
+    """Refuse a tower that reads a weight in another way than by calling its layer: replacing it would do nothing."""
+    unread = [place for caller, places in layers if caller not in ran for place in places]
+    if unread:
+        kinds = ", ".join(sorted({f"{type(place.owner).__name__}.{place.name}" for place in unread}))
+        raise BackboneError(
+            f"{len(unread)} weights of this image tower can't be replaced: it reads them without calling their layers "
+            f"({kinds}). Leave them out (tensors=...), or use another learner."
+        )

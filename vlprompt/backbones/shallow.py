@@ -98,7 +98,7 @@ def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
     """Return (B, C) quantiles of a (B, C, h, w) map, each the value at the nearest rank."""
     flat = sizes[..., :: max(1, sizes.shape[-2] // _ROWS), :].flatten(2)
     # NumPy sorts short rows of floats ten times as fast; torch's sort would cost as much as a small tower.
-    on_cpu = flat.device.type == "cpu"
+    on_cpu = flat.device.type == "cpu" and not torch.compiler.is_compiling()
     ordered = torch.from_numpy(np.sort(flat.numpy(), axis=2)) if on_cpu else flat.sort(dim=2).values
     return [ordered[..., round(q * (flat.shape[2] - 1))] for q in quantiles]
 
@@ -106,5 +106,8 @@ def _quantiles(sizes: Tensor, quantiles: Sequence[float]) -> list[Tensor]:
 def _first_convolution(backbone: Backbone) -> nn.Conv2d:
     first = next((m for m in backbone.vision.visual.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise BackboneError("this backbone's image tower has no convolution whose output could be looked at.")
+        raise BackboneError(
+            "this backbone's image tower has no convolution whose output could be looked at. Let dbom read the image "
+            "embedding instead (evidence=embedding)."
+        )
     return first

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones.packed import is_packable_block, run_block
+from vlprompt.backbones.streams import with_places_without_rotation
 from vlprompt.backbones.vision import VisionTower
 from vlprompt.core.errors import BackboneError, VLPromptError
 
@@ -50,17 +51,20 @@ def patch_of(tower: VisionTower) -> int:
     Raises:
         BackboneError: If the tower has no sequence of one class token and square patches.
     """
-    if tower.refusal is not None:
-        raise BackboneError(f"token states of an image can't be read on this backbone: {tower.refusal}")
+    stream = tower.stream
+    if stream is None:
+        raise BackboneError(f"token states of an image can't be read on this backbone: {tower.reason}.")
 
-    source = tower.visual if tower.kind == "vit" else tower.visual.trunk.patch_embed
-    height, width = source.patch_size
-
-    special = 1 if tower.kind == "vit" else int(getattr(tower.visual.trunk, "num_prefix_tokens", 1))
-    if height != width or special != 1:
+    height, width = stream.patch
+    if height != width or stream.special != 1:
         raise BackboneError(
             f"dense features need square patches and one class token; this image tower has patches of "
-            f"{height} x {width} pixels and {special} class tokens."
+            f"{height} x {width} pixels and {stream.special} class tokens."
+        )
+    if stream.rotates and stream.native is None:
+        raise BackboneError(
+            "dense features need places that are learned, or rotary ones of one image size; this image tower makes "
+            "rotary ones for every size anew. Use another backbone, for example ViT-B-16."
         )
 
     return int(height)
@@ -113,18 +117,19 @@ def first_state(tower: VisionTower, images: Tensor) -> Tensor:
         BackboneError: If the tower has no such sequence.
     """
     patch = patch_of(tower)
-    images = padded(images, patch)
+    stream = tower.stream
+    assert stream is not None  # there is a patch
+    images = padded(images, patch).to(tower.dtype)
+
+    if stream.native is not None and images.shape[-2:] != stream.native:  # timm fixes the size as it builds
+        raise BackboneError(
+            f"this image tower comes from timm and reads {stream.native[0]} x {stream.native[1]} pixels only, got "
+            f"{images.shape[-2]} x {images.shape[-1]}. Use the segmenter's preprocess, or a ViT of open_clip's own."
+        )
+    if stream.kind == "timm_vit":
+        return stream.embed(images)[0]
+
     visual = tower.visual
-
-    if tower.kind == "timm_vit":
-        native = tuple(visual.trunk.patch_embed.img_size)
-        if images.shape[-2:] != native:  # timm fixes the size when it builds the tower
-            raise BackboneError(
-                f"this image tower comes from timm and reads {native[0]} x {native[1]} pixels only, got "
-                f"{images.shape[-2]} x {images.shape[-1]}. Use the segmenter's preprocess, or a ViT of open_clip's own."
-            )
-        return visual.trunk._pos_embed(visual.trunk.patch_embed(images))
-
     x = visual.conv1(images)
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)
@@ -155,18 +160,24 @@ def run_taps(
     Raises:
         VLPromptError: If the prompts don't fit the tower.
     """
+    stream = tower.stream
+    assert stream is not None  # there is a first state
     rows = None if prompts is None else _checked(tower, prompts, len(x))
     tokens = x.shape[1]
+
+    rotation = stream.native_rotation()
+    if rotation is not None and rows is not None:
+        rotation = with_places_without_rotation(rotation, rows.shape[2], front=False)
 
     if rows is not None:
         x = torch.cat([x, rows[:, 0].to(x.dtype)], dim=1)
 
-    x = tower.visual.ln_pre(x) if tower.kind == "vit" else tower.visual.trunk.norm_pre(x)
+    x = stream.norm_before(x)
     states = []
 
     last = len(tower.blocks) - 1 if pooled else max(blocks)
     for i, block in enumerate(tower.blocks[: last + 1]):
-        x = run_block(block, x, None) if is_packable_block(block) else block(x)
+        x = run_block(block, x, None) if is_packable_block(block) else stream.run(i, x, rotation)
         if not keep_prompts and i in blocks:
             states.append(x[:, :tokens])
         if rows is not None and i + 1 < rows.shape[1]:

@@ -22,11 +22,13 @@ class TextTokenizer(Protocol):
         start: Ids before the words ([] if the model has none).
         end: Ids after the words.
         pad: Id that fills a row.
+        context_length: Tokens of a row, if the tokenizer knows.
     """
 
     start: list[int]
     end: list[int]
     pad: int
+    context_length: int | None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the words alone."""

@@ -1,25 +1,31 @@
 """The image tower: how visual prompts enter it, and which parts need no graph.
 
-Two conventions for inserting prompts (they give different results, so a learner names one):
+Two conventions for inserting prompt tokens (they give different results, so a learner names one):
 ``after_cls``: between class token and patches, after the pre-norm, without positions (VPT, Jia et al. 2022,
 section 3; MVLPT). ``append``: after the patches, before the pre-norm (MaPLe, Khattak et al. 2023; PromptSRC).
 In both, deep prompts replace the prompt tokens' states before each further block; below depth L the last
-ones' outputs flow on.
+ones' outputs flow on. Where tokens turn by their place (rotary positions), prompt tokens have none and do not turn.
+
+A tower that is no sequence of tokens takes prompts of pixels: values that are added to the image before the tower reads
+it (Bahng et al., "Exploring Visual Prompts for Adapting Large-Scale Models", arXiv 2203.17274, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.backbones.packed import Adapter, is_packable_block, run_block
+from vlprompt.backbones.attention import Projections, adapted, projections_in
+from vlprompt.backbones.packed import Adapter, run_block
+from vlprompt.backbones.streams import TokenStream, find_stream, with_places_without_rotation
 from vlprompt.core.errors import BackboneError, VLPromptError
 
-__all__ = ["Insertion", "VisionTower", "VisualPrompts"]
+__all__ = ["Insertion", "PixelPrompts", "Prompts", "VisionTower", "VisualPrompts", "weights_dtype"]
 
 Insertion = Literal["after_cls", "append"]
 
@@ -37,60 +43,120 @@ class VisualPrompts:
     tokens: Tensor
     insertion: Insertion = "after_cls"
 
+    def dropped(self, share: float, batch: int) -> VisualPrompts:
+        """Return one set per image in which a share of the values is dropped, drawn per image and layer."""
+        tokens = self.tokens.expand(batch, -1, -1, -1)
+        return replace(self, tokens=F.dropout(tokens, share))
+
+
+@dataclass(frozen=True)
+class PixelPrompts:
+    """Pixels that are added to the preprocessed image; they enter every tower.
+
+    Attributes:
+        pixels: (3, H, W) or, one set per image, (B, 3, H, W), in units of the preprocessed image; 0 where nothing is
+            learned. See :func:`vlprompt.backbones.pixels.place_pixels`.
+    """
+
+    pixels: Tensor
+
+    def dropped(self, share: float, batch: int) -> PixelPrompts:
+        """Return one set per image in which a share of the values is dropped."""
+        return PixelPrompts(F.dropout(self.pixels.expand(batch, -1, -1, -1), share))
+
+
+Prompts = VisualPrompts | PixelPrompts
+
 
 class VisionTower:
     """The image side of an open_clip model (a view: the parameters stay where they are).
 
     Args:
-        visual: ``open_clip``'s VisionTransformer, ModifiedResNet or TimmModel.
+        visual: Any image tower of open_clip's: its own, or one of timm's.
 
     Attributes:
-        kind: ``"vit"``, ``"timm_vit"`` or ``"conv"``.
-        width: W, width of its tokens; 0 for convolutional towers.
-        layers: Number of blocks; 0 for convolutional towers.
-        refusal: Why visual prompts can't enter this tower, or None if they can.
+        stream: Its steps, if it is a sequence of tokens.
+        kind: ``"vit"`` (open_clip's own), ``"timm_vit"``, or ``"conv"`` where tokens can't enter.
+        width: W, width of its tokens; 0 where tokens can't enter.
+        layers: Number of blocks; 0 where tokens can't enter.
+        reason: Why this is no tower that tokens can enter, or None.
+        refusal: The same, with what works instead.
+        attention: The projections that adapters join, in the order of the blocks; empty if there are none.
     """
 
     def __init__(self, visual: nn.Module) -> None:
         self.visual: Any = visual
-        self.kind, self.refusal = _kind(visual)
-        self.blocks: Any = _blocks(self.visual, self.kind)
+        found = find_stream(visual)
+        self.stream: TokenStream | None = None if isinstance(found, str) else found
+        self.reason = found if isinstance(found, str) else None
+        self.refusal = None if self.reason is None else _refusal(self.reason)
+
+        self.kind = "conv" if self.stream is None else self.stream.kind
+        self.blocks: Any = () if self.stream is None else self.stream.blocks
         self.layers = len(self.blocks)
-        self.width = _width(visual, self.kind)
+        self.width = 0 if self.stream is None else self.stream.width
+        self.attention: list[Projections] = _attention(visual, self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the tower computes in; pixels and prompts are cast to it where they enter."""
+        return weights_dtype(self.visual)
 
     def require_prompts(self) -> None:
-        """Raise BackboneError with the reason if visual prompts can't enter this tower."""
+        """Raise BackboneError with the reason if prompt tokens can't enter this tower."""
         if self.refusal is not None:
             raise BackboneError(f"visual prompts can't be learned on this backbone: {self.refusal}")
 
     def require_adapters(self) -> None:
-        """Raise BackboneError with the reason if adapters can't enter this tower's blocks."""
-        fits = _has_packed_qkv if self.kind == "timm_vit" else is_packable_block
-        odd = next((b for b in self.blocks if not fits(b)), None if self.layers else self.visual)
-        if odd is not None:
+        """Raise BackboneError with the reason if adapters can't enter this tower's attention."""
+        if not self.attention:
+            name = type(getattr(self.visual, "trunk", self.visual)).__name__
             raise BackboneError(
-                f"attention can't be adapted on this backbone: its image tower ({type(odd).__name__}) has no packed "
-                "projection of queries, keys and values in every block. Leave the image tower alone."
+                f"attention can't be adapted on this backbone: its image tower ({name}) has no layers that project "
+                "queries, keys and values in its blocks. Leave the image tower alone (clip_lora: encoder=text), or "
+                "learn its pixels (vpt) or weight masks."
             )
 
     def encode(
         self,
         images: Tensor,
-        prompts: VisualPrompts | None = None,
+        prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return (B, d) image features, not normalised, float32.
 
         Args:
             images: (B, 3, H, W) preprocessed pixels.
-            prompts: Prompt tokens, or None for the tower as it is.
-            adapters: One per block, or None where there is none: functions of a block's normed input whose
-                result is added to its queries, keys and values (see :meth:`require_adapters`).
+            prompts: Prompt tokens or pixels, or None for the tower as it is.
+            adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
+                reads, whose result is added to queries, keys and values (see :meth:`require_adapters`).
 
         Raises:
-            BackboneError: If the tower has no token sequence.
-            VLPromptError: If the prompts' width, depth or batch don't fit.
+            BackboneError: If there are prompt tokens and the tower has no token sequence.
+            VLPromptError: If the prompts' width, depth, batch or image size don't fit.
         """
+        images = images.to(self.dtype)
+        if isinstance(prompts, PixelPrompts):
+            images = _with_pixels(images, prompts)
+            prompts = None
+
+        if adapters is None:
+            return self._features(images, prompts, None)
+
+        self.require_adapters()
+        if all(not place.layers for place in self.attention):  # open_clip's own blocks
+            return self._features(images, prompts, adapters)
+        with adapted(self.attention, adapters):
+            return self._features(images, prompts, None)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Pooling and projection of (B, special + N, W), prompts already removed: (B, d), float32."""
+        return self._stream().finish(x).float()
+
+    def _features(
+        self, images: Tensor, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None] | None
+    ) -> Tensor:
+        """Run the tower; ``adapters`` are those of open_clip's own blocks."""
         if prompts is None:
             if adapters is None:
                 return _first(self.visual(images)).float()
@@ -98,21 +164,33 @@ class VisionTower:
             prompts = VisualPrompts(images.new_empty(1, 0, self.width))
 
         tokens = self._check(prompts, len(images))
-        # What lies below the prompts is frozen, so it makes no graph by itself.
-        x = self._embed(images, before_norm=prompts.insertion == "append")
-        places = self._places(x.shape[1], tokens.shape[2], prompts.insertion)
-        x = _put(x, tokens[:, 0], places)
+        stream = self._stream()
+        append = prompts.insertion == "append"
 
-        if prompts.insertion == "append":
-            x = self._norm_before(x)
+        # What lies below the prompts is frozen, so it makes no graph by itself.
+        x, rotation = stream.embed(images)
+        x = x if append else stream.norm_before(x)
+        first = x.shape[1] if append else stream.special
+        places = slice(first, first + tokens.shape[2])
+        x = torch.cat([x[:, :first], tokens[:, 0].to(x.dtype), x[:, first:]], dim=1)
+
+        if append:
+            x = stream.norm_before(x)
+        if rotation is not None:
+            rotation = with_places_without_rotation(rotation, tokens.shape[2], front=not append)
 
         for i, block in enumerate(self.blocks):
             if 1 <= i < tokens.shape[1]:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
-            x = self._run(block, x, adapters[i] if adapters is not None else None)
+            adapter = adapters[i] if adapters is not None else None
+            x = stream.run(i, x, rotation) if adapter is None else run_block(block, x, adapter)
 
-        x = torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1)
-        return self.finish(x)
+        return self.finish(torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1))
+
+    def _stream(self) -> TokenStream:
+        self.require_prompts()
+        assert self.stream is not None  # there is a reason where there is none
+        return self.stream
 
     def _check(self, prompts: VisualPrompts, batch: int) -> Tensor:
         self.require_prompts()
@@ -129,94 +207,40 @@ class VisionTower:
             raise VLPromptError(f"visual prompts for {len(tokens)} images, the batch has {batch}.")
         return tokens.expand(batch, -1, -1, -1)
 
-    def _run(self, block: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
-        if adapter is None:
-            return block(x)
-        if self.kind == "vit":
-            return run_block(block, x, adapter)
 
-        handle = block.attn.qkv.register_forward_hook(lambda _, inputs, output: output + adapter(inputs[0]))
-        try:
-            return block(x)
-        finally:
-            handle.remove()
-
-    def _places(self, length: int, count: int, insertion: Insertion) -> slice:
-        if insertion == "append":
-            return slice(length, length + count)
-        special = 1 if self.kind == "vit" else int(getattr(self.visual.trunk, "num_prefix_tokens", 1))
-        return slice(special, special + count)
-
-    def _embed(self, images: Tensor, before_norm: bool) -> Tensor:
-        """Patches, class token and positions: (B, 1 + N, W), before or after the pre-norm."""
-        visual = self.visual
-        if self.kind == "timm_vit":
-            x = visual.trunk._pos_embed(visual.trunk.patch_embed(images))
-            return x if before_norm else visual.trunk.norm_pre(x)
-
-        x = visual.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = x + visual.positional_embedding.to(x.dtype)
-        return x if before_norm else visual.ln_pre(x)
-
-    def _norm_before(self, x: Tensor) -> Tensor:
-        return self.visual.ln_pre(x) if self.kind == "vit" else self.visual.trunk.norm_pre(x)
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Pooling and projection of (B, 1 + N, W), prompts already removed: (B, d), float32."""
-        visual = self.visual
-        if self.kind == "timm_vit":
-            return visual.head(visual.trunk.forward_head(visual.trunk.norm(x))).float()
-        pooled = _first(visual._pool(x))
-        return (pooled if visual.proj is None else pooled @ visual.proj).float()
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    """Return the type of the first layer's weight: what a model computes in, whatever its norms and tables are."""
+    layers = (m.weight.dtype for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return next(layers, torch.float32)
 
 
-def _put(x: Tensor, tokens: Tensor, places: slice) -> Tensor:
-    return torch.cat([x[:, : places.start], tokens.to(x.dtype), x[:, places.start :]], dim=1)
+def _with_pixels(images: Tensor, prompts: PixelPrompts) -> Tensor:
+    pixels = prompts.pixels if prompts.pixels.dim() == 4 else prompts.pixels[None]
+    if pixels.shape[1:] != images.shape[1:]:
+        raise VLPromptError(
+            f"a visual prompt of {pixels.shape[-2]} x {pixels.shape[-1]} pixels, images of {images.shape[-2]} x "
+            f"{images.shape[-1]}."
+        )
+    if len(pixels) not in (1, len(images)):
+        raise VLPromptError(f"visual prompts for {len(pixels)} images, the batch has {len(images)}.")
+    return images + pixels.to(images.dtype)
 
 
-def _has_packed_qkv(block: Any) -> bool:
-    """Tell whether a timm block's attention calls a linear layer for queries, keys and values together."""
-    attention = getattr(block, "attn", None)
-    return type(attention).__name__ == "Attention" and isinstance(getattr(attention, "qkv", None), nn.Linear)
+def _attention(visual: nn.Module, blocks: Any) -> list[Projections]:
+    """Return the projections of a tower: one per block of a sequence of tokens, else all there are."""
+    if not len(blocks):
+        return projections_in(visual)
+
+    by_block = [projections_in(block) for block in blocks]
+    return [places[0] for places in by_block] if all(len(places) == 1 for places in by_block) else []
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"{reason}. What works here: vpt, which learns pixels around the image instead (where=pixels), and learners "
+        "that leave the image tower alone (coop, clip_adapter, tip_adapter, linear_probe)."
+    )
 
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _kind(visual: Any) -> tuple[str, str | None]:
-    name = type(visual).__name__
-    if name == "VisionTransformer":
-        if not getattr(visual.transformer, "batch_first", True):
-            return "conv", "its blocks run in a token-first layout that this open_clip version no longer uses"
-        return "vit", None
-
-    trunk = getattr(visual, "trunk", None)
-    if getattr(trunk, "rope", None) is not None:
-        return "conv", (
-            f"its image tower ({type(trunk).__name__}) gives its tokens rotary positions by their place, which "
-            "inserted tokens would shift. Use a learner that leaves the image tower alone (coop, linear_probe)."
-        )
-    if trunk is not None and all(
-        hasattr(trunk, a) for a in ("patch_embed", "_pos_embed", "blocks", "forward_head")
-    ):
-        return "timm_vit", None
-
-    what = type(trunk).__name__ if trunk is not None else name
-    return "conv", (
-        f"its image tower ({what}) is not a sequence of tokens. Use a ViT backbone (for example ViT-B-16 or tiny), or "
-        "a learner that leaves the image tower alone (coop, linear_probe)."
-    )
-
-
-def _blocks(visual: Any, kind: str) -> Any:
-    if kind == "vit":
-        return visual.transformer.resblocks
-    return visual.trunk.blocks if kind == "timm_vit" else ()
-
-
-def _width(visual: Any, kind: str) -> int:
-    if kind == "vit":
-        return int(visual.class_embedding.shape[0])
-    return int(visual.trunk.embed_dim) if kind == "timm_vit" else 0

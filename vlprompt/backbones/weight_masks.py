@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlprompt.backbones.attention import find_projections
+
 __all__ = ["Kind", "maskable", "masked_weight", "pack", "unpack"]
 
 Kind = Literal["attention.in", "attention.out", "mlp.in", "mlp.out", "conv", "patch"]
 
-_POOLS = {"attn", "attnpool", "attn_pool"}
 _OUTPUTS = {"out_proj", "proj", "c_proj", "fc2"}
+_PATCHES = {"conv1", "conv2", "conv3"}  # a ViT's patch embedding, a ResNet's stem
 
 
 def maskable(visual: nn.Module) -> dict[str, Kind]:
@@ -30,27 +32,42 @@ def maskable(visual: nn.Module) -> dict[str, Kind]:
     """
     kinds: dict[str, Kind] = {}
     for path, module in visual.named_modules():
-        if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):
-            kinds[f"{path}.in_proj_weight"] = "attention.in"
-        kind = _kind(path.split("."), module)
+        for name in _packed(module):
+            kinds[f"{path}.{name}"] = "attention.in"
+
+        parent = visual.get_submodule(path.rpartition(".")[0])
+        kind = _kind(path.split("."), module, parent)
         if kind is not None:
             kinds[f"{path}.weight"] = kind
 
     return kinds
 
 
-def _kind(words: Sequence[str], module: nn.Module) -> Kind | None:
+def _kind(words: Sequence[str], module: nn.Module, parent: nn.Module) -> Kind | None:
     if not isinstance(module, nn.Linear | nn.Conv2d) or words[0] == "head":
         return None
     if "mlp" in words:
         return "mlp.out" if words[-1] in _OUTPUTS else "mlp.in"
-    if _POOLS & {*words[:-1]}:
+    if _attends(parent):
         return "attention.out" if words[-1] in _OUTPUTS else "attention.in"
-    if isinstance(module, nn.Linear):
-        return None
 
-    stem = words[0] in ("conv1", "conv2", "conv3") or "patch_embed" in words
-    return "patch" if stem else "conv"
+    embeds = words[0] in _PATCHES or bool({"patch_embed", "embeds", "stem", "conv_stem"} & {*words})
+    if embeds:
+        return "patch"
+    return None if isinstance(module, nn.Linear) else "conv"
+
+
+def _attends(module: nn.Module) -> bool:
+    """Tell whether a module is an attention: it projects queries, keys and values, or queries and the two together."""
+    pair = [getattr(module, name, None) for name in ("q", "kv")]
+    two = all(isinstance(layer, nn.Linear) for layer in pair)
+    return bool(_packed(module)) or two or find_projections(module) is not None
+
+
+def _packed(module: nn.Module) -> list[str]:
+    """Return the names of the projections that an attention keeps as parameters, without a layer."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return [name for name in names if isinstance(getattr(module, name, None), nn.Parameter)]
 
 
 class _Masked(torch.autograd.Function):

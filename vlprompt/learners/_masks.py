@@ -88,9 +88,13 @@ def group_of(
             members[name] = kind
 
     if not members:
+        matching = f" that match {', '.join(names)}" if names else ""
+        others = ", ".join(sorted(set(weights.values()))) or "none"
         raise ConfigError(
-            [f"the image tower of {backbone.name} has no weights to mask in {' or '.join(kinds)}"]
-            + ([f"that match {', '.join(names)}"] if names else []),
+            [
+                f"the image tower of {backbone.name} has no weights to mask in {' or '.join(kinds)}{matching}. It has: "
+                f"{others}. mmt masks MLPs and convolutions, pmt masks all."
+            ],
             "mask tuning",
         )
     return members

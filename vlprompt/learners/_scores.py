@@ -24,7 +24,9 @@ class MaskScores(nn.ParameterDict):
     """
 
     def __init__(self, weights: Mapping[str, Tensor], init: float, threshold: float) -> None:
-        super().__init__({self.key(name): torch.full_like(w, init) for name, w in weights.items()})
+        super().__init__(
+            {self.key(name): torch.full_like(w, init, dtype=torch.float32) for name, w in weights.items()}
+        )
         self.names = tuple(weights)
         self.init = init
         self.threshold = threshold

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.backbones.vision import Insertion, VisionTower, VisualPrompts
+from vlprompt.backbones.vision import Insertion, Prompts, VisionTower
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners.base import Learner
 
@@ -57,20 +56,15 @@ def initial_visual_prompts(
         BackboneError: If visual prompts can't enter this tower.
     """
     tower.require_prompts()
+    assert tower.stream is not None  # it takes tokens
     generator = torch_rng(seed, "visual prompts")
     shape = (depth, length, tower.width)
 
     if insertion == "append":
         return 0.02 * torch.randn(shape, generator=generator)
 
-    bound = math.sqrt(6 / (_patch_fan_in(tower) + tower.width))
+    bound = math.sqrt(6 / (3 * math.prod(tower.stream.patch) + tower.width))  # a patch's numbers, and W
     return bound * (2 * torch.rand(shape, generator=generator) - 1)
-
-
-def _patch_fan_in(tower: VisionTower) -> int:
-    """Return how many numbers a patch has (3 * height * width in pixels)."""
-    patches = tower.visual if tower.kind == "vit" else tower.visual.trunk.patch_embed
-    return 3 * math.prod(patches.patch_size)
 
 
 class PromptedImages(Learner):
@@ -87,8 +81,8 @@ class PromptedImages(Learner):
     visual_dropout: float = 0.0
     _constants: dict[str, Any]
 
-    def visual_prompts(self) -> VisualPrompts:
-        """Return the (J, M, W) prompts of the image tower."""
+    def visual_prompts(self) -> Prompts:
+        """Return the prompts of the image tower: (J, M, W) tokens, or pixels."""
         raise NotImplementedError
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -96,8 +90,7 @@ class PromptedImages(Learner):
         prompts = self._once("visual", self.visual_prompts)
 
         if self.training and self.visual_dropout > 0:
-            tokens = prompts.tokens.expand(len(images), -1, -1, -1)
-            prompts = VisualPrompts(F.dropout(tokens, self.visual_dropout), prompts.insertion)
+            prompts = prompts.dropped(self.visual_dropout, len(images))
 
         return self.backbone.image_embeddings(images, prompts)
 
@@ -114,7 +107,7 @@ class PromptedImages(Learner):
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         """Compute something; in evaluation without gradients only the first time."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
 
         constants: dict[str, Any] = self.__dict__.setdefault("_constants", {})

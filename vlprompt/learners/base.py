@@ -147,6 +147,8 @@ class Learner(nn.Module, LearnerHooks, Trainable):
             return self.class_weights()
 
         if self._cached_weights is None:
+            if torch.compiler.is_compiling():  # what a traced graph computes belongs to the graph
+                return self.class_weights()
             self._cached_weights = self.class_weights()
         return self._cached_weights
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.attention import Projections
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS
@@ -42,12 +43,13 @@ _PARTS = {
 
 
 class LowRank(nn.Module):
-    """The update of one block's queries, keys and values: (..., W) -> (..., 3 W), an adapter of the towers.
+    """The update of one block's queries, keys and values, an adapter of the towers.
 
-    Each of the chosen matrices M gets s B_M A_M dropout(x), with a mask of its own in training.
+    Each of the chosen matrices M gets s B_M A_M dropout(x), with a mask of its own in training; all in float32.
 
     Args:
-        width: W.
+        width: W of what the attention reads.
+        sizes: Widths of queries, keys and values: 3 times W in most towers.
         matrices: Which of q, k and v.
         rank: Of the update.
         scale: s.
@@ -58,6 +60,7 @@ class LowRank(nn.Module):
     def __init__(
         self,
         width: int,
+        sizes: Sequence[int],
         matrices: Sequence[Matrix],
         rank: int,
         scale: float,
@@ -65,6 +68,7 @@ class LowRank(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        self.sizes: dict[str, int] = dict(zip("qkv", sizes, strict=True))
         self.matrices = tuple(matrices)
         self.scale = scale
         self.dropout = dropout
@@ -72,27 +76,31 @@ class LowRank(nn.Module):
         bound = width**-0.5
         start = {m: torch.empty(rank, width).uniform_(-bound, bound, generator=generator) for m in matrices}
         self.down = nn.ParameterDict(start)  # A: (r, W)
-        self.up = nn.ParameterDict({m: torch.zeros(width, rank) for m in matrices})  # B: (W, r)
+        self.up = nn.ParameterDict({m: torch.zeros(self.sizes[m], rank) for m in matrices})  # B: (W, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the projected (..., 3 W) queries, keys and values."""
+        """Return what is added to the projected queries, keys and values of (..., W), one after the other."""
+        x = x.to(
+            self.down[self.matrices[0]].dtype
+        )  # a tower may compute in half precision, what is learned doesn't
         return torch.cat([self._part(m, x) for m in "qkv"], dim=-1)
 
     def _part(self, matrix: str, x: Tensor) -> Tensor:
-        """Return the (..., W) update of one of q, k and v; zero if it has none."""
+        """Return the update of one of q, k and v; zero if it has none."""
         if matrix not in self.matrices:
-            return torch.zeros_like(x)
+            return x.new_zeros(*x.shape[:-1], self.sizes[matrix])
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.down[matrix])
         return F.linear(self.scale * inner, self.up[matrix])
 
     @torch.no_grad()
     def weight_update(self) -> Tensor:
-        """Return the (3 W, W) change of the packed projection's weight that does the same, dropout aside."""
-        width = next(iter(self.up.values())).shape[0]
-        zero = torch.zeros(width, width, device=next(self.parameters()).device)
-        return torch.cat(
-            [self.scale * self.up[m] @ self.down[m] if m in self.matrices else zero for m in "qkv"]
-        )
+        """Return the change of the packed projection's weight (3 W, W) that does the same, dropout aside."""
+        first = self.down[self.matrices[0]]
+        parts = []
+        for m in "qkv":
+            zero = first.new_zeros(self.sizes[m], first.shape[1])
+            parts.append(self.scale * self.up[m] @ self.down[m] if m in self.matrices else zero)
+        return torch.cat(parts)
 
 
 @LEARNERS.register(
@@ -121,7 +129,7 @@ class ClipLora(Learner):
         seed: Of the random start.
 
     Raises:
-        BackboneError: If the attention of a tower that is to be updated has no packed projection.
+        BackboneError: If a tower that is to be updated has no layers that project queries, keys and values.
         VLPromptError: If a sentence is too long for the text tower; names its class.
     """
 
@@ -161,23 +169,24 @@ class ClipLora(Learner):
         self.vision = nn.ModuleDict()
         self.static_images = encoder == "text"
 
-        def updates(tower: str, width: int, depth: int) -> nn.ModuleDict:
+        def updates(tower: str, places: Sequence[Projections]) -> nn.ModuleDict:
             """Build the updates of a tower's chosen blocks."""
             generator = torch_rng(seed, "lora", tower)
             modules = {}
-            for block in _chosen(layers, depth):
-                modules[str(block)] = LowRank(width, matrices, rank, scale, dropout, generator)
+            for block in _chosen(layers, len(places)):
+                width, sizes = places[block].width, places[block].sizes
+                modules[str(block)] = LowRank(width, sizes, matrices, rank, scale, dropout, generator)
             return nn.ModuleDict(modules)
 
         if encoder != "vision":
             backbone.text.require_adapters()
-            self.text = updates("text", backbone.text.width, backbone.text.layers)
+            self.text = updates("text", backbone.text.attention)
             self.layout = self._lay_out()
             self.noisy_layout = self._lay_out(share_prefix=False) if dropout else self.layout
 
         if encoder != "text":
             backbone.vision.require_adapters()
-            self.vision = updates("vision", backbone.vision.width, backbone.vision.layers)
+            self.vision = updates("vision", backbone.vision.attention)
 
         if encoder == "vision":
             weights = backbone.class_weights(self.classnames, self.templates)
@@ -189,7 +198,7 @@ class ClipLora(Learner):
             return self.get_buffer("zero_shot")
 
         layout = self.noisy_layout if self.training else self.layout
-        adapters = _by_block(self.text, self.backbone.text.layers)
+        adapters = _by_block(self.text, len(self.backbone.text.attention))
         return F.normalize(self.backbone.text.encode(layout, adapters=adapters), dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -197,15 +206,14 @@ class ClipLora(Learner):
         if not self.vision:
             return super().embed_images(images)
 
-        adapters = _by_block(self.vision, self.backbone.vision.layers)
+        adapters = _by_block(self.vision, len(self.backbone.vision.attention))
         return self.backbone.image_embeddings(images, adapters=adapters)
 
     def _lay_out(self, share_prefix: bool = True) -> PromptLayout:
         """Return the sentences of all classes; a tower that isn't causal never shares a prefix."""
         tower = self.backbone.text
         sentences = [tower.sentence(self.templates[0].format(name)) for name in self.classnames]
-        share_prefix = share_prefix and tower.causal
-        return PromptLayout(sentences, tower.context_length, self.classnames, share_prefix=share_prefix)
+        return tower.layout(sentences, self.classnames, share_prefix)
 
 
 def _by_block(updates: nn.ModuleDict, depth: int) -> list[nn.Module | None]:

@@ -1,0 +1,184 @@
+"""Backbones in half precision, traced graphs, and the warning about a fast path that is lost."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from tests.families import FAMILIES, family_backbone, load_page_maker
+from vlprompt.backbones import Backbone, text_towers
+from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.learners import LEARNERS, create_learner
+
+NAMES = ("dog", "red circle", "humming bird")
+TEXTS = ["a photo of a dog.", "this is my large red circle"]
+MAKER = load_page_maker()
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def in_half(name: str, dtype: torch.dtype) -> Backbone:
+    """A family's member in half precision, leaving the shared one as it is."""
+    family = next(family for family in MAKER.FAMILIES if family.name == name)
+    return MAKER.build(family).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_of_half_precision_are_float32_and_near(name: str, dtype: torch.dtype) -> None:
+    full = family_backbone(name)
+    half = in_half(name, dtype)
+    assert half.logit_scale == full.logit_scale
+    for got, expected in (
+        (half.encode_image(images()), full.encode_image(images())),
+        (half.encode_text(TEXTS), full.encode_text(TEXTS)),
+    ):
+        assert got.dtype == torch.float32
+        assert F.cosine_similarity(got, expected).min() > (0.99 if dtype == torch.bfloat16 else 0.9999)
+
+
+@pytest.mark.parametrize("learner", [entry.name for entry in LEARNERS])
+def test_every_learner_learns_in_float32_on_a_bfloat16_backbone(learner: str) -> None:
+    backbone = in_half("CLIP", torch.bfloat16)
+    trained = MAKER.train_one_step(backbone, learner)
+    assert {p.dtype for p in trained.learned_parameters().values()} <= {torch.float32}
+    assert {t.dtype for t in trained.trainable_state().values() if t.is_floating_point()} <= {torch.float32}
+    assert trained.eval()(images()).dtype == torch.float32
+
+
+def test_models_of_open_clips_mixed_precision_work() -> None:
+    """Matrices in bfloat16, norms and embeddings in float32."""
+    model = open_clip.create_model("ViT-S-32-alt", precision="bf16", pretrained=None)
+    kinds = {p.dtype for p in model.parameters()}
+    assert kinds == {torch.float32, torch.bfloat16}
+    tokenizer = family_backbone("CLIP").text.tokenizer
+    backbone = wrap_open_clip(model, {"size": 224}, tokenizer, {"architecture": "mixed", "pretrained": None})
+    pixels = torch.randn(2, 3, *backbone.image_size)
+    for name in ("coop", "vpt", "clip_lora"):
+        logits = create_learner(name, backbone, NAMES)(pixels)
+        assert logits.dtype == torch.float32
+        logits.sum().backward()
+
+
+TRACED = (
+    "zero_shot",
+    "coop",
+    "cocoop",
+    "vpt",
+    "maple",
+    "clip_lora",
+    "clip_adapter",
+    "tip_adapter",
+    "linear_probe",
+    "amt",
+)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("learner", TRACED)
+def test_learners_can_be_exported(learner: str, quiet: None) -> None:
+    built = create_learner(learner, family_backbone("CLIP"), NAMES).eval()
+    with torch.no_grad():
+        exported = torch.export.export(built, (images(),)).module()
+        expected = built(images())
+        torch.testing.assert_close(exported(images()), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", ["coop", "vpt"])
+@pytest.mark.parametrize("family", ["EVA-02", "CoCa", "BERT text", "ConvNeXt"])
+def test_other_families_can_be_exported(family: str, learner: str, quiet: None) -> None:
+    built = create_learner(learner, family_backbone(family), NAMES).eval()
+    with torch.no_grad():
+        exported = torch.export.export(built, (images(),)).module()
+        torch.testing.assert_close(exported(images()), built(images()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "learner", ["coop", "cocoop", "vpt", "maple", "clip_lora", "clip_adapter", "tip_adapter"]
+)
+def test_compilation_finds_no_graph_break(learner: str, quiet: None) -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    built = create_learner(learner, family_backbone("CLIP"), NAMES).train()
+    found = torch._dynamo.explain(built)(images())
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+class OtherAttention(nn.Module):
+    """An attention that isn't torch's own, with another name for its matrix."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, *arguments: Tensor, **options: Any) -> Any:
+        return self.inner(*arguments, **options)
+
+
+def test_a_lost_fast_path_is_said_once(
+    make_backbone: Callable[..., Backbone], backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if a new open_clip had other blocks: the result is the same, and a warning says why it takes longer."""
+    text_towers._warn_once.cache_clear()
+    model: Any = copy.deepcopy(make_backbone().model)
+    for block in model.transformer.resblocks:
+        assert isinstance(block, ResidualAttentionBlock)
+        block.attn = OtherAttention(block.attn)
+
+    with caplog.at_level(logging.WARNING, logger="vlprompt.backbones"):
+        facts = {"architecture": "small", "pretrained": None}
+        slow = wrap_open_clip(model, {"size": 32}, backbone.text.tokenizer, facts)
+        wrap_open_clip(model, {"size": 32}, backbone.text.tokenizer, facts)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    for part in ("ResidualAttentionBlock", "3.0 to 3.3", open_clip.__version__, "slower"):
+        assert part in lines[0]
+    assert not slow.text.packable
+    torch.testing.assert_close(slow.encode_text(TEXTS), backbone.encode_text(TEXTS), rtol=0, atol=1e-5)
+
+
+def test_no_warning_where_the_path_was_never_fast(
+    make_backbone: Callable[..., Backbone], caplog: pytest.LogCaptureFixture
+) -> None:
+    text_towers._warn_once.cache_clear()
+    make_backbone()
+    make_backbone({"no_causal_mask": True, "pool_type": "last"}, custom=True)
+    make_backbone({"embed_cls": True}, custom=True)
+    assert caplog.records == []
+
+
+def test_the_scale_follows_the_weights_but_not_their_rounding() -> None:
+    """100 is no number of bfloat16: exp of its rounded logarithm is 98.9."""
+    backbone = copy.deepcopy(family_backbone("CLIP"))
+    with torch.no_grad():
+        backbone.model.logit_scale.fill_(100.0).log_()
+    assert backbone.logit_scale == pytest.approx(100, rel=1e-6)
+    backbone.to(torch.bfloat16)
+    assert float(backbone.model.logit_scale.float().exp()) < 99
+    assert backbone.logit_scale == pytest.approx(100, rel=1e-6)
+    with torch.no_grad():
+        backbone.model.logit_scale.fill_(2.0)
+    assert backbone.logit_scale == pytest.approx(2.718281828**2, rel=1e-6)

@@ -1,0 +1,142 @@
+"""Where towers of other libraries project queries, keys and values, and how an adapter joins there.
+
+A place is known by what its module has, not by what it is called: one linear layer for all three (``qkv``), or one each
+(``q_proj, k_proj, v_proj``; ``query, key, value``; ``q, k, v``). open_clip's own blocks, which keep one packed matrix
+and no layer, run through :mod:`vlprompt.backbones.packed` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlprompt.backbones.packed import Adapter, is_packable_block
+
+__all__ = ["Projections", "adapted", "find_projections", "projections_in", "reads_its_layers_weights"]
+
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
+# Modules that gather a tower's tokens into one feature: no part of its blocks.
+_POOLS = ("attn_pool", "attnpool", "attn_pool_contrastive", "head")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of one attention.
+
+    Attributes:
+        attention: The module they belong to.
+        layers: The one layer that makes queries, keys and values, or the three; none in open_clip's own blocks.
+        width: W of what they read.
+        sizes: Widths of queries, keys and values.
+    """
+
+    attention: Any
+    layers: tuple[nn.Linear, ...]
+    width: int
+    sizes: tuple[int, int, int]
+
+
+def find_projections(module: Any) -> Projections | None:
+    """Return the projections that a module has of its own, or None."""
+    together = getattr(module, "qkv", None)
+    if isinstance(together, nn.Linear):
+        size = together.out_features // 3
+        return Projections(module, (together,), together.in_features, (size, size, size))
+
+    for names in _SEPARATE:
+        layers = [getattr(module, name, None) for name in names]
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        if len(linear) == 3 and len({layer.in_features for layer in linear}) == 1:
+            query, key, value = linear
+            sizes = (query.out_features, key.out_features, value.out_features)
+            return Projections(module, (query, key, value), query.in_features, sizes)
+
+    return None
+
+
+def projections_in(root: nn.Module) -> list[Projections]:
+    """Return the projections of every attention below a module, in the order in which modules are registered.
+
+    What pools the tokens is left out: it is no block of the tower.
+    """
+    if is_packable_block(root):
+        width = int(root.attn.embed_dim)  # type: ignore[union-attr, arg-type]  # nn.MultiheadAttention's
+        return [Projections(root.attn, (), width, (width, width, width))]
+
+    own = find_projections(root)
+    if own is not None:
+        return [] if reads_its_layers_weights(root) and not _adds_bias_itself(root) else [own]
+
+    return [p for name, child in root.named_children() if name not in _POOLS for p in projections_in(child)]
+
+
+def reads_its_layers_weights(module: Any) -> bool:
+    """Tell whether an attention reads the weights of its layers by itself, so that the layers are never called.
+
+    torch's own attention does (one packed matrix), so does the pool of CLIP's ResNets, and so do EVA's, BEiT's and
+    Swin V2's attention, which lay a bias for queries and values beside their layer for all three.
+    """
+    pools = hasattr(module, "c_proj") and hasattr(module, "positional_embedding")
+    return hasattr(module, "in_proj_weight") or pools or _adds_bias_itself(module)
+
+
+def _adds_bias_itself(module: Any) -> bool:
+    """Tell whether queries, keys and values of one layer get a bias that the layer doesn't have."""
+    has_layer = isinstance(getattr(module, "qkv", None), nn.Linear)
+    return has_layer and getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate")
+
+
+@contextmanager
+def adapted(places: Sequence[Projections], adapters: Sequence[Adapter | None]) -> Iterator[None]:
+    """While open, each adapter's result is added to the queries, keys and values of its place.
+
+    Args:
+        places: With layers.
+        adapters: One per place, or None where there is none: a function of (..., W) whose result has the widths of
+            queries, keys and values, one after the other.
+    """
+    with ExitStack() as stack:
+        for place, adapter in zip(places, adapters, strict=True):
+            if adapter is None:
+                continue
+
+            add = _adder(place, adapter)
+            for number, layer in enumerate(place.layers):
+                handle = layer.register_forward_hook(add(number))
+                stack.callback(handle.remove)
+            if _adds_bias_itself(place.attention):
+                stack.enter_context(_calls_its_layer(place.attention))
+
+        yield
+
+
+def _adder(place: Projections, adapter: Adapter) -> Callable[[int], Callable[..., Tensor]]:
+    """Return, for a layer's number, a hook that adds its part; the adapter runs once per pass."""
+    parts: dict[str, Any] = {"input": None, "added": ()}
+
+    def added(x: Tensor) -> Sequence[Tensor]:
+        if parts["input"] is not x:
+            result = adapter(x)
+            parts["input"] = x
+            parts["added"] = (result,) if len(place.layers) == 1 else result.split(place.sizes, dim=-1)
+        return parts["added"]
+
+    def hook(number: int) -> Callable[..., Tensor]:
+        return lambda _, inputs, output: output + added(inputs[0])[number].to(output.dtype)
+
+    return hook
+
+
+@contextmanager
+def _calls_its_layer(attention: Any) -> Iterator[None]:
+    """While open, an attention that adds a bias by itself calls its layer and adds the bias after it."""
+    separate = attention.qkv_bias_separate
+    attention.qkv_bias_separate = True
+    try:
+        yield
+    finally:
+        attention.qkv_bias_separate = separate
