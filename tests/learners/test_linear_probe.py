@@ -8,9 +8,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from vlprompt import fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.linear_probe import LinearProbe
 
 Samples = tuple[Tensor, Tensor]
 NAMES = ("dog", "cat", "bird", "fish")
@@ -93,3 +95,24 @@ def test_evaluation_follows_a_new_solution(backbone: Backbone, images: Tensor) -
         assert float(learner(images).abs().max()) == 0
         learner.solve(samples(backbone, 1, 40), None)
         assert float(learner(images).abs().max()) > 0
+
+
+def test_a_solver_gets_every_view_and_how_many_there_are(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows come view by view: the n images, then the n images again."""
+    data = load_dataset("digits", "train", shots=2, seed=1)
+    calls = []
+
+    def solve(learner: Learner, train: Samples, val: Samples | None, seed: int = 1, views: int = 1) -> dict:
+        calls.append((train, val, seed, views))
+        return {}
+
+    monkeypatch.setattr(LinearProbe, "solve", solve)
+    learner = create_learner("linear_probe", backbone, data.classnames)
+    fit(learner, data, augmentation="crop_flip", views=3, seed=7)
+
+    ((embeddings, labels), val, seed, views) = calls[0]
+    assert (val, seed, views) == (None, 7, 3)
+    assert embeddings.shape == (60, backbone.dim)
+    assert labels.tolist() == list(data.labels) * 3

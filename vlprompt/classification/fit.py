@@ -158,7 +158,10 @@ def describe(learner: Learner) -> dict[str, float]:
 def _solve(source: TrainingSource, held_out: ValidationSource | None) -> dict[str, Any]:
     """Let a learner find all parameters at once; return the one record of its history."""
     samples = None if held_out is None else held_out.validation_data()
-    solution = source.learner.solve(source.solver_data(), samples, seed=source.options.seed)
+    views, labels = source.training_data()
+    train = (views.flatten(0, 1), labels.repeat(len(views)))
+
+    solution = source.learner.solve(train, samples, seed=source.options.seed, views=len(views))
     return {"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}
 
 

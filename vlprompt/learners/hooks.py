@@ -78,14 +78,19 @@ class LearnerHooks(Hooks):
         """
 
     def solve(
-        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+        self,
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor] | None,
+        seed: int = 1,
+        views: int = 1,
     ) -> dict[str, Any]:
         """Find all parameters at once; only called if ``solves``.
 
         Args:
-            train: (n, d) image embeddings and (n,) labels.
-            val: The same of validation data, if there are any.
+            train: (V n, d) image embeddings and (V n,) labels: the n images' first view, then their second, and so on.
+            val: (m, d) and (m,) of validation data, if there are any.
             seed: The run's seed.
+            views: V. Views of an image are no independent samples, so what counts samples needs their number.
 
         Returns:
             What goes into the history of the run.

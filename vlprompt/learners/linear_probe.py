@@ -63,7 +63,11 @@ class LinearProbe(Learner):
         return embeddings @ self.weight.T + self.bias
 
     def solve(
-        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+        self,
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor] | None,
+        seed: int = 1,
+        views: int = 1,
     ) -> dict[str, Any]:
         """See :meth:`LearnerHooks.solve`; returns the chosen C and its validation accuracy.
 

@@ -69,6 +69,6 @@ class VPT(PromptedImages):
         """See :meth:`PromptedImages.visual_prompts`."""
         return VisualPrompts(self.visual, self.insertion)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`; constant."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
