@@ -94,10 +94,13 @@ def test_cached_embeddings_give_the_same_logits(name: str, build: Build, batch: 
 @pytest.mark.parametrize("name", ALL)
 def test_class_weights_are_class_embeddings_of_unit_length(name: str, build: Build) -> None:
     learner = disturb(build(name))
+    refusal = ""
     try:
         embeddings = learner.class_embeddings()
     except VLPromptError as error:
-        assert f"{name} has no class embeddings" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert f"{name} has no class embeddings" in refusal
         return
     assert embeddings.shape == (len(NAMES), learner.backbone.dim)
     torch.testing.assert_close(learner.class_weights(), torch.nn.functional.normalize(embeddings, dim=-1))
