@@ -118,7 +118,7 @@ class GaussianDiscriminant(Learner):
 
     def figures(self) -> dict[str, float]:
         """Return alpha."""
-        return {"alpha": float(self.alpha)}
+        return {"alpha": float(self.alpha.detach())}
 
     def _zero_shot_logits(self, features: Tensor) -> Tensor:
         return self.backbone.logit_scale * features @ self._weights().to(features.dtype).T
