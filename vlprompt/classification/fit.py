@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_identity", "validation"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,8 @@ def fit(
         history = trainer.run(resume).history
 
     learner.eval()
-    metrics = {}
+    metrics = calibrate(learner, [] if held_out is None else [held_out])
     if held_out is not None:
-        metrics = calibrate(learner, [held_out])
         metrics |= validation(evaluate(learner, held_out.data, cache=cache))
     metrics |= describe(learner)
 
@@ -140,7 +142,22 @@ def parse_options(options: Mapping[str, Any]) -> TrainOptions:
 
 
 def calibrate(learner: Learner, sources: Sequence[ValidationSource]) -> dict[str, float]:
-    """Let a learner choose what it chooses on validation data; return the choices as metrics (``chosen/...``)."""
+    """Let a learner choose what it chooses on validation data; return the choices as metrics (``chosen/...``).
+
+    Args:
+        learner: Changed in place.
+        sources: The validation data of every task; if there are none, what would have been chosen is warned of.
+    """
+    if not sources:
+        if learner.chooses:
+            names = " and ".join(learner.chooses)
+            log.warning(
+                "%s chooses %s on validation data, and there are none: what its options say stays.",
+                learner.title(),
+                names,
+            )
+        return {}
+
     choices = learner.calibrate(sources)
     return {f"chosen/{name}": float(value) for name, value in choices.items()}
 

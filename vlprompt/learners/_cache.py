@@ -1,4 +1,4 @@
-"""What learners share that keep their training samples: the samples as state, their votes, the search of two weights."""
+"""What learners share that keep their training samples: the samples as state, their votes, the search of weights."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def best_blend(
     """Find alpha, beta and a column of weights by which zero-shot logits plus votes are most often right.
 
     Logits are z_c + alpha v_c with v_c = sum_n w_n exp(-beta (1 - s_n)) over the samples n of class c. As a function of
-    alpha each is a line, so that the alphas that name an image rightly lie between two numbers: one pass over the classes
-    serves all alphas.
+    alpha each is a line, so that the alphas that name an image rightly lie between two numbers: one pass over the
+    classes serves all alphas.
 
     Args:
         zero_shot: (m, C) logits of validation images.

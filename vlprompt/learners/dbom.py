@@ -378,6 +378,11 @@ class DBOM(Learner, ImageScanner):
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
 
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """See :attr:`LearnerHooks.chooses`."""
+        return ("trigger_weight", "object_weight", "threshold")
+
     @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
         """Choose a and b by the harmonic mean of seen and unseen compositions, and the threshold by false alarms.

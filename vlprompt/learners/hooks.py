@@ -69,6 +69,11 @@ class LearnerHooks(Hooks):
         """Whether training must not begin before :meth:`survey`."""
         return False
 
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """Names of what :meth:`calibrate` chooses; a run without validation data warns that these stay as they are."""
+        return ()
+
     def prepare(self, views: Tensor, labels: Tensor) -> None:
         """Make parameters out of the training samples, before anything is trained; only called if ``prepares``.
 
@@ -106,6 +111,8 @@ class LearnerHooks(Hooks):
 
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
         """Choose after training what gradients do not choose; only called if there are validation data.
+
+        See :attr:`chooses`.
 
         Args:
             sources: The validation samples of every task that has some.

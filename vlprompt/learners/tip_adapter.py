@@ -83,6 +83,11 @@ class TipAdapter(SampleCache):
         self.alpha.fill_(self.start[0])
         self.beta.fill_(self.start[1])
 
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """See :attr:`LearnerHooks.chooses`."""
+        return ("alpha", "beta") if self.alphas and self.betas else ()
+
     @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
         """Choose alpha and beta on the validation samples of the one task.
@@ -90,7 +95,7 @@ class TipAdapter(SampleCache):
         Returns:
             ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
         """
-        if not self.alphas or not self.betas:
+        if not self.chooses:
             return {}
 
         (source,) = sources  # a cache belongs to its classes, so there is one task
