@@ -91,6 +91,13 @@ def test_one_class_is_no_classifier(backbone: Backbone) -> None:
         learner.solve((embeddings, torch.zeros_like(labels)), None)
 
 
+def test_without_validation_data_it_says_that_nothing_was_chosen(
+    backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_learner("linear_probe", backbone, NAMES).solve(samples(backbone, 1, 8), None)
+    assert "linear_probe: there are no validation data, C stays 1." in caplog.text
+
+
 def test_evaluation_follows_a_new_solution(backbone: Backbone, images: Tensor) -> None:
     learner = create_learner("linear_probe", backbone, NAMES).eval()
     with torch.no_grad():

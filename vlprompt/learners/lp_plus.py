@@ -146,12 +146,12 @@ class LinearProbePlus(Learner):
             alpha_gradient = alpha_gradient + alpha_step if self.accumulate else alpha_step
 
             velocity = self.momentum * velocity + errors.T @ problem.features
-            self.weight -= rate * velocity
+            self.weight.sub_(rate * velocity)
             if self.bias is not None:
                 bias_velocity = self.momentum * bias_velocity + errors.sum(0)
-                self.bias -= rate * bias_velocity
+                self.bias.sub_(rate * bias_velocity)
             if self.alpha_every and step % self.alpha_every == 0:
-                self.alpha -= alpha_rate * alpha_gradient
+                self.alpha.sub_(alpha_rate * alpha_gradient)
 
             if val is not None:
                 accuracy = float((self.logits(val[0]).argmax(-1) == val[1]).double().mean())
