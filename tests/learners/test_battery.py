@@ -92,6 +92,21 @@ def test_cached_embeddings_give_the_same_logits(name: str, build: Build, batch: 
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_class_weights_are_class_embeddings_of_unit_length(name: str, build: Build) -> None:
+    learner = disturb(build(name))
+    refusal = ""
+    try:
+        embeddings = learner.class_embeddings()
+    except VLPromptError as error:
+        refusal = str(error)
+    if refusal:
+        assert f"{name} has no class embeddings" in refusal
+        return
+    assert embeddings.shape == (len(NAMES), learner.backbone.dim)
+    torch.testing.assert_close(learner.class_weights(), torch.nn.functional.normalize(embeddings, dim=-1))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_gradient_stays_inside_the_learner(name: str, build: Build, batch: dict[str, Tensor]) -> None:
     learner = build(name).train()
     before = state_of(learner.backbone)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from vlprompt import fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.learners import Learner, create_learner
+from vlprompt.learners.linear_probe import LinearProbe
 
 Samples = tuple[Tensor, Tensor]
 NAMES = ("dog", "cat", "bird", "fish")
@@ -87,9 +91,36 @@ def test_one_class_is_no_classifier(backbone: Backbone) -> None:
         learner.solve((embeddings, torch.zeros_like(labels)), None)
 
 
+def test_without_validation_data_it_says_that_nothing_was_chosen(
+    backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_learner("linear_probe", backbone, NAMES).solve(samples(backbone, 1, 8), None)
+    assert "linear_probe: there are no validation data, C stays 1." in caplog.text
+
+
 def test_evaluation_follows_a_new_solution(backbone: Backbone, images: Tensor) -> None:
     learner = create_learner("linear_probe", backbone, NAMES).eval()
     with torch.no_grad():
         assert float(learner(images).abs().max()) == 0
         learner.solve(samples(backbone, 1, 40), None)
         assert float(learner(images).abs().max()) > 0
+
+
+class Recorder(LinearProbe):
+    """A solver that notes what it is called with."""
+
+    def solve(self, train: Samples, val: Samples | None, seed: int = 1, views: int = 1) -> dict[str, Any]:
+        self.call = (train, val, seed, views)
+        return {}
+
+
+def test_a_solver_gets_every_view_and_how_many_there_are(backbone: Backbone) -> None:
+    """Rows come view by view: the n images, then the n images again."""
+    data = load_dataset("digits", "train", shots=2, seed=1)
+    learner = Recorder(backbone, data.classnames)
+    fit(learner, data, augmentation="crop_flip", views=3, seed=7)
+
+    (embeddings, labels), val, seed, views = learner.call
+    assert (val, seed, views) == (None, 7, 3)
+    assert embeddings.shape == (60, backbone.dim)
+    assert labels.tolist() == list(data.labels) * 3

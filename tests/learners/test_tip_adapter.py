@@ -177,7 +177,7 @@ BROKEN = {
     "flat": (lambda s: {**s, "keys": s["keys"][0, 0]}, "keys has shape"),
     "short values": (lambda s: {**s, "values": s["values"][:-1]}, "values has shape"),
     "another class": (lambda s: {**s, "values": s["values"] + 1}, "classes outside 0 .. 2"),
-    "no classes": (lambda s: {**s, "values": s["values"].float()}, "expected class numbers"),
+    "no classes": (lambda s: {**s, "values": s["values"].float()}, "expected numbers of classes"),
     "vector alpha": (lambda s: {**s, "alpha": torch.ones(1)}, "alpha has shape"),
     "not finite": (lambda s: {**s, "beta": torch.tensor(float("nan"))}, "beta is not finite"),
 }

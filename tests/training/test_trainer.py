@@ -64,7 +64,7 @@ def test_matches_a_loop_written_out_by_hand() -> None:
     assert _same(_state(trainer), module.trainable_state())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_loss_falls(optimizer: str) -> None:
     history = _train(epochs=30, optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.03).progress.history
     assert history[-1]["fit"] < 0.6 * history[0]["fit"]
@@ -77,7 +77,7 @@ def test_accumulation_does_not_change_the_result(accumulation: int) -> None:
         torch.testing.assert_close(plain[name], split[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("steps", [3, 6, 17])
 def test_resume_is_bit_identical_wherever_it_was_stopped(tmp_path: Path, optimizer: str, steps: int) -> None:
     options = TrainOptions(epochs=6, batch_size=8, lr=0.05, optimizer=optimizer, checkpoint_seconds=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_identity", "validation"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,8 @@ def fit(
         history = trainer.run(resume).history
 
     learner.eval()
-    metrics = {}
+    metrics = calibrate(learner, [] if held_out is None else [held_out])
     if held_out is not None:
-        metrics = calibrate(learner, [held_out])
         metrics |= validation(evaluate(learner, held_out.data, cache=cache))
     metrics |= describe(learner) | automatic.figures
 
@@ -179,7 +181,22 @@ def parse_options(options: Mapping[str, Any]) -> TrainOptions:
 
 
 def calibrate(learner: Learner, sources: Sequence[ValidationSource]) -> dict[str, float]:
-    """Let a learner choose what it chooses on validation data; return the choices as metrics (``chosen/...``)."""
+    """Let a learner choose what it chooses on validation data; return the choices as metrics (``chosen/...``).
+
+    Args:
+        learner: Changed in place.
+        sources: The validation data of every task; if there are none, what would have been chosen is warned of.
+    """
+    if not sources:
+        if learner.chooses:
+            names = " and ".join(learner.chooses)
+            log.warning(
+                "%s chooses %s on validation data, and there are none: what its options say stays.",
+                learner.title(),
+                names,
+            )
+        return {}
+
     choices = learner.calibrate(sources)
     return {f"chosen/{name}": float(value) for name, value in choices.items()}
 
@@ -197,7 +214,10 @@ def describe(learner: Learner) -> dict[str, float]:
 def _solve(source: TrainingSource, held_out: ValidationSource | None) -> dict[str, Any]:
     """Let a learner find all parameters at once; return the one record of its history."""
     samples = None if held_out is None else held_out.validation_data()
-    solution = source.learner.solve(source.solver_data(), samples, seed=source.options.seed)
+    views, labels = source.training_data()
+    train = (views.flatten(0, 1), labels.repeat(len(views)))
+
+    solution = source.learner.solve(train, samples, seed=source.options.seed, views=len(views))
     return {"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}
 
 

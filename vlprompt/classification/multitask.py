@@ -322,9 +322,9 @@ def fit_multitask(
 
     module.train(False)
     metrics = {"seconds": time.monotonic() - started}
+    samples = [ValidationSource(module.tasks[name], data, cache) for name, data in held_out.items()]
+    metrics |= calibrate(learner, samples)
     if held_out:
-        samples = [ValidationSource(module.tasks[name], data, cache) for name, data in held_out.items()]
-        metrics |= calibrate(learner, samples)
         metrics |= validation(module.evaluate(held_out, cache))
     metrics |= describe(learner)
 

@@ -73,10 +73,11 @@ def find_recipe(
     kept, held = hold_back(train, seed)
 
     train_on, choose_on = train, val
-    if recipe.needs_validation and val is None:
+    if learner.chooses and val is None and len(held):
         log.warning(
-            "%s: %s. Without validation data %d of %d shots are held back for it; give val=... to train on all.",
-            *(learner.title(), recipe.needs_validation, len(held), len(train)),
+            "%s chooses %s on validation data. There are none, so %d of %d shots are held back for it; give val=... to "
+            "train on all.",
+            *(learner.title(), " and ".join(learner.chooses), len(held), len(train)),
         )
         train_on, choose_on = kept, held
 

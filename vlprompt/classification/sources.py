@@ -132,11 +132,6 @@ class TrainingSource:
         for part in batches.plan(0):
             yield batches.fetch(part, 0)
 
-    def solver_data(self) -> tuple[Tensor, Tensor]:
-        """Return (V n, d) embeddings of all views, and their labels."""
-        views, labels = self.training_data()
-        return views.flatten(0, 1), labels.repeat(len(views))
-
     def training_data(self) -> tuple[Tensor, Tensor]:
         """Return (V, n, d) embeddings of every view of the training samples, and their (n,) labels."""
         return torch.stack(self._embeddings()), torch.tensor(self.data.labels)

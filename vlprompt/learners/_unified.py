@@ -201,6 +201,6 @@ class DualPrompts(PromptedImages):
         """See :meth:`PromptedImages.visual_prompts`."""
         return VisualPrompts(self.visual, "append")
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.context, self.deep_context), dim=-1)
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.backbone.text.encode(self.layout, self.context, self.deep_context)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.names import check_classnames, check_templates
 from vlprompt.core.trainable import Trainable
 from vlprompt.learners.hooks import LearnerHooks
@@ -24,7 +24,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 class Learner(nn.Module, LearnerHooks, Trainable):
     """Base of all methods: a classifier tau * cosine(image feature, class weight) with something to learn in it.
 
-    A method overrides :meth:`class_weights` (the text side), or :meth:`embed_images` (prompted images), or
+    A method overrides :meth:`class_embeddings` (the text side), or :meth:`embed_images` (prompted images), or
     :meth:`logits` (a different head); everything else follows. Optional behaviour during training is a hook, see
     :class:`LearnerHooks`. Keyword-only constructor arguments are the method's options.
 
@@ -87,9 +87,17 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         """Return (B, d) image embeddings, not normalised, of (B, 3, H, W) preprocessed images."""
         return self.backbone.image_embeddings(images)
 
+    def class_embeddings(self) -> Tensor:
+        """Return (C, d) embeddings of the classes, not normalised: what the text side says.
+
+        Raises:
+            VLPromptError: If the method has none, because its head is no set of one vector per class.
+        """
+        raise VLPromptError(f"{self.title()} has no class embeddings: its head is not one vector per class.")
+
     def class_weights(self) -> Tensor:
         """Return (C, d) unit-length class weights; called once per step, and once per evaluation."""
-        raise NotImplementedError
+        return F.normalize(self.class_embeddings(), dim=-1)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits tau * <f, w> of (B, d) image embeddings, normalised here."""

@@ -66,8 +66,8 @@ class ClipAdapter(Learner):
         weights = backbone.class_weights(self.classnames, self.templates)
         self.register_buffer("zero_shot", weights, persistent=False)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`; constant."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -192,14 +192,14 @@ class ClipLora(Learner):
             weights = backbone.class_weights(self.classnames, self.templates)
             self.register_buffer("zero_shot", weights, persistent=False)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
         if not self.text:
             return self.get_buffer("zero_shot")
 
         layout = self.noisy_layout if self.training else self.layout
         adapters = _by_block(self.text, len(self.backbone.text.attention))
-        return F.normalize(self.backbone.text.encode(layout, adapters=adapters), dim=-1)
+        return self.backbone.text.encode(layout, adapters=adapters)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.embed_images`."""

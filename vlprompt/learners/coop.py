@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -71,6 +70,6 @@ class CoOp(Learner):
             backbone.text, self.classnames, len(start) // copies, position, class_specific
         )
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.context), dim=-1)
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.backbone.text.encode(self.layout, self.context)

@@ -103,7 +103,6 @@ class DBOM(Learner, ImageScanner):
             "schedule": "cosine",
         },
         factors=(1.0,),
-        needs_validation="its threshold is calibrated on validation data",
     )
 
     reads = ""
@@ -405,6 +404,11 @@ class DBOM(Learner, ImageScanner):
             rows = torch.cat([source.training_data()[0].flatten(0, 1)[:, d:] for source in sources])
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """See :attr:`LearnerHooks.chooses`."""
+        return ("trigger_weight", "object_weight", "threshold")
 
     @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:

@@ -69,6 +69,11 @@ class LearnerHooks(Hooks):
         """Whether training must not begin before :meth:`survey`."""
         return False
 
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """Names of what :meth:`calibrate` chooses; a run without validation data warns that these stay as they are."""
+        return ()
+
     def prepare(self, views: Tensor, labels: Tensor) -> None:
         """Make parameters out of the training samples, before anything is trained; only called if ``prepares``.
 
@@ -78,14 +83,19 @@ class LearnerHooks(Hooks):
         """
 
     def solve(
-        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+        self,
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor] | None,
+        seed: int = 1,
+        views: int = 1,
     ) -> dict[str, Any]:
         """Find all parameters at once; only called if ``solves``.
 
         Args:
-            train: (n, d) image embeddings and (n,) labels.
-            val: The same of validation data, if there are any.
+            train: (V n, d) image embeddings and (V n,) labels: the n images' first view, then their second, and so on.
+            val: (m, d) and (m,) of validation data, if there are any.
             seed: The run's seed.
+            views: V. Views of an image are no independent samples, so what counts samples needs their number.
 
         Returns:
             What goes into the history of the run.
@@ -101,6 +111,8 @@ class LearnerHooks(Hooks):
 
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
         """Choose after training what gradients do not choose; only called if there are validation data.
+
+        See :attr:`chooses`.
 
         Args:
             sources: The validation samples of every task that has some.

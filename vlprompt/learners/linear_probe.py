@@ -6,6 +6,7 @@ Paper: Radford et al., arXiv 2103.00020, appendix A.3 (the protocol: L-BFGS, the
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 
 __all__ = ["LinearProbe"]
+
+log = logging.getLogger(__name__)
 
 
 @LEARNERS.register("linear_probe", summary="logistic regression on image embeddings", paper="2103.00020")
@@ -63,7 +66,11 @@ class LinearProbe(Learner):
         return embeddings @ self.weight.T + self.bias
 
     def solve(
-        self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor] | None, seed: int = 1
+        self,
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor] | None,
+        seed: int = 1,
+        views: int = 1,
     ) -> dict[str, Any]:
         """See :meth:`LearnerHooks.solve`; returns the chosen C and its validation accuracy.
 
@@ -79,6 +86,8 @@ class LinearProbe(Learner):
         if val is not None and len(val[1]):
             val_features, val_labels = (tensor.cpu().numpy() for tensor in val)
             strength, score = self._search(features, labels, val_features, val_labels)
+        else:
+            log.warning("linear_probe: there are no validation data, C stays 1.")
 
         self._copy_solution(self._regress(features, labels, strength))
         return {"C": 10.0**strength, "val_accuracy": score}

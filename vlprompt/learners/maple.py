@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -90,6 +89,6 @@ class MaPLe(PromptedImages):
         tokens = [project(p) for project, p in zip(self.projections, [self.context, *deep], strict=True)]
         return VisualPrompts(torch.stack(tokens), "append")
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.context, self.deep_context), dim=-1)
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.backbone.text.encode(self.layout, self.context, self.deep_context)

@@ -154,9 +154,9 @@ class MaskTuning(Learner):
         """See :meth:`Learner.embed_images`."""
         return self.prompts.embed_images(images)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return self.prompts.class_weights()
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.prompts.class_embeddings()
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """See :meth:`Learner.logits`."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -135,8 +134,8 @@ class MVLPT(PromptedImages):
             return self.backbone.image_embeddings(images)
         return super().embed_images(images)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`; constant in the family ``vpt``."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`; constant in the family ``vpt``."""
         if self.context is None:
             return self.get_buffer("zero_shot")
-        return F.normalize(self.backbone.text.encode(self.layout, self.prompts()[0]), dim=-1)
+        return self.backbone.text.encode(self.layout, self.prompts()[0])

@@ -96,9 +96,9 @@ class ProGrad(Learner):
         frozen = backbone.class_weights(self.classnames, sentences)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.context), dim=-1)
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.backbone.text.encode(self.layout, self.context)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``kl`` = -T^2 sum_c p0_c log p_c, both means over the batch."""

@@ -24,8 +24,6 @@ class Recipe:
             factor: nothing is searched.
         steps: Optimiser steps of the training on another backbone.
         trial_steps: Optimiser steps of each trial of the search.
-        needs_validation: Why the method is weaker without validation data; empty if it is not. Then a quarter of the
-            shots is held back for it.
     """
 
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -34,7 +32,6 @@ class Recipe:
     factors: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     steps: int = 200
     trial_steps: int = 60
-    needs_validation: str = ""
 
     def paper_options(self, shots: int, samples: int) -> dict[str, Any]:
         """Return the paper's options.

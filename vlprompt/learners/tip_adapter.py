@@ -9,31 +9,28 @@ best on the *test* set. Here everything is chosen on validation data; without an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError
 from vlprompt.learners import LEARNERS
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._cache import SampleCache, best_blend, search_grid
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.hooks import ValidationSamples
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["TipAdapter", "TipAdapterF"]
 
-_CHUNK = 1 << 24  # similarities held at once in the search (64 MiB)
-
 
 @LEARNERS.register(
     "tip_adapter", summary="training images vote by similarity; no training", paper="2207.09519"
 )
-class TipAdapter(Learner):
+class TipAdapter(SampleCache):
     """Logits tau <f, w> + alpha sum_n exp(-beta (1 - <f, k_n>)) v_n over a cache of N training samples.
 
     Keys k_n are the unit-length means of a sample's embeddings over its augmented views, values v_n one-hot
@@ -51,13 +48,8 @@ class TipAdapter(Learner):
         beta_steps: Values of beta tried; 0 keeps ``alpha`` and ``beta``.
     """
 
-    recipe = Recipe(factors=(1.0,), needs_validation="alpha and beta are chosen on validation data")
+    recipe = Recipe(factors=(1.0,))
 
-    class_bound = True
-    prepares = True
-    fine_tuned: ClassVar[bool] = False
-    keys: nn.Parameter
-    values: Tensor
     alpha: Tensor
     beta: Tensor
 
@@ -76,39 +68,28 @@ class TipAdapter(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.start = (alpha, beta)
-        self.alphas = _grid(alpha_max, alpha_steps)
-        self.betas = _grid(beta_max, beta_steps)
-
-        zero_shot = backbone.class_weights(self.classnames, self.templates)
-        self.register_buffer("zero_shot", zero_shot, persistent=False)
+        self.alphas = search_grid(alpha_max, alpha_steps)
+        self.betas = search_grid(beta_max, beta_steps)
 
         self.register_buffer("alpha", torch.tensor(alpha))
         self.register_buffer("beta", torch.tensor(beta))
-        self.register_buffer("values", torch.zeros(0, dtype=torch.long))
-        self._set_keys(torch.zeros(0, backbone.dim))
-
-    def class_weights(self) -> Tensor:
-        """Return the zero-shot weights, the part that is no vote."""
-        return self.get_buffer("zero_shot")
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits of (B, d) image embeddings."""
         features = F.normalize(embeddings, dim=-1)
-        zero_shot = self.backbone.logit_scale * features @ self.class_weights().T
-        return zero_shot + self.alpha * self._vote(features @ self.keys.T, self.beta, self.values)
+        affinities = (-self.beta * (1 - features @ self.keys.T)).exp()
+        return super().logits(embeddings) + self.alpha * self.votes(affinities)
 
     def prepare(self, views: Tensor, labels: Tensor) -> None:
-        """Fill the cache; called by ``fit`` before anything is trained.
-
-        Args:
-            views: (V, N, d) embeddings of V augmented views of each training sample.
-            labels: (N,) class numbers.
-        """
-        device = self.backbone.device
-        self._set_keys(F.normalize(views.to(device).float().mean(0), dim=-1))
-        self.values = labels.to(device).long()
+        """See :meth:`SampleCache.prepare`; called by ``fit`` before anything is trained."""
+        super().prepare(views, labels)
         self.alpha.fill_(self.start[0])
         self.beta.fill_(self.start[1])
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """See :attr:`LearnerHooks.chooses`."""
+        return ("alpha", "beta") if self.alphas and self.betas else ()
 
     @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
@@ -117,95 +98,33 @@ class TipAdapter(Learner):
         Returns:
             ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
         """
-        if not self.alphas or not self.betas:
+        if not self.chooses:
             return {}
 
         (source,) = sources  # a cache belongs to its classes, so there is one task
         embeddings, labels = source.validation_data()
+        features = F.normalize(embeddings.to(self.keys), dim=-1)
 
-        correct = np.zeros((len(self.betas), len(self.alphas)), dtype=np.int64)
-        rows = max(1, _CHUNK // max(1, len(self.keys), len(self.classnames) * len(self.alphas)))
-        for part, target in zip(embeddings.split(rows), labels.split(rows), strict=True):
-            correct += self._count_correct(part.to(self.keys), target.to(self.keys.device))
-
-        b, a = divmod(int(correct.argmax()), len(self.alphas))  # the first of the best
+        (b, a, _), accuracy = best_blend(
+            super().logits(features),
+            features @ self.keys.T,
+            labels.to(self.values),
+            self.values,
+            torch.ones_like(self.keys[:, :1]),
+            self.alphas,
+            self.betas,
+        )
         self.alpha.fill_(self.alphas[a])
         self.beta.fill_(self.betas[b])
-        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": correct[b, a] / len(labels)}
+        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": accuracy}
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return the cache (``keys`` (N, d), ``values`` (N,)) and ``alpha`` and ``beta``, trained or not."""
-        tensors = {"keys": self.keys, "values": self.values, "alpha": self.alpha, "beta": self.beta}
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+    def cache_tensors(self) -> dict[str, Tensor]:
+        """Return the cache (``keys`` (N, d), ``values`` (N,)) and ``alpha`` and ``beta``."""
+        return {**super().cache_tensors(), "alpha": self.alpha, "beta": self.beta}
 
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put a cache back.
-
-        An empty cache takes one of any length, since N is the training set's; one that is filled takes its own
-        length only. All else is strict: names, shapes, labels that are classes, finite numbers.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unknown or does not fit; each is named.
-        """
-        problems = self._problems(state)
-        if problems:
-            raise CheckpointError(f"this state does not fit {self.method}: {'; '.join(problems)}.")
-
-        with torch.no_grad():
-            if len(state["keys"]) != len(self.keys):
-                self._set_keys(torch.empty(state["keys"].shape, device=self.backbone.device))
-            self.keys.copy_(state["keys"])  # in place: an optimiser may refer to it
-            self.values = state["values"].to(self.keys.device).long().clone()
-            self.alpha.copy_(state["alpha"])
-            self.beta.copy_(state["beta"])
-
-    def _problems(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Return why a cache can't be put back."""
-        names = list(self.trainable_state())
-        problems = [f"{name} is missing" for name in names if name not in state]
-        problems += [f"{name} is unknown" for name in state if name not in names]
-        if problems:
-            return problems
-
-        keys = state["keys"]
-        values = state["values"]
-        count = len(self.keys) or (len(keys) if keys.dim() else 0)
-        shapes = {"keys": (count, self.backbone.dim), "values": (count,), "alpha": (), "beta": ()}
-        for name, shape in shapes.items():
-            if tuple(state[name].shape) != shape:
-                problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {shape}")
-            elif not bool(torch.isfinite(state[name]).all()):
-                problems.append(f"{name} is not finite")
-
-        if values.is_floating_point():
-            problems.append(f"values are {values.dtype}, expected class numbers")
-        elif values.numel() and not 0 <= int(values.min()) <= int(values.max()) < len(self.classnames):
-            problems.append(f"values name classes outside 0 .. {len(self.classnames) - 1}")
-
-        return problems
-
-    def _set_keys(self, keys: Tensor) -> None:
-        self.keys = nn.Parameter(keys, requires_grad=self.fine_tuned)
-
-    def _vote(self, similarity: Tensor, beta: Tensor | float, values: Tensor) -> Tensor:
-        """Return (B, C) sums of exp(-beta (1 - similarity)) over the samples of each class."""
-        affinity = (-beta * (1 - similarity)).exp()
-        votes = affinity.new_zeros(len(affinity), len(self.classnames))
-        return votes.index_add(1, values, affinity)  # affinity @ one-hot values, without the zeros
-
-    def _count_correct(self, embeddings: Tensor, labels: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return (beta_steps, alpha_steps) numbers of correct predictions."""
-        features = F.normalize(embeddings, dim=-1)
-        zero_shot = self.backbone.logit_scale * features @ self.class_weights().T
-        similarity = features @ self.keys.T
-        alphas = torch.tensor(self.alphas, device=features.device)[:, None, None]
-
-        counts = []
-        for beta in self.betas:
-            logits = zero_shot + alphas * self._vote(similarity, beta, self.values)  # (alphas, n, C)
-            counts.append((logits.argmax(-1) == labels).sum(-1))
-
-        return torch.stack(counts).cpu().numpy()
+    def cache_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """See :meth:`SampleCache.cache_shapes`."""
+        return {**super().cache_shapes(count), "alpha": (), "beta": ()}
 
 
 @LEARNERS.register("tip_adapter_f", summary="Tip-Adapter whose keys are fine-tuned", paper="2207.09519")
@@ -229,12 +148,6 @@ class TipAdapterF(TipAdapter):
             "drop_last": False,
         },
         factors=(0.1, 1.0, 10.0),
-        needs_validation="alpha and beta are chosen on validation data",
     )
 
     fine_tuned = True
-
-
-def _grid(high: float, steps: int) -> list[float]:
-    """Values from 0.1 in equal steps towards ``high``, which is not reached (as in the published code)."""
-    return [0.1 + i * (high - 0.1) / steps for i in range(steps)]

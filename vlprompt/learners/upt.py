@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -105,6 +104,6 @@ class UPT(PromptedImages):
         """See :meth:`PromptedImages.visual_prompts`."""
         return VisualPrompts(self.prompts()[1], self.insertion)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.prompts()[0]), dim=-1)
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`."""
+        return self.backbone.text.encode(self.layout, self.prompts()[0])

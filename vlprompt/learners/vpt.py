@@ -109,8 +109,8 @@ class VPT(PromptedImages):
         pixels = place_pixels(self.backbone.image_size, self.frame_width, self.frame, self.patch)
         return PixelPrompts(pixels)
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`; constant."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
 
     def _begin_pixels(self, width: int | None, side: int, learned: bool) -> None:

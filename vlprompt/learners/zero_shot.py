@@ -37,6 +37,6 @@ class ZeroShot(Learner):
             "weights", backbone.class_weights(self.classnames, self.templates), persistent=False
         )
 
-    def class_weights(self) -> Tensor:
-        """See :meth:`Learner.class_weights`."""
+    def class_embeddings(self) -> Tensor:
+        """See :meth:`Learner.class_embeddings`; the unit-length class weights."""
         return self.get_buffer("weights")

@@ -113,9 +113,9 @@ def regulated(
         return module or learner
 
     regulator = start.regulator
-    if optimizer == "adamw" and regulator.only_scales:
+    if optimizer != "sgd" and regulator.only_scales:
         warnings.warn(
-            f"AdamW divides every number by its own size, so the factors of the regulator {regulator.method!r} cancel "
+            f"Adam divides every number by its own size, so the factors of the regulator {regulator.method!r} cancel "
             "but for their sign: use train.optimizer=sgd with it.",
             stacklevel=3,
         )

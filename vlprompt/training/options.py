@@ -30,11 +30,13 @@ class TrainSection(BaseModel):
         32, ge=1, description="global batch: samples per optimiser step over all processes"
     )
     lr: float = Field(0.002, gt=0, description="base learning rate per step")
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(
+        "sgd", description="adam: decay is part of the gradient (L2); adamw: it is not"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
-    eps: float = Field(1e-8, gt=0, description="adamw only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
+    eps: float = Field(1e-8, gt=0, description="adam and adamw only")
     schedule: Literal["coop", "cosine", "constant", "plateau"] = Field(
         "coop",
         description="coop: cosine per epoch that never reaches 0; cosine: per step to 0; constant; plateau: times "

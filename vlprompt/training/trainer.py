@@ -421,7 +421,8 @@ def _build_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> tor
         return torch.optim.SGD(
             groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
-    return torch.optim.AdamW(
+    kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
+    return kind(
         groups, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
 
