@@ -13,6 +13,7 @@ from vlprompt.concepts.embedding import ConceptEmbedding, Concepts
 from vlprompt.concepts.search import ConceptSearch, SearchResult
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.seeding import torch_rng
+from vlprompt.core.slugs import slug
 from vlprompt.experiments.concept_study import ConceptConfig, ConceptExperiment, Scores
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.statistics import paired_difference
@@ -97,7 +98,7 @@ def config_of(folder: Path, **changes: Any) -> ToyConfig:
 def test_cells_are_a_baseline_and_a_search_for_each_number_of_images_and_seed(tmp_path: Path) -> None:
     names = [cell.name for cell in Toy(config_of(tmp_path)).cells()]
     searches = [f"concepts_{images}seed{seed}" for images in ("images4_", "") for seed in (1, 2, 3)]
-    assert names == ["class-names", *searches]
+    assert names == [slug("class names"), *searches]
 
 
 def test_a_run_is_computed_from_the_long_table(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def derive_seed(seed: int, *purpose: object) -> int:
         purpose: What the draw is for, for example ``("fewshot", "scenes/shape", 16)``; compared by ``str``.
     """
     text = "\x1f".join([str(int(seed)), *map(str, purpose)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
 
 
 def numpy_rng(seed: int, *purpose: object) -> np.random.Generator:

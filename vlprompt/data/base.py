@@ -169,4 +169,4 @@ class ImageDataset:
 
 def hash_strings(strings: Iterable[str]) -> str:
     """Return 12 hex digits that identify a list of strings and its order."""
-    return hashlib.sha256("\x1f".join(strings).encode()).hexdigest()[:12]
+    return hashlib.sha256("\x1f".join(strings).encode("utf-8", "surrogatepass")).hexdigest()[:12]
