@@ -89,7 +89,7 @@ class Archive:
         """Return the unpacked bytes as a file at its beginning; closing it closes nothing else."""
         if self._unpacked is None:
             return self.path.open("rb")
-        return io.BufferedReader(_View(self))  # type: ignore[arg-type, return-value]
+        return io.BufferedReader(_View(self))
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of the unpacked archive; several threads may read at once."""
