@@ -80,9 +80,9 @@ def test_victims_need_the_scanners_that_clean_and_nobody_else(tmp_path: Path, im
         "victim_cleaned_narrow_data_seed1",
         "victim_cleaned_zero_shot_data_seed1",
         "victim_mended_zero_shot_data_seed1",  # clusters name no object
-        "victim_perfectly-cleaned_data_seed1",
+        f"victim_{slug('perfectly cleaned')}_data_seed1",
         "victim_clean_data_seed1",
-        "zero_shot_one-trigger_data_seed1",  # only the first method is varied
+        f"zero_shot_{slug('one trigger')}_data_seed1",  # only the first method is varied
     ]
     needs = {}
     for name, cell in cells.items():

@@ -21,6 +21,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.temporary import remove_left_behind, temporary_neighbour
 
 __all__ = [
+    "is_regular_file",
     "path_fingerprint",
     "read_jsonl",
     "read_tensors",
@@ -98,6 +99,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
+
+
+def is_regular_file(path: Path) -> bool:
+    """Return whether a path leads to a regular file; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
 
 
 def path_fingerprint(path: Path | str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.files import is_regular_file
 from vlprompt.core.names import check_classnames
 from vlprompt.data.images import MAX_PIXELS
 from vlprompt.data.segmentation.pixels import orientation
@@ -210,7 +211,7 @@ def _images(
 
     if not images:
         raise DataError(f"{path} lists no images.")
-    missing = [str(folder / name) for name, _ in images.values() if not (folder / name).is_file()]
+    missing = [str(folder / name) for name, _ in images.values() if not is_regular_file(folder / name)]
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(images)} images are missing, first {missing[0]}.")
     for name, size in images.values():

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from vlprompt.core.files import is_regular_file
 from vlprompt.data.cards import Card
 from vlprompt.data.listing import list_images
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
@@ -82,7 +83,7 @@ def build(
             image = f"{name}{options.image_end}"
             mask = f"{name}{options.mask_end}"
             paths = (folder / options.images / image, folder / options.masks / mask)
-            missing = [path for path in paths if not path.is_file()]
+            missing = [path for path in paths if not is_regular_file(path)]
             if missing:
                 problems.append(f"{name} lacks {missing[0]}")
             else:

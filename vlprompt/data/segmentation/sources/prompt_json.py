@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.files import is_regular_file
 from vlprompt.core.names import clean_classname
 from vlprompt.data.segmentation.base import MaskDataset, MaskSample
 from vlprompt.data.segmentation.reading import MaskFiles, MaskRule, SizePolicy
@@ -111,8 +112,10 @@ def _split(split: str) -> Split:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise DataError(f"{path} is no valid JSON: it is nested too deeply.") from None
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is no valid JSON: {error}.") from None
     if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
         raise DataError(f"{path}: expected a list of records.")
@@ -171,7 +174,10 @@ def _label(where: str, record: dict[str, Any], prompts: dict[str, Any], classnam
 
     named = record.get("class")
     if named is not None:
-        return classnames.index(clean_classname(str(named)))
+        name = clean_classname(str(named))
+        if name not in classnames:
+            raise UnknownNameError(f"class ({where})", name, classnames)
+        return classnames.index(name)
 
     plain = prompts.get("p1", "")
     text = (plain if isinstance(plain, str) else " ".join(map(str, plain))).casefold()
@@ -188,9 +194,9 @@ def _present(
     problems = []
     for sample in samples:
         lacks = (
-            [files.images / str(sample.source)] if not (files.images / str(sample.source)).is_file() else []
+            [] if is_regular_file(files.images / str(sample.source)) else [files.images / str(sample.source)]
         )
-        lacks += [files.masks / m for m in sample.masks if not (files.masks / m).is_file()]
+        lacks += [files.masks / m for m in sample.masks if not is_regular_file(files.masks / m)]
         if lacks:
             problems.append(f"{sample.source} lacks {' and '.join(str(p) for p in lacks)}")
         else:
