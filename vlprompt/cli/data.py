@@ -117,9 +117,10 @@ def check(
         return 0
 
     cards = card_names()
+    known = all_datasets()
     ready = []
     for name in names:
-        files = name_of_path(name) if name not in cards else None
+        files = name_of_path(name) if name not in known else None
         if files is not None:
             ready.append(_check_files(files))
         elif name in cards:
