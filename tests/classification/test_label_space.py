@@ -10,7 +10,7 @@ import pytest
 
 import vlprompt
 from tests.commands import Command
-from tests.data.own import fill
+from tests.data.folders import fill
 from vlprompt.backbones import Backbone
 from vlprompt.classification.label_space import fitting
 from vlprompt.core.errors import DataError

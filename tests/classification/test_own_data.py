@@ -10,7 +10,7 @@ import pytest
 
 import vlprompt
 from tests.commands import Command
-from tests.data.own import fill, tree
+from tests.data.folders import fill, tree
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Command
-from tests.data.own import fill, tree
+from tests.data.folders import fill, tree
 from vlprompt.cli._errors import exit_status
 
 ROOT = Path(__file__).parent.parent.parent

@@ -128,9 +128,9 @@ def test_links_are_followed_or_forbidden(pets: Path, tmp_path: Path) -> None:
     fill(tmp_path / "outside", 4)
     os.symlink(tmp_path / "outside" / "000.png", pets / "Pug" / "leaves.png")
     os.symlink(tmp_path / "outside", pets / "elsewhere")
-    found = list(chain(*parts(pets).values()))
-    assert {"Pug/leaves.png", "elsewhere/003.png"} <= set(found)
-    assert len(found) == 18 + 1 + 4
+    images = list(chain(*parts(pets).values()))
+    assert {"Pug/leaves.png", "elsewhere/003.png"} <= set(images)
+    assert len(images) == 18 + 1 + 4
     with pytest.raises(DataError, match=r"elsewhere is a symbolic link, and links='forbid'"):
         load_dataset(f"folder:{pets}", links="forbid")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.own import fill, image, tree
+from tests.data.folders import fill, image, tree
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.fingerprint import data_fingerprint

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.own import fill, image, tree
+from tests.data.folders import fill, image, tree
 from vlprompt.core.errors import DataError
 from vlprompt.data import load_dataset, read_image, verify
 from vlprompt.data.base import Sample

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.own import fill, image
+from tests.data.folders import fill, image
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.captions import open_captions

@@ -15,7 +15,7 @@ __all__ = ["fitting", "in_learner_space", "known_classes"]
 
 def known_classes(learner: Learner, data: ImageDataset) -> int:
     """Return how many classes of a data set a learner knows; capitals and the order don't count."""
-    return sum(place is not None for place in match_classes(data.classnames, learner.classnames))
+    return sum(position is not None for position in match_classes(data.classnames, learner.classnames))
 
 
 def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
@@ -29,8 +29,8 @@ def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
     if data.classnames == learner.classnames:
         return data
 
-    places = match_classes(data.classnames, learner.classnames)
-    unknown = [name for name, place in zip(data.classnames, places, strict=True) if place is None]
+    positions = match_classes(data.classnames, learner.classnames)
+    unknown = [name for name, position in zip(data.classnames, positions, strict=True) if position is None]
     if unknown:
         raise DataError(
             f"{data.name} has {len(data.classnames)} classes, the learner {len(learner.classnames)}, and does not "
@@ -38,7 +38,7 @@ def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
             "choose among the classes of the data."
         )
 
-    known = [place for place in places if place is not None]
+    known = [position for position in positions if position is not None]
     if len(known) == len(learner.classnames):
         order = sorted(range(len(known)), key=known.__getitem__)
         return replace(data.keep_classes(order), classnames=learner.classnames)
@@ -71,6 +71,6 @@ def fitting(
     return learner.with_classes(data.classnames, templates), data
 
 
-def _moved(sample: Sample, places: Sequence[int]) -> Sample:
-    labels = tuple(places[label] for label in sample.classes)
+def _moved(sample: Sample, positions: Sequence[int]) -> Sample:
+    labels = tuple(positions[label] for label in sample.classes)
     return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])

@@ -105,7 +105,7 @@ def check(
     from vlprompt.data import list_datasets as all_datasets
     from vlprompt.data.cards import card_names
     from vlprompt.data.names import default_root
-    from vlprompt.data.overview import own_name
+    from vlprompt.data.overview import name_of_path
 
     place = root or default_root()
 
@@ -117,11 +117,12 @@ def check(
         return 0
 
     cards = card_names()
+    known = all_datasets()
     ready = []
     for name in names:
-        own = own_name(name) if name not in cards else None
-        if own is not None:
-            ready.append(_check_own(own))
+        files = name_of_path(name) if name not in known else None
+        if files is not None:
+            ready.append(_check_files(files))
         elif name in cards:
             ready.append(_check_card(name, place, decode))
         else:
@@ -129,7 +130,7 @@ def check(
     return 0 if all(ready) else 1
 
 
-def _check_own(name: str) -> bool:
+def _check_files(name: str) -> bool:
     """Print what a folder or table holds; return whether there is nothing to mend."""
     from vlprompt.core.names import printable
     from vlprompt.data.overview import look_at

@@ -60,5 +60,7 @@ def _are_its_own(learner: Learner, names: Sequence[str]) -> bool:
     """Return whether names are the learner's classes, whatever their order and capitals."""
     from vlprompt.core.names import match_classes
 
-    places = match_classes(names, learner.classnames)
-    return sorted(place for place in places if place is not None) == list(range(len(learner.classnames)))
+    positions = match_classes(names, learner.classnames)
+    return sorted(position for position in positions if position is not None) == list(
+        range(len(learner.classnames))
+    )

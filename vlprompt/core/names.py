@@ -56,9 +56,9 @@ def printable(name: str) -> str:
 
 def listed_names(names: Iterable[str], most: int = 10) -> str:
     """Return the first names, quoted, and how many more there are."""
-    shown = list(names)
-    text = ", ".join(repr(printable(str(name))) for name in shown[:most])
-    return f"{text} and {len(shown) - most} more" if len(shown) > most else text
+    listed = list(names)
+    text = ", ".join(repr(printable(str(name))) for name in listed[:most])
+    return f"{text} and {len(listed) - most} more" if len(listed) > most else text
 
 
 def check_text(name: Any, where: str) -> str:

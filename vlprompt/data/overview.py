@@ -20,14 +20,14 @@ from vlprompt.data.listing import list_folder
 from vlprompt.data.sources import AbsentError
 from vlprompt.data.splits import SPLITS
 
-__all__ = ["Overview", "look_at", "own_name"]
+__all__ = ["Overview", "look_at", "name_of_path"]
 
 _SHOWN = 10  # examples of a line
 
 
 @dataclass
 class Overview:
-    """What :func:`look_at` found.
+    """What :func:`look_at` saw.
 
     Attributes:
         name: ``folder:PATH`` or ``csv:PATH``.
@@ -40,7 +40,7 @@ class Overview:
     problems: list[str] = field(default_factory=list)
 
 
-def own_name(text: str) -> str | None:
+def name_of_path(text: str) -> str | None:
     """Return the name of a data set that a path means; None if there is nothing at the path."""
     if text.startswith(("folder:", "csv:")):
         return text
@@ -118,20 +118,20 @@ def _describe(overview: Overview, split: str, data: ImageDataset) -> None:
 
 def _compare(overview: Overview, splits: dict[str, ImageDataset]) -> None:
     """Add images that occur twice, by their bytes: in two splits, or with two labels."""
-    places: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    entries_of: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for split, data in splits.items():
         for key, source, label in _keyed(data):
-            places.setdefault(key, {}).setdefault(split, []).append((source, data.classnames[label]))
+            entries_of.setdefault(key, {}).setdefault(split, []).append((source, data.classnames[label]))
 
     for one, other in combinations(splits, 2):
-        shared = [found for found in places.values() if one in found and other in found]
+        shared = [parts for parts in entries_of.values() if one in parts and other in parts]
         if shared:
             example = f"{shared[0][one][0][0]} = {shared[0][other][0][0]}"
             overview.problems.append(f"{one} and {other} share {len(shared)} images, for example {example}.")
 
     contradictory = []
-    for found in places.values():
-        entries = [entry for part in found.values() for entry in part]
+    for parts in entries_of.values():
+        entries = [entry for part in parts.values() for entry in part]
         if len({label for _, label in entries}) > 1:
             contradictory.append(entries)
 

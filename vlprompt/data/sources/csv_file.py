@@ -114,12 +114,12 @@ def _samples(
 ) -> tuple[tuple[Sample, ...], str, list[int]]:
     """Return the samples of a split, where they come from, and how many of train's images became val's."""
     label_of = {name: label for label, name in enumerate(origins)}
-    given = any(entry.split for entry in entries)
+    has_splits = any(entry.split for entry in entries)
     wanted = [entry for entry in entries if request.split == "all" or entry.split == request.split]
 
     if request.split == "all":
         return _listed(entries, label_of), "everything in the table", []
-    if not given:
+    if not has_splits:
         parts = cut_whole(_grouped(entries, label_of), "csv", origins, seed, request.validation)
         how = "60/20/20" if request.validation else "80/20, without validation,"
         return parts[request.split], f"cut {how} per class by path, seed {seed}", []

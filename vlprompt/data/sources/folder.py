@@ -162,7 +162,7 @@ class _Content:
         """Return the part of a folder of splits."""
         groups_of = {split: self._classes_of(name) for split, name in folders.items()}
         origins = _origins(self.root, folders, groups_of)
-        found = f"folders {sorted(folders)}"
+        listing = f"folders {sorted(folders)}"
         split = self.request.split
 
         if split == "all":
@@ -170,17 +170,17 @@ class _Content:
                 label: [image for groups in groups_of.values() for image in groups.get(name, [])]
                 for label, name in enumerate(origins)
             }
-            return _Part(origins, _samples(everything), f"everything in the {found}")
+            return _Part(origins, _samples(everything), f"everything in the {listing}")
 
         if "val" not in folders and "train" in folders and split in ("train", "val"):
-            return self._cut_train(origins, groups_of["train"], found)
+            return self._cut_train(origins, groups_of["train"], listing)
         if split not in folders:
             raise DataError(
                 f"{printable(self.request.name)}: there is no folder for the split {split!r}; found {sorted(folders)}."
             )
 
         labelled = {label: groups_of[split].get(name, []) for label, name in enumerate(origins)}
-        return _Part(origins, _samples(labelled), found)
+        return _Part(origins, _samples(labelled), listing)
 
     def warn_left_out(self, folders: Mapping[str, str]) -> None:
         """Name and count what is not read."""
@@ -253,7 +253,7 @@ class _Content:
                 f"{listed_names(inner, 5)}: write {printable(self.request.name)}/{printable(name)}."
             )
 
-    def _cut_train(self, origins: list[str], train: _Groups, found: str) -> _Part:
+    def _cut_train(self, origins: list[str], train: _Groups, listing: str) -> _Part:
         """Return train or val where there is no folder for val."""
         groups = {label: train[name] for label, name in enumerate(origins)}
         total = sum(map(len, groups.values()))
@@ -266,9 +266,9 @@ class _Content:
                 f"{printable(self.request.name)}: there is no folder for val, and none is cut from train: {why}. Train "
                 "without validation: data.validate_on=none."
             )
-        how = f"{found}; val is 20 % of train per class, {count} of its {total} images, seed {self.seed}"
+        how = f"{listing}; val is 20 % of train per class, {count} of its {total} images, seed {self.seed}"
         if not self.request.validation:
-            how = f"{found}; train is whole"
+            how = f"{listing}; train is whole"
         info = {"cut_for_validation": [count, total]} if count else {}
         return _Part(origins, parts[self.request.split], how, info)
 

@@ -59,7 +59,7 @@ def only_our_errors() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except VLPromptError as error:
-        printable(str(error)).encode()  # can be shown everywhere
+        printable(str(error)).encode()  # can be text everywhere
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -103,18 +103,20 @@ def damaged(draw: st.DrawFn) -> bytes:
     """Return an image with bytes changed, cut off, put in or doubled."""
     data = bytearray(draw(st.sampled_from(SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(data) - 1)))
+        position = draw(st.integers(0, max(0, len(data) - 1)))
         what = draw(st.sampled_from(("change", "cut", "insert", "double", "large")))
         if what == "change" and data:
-            data[place] = draw(st.integers(0, 255))
+            data[position] = draw(st.integers(0, 255))
         elif what == "cut":
-            del data[place:]
+            del data[position:]
         elif what == "insert":
-            data[place:place] = draw(st.binary(min_size=1, max_size=8))
+            data[position:position] = draw(st.binary(min_size=1, max_size=8))
         elif what == "double":
-            data += data[place:]
+            data += data[position:]
         else:
-            data[place : place + 4] = draw(st.sampled_from((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")))
+            data[position : position + 4] = draw(
+                st.sampled_from((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"))
+            )
     return bytes(data)
 
 
@@ -293,9 +295,9 @@ def test_class_names(names: object) -> None:
 @fuzzed(200)
 @given(st.text() | st.binary(max_size=20).map(os.fsdecode))
 def test_names_in_messages_stay_on_one_line(name: str) -> None:
-    shown = printable(name)
-    assert shown.isprintable() or shown == ""
-    shown.encode()
+    text = printable(name)
+    assert text.isprintable() or text == ""
+    text.encode()
 
 
 @pytest.mark.slow
