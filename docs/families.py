@@ -138,10 +138,10 @@ def _eva(**options: Any) -> nn.Module:
     return Eva(**{**_VIT, "global_pool": "token", **options})
 
 
-def _eva02() -> nn.Module:
+def _eva02(**options: Any) -> nn.Module:
     return _eva(
         qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True,
-        ref_feat_shape=(2, 2),
+        ref_feat_shape=(2, 2), **options,
     )  # fmt: skip
 
 

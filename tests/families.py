@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from vlprompt.backbones import Backbone
+
+pytest.importorskip("transformers", reason="transformers is an optional extra")
+pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlex towers")
 
 __all__ = [
     "FAMILIES",

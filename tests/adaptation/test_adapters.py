@@ -18,6 +18,7 @@ from vlprompt.adaptation.objectives import dispersion, marginal_entropy
 from vlprompt.adaptation.tda import DynamicAdapter
 from vlprompt.adaptation.views import ViewPlan, open_images
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.image_only import without_text
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.learners import Learner
 
@@ -419,7 +420,7 @@ class TestMistakes:
         for name in ("zero", "mta", "tda"):
             assert create_adapter(name, learner, views=4).predict(images).probs.shape == (5, 5)
 
-    def test_a_tower_that_takes_no_context(self, make_backbone: Any) -> None:
-        odd = make_backbone(text={"embed_cls": True}, custom=True)
+    def test_a_tower_that_takes_no_context(self, backbone: Backbone) -> None:
+        odd = without_text(backbone)
         with pytest.raises(BackboneError, match="can't be learned on this backbone"):
             create_adapter("tpt", odd, NAMES)

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.families import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, TRANSFORMERS, family_backbone
+from tests.families import (
+    FAMILIES,
+    IMAGE_FAMILIES,
+    TEXT_FAMILIES,
+    TRANSFORMERS,
+    family_backbone,
+    load_page_maker,
+)
 from vlprompt.backbones import Backbone, PixelPrompts, VisualPrompts
 from vlprompt.backbones.layout import slot
 from vlprompt.backbones.reweighted import ReweightedBackbone
@@ -93,6 +100,22 @@ def test_sentences_of_transformers_are_as_long_as_the_longest(name: str) -> None
     backbone.encode_text(["a dog", "a large dog"])
     handle.remove()
     assert lengths == [len(backbone.text.sentence("a large dog"))]
+
+
+def test_the_pooler_of_maxima_leaves_padding_out() -> None:
+    """open_clip's own pass of it stops with an error; this is what it is meant to be."""
+    maker = load_page_maker()
+    family = maker.Family("maxima", "", lambda: maker._hugging_face("bert", "max_pooler"), "words")
+    backbone = maker.build(family)
+    tower = backbone.text
+    texts = ["a dog", "a photo of the large dog"]
+
+    expected = []
+    for text in texts:
+        row = torch.tensor([tower.sentence(text)])
+        states = tower.inner.transformer(input_ids=row).last_hidden_state
+        expected.append(tower.inner.proj(states.max(1).values)[0])
+    close(backbone.text.encode_strings(texts), torch.stack(expected).detach())
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

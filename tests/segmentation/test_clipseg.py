@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.backbones import Backbone, VisualPrompts, create_backbone
+from vlprompt.backbones.taps import first_state, run_taps
 from vlprompt.core.errors import BackboneError, ConfigError, VLPromptError
 from vlprompt.segmentation import create_segmenter
 
@@ -155,7 +156,7 @@ def test_blocks_above_the_last_tap_are_not_run(small: Backbone) -> None:
     assert ran == [0, 1, 2, 3]
 
 
-def test_towers_of_timm_read_their_own_size(make_backbone: Any) -> None:
+def test_towers_of_timm_that_resize_their_positions_read_any_size(make_backbone: Any) -> None:
     timm = {
         "timm_model_name": "test_vit",
         "timm_pool": "token",
@@ -165,7 +166,24 @@ def test_towers_of_timm_read_their_own_size(make_backbone: Any) -> None:
     backbone = make_backbone(vision={**timm, "image_size": 160}, custom=True)
     segmenter = create_segmenter("clipseg", backbone, "vpt", hidden=16)
     assert segmenter(torch.zeros(1, 3, 160, 160), ["cat"]).shape == (1, 1, 160, 160)
-    with pytest.raises(BackboneError, match=r"comes from timm and reads 160 x 160 pixels only, got 96 x 160"):
-        segmenter(torch.zeros(1, 3, 96, 160), ["cat"])
+    assert segmenter(torch.zeros(1, 3, 96, 160), ["cat"]).shape == (1, 1, 96, 160)  # it resizes its positions
     with pytest.raises(BackboneError, match="projects its tokens into the joint space"):
         create_segmenter("cris", backbone)
+
+
+def test_rotary_towers_of_timm_read_their_own_size() -> None:
+    """Prompts at the end of the sequence have no rotary position, as in the tower's own pass."""
+    families = pytest.importorskip("tests.families", reason="families are built with transformers")
+    maker = families.load_page_maker()
+    backbone = maker.build(maker.Family("rotary", "", lambda: maker._timm(lambda: maker._eva02(depth=3))))
+    segmenter = create_segmenter("clipseg", backbone, "vpt", hidden=16)
+    assert segmenter(torch.zeros(1, 3, 32, 32), ["cat"]).shape == (1, 1, 32, 32)
+    with pytest.raises(BackboneError, match=r"comes from timm and reads 32 x 32 pixels only, got 24 x 32"):
+        segmenter(torch.zeros(1, 3, 24, 32), ["cat"])
+
+    tower = backbone.vision
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
+    taps = run_taps(tower, first_state(tower, images), [0], prompts, pooled=True)
+    expected = tower.encode(images, VisualPrompts(prompts, "append"))
+    torch.testing.assert_close(taps.pooled, expected, rtol=0, atol=1e-5)

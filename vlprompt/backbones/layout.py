@@ -117,6 +117,12 @@ class PromptLayout:
         names: What to call the sentences in error messages.
         share_prefix: Find and share the common beginning; off for towers that aren't causal.
 
+    Attributes:
+        slots: Number of learned context vectors the sentences refer to (highest + 1).
+        shared: P, tokens of the beginning that all sentences share.
+        prefix: (P,) sources of that beginning.
+        prefix_slots: Its learned places.
+
     Raises:
         VLPromptError: If there is no sentence, or one is longer than ``context_length``.
     """
@@ -143,7 +149,8 @@ class PromptLayout:
                 )
 
         self.shared = _common_prefix(self.sentences) if share_prefix else 0
-        # (P,) sources of the beginning that all sentences share, and its slots.
+        numbers = [slot_number(s) for sentence in self.sentences for s in sentence if is_slot(s)]
+        self.slots = 1 + max(numbers, default=-1)
         self.prefix = torch.tensor(self.sentences[0][: self.shared], dtype=torch.long)
         self.prefix_slots = Slots.of(self.sentences[0][: self.shared])
 
@@ -154,11 +161,6 @@ class PromptLayout:
     def lengths(self) -> list[int]:
         """Tokens of each sentence."""
         return [len(s) for s in self.sentences]
-
-    @cached_property
-    def slots(self) -> int:
-        """Number of learned context vectors the sentences refer to (highest + 1)."""
-        return 1 + max((slot_number(s) for row in self.sentences for s in row if is_slot(s)), default=-1)
 
     def padded(self, length: int | None = None, pad: int = 0) -> Tensor:
         """Return (C, T) sources of the whole sentences, padded to ``length`` (default: the longest) with ``pad``."""

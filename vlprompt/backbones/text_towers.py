@@ -309,7 +309,9 @@ class HuggingFaceTower(TextTower):
                     stack.callback(handle.remove)
             output = self.inner.transformer(inputs_embeds=x, attention_mask=mask)
 
-        return self.inner.pooler(output, mask), output.last_hidden_state
+        # open_clip's pooler of maxima fills where its mask is true, so what it needs is the padding.
+        wants_padding = type(self.inner.pooler).__name__ == "MaxPooler"
+        return self.inner.pooler(output, mask == 0 if wants_padding else mask), output.last_hidden_state
 
 
 def _replace(x: Tensor, classes: int, slots: Slots, rows: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ def test_what_can_t_work_says_why(
     ]
     assert "fast_s" in rows["coop"]
     assert "naive_s" not in rows["coop"]
-    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, only="vpt", naive=False)["learners"]
-    assert "image tower" in rows["vpt"]["refused"]
+    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, only="maple", naive=False)["learners"]
+    assert "image tower" in rows["maple"]["refused"]
 
 
 def test_the_obvious_way_computes_the_same_with_a_graph_from_the_inputs(
