@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from typing_extensions import Self
 
-from vlprompt.backbones import list_backbones
+from vlprompt.backbones import unknown_backbone
 from vlprompt.classification.options import MultiTaskOptions, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
@@ -476,10 +476,9 @@ def _name_problems(content: Mapping[str, Any]) -> list[str]:
     """Check names of backbones and data sets, without building any."""
     problems = []
     backbone = _section(content, "backbone").get("name", "tiny")
-
-    backbones = list_backbones()
-    if isinstance(backbone, str) and backbone not in backbones:
-        problems.append(f"backbone.name: {UnknownNameError('backbone', backbone, backbones)}")
+    unknown = unknown_backbone(backbone) if isinstance(backbone, str) else None
+    if unknown is not None:
+        problems.append(f"backbone.name: {unknown}")
 
     also_test = _section(content, "data").get("also_test", {})
     names = [("data.name", name) for name in _listed(_section(content, "data").get("name", []))]
