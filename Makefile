@@ -6,8 +6,12 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/backbones/test_tiny.py tests/backbones/test_openclip.py tests/backbones/test_weight_facts.py \
+    tests/backbones/test_weight_files.py tests/backbones/test_tokenizers.py tests/saved/test_prompts.py \
+    tests/learners/test_coop.py tests/diffusion/test_custom_code.py tests/cli/test_saved.py
 
-.PHONY: quickstart test test-slow test-campaign lint format install clean
+.PHONY: quickstart test test-slow test-campaign test-lowest lint format install clean
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
@@ -21,6 +25,13 @@ test-slow: $(INSTALLED)
 
 test-campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -n auto --maxprocesses 4 --dist loadfile
+
+# The lowest versions that pyproject.toml allows of what is named there, in an environment of their own.
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(LOWEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -43,5 +54,5 @@ $(INSTALLED): pyproject.toml setup.py requirements-ci.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

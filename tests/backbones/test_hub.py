@@ -252,3 +252,14 @@ def test_without_a_network_and_without_a_copy(hub: StandIn, monkeypatch: pytest.
     ):
         create_backbone(f"hf-hub:{REPO}")
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "task", ["classification/quickstart.yaml", "adaptation/tta_tiny.yaml", "segmentation/tunevlseg_tiny.yaml"]
+)
+def test_configurations_take_these_names(task: str, tmp_path: Path) -> None:
+    from vlprompt.experiments.tasks import read_experiment
+
+    for name in (f"hf-hub:{REPO}", f"local-dir:{tmp_path}/nowhere"):
+        experiment = read_experiment(task, [f"backbone.name={name}"])
+        assert any(name.partition(":")[2] in sentence for sentence in experiment.missing())

@@ -10,6 +10,7 @@ from torch import nn
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.origin import origin_of
 from vlprompt.backbones.vision import PixelPrompts, VisualPrompts
+from vlprompt.core.errors import UnknownNameError
 from vlprompt.core.options import check_options
 from vlprompt.core.preprocessing import read_preprocess_options
 from vlprompt.core.registry import Registry
@@ -22,6 +23,7 @@ __all__ = [
     "create_backbone",
     "list_backbones",
     "missing_weights",
+    "unknown_backbone",
 ]
 
 BACKBONES: Registry[Any] = Registry("backbone", "vlprompt.backbones")
@@ -94,6 +96,17 @@ def list_backbones() -> list[str]:
     import open_clip
 
     return sorted({*BACKBONES.names(), *open_clip.list_models()})
+
+
+def unknown_backbone(name: str) -> UnknownNameError | None:
+    """Return what :func:`create_backbone` would say of a name that it doesn't know; None if it knows it.
+
+    Args:
+        name: A name from :func:`list_backbones`, ``hf-hub:org/name`` or ``local-dir:PATH``.
+    """
+    names = list_backbones()
+    known = name in names or name.startswith(("hf-hub:", "local-dir:"))
+    return None if known else UnknownNameError("backbone", name, names)
 
 
 def missing_weights(name: str, pretrained: str | None = None, cache_dir: str | None = None) -> str | None:

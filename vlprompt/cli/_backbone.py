@@ -28,15 +28,20 @@ def backbone_changes(words: Sequence[str] | None) -> dict[str, Any]:
     """
     if not words:
         return {}
-    from pydantic import ValidationError
+    from pydantic import Field, ValidationError
 
     from vlprompt.core.errors import ConfigError
     from vlprompt.core.options import describe_problems
     from vlprompt.experiments.config import BackboneOptions, parse_overrides
 
-    content = parse_overrides([w if "=" in w else f"name={w}" for w in words], BackboneOptions)
+    class Changes(BackboneOptions):
+        """A configuration has no seed of random weights, but prompts that Python saved may have one."""
+
+        seed: int = Field(0, ge=0)
+
+    content = parse_overrides([w if "=" in w else f"name={w}" for w in words], Changes)
     try:
-        options = BackboneOptions.model_validate(content)
+        options = Changes.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(describe_problems(error, BackboneOptions, "backbone"), "--backbone") from error
+        raise ConfigError(describe_problems(error, Changes, "backbone"), "--backbone") from error
     return options.model_dump(exclude_unset=True, exclude_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -93,5 +93,6 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     current: Any = model
     for part in path:
         field = getattr(current, "model_fields", {}).get(part)
-        current = None if field is None else field.annotation
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        current = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)  # it may be optional
     return list(getattr(current, "model_fields", {}))

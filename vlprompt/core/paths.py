@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from os import PathLike
 from pathlib import Path
 
 __all__ = ["local_or_name", "looks_like_path", "user_path"]
 
 
-def user_path(text: str | os.PathLike[str]) -> Path:
+def user_path(text: str | PathLike[str]) -> Path:
     """Return the path that a person means: a leading ``~`` is the home folder, ``~name`` that of another user.
 
     Every option that takes a path goes through here. A home folder that is unknown leaves the path as it is written.

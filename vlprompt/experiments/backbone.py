@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlprompt.backbones import Backbone, create_backbone, list_backbones, missing_weights
-from vlprompt.core.errors import UnknownNameError
+from vlprompt.backbones import Backbone, create_backbone, missing_weights, unknown_backbone
 from vlprompt.core.files import path_fingerprint
 from vlprompt.experiments.config import BackboneOptions
 from vlprompt.saved.weight_masks import fold, read_masks
@@ -52,7 +51,5 @@ def backbone_problems(content: Mapping[str, Any]) -> list[str]:
     """
     section = content.get("backbone")
     name = section.get("name", "tiny") if isinstance(section, Mapping) else "tiny"
-    names = list_backbones()
-    if isinstance(name, str) and name not in names and not name.startswith(("hf-hub:", "local-dir:")):
-        return [f"backbone.name: {UnknownNameError('backbone', name, names)}"]
-    return []
+    problem = unknown_backbone(name) if isinstance(name, str) else None
+    return [] if problem is None else [f"backbone.name: {problem}"]

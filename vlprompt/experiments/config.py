@@ -88,7 +88,6 @@ class BackboneOptions(BaseModel):
         None, description="folder or Hub name of a transformers tokenizer; empty: the architecture's own"
     )
     cache_dir: str | None = Field(None, description="where downloaded weights lie; empty: the usual folders")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of random weights")
     masks: str | None = Field(
         None, description="saved masks (of amt, ramt ...) that are folded into the image tower first"
     )

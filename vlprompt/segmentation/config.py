@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 from typing_extensions import Self
 
-from vlprompt.backbones import list_backbones
+from vlprompt.backbones import unknown_backbone
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems, options_model
 from vlprompt.data.names import check_name
@@ -412,7 +412,6 @@ def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
             of its own.
     """
     problems = []
-    backbones = list_backbones()
 
     for where, value in towers.items():
         try:
@@ -420,8 +419,9 @@ def backbone_problems(towers: Mapping[str, Any]) -> list[str]:
         except ValidationError as error:
             problems += describe_problems(error, BackboneOptions, where) if where != "backbone" else []
             continue
-        if name not in backbones:
-            problems.append(f"{where}: {UnknownNameError('backbone', name, backbones)}")
+        problem = unknown_backbone(name)
+        if problem is not None:
+            problems.append(f"{where}: {problem}")
 
     return problems
 

@@ -63,7 +63,7 @@ class Loaded:
         card: What lay beside the weights.
     """
 
-    model: nn.Module
+    model: Any
     preprocess: Mapping[str, Any]
     text: Mapping[str, Any] = field(default_factory=dict)
     card: Card | None = None
@@ -71,16 +71,16 @@ class Loaded:
 
 def build_model(config: Mapping[str, Any]) -> nn.Module:
     """Return an open_clip model with random weights, from a ``model_cfg``."""
-    config = copy.deepcopy(dict(config))
-    text = config["text_cfg"]
-    custom = config.pop("custom_text", False) or "hf_model_name" in text
-    if "timm_model_name" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False
+    arguments = copy.deepcopy(dict(config))
+    text = arguments["text_cfg"]
+    custom = arguments.pop("custom_text", False) or "hf_model_name" in text
+    if "timm_model_name" in arguments["vision_cfg"]:
+        arguments["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
 
-    kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
-    model = kind(**config)
+    kind = CLIP if not custom else CoCa if "multimodal_cfg" in arguments else CustomTextCLIP
+    model = kind(**arguments)
     hf_context_length(model, text)
     return model
 
