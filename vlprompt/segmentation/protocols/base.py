@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlprompt.backbones import Backbone, create_backbone, missing_weights
+from vlprompt.backbones import Backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
 from vlprompt.core.options import options_model
@@ -16,16 +16,16 @@ from vlprompt.core.paths import user_path
 from vlprompt.data import load_segmentation
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.segmentation import MaskDataset, overlaps
+from vlprompt.experiments.backbone import build_backbone
 from vlprompt.experiments.cell import Cell
 from vlprompt.experiments.config import BackboneOptions
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.saved.weight_masks import fold, read_masks
 from vlprompt.segmentation import STRATEGIES, Segmenter, create_segmenter
 from vlprompt.segmentation.config import SegmentationConfig
 from vlprompt.segmentation.fit import SegmentationFit, fit_segmenter
 from vlprompt.training.callbacks import Callback
 
-__all__ = ["SegmentationExperiment", "build_backbone", "data_facts", "weight_files"]
+__all__ = ["SegmentationExperiment", "data_facts", "weight_files"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -161,14 +161,6 @@ class SegmentationExperiment(Experiment):
             spec = self.config.model(label)
             paths += weight_files(spec.backbone, spec.options)
         return list(dict.fromkeys(paths))
-
-
-def build_backbone(section: BackboneOptions) -> Backbone:
-    """Return the backbone that a section of a configuration describes."""
-    backbone = create_backbone(section.name, **section.arguments())
-    if section.masks is None:
-        return backbone
-    return fold(backbone, read_masks(section.masks, backbone))
 
 
 def weight_files(section: BackboneOptions, options: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from vlprompt.core.processes import accelerator
 from vlprompt.data import load_segmentation
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.segmentation import MaskDataset
+from vlprompt.experiments.backbone import build_backbone
 from vlprompt.experiments.concept_study import (
     CLASS_NAMES,
     OWN_TEST,
@@ -35,7 +36,7 @@ from vlprompt.segmentation.concepts import MaskConcepts, named, score_concepts, 
 from vlprompt.segmentation.config import backbone_problems, name_problems, option_problems
 from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName
-from vlprompt.segmentation.protocols.base import build_backbone, weight_files
+from vlprompt.segmentation.protocols.base import weight_files
 from vlprompt.training.options import TrainOptions
 
 __all__ = ["ConceptMaskConfig", "ConceptMaskExperiment"]
