@@ -72,3 +72,7 @@ class VPT(PromptedImages):
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`; the embeddings, which have unit length."""
+        return self.get_buffer("zero_shot")
