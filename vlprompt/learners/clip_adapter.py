@@ -70,6 +70,10 @@ class ClipAdapter(Learner):
         """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
 
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`; the embeddings, which have unit length."""
+        return self.get_buffer("zero_shot")
+
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits of (B, d) image embeddings."""
         return super().logits(self.ratio * self.adapter(embeddings) + (1 - self.ratio) * embeddings)

@@ -113,6 +113,10 @@ class VPT(PromptedImages):
         """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")
 
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`; the embeddings, which have unit length."""
+        return self.get_buffer("zero_shot")
+
     def _begin_pixels(self, width: int | None, side: int, learned: bool) -> None:
         """Make the frame (3, K) and the patch (3, S, S), zeros; neither, unless pixels are what is learned."""
         size = self.backbone.image_size

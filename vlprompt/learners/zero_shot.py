@@ -40,3 +40,7 @@ class ZeroShot(Learner):
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`; the unit-length class weights."""
         return self.get_buffer("weights")
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`; the embeddings, which have unit length."""
+        return self.get_buffer("weights")
