@@ -176,7 +176,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build_folder(tmp_path_factory.mktemp("roberta"), "bert")
     RobertaConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=514, pad_token_id=1,
+        max_position_embeddings=514, pad_token_id=0,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -149,6 +149,7 @@ def _kill_after_a_checkpoint(config: Path, moment: float, *options: str) -> None
     assert written
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tool: Tool, tmp_path: Path) -> None:
     """Killed twice, once while it may be writing its first checkpoint and once later, then finished."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -125,7 +125,7 @@ def test_paths_are_taken_as_written(folder: str) -> None:
         ("data.classnames={cat: off}", "False, a truth value"),
         ("data.name=[]", "at least one data set"),
         ("name=..", "is no name of a folder"),
-        ("protocol.seeds=[1,1]", "1 is there twice"),
+        ("protocol.seeds=[1,1]", "1 is named twice"),
         ("data.max_bad_images=-1", "greater than or equal to 0"),
         ("train.lr=.inf", "finite number"),
         ("train.warmup_epochs=.nan", "finite number"),

@@ -251,11 +251,14 @@ def test_archives_that_lie_about_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c\n', "unexpected end of data"),
-        ('image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c"\n', r"line 4: .* runs over several lines"),
-        ("image,caption\n0.png,red, green\n", r"line 2: 3 fields, the header has 2"),
-        ("image,caption\n0.png\n", r"line 2: 1 fields, the header has 2"),
-        ("image;caption\n0.png;red; green\n", r"line 2: 3 fields, the header has 2"),
+        ('image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c\n', "a quotation mark is not closed"),
+        (
+            'image,caption\n0.png,"a lone quote\n0.png,b\n0.png,c"\n',
+            r"lines 2 to 4 are one row: a quotation mark",
+        ),
+        ("image,caption\n0.png,red, green\n", r"line 2: 3 fields, but the header has 2"),
+        ("image,caption\n0.png\n", r"line 2: column 'caption' is empty"),
+        ("image;caption\n0.png;red; green\n", r"line 2: 3 fields, but the header has 2"),
     ],
 )
 def test_tables_of_captions_lose_nothing_silently(text: str, message: str, folder: Path) -> None:

@@ -193,6 +193,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_lets_go(tmp_path: P
     assert run_experiment(toy(tmp_path)).failures == []
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again_ends_with_the_same_files(tmp_path: Path) -> None:
     whole = run_experiment(toy(tmp_path / "whole"))
     program = textwrap.dedent(f"""

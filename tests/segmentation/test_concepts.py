@@ -143,6 +143,7 @@ def _vectors(outcome: RunOutcome) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_every_accepted_key_changes_something(tmp_path: Path) -> None:
     key = "concepts, 6 images/test/dice"
     # Without a warm-up, whose rate would hardly move anything in the single epoch.

@@ -171,6 +171,7 @@ def test_masks_of_weights_are_folded_into_the_backbone(tmp_path: Path, cfg: Path
     assert str(tmp_path / "masks") in experiment.sources()
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_same_alone_and_among_others_and_in_other_processes(tmp_path: Path) -> None:
     content = {**BENCHMARK, "methods": {**BENCHMARK["methods"], "coop": {}, "end_to_end": {}}}
     cfg = write_config(tmp_path, content)

@@ -86,6 +86,7 @@ def test_nothing_to_search_and_trials_that_all_fail(cfg: Path) -> None:
         run(cfg, "search.space={context_length: {choices: [500]}}")
 
 
+@pytest.mark.slow
 def test_studies_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
     cfg = write_config(tmp_path, {**SEARCH, "methods": {"vpt": {}, "coop": {}}})
     serial = run(cfg, "name=serial", "search.trials=2")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+
 if TYPE_CHECKING:
-    from vlprompt.cli._backbone import BackboneChanges, backbone_changes
-from vlprompt.learners import Learner
+    from vlprompt.learners import Learner
 
 __all__ = ["command"]
 

@@ -24,6 +24,7 @@ def bench(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return BENCHMARKS.get("learners").target
 
 
+@pytest.mark.slow
 def test_both_ways_take_the_same_step(bench: Callable[..., dict[str, Any]]) -> None:
     result = bench(classes=5, batch=3, repeats=1)
     rows = result["learners"]
@@ -31,6 +32,9 @@ def test_both_ways_take_the_same_step(bench: Callable[..., dict[str, Any]]) -> N
         "zero_shot",
         "linear_probe",
         "tip_adapter",
+        "gda",
+        "lp_plus",
+        "ape",
     }
     for name, row in rows.items():
         assert row["fast_s"] > 0, name

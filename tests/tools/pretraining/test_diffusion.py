@@ -43,7 +43,7 @@ def test_conditions_are_images_captions_both_or_nothing() -> None:
     batch = source.fetch(rows, 0)
     found = []
     for i, condition in enumerate(batch["condition"]):
-        seen, told = source.seen[i], source.told[i]
+        seen, told = source.image_embeddings[i], source.text_embeddings[i]
         names = {"nothing": torch.zeros(128), "seen": seen, **{f"told {k}": t for k, t in enumerate(told)}}
         found.append([n for row in condition for n, t in names.items() if torch.equal(row, t)])
     kinds = [sorted({n.split()[0] for n in names}) for names in found]
@@ -123,7 +123,7 @@ def test_the_loss_is_a_weighted_error_and_what_tiny_sees() -> None:
 
 def test_a_canvas_learns_the_sketch_that_the_network_adds_to() -> None:
     source = batches(drop=0)
-    sketches = SketchBatches(source.images, source.seen, source.told, 4, 1, 0.0, 0.3)
+    sketches = SketchBatches(source.images, source.image_embeddings, source.text_embeddings, 4, 1, 0.0, 0.3)
     batch = sketches.fetch(np.arange(4), 0)
     small = np.stack([i.reshape(32, 2, 32, 2, 3).mean((1, 3)).astype(np.uint8) for i in source.images[:4]])
     assert torch.equal(batch["small"].permute(0, 2, 3, 1), torch.from_numpy(small))
