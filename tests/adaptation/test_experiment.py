@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -285,50 +280,3 @@ def test_views_are_generated_before_and_on_the_fly(tmp_path: Path) -> None:
     assert "views/scenes/shape@sketch/alike" not in unchecked.metrics
     with pytest.raises(CheckpointError, match="steps: stored 1, asked for 2"):
         shipped("diffusion.on_the_fly=false", "diffusion.options.steps=2")
-
-
-@pytest.mark.campaign
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """Killed at several moments, among them inside a stream, then finished by the same command."""
-    pytest.importorskip("diffusers")
-    folders = {name: tmp_path / name for name in ("whole", "killed")}
-    for folder in folders.values():
-        folder.mkdir()
-        write(
-            folder,
-            data={"name": "scenes/size@sketch", "split": "val", "test_images": 6, "batch_size": 1},
-            methods={"mta": {"views": 3}, "tda": {}, **DIFFTPT},
-            diffusion={"generator": "tiny-diffusion", "store": "views"},
-            output="runs",
-        )
-    _start(folders["whole"]).wait()
-
-    kills = 0
-    for moment in range(1, 9):  # files that must be there before the signal
-        running = _start(folders["killed"])
-        while running.poll() is None and _written(folders["killed"]) < 3 * moment:
-            time.sleep(0.002)
-        running.send_signal(signal.SIGKILL)
-        kills += running.wait() == -signal.SIGKILL
-    assert kills >= 5
-    assert _start(folders["killed"]).wait() == 0
-
-    runs = {name: next(folder.glob("runs/t/*/metrics.json")).parent for name, folder in folders.items()}
-    for name in FILES:
-        assert (runs["killed"] / name).read_bytes() == (runs["whole"] / name).read_bytes(), name
-
-
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    program = (
-        "from vlprompt.experiments.runner import run_experiment\n"
-        "from vlprompt.experiments.tasks import read_experiment\n"
-        "run_experiment(read_experiment('t.yaml'))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=folder, env=environment)
-
-
-def _written(folder: Path) -> int:
-    """Return how many views, batches and finished cells there are."""
-    patterns = ("views/*/*/*.png", "runs/t/*/cells/*/predictions/*.safetensors", "runs/t/*/cells/*/cell.json")
-    return sum(1 for pattern in patterns for _ in folder.glob(pattern))

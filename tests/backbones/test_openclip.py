@@ -247,9 +247,9 @@ FAMILIES = {
     "RN50": ("not a sequence of tokens", ""),
     "convnext_base": ("not a sequence of tokens", ""),
     "MobileCLIP-S1": ("not a sequence of tokens", ""),
-    "EVA02-B-16": ("rotary positions", ""),
+    "EVA02-B-16": ("", ""),
     "ViTamin-S": ("", ""),
-    "coca_ViT-B-32": ("", "class token appended after the padding"),
+    "coca_ViT-B-32": ("", ""),
     "ViT-B-16-SigLIP": ("", "needs the 'transformers' package"),
 }
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.kills import assert_kills_change_nothing
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.detection.config import DetectionConfig
@@ -93,16 +92,6 @@ def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
     lines = results.select(method="concepts", images=3, seed=2).lines
     measured = alone.run(cell, tmp_path / "alone").measurements
     assert [m.value for m in measured] == [line.value for line in lines]
-
-
-@pytest.mark.campaign
-def test_a_killed_run_goes_on_and_ends_with_the_same_files(coco_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pycocotools")
-    train = (
-        "{epochs: 3, batch_size: 2, optimizer: adamw, select: best, select_metric: AP, checkpoint_seconds: 0}"
-    )
-    config = config_text(coco_folder, "runs", train=train, second_stage=SECOND)
-    assert_kills_change_nothing(config, tmp_path / "whole", tmp_path / "killed", (1, 3, 6, 8))
 
 
 def test_a_detector_that_reads_no_text_has_no_class_names(coco_folder: Path, tmp_path: Path) -> None:

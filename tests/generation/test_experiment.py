@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kills import assert_kills_change_nothing
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.files import write_tensors
@@ -121,13 +120,6 @@ def test_cells_are_equal_to_the_bit_alone_in_any_order_and_in_other_processes(
         measured = alone.run(cell, tmp_path / cell.name).measurements
         expected = results.select(method=cell["method"], concept=cell["concept"]).values()
         assert [m.value for m in measured] == expected
-
-
-@pytest.mark.campaign
-def test_a_killed_run_goes_on_and_ends_with_the_same_files(weights: Path, tmp_path: Path) -> None:
-    train = "{epochs: 6, batch_size: 2, optimizer: adamw, eval_every: 2, checkpoint_seconds: 0}"
-    config = config_text(weights, "runs", train=train, protocol="{baseline: ti, seeds: [1, 2]}")
-    assert_kills_change_nothing(config, tmp_path / "whole", tmp_path / "killed", (1, 3, 6, 9))
 
 
 def test_seeds_are_repetitions(weights: Path, tmp_path: Path) -> None:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.slugs import slug
@@ -258,54 +250,3 @@ def test_rows_on_disk_are_those_in_memory(tmp_path: Path, images: str, backbone:
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])
     assert list((tmp_path / "rows").rglob("*.safetensors"))
-
-
-_KILLED: Mapping[str, Any] = {
-    **SMALL,
-    "methods": {"dbom": {"learner": {"hidden": 16}, "train": {"epochs": 3}}, "spectral": {}},
-    "variants": {},
-    "suspect": {"epochs": 1, "cleaners": ["dbom"], "rate": 0.3},
-}
-
-_PROGRAM = """
-import sys
-import torch
-from vlprompt.experiments.runner import run_experiment
-from vlprompt.experiments.tasks import read_experiment
-torch.set_num_threads(1)
-run_experiment(read_experiment(sys.argv[1]))
-"""
-
-
-@pytest.mark.campaign
-def test_killed_anywhere_and_run_again_ends_with_the_same_files(tmp_path: Path, images: str) -> None:
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump({**_KILLED, "data": {"name": images}}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", _PROGRAM, str(path)]
-        return subprocess.Popen(command, env=environment, cwd=folder)
-
-    assert start(tmp_path / "whole").wait() == 0
-    kills = 0
-    for finished in (0, 2):  # cells that exist when the run is killed
-        running = start(tmp_path / "killed")
-        while running.poll() is None:
-            cells = list((tmp_path / "killed").glob("runs/small/*/cells/*/cell.json"))
-            folders = list((tmp_path / "killed").glob("runs/small/*/cells/*"))
-            if len(cells) >= finished and folders:
-                running.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.02)
-        running.wait()
-    assert kills
-    assert start(tmp_path / "killed").wait() == 0
-
-    for name in FILES:
-        whole = next((tmp_path / "whole").glob(f"runs/small/*/{name}")).read_bytes()
-        assert next((tmp_path / "killed").glob(f"runs/small/*/{name}")).read_bytes() == whole, name
-    metrics = json.loads(next((tmp_path / "killed").glob("runs/small/*/metrics.json")).read_text())
-    assert metrics["runs_failed"] == 0

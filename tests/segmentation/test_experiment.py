@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import vlprompt
@@ -219,53 +212,6 @@ from vlprompt.experiments.tasks import read_experiment
 outcome = run_experiment(read_experiment(sys.argv[1], sys.argv[2:]))
 sys.exit(outcome.exit_code)
 """
-
-
-def run_killed(cfg: Path, moments: tuple[float, ...], *overrides: str) -> int:
-    """Start a run in a process of its own and kill it after each of some seconds, then let it finish.
-
-    Returns:
-        How often it was killed before it could finish.
-    """
-    command = [sys.executable, "-c", _KILLED, str(cfg), *overrides]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    kills = 0
-    for moment in moments:
-        running = subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload]
-        time.sleep(moment)
-        if running.poll() is None:
-            running.send_signal(signal.SIGKILL)
-            kills += 1
-        running.wait()
-    subprocess.run(command, env=environment, check=True, **quiet)  # type: ignore[call-overload]
-    return kills
-
-
-def assert_same_files(first: Path, second: Path) -> None:
-    """Compare the files of two runs that must not depend on kills."""
-    for name in ("metrics.json", "results.jsonl", "report.html", "table.md"):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-
-
-@pytest.mark.campaign
-def test_killed_at_any_moment_a_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    content = {**BENCHMARK, "train": {"epochs": 30, "batch_size": 4, "checkpoint_seconds": 0}}
-    folders = []
-    kills = []
-    for name, moments in (("whole", ()), ("killed", (9.0, 10.0, 11.0, 12.0, 13.0))):
-        (tmp_path / name).mkdir()
-        cfg = write_config(tmp_path / name, content)
-        # The same relative folder, since the report shows the configuration.
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        override = f"output={tmp_path / 'runs'}"
-        kills.append(run_killed(cfg, moments, override))
-        (folder,) = (tmp_path / "runs" / "small").glob("????????")
-        folders.append(folder.rename(tmp_path / name / "run"))
-    assert kills[1] >= 2
-    assert_same_files(*folders)
 
 
 def test_phrases_and_labels_of_any_kind_in_a_report(tmp_path: Path) -> None:

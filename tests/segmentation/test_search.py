@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.segmentation.runs import BENCHMARK, SKETCH, read, run, write_config
-from tests.segmentation.test_experiment import assert_same_files, run_killed
 from vlprompt.core.errors import VLPromptError
 from vlprompt.segmentation.fit import SegmentationFit
 from vlprompt.segmentation.protocols.base import SegmentationExperiment
@@ -93,16 +92,3 @@ def test_studies_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
     parallel = run(cfg, "name=parallel", "search.trials=2", on="processes:2")
     assert (serial.folder / "results.jsonl").read_bytes() == (parallel.folder / "results.jsonl").read_bytes()
     assert (serial.folder / "metrics.json").read_bytes() == (parallel.folder / "metrics.json").read_bytes()
-
-
-@pytest.mark.campaign
-def test_killed_at_any_moment_a_search_ends_with_the_files_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    folders = []
-    for name, moments in (("whole", ()), ("killed", (9.0, 10.0, 11.0, 12.0))):
-        (tmp_path / name).mkdir()
-        cfg = write_config(tmp_path / name, SEARCH)
-        output = tmp_path / "runs"
-        run_killed(cfg, moments, f"output={output}", "search.trials=12", "train.epochs=10")
-        (folder,) = (output / "small").glob("????????")
-        folders.append(folder.rename(tmp_path / name / "run"))
-    assert_same_files(*folders)

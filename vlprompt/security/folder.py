@@ -253,8 +253,11 @@ def _continued(target: Path, identity: dict[str, Any]) -> int:
         raise CheckpointError(f"{target / _LISTING} is damaged. Start anew without --resume.")
 
     if facts != identity:
-        other = next(key for key in identity if facts.get(key) != identity[key])
-        raise CheckpointError(f"{target} holds another scan ({other} differs). Name another output folder.")
+        different = [key for key in {**identity, **facts} if facts.get(key) != identity.get(key)]
+        verb = "differs" if len(different) == 1 else "differ"
+        raise CheckpointError(
+            f"{target} holds another scan ({', '.join(different)[:200]} {verb}). Name another output folder."
+        )
 
     return total
 

@@ -132,23 +132,27 @@ def _progress(path: Path, raw: Mapping[str, Any]) -> Progress:
 def _sound(progress: Progress) -> dict[str, bool]:
     """Return for every field whether its value is possible."""
     history = progress.history
-    epoch_is_count = _is_count(progress.epoch)
-    has_best = progress.best is not None
     records = isinstance(history, list) and all(isinstance(record, dict) for record in history)
     # Lengths first: a list as long as a damaged number says might not fit into memory.
     in_order = records and len(history) == progress.epoch
     in_order = in_order and all(record.get("epoch") == number for number, record in enumerate(history))
     return {
-        "epoch": epoch_is_count,
+        "epoch": _is_count(progress.epoch),
         "step": _is_count(progress.step),
         "sums": isinstance(progress.sums, dict) and all(map(_is_number, progress.sums.values())),
         "history": in_order,
-        "best": not has_best or _is_number(progress.best),
-        "best_epoch": (_is_count(progress.best_epoch) and 0 <= progress.best_epoch < progress.epoch)  # type: ignore[operator]
-        if has_best
-        else progress.best_epoch is None,
+        "best": progress.best is None or _is_number(progress.best),
+        "best_epoch": _is_best_epoch(progress),
         "seconds": _is_number(progress.seconds) and progress.seconds >= 0,
     }
+
+
+def _is_best_epoch(progress: Progress) -> bool:
+    """Return whether the best epoch is one that is over; without a best figure there is none."""
+    best: Any = progress.best_epoch
+    if progress.best is None:
+        return best is None
+    return _is_count(best) and _is_count(progress.epoch) and best < progress.epoch
 
 
 def _is_count(value: Any) -> bool:
