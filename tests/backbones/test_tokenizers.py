@@ -67,7 +67,7 @@ def sentence_rows(tokenizer: Any, texts: list[str], length: int) -> Tensor:
 
 
 def test_byte_pairs_of_every_architecture_equal_open_clips() -> None:
-    assert len(OFFLINE) > 90
+    assert len(OFFLINE) > 80  # open_clip 3.0 has 89
     theirs: dict[str, SimpleTokenizer] = {}
     for name in OFFLINE:
         text = open_clip.get_model_config(name)["text_cfg"]
