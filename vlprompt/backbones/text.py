@@ -258,6 +258,11 @@ class TextTower:
         """
         raise NotImplementedError
 
+    def spread(self, x: Tensor, layout: PromptLayout, deep: Tensor | None, length: int) -> Tensor:
+        """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings."""
+        groups = max(len(x), 1 if deep is None else len(deep))
+        return x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
+
     def padded_sources(self, layout: PromptLayout, length: int) -> Tensor:
         """Return (C, T) sources of the sentences, padded as the tokenizer pads."""
         return layout.padded(length, self.tokenizer.pad if self.tokenizer is not None else 0)

@@ -108,6 +108,13 @@ class OwnTower(TextTower):
         x = self.embed(sources, slots, context)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
+    def begin(self, layout: PromptLayout, context: Tensor | None, deep: Tensor | None, length: int) -> Tensor:
+        """Return (G * C, T, Dt) states before the first block: embeddings and context with their positions."""
+        sources = self.padded_sources(layout, length)
+        positions = torch.arange(length).repeat(len(layout))
+        x = self.assemble(sources.flatten(), layout.padded_slots(length), positions, context)
+        return self.spread(x, layout, deep, length)
+
     def run_plain(
         self,
         layout: PromptLayout,
@@ -117,11 +124,7 @@ class OwnTower(TextTower):
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
-        sources = self.padded_sources(layout, length)
-        slots = layout.padded_slots(length)
-        x = self.assemble(sources.flatten(), slots, torch.arange(length).repeat(len(layout)), context)
-        groups = max(len(x), 1 if deep is None else len(deep))
-        x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
+        x = self.begin(layout, context, deep, length)
 
         mask = None if self.causal_mask is None else self.causal_mask[:length, :length].to(x.dtype)
         x = self.run_blocks(x, mask, layout, deep, adapters)
@@ -208,10 +211,8 @@ class CoCaTower(OwnTower):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        slots = layout.padded_slots(length)
-        x = self.assemble(sources.flatten(), slots, torch.arange(length).repeat(len(layout)), context)
-        groups = max(len(x), 1 if deep is None else len(deep))
-        x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
+        x = self.begin(layout, context, deep, length)
+        groups = len(x) // len(layout)
 
         if self.cls is not None:
             token = (self.cls + self.positions[self.context_length]).to(x.dtype)
@@ -294,9 +295,8 @@ class HuggingFaceTower(TextTower):
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
         slots = layout.padded_slots(length)
-        x = self.embed(sources.flatten(), slots, context)
-        groups = max(len(x), 1 if deep is None else len(deep))
-        x = x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
+        x = self.spread(self.embed(sources.flatten(), slots, context), layout, deep, length)
+        groups = len(x) // len(layout)
         mask = (sources != self.pad).long().to(x.device).repeat(groups, 1)
 
         with ExitStack() as stack:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.label_space import in_learner_space, known_classes
-from vlprompt.classification.recipe import AutomaticRecipe, find_recipe
+from vlprompt.classification.recipe import AutomaticRecipe, find_recipe, paper_options
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
@@ -157,8 +157,7 @@ def _recipe(
         return AutomaticRecipe({}, train, val, {})
 
     if recipe == "paper":
-        shots = max(train.labels.count(label) for label in set(train.labels))
-        return AutomaticRecipe(learner.recipe.paper_options(shots, len(train)), train, val, {})
+        return AutomaticRecipe(paper_options(learner, train), train, val, {})
 
     def trial(
         copy: Learner, kept: ImageDataset, held: ImageDataset | None, changes: Mapping[str, Any]

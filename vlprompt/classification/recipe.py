@@ -20,7 +20,7 @@ from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.learners import Learner, create_learner
 from vlprompt.learners.recipe import PAPER_BACKBONES
 
-__all__ = ["AutomaticRecipe", "find_recipe", "hold_back"]
+__all__ = ["AutomaticRecipe", "find_recipe", "hold_back", "paper_options"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -69,7 +69,6 @@ def find_recipe(
         fit: Trains a learner.
     """
     recipe = learner.recipe
-    shots = int(np.bincount(train.labels, minlength=len(train.classnames)).max())
     kept, held = hold_back(train, seed)
 
     train_on, choose_on = train, val
@@ -84,7 +83,7 @@ def find_recipe(
     if learner.solves or not (learner.learned_parameters() or learner.prepares):
         return AutomaticRecipe({}, train_on, choose_on, {})
     if _is_papers(learner) or len(recipe.factors) == 1:
-        return AutomaticRecipe(recipe.paper_options(shots, len(train)), train_on, choose_on, {})
+        return AutomaticRecipe(paper_options(learner, train), train_on, choose_on, {})
 
     base = {key: value for key, value in recipe.train.items() if key not in _ELSEWHERE}
     base |= {"grad_clip": 1.0, "schedule": "cosine", "warmup_epochs": 0.0}
@@ -100,6 +99,12 @@ def find_recipe(
 
     options = {**base, **_epochs(recipe.steps, base, train_on), "lr": rate}
     return AutomaticRecipe(options, train_on, choose_on, {"recipe/lr": rate, **search.figures(rate)})
+
+
+def paper_options(learner: Learner, train: ImageDataset) -> dict[str, Any]:
+    """Return the training options of the learner's paper for these samples."""
+    shots = int(np.bincount(train.labels).max())
+    return learner.recipe.paper_options(shots, len(train))
 
 
 def hold_back(train: ImageDataset, seed: int) -> tuple[ImageDataset, ImageDataset]:

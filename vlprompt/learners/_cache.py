@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners.hooks import ValidationSamples
 
 __all__ = ["SampleCache", "best_blend", "grid", "search_grid"]
 
@@ -26,6 +27,9 @@ class SampleCache(Learner):
     N is the training set's, so an empty cache takes a saved one of any length. A subclass names its other tensors in
     :meth:`cache_tensors` and their shapes in :meth:`cache_shapes`, and makes room in :meth:`resize`.
 
+    A subclass has the buffers ``alpha`` and ``beta`` (weight and sharpness of the vote) and the values that validation
+    chooses them from, ``alphas`` and ``betas``.
+
     Args:
         backbone: See :class:`Learner`.
         classnames: See :class:`Learner`.
@@ -37,6 +41,10 @@ class SampleCache(Learner):
     fine_tuned: ClassVar[bool] = False
     keys: nn.Parameter
     values: Tensor
+    alpha: Tensor
+    beta: Tensor
+    alphas: Sequence[float]
+    betas: Sequence[float]
 
     def __init__(
         self, backbone: Backbone, classnames: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
@@ -77,6 +85,46 @@ class SampleCache(Learner):
         return empty.index_add(1, self.values, affinities)  # affinities @ one-hot values, without the zeros
 
     # --- state
+
+    @torch.no_grad()
+    def choose_alpha_and_beta(
+        self,
+        sources: Sequence[ValidationSamples],
+        text_logits: Callable[[Tensor], Tensor],
+        similarities: Callable[[Tensor], Tensor],
+        factors: Tensor,
+    ) -> dict[str, float]:
+        """Set alpha and beta to the best on the validation samples of the one task.
+
+        Args:
+            sources: See :meth:`LearnerHooks.calibrate`.
+            text_logits: (n, d) unit-length features to (n, C) logits without the vote.
+            similarities: The same features to (n, N) similarities to the keys.
+            factors: (N, 1) factors of the keys' votes.
+
+        Returns:
+            ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha. Empty where
+            nothing is to be chosen.
+        """
+        if not self.chooses:
+            return {}
+
+        (source,) = sources  # a cache belongs to its classes, so there is one task
+        embeddings, labels = source.validation_data()
+        features = F.normalize(embeddings.to(self.keys), dim=-1)
+
+        (b, a, _), accuracy = best_blend(
+            text_logits(features),
+            similarities(features),
+            labels.to(self.values),
+            self.values,
+            factors,
+            self.alphas,
+            self.betas,
+        )
+        self.alpha.fill_(self.alphas[a])
+        self.beta.fill_(self.betas[b])
+        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": accuracy}
 
     def cache_tensors(self) -> dict[str, Tensor]:
         """Return all of the state by name."""

@@ -323,32 +323,10 @@ class TrainedPriors(_ChosenChannels):
         """See :attr:`LearnerHooks.chooses`."""
         return tuple(self.start) if self.alphas and self.betas else ()
 
-    @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
-        """Choose alpha and beta on the validation samples of the one task.
-
-        Returns:
-            ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
-        """
-        if not self.chooses:
-            return {}
-
-        (source,) = sources  # a cache belongs to its classes, so there is one task
-        embeddings, labels = source.validation_data()
-        features = F.normalize(embeddings.to(self.keys), dim=-1)
-
-        (b, a, _), accuracy = best_blend(
-            self._text_logits(features),
-            self._similarities(features),
-            labels.to(self.values),
-            self.values,
-            self.factors[:, None],
-            self.alphas,
-            self.betas,
-        )
-        self.alpha.fill_(self.alphas[a])
-        self.beta.fill_(self.betas[b])
-        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": accuracy}
+        """See :meth:`SampleCache.choose_alpha_and_beta`."""
+        factors = self.factors[:, None]
+        return self.choose_alpha_and_beta(sources, self._text_logits, self._similarities, factors)
 
     def cache_tensors(self) -> dict[str, Tensor]:
         """See :meth:`SampleCache.cache_tensors`; also ``residual`` (C, Q) and ``factors`` (N,)."""

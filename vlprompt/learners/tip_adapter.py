@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._cache import SampleCache, best_blend, search_grid
+from vlprompt.learners._cache import SampleCache, search_grid
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.hooks import ValidationSamples
 from vlprompt.learners.recipe import Recipe
@@ -91,32 +91,12 @@ class TipAdapter(SampleCache):
         """See :attr:`LearnerHooks.chooses`."""
         return ("alpha", "beta") if self.alphas and self.betas else ()
 
-    @torch.no_grad()
     def calibrate(self, sources: Sequence[ValidationSamples]) -> dict[str, float]:
-        """Choose alpha and beta on the validation samples of the one task.
-
-        Returns:
-            ``alpha``, ``beta`` and their accuracy; of equally good pairs the smallest beta, then alpha.
-        """
-        if not self.chooses:
-            return {}
-
-        (source,) = sources  # a cache belongs to its classes, so there is one task
-        embeddings, labels = source.validation_data()
-        features = F.normalize(embeddings.to(self.keys), dim=-1)
-
-        (b, a, _), accuracy = best_blend(
-            super().logits(features),
-            features @ self.keys.T,
-            labels.to(self.values),
-            self.values,
-            torch.ones_like(self.keys[:, :1]),
-            self.alphas,
-            self.betas,
+        """See :meth:`SampleCache.choose_alpha_and_beta`."""
+        ones = torch.ones_like(self.keys[:, :1])
+        return self.choose_alpha_and_beta(
+            sources, super().logits, lambda features: features @ self.keys.T, ones
         )
-        self.alpha.fill_(self.alphas[a])
-        self.beta.fill_(self.betas[b])
-        return {"alpha": self.alphas[a], "beta": self.betas[b], "val_accuracy": accuracy}
 
     def cache_tensors(self) -> dict[str, Tensor]:
         """Return the cache (``keys`` (N, d), ``values`` (N,)) and ``alpha`` and ``beta``."""
