@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
+    from vlprompt.saved.hub import push
     from vlprompt.saved.prompts import Kind, save
     from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
@@ -54,6 +55,7 @@ _HOME = {
     "load_dataset": "vlprompt.data",
     "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
+    "push": "vlprompt.saved.hub",
     "run": "vlprompt.experiments.tasks",
     "save": "vlprompt.saved.prompts",
     "scan": "vlprompt.security.scan",
@@ -82,6 +84,7 @@ __all__ = [
     "load_dataset",
     "load_segmentation",
     "predict",
+    "push",
     "run",
     "save",
     "scan",
@@ -94,7 +97,8 @@ def load(
     """Read what :func:`vlprompt.save` wrote: a learner, or a segmentation model. No code in the files can run.
 
     Args:
-        path: The folder, or that of the cell or run which saved it, if it saved no other.
+        path: The folder, or that of the cell or run which saved it, if it saved no other; ``"user/name"`` or
+            ``"user/name@revision"`` fetches what was pushed to the Hub.
         backbone: The backbone it was trained on; None builds what the file says. A mapping builds that with other
             arguments of :func:`create_backbone`, such as ``{"pretrained": PATH}`` where weights have moved.
         kind: What it has to be; None takes either.

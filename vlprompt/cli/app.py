@@ -23,6 +23,7 @@ COMMANDS = (
     "evaluate",
     "report",
     "check",
+    "push",
     "list",
     "data",
     "segment",
