@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     __version__: str
@@ -71,6 +71,7 @@ __all__ = [
     "create_segmenter",
     "evaluate",
     "evaluate_segmenter",
+    "export",
     "fit",
     "fit_segmenter",
     "list_adapters",
@@ -119,6 +120,37 @@ def load(
     from vlprompt.segmentation.evaluate import build_segmenter  # those who classify need none of it
 
     return build_segmenter(path, card, tensors, backbone)
+
+
+def export(model: Any, path: str | Path, *, phrases: Sequence[str] | None = None, int8: bool = False) -> Path:
+    """Write a learner or a segmenter as one file that runs without this library, and check that it gives the same.
+
+    Args:
+        model: A learner, or a segmentation model.
+        path: ``*.onnx``, or ``*.pt2`` for a program of ``torch.export``.
+        phrases: What to segment; of a segmentation model alone.
+        int8: Weights of matrix products in eight bits; of a learner in an ``.onnx`` file alone.
+
+    Raises:
+        ExportError: See :func:`vlprompt.saved.export.export`.
+    """
+    from vlprompt.core.errors import ConfigError
+    from vlprompt.learners import Learner
+    from vlprompt.saved.export import export as export_learner
+    from vlprompt.segmentation.export import export_segmenter
+
+    if isinstance(model, Learner):
+        if phrases is not None:
+            raise ConfigError(
+                ["phrases: a classifier has class names; learner.with_classes(names) changes them."]
+            )
+        return export_learner(model, path, int8=int8)
+
+    if int8:
+        raise ConfigError(["int8: segmentation models are exported in float32 alone."])
+    if phrases is None:
+        raise ConfigError(["phrases: a segmentation model is exported for a list of phrases; say which."])
+    return export_segmenter(model, path, phrases)
 
 
 def __getattr__(name: str) -> Any:

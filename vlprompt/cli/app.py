@@ -24,6 +24,7 @@ COMMANDS = (
     "report",
     "check",
     "push",
+    "export",
     "list",
     "data",
     "segment",

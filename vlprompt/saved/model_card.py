@@ -23,7 +23,7 @@ GENERATED = (
 
 _COMMANDS = {
     "learner": "vlprompt predict {} IMAGES",
-    "segmenter": 'vlprompt segment predict {} IMAGE "a phrase" --out mask.png',
+    "segmenter": 'vlprompt segment predict IMAGE "a phrase" --prompt {}',
 }
 
 
