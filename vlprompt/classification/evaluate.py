@@ -95,7 +95,7 @@ def image_embeddings(
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
     encode, fingerprint = encoder_of(learner)
     return (cache or FeatureCache()).features(
-        data, encode, learner.backbone.preprocess, fingerprint=fingerprint, batch_size=batch_size
+        data, encode, learner.preprocess, fingerprint=fingerprint, batch_size=batch_size
     )
 
 
@@ -103,12 +103,12 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns images into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:
-        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"
-    return backbone.image_embeddings, backbone.fingerprint["id"]
+        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}{learner.preparation}"
+    return backbone.image_embeddings, f"{backbone.fingerprint['id']}{learner.preparation}"
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
     """Yield (B, 3, H, W) preprocessed images in the data set's order."""
     for start in range(0, len(data), size):
         end = min(start + size, len(data))
-        yield torch.stack([learner.backbone.preprocess(data[i][0]) for i in range(start, end)])
+        yield torch.stack([learner.preprocess(data[i][0]) for i in range(start, end)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.learners import Learner
@@ -42,18 +41,15 @@ class PredictionTable:
         return "\n".join(f"{r['image']}: {r['error'] or _named(r)}" for r in self.rows)
 
     def to_csv(self) -> str:
-        """Return the table as CSV text, one line per (image, rank)."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["image", "rank", "label", "probability", "error"])
+        """Return the table as CSV text that is safe in spreadsheets, one line per (image, rank)."""
+        return csv_text(("image", "rank", "label", "probability", "error"), self._lines())
 
+    def _lines(self) -> Iterator[tuple[Any, ...]]:
         for row in self.rows:
             if row["error"]:
-                writer.writerow([row["image"], "", "", "", row["error"]])
+                yield row["image"], "", "", "", row["error"]
             for rank, (label, prob) in enumerate(zip(row["labels"], row["probs"], strict=True), 1):
-                writer.writerow([row["image"], rank, label, f"{prob:.6f}", ""])
-
-        return out.getvalue()
+                yield row["image"], rank, label, f"{prob:.6f}", ""
 
 
 def predict(learner: Learner, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
@@ -92,7 +88,7 @@ def _predict_batch(learner: Learner, inputs: Sequence[ImageInput], topk: int) ->
     errors: dict[int, str] = {}
     for i, image in enumerate(inputs):
         try:
-            pixels[i] = learner.backbone.preprocess(image.open())
+            pixels[i] = learner.preprocess(image.open())
         except DataError as error:
             errors[i] = str(error)
 

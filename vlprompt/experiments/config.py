@@ -28,6 +28,7 @@ __all__ = [
     "STRICT",
     "BackboneOptions",
     "ExperimentConfig",
+    "ImageOptions",
     "Seeds",
     "compose",
     "config_path",
@@ -55,6 +56,27 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterV
 
 # Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.
 _NAMED_SECTIONS = ("learner", "detector", "segmenter")
+
+
+class ImageOptions(BaseModel):
+    """Keys of every ``data:`` section whose images are read by :func:`vlprompt.load_dataset`."""
+
+    model_config = STRICT
+
+    root: str | None = Field(None, description="where data sets lie")
+    on_bad_image: Literal["skip", "error"] = "skip"
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
+    )
+    max_bad_images: int = Field(
+        3,
+        ge=0,
+        description="so many unreadable images are skipped whatever their share, if less than half of the split",
+    )
+
+    def image_arguments(self) -> dict[str, Any]:
+        """Return these keys as arguments of :func:`vlprompt.load_dataset`."""
+        return self.model_dump(include=set(ImageOptions.model_fields))
 
 
 class BackboneOptions(BaseModel):

@@ -13,6 +13,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.names import check_classnames, check_templates
 from vlprompt.core.trainable import Trainable
+from vlprompt.data.transforms import Preprocess
 from vlprompt.learners.hooks import LearnerHooks
 from vlprompt.learners.recipe import Recipe
 
@@ -78,6 +79,16 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         self._cached_weights: Tensor | None = None
 
     # --- the classifier
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes (3, H, W) of an image of any size, as :meth:`forward` reads it; the backbone's by default."""
+        return self.backbone.preprocess
+
+    @property
+    def preparation(self) -> str:
+        """What :attr:`preprocess` does before the backbone's preparation, for caches; empty if nothing."""
+        return ""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
