@@ -39,11 +39,13 @@ LINKS = ("follow", "forbid")
 HIDDEN = "hidden, or left by an operating system or an editor"
 NO_IMAGE = "no image by its ending"
 
-# Image formats that we can't read: they are images to a user, so leaving them out is said.
+# What holds images to a user and can't be read here: other formats, films, archives. Leaving it out is said.
 _OTHER_IMAGES = frozenset(
     (
         ".ai", ".arw", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".jxl", ".nef", ".nii", ".npy", ".orf",
         ".pdf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf",
+        ".arrow", ".avi", ".h5", ".hdf5", ".lmdb", ".mkv", ".mov", ".mp4", ".npz", ".parquet", ".tfrecord", ".webm",
+        ".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst",
     )
 )  # fmt: skip
 _LEFT_BY_OTHERS = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))

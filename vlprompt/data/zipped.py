@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.names import printable
 from vlprompt.data.base import Reader
 from vlprompt.data.images import (
     MAX_PIXELS,
@@ -22,8 +22,11 @@ from vlprompt.data.images import (
     file_stamp,
     walk_bytes,
 )
+from vlprompt.data.unpack import DAMAGED
 
 __all__ = ["ZipReader"]
+
+_LARGEST = 1 << 29  # bytes of an image in an archive
 
 _verdicts: dict[tuple[str, str, int, Limits], tuple[str, str]] = {}
 
@@ -96,12 +99,20 @@ class ZipReader(Reader):
         return _verdicts[key]
 
     def _bytes(self, archive: str, member: str) -> bytes:
+        packed = self._open(archive)
         try:
-            return self._open(archive).read(member)
+            size = packed.getinfo(member).file_size
+            if size > _LARGEST:
+                raise DataError(f"{member!r} of {self.root / archive} has {size:,} bytes: no image.")
+            return packed.read(member)
         except KeyError:
             raise DataError(f"{self.root / archive} holds no {member!r}.") from None
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"can't read {member!r} of {self.root / archive}: {error}.") from None
+        except (
+            OSError,
+            *DAMAGED,
+        ) as error:  # NotImplementedError, of an unknown way of packing, is a RuntimeError
+            reason = printable(str(error)) or type(error).__name__
+            raise DataError(f"can't read {printable(member)!r} of {self.root / archive}: {reason}.") from None
 
     def _open(self, archive: str) -> zipfile.ZipFile:
         path = self.root / archive
@@ -109,8 +120,9 @@ class ZipReader(Reader):
             # Size and time are part of the cache's key: an archive that was replaced is opened again.
             stat = path.stat()
             return _open(str(path), stat.st_size, stat.st_mtime_ns)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"can't read the archive {path}: {error}.") from None
+        except (OSError, *DAMAGED) as error:
+            reason = printable(str(error)) or type(error).__name__
+            raise DataError(f"can't read the archive {path}: {reason}.") from None
 
 
 @lru_cache(maxsize=16)
