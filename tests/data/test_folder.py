@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.folders import tree
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import load_dataset
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from typing_extensions import Self
 from yaml import YAMLError
 
-from vlprompt.core.errors import ConfigError, UnknownNameError
+from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
@@ -227,8 +227,10 @@ def compose(cfg: str | Path) -> dict[str, Any]:
     """
     try:
         return _plain(_compose(config_path(cfg), ()))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([str(error).strip()], str(cfg)) from error
+    except VLPromptError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError([str(error).strip() or type(error).__name__], str(cfg)) from error
 
 
 def resolve(content: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -339,7 +341,11 @@ def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         circle = " -> ".join(p.name for p in [*above, path])
         raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
 
-    loaded = OmegaConf.load(path)
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:  # of a file that holds a number alone, too
+        reason = error.strerror or "the top of the file must be keys and values"
+        raise ConfigError([f"{reason}."], path.name) from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(["the top of the file must be keys and values."], path.name)
 
