@@ -169,3 +169,10 @@ def test_options_of_a_kind_of_data_set_reach_it_and_clash_with_nothing(tmp_path:
     assert load_config(path).data.arguments()["size"] == 32
     with pytest.raises(ConfigError, match=r"data\.options: 'seed' is no option of one kind of data set"):
         load_config(path, ["data.options.seed=2"])
+
+
+@pytest.mark.parametrize("text", ["0", "true", "- a", "text", "x: \x00"])
+def test_a_file_that_is_no_configuration_says_what_one_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        load_config(tmp_path / "x.yaml")

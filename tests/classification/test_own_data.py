@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,16 +62,51 @@ def test_missing_test_data_are_found_before_training(command: Command, photos: P
     assert not (cell / "history.jsonl").exists()
 
 
-def test_what_was_learned_survives_a_failing_score(command: Command, photos: Path) -> None:
-    """Contexts that belong to classes can't be scored on other ones, which scoring says; training was not in vain."""
+def test_other_classes_are_found_before_training(command: Command, photos: Path) -> None:
+    """Contexts that belong to classes can't be scored on others."""
     tree(photos.parent / "other", "test/elk", "test/emu")
     words = ("learner.class_specific=true", f"data.also_test.other=folder:{photos.parent / 'other'}")
     status, text, cell = run(command, photos, *words)
     assert status != 0
-    assert "can't name other classes" in text
+    assert "its 2 classes are not the 3 of the training data" in text
+    assert "does not know elk, emu" not in text
+    assert not (cell / "history.jsonl").exists()
+
+
+def test_targets_of_other_classes_are_found_before_training(command: Command, photos: Path) -> None:
+    tree(photos.parent / "other", "test/elk", "test/emu")
+    other = f"protocol.targets=[folder:{photos.parent / 'other'}]"
+    words = ("learner.class_specific=true", "protocol.name=cross-dataset", other)
+    status, text, cell = run(command, photos, *words)
+    assert status != 0
+    assert "its 2 classes are not the 3 of the training data" in text
+    assert not list(cell.parent.glob("*/history.jsonl"))
+
+
+def test_what_was_learned_survives_a_failing_score(command: Command, photos: Path) -> None:
+    """The test images vanish while it trains."""
+    handler = _Vanishing(photos / "test")
+    logging.getLogger("vlprompt.run").addHandler(handler)
+    try:
+        status, _, cell = run(command, photos)
+    finally:
+        logging.getLogger("vlprompt.run").removeHandler(handler)
+    assert status != 0
     card = json.loads((cell / "prompt" / "prompt.json").read_text())
     assert (card["classnames"], card["metrics"]) == (["cat", "dog", "owl"], {})
     assert vlprompt.load(cell).classnames == ("cat", "dog", "owl")
+
+
+class _Vanishing(logging.Handler):
+    """Takes a folder away when training begins."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(logging.INFO)
+        self.folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "samples of" in record.getMessage():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def test_validation_is_cut_only_where_something_validates(

@@ -255,3 +255,21 @@ def test_names_of_files_stay_on_their_line(learner: Learner, tmp_path: Path) -> 
     assert not table[0]["error"]
     assert len(str(table).splitlines()) == 1
     assert table.to_csv().encode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that other systems don't have")
+def test_the_table_is_safe_in_a_spreadsheet(backbone: Backbone, tmp_path: Path) -> None:
+    learner = create_learner("zero_shot", backbone, ["=cat", "dog, brown", 'a "b"'])
+    for name in ("=HYPERLINK(1).png", "a\rb.png", "fine.png"):
+        make_image(1).save(tmp_path / name)
+    (tmp_path / "+bad.png").write_bytes(b"")
+
+    table = predict(learner, [tmp_path], topk=3)
+    text = table.to_csv()
+    rows = list(csv.reader(io.StringIO(text)))
+    assert len(text.splitlines()) == len(rows) == 1 + 3 * 3 + 1
+    assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@"))]
+    assert {row[2] for row in rows[1:]} == {"'=cat", "dog, brown", 'a "b"', ""}
+    assert [float(row[3]) for row in rows[1:] if row[3]] == pytest.approx(
+        [p for row in table for p in row["probs"]], abs=1e-6
+    )

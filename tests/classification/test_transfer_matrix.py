@@ -71,7 +71,7 @@ def test_files(tmp_path: Path) -> None:
     STUDY.write(tmp_path)
     lines = (tmp_path / "transfer.csv").read_text().splitlines()
     assert lines[0] == "source,a,b,c"
-    assert lines[2] == "b,10.0000,-25.0000,-50.0000"
+    assert lines[2] == "b,10.0,-25.0,-50.0"
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     assert STUDY.figure().startswith("<svg")
     assert "+25.0" in STUDY.figure()

@@ -13,6 +13,8 @@ import pytest
 from tests.commands import Command
 from tests.data.folders import fill, tree
 from vlprompt.cli._errors import exit_status
+from vlprompt.core.errors import CheckpointError
+from vlprompt.core.files import write_text
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -137,3 +139,19 @@ def test_data_check_of_what_is_none(command: Command, tmp_path: Path) -> None:
         answer = command("data", "check", *words)
         assert answer.status == 2
         assert message in answer.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+@pytest.mark.parametrize(("words", "status"), [("list learners", 0), ("data check nowhere", 2)])
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-"])
+def test_output_that_a_shell_closed(words: str, status: int, closed: str) -> None:
+    command = f"{sys.executable} -m vlprompt {words} {closed}"
+    ended = subprocess.run(command, shell=True, capture_output=True, cwd=ROOT, check=False, timeout=120)
+    assert ended.returncode == status
+    assert b"Traceback" not in ended.stderr + ended.stdout
+
+
+def test_a_folder_in_place_of_a_file_is_said_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        write_text(tmp_path, "x")
+    assert str(caught.value).count("could not write") == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.folders import tree
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import load_dataset
 
@@ -226,3 +227,37 @@ def test_unknown_layout_and_option(pets: Path) -> None:
         load_dataset(f"folder:{pets}", layout="split")
     with pytest.raises(DataError, match="Did you mean 'layout'"):
         load_dataset(f"folder:{pets}", layuot="classes")
+
+
+def test_class_folders_one_deeper_than_the_splits_are_no_one_class(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/images/{name}" for split in ("train", "test") for name in ("cat", "dog")))
+    for split in ("train", "test", "all"):
+        with pytest.raises(DataError, match=r"As the one class 'images'.*classes 'cat', 'dog', one folder"):
+            load_dataset(f"folder:{tmp_path}", split)
+
+
+@pytest.mark.parametrize("inner", ["{kind}/{split}", "{split}/{kind}"])
+def test_a_detection_layout_is_called_by_its_name(tmp_path: Path, inner: str) -> None:
+    for split in ("train", "val"):
+        tree(tmp_path, inner.format(kind="images", split=split))
+        labels = tmp_path / inner.format(kind="labels", split=split)
+        labels.mkdir(parents=True)
+        (labels / "000.txt").write_text("0 .5 .5 .2 .2\n")
+    with pytest.raises(DataError, match="YOLO's layout"):
+        load_dataset(f"folder:{tmp_path}", "train")
+
+
+def test_archives_and_films_among_images_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, "cat", "dog")
+    for name in ("more.zip", "cat/more.tar.gz", "dog/film.mp4", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(
+        UserWarning, match=r"3 entries are left out, no image by its ending: 'cat/more.tar.gz'"
+    ):
+        load_dataset(f"folder:{tmp_path}", "train")
+
+
+def test_a_folder_of_archives_says_to_unpack_them(tmp_path: Path) -> None:
+    (tmp_path / "train.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"It holds 'train.zip', which can't be read here: unpack"):
+        load_dataset(f"folder:{tmp_path}", "train")

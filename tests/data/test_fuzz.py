@@ -6,12 +6,15 @@ The default budget takes seconds. VLPROMPT_FUZZ=N multiplies it; ``make test-slo
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import signal
+import tarfile
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.test_deep import png, tiff
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.names import check_classnames, class_key, clean_classname, printable
 from vlprompt.data import load_dataset, read_image
@@ -29,6 +33,9 @@ from vlprompt.data.images import FileReader, decode
 from vlprompt.data.inputs import image_inputs
 from vlprompt.data.overview import look_at
 from vlprompt.data.splits import read_split
+from vlprompt.data.unpack import unpack
+from vlprompt.data.zipped import ZipReader
+from vlprompt.experiments.tasks import read_experiment
 
 BUDGET = int(os.environ.get("VLPROMPT_FUZZ", "1"))
 LIMIT = 20  # seconds that one input may take
@@ -96,6 +103,14 @@ SEEDS = [
         ("JPEG2000", "RGB"), ("AVIF", "RGB"), ("TGA", "RGB"),
     )
 ]  # fmt: skip
+DEEP = np.random.default_rng(2).integers(0, 4096, (6, 5, 4)).astype(np.uint16)
+SEEDS += [
+    png(DEEP),
+    png(DEEP[..., :3]),
+    png(DEEP[..., :2]),
+    tiff(DEEP),
+    tiff(DEEP[..., :3], ">", deflated=True),
+]
 
 
 @st.composite
@@ -252,6 +267,120 @@ def test_trees(entries: list[tuple[list[str], str]], layout: str, names: str) ->
             look_at(f"folder:{root}")
         with only_our_errors():
             open_captions(f"folder:{root}")
+
+
+# --- archives
+
+INNER_NAMES = st.sampled_from(
+    [
+        "a.png",
+        "b/a.png",
+        "../a.png",
+        "/a.png",
+        "b/../../a.png",
+        "..\\a.png",
+        "C:\\a.png",
+        "b/",
+        "",
+        ".",
+        "a.png/b",
+    ]
+) | st.text(max_size=6)
+SOUND = png(DEEP[..., :3])
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> tuple[str, bytes]:
+    """Return a zip, a tar or a gz, of any members, perhaps damaged."""
+    ending = draw(st.sampled_from([".zip", ".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".gz"]))
+    members = draw(st.lists(st.tuples(INNER_NAMES, st.binary(max_size=20) | st.just(SOUND)), max_size=4))
+    out = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, UnicodeError):
+        warnings.simplefilter("ignore")  # names that occur twice
+        if ending == ".zip":
+            with zipfile.ZipFile(
+                out, "w", draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
+            ) as packed:
+                for name, data in members:
+                    packed.writestr(zipfile.ZipInfo(name), data)
+        elif ending == ".gz":
+            out.write(gzip.compress(SOUND))
+        else:
+            with tarfile.open(fileobj=out, mode=f"w:{ending[5:]}") as tar:
+                for name, data in members:
+                    info = tarfile.TarInfo(name)
+                    info.type = draw(st.sampled_from([tarfile.REGTYPE] * 4 + [*b"123456"]))
+                    info.type = info.type if isinstance(info.type, bytes) else bytes([info.type])
+                    info.linkname = draw(st.sampled_from(["a.png", "..", "/etc", "../../x"]))
+                    info.size = len(data) if info.isreg() else 0
+                    tar.addfile(info, io.BytesIO(data))
+
+    whole = bytearray(out.getvalue())
+    for _ in range(draw(st.integers(0, 3))):
+        if whole:
+            place = draw(st.integers(0, len(whole) - 1))
+            whole[place] = draw(st.integers(0, 255))
+    cut = draw(st.integers(0, len(whole))) if draw(st.integers(0, 4)) == 0 else len(whole)
+    return ending, bytes(whole[:cut])
+
+
+@fuzzed(120)
+@given(archives())
+def test_archives(archive: tuple[str, bytes]) -> None:
+    ending, data = archive
+    with sandbox() as root:
+        path = root / f"x{ending}"
+        path.write_bytes(data)
+        before = set(os.listdir(root))
+        with only_our_errors():
+            unpack(path, root / "out")
+        assert set(os.listdir(root)) <= before | {"out"}
+        for found in (root / "out").rglob("*"):
+            assert found.resolve().is_relative_to(root.resolve())
+
+        reader = ZipReader(root)
+        with only_our_errors():
+            for name in sorted(reader.members(path.name)):
+                source = f"{path.name}@{name}"
+                reason = reader.check(source)
+                assert (_zip_error(reader, source) is None) == (not reason), reason
+                with only_our_errors():
+                    reader.key(source)
+
+
+def _zip_error(reader: ZipReader, source: str) -> VLPromptError | None:
+    try:
+        reader.read(source)
+    except VLPromptError as error:
+        return error
+    return None
+
+
+# --- configurations
+
+LINES = st.sampled_from(
+    [
+        "task: classification", "task: security", "task: segmentation", "task: adaptation", "task: detection",
+        "task: generation", "task: [", "data: {name: digits}", "data: {name: []}", "data: {name: '${data.name}'}",
+        "data: [1]", "learner: {name: coop}", "learner: {name: coop, context_length: -1}", "learner: coop",
+        "protocol: {seeds: [1, 1], shots: [0]}", "protocol: {name: coop-fewshot, shots: [1], seeds: [1]}",
+        "_base_: x.yaml", "_base_: ../x.yaml", "_base_: [x.yaml, y.yaml]", "train: {epochs: .nan}",
+        "train: {lr: 1e999}",
+        "backbone: {name: tiny}", "methods: {a: null}", "methods: {zero_shot: {}}", "output: ..", "? [a]: b", "- a",
+        "&a [*a]", "x: !!python/object:os.system {}", "a: &a [1]\nb: [*a, *a]", "1: 2", "yes: no", "\t", "---", "'",
+    ]
+) | st.text(max_size=12)  # fmt: skip
+
+
+@fuzzed(60)
+@given(st.lists(LINES, max_size=7).map("\n".join) | st.text(max_size=30), st.lists(LINES, max_size=2))
+def test_configurations(text: str, overrides: list[str]) -> None:
+    with sandbox() as root:
+        path = root / "x.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        for words in ([], [word.replace(": ", "=", 1) for word in overrides]):
+            with only_our_errors():
+                assert read_experiment(path, words).cells()
 
 
 # --- split files and names

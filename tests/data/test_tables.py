@@ -11,6 +11,7 @@ from tests.data.folders import fill, image
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.captions import open_captions
+from vlprompt.data.tables import read_table
 
 
 @pytest.fixture
@@ -147,3 +148,28 @@ def test_a_comma_without_quotation_marks_cuts_nothing(folder: Path) -> None:
 def test_captions_of_several_lines_and_inches(folder: Path) -> None:
     text = 'image,caption\n000.png,"a cat\nthat sleeps"\n001.png,a 12" disk\n'
     assert captions(folder, text) == ["a cat that sleeps", 'a 12" disk']
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b'{"file_name": "a.png", "label": "cat"}\n', "JSON"),
+        (b"\xef\xbb\xbf \n[1]", "JSON"),
+        (b"PK\x03\x04rest", "Excel workbook or a zip archive"),
+        (b"\xd0\xcf\x11\xe0rest", "old Excel workbook"),
+        (b"PAR1rest", "Parquet"),
+        (b"\x1f\x8brest", "gzip"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b"a" * 257 + b"ustar", "tar archive"),
+    ],
+)
+def test_files_of_other_formats_are_no_tables(tmp_path: Path, data: bytes, kind: str) -> None:
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(DataError, match=f"t.csv is no CSV table but .*{kind}"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_addresses_are_no_paths(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\nhttps://example.org/a.jpg,cat\n")
+    with pytest.raises(DataError, match=r"line 2: 'https://example.org/a.jpg' is an address"):
+        load_dataset(f"csv:{tmp_path / 't.csv'}", "all")

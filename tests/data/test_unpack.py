@@ -10,6 +10,7 @@ import pytest
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.unpack import unpack
+from vlprompt.data.zipped import ZipReader
 
 
 def tar_of(path: Path, *members: tuple[str, object]) -> Path:
@@ -129,3 +130,58 @@ def test_unknown_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.rar").write_bytes(b"Rar!")
     with pytest.raises(DataError, match="no archive of a known kind"):
         unpack(tmp_path / "a.rar", tmp_path / "out")
+
+
+def test_a_zip_in_a_way_of_packing_that_is_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.png", b"x" * 100)
+    path.write_bytes(_with_method(path.read_bytes(), 9))  # Deflate64, as Windows packs large files
+    with pytest.raises(DataError, match=r"can't be unpacked here: .*Pack it anew"):
+        unpack(path, tmp_path / "out")
+
+    reader = ZipReader(tmp_path)
+    assert "can't read 'a.png'" in reader.check("a.zip@a.png")
+    with pytest.raises(DataError, match=r"can't read 'a\.png' of .*a\.zip"):
+        reader.read("a.zip@a.png")
+
+
+@pytest.mark.parametrize("flag", [1, 0x800])
+def test_damaged_members_of_a_zip_are_named(tmp_path: Path, flag: int) -> None:
+    """Encrypted, or with a name that is no UTF-8 though the archive says so."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("\xe9.png", b"x" * 100)
+    data = path.read_bytes().replace("\xe9".encode(), b"\xff\xff")
+    for start, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = data.index(start) + place
+        data = data[:at] + flag.to_bytes(2, "little") + data[at + 2 :]
+    path.write_bytes(data)
+
+    with pytest.raises(DataError, match=r"a\.zip"):
+        unpack(path, tmp_path / "out")
+    with pytest.raises(DataError, match=r"a\.zip"):
+        _read_all(ZipReader(tmp_path), "a.zip")
+
+
+def test_a_member_of_gigabytes_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.png", b"x" * 1000)
+    data = path.read_bytes()
+    at = data.index(b"PK\x01\x02") + 24
+    path.write_bytes(data[:at] + (1 << 31).to_bytes(4, "little") + data[at + 4 :])
+    assert "2,147,483,648 bytes: no image" in ZipReader(tmp_path).check("a.zip@a.png")
+
+
+def _read_all(reader: ZipReader, archive: str) -> None:
+    for name in reader.members(archive):
+        reader.read(f"{archive}@{name}")
+
+
+def _with_method(data: bytes, method: int) -> bytes:
+    """Return a zip that says another way of packing, in both headers of its member."""
+    for start, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = data.index(start) + place
+        data = data[:at] + method.to_bytes(2, "little") + data[at + 2 :]
+    return data

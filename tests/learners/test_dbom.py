@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones import Backbone
+from vlprompt.classification.evaluate import predict_logits
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.data import load_dataset
+from vlprompt.data import ImageDataset, load_dataset
+from vlprompt.data.base import Reader, Sample
+from vlprompt.data.images import pixel_key
+from vlprompt.data.triggers.base import native
 from vlprompt.learners import create_learner
 from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._repository import Bank, diversity, separation
@@ -215,6 +220,38 @@ def test_it_learns_what_fit_shows_it_and_is_saved_whole(digits: dict[str, Any], 
     rows = learner.embed_images(torch.randn(3, 3, 64, 64))
     assert torch.equal(again.judge(rows).score, learner.judge(rows).score)
     assert again.threshold == learner.threshold
+    check_that_naming_prepares_as_scanning(again)
+
+
+def check_that_naming_prepares_as_scanning(learner: DBOM) -> None:
+    """A photograph of any size comes to the native size before it is enlarged, wherever it is named."""
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    small = Image.fromarray(native(photograph, 32))
+    with torch.no_grad():
+        expected = learner(learner.backbone.preprocess(small)[None]).softmax(-1)[0]
+        other = learner(learner.backbone.preprocess(photograph)[None]).softmax(-1)[0]
+    assert not torch.allclose(expected, other, atol=1e-4)
+
+    named = {name: float(p) for name, p in zip(learner.classnames, expected, strict=True)}
+    row = vlprompt.predict(learner, photograph, topk=len(named))[0]
+    assert dict(zip(row["labels"], row["probs"], strict=True)) == pytest.approx(named, abs=1e-4)
+
+    data = ImageDataset("p", "test", (Sample(0, 0),), learner.classnames, ("{}",), ListReader([photograph]))
+    logits, _ = predict_logits(learner, data)
+    assert torch.allclose(logits.softmax(-1)[0], expected, atol=1e-4)
+
+
+class ListReader(Reader):
+    """Images in memory; a source is a number."""
+
+    def __init__(self, images: list[Image.Image]) -> None:
+        self.images = images
+
+    def read(self, source: int) -> Image.Image:
+        return self.images[source]
+
+    def key(self, source: int) -> str:
+        return pixel_key(self.images[source])
 
 
 def build_for(backbone: Backbone, data: Any) -> DBOM:

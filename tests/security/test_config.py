@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlprompt.core.errors import ConfigError
+from tests.data.folders import fill
+from vlprompt.core.errors import ConfigError, DataError
+from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.experiments.config import configs_dir
 from vlprompt.experiments.tasks import read_experiment
 from vlprompt.security.config import SecurityConfig
@@ -107,3 +109,21 @@ def test_a_path_on_the_command_line_is_taken_as_written(tmp_path: Path) -> None:
     assert config.data.root == "/data/1e3"
     assert config.data.cache_dir is None
     assert config.data.names == ["digits", "scenes/size"]
+
+
+def test_unreadable_images_are_skipped_as_the_data_section_says(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, 8)
+    (tmp_path / "cat" / "bad.jpg").write_bytes(b"no image")
+
+    def train(**options: object) -> ImageDataset:
+        content = {"task": "security", "data": {"name": f"folder:{tmp_path}", **options}}
+        config = SecurityConfig.parse(content, {}, "test")
+        return load_dataset(config.data.names[0], "all", **config.data.image_arguments())
+
+    with pytest.warns(UserWarning, match=r"1 of 17 images can't be read"):
+        assert len(train()) == 16
+    with pytest.raises(DataError, match="max_bad_images"):
+        train(max_bad_images=0, max_bad_share=0.01)
+    with pytest.raises(DataError, match="on_bad_image"):
+        train(on_bad_image="error")

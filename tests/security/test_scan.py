@@ -25,6 +25,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.data import FileReader, ImageDataset, load_dataset
 from vlprompt.data.base import Sample
+from vlprompt.data.listing import list_images
 from vlprompt.learners import create_learner
 from vlprompt.learners._calibration import threshold_at
 from vlprompt.metrics.verdicts import Verdicts
@@ -475,17 +476,22 @@ def test_links_and_pipes(corner: Any, image_folder: Path, tmp_path: Path) -> Non
     (root / "nowhere.png").symlink_to(root / "missing.png")
     (root / "folder").symlink_to(image_folder)
     os.mkfifo(root / "pipe.png")
-    with pytest.warns(UserWarning, match="1 links to folders are not followed"):
+    (root / "up").symlink_to(root)
+    with pytest.warns(UserWarning, match="1 entry is left out, a link to a folder that it lies in: 'up'"):
         outcome = scan_folder(root, corner, tmp_path / "out")
     rows = {row["image"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())}
-    assert (outcome.total, outcome.poisoned, outcome.unreadable) == (4, 1, 3)
+    linked = [f"folder/{name}" for name in list_images(image_folder, image_folder)]
+    assert set(rows) == {"link.png", "loop.png", "nowhere.png", "pipe.png", *linked}
+    assert (outcome.total, outcome.unreadable) == (4 + len(linked), 3)
+    assert all(rows[name]["score"] is not None for name in linked)
     assert rows["link.png"]["verdict"] == "poisoned"
     assert "is no regular file" in rows["pipe.png"]["note"]
     for name in ("loop.png", "nowhere.png"):
         assert "is a link that can't be followed" in rows[name]["note"]
 
-    with pytest.warns(UserWarning, match="links to folders"):
-        assert scan_folder(root, corner, tmp_path / "without", follow_links=False).unreadable == 4
+    with pytest.warns(UserWarning, match="a link to a folder that it lies in"):
+        alone = scan_folder(root, corner, tmp_path / "without", follow_links=False)
+    assert alone.unreadable == alone.total == 4 + len(linked)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names that other systems don't have")

@@ -14,7 +14,7 @@ from vlprompt.core.options import describe_problems, options_model
 from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
 from vlprompt.experiments.backbone import backbone_problems
-from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds
+from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, ImageOptions, Seeds
 
 __all__ = [
     "AdaptationConfig",
@@ -27,25 +27,13 @@ __all__ = [
 _SOURCE, _STATISTICS = "source", "statistics"  # options of adapters that other sections provide
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(ImageOptions):
     """The ``data:`` section: images to adapt to."""
-
-    model_config = STRICT
 
     name: str | list[str] = Field(description="catalogue name(s), folder:PATH or csv:PATH")
     split: Literal["train", "val", "test"] = Field("test", description="choose hyper-parameters on val")
     test_images: int | None = Field(
         None, ge=1, description="images drawn of each data set; empty: all of them, shuffled"
-    )
-    root: str | None = Field(None, description="where data sets lie")
-    on_bad_image: Literal["skip", "error"] = "skip"
-    max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
-    )
-    max_bad_images: int = Field(
-        3,
-        ge=0,
-        description="so many unreadable images are skipped whatever their share, if less than half of the split",
     )
     classnames: list[str] | dict[str, str] | None = Field(
         None, description="replace class names, all or by old name"

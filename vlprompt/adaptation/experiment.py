@@ -62,10 +62,7 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
     data = load_dataset(
         name,
         options.split,
-        root=options.root,
-        on_bad_image=options.on_bad_image,
-        max_bad_share=options.max_bad_share,
-        max_bad_images=options.max_bad_images,
+        **options.image_arguments(),
         classnames=options.classnames,
         templates=options.templates,
     )

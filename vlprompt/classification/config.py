@@ -21,6 +21,7 @@ from vlprompt.experiments.config import (
     STRICT,
     BackboneOptions,
     ExperimentConfig,
+    ImageOptions,
     Seeds,
     compose,
     merge,
@@ -35,11 +36,8 @@ BEFORE = "before"
 """The setting of what runs first and is no method."""
 
 _ARGUMENTS = (
-    "root",
+    *ImageOptions.model_fields,
     "sampling",
-    "on_bad_image",
-    "max_bad_share",
-    "max_bad_images",
     "strict_shots",
     "classnames",
     "templates",
@@ -51,27 +49,15 @@ _SEVERAL_STAGES = ("multitask", "transfer", "meta")  # their stages share one tr
 _ACROSS = ("cross-dataset", "domain-generalisation")
 
 
-class DataOptions(BaseModel):
+class DataOptions(ImageOptions):
     """The ``data:`` section: what to train and test on."""
-
-    model_config = STRICT
 
     name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
     also_test: dict[str, str] = Field(
         default_factory=dict, description="label to a name with the same classes"
     )
-    root: str | None = Field(None, description="where data sets lie")
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
     sampling: Literal["auto", "private", "coop_compat", "elevater"] = "auto"
-    on_bad_image: Literal["skip", "error"] = "skip"
-    max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
-    )
-    max_bad_images: int = Field(
-        3,
-        ge=0,
-        description="so many unreadable images are skipped whatever their share, if less than half of the split",
-    )
     strict_shots: bool = False
     augmentation: str = Field(
         "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"

@@ -104,7 +104,7 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     backbone = learner.backbone
     if learner.static_images:
         return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}{learner.preparation}"
-    return backbone.image_embeddings, backbone.fingerprint["id"]
+    return backbone.image_embeddings, f"{backbone.fingerprint['id']}{learner.preparation}"
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from vlprompt.data import ImageDataset, Sample
 from vlprompt.data.objects import dataset_of
 from vlprompt.learners import Learner
 
-__all__ = ["Named", "dataset_for", "fitting", "in_learner_space", "known_classes"]
+__all__ = ["Named", "check_fitting", "dataset_for", "fitting", "in_learner_space", "known_classes"]
 
 
 class Named(Protocol):
@@ -90,6 +90,23 @@ def fitting(
     if learner.class_bound and is_permuted:
         return learner, in_learner_space(learner, data)
     return learner.with_classes(data.classnames, templates), data
+
+
+def check_fitting(learner: Learner, data: ImageDataset) -> None:
+    """Check before training that :func:`fitting` will be able to bring a learner and a data set together.
+
+    Raises:
+        DataError: If the learner's parameters will belong to its classes, and the data have others; names them.
+    """
+    if not learner.class_bound or set(match_classes(data.classnames, learner.classnames)) == set(
+        range(len(learner.classnames))
+    ):
+        return
+    raise DataError(
+        f"{data.name} can't be scored after this training: its {len(data.classnames)} classes are not the "
+        f"{len(learner.classnames)} of the training data, and {learner.method} learns one set of parameters per class. "
+        f"Test on data with the same classes, or use a learner with shared context (coop with class_specific=false)."
+    )
 
 
 def _moved(sample: Sample, positions: Sequence[int]) -> Sample:

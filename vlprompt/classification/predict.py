@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ class Classifier(Protocol):
     def device(self) -> torch.device:
         """Where it wants images."""
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Return (3, H, W) of an image of any size."""
+    @property
+    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        """What makes (3, H, W) of an image of any size."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
@@ -62,15 +63,15 @@ class PredictionTable:
         return "\n".join(f"{r['image']}: {r['error'] or _named(r)}" for r in self.rows)
 
     def to_csv(self) -> str:
-        """Return the table as CSV text, one line per (image, rank)."""
-        lines: list[list[Any]] = []
+        """Return the table as CSV text that is safe in spreadsheets, one line per (image, rank)."""
+        return csv_text(("image", "rank", "label", "probability", "error"), self._lines())
+
+    def _lines(self) -> Iterator[tuple[Any, ...]]:
         for row in self.rows:
             if row["error"]:
-                lines.append([row["image"], "", "", "", row["error"]])
+                yield row["image"], "", "", "", row["error"]
             for rank, (label, prob) in enumerate(zip(row["labels"], row["probs"], strict=True), 1):
-                lines.append([row["image"], rank, label, f"{prob:.6f}", ""])
-
-        return csv_text(["image", "rank", "label", "probability", "error"], lines)
+                yield row["image"], rank, label, f"{prob:.6f}", ""
 
 
 def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
@@ -136,7 +137,7 @@ def _predict_batch(classifier: Classifier, inputs: Sequence[ImageInput], topk: i
     errors: dict[int, str] = {}
     for i, image in enumerate(inputs):
         try:
-            pixels[i] = classifier.preprocess(image.open())
+            pixels[i] = learner.preprocess(image.open())
         except DataError as error:
             errors[i] = str(error)
 

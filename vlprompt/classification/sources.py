@@ -25,7 +25,7 @@ class ImageBatches:
 
     Args:
         data: Training samples.
-        preprocess: The backbone's.
+        preprocess: The learner's.
         augmentation: What makes a view of an image.
         options: ``batch_size``, ``seed`` and ``drop_last`` are read.
         views: Number of fixed views per image; 0 draws a new one every epoch.
@@ -112,7 +112,7 @@ class TrainingSource:
         if not self.learner.static_images or not self.repeats:
             return ImageBatches(
                 self.data,
-                self.learner.backbone.preprocess,
+                self.learner.preprocess,
                 self.augmentation,
                 self.options,
                 self.views,
@@ -146,7 +146,7 @@ class TrainingSource:
             features = self.cache.features(
                 self.data,
                 encode,
-                self.learner.backbone.preprocess,
+                self.learner.preprocess,
                 fingerprint=fingerprint,
                 augmentation=self.augmentation,
                 seed=self.options.seed,

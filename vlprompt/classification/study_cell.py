@@ -12,7 +12,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
-from vlprompt.classification.label_space import fitting
+from vlprompt.classification.label_space import check_fitting, fitting
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -101,9 +101,11 @@ class StudyCell:
         name = self.cell["data"]
         train = self._part(name, "train")
         val = self._validation(name)
-        self._tests(name)  # damaged or missing test data are found before training, not after it
+        tests = self._tests(name)  # damaged or missing test data are found before training, not after it
         _say_cut(train)
         learner = self._learner(train.classnames, train.templates)
+        for test in [*tests.values(), *self._targets(learner)]:
+            check_fitting(learner, test)
         self._start(learner)
         log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
 
@@ -275,6 +277,12 @@ class StudyCell:
         for label, other in self.config.data.also_test.items():
             tests[label] = self._load(other, "test")
         return tests
+
+    def _targets(self, learner: Learner) -> list[ImageDataset]:
+        """Return the other data sets that later cells score this learner on, if it may not fit them."""
+        if not learner.class_bound:
+            return []
+        return [self._load(name, "test") for name in self.config.protocol.targets]
 
     def _part(self, name: str, split: str) -> ImageDataset:
         """Return the samples of one split that the cell draws."""

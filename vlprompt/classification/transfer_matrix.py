@@ -5,8 +5,6 @@ Shen et al., "Multitask Vision-Language Prompt Tuning" (arXiv 2211.11720), secti
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from vlprompt.core.csv_text import safe_cell
+from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json, write_text
 
@@ -145,21 +143,23 @@ class TransferMatrix:
         from vlprompt.experiments import figures
 
         png = figures.transfer_matrix(self.names, self.gains())[1]
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["source", *map(safe_cell, self.names)])
-        for name, row in zip(self.names, self.gains(), strict=True):
-            writer.writerow(
-                [safe_cell(name), *(f"{value:.4f}" if math.isfinite(value) else "" for value in row)]
-            )
+        rows = [
+            (name, *(_gain(value) for value in row))
+            for name, row in zip(self.names, self.gains(), strict=True)
+        ]
         write_json(folder / "transfer.json", self.record())
-        write_text(folder / "transfer.csv", table.getvalue())
+        write_text(folder / "transfer.csv", csv_text(("source", *self.names), rows))
         write_atomic(folder / "transfer.png", lambda path: _write(path, png))
         return [folder / f"transfer.{ending}" for ending in ("json", "csv", "png")]
 
 
 def _rows(values: np.ndarray) -> Sequence[Any]:
     return [_rows(v) if np.ndim(v) else (float(v) if math.isfinite(v) else None) for v in values]
+
+
+def _gain(value: float) -> float | str:
+    """Return a gain as a cell, rounded to four digits; empty for a gap."""
+    return round(float(value), 4) if math.isfinite(value) else ""
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ Nothing here or in the commands' modules imports torch before a command runs, so
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words behind ``vlprompt``; None takes those of this process.
     """
+    # A shell may have closed them (``>&-``), and then Python has none.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Only the command that is called is imported; all of them where a name has to be shown, completed or corrected.
     called = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS

@@ -49,6 +49,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path = user_path(path)
     try:
         target = _target(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise CheckpointError(f"could not write {str(path)!r}: {error}.") from None
 

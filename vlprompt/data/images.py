@@ -28,6 +28,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset, Reader
+from vlprompt.data.deep import DeepColours, deep_colours
 from vlprompt.data.pixels import is_deep, orientation, range_of, to_rgb
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "VerificationReport",
     "decode",
     "drop_bad",
+    "file_key",
     "file_kind",
     "file_stamp",
     "pixel_key",
@@ -46,7 +48,9 @@ __all__ = [
     "read_with_note",
     "refuse_if_fatal",
     "to_rgb",
+    "upright",
     "verify",
+    "walk_bytes",
 ]
 
 EXTENSIONS = (
@@ -96,7 +100,7 @@ def read_image(
             the file and the reason.
     """
     with _opened(user_path(path), user_path(path), max_pixels) as image:
-        return _upright(image, value_range)
+        return upright(image, value_range)
 
 
 def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
@@ -109,9 +113,9 @@ def read_with_note(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
         DataError: As :func:`read_image` does.
     """
     with _opened(user_path(path), user_path(path), max_pixels) as image:
-        mode = image.mode
-        rgb = _upright(image)
-        return rgb, "; ".join(filter(None, (_frames_note(image), _mode_note(image, mode))))
+        colours = deep_colours(image)
+        rgb = upright(image) if colours is None else colours.to_rgb()
+        return rgb, "; ".join(filter(None, (_frames_note(image), _mode_note(image, colours))))
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,11 @@ class FileReader(Reader):
         try:
             status = _stat(path)
             if status not in _digests:
-                _digests[status] = "file:" + hashlib.sha256(path.read_bytes()).hexdigest()
+                _digests[status] = file_key(path.read_bytes())
         except OSError as error:
             raise DataError(f"can't read the image {_shown(path)}: {_os_reason(error)}.") from None
 
-        if self.value_range is None:
-            return _digests[status]
-        return f"{_digests[status]};{self.value_range[0]:g}..{self.value_range[1]:g}"
+        return _digests[status] + _range_key(self.value_range)
 
     def stamp(self, source: str) -> str:
         """See :meth:`Reader.stamp`; ``"absent"`` if there is no such file."""
@@ -309,6 +311,15 @@ def refuse_if_fatal(
     warnings.warn(f"{name} ({split}): {report}. They are skipped.", stacklevel=4)
 
 
+def file_key(data: bytes, value_range: Limits = None) -> str:
+    """Return the content key of a file's bytes: ``file:``, their sha256, and the range that a user set."""
+    return f"file:{hashlib.sha256(data).hexdigest()}{_range_key(value_range)}"
+
+
+def _range_key(value_range: Limits) -> str:
+    return "" if value_range is None else f";{value_range[0]:g}..{value_range[1]:g}"
+
+
 def file_stamp(path: Path) -> str:
     """Return the size in bytes and the modification time in ns of a file, ``"absent"`` if there is none."""
     try:
@@ -331,16 +342,24 @@ def file_kind(mode: int) -> str:
     return next((kind for test, kind in kinds if test(mode)), "no regular file")
 
 
-def decode(
-    data: bytes, name: str, max_pixels: int = MAX_PIXELS, quick: bool = False, value_range: Limits = None
-) -> Image.Image:
-    """Decode an image's bytes as :func:`read_image` does; ``quick`` only walks them.
+def walk_bytes(data: bytes, name: str, max_pixels: int = MAX_PIXELS, value_range: Limits = None) -> str:
+    """Decode an image's bytes without keeping it, and return a note (see :meth:`Reader.note`).
 
     Raises:
         UndecodableError: If they are no image; names ``name`` and the reason.
     """
     with _opened(io.BytesIO(data), Path(name), max_pixels) as image:
-        return _walked(image) if quick else _upright(image, value_range)
+        return _walked(image, value_range)
+
+
+def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS, value_range: Limits = None) -> Image.Image:
+    """Decode an image's bytes as :func:`read_image` does.
+
+    Raises:
+        UndecodableError: If they are no image; names ``name`` and the reason.
+    """
+    with _opened(io.BytesIO(data), Path(name), max_pixels) as image:
+        return upright(image, value_range)
 
 
 def _verdict(path: Path, max_pixels: int, value_range: Limits) -> tuple[str, str]:
@@ -353,8 +372,7 @@ def _verdict(path: Path, max_pixels: int, value_range: Limits) -> tuple[str, str
     if key not in _verdicts:
         try:
             with _opened(path, path, max_pixels) as image:
-                _walked(image)
-                _verdicts[key] = "", str(range_of(image, value_range)) if is_deep(image.mode) else ""
+                _verdicts[key] = "", _walked(image, value_range)
         except UndecodableError as error:
             _verdicts[key] = error.reason, ""
 
@@ -425,19 +443,28 @@ def _is_heif(source: Path | io.BytesIO) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
 
-def _upright(image: Image.Image, value_range: Limits = None) -> Image.Image:
+def upright(image: Image.Image, value_range: Limits = None) -> Image.Image:
+    """Return an opened image as :func:`read_image` does; what it was decoded to already is taken."""
+    colours = deep_colours(image)
+    if colours is not None:
+        return colours.to_rgb(value_range)
     if image.format in ("JPEG", "MPO") and image.width * image.height > _HALVED_ABOVE:
         image.draft(image.mode, (image.width // 2, image.height // 2))
     image.load()
     return to_rgb(image, value_range)
 
 
-def _walked(image: Image.Image) -> Image.Image:
-    """Decode at an eighth of the size, where the format can: damage shows all the same."""
+def _walked(image: Image.Image, value_range: Limits) -> str:
+    """Decode at an eighth of the size, where the format can: damage shows all the same; return a note of the range."""
+    colours = deep_colours(image)
+    if colours is not None:
+        orientation(image)
+        return str(colours.range(value_range))
+
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()
     orientation(image)  # as reading does
-    return image
+    return str(range_of(image, value_range)) if is_deep(image.mode) else ""
 
 
 def _frames_note(image: Image.Image) -> str:
@@ -448,10 +475,12 @@ def _frames_note(image: Image.Image) -> str:
     return f"animated: only the first of {frames} frames was looked at" if frames > 1 else ""
 
 
-def _mode_note(image: Image.Image, mode: str) -> str:
-    if is_deep(mode):
-        return f"converted to 8-bit RGB from {mode}: {range_of(image)}"
-    return f"converted to 8-bit RGB from {mode}" if mode == "CMYK" else ""
+def _mode_note(image: Image.Image, colours: DeepColours | None) -> str:
+    if colours is not None:
+        return f"converted to 8-bit RGB from 16 bits a channel: {colours.range()}"
+    if is_deep(image.mode):
+        return f"converted to 8-bit RGB from {image.mode}: {range_of(image)}"
+    return f"converted to 8-bit RGB from {image.mode}" if image.mode == "CMYK" else ""
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -16,7 +16,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.images import EXTENSIONS, decode, read_image
+from vlprompt.data.images import EXTENSIONS, decode, read_image, upright
 from vlprompt.data.listing import list_images
 from vlprompt.data.pixels import to_rgb
 
@@ -64,8 +64,7 @@ def open_image(image: Image.Image, name: str = "the image") -> Image.Image:
         DataError: If it is damaged: Pillow decodes late.
     """
     try:
-        image.load()
-        return to_rgb(image)
+        return upright(image)
     except (
         Exception
     ) as error:  # decoders raise OSError, SyntaxError, struct.error and others at damaged bytes

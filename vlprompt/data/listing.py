@@ -11,7 +11,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ __all__ = [
     "list_folders",
     "list_images",
     "spelled_on_disk",
+    "walk",
 ]
 
 Links = Literal["follow", "forbid"]
@@ -38,11 +39,13 @@ LINKS = ("follow", "forbid")
 HIDDEN = "hidden, or left by an operating system or an editor"
 NO_IMAGE = "no image by its ending"
 
-# Image formats that we can't read: they are images to a user, so leaving them out is said.
+# What holds images to a user and can't be read here: other formats, films, archives. Leaving it out is said.
 _OTHER_IMAGES = frozenset(
     (
         ".ai", ".arw", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".jxl", ".nef", ".nii", ".npy", ".orf",
         ".pdf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".xcf",
+        ".arrow", ".avi", ".h5", ".hdf5", ".lmdb", ".mkv", ".mov", ".mp4", ".npz", ".parquet", ".tfrecord", ".webm",
+        ".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst",
     )
 )  # fmt: skip
 _LEFT_BY_OTHERS = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"))
@@ -110,7 +113,11 @@ def list_folder(
         DataError: If the folder can't be listed, or a link is there that is forbidden; names it.
     """
     listing = Listing()
-    _walk(folder, root, tuple(extensions), links, listing)
+    for entry in walk(folder, root, extensions, links):
+        if isinstance(entry, Skipped):
+            listing.skipped.append(entry)
+        else:
+            listing.images.append(entry)
 
     # Bytes, not characters: the order does not depend on the locale.
     listing.images.sort(key=os.fsencode)
@@ -163,8 +170,17 @@ def spelled_on_disk(root: Path, path: str) -> str:
     return path
 
 
-def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, listing: Listing) -> None:
-    """Add what lies below a folder; links may lead back to a folder on the way, or often to the same one."""
+def walk(
+    folder: Path, root: Path, extensions: Sequence[str] = EXTENSIONS, links: Links = "follow"
+) -> Iterator[str | Skipped]:
+    """Yield what :func:`list_folder` returns one by one, in no order: images as paths, the rest as :class:`Skipped`.
+
+    Memory grows with the number of folders only. Links may lead back to a folder on the way, or often to the same one.
+
+    Raises:
+        DataError: See :func:`list_folder`.
+    """
+    endings = tuple(extensions)
     visits: Counter[_Identity] = Counter()
     waiting: deque[tuple[Path, frozenset[_Identity]]] = deque([(folder, frozenset())])
 
@@ -176,7 +192,7 @@ def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, l
         except OSError as error:
             if current == folder:
                 raise _unlistable(folder, error) from None
-            listing.skipped.append(Skipped(_relative(current, root), f"can't be listed ({error.strerror})"))
+            yield Skipped(_relative(current, root), f"can't be listed ({error.strerror})")
             continue
 
         visits[identity] += 1
@@ -184,24 +200,22 @@ def _walk(folder: Path, root: Path, extensions: tuple[str, ...], links: Links, l
             reason = (
                 "a link to a folder that it lies in" if identity in above else "one of many links to a folder"
             )
-            listing.skipped.append(Skipped(_relative(current, root), reason))
+            yield Skipped(_relative(current, root), reason)
             continue
 
         prefix = "" if current == root else f"{_relative(current, root)}/"
         for entry in entries:
             _check_link(entry, root, links)
             name = f"{prefix}{entry.name}"
-            reason = _reason(entry, extensions)
+            reason = _reason(entry, endings)
             if reason == _FOLDER:
                 below = (Path(entry.path), above | {identity})
                 if entry.is_symlink():
                     waiting.appendleft(below)  # after all folders that are none
                 else:
                     waiting.append(below)
-            elif reason:
-                listing.skipped.append(Skipped(name, reason))
             else:
-                listing.images.append(name)
+                yield Skipped(name, reason) if reason else name
 
 
 def _reason(entry: os.DirEntry[str], extensions: tuple[str, ...]) -> str:

@@ -11,7 +11,17 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 
-__all__ = ["ValueRange", "check_value_range", "is_deep", "orientation", "range_of", "to_rgb"]
+__all__ = [
+    "ValueRange",
+    "check_value_range",
+    "is_deep",
+    "orientation",
+    "range_of",
+    "range_of_values",
+    "scaled",
+    "to_rgb",
+    "turned",
+]
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -26,6 +36,8 @@ _TURNS = {
 
 # TIFF's tags: bits of a sample, and the smallest and largest value that a file says it holds.
 _BITS = 258
+_PHOTOMETRIC = 262
+_WHITE_IS_ZERO = 0
 _LIMITS = ((340, 341), (280, 281))
 
 _TOPS = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
@@ -79,8 +91,7 @@ def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -
         value_range: Values that become black and white where there are more than 8 bits; None takes what the file
             declares, or what is measured.
     """
-    turned = _turned(image)
-    rgb = _converted(turned, image, value_range)
+    rgb = _converted(turned(image, image), image, value_range)
     if rgb is image:
         return image
     # What was said of the old pixels (orientation, transparent colour) is no longer true.
@@ -115,13 +126,21 @@ def range_of(image: Image.Image, value_range: tuple[float, float] | None = None)
         image: Mode ``I``, ``I;16...`` or ``F``, decoded.
         value_range: What the user set.
     """
+    return range_of_values(image, np.asarray(image), value_range)
+
+
+def range_of_values(
+    image: Image.Image, values: np.ndarray[Any, Any], value_range: tuple[float, float] | None
+) -> ValueRange:
+    """Return the range of :func:`range_of` for an image whose values were decoded elsewhere."""
     if value_range is not None:
-        return ValueRange(*value_range, "set")
-    return _declared(image) or _measured(np.asarray(image))
+        return ValueRange(float(value_range[0]), float(value_range[1]), "set")
+    return _declared(image) or _measured(values)
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(orientation(image))
+def turned(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Return an image upright, by the orientation that the file of ``original`` says."""
+    turn = _TURNS.get(orientation(original))
     return image if turn is None else image.transpose(turn)
 
 
@@ -134,7 +153,8 @@ def _converted(
 
     if is_deep(turned.mode):
         values = np.asarray(turned)
-        return Image.fromarray(_to_bytes(values, range_of(original, value_range))).convert("RGB")
+        greys = scaled(values, range_of(original, value_range))
+        return Image.fromarray(255 - greys if _is_negative(original) else greys).convert("RGB")
 
     if turned.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in turned.info:
         coloured = turned.convert("RGBA")
@@ -165,6 +185,12 @@ def _declared(image: Image.Image) -> ValueRange | None:
     return None
 
 
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether the file says that 0 is white; Pillow heeds that up to 8 bits only."""
+    tags = getattr(image, "tag_v2", None)  # TIFF only
+    return tags is not None and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
 def _number(value: Any) -> float | None:
     """Return a finite number of a tag, which may be a tuple with one for each channel."""
     if isinstance(value, tuple):
@@ -192,8 +218,8 @@ def _measured(values: np.ndarray[Any, Any]) -> ValueRange:
     return ValueRange(low, high if high > low else low + 1, "measured")
 
 
-def _to_bytes(values: np.ndarray[Any, Any], limits: ValueRange) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Scale (H, W) greys to bytes; Pillow's own conversion would clip them at 255."""
+def scaled(values: np.ndarray[Any, Any], limits: ValueRange) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return (H, W) greys or (H, W, 3) colours as bytes; Pillow's own conversion would clip them at 255."""
     whole = values.dtype.kind in "iu" and limits.low.is_integer() and limits.high.is_integer()
     if whole:
         low = int(limits.low)

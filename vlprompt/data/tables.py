@@ -19,6 +19,24 @@ from vlprompt.data.splits import is_inside
 
 __all__ = ["Row", "Table", "inside", "read_table"]
 
+# How files of other formats begin.
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "an Excel workbook or a zip archive; save the workbook as CSV UTF-8, or unpack the archive",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook; save it as CSV UTF-8",
+    b"PAR1": "Parquet; write it as CSV, for example with pandas: read_parquet(...).to_csv(..., index=False)",
+    b"ARROW1": "Arrow; write it as CSV",
+    b"SQLite format 3": "an SQLite database; write the table as CSV",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"BZh": "compressed by bzip2; unpack it",
+    b"\xfd7zXZ": "compressed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"%PDF": "a PDF document",
+    b"\xff\xd8\xff": "a JPEG image; name the folder of the images, or a table of them",
+    b"\x89PNG": "a PNG image; name the folder of the images, or a table of them",
+}
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -144,6 +162,11 @@ def inside(table: Path, line: int, path: str) -> str:
     Raises:
         DataError: If it leaves the folder.
     """
+    if "://" in path:
+        raise DataError(
+            f"{printable(str(table))}, line {line}: {path[:200]!r} is an address: nothing is fetched. Download the "
+            "images and give their paths."
+        )
     slashes = path.replace("\\", "/")
     parts = "/".join(part for part in slashes.split("/") if part not in ("", "."))
     written = f"/{parts}" if slashes.startswith("/") else parts
@@ -164,6 +187,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"can't read the table {where}: {error.strerror or error}.") from None
 
+    _refuse_other_formats(where, data)
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -174,6 +198,17 @@ def _text(path: Path) -> str:
             "as UTF-8 (in Excel: CSV UTF-8)."
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse_other_formats(where: str, data: bytes) -> None:
+    """Refuse what is plainly no table, by its first bytes."""
+    kind = next((kind for start, kind in _OTHER_FORMATS.items() if data.startswith(start)), "")
+    if not kind and data[257:262] == b"ustar":
+        kind = "a tar archive; unpack it, or read image-caption pairs of it with tar:PATH"
+    if not kind and data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+        kind = "JSON; write its entries as rows of a CSV table with a header"
+    if kind:
+        raise DataError(f"{where} is no CSV table but {kind}.")
 
 
 def _sniffed(where: str, text: str) -> str:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from pathlib import Path
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.names import printable
 from vlprompt.data.splits import is_inside
 
-__all__ = ["unpack"]
+__all__ = ["DAMAGED", "unpack"]
 
+# What Python's readers raise at damaged archives.
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    gzip.BadGzipFile,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+)
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -40,8 +56,13 @@ def unpack(archive: Path, folder: Path) -> None:
                 shutil.copyfileobj(packed, file)
         else:
             raise DataError(f"{archive} is no archive of a known kind: {', '.join((*_TAR, '.zip', '.gz'))}.")
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"the archive {archive} is damaged: {error}.") from None
+    except DataError:
+        raise
+    except NotImplementedError as error:  # a way of packing that Python doesn't know, such as Deflate64
+        raise DataError(f"the archive {archive} can't be unpacked here: {error}. Pack it anew.") from None
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the archive {archive} is damaged: {printable(reason)}.") from None
     except OSError as error:
         raise DataError(
             f"{archive.name} could not be unpacked into {folder}: {error.strerror or error}."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +10,25 @@ from pathlib import Path
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.names import printable
 from vlprompt.data.base import Reader
-from vlprompt.data.images import MAX_PIXELS, FileReader, UndecodableError, decode, file_stamp
+from vlprompt.data.images import (
+    MAX_PIXELS,
+    FileReader,
+    Limits,
+    UndecodableError,
+    decode,
+    file_key,
+    file_stamp,
+    walk_bytes,
+)
+from vlprompt.data.unpack import DAMAGED
 
 __all__ = ["ZipReader"]
+
+_LARGEST = 1 << 29  # bytes of an image in an archive
+
+_verdicts: dict[tuple[str, str, int, Limits], tuple[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -25,17 +38,19 @@ class ZipReader(Reader):
     Attributes:
         root: The folder.
         max_pixels: See :func:`vlprompt.data.images.read_image`.
+        value_range: See :func:`vlprompt.data.images.read_image`.
     """
 
     root: Path
     max_pixels: int = MAX_PIXELS
+    value_range: Limits = None
 
     def read(self, source: str) -> Image.Image:
         """Return the image as RGB."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.read(source)
-        return decode(self._bytes(archive, member), source, self.max_pixels)
+        return decode(self._bytes(archive, member), source, self.max_pixels, self.value_range)
 
     def check(self, source: str) -> str:
         """Return why an image can't be decoded, empty if it can."""
@@ -43,21 +58,19 @@ class ZipReader(Reader):
         if not member:
             return self._files.check(source)
 
-        try:
-            decode(self._bytes(archive, member), source, self.max_pixels, quick=True)
-        except UndecodableError as error:
-            return error.reason
-        except DataError as error:
-            return str(error)
+        return self._verdict(archive, member)[0]
 
-        return ""
+    def note(self, source: str) -> str:
+        """See :meth:`Reader.note`."""
+        archive, _, member = source.partition("@")
+        return self._verdict(archive, member)[1] if member else self._files.note(source)
 
     def key(self, source: str) -> str:
         """Return ``file:`` and the sha256 of the image's bytes, as if it lay unpacked."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.key(source)
-        return "file:" + hashlib.sha256(self._bytes(archive, member)).hexdigest()
+        return file_key(self._bytes(archive, member), self.value_range)
 
     def stamp(self, source: str) -> str:
         """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
@@ -70,15 +83,36 @@ class ZipReader(Reader):
 
     @property
     def _files(self) -> FileReader:
-        return FileReader(self.root, self.max_pixels)
+        return FileReader(self.root, self.max_pixels, self.value_range)
+
+    def _verdict(self, archive: str, member: str) -> tuple[str, str]:
+        """Return why an image can't be decoded, empty if it can, and what decoding changes; remembered."""
+        key = (str(self.root / archive), self.stamp(f"{archive}@{member}"), self.max_pixels, self.value_range)
+        if key not in _verdicts:
+            try:
+                data = self._bytes(archive, member)
+                _verdicts[key] = "", walk_bytes(data, member, self.max_pixels, self.value_range)
+            except UndecodableError as error:
+                _verdicts[key] = error.reason, ""
+            except DataError as error:
+                _verdicts[key] = str(error), ""
+        return _verdicts[key]
 
     def _bytes(self, archive: str, member: str) -> bytes:
+        packed = self._open(archive)
         try:
-            return self._open(archive).read(member)
+            size = packed.getinfo(member).file_size
+            if size > _LARGEST:
+                raise DataError(f"{member!r} of {self.root / archive} has {size:,} bytes: no image.")
+            return packed.read(member)
         except KeyError:
             raise DataError(f"{self.root / archive} holds no {member!r}.") from None
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"can't read {member!r} of {self.root / archive}: {error}.") from None
+        except (
+            OSError,
+            *DAMAGED,
+        ) as error:  # NotImplementedError, of an unknown way of packing, is a RuntimeError
+            reason = printable(str(error)) or type(error).__name__
+            raise DataError(f"can't read {printable(member)!r} of {self.root / archive}: {reason}.") from None
 
     def _open(self, archive: str) -> zipfile.ZipFile:
         path = self.root / archive
@@ -86,8 +120,9 @@ class ZipReader(Reader):
             # Size and time are part of the cache's key: an archive that was replaced is opened again.
             stat = path.stat()
             return _open(str(path), stat.st_size, stat.st_mtime_ns)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"can't read the archive {path}: {error}.") from None
+        except (OSError, *DAMAGED) as error:
+            reason = printable(str(error)) or type(error).__name__
+            raise DataError(f"can't read the archive {path}: {reason}.") from None
 
 
 @lru_cache(maxsize=16)

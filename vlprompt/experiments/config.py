@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from typing_extensions import Self
 from yaml import YAMLError
 
-from vlprompt.core.errors import ConfigError, UnknownNameError
+from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
@@ -28,6 +28,7 @@ __all__ = [
     "STRICT",
     "BackboneOptions",
     "ExperimentConfig",
+    "ImageOptions",
     "Seeds",
     "compose",
     "config_path",
@@ -55,6 +56,27 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterV
 
 # Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.
 _NAMED_SECTIONS = ("learner", "detector", "segmenter")
+
+
+class ImageOptions(BaseModel):
+    """Keys of every ``data:`` section whose images are read by :func:`vlprompt.load_dataset`."""
+
+    model_config = STRICT
+
+    root: str | None = Field(None, description="where data sets lie")
+    on_bad_image: Literal["skip", "error"] = "skip"
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="share of a split's images that may be unreadable and are skipped"
+    )
+    max_bad_images: int = Field(
+        3,
+        ge=0,
+        description="so many unreadable images are skipped whatever their share, if less than half of the split",
+    )
+
+    def image_arguments(self) -> dict[str, Any]:
+        """Return these keys as arguments of :func:`vlprompt.load_dataset`."""
+        return self.model_dump(include=set(ImageOptions.model_fields))
 
 
 class BackboneOptions(BaseModel):
@@ -205,8 +227,10 @@ def compose(cfg: str | Path) -> dict[str, Any]:
     """
     try:
         return _plain(_compose(config_path(cfg), ()))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([str(error).strip()], str(cfg)) from error
+    except VLPromptError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError([str(error).strip() or type(error).__name__], str(cfg)) from error
 
 
 def resolve(content: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -317,7 +341,11 @@ def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         circle = " -> ".join(p.name for p in [*above, path])
         raise ConfigError([f"_base_: the files include each other in a circle: {circle}."], path.name)
 
-    loaded = OmegaConf.load(path)
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:  # of a file that holds a number alone, too
+        reason = error.strerror or "the top of the file must be keys and values"
+        raise ConfigError([f"{reason}."], path.name) from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(["the top of the file must be keys and values."], path.name)
 

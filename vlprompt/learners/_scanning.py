@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
+from vlprompt.data.transforms import Preprocess
 from vlprompt.data.triggers.base import native
 from vlprompt.metrics.verdicts import Verdicts
 
-__all__ = ["ImageScanner", "digest_of", "native_size_of"]
+__all__ = ["ImageScanner", "digest_of", "native_size_of", "prepared"]
 
 
 class ImageScanner(ABC):
@@ -49,15 +51,14 @@ class ImageScanner(ABC):
         """Hex digits that change when what was learned does."""
         return digest_of({})
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return (3, H, W), what :meth:`embed_images` reads of an image of any size.
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes (3, H, W) of an image of any size, as :meth:`embed_images` reads it.
 
         Images of training had the native size before they were enlarged to the tower's input. An image that takes
         another way has other statistics of its pixels, and is suspected for them.
         """
-        if self.native_size is not None:
-            image = Image.fromarray(native(image, self.native_size))
-        return self.backbone.preprocess(image)
+        return prepared(self.native_size, self.backbone.preprocess)
 
     @abstractmethod
     def embed_images(self, images: Tensor) -> Tensor:
@@ -79,6 +80,32 @@ class ImageScanner(ABC):
             labels: (n,), the labels that the images came with; an attacker may have flipped some.
         """
         return self.judge(rows)
+
+
+@dataclass(frozen=True)
+class _NativePreparation:
+    """Brings an image to a scanner's native size, then prepares it for the tower.
+
+    Attributes:
+        native_size: Pixels a side.
+        tower: The backbone's preparation.
+        size: What that makes, where it says so.
+    """
+
+    native_size: int
+    tower: Preprocess
+
+    @property
+    def size(self) -> object:
+        return getattr(self.tower, "size", None)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.tower(Image.fromarray(native(image, self.native_size)))
+
+
+def prepared(native_size: int | None, tower: Preprocess) -> Preprocess:
+    """Return the preparation of images for a scanner with a native size; the tower's own without one."""
+    return tower if native_size is None else _NativePreparation(native_size, tower)
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -29,12 +28,13 @@ from vlprompt.core.seeding import seeded_modules
 from vlprompt.core.trainable import misfits
 from vlprompt.data import ImageDataset
 from vlprompt.data.compositions import CompositionDataset
+from vlprompt.data.transforms import Preprocess
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
 from vlprompt.learners._repository import Bank, diversity, separation
-from vlprompt.learners._scanning import ImageScanner, digest_of, native_size_of
+from vlprompt.learners._scanning import ImageScanner, digest_of, native_size_of, prepared
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
 from vlprompt.learners.recipe import Recipe
@@ -226,6 +226,16 @@ class DBOM(Learner, ImageScanner):
         """Whether the object's side reads more than the embedding; there is nothing more if that is the evidence."""
         return self.object_reads == "both" and self.evidence == "shallow"
 
+    @property
+    def preprocess(self) -> Preprocess:
+        """See :attr:`ImageScanner.preprocess`: an image that is named takes the way of those that are scanned."""
+        return prepared(self.native_size, self.backbone.preprocess)
+
+    @property
+    def preparation(self) -> str:
+        """See :meth:`Learner.preparation`."""
+        return "" if self.native_size is None else f";native={self.native_size}"
+
     def embed_images(self, images: Tensor) -> Tensor:
         """Return (B, d + S): image embeddings, then the evidence (nothing, if it is the embedding itself)."""
         if self.evidence == "embedding":
@@ -370,15 +380,6 @@ class DBOM(Learner, ImageScanner):
     def threshold(self) -> float:
         """See :meth:`ImageScanner.threshold`; chosen on validation data."""
         return float(self.calibration[2])
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """See :meth:`ImageScanner.preprocess`."""
-        return ImageScanner.preprocess(self, image)
-
-    @property
-    def preparation(self) -> str:  # type: ignore[override]  # a name of the size that training found
-        """See :class:`Learner`."""
-        return "" if self.native_size is None else f"@{self.native_size}"
 
     @property
     def native_size(self) -> int | None:

@@ -76,9 +76,10 @@ class ExportedClassifier:
                 f"{path}: its metadata prepare images of shape {shape}, its model reads {wanted}."
             )
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return (3, H, W) of an image of any size, as the learner prepared it."""
-        return self._transform(image)
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """What makes (3, H, W) of an image of any size, as the learner prepared it."""
+        return self._transform
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return (B, C) logits of (B, 3, H, W) prepared images."""

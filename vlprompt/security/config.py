@@ -13,22 +13,19 @@ from vlprompt.data.compositions import check_triggers
 from vlprompt.data.names import check_name
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.experiments.backbone import backbone_problems
-from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds
+from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, ImageOptions, Seeds
 from vlprompt.security.scanners import SCANNERS
 
 __all__ = ["CompositionOptions", "DataOptions", "ProtocolOptions", "SecurityConfig", "SuspectOptions"]
 
 
-class DataOptions(BaseModel):
+class DataOptions(ImageOptions):
     """The ``data:`` section: images that triggers are put into."""
-
-    model_config = STRICT
 
     name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
     split: Literal["val", "test"] = Field(
         "test", description="part that figures are of; val while anything is being chosen"
     )
-    root: str | None = Field(None, description="where data sets lie")
     cache_dir: str | None = Field(
         None, description="where rows of the image tower are kept between runs; empty: in memory"
     )

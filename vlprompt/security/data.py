@@ -126,7 +126,7 @@ class ScanData:
         return cut(self._split("train"), self.compositions.share, self.seed)
 
     def _split(self, split: Any) -> ImageDataset:
-        return load_dataset(self.name, split, root=self.options.root)
+        return load_dataset(self.name, split, **self.options.image_arguments())
 
     def _composed(self, images: ImageDataset, copies: int) -> CompositionDataset:
         options = self.compositions

@@ -16,7 +16,6 @@ import math
 import os
 import stat
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.data.listing import HIDDEN, NO_IMAGE, Listing, walk
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
     CLEAN,
@@ -102,7 +102,7 @@ def scan_folder(
     with the same files.
 
     Args:
-        folder: Where to look, at any depth; what lies behind links to folders is left out.
+        folder: Where to look, at any depth; listed as :func:`vlprompt.load_dataset` lists it.
         scanner: One that judges single images.
         output: Where to write; may not lie inside ``folder``.
         threshold: See :func:`vlprompt.scan`.
@@ -110,8 +110,7 @@ def scan_folder(
         batch_size: Images per pass.
         workers: Threads that decode.
         top: Images on the sheet, most suspicious first.
-        follow_links: Whether links are followed that leave the folder and end in a file; otherwise such an image is
-            unreadable. A link to a folder never is followed, and is named in a warning.
+        follow_links: Whether links are followed that leave the folder; otherwise an image behind one is unreadable.
         progress: Called with ("scanned", done, total).
 
     Raises:
@@ -297,41 +296,23 @@ def _sorted_names(root: Path, passed_over: Counter[str]) -> Iterator[str]:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
-    """Yield the relative paths of all images, in no order; hidden files and links to folders are left out."""
-    folders = [""]
-    links = 0
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = os.scandir(root / folder)
-        except OSError as error:
-            warnings.warn(f"{root / folder} can't be listed ({error.strerror}): left out.", stacklevel=2)
+    """Yield the relative paths of all images, in no order, as every other tool lists them.
+
+    A pipe or a dead link with an image's name is one of them: it gets a row, which says that it can't be read.
+    """
+    missed = Listing()
+    for entry in walk(root, root):
+        if isinstance(entry, str):
+            yield entry
+        elif entry.reason == HIDDEN:
             continue
-        with entries:
-            for entry in entries:
-                if entry.name.startswith((".", "__MACOSX")):
-                    continue
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
-                elif _is_dir(entry):
-                    links += 1
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    yield name
-                else:
-                    passed_over[Path(entry.name).suffix.lower()] += 1
-
-    if links:
-        warnings.warn(
-            f"{root}: {links} links to folders are not followed; scan those folders, too.", stacklevel=2
-        )
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that goes round in a circle
-        return False
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield entry.name
+        elif entry.reason == NO_IMAGE:
+            passed_over[Path(entry.name).suffix.lower()] += 1
+        else:
+            missed.skipped.append(entry)
+    missed.warn(root)
 
 
 def _digest(target: Path) -> str:
@@ -357,15 +338,15 @@ def _decode(
         return DecodedImage(name, None, f"the name {name!r} holds a control character: refused.")
 
     try:
-        leaves = path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
+        leaves = not follow_links and not path.resolve().is_relative_to(root.resolve())
         mode = path.stat().st_mode
     except (OSError, RuntimeError) as error:  # a link that ends nowhere, or in itself
         reason = error.strerror if isinstance(error, OSError) else "it ends in itself"
         what = "a link that can't be followed" if path.is_symlink() else "a file that can't be read"
         return DecodedImage(name, None, f"{name} is {what} ({reason}).")
 
-    if leaves and not follow_links:
-        return DecodedImage(name, None, f"{name} is a link that leaves the folder: not followed.")
+    if leaves:
+        return DecodedImage(name, None, f"{name} is behind a link that leaves the folder: not followed.")
     if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
         return DecodedImage(name, None, f"{name} is no regular file.")
     return decode_file(path, name, preprocess)

@@ -64,8 +64,8 @@ def orientation(path: Path) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def raw_values(path: Path) -> NDArray[np.int64]:
-    """Return the class numbers that a mask file stores, (H, W); palette files by index.
+def raw_values(path: Path) -> Values:
+    """Return the class numbers that a mask file stores, (H, W), whole numbers of any type; palette files by index.
 
     Raises:
         DataError: If the file can't be read (see :func:`open_mask`), is coloured, or holds what is no whole number.
@@ -83,7 +83,7 @@ def raw_values(path: Path) -> NDArray[np.int64]:
             f"the mask {path} is a colour image. A mask of classes has one channel of class numbers, or a palette; "
             "convert it first."
         )
-    numbers = colours[..., 0].astype(np.int64)
+    numbers = colours[..., 0]
     clear = array[..., 3] == 0
     if clear.any() and (numbers[clear] != 0).any():
         raise DataError(
@@ -194,9 +194,13 @@ def _check_palette(path: Path, indices: Values, colours: Values) -> None:
         )
 
 
-def _packed(colours: Values) -> NDArray[np.int64]:
+def _packed(colours: Values) -> NDArray[np.uint32]:
     """Return (..., 3) colours as one number each."""
-    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+    packed = np.zeros(colours.shape[:-1], np.uint32)
+    for channel in range(3):
+        packed <<= np.uint32(8)
+        packed |= colours[..., channel]
+    return packed
 
 
 def _checked(path: Path, values: Values, threshold: float | None) -> Values:
@@ -228,9 +232,14 @@ def _checked(path: Path, values: Values, threshold: float | None) -> Values:
     return values
 
 
-def _whole(path: Path, values: Values) -> NDArray[np.int64]:
-    """Return values as whole numbers. Raises DataError if they are none."""
+def _whole(path: Path, values: Values) -> Values:
+    """Return values as whole numbers, in no larger a type than needed. Raises DataError if they are none."""
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8)
+    if values.dtype.kind in "iu":
+        return values
+
     whole = np.nan_to_num(values.astype(np.float64), nan=0.5, posinf=0.5, neginf=0.5)
-    if values.dtype.kind == "f" and (whole != np.round(whole)).any():
+    if (whole != np.round(whole)).any():
         raise DataError(f"the mask {path} holds numbers that are no whole ones, so they are no classes.")
     return whole.astype(np.int64)

@@ -161,6 +161,7 @@ class _Content:
     def from_splits(self, folders: Mapping[str, str]) -> _Part:
         """Return the part of a folder of splits."""
         groups_of = {split: self._classes_of(name) for split, name in folders.items()}
+        self._refuse_inner_wrapper(folders, groups_of)
         origins = _origins(self.root, folders, groups_of)
         listing = f"folders {sorted(folders)}"
         split = self.request.split
@@ -221,11 +222,14 @@ class _Content:
         if not any(groups.values()):
             prefix = base.relative_to(self.root).as_posix()
             loose = [i for i in self.listing.images if prefix == "." or i.startswith(f"{prefix}/")]
-            hint = (
-                f"{len(loose)} images lie directly in it; put them into one folder per class. "
-                if loose
-                else ""
-            )
+            missed = [entry.name for entry in self.listing.skipped if not entry.is_expected]
+            hint = ""
+            if loose:
+                hint = f"{len(loose)} images lie directly in it; put them into one folder per class. "
+            elif missed:
+                hint = (
+                    f"It holds {listed_names(missed, 3)}, which can't be read here: unpack archives first. "
+                )
             raise DataError(
                 f"{where}: no images in class folders ({len(groups)} folders). {hint}"
                 f"Expected {base.name}/<class>/<image>, endings {' '.join(self.endings)}."
@@ -233,6 +237,8 @@ class _Content:
 
         empty = [name for name, images in groups.items() if not images]
         if empty and self.empty_class == "error":
+            if detection := _detection_layout(base, groups):
+                raise DataError(f"{where}: {detection}")
             raise DataError(
                 f"{where}: no images in the class folder{'s' * (len(empty) > 1)} {listed_names(empty)} (endings "
                 f"{' '.join(self.endings)}). Fill or remove it, or pass empty_class='skip'."
@@ -252,6 +258,22 @@ class _Content:
                 f"{printable(str(self.root))}: its only folder, {name!r}, would be the one class. It holds the folders "
                 f"{listed_names(inner, 5)}: write {printable(self.request.name)}/{printable(name)}."
             )
+
+    def _refuse_inner_wrapper(self, folders: Mapping[str, str], groups_of: Mapping[str, _Groups]) -> None:
+        """Refuse splits whose only class folder holds the class folders, such as train/images/<class>."""
+        names = {name for groups in groups_of.values() for name in groups}
+        images = [image for groups in groups_of.values() for paths in groups.values() for image in paths]
+        parts = [image.split("/") for image in images]
+        inner = {part[2] for part in parts if len(part) > 3}
+        if len(names) != 1 or len(inner) < 2 or not all(len(part) > 3 for part in parts):
+            return
+        name = names.pop()
+        where = [f"{folder}/{name}" for folder in folders.values()]
+        raise DataError(
+            f"{printable(str(self.root))}: {listed_names(where)} can be read in two ways. As the one class {name!r}, "
+            f"which is no data set. Or as splits with the classes {listed_names(sorted(inner), 5)}, one folder deeper: "
+            f"move the folders of {name!r} up by one, or write a table of the images (csv:PATH)."
+        )
 
     def _cut_train(self, origins: list[str], train: _Groups, listing: str) -> _Part:
         """Return train or val where there is no folder for val."""
@@ -292,6 +314,20 @@ def _origins(root: Path, folders: Mapping[str, str], groups_of: Mapping[str, _Gr
                 f"{printable(str(root / folders['train']))}.{hint}"
             )
     return origins
+
+
+def _detection_layout(base: Path, groups: _Groups) -> str:
+    """Return what is wrong with YOLO's layout, images beside labels in text files; empty if it is none."""
+    names = {name.lower(): name for name in groups}
+    if set(names) - {"images", "labels"} or not groups.get(names.get("images", "")):
+        return ""
+    labels = base / names.get("labels", "labels")
+    if groups.get(labels.name) or not any(labels.rglob("*.txt")):
+        return ""
+    return (
+        "the folders 'images' and 'labels' are YOLO's layout, with boxes in text files, and no class folders. To name "
+        "whole images, put them into one folder per class; for boxes, convert the labels to COCO's JSON."
+    )
 
 
 def _all_images(top: Top) -> list[str]:

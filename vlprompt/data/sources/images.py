@@ -7,6 +7,7 @@ class folder, or official lists are followed; a cut is stored as ``split_local_*
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,9 @@ from pydantic import Field, model_validator
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.images import FileReader
 from vlprompt.data.listing import list_images
+from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import (
     Layout,
@@ -60,7 +63,10 @@ class _Options(Layout):
 
 @sources.register("images", summary="image files with a published split, class folders or official lists")
 def build(
-    request: Request, *, split_source: Literal["auto", "published", "resplit", "lists"] = "auto"
+    request: Request,
+    *,
+    split_source: Literal["auto", "published", "resplit", "lists"] = "auto",
+    value_range: Sequence[float] | None = None,
 ) -> ImageDataset:
     """Build one split of a card's data set.
 
@@ -68,6 +74,7 @@ def build(
         request: What is asked for.
         split_source: ``"published"`` insists on the protocol's split file, ``"resplit"`` cuts class folders,
             ``"lists"`` follows official lists; ``"auto"`` takes the first of these that the data set has.
+        value_range: What becomes black and white in images of more than 8 bits; None: declared or measured.
 
     Raises:
         AbsentError: If it isn't there.
@@ -78,7 +85,8 @@ def build(
         raise UnknownNameError("split_source", str(split_source), _SPLIT_SOURCES)
     folder = find_folder(request, options)
     parts, names, how = _split(request, options, folder, split_source)
-    return dataset_from(request, parts, names, how, folder / options.images)
+    limits = check_value_range(value_range, request.name)
+    return dataset_from(request, parts, names, how, FileReader(folder / options.images, value_range=limits))
 
 
 def _split(

@@ -8,6 +8,7 @@ Reference: microsoft/vision-datasets IRIS_DATA_FORMAT.md and COCO_DATA_FORMAT.md
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.cards import Card
+from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._layout import absent, dataset_from, parse_options
 from vlprompt.data.splits import is_inside
@@ -42,8 +44,12 @@ class _Options(BaseModel):
 
 
 @sources.register("manifest", summary="ELEVATER's own distribution: index files over zip archives")
-def build(request: Request) -> ImageDataset:
+def build(request: Request, *, value_range: Sequence[float] | None = None) -> ImageDataset:
     """Build one split of a card's data set.
+
+    Args:
+        request: What is asked for.
+        value_range: What becomes black and white in images of more than 8 bits; None: declared or measured.
 
     Raises:
         AbsentError: If it isn't there.
@@ -64,7 +70,7 @@ def build(request: Request) -> ImageDataset:
     if not index.is_file():
         raise DataError(f"{card.name}: the index {index} is missing.")
 
-    reader = ZipReader(folder)
+    reader = ZipReader(folder, value_range=check_value_range(value_range, request.name))
     entries, names = _coco(index) if index.suffix == ".json" else _iris(index, folder / "labels.txt")
     _check_present(card.name, index, reader, entries)
     label_of, order = _labels(card, names)

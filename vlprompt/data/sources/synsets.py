@@ -17,8 +17,9 @@ from pydantic import Field
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.imagenet import synset_ids
-from vlprompt.data.images import EXTENSIONS
+from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import is_hidden
+from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut
@@ -41,8 +42,12 @@ class _Options(Layout):
 
 
 @sources.register("synsets", summary="ImageNet and its variants: folders named by WordNet ids")
-def build(request: Request) -> ImageDataset:
+def build(request: Request, *, value_range: Sequence[float] | None = None) -> ImageDataset:
     """Build one split of a card's data set.
+
+    Args:
+        request: What is asked for.
+        value_range: What becomes black and white in images of more than 8 bits; None: declared or measured.
 
     Raises:
         AbsentError: If it isn't there.
@@ -69,7 +74,8 @@ def build(request: Request) -> ImageDataset:
         parts = _cut(card.name, card.classnames, tuple(options.shares.items()), groups)
         how = f"{how}; {card.splits.otherwise}"
 
-    return dataset_from(request, parts, card.classnames, how, root)
+    reader = FileReader(root, value_range=check_value_range(value_range, request.name))
+    return dataset_from(request, parts, card.classnames, how, reader)
 
 
 def _folder(request: Request, options: _Options, part: str) -> Path:
