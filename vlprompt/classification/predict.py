@@ -137,7 +137,7 @@ def _predict_batch(classifier: Classifier, inputs: Sequence[ImageInput], topk: i
     errors: dict[int, str] = {}
     for i, image in enumerate(inputs):
         try:
-            pixels[i] = learner.preprocess(image.open())
+            pixels[i] = classifier.preprocess(image.open())
         except DataError as error:
             errors[i] = str(error)
 
