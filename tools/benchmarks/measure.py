@@ -1,19 +1,27 @@
-"""Time and peak memory of a piece of work inside this process."""
+"""Time and peak memory of a piece of work inside this process, alone or in turns with a baseline."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import logging
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-__all__ = ["Measured", "matrix_gflops", "measure"]
+from benchmarks.machine import NoiseWatch, status_gib
+
+__all__ = ["Comparison", "Measured", "compare", "matrix_gflops", "measure"]
+
+log = logging.getLogger("benchmarks")
+
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -25,41 +33,83 @@ class Measured:
         cpu_seconds: Median seconds of all threads of this process; hardly moved by what else the machine does.
         peak_rss_gib: The process's peak resident memory while it ran, None if unknown.
         added_gib: How much of the peak was not resident before, None if unknown.
+        page_faults: Median of how often the system had to hand the process a page of memory, without a disk.
+        quiet: False if other programs or the machine's host took processors meanwhile.
     """
 
     seconds: float
     cpu_seconds: float
     peak_rss_gib: float | None
     added_gib: float | None
+    page_faults: float = 0.0
+    quiet: bool = True
 
 
-def measure(work: Callable[[], object], repeats: int = 3, warmup: int = 1) -> Measured:
+@dataclass(frozen=True)
+class Comparison:
+    """Two ways of the same work, timed in turns.
+
+    Attributes:
+        ours: Our way.
+        baseline: The other one.
+        ratios: Wall-clock seconds of the baseline over ours, pair by pair.
+        cpu_ratios: The same of processor time.
+    """
+
+    ours: Measured
+    baseline: Measured
+    ratios: list[float] = field(repr=False)
+    cpu_ratios: list[float] = field(repr=False)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is: the median over pairs."""
+        return statistics.median(self.ratios)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """How many times less processor time ours takes: the median over pairs."""
+        return statistics.median(self.cpu_ratios)
+
+
+def measure(work: Work, repeats: int = 3, warmup: int = 1) -> Measured:
     """Run ``work`` ``warmup + repeats`` times; the median of the counted runs is what is reported."""
     for _ in range(warmup):
         work()
+    watch = NoiseWatch()
+    runs = [_run(work) for _ in range(max(1, repeats))]
 
-    gc.collect()
+    return _summary(runs, _was_quiet(watch))
 
-    with suppress(
-        OSError, AttributeError
-    ):  # glibc keeps what was freed; hand it back, or it hides the next peak
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-    before = _status_gib("VmRSS")
-    _reset_peak()
-    times = []
-    cpu_times = []
+def compare(ours: Work, baseline: Work, repeats: int = 3, warmup: int = 1) -> Comparison:
+    """Run both ways in turns, so that a machine whose speed drifts takes from both alike.
 
-    for _ in range(max(1, repeats)):
-        started = time.perf_counter()
-        cpu_started = time.process_time()
-        work()
-        times.append(time.perf_counter() - started)
-        cpu_times.append(time.process_time() - cpu_started)
+    Args:
+        ours: Our way.
+        baseline: What it is compared with.
+        repeats: Counted pairs; every other one begins with the baseline.
+        warmup: Runs of each before the first pair.
+    """
+    for _ in range(warmup):
+        ours()
+        baseline()
 
-    peak = _status_gib("VmHWM")
-    added = None if peak is None or before is None else max(0.0, peak - before)
-    return Measured(statistics.median(times), statistics.median(cpu_times), peak, added)
+    watch = NoiseWatch()
+    runs: tuple[list[Measured], list[Measured]] = ([], [])
+    works = (ours, baseline)
+    for pair in range(max(1, repeats)):
+        for way in (0, 1) if pair % 2 == 0 else (1, 0):
+            runs[way].append(_run(works[way]))
+
+    quiet = _was_quiet(watch)
+    pairs = list(zip(*runs, strict=True))
+    return Comparison(
+        _summary(runs[0], quiet),
+        _summary(runs[1], quiet),
+        [b.seconds / max(a.seconds, 1e-9) for a, b in pairs],
+        [b.cpu_seconds / max(a.cpu_seconds, 1e-9) for a, b in pairs],
+    )
 
 
 def matrix_gflops(rows: int, inner: int, columns: int, seconds: float = 1.0) -> float:
@@ -77,16 +127,54 @@ def matrix_gflops(rows: int, inner: int, columns: int, seconds: float = 1.0) -> 
     return 2e-9 * rows * inner * columns * count / (time.perf_counter() - started)
 
 
+def _run(work: Work) -> Measured:
+    """Run once."""
+    gc.collect()
+    with suppress(
+        OSError, AttributeError
+    ):  # glibc keeps what was freed; hand it back, or it hides the next peak
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    before = status_gib("VmRSS")
+    _reset_peak()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    started = time.perf_counter()
+    cpu_started = time.process_time()
+    work()
+    seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - cpu_started
+
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    peak = status_gib("VmHWM")
+    added = None if peak is None or before is None else max(0.0, peak - before)
+    return Measured(seconds, cpu_seconds, peak, added, faults)
+
+
+def _summary(runs: list[Measured], quiet: bool) -> Measured:
+    """Return medians of times, and the highest peak."""
+    peaks = [run.peak_rss_gib for run in runs if run.peak_rss_gib is not None]
+    added = [run.added_gib for run in runs if run.added_gib is not None]
+    return Measured(
+        statistics.median(run.seconds for run in runs),
+        statistics.median(run.cpu_seconds for run in runs),
+        max(peaks, default=None),
+        max(added, default=None),
+        statistics.median(run.page_faults for run in runs),
+        quiet,
+    )
+
+
+def _was_quiet(watch: NoiseWatch) -> bool:
+    """Return whether the machine was quiet, and warn if it was not."""
+    noise = watch.noise()
+    if noise is None or noise.quiet:
+        return True
+    log.warning("%s", noise.warning())
+    return False
+
+
 def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: start a new VmHWM
     except OSError:
         return
-
-
-def _status_gib(field: str) -> float | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.split(f"{field}:")[1].split()[0]) / 2**20
