@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,8 +153,21 @@ def _set_up_messages() -> None:
     for noisy in ("httpx", "urllib3", "open_clip"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, _say_why_stopped)
+
     if not first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+
+
+def _say_why_stopped(signal_number: int, _: object) -> None:
+    """End a process that ``torchrun`` stops because another one of the run is gone."""
+    text = "another process of this run ended before its work was done. The same command continues the run."
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        print(f"{_speaker()}error: {text}", file=sys.stderr, flush=True)
+    os._exit(
+        128 + signal_number
+    )  # destroying what connects the processes could wait for the one that is gone
 
 
 def _rank() -> int:

@@ -1,0 +1,74 @@
+"""What several processes compute together is what one computes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.ranks import CLASSES, LEARNERS, WORKS, in_processes
+from vlprompt.core.shares import part_sizes, share_rows, shared_work
+
+
+def test_parts_are_nearly_equal_and_complete() -> None:
+    assert part_sizes(10, 3) == [4, 3, 3]
+    assert part_sizes(1, 3) == [1, 0, 0]
+
+
+def test_alone_all_work_is_ones_own() -> None:
+    with shared_work():
+        (rows,) = share_rows(5, 2, lambda part: [torch.tensor(list(part))])
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_rows_are_gathered_to_the_bit_and_a_mistake_reaches_all(tmp_path: Path) -> None:
+    one, three = WORKS["rows"](), in_processes("rows", 3, tmp_path)
+    assert bytes(three["message"].tolist()) == b"number 7 can't be read."
+    for name, tensor in one.items():
+        assert three[name].dtype == tensor.dtype
+        assert torch.equal(three[name], tensor), name
+
+
+def test_divided_classes_learn_what_one_process_learns(tmp_path: Path) -> None:
+    one, two = WORKS["classes"](), in_processes("classes", 2, tmp_path)
+    for label in LEARNERS:
+        assert set(two[f"encoded/{label}"].tolist()) == {(CLASSES + 1) // 2}, label
+        assert not one[f"encoded/{label}"].numel()
+    for name, tensor in one.items():
+        if not name.startswith("encoded/"):
+            torch.testing.assert_close(
+                two[name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_evaluation_is_shared(tmp_path: Path) -> None:
+    one, two = WORKS["scores"](), in_processes("scores", 2, tmp_path)
+    assert (int(one["zero_shot/encoded"]), int(two["zero_shot/encoded"])) == (23, 12)
+    assert (int(one["vpt/encoded"]), int(two["vpt/encoded"])) == (2 * 23, 2 * 12)
+    for name in ("zero_shot", "vpt"):
+        assert torch.equal(two[f"{name}/labels"], one[f"{name}/labels"])
+        torch.testing.assert_close(
+            two[name], one[name], rtol=0, atol=1e-6 * 100
+        )  # logits are 100 times cosines
+
+
+def test_adaptation_of_independent_images_is_shared(tmp_path: Path) -> None:
+    one, two = WORKS["adapted"](), in_processes("adapted", 2, tmp_path)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_whole_fit_is_shared(tmp_path: Path) -> None:
+    one, two = WORKS["trained"](), in_processes("trained", 2, tmp_path)
+    torch.testing.assert_close(two["context"], one["context"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(two["figures"], one["figures"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_killed_process_ends_the_run_with_a_sentence(gone: int, tmp_path: Path) -> None:
+    code, errors = ranks.run_and_kill(gone, tmp_path)
+    assert code != 0
+    assert "another process of this run ended before its work was done." in errors
+    assert "vlprompt/" not in errors  # no stack of ours
