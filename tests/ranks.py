@@ -1,10 +1,12 @@
-"""Work that tests run in one process and in several: ``torchrun ... -m tests.ranks NAME FILE`` writes what process 0 got."""
+"""Work that tests run in one process and in several; ``-m tests.ranks FILE`` writes what process 0 got."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +32,13 @@ ROOT = Path(__file__).parents[1]
 Work = dict[str, Tensor]
 
 
-def in_processes(name: str, count: int, folder: Path) -> Work:
-    """Return what a function of this module gives in so many processes."""
-    path = folder / f"{name}_{count}.safetensors"
+def in_processes(count: int, folder: Path) -> Work:
+    """Return what all functions of this module give in so many processes."""
+    path = folder / "works.safetensors"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "-m", "tests.ranks", name, str(path)],
+        [*launcher, "-m", "tests.ranks", str(path)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -45,6 +47,46 @@ def in_processes(name: str, count: int, folder: Path) -> Work:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return read_tensors(path)[0]
+
+
+def run_and_kill(rank: int, folder: Path) -> tuple[int, str]:
+    """Kill one process of a training run behind its first checkpoint; return the run's status and messages."""
+    config = folder / "run.yaml"
+    config.write_text(_ENDLESS.format(output=folder))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "tools/train.py"), "--cfg", str(config)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 100
+        while (
+            not list(folder.glob("test/*/cells/*/checkpoint/*.safetensors")) and time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        os.kill(_worker(running.pid, rank), signal.SIGKILL)
+        _, errors = running.communicate(timeout=60)
+    return running.returncode, errors
+
+
+_ENDLESS = """
+task: classification
+name: test
+output: {output}
+backbone: {{name: tiny, pretrained: random}}
+learner: {{name: coop, context_length: 2}}
+data: {{name: digits, validate_on: none}}
+train: {{epochs: 100000, lr: 0.05, batch_size: 16, checkpoint_seconds: 0}}
+protocol: {{shots: [2], seeds: [1]}}
+"""
+
+
+def _worker(launcher: int, rank: int) -> int:
+    """Return the process of a ``torchrun`` that has a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        facts = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in facts:
+            return int(child)
+    raise ProcessLookupError(f"no process of rank {rank} among {children}")
 
 
 def rows() -> Work:
@@ -124,7 +166,7 @@ def _trained(learner: Learner, images: Tensor, labels: Tensor, encoded: list[int
     if learner.static_images:
         batch = {"embedding": learner.embed_images(images), "label": labels}
     options = TrainOptions(
-        epochs=3, batch_size=5, lr=0.05, accumulation=2, schedule="constant", warmup_epochs=0
+        epochs=3, batch_size=5, lr=0.01, accumulation=2, schedule="constant", warmup_epochs=0
     )
     batches = TensorBatches({name: [tensor] for name, tensor in batch.items()}, 5, 1)
 
@@ -188,14 +230,13 @@ WORKS: dict[str, Callable[[], Work]] = {
 
 
 def main() -> None:
-    """Run one piece of work in a process of ``torchrun``."""
-    name, path = sys.argv[1:]
+    """Do all work in a process of ``torchrun``."""
     torch.use_deterministic_algorithms(True)
     state = process_state()
     assert process_count() == state.num_processes == int(os.environ["WORLD_SIZE"])
-    result = WORKS[name]()
+    result = {f"{name}/{key}": tensor for name, work in WORKS.items() for key, tensor in work().items()}
     if state.is_main_process:
-        write_tensors(Path(path), {key: t.contiguous() for key, t in result.items()}, {})
+        write_tensors(Path(sys.argv[1]), {key: tensor.contiguous() for key, tensor in result.items()}, {})
     state.wait_for_everyone()
 
 

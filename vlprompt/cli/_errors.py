@@ -86,6 +86,8 @@ def exit_status(body: Callable[[], int | None]) -> int:
     except LAST_NET as error:
         status = say_last_net(error)
     finally:
+        if _is_launched():  # one sentence is enough
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _leave_process_group()
 
     return status or 0
@@ -153,7 +155,7 @@ def _set_up_messages() -> None:
     for noisy in ("httpx", "urllib3", "open_clip"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _is_launched():
         signal.signal(signal.SIGTERM, _say_why_stopped)
 
     if not first:
@@ -168,6 +170,11 @@ def _say_why_stopped(signal_number: int, _: object) -> None:
     os._exit(
         128 + signal_number
     )  # destroying what connects the processes could wait for the one that is gone
+
+
+def _is_launched() -> bool:
+    """Return whether ``torchrun`` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _rank() -> int:

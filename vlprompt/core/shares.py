@@ -1,9 +1,9 @@
 """Work that several processes of one run share: each does its part, and all have the whole.
 
-Two kinds. :func:`share_rows` divides independent samples (images to encode, to score, to adapt to) and gathers what comes
-out, to the bit, in order. :class:`Division` divides the classes whose text features a training step needs, and gathers
-them with their gradient. Both meet in collective calls, so every process has to come by the same places in the same
-order: :func:`shared_work` and :func:`divided_classes` are opened only where that is so, and outside of them every process
+Two kinds. :func:`share_rows` divides independent samples (images to encode, to score, to adapt to) and gathers what
+comes out, to the bit, in order. :class:`Division` divides the classes whose text features a training step needs, and
+gathers them with their gradient. Both meet in collective calls, so every process has to come by the same places in the
+same order: :func:`shared_work` and :func:`divided_classes` are opened only where that is so. Elsewhere every process
 does all work itself.
 """
 
@@ -238,7 +238,7 @@ class Division:
     def anchor(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let every loss with a gradient read all gathered features.
 
-        A loss may leave a term out that its samples don't need; the processes must meet in the backward pass all the same.
+        A loss may leave out a term that its samples don't need; the processes must meet in the backward pass anyway.
         """
         nothing = [0 * features.sum() for features in self.features]
         if not nothing:

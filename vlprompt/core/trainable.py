@@ -54,8 +54,8 @@ class Hooks:
     def divides_classes(self) -> bool:
         """Whether the sentences that a step encodes are the same whatever its samples are.
 
-        If so, several processes may divide the classes of a training step among them. A class of which that is true says
-        so by ``divides_classes = True``.
+        If so, several processes may divide the classes of a training step among them. A class of which that is true
+        says so by ``divides_classes = True``.
         """
         return False
 

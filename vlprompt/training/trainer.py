@@ -308,7 +308,7 @@ class Trainer:
             totals[name] = self.accelerator.reduce(totals[name], reduction="sum")
 
     def _division(self, samples: np.ndarray) -> contextlib.AbstractContextManager[Division | None]:
-        """Return the context in which processes divide the classes of a step, if all of them take part equally often."""
+        """Return the context in which processes divide a step's classes, if all of them take part equally often."""
         world = self.accelerator.num_processes
         if world == 1 or not self.module.divides_classes:
             return contextlib.nullcontext()
