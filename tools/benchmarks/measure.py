@@ -8,8 +8,8 @@ import logging
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +17,34 @@ import torch
 
 from benchmarks.machine import NoiseWatch, status_gib
 
-__all__ = ["Comparison", "Measured", "compare", "matrix_gflops", "measure"]
+__all__ = ["Aside", "Comparison", "Measured", "compare", "matrix_gflops", "measure"]
 
 log = logging.getLogger("benchmarks")
 
 Work = Callable[[], object]
+"""What is timed. If it returns an :class:`Aside`, that is taken off its times."""
+
+
+@dataclass
+class Aside:
+    """What a run did beside the way that it stands for, for example again because memory did not suffice.
+
+    Attributes:
+        seconds: Of the clock.
+        cpu_seconds: Of all threads of this process.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, time is added here."""
+        started = time.perf_counter()
+        cpu_started = time.process_time()
+        yield
+        self.seconds += time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu_started
 
 
 @dataclass(frozen=True)
@@ -140,9 +163,13 @@ def _run(work: Work) -> Measured:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     started = time.perf_counter()
     cpu_started = time.process_time()
-    work()
+    answer = work()
     seconds = time.perf_counter() - started
     cpu_seconds = time.process_time() - cpu_started
+
+    if isinstance(answer, Aside):
+        seconds -= answer.seconds
+        cpu_seconds -= answer.cpu_seconds
 
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     peak = status_gib("VmHWM")

@@ -267,7 +267,7 @@ def division() -> Division | None:
 
 
 def _gather_with_gradient(features: Tensor, sizes: list[int]) -> Tensor:
-    gathered: Tensor = _Gather.apply(features, sizes)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(features, sizes)
     return gathered
 
 
