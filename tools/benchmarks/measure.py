@@ -100,7 +100,7 @@ def measure(work: Work, repeats: int = 3, warmup: int = 1) -> Measured:
     for _ in range(warmup):
         work()
     watch = NoiseWatch()
-    runs = [_run(work) for _ in range(max(1, repeats))]
+    runs = [_run(work, trim=number == 0) for number in range(max(1, repeats))]
 
     return _summary(runs, _was_quiet(watch))
 
@@ -123,7 +123,7 @@ def compare(ours: Work, baseline: Work, repeats: int = 3, warmup: int = 1) -> Co
     works = (ours, baseline)
     for pair in range(max(1, repeats)):
         for way in (0, 1) if pair % 2 == 0 else (1, 0):
-            runs[way].append(_run(works[way]))
+            runs[way].append(_run(works[way], trim=pair == 0))
 
     quiet = _was_quiet(watch)
     pairs = list(zip(*runs, strict=True))
@@ -150,13 +150,18 @@ def matrix_gflops(rows: int, inner: int, columns: int, seconds: float = 1.0) -> 
     return 2e-9 * rows * inner * columns * count / (time.perf_counter() - started)
 
 
-def _run(work: Work) -> Measured:
-    """Run once."""
+def _run(work: Work, trim: bool) -> Measured:
+    """Run once.
+
+    Args:
+        work: What is run.
+        trim: Hand freed memory back to the system before, or it hides the peak. The next runs find it in place, as the
+            next batches of a user do.
+    """
     gc.collect()
-    with suppress(
-        OSError, AttributeError
-    ):  # glibc keeps what was freed; hand it back, or it hides the next peak
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if trim:
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     before = status_gib("VmRSS")
     _reset_peak()

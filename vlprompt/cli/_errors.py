@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.names import printable
 
 __all__ = [
@@ -74,6 +75,7 @@ def exit_status(body: Callable[[], int | None]) -> int:
         body: Returns its status; None is 0.
     """
     _set_up_messages()
+    keep_freed_memory()
     try:
         status = body()
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the end
