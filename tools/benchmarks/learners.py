@@ -31,7 +31,7 @@ from benchmarks import BENCHMARKS
 from benchmarks._naive import naive_text_bytes, naive_towers, replaced
 from benchmarks._step import learned, relative, take_step
 from benchmarks.machine import bounded_memory, require_memory
-from benchmarks.measure import Aside, Measured, compare, measure
+from benchmarks.measure import Aside, Measured, in_turns, measure
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.errors import VLPromptError
@@ -211,16 +211,16 @@ def _measured(case: _Case, settings: _Settings) -> dict[str, Any]:
             naive.update(case.step(case.pixels))
         return aside
 
-    both = compare(lambda: case.step(case.batch), obvious, settings.repeats, warmup=0)
+    both = in_turns({"fast": lambda: case.step(case.batch), "naive": obvious}, settings.repeats, warmup=0)
     draws = relative(other_seed, fast) > _NOISE
     return {
         **row,
-        **_figures("fast", both.ours),
-        **_figures("naive", both.baseline),
-        "speedup": both.ratio,
-        "cpu_speedup": both.cpu_ratio,
+        **_figures("fast", both["fast"]),
+        **_figures("naive", both["naive"]),
+        "speedup": both.ratio("naive", "fast"),
+        "cpu_speedup": both.cpu_ratio("naive", "fast"),
         "update_rel_diff": None if draws else relative(fast, naive),
-        "quiet": both.ours.quiet,
+        "quiet": both.quiet,
     }
 
 

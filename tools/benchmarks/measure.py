@@ -8,7 +8,7 @@ import logging
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import NoiseWatch, status_gib
 
-__all__ = ["Aside", "Comparison", "Measured", "compare", "matrix_gflops", "measure"]
+__all__ = ["Aside", "Measured", "Turns", "Work", "in_turns", "matrix_gflops", "measure"]
 
 log = logging.getLogger("benchmarks")
 
@@ -69,30 +69,31 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two ways of the same work, timed in turns.
+class Turns:
+    """Several ways of the same work, timed in turns.
 
     Attributes:
-        ours: Our way.
-        baseline: The other one.
-        ratios: Wall-clock seconds of the baseline over ours, pair by pair.
-        cpu_ratios: The same of processor time.
+        runs: Every counted run of each way, in the order of the rounds.
+        quiet: False if other programs or the machine's host took processors meanwhile.
     """
 
-    ours: Measured
-    baseline: Measured
-    ratios: list[float] = field(repr=False)
-    cpu_ratios: list[float] = field(repr=False)
+    runs: Mapping[str, list[Measured]] = field(repr=False)
+    quiet: bool
 
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is: the median over pairs."""
-        return statistics.median(self.ratios)
+    def __getitem__(self, way: str) -> Measured:
+        """Return the medians of one way, and its highest peak."""
+        return _summary(self.runs[way], self.quiet)
 
-    @property
-    def cpu_ratio(self) -> float:
-        """How many times less processor time ours takes: the median over pairs."""
-        return statistics.median(self.cpu_ratios)
+    def ratio(self, way: str, over: str) -> float:
+        """Return the seconds of one way over those of another: the median over rounds."""
+        return statistics.median(a.seconds / max(b.seconds, 1e-9) for a, b in self._pairs(way, over))
+
+    def cpu_ratio(self, way: str, over: str) -> float:
+        """Return the processor time of one way over that of another: the median over rounds."""
+        return statistics.median(a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in self._pairs(way, over))
+
+    def _pairs(self, way: str, over: str) -> Iterator[tuple[Measured, Measured]]:
+        return zip(self.runs[way], self.runs[over], strict=True)
 
 
 def measure(work: Work, repeats: int = 3, warmup: int = 1) -> Measured:
@@ -105,34 +106,24 @@ def measure(work: Work, repeats: int = 3, warmup: int = 1) -> Measured:
     return _summary(runs, _was_quiet(watch))
 
 
-def compare(ours: Work, baseline: Work, repeats: int = 3, warmup: int = 1) -> Comparison:
-    """Run both ways in turns, so that a machine whose speed drifts takes from both alike.
+def in_turns(works: Mapping[str, Work], repeats: int = 3, warmup: int = 1) -> Turns:
+    """Run several ways in turns, so that a machine whose speed drifts takes from all alike.
 
     Args:
-        ours: Our way.
-        baseline: What it is compared with.
-        repeats: Counted pairs; every other one begins with the baseline.
-        warmup: Runs of each before the first pair.
+        works: By name.
+        repeats: Counted rounds; every other one goes through the ways backwards.
+        warmup: Runs of each before the first round.
     """
     for _ in range(warmup):
-        ours()
-        baseline()
+        for work in works.values():
+            work()
 
     watch = NoiseWatch()
-    runs: tuple[list[Measured], list[Measured]] = ([], [])
-    works = (ours, baseline)
-    for pair in range(max(1, repeats)):
-        for way in (0, 1) if pair % 2 == 0 else (1, 0):
-            runs[way].append(_run(works[way], trim=pair == 0))
-
-    quiet = _was_quiet(watch)
-    pairs = list(zip(*runs, strict=True))
-    return Comparison(
-        _summary(runs[0], quiet),
-        _summary(runs[1], quiet),
-        [b.seconds / max(a.seconds, 1e-9) for a, b in pairs],
-        [b.cpu_seconds / max(a.cpu_seconds, 1e-9) for a, b in pairs],
-    )
+    runs: dict[str, list[Measured]] = {name: [] for name in works}
+    for number in range(max(1, repeats)):
+        for name in works if number % 2 == 0 else reversed(works):
+            runs[name].append(_run(works[name], trim=number == 0))
+    return Turns(runs, _was_quiet(watch))
 
 
 def matrix_gflops(rows: int, inner: int, columns: int, seconds: float = 1.0) -> float:

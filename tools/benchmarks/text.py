@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import BENCHMARKS
-from benchmarks.measure import matrix_gflops, measure
+from benchmarks.measure import Work, in_turns, matrix_gflops
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.text import TextTower
@@ -28,7 +28,7 @@ def bench_text(
     classes: int = 100,
     context: int = 16,
     position: Position = "end",
-    repeats: int = 5,
+    repeats: int = 3,
     naive: bool = True,
 ) -> dict[str, Any]:
     """Compare the fast path with the naive one on random weights and ImageNet's class names.
@@ -38,7 +38,7 @@ def bench_text(
         classes: C; above 1,000 the names of ImageNet-21K's synsets are taken.
         context: M learned vectors, shared by all classes.
         position: Where the class name stands.
-        repeats: Counted runs of the fast path; the naive one is run a third as often.
+        repeats: Counted pairs of both paths.
         naive: False skips the naive path (and the ratios), for class lists it can't do in reasonable time.
     """
     tower = create_backbone(backbone).text
@@ -48,7 +48,11 @@ def bench_text(
     pull = torch.randn(classes, _joint_dim(tower, layout, start), generator=torch.Generator().manual_seed(0))
 
     fast = _Pass(start, lambda ctx: _backward(tower.encode(layout, ctx), pull))
-    fast_measured = measure(fast, repeats)
+    slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
+    fast()
+    ways: dict[str, Work] = {"fast": fast, **({"naive": slow} if naive else {})}
+    turns = in_turns(ways, repeats, warmup=0)
+    fast_measured = turns["fast"]
     flops = _count_flops(fast)
     tokens = int((layout.tiles.positions > 0).sum()) + layout.shared
     result: dict[str, Any] = {
@@ -68,14 +72,15 @@ def bench_text(
     if not naive:
         return result
 
-    slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
-    slow_measured = measure(slow, max(1, repeats // 3), warmup=0)
+    slow_measured = turns["naive"]
     return {
         **result,
         "naive_s": slow_measured.seconds,
         "naive_peak_rss_gib": slow_measured.peak_rss_gib,
         "naive_classes_per_pass": min(classes, _NAIVE_CHUNK),
-        "speedup": slow_measured.seconds / fast_measured.seconds,
+        "speedup": turns.ratio("naive", "fast"),
+        "cpu_speedup": turns.cpu_ratio("naive", "fast"),
+        "quiet": turns.quiet,
         "max_abs_diff": float((fast.features - slow.features).abs().max()),
         "grad_rel_diff": float((fast.gradient - slow.gradient).norm() / slow.gradient.norm()),
     }

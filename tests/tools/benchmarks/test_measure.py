@@ -6,29 +6,43 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks.machine import MemoryNeedError, Noise, NoiseWatch, memory_limit, require_memory
-from benchmarks.measure import compare, measure
+from benchmarks.measure import Aside, Measured, Turns, in_turns, measure
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
 
-def test_both_ways_take_turns() -> None:
+def test_ways_take_turns() -> None:
     runs: list[str] = []
-    found = compare(lambda: runs.append("ours"), lambda: runs.append("baseline"), repeats=3, warmup=1)
-    assert runs == ["ours", "baseline", "ours", "baseline", "baseline", "ours", "ours", "baseline"]
-    assert len(found.ratios) == len(found.cpu_ratios) == 3
-    assert found.ratio == sorted(found.ratios)[1]
-    assert found.cpu_ratio == sorted(found.cpu_ratios)[1]
+    found = in_turns({name: partial(runs.append, name) for name in "abc"}, repeats=3, warmup=1)
+    assert "".join(runs) == "abc" + "abc" + "cba" + "abc"
+    assert {name: len(times) for name, times in found.runs.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_a_ratio_says_how_many_times_faster_ours_is() -> None:
-    found = compare(lambda: time.sleep(0.01), lambda: time.sleep(0.05), repeats=3)
-    assert found.ratio > 1
-    assert found.ours.seconds < found.baseline.seconds
+def test_a_ratio_is_the_median_of_the_rounds() -> None:
+    runs = {
+        "ours": [Measured(wall, cpu, None, None) for wall, cpu in ((1.0, 2.0), (2.0, 3.0), (4.0, 1.0))],
+        "theirs": [Measured(wall, cpu, None, None) for wall, cpu in ((5.0, 6.0), (4.0, 3.0), (16.0, 2.0))],
+    }
+    turns = Turns(runs, quiet=True)
+    assert (turns.ratio("theirs", "ours"), turns.cpu_ratio("theirs", "ours")) == (4.0, 2.0)
+    assert turns["ours"].seconds == 2.0
+
+
+def test_what_a_run_did_aside_is_taken_off() -> None:
+    def work() -> Aside:
+        aside = Aside()
+        with aside.running():
+            time.sleep(0.2)
+        return aside
+
+    found = measure(work, repeats=1, warmup=0)
+    assert found.seconds < 0.2
 
 
 def test_memory_that_a_run_adds_and_its_page_faults_are_seen() -> None:
