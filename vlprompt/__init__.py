@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     __version__: str
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlprompt.experiments.tasks import run
     from vlprompt.generation import list_personalisers
     from vlprompt.learners import create_learner, list_learners
+    from vlprompt.saved.hub import push
     from vlprompt.saved.prompts import Kind, save
     from vlprompt.security.scan import scan
     from vlprompt.segmentation import create_segmenter, list_segmenters
@@ -54,6 +55,7 @@ _HOME = {
     "load_dataset": "vlprompt.data",
     "load_segmentation": "vlprompt.data",
     "predict": "vlprompt.classification.predict",
+    "push": "vlprompt.saved.hub",
     "run": "vlprompt.experiments.tasks",
     "save": "vlprompt.saved.prompts",
     "scan": "vlprompt.security.scan",
@@ -69,6 +71,7 @@ __all__ = [
     "create_segmenter",
     "evaluate",
     "evaluate_segmenter",
+    "export",
     "fit",
     "fit_segmenter",
     "list_adapters",
@@ -82,6 +85,7 @@ __all__ = [
     "load_dataset",
     "load_segmentation",
     "predict",
+    "push",
     "run",
     "save",
     "scan",
@@ -94,7 +98,8 @@ def load(
     """Read what :func:`vlprompt.save` wrote: a learner, or a segmentation model. No code in the files can run.
 
     Args:
-        path: The folder, or that of the cell or run which saved it, if it saved no other.
+        path: The folder, or that of the cell or run which saved it, if it saved no other; ``"user/name"`` or
+            ``"user/name@revision"`` fetches what was pushed to the Hub.
         backbone: The backbone it was trained on; None builds what the file says. A mapping builds that with other
             arguments of :func:`create_backbone`, such as ``{"pretrained": PATH}`` where weights have moved.
         kind: What it has to be; None takes either.
@@ -115,6 +120,37 @@ def load(
     from vlprompt.segmentation.evaluate import build_segmenter  # those who classify need none of it
 
     return build_segmenter(path, card, tensors, backbone)
+
+
+def export(model: Any, path: str | Path, *, phrases: Sequence[str] | None = None, int8: bool = False) -> Path:
+    """Write a learner or a segmenter as one file that runs without this library, and check that it gives the same.
+
+    Args:
+        model: A learner, or a segmentation model.
+        path: ``*.onnx``, or ``*.pt2`` for a program of ``torch.export``.
+        phrases: What to segment; of a segmentation model alone.
+        int8: Weights of matrix products in eight bits; of a learner in an ``.onnx`` file alone.
+
+    Raises:
+        ExportError: See :func:`vlprompt.saved.export.export`.
+    """
+    from vlprompt.core.errors import ConfigError
+    from vlprompt.learners import Learner
+    from vlprompt.saved.export import export as export_learner
+    from vlprompt.segmentation.export import export_segmenter
+
+    if isinstance(model, Learner):
+        if phrases is not None:
+            raise ConfigError(
+                ["phrases: a classifier has class names; learner.with_classes(names) changes them."]
+            )
+        return export_learner(model, path, int8=int8)
+
+    if int8:
+        raise ConfigError(["int8: segmentation models are exported in float32 alone."])
+    if phrases is None:
+        raise ConfigError(["phrases: a segmentation model is exported for a list of phrases; say which."])
+    return export_segmenter(model, path, phrases)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import open_clip
@@ -20,12 +16,12 @@ from torch import Tensor
 
 from tests.backbones.architectures import SMALL_CONFIG
 from tests.backbones.test_transformers_models import assert_equal, build, save
+from tests.hub_server import COMMIT, HubServer, serve_hub
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.checkpoints.loading import build_model
 from vlprompt.core.errors import BackboneError, ConfigError
 
 REPO = "someone/model"
-COMMIT = "a" * 40
 CARD = {
     "model_cfg": {**SMALL_CONFIG, "quick_gelu": True},
     "preprocess_cfg": {
@@ -51,93 +47,12 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-class StandIn:
-    """What the Hub answers.
-
-    Attributes:
-        folder: The files of the one repository.
-        status: Answer to every request, if not 0.
-        cut: Files of which only half is sent.
-        asked: Paths that were asked for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.status = 0
-        self.cut: set[str] = set()
-        self.asked: list[str] = []
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-            def refuse(self, status: int, code: str) -> None:
-                self.send_response(status)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def answer(self, body: bool) -> None:
-                hub.asked.append(self.path)
-                prefix = f"/{REPO}/resolve/"
-                if hub.status:
-                    return self.refuse(hub.status, "RepoNotFound" if hub.status == 401 else "")
-                if not self.path.startswith(prefix):
-                    return self.refuse(404, "RepoNotFound")
-
-                revision, _, name = self.path.removeprefix(prefix).partition("/")
-                if revision not in ("main", COMMIT):
-                    return self.refuse(404, "RevisionNotFound")
-                file = hub.folder / name
-                if not file.is_file():
-                    return self.refuse(404, "EntryNotFound")
-
-                content = file.read_bytes()
-                self.send_response(200)
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    self.wfile.write(content[: len(content) // 2] if name in hub.cut else content)
-                return None
-
-        return Handler
-
-
 @pytest.fixture
-def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A server on this machine in the Hub's place, and an empty cache."""
-    stand_in = StandIn(repository)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), stand_in.handler())
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    yield stand_in
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server on this machine in the Hub's place, with the repository, and an empty cache."""
+    with serve_hub(tmp_path, monkeypatch) as server:
+        server.add(REPO, repository)
+        yield server
 
 
 def check(backbone: Backbone, images: Tensor, folder: Path) -> None:
@@ -183,7 +98,7 @@ def test_folders_that_are_none(repository: Path) -> None:
 
 
 def test_the_hub_and_then_its_cache_alone(
-    hub: StandIn, repository: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, repository: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     online = create_backbone(f"hf-hub:{REPO}")
     check(online, images, repository)
@@ -196,7 +111,7 @@ def test_the_hub_and_then_its_cache_alone(
     assert len(hub.asked) == asked
 
 
-def test_a_revision_and_a_cache_of_ones_own(hub: StandIn, tmp_path: Path) -> None:
+def test_a_revision_and_a_cache_of_ones_own(hub: HubServer, tmp_path: Path) -> None:
     cache = tmp_path / "mine"
     backbone = create_backbone(f"hf-hub:{REPO}@{COMMIT}", cache_dir=str(cache))
     assert backbone.fingerprint["activation"] == "quickgelu"
@@ -205,15 +120,15 @@ def test_a_revision_and_a_cache_of_ones_own(hub: StandIn, tmp_path: Path) -> Non
         create_backbone(f"hf-hub:{REPO}@v9")
 
 
-def test_transformers_models_on_the_hub(hub: StandIn, tmp_path: Path) -> None:
+def test_transformers_models_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     model = build("clip")
     save(model, folder, max_shard_size="100KB")
-    hub.folder = folder
+    hub.add(REPO, folder)
     assert_equal(create_backbone(f"hf-hub:{REPO}"), model)
 
 
-def test_a_repository_that_is_not_open(hub: StandIn) -> None:
+def test_a_repository_that_is_not_open(hub: HubServer) -> None:
     hub.status = 401
     with pytest.raises(BackboneError, match=r"not open to everyone \(401\).*hf auth login.*local-dir:PATH"):
         create_backbone(f"hf-hub:{REPO}")
@@ -224,16 +139,18 @@ def test_a_repository_that_is_not_open(hub: StandIn) -> None:
         create_backbone("hf-hub:a/b/c")
 
 
-def test_weights_that_are_not_there_are_never_replaced_by_random_ones(hub: StandIn) -> None:
-    (hub.folder / "open_clip_model.safetensors").unlink()
+def test_weights_that_are_not_there_are_never_replaced_by_random_ones(
+    hub: HubServer, repository: Path
+) -> None:
+    (repository / "open_clip_model.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"has no weights: none of open_clip_model\.safetensors"):
         create_backbone(f"hf-hub:{REPO}")
-    (hub.folder / "open_clip_config.json").unlink()
+    (repository / "open_clip_config.json").unlink()
     with pytest.raises(BackboneError, match=r"has no card: none of open_clip_config\.json"):
         create_backbone(f"hf-hub:{REPO}")
 
 
-def test_half_a_file(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_file(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before it tries again
     hub.cut = {"open_clip_model.safetensors"}
     with pytest.raises(
@@ -245,7 +162,7 @@ def test_half_a_file(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     assert create_backbone(f"hf-hub:{REPO}").fingerprint["activation"] == "quickgelu"
 
 
-def test_without_a_network_and_without_a_copy(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_and_without_a_copy(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         BackboneError, match=r"can't be reached, and the cache has no copy.*create_backbone\('tiny'\)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -136,12 +138,20 @@ def imagenet_names(count: int) -> list[str]:
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
 
-    names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
+    names = _distinct(open_clip.IMAGENET_CLASSNAMES)
     if count > len(names):
         info = ImageNetInfo("imagenet22k")
         labels = (info.index_to_description(i).split(",")[0].strip() for i in range(info.num_classes()))
         wordnet = (info.index_to_label_name(i) for i in range(info.num_classes()))
-        names = list(dict.fromkeys([*names, *labels, *wordnet]))
+        names = _distinct([*names, *labels, *wordnet])
     if count > len(names):
         raise DataError(f"there are {len(names)} ImageNet names, {count} were asked for.")
     return names[:count]
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Return the first of all names that a text tower can't tell apart: it reads neither capitals nor most signs."""
+    first = {}
+    for name in names:
+        first.setdefault(re.sub(r"[\W_]+", "", name.casefold()), name)
+    return list(first.values())

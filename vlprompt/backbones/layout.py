@@ -77,7 +77,7 @@ def insert_rows(x: Tensor, slots: Slots, rows: Tensor) -> Tensor:
     if not slots.places:
         return x
 
-    groups = max(len(x), len(rows))
+    groups = max(x.shape[0], rows.shape[0])
     places = torch.tensor(slots.places, device=x.device)
     chosen = rows[:, torch.tensor(slots.numbers, device=rows.device)].to(x.dtype)
     return x.expand(groups, -1, -1).index_copy(1, places, chosen.expand(groups, -1, -1))

@@ -22,7 +22,7 @@ from torch import nn
 from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.checkpoints.facts import Facts, hub_files
 from vlprompt.backbones.checkpoints.files import WEIGHT_FILES, WeightFiles, find_weight_files
-from vlprompt.backbones.checkpoints.hub import Repository, fetch_weights
+from vlprompt.backbones.checkpoints.hub import WeightsRepository, fetch_weights
 from vlprompt.backbones.checkpoints.loading import (
     Asked,
     Loaded,
@@ -34,6 +34,7 @@ from vlprompt.backbones.checkpoints.tensors import first_line
 from vlprompt.backbones.preprocessing import preprocessing_facts, transform_of
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.core.errors import BackboneError, ConfigError, UnknownNameError
+from vlprompt.core.hub import HF_HUB
 from vlprompt.core.paths import looks_like_path, user_path
 from vlprompt.core.preprocessing import ResizeMode, read_preprocess_options
 
@@ -41,7 +42,6 @@ __all__ = ["build_open_clip", "missing_files", "wrap_open_clip"]
 
 log = logging.getLogger("vlprompt.backbones")
 
-HUB = "hf-hub:"
 LOCAL = "local-dir:"
 
 _OFFLINE = "What works offline: create_backbone('tiny'), whose weights are in the package, or pretrained=None (random)."
@@ -76,7 +76,7 @@ def build_open_clip(
     cache_dir = None if cache_dir is None else str(user_path(cache_dir))
     asked = Asked(Facts("asked for", quick_gelu, wanted), weights_of, part, leave_out)
 
-    if name.startswith((HUB, LOCAL)):
+    if name.startswith((HF_HUB, LOCAL)):
         loaded, source = _described(name, pretrained, asked, cache_dir)
         # A place is no part of what a model is: the same folder, moved, is the same backbone.
         architecture = loaded.card.transformers.get("model_type", "open_clip") if loaded.card else "open_clip"
@@ -169,8 +169,8 @@ def _described(
             [f"pretrained: {name} brings its own weights; leave {pretrained!r} out."], "backbone"
         )
 
-    if name.startswith(HUB):
-        repository = Repository(name.removeprefix(HUB), cache_dir)
+    if name.startswith(HF_HUB):
+        repository = WeightsRepository(name.removeprefix(HF_HUB), cache_dir)
         files = fetch_weights(repository, card=True)
         source: str | Path = repository.repo
     else:
@@ -229,8 +229,8 @@ def _weight_files(name: str, pretrained: str | None, cache_dir: str | None) -> W
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
         return None
-    if pretrained.startswith(HUB):
-        return fetch_weights(Repository(pretrained.removeprefix(HUB), cache_dir), card=False)
+    if pretrained.startswith(HF_HUB):
+        return fetch_weights(WeightsRepository(pretrained.removeprefix(HF_HUB), cache_dir), card=False)
 
     path = user_path(pretrained.removeprefix(LOCAL))
     if path.exists() or looks_like_path(pretrained):
@@ -277,7 +277,7 @@ def _tokenizer(name: str, loaded: Loaded, source: str | Path, cache_dir: str | N
         with _quiet():
             if loaded.card is not None and loaded.text:
                 return _card_tokenizer(loaded.text, source, cache_dir), ""
-            if name.startswith((HUB, LOCAL)):
+            if name.startswith((HF_HUB, LOCAL)):
                 return _transformers_tokenizer(loaded, source, cache_dir), ""
             return open_clip.get_tokenizer(name, cache_dir=cache_dir), ""
     except Exception as error:  # a missing package, an unreachable hub: both mean there is no tokenizer here
@@ -385,12 +385,12 @@ def missing_files(name: str, pretrained: str | None, cache_dir: str | None = Non
         cache_dir: Where downloaded weights are kept; None for the usual folders.
     """
     cache = None if cache_dir is None else user_path(cache_dir)
-    place = name if name.startswith((HUB, LOCAL)) else pretrained or ""
+    place = name if name.startswith((HF_HUB, LOCAL)) else pretrained or ""
     if place.startswith(LOCAL):
         folder = user_path(place.removeprefix(LOCAL))
         return None if folder.is_dir() else f"the folder {folder} does not exist."
-    if place.startswith(HUB):
-        repository, _, revision = place.removeprefix(HUB).partition("@")
+    if place.startswith(HF_HUB):
+        repository, _, revision = place.removeprefix(HF_HUB).partition("@")
         files = [try_to_load_from_cache(repository, file, cache, revision or None) for file in WEIGHT_FILES]
         there = any(isinstance(file, str) for file in files)
         return None if there else f"{place} is not on this machine; the first run fetches it."

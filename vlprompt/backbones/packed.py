@@ -10,7 +10,7 @@ packed matrix, attention sees tiles of tokens with a mask that keeps sentences a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,9 @@ def encode_packed(
     prefix = tower.assemble(layout.prefix, layout.prefix_slots, torch.arange(layout.shared), context)
     past = _run_prefix(tower, prefix, layout.prefix_slots, deep, adapters)
     remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
-    groups = max(len(remainders), len(prefix), 1 if deep is None else len(deep))
+    groups = cast(int, torch.sym_max(remainders.shape[0], prefix.shape[0]))
+    if deep is not None:
+        groups = cast(int, torch.sym_max(groups, deep.shape[0]))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
 
@@ -96,6 +98,11 @@ def encode_packed(
 def _chunks(tower: PackableTower, groups: int, tiles: Tiles) -> tuple[list[slice], list[slice]]:
     """Cut groups and tiles into slices whose activations stay below ``tower.memory`` bytes."""
     count, size = tiles.sources.shape
+    if (
+        torch.compiler.is_compiling()
+    ):  # a traced graph has any number of groups, and its compiler plans its memory
+        return [slice(0, groups)], [slice(0, count)]
+
     # Per token and layer autograd keeps about 17 widths: norms, q, k, v, attention, and three of the 4x MLP.
     token_bytes = tower.layers * tower.width * 17 * 4
     most = max(1, tower.memory // (token_bytes * size))
@@ -210,7 +217,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, past: KeyValue, group: sl
     tiles = len(mask)
     shared_key = _pick(past[0], group)
     shared_value = _pick(past[1], group)
-    groups = max(len(query), len(shared_key))
+    groups = cast(int, torch.sym_max(query.shape[0], shared_key.shape[0]))
     key = _with_past(key, shared_key, tiles, groups)
     value = _with_past(value, shared_value, tiles, groups)
     query = _tile(query, tiles).expand(groups, -1, -1, -1, -1)
@@ -279,4 +286,4 @@ def _insert(x: Tensor, slots: Slots, deep: Tensor | None, layer: int) -> Tensor:
 
 def _pick(x: Tensor, group: slice) -> Tensor:
     """Take some groups, unless all groups share one entry."""
-    return x if len(x) == 1 else x[group]
+    return x if x.shape[0] == 1 else x[group]

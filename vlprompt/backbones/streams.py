@@ -96,7 +96,7 @@ class ClipStream(TokenStream):
         """See :meth:`TokenStream.embed`."""
         visual = self.visual
         x = visual.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         return x + visual.positional_embedding.to(x.dtype), None
 
     def norm_before(self, x: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def first_state(tower: VisionTower, images: Tensor) -> Tensor:
     x = visual.conv1(images)
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    x = torch.cat([visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
     return x + resized_positions(visual.positional_embedding, grid, tuple(visual.grid_size)).to(x.dtype)
 
 
@@ -162,7 +162,7 @@ def run_taps(
     """
     stream = tower.stream
     assert stream is not None  # there is a first state
-    rows = None if prompts is None else _checked(tower, prompts, len(x))
+    rows = None if prompts is None else _checked(tower, prompts, x.shape[0])
     tokens = x.shape[1]
 
     rotation = stream.native_rotation()

@@ -274,7 +274,7 @@ class TextTower:
 
     def spread(self, x: Tensor, layout: PromptLayout, deep: Tensor | None, length: int) -> Tensor:
         """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings."""
-        groups = max(len(x), 1 if deep is None else len(deep))
+        groups = max(x.shape[0], 1 if deep is None else deep.shape[0])
         return x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
     def padded_sources(self, layout: PromptLayout, length: int) -> Tensor:

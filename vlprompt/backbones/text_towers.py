@@ -174,8 +174,8 @@ class OwnTower(TextTower):
             return x[:, -1]
         if self.pooling == "first":
             return x[:, 0]
-        ends = torch.tensor(layout.lengths, device=x.device).repeat(len(x) // len(layout)) - 1
-        return x[torch.arange(len(x), device=x.device), ends]
+        ends = torch.tensor(layout.lengths, device=x.device).repeat(x.shape[0] // len(layout)) - 1
+        return x[torch.arange(x.shape[0], device=x.device), ends]
 
 
 class CoCaTower(OwnTower):
@@ -212,11 +212,11 @@ class CoCaTower(OwnTower):
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
         x = self.begin(layout, context, deep, length)
-        groups = len(x) // len(layout)
+        groups = x.shape[0] // len(layout)
 
         if self.cls is not None:
             token = (self.cls + self.positions[self.context_length]).to(x.dtype)
-            x = torch.cat([x, token.expand(len(x), 1, -1)], dim=1)
+            x = torch.cat([x, token.expand(x.shape[0], 1, -1)], dim=1)
 
         mask = self._mask(sources.to(x.device), x.dtype).repeat(groups, 1, 1, 1)
         x = self.run_blocks(x, mask, layout, deep, adapters)
@@ -296,7 +296,7 @@ class HuggingFaceTower(TextTower):
         sources = self.padded_sources(layout, length)
         slots = layout.padded_slots(length)
         x = self.spread(self.embed(sources.flatten(), slots, context), layout, deep, length)
-        groups = len(x) // len(layout)
+        groups = x.shape[0] // len(layout)
         mask = (sources != self.pad).long().to(x.device).repeat(groups, 1)
 
         with ExitStack() as stack:
@@ -316,7 +316,7 @@ class HuggingFaceTower(TextTower):
 
 def _replace(x: Tensor, classes: int, slots: Slots, rows: Tensor) -> Tensor:
     """Put (G or 1, K, Dt) learned vectors into (G * C, R, Dt) states; slots are those of C sentences of R tokens."""
-    flat = x.reshape(len(x) // classes, classes * x.shape[1], -1)
+    flat = x.reshape(x.shape[0] // classes, classes * x.shape[1], -1)
     return insert_rows(flat, slots, rows).reshape(-1, *x.shape[1:])
 
 

@@ -163,7 +163,7 @@ class VisionTower:
             # No tokens: the same tower, block by block.
             prompts = VisualPrompts(images.new_empty(1, 0, self.width))
 
-        tokens = self._check(prompts, len(images))
+        tokens = self._check(prompts, images.shape[0])
         stream = self._stream()
         append = prompts.insertion == "append"
 
@@ -221,8 +221,8 @@ def _with_pixels(images: Tensor, prompts: PixelPrompts) -> Tensor:
             f"a visual prompt of {pixels.shape[-2]} x {pixels.shape[-1]} pixels, images of {images.shape[-2]} x "
             f"{images.shape[-1]}."
         )
-    if len(pixels) not in (1, len(images)):
-        raise VLPromptError(f"visual prompts for {len(pixels)} images, the batch has {len(images)}.")
+    if pixels.shape[0] not in (1, images.shape[0]):
+        raise VLPromptError(f"visual prompts for {len(pixels)} images, the batch has {images.shape[0]}.")
     return images + pixels.to(images.dtype)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprompt.classification.label_space import in_learner_space
+from vlprompt.classification.label_space import dataset_for, in_learner_space
 from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
@@ -22,7 +22,7 @@ __all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 def evaluate(
     learner: Learner,
-    data: ImageDataset,
+    data: ImageDataset | Any,
     *,
     metrics: Sequence[str] | None = None,
     batch_size: int = 100,
@@ -36,7 +36,7 @@ def evaluate(
     Args:
         learner: See :func:`vlprompt.create_learner`.
         data: The learner must know all its classes; they may be fewer, in another order or in capitals. Images compete
-            against all classes of the learner.
+            against all classes of the learner. A torch ``Dataset`` or a list of pairs too, see :func:`vlprompt.fit`.
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
@@ -45,7 +45,7 @@ def evaluate(
     Raises:
         DataError: If the learner doesn't know a class.
     """
-    data = in_learner_space(learner, data)
+    data = in_learner_space(learner, dataset_for(learner, data, "test"))
     cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
@@ -101,7 +101,7 @@ def image_embeddings(
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
     encode, fingerprint = encoder_of(learner)
     return (cache or FeatureCache()).features(
-        data, encode, learner.backbone.preprocess, fingerprint=fingerprint, batch_size=batch_size
+        data, encode, learner.preprocess, fingerprint=fingerprint, batch_size=batch_size
     )
 
 
@@ -109,7 +109,7 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns images into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:
-        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}"
+        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}{learner.preparation}"
     return backbone.image_embeddings, backbone.fingerprint["id"]
 
 
@@ -117,4 +117,4 @@ def _image_batches(learner: Learner, data: ImageDataset, rows: range, size: int)
     """Yield (B, 3, H, W) preprocessed images of some rows, in the data set's order."""
     for start in range(rows.start, rows.stop, size):
         end = min(start + size, rows.stop)
-        yield torch.stack([learner.backbone.preprocess(data[i][0]) for i in range(start, end)])
+        yield torch.stack([learner.preprocess(data[i][0]) for i in range(start, end)])

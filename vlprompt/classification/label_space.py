@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import listed_names, match_classes
 from vlprompt.data import ImageDataset, Sample
+from vlprompt.data.objects import dataset_of
 from vlprompt.learners import Learner
 
-__all__ = ["fitting", "in_learner_space", "known_classes"]
+__all__ = ["Named", "dataset_for", "fitting", "in_learner_space", "known_classes"]
 
 
-def known_classes(learner: Learner, data: ImageDataset) -> int:
+class Named(Protocol):
+    """What chooses among classes."""
+
+    @property
+    def classnames(self) -> Sequence[str]:
+        """C names."""
+
+
+def known_classes(learner: Named, data: ImageDataset) -> int:
     """Return how many classes of a data set a learner knows; capitals and the order don't count."""
     return sum(position is not None for position in match_classes(data.classnames, learner.classnames))
 
 
-def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
+def in_learner_space(learner: Named, data: ImageDataset) -> ImageDataset:
     """Return a data set with a learner's class names and numbers.
 
     The data may have the same classes in another order or in capitals, or fewer of them.
@@ -26,7 +36,7 @@ def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
     Raises:
         DataError: If the learner doesn't know one of its classes.
     """
-    if data.classnames == learner.classnames:
+    if data.classnames == tuple(learner.classnames):
         return data
 
     positions = match_classes(data.classnames, learner.classnames)
@@ -41,10 +51,21 @@ def in_learner_space(learner: Learner, data: ImageDataset) -> ImageDataset:
     known = [position for position in positions if position is not None]
     if len(known) == len(learner.classnames):
         order = sorted(range(len(known)), key=known.__getitem__)
-        return replace(data.keep_classes(order), classnames=learner.classnames)
+        return replace(data.keep_classes(order), classnames=tuple(learner.classnames))
 
     samples = tuple(_moved(sample, known) for sample in data.samples)
-    return replace(data, samples=samples, classnames=learner.classnames)
+    return replace(data, samples=samples, classnames=tuple(learner.classnames))
+
+
+def dataset_for(learner: Named, data: Any, split: str) -> ImageDataset:
+    """Return a data set of ours or of another library; one that doesn't name its classes has the learner's.
+
+    Raises:
+        DataError: See :func:`vlprompt.data.objects.dataset_of`.
+    """
+    if isinstance(data, ImageDataset):
+        return data
+    return dataset_of(data, split, fallback=learner.classnames)
 
 
 def fitting(

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
+from vlprompt.classification.label_space import in_learner_space
+from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
+from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.learners import Learner
 
-__all__ = ["PredictionTable", "predict"]
+__all__ = ["Classifier", "PredictionTable", "accuracy", "predict"]
+
+
+class Classifier(Protocol):
+    """What names images."""
+
+    @property
+    def classnames(self) -> Sequence[str]:
+        """C names."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it wants images."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Return (3, H, W) of an image of any size."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +63,22 @@ class PredictionTable:
 
     def to_csv(self) -> str:
         """Return the table as CSV text, one line per (image, rank)."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["image", "rank", "label", "probability", "error"])
-
+        lines: list[list[Any]] = []
         for row in self.rows:
             if row["error"]:
-                writer.writerow([row["image"], "", "", "", row["error"]])
+                lines.append([row["image"], "", "", "", row["error"]])
             for rank, (label, prob) in enumerate(zip(row["labels"], row["probs"], strict=True), 1):
-                writer.writerow([row["image"], rank, label, f"{prob:.6f}", ""])
+                lines.append([row["image"], rank, label, f"{prob:.6f}", ""])
 
-        return out.getvalue()
+        return csv_text(["image", "rank", "label", "probability", "error"], lines)
 
 
-def predict(learner: Learner, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
+def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
     """Name images.
 
     Args:
-        learner: See :func:`vlprompt.load`.
+        classifier: A learner, see :func:`vlprompt.load`, or a file that was exported
+            (:class:`vlprompt.saved.exported.ExportedClassifier`).
         images: One image or many, in any form that :func:`vlprompt.data.inputs.image_inputs` takes: a folder, a file, a
             PIL image, bytes, an open file, pixels, or an iterable of these, which is read a batch at a time. Addresses
             are refused.
@@ -77,32 +95,58 @@ def predict(learner: Learner, images: Any, topk: int = 5, *, batch_size: int = 6
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DataError(f"{name} must be at least 1, got {value}.")
 
-    learner.eval()
+    if isinstance(classifier, Learner):
+        classifier.eval()
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
     while batch := list(islice(inputs, batch_size)):
-        rows += _predict_batch(learner, batch, topk)
+        rows += _predict_batch(classifier, batch, topk)
     return PredictionTable(rows)
 
 
 @torch.no_grad()
-def _predict_batch(learner: Learner, inputs: Sequence[ImageInput], topk: int) -> list[dict[str, Any]]:
+def accuracy(classifier: Classifier, data: ImageDataset, *, batch_size: int = 64) -> float:
+    """Return the share of images that are named right, a fraction in [0, 1]; :func:`vlprompt.evaluate` has more.
+
+    Args:
+        classifier: A learner, or a file that was exported.
+        data: It must know all its classes.
+        batch_size: Images per pass.
+
+    Raises:
+        DataError: If it doesn't know a class.
+    """
+    if isinstance(classifier, Learner):
+        classifier.eval()
+    data = in_learner_space(classifier, data)
+
+    right = 0
+    for start in range(0, len(data), batch_size):
+        rows = range(start, min(start + batch_size, len(data)))
+        images = torch.stack([classifier.preprocess(data[i][0]) for i in rows]).to(classifier.device)
+        labels = torch.tensor([data[i][1] for i in rows])
+        right += int((classifier(images).argmax(-1).cpu() == labels).sum())
+    return right / len(data)
+
+
+@torch.no_grad()
+def _predict_batch(classifier: Classifier, inputs: Sequence[ImageInput], topk: int) -> list[dict[str, Any]]:
     """Return one row per image."""
     pixels: dict[int, torch.Tensor] = {}
     errors: dict[int, str] = {}
     for i, image in enumerate(inputs):
         try:
-            pixels[i] = learner.backbone.preprocess(image.open())
+            pixels[i] = classifier.preprocess(image.open())
         except DataError as error:
             errors[i] = str(error)
 
     labels: dict[int, list[str]] = {}
     probabilities: dict[int, list[float]] = {}
     if pixels:
-        logits = learner(torch.stack(list(pixels.values())).to(learner.backbone.device))
-        best = logits.softmax(-1).topk(min(topk, len(learner.classnames)), dim=-1)
+        logits = classifier(torch.stack(list(pixels.values())).to(classifier.device))
+        best = logits.softmax(-1).topk(min(topk, len(classifier.classnames)), dim=-1)
         for i, values, classes in zip(pixels, best.values.tolist(), best.indices.tolist(), strict=True):
-            labels[i] = [learner.classnames[number] for number in classes]
+            labels[i] = [classifier.classnames[number] for number in classes]
             probabilities[i] = values
 
     rows = []

@@ -216,7 +216,7 @@ class StudyCell:
                 part = measurement.where.get("part")
                 name = f"{part}/{measurement.metric}" if part else measurement.metric
                 numbers[name] = measurement.value
-            save(learner, self.folder / "prompt", numbers)
+            save(learner, self.folder / "prompt", numbers, self.cell.where)
 
     def _add_training(self, trained: RunResult) -> None:
         numbers = dict(trained.metrics)

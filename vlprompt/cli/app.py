@@ -23,6 +23,8 @@ COMMANDS = (
     "evaluate",
     "report",
     "check",
+    "push",
+    "export",
     "list",
     "data",
     "segment",

@@ -12,13 +12,19 @@ import typer
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 
 if TYPE_CHECKING:
+    from vlprompt.classification.predict import Classifier
     from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="A saved learner's folder, or the folder of its run.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help="A learner: its folder, its run's, its name on the Hub, or an exported .onnx file."
+        ),
+    ],
     images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.")],
     topk: Annotated[int, typer.Option(min=1, help="Names per image.")] = 5,
     names: Annotated[
@@ -40,10 +46,14 @@ def command(
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    learner = load(prompt, backbone_changes(backbone))
-    if names and not _are_its_own(learner, names):
-        learner = learner.with_classes(names)
-    tables = [predicting.predict(learner, image, topk) for image in images]
+    classifier: Classifier
+    if prompt.endswith(".onnx"):
+        classifier = _exported(prompt, names, backbone)
+    else:
+        learner = load(prompt, backbone_changes(backbone))
+        is_other = names is not None and not _are_its_own(learner, names)
+        classifier = learner.with_classes(names) if names and is_other else learner
+    tables = [predicting.predict(classifier, image, topk) for image in images]
     rows = [row for table in tables for row in table]
     joined = predicting.PredictionTable(rows)
     if csv is not None:
@@ -55,6 +65,26 @@ def command(
     if unreadable:
         print(f"{unreadable} of {len(rows)} images could not be read.", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _exported(path: str, names: Sequence[str] | None, backbone: Sequence[str] | None) -> Classifier:
+    """Return a classifier from a file, whose classes and weights are what they are.
+
+    Raises:
+        ConfigError: If others are asked for.
+        ExportError: If it can't be read.
+    """
+    from vlprompt.core.errors import ConfigError
+    from vlprompt.saved.exported import ExportedClassifier
+
+    problems = [
+        f"{option}: an exported file has its own {what}; export the learner again to change them."
+        for option, what, asked in (("--class", "classes", names), ("--backbone", "weights", backbone))
+        if asked
+    ]
+    if problems:
+        raise ConfigError(problems, "vlprompt predict")
+    return ExportedClassifier(path)
 
 
 def _are_its_own(learner: Learner, names: Sequence[str]) -> bool:

@@ -81,7 +81,7 @@ class SampleCache(Learner):
 
     def votes(self, affinities: Tensor) -> Tensor:
         """Return (B, C) sums over the samples of each class of (B, N) affinities."""
-        empty = affinities.new_zeros(len(affinities), len(self.classnames))
+        empty = affinities.new_zeros(affinities.shape[0], len(self.classnames))
         return empty.index_add(1, self.values, affinities)  # affinities @ one-hot values, without the zeros
 
     # --- state

@@ -90,7 +90,7 @@ class PromptedImages(Learner):
         prompts = self._once("visual", self.visual_prompts)
 
         if self.training and self.visual_dropout > 0:
-            prompts = prompts.dropped(self.visual_dropout, len(images))
+            prompts = prompts.dropped(self.visual_dropout, images.shape[0])
 
         return self.backbone.image_embeddings(images, prompts)
 

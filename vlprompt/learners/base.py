@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
@@ -36,6 +37,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     Attributes:
         static_images: True if nothing learned touches the image tower, so image embeddings may be cached.
         reads: What :meth:`embed_images` returns beside the image embedding, for caches; empty if nothing.
+        preparation: What :meth:`preprocess` does beside the backbone's, for caches; empty if nothing.
         reads_frozen: True if the loss reads the frozen tower's embedding of each image; ``batch["frozen"]`` holds it
             where the same pixels come again, so that it is computed once.
         class_bound: True if the learned parameters belong to the class list, so that the learner can't move to
@@ -54,6 +56,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     reads_frozen: bool = False
     class_bound: bool = False
     smooth: bool = True
+    preparation: str = ""
     method: str = ""
     recipe: ClassVar[Recipe] = Recipe()
 
@@ -84,6 +87,15 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
         return self.logits(self.embed_images(images))
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return (3, H, W), what :meth:`embed_images` reads of an image of any size."""
+        return self.backbone.preprocess(image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs, and images are wanted."""
+        return self.backbone.device
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return (B, d) image embeddings, not normalised, of (B, 3, H, W) preprocessed images."""

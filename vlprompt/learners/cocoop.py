@@ -102,7 +102,8 @@ class CoCoOp(Learner):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits of (B, d) image embeddings; without gradient a few images at a time."""
-        if torch.is_grad_enabled():  # the text tower bounds what its graph keeps
+        # The text tower bounds what its graph keeps, and a traced graph has any number of images.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._logits(embeddings)
 
         sentences = _SENTENCES if self.backbone.text.packable else _FULL_SENTENCES

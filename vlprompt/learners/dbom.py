@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -369,6 +370,15 @@ class DBOM(Learner, ImageScanner):
     def threshold(self) -> float:
         """See :meth:`ImageScanner.threshold`; chosen on validation data."""
         return float(self.calibration[2])
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """See :meth:`ImageScanner.preprocess`."""
+        return ImageScanner.preprocess(self, image)
+
+    @property
+    def preparation(self) -> str:  # type: ignore[override]  # a name of the size that training found
+        """See :class:`Learner`."""
+        return "" if self.native_size is None else f"@{self.native_size}"
 
     @property
     def native_size(self) -> int | None:

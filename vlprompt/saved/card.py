@@ -42,6 +42,7 @@ class PromptCard(BaseModel):
     Attributes:
         backbone: The fingerprint of the backbone, which says what it is.
         origin: How it was built (see :mod:`vlprompt.saved.rebuild`).
+        training: What it was trained on, as a run names it: data set, shots, seed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +56,7 @@ class PromptCard(BaseModel):
     backbone: dict[str, Any]
     origin: dict[str, Any] = Field(default_factory=dict)
     version: str
+    training: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float]
     tensors: str
 

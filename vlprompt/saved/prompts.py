@@ -50,13 +50,19 @@ class Prompted(Protocol):
         """Return what was learned, by name."""
 
 
-def save(learner: Learner | Prompted, path: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
+def save(
+    learner: Learner | Prompted,
+    path: str | Path,
+    metrics: Mapping[str, float] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
     """Write what was learned as ``prompt.safetensors`` and ``prompt.json`` into a folder, replacing what is there.
 
     Args:
         learner: What was trained: a learner, or a segmentation model.
         path: Folder, made if missing.
         metrics: Figures to keep with it.
+        training: What it was trained on, such as ``{"data": "digits", "shots": 16}``; plain values.
 
     Returns:
         The folder.
@@ -66,7 +72,6 @@ def save(learner: Learner | Prompted, path: str | Path, metrics: Mapping[str, fl
     """
     folder = user_path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
-    is_learner = isinstance(learner, Learner)
     content = PromptCard(
         format=FORMAT,
         kind="learner" if isinstance(learner, Learner) else learner.kind,
@@ -77,11 +82,11 @@ def save(learner: Learner | Prompted, path: str | Path, metrics: Mapping[str, fl
         backbone=learner.backbone.fingerprint,
         origin=written_origin(learner.backbone.origin, folder),
         version=package_version(),
+        training=dict(training or {}),
         metrics=dict(metrics or {}),
         tensors=tensors_digest(state),
     )
-    # Older versions know no kinds; without the key they still read learners.
-    card = content.model_dump(exclude={"kind"} if is_learner else None)
+    card = content.model_dump()
 
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / PROMPT_FILE, state, {"card": card})
@@ -94,7 +99,8 @@ def load(path: str | Path, backbone: Backbone | Mapping[str, Any] | None = None)
     """Read a learner that :func:`save` wrote. No code in the files can run.
 
     Args:
-        path: The folder, or that of the cell or run which saved it, if it saved no other.
+        path: The folder, or that of the cell or run which saved it, if it saved no other; ``"user/name"`` or
+            ``"user/name@revision"`` fetches what was pushed to the Hub.
         backbone: The backbone it was trained on; None builds what the file says. A mapping builds that with other
             arguments of :func:`vlprompt.create_backbone`, such as ``{"pretrained": PATH}`` where weights have moved.
 

@@ -14,7 +14,8 @@ from typing import Any
 from vlprompt.backbones import BACKBONES, Backbone, create_backbone
 from vlprompt.backbones.origin import BUILT, LOCAL_DIR, UNSAVED
 from vlprompt.core.errors import BackboneError, CheckpointError
-from vlprompt.core.paths import user_path
+from vlprompt.core.hub import HF_HUB
+from vlprompt.core.paths import looks_like_path, user_path
 from vlprompt.saved.card import PromptCard
 from vlprompt.saved.paths import prompt_folder
 from vlprompt.saved.weight_masks import fold, read_masks
@@ -150,6 +151,10 @@ class _Places:
         places += [above / first.name for above in self._above()]
         return list(dict.fromkeys(place.absolute() for place in places))
 
+    def were_asked_for(self, key: str) -> bool:
+        """Return whether a place was given in the recorded one's stead; what is wrong with it is said by its reader."""
+        return key in self._changes
+
     def missing(self, key: str, recorded: str) -> str:
         """Return why a file was not found, and what to do."""
         looked = "".join(f"\n  {place}" for place in self.of(key, recorded))
@@ -175,7 +180,8 @@ def _built(path: str | Path, card: PromptCard, origin: dict[str, Any], places: _
         return _first_right(
             card, "name", folder, places, lambda p: create_backbone(f"{LOCAL_DIR}{p}", **arguments)
         )
-    if recorded is None or not _is_path(recorded, places):
+    asked_in_vain = places.were_asked_for("pretrained") and not user_path(recorded or "").exists()
+    if recorded is None or asked_in_vain or not _is_path(recorded):
         return create_backbone(name, recorded, **arguments)
     return _first_right(
         card, "pretrained", recorded, places, lambda p: create_backbone(name, str(p), **arguments)
@@ -198,17 +204,9 @@ def _with_places(origin: Mapping[str, Any], places: _Places) -> dict[str, Any]:
     return arguments
 
 
-def _is_path(recorded: str, places: _Places) -> bool:
-    """Return whether weights were read from a path; older cards recorded it as it was typed."""
-    return (
-        os.path.isabs(recorded)
-        or recorded.startswith("~")
-        or any(
-            place.exists()
-            for place in places.of("pretrained", recorded)
-            if Path(recorded).suffix or "/" in recorded
-        )
-    )
+def _is_path(recorded: str) -> bool:
+    """Return whether weights were read from a path; prompts that were pushed record its last name, ``./NAME``."""
+    return not recorded.startswith(HF_HUB) and looks_like_path(recorded)
 
 
 def _first_right(card: PromptCard, key: str, recorded: str, places: _Places, build: Any) -> Backbone:

@@ -81,7 +81,7 @@ class BenchmarkExperiment(SegmentationExperiment):
 
         if process_state().is_main_process:
             numbers = {m.metric: m.value for m in result.measurements if "/" not in m.metric and not m.where}
-            save(segmenter, folder / "prompt", numbers)
+            save(segmenter, folder / "prompt", numbers, cell.where)
             write_json(folder / "pairs.json", [vars(score) for score in scores.pairs])
             self._write_masks(segmenter, test, folder)
         return result
