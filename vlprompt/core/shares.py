@@ -37,7 +37,7 @@ _shares_work: ContextVar[bool] = ContextVar("shares_work", default=False)
 _division: ContextVar[Division | None] = ContextVar("division", default=None)
 
 # What gloo and NCCL say when another process is gone.
-_SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "socket", "gloo/", "nccl", "heartbeat")
+_SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "broken pipe", "timed out", "remote process exited")
 
 
 def process_count() -> int:
