@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from vlprompt.cli._errors import exit_status
 def main(arguments: Sequence[str]) -> None:
     """Run one benchmark and print its figures as JSON."""
     from benchmarks import BENCHMARKS
+    from benchmarks.machine import NoiseWatch, bounded_memory
     from vlprompt.core.options import check_options, describe_options, options_model
 
     listing = "\n".join(f"  {entry.name:10s} {entry.summary}" for entry in BENCHMARKS)
@@ -43,7 +45,17 @@ def main(arguments: Sequence[str]) -> None:
 
     values = vars(option_parser.parse_args(args.options))
     options = check_options(target, values, f"bench {args.benchmark}")
-    print(json.dumps(target(**options), indent=2))
+    watch = NoiseWatch()
+    with bounded_memory():
+        result = target(**options)
+
+    noise = watch.noise()
+    if noise is not None:
+        machine = {"processors": os.cpu_count(), "busy_with_others": noise.others, "stolen": noise.stolen}
+        result["machine"] = {**machine, "quiet": noise.quiet}
+        if not noise.quiet:
+            print(f"warning: {noise.warning()}", file=sys.stderr)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

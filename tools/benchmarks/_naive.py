@@ -8,21 +8,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measure import Aside
+from vlprompt.backbones.text import TextTower
 from vlprompt.learners import Learner
 
-__all__ = ["naive_towers", "replaced"]
+__all__ = ["naive_text_bytes", "naive_towers", "replaced"]
+
+
+_NAIVE_BYTES = 4 << 30
+_BYTES = 4 * 17  # that autograd keeps per token, layer and unit of width, as in the packed tower
+
+
+def naive_text_bytes(tower: TextTower, sentences: int) -> int:
+    """Return the bytes of activations of so many full sentences with their graph."""
+    return _BYTES * tower.layers * tower.width * tower.context_length * sentences
 
 
 @contextmanager
-def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool = False) -> Iterator[None]:
+def naive_towers(
+    learner: Learner, image_graph: bool = True, constant_text: bool = False, memory: int = _NAIVE_BYTES
+) -> Iterator[Aside]:
     """While open, the learner's backbone computes the same with nothing left out.
+
+    Yields what only the lack of memory costs: sentences whose graph does not fit are run once without one, and that
+    is no part of the obvious way.
 
     Args:
         learner: Whose backbone; others that share it are affected too.
         image_graph: Keep a graph from the pixels on, also where nothing in the image tower learns.
         constant_text: The learner's class weights are constants; encode their sentences at every step anyway.
+        memory: Bytes of activations of text while it is open; further sentences go in chunks, computed again in the
+            backward pass.
     """
+    aside = Aside()
+    left = memory
     backbone = learner.backbone
     tower = learner.backbone.text
     embed = tower.embed
@@ -30,7 +51,23 @@ def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool
     template = learner.templates[0]
 
     def encode(layout: Any, context: Any = None, deep: Any = None, adapters: Any = None) -> Tensor:
-        return tower.encode_plain(layout, context, deep, tower.context_length, adapters)
+        nonlocal left
+        groups = max(
+            [1, *(len(t) for t, size in ((context, 3), (deep, 4)) if t is not None and t.dim() == size)]
+        )
+        need = naive_text_bytes(tower, groups * len(layout))
+        if not torch.is_grad_enabled() or need <= left:
+            left -= need if torch.is_grad_enabled() else 0
+            return tower.encode_plain(layout, context, deep, tower.context_length, adapters)
+
+        size = max(1, len(layout) * memory // (2 * need))
+        parts = []
+        with aside.running():
+            for start in range(0, len(layout), size):
+                part = layout.part(range(start, min(start + size, len(layout))))
+                arguments = (part, context, deep, tower.context_length, adapters)
+                parts.append(checkpoint(tower.encode_plain, *arguments, use_reentrant=False))
+        return torch.cat(parts, dim=-2)
 
     def embed_with_graph(*arguments: Any) -> Tensor:
         return _require_grad(embed(*arguments))
@@ -54,7 +91,7 @@ def naive_towers(learner: Learner, image_graph: bool = True, constant_text: bool
         ),
     ]
     with replaced(replacements):
-        yield
+        yield aside
 
 
 @contextmanager

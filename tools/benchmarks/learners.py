@@ -14,8 +14,11 @@ Both take the same step: the parameters' change is compared.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -25,9 +28,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks import BENCHMARKS
-from benchmarks._naive import naive_towers, replaced
+from benchmarks._naive import naive_text_bytes, naive_towers, replaced
 from benchmarks._step import learned, relative, take_step
-from benchmarks.measure import measure
+from benchmarks.machine import bounded_memory, require_memory
+from benchmarks.measure import Aside, Measured, in_turns, measure
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.errors import VLPromptError
@@ -38,8 +42,8 @@ from vlprompt.learners import LEARNERS, Learner, create_learner
 __all__ = ["bench_learners"]
 
 log = logging.getLogger("benchmarks")
+_PATCH = 14 * 14  # pixels of a small patch, for what a step may need
 _SHOTS = 16  # training samples per class of a learner that starts from them
-_NAIVE_BYTES = 4 << 30  # activations of naive text; what needs more is run in micro-batches of images
 _NOISE = 1e-3  # updates that differ by more between seeds belong to a method that draws
 
 
@@ -53,45 +57,93 @@ def bench_learners(
     repeats: int = 3,
     naive: bool = True,
     image_graph: bool = True,
+    isolated: bool = True,
 ) -> dict[str, Any]:
     """Compare steps of all learners that step, with default options, random weights and ImageNet's class names.
 
     A learner with an option ``family`` gets one row per value. ``update_rel_diff`` is the relative difference
     between the two steps' changes of the parameters (null for methods that draw noise); ``step_gib`` is what a
-    step adds to the memory held before it; ``limited_by`` names what most of our forward time goes to.
+    step adds to the memory held before it; ``limited_by`` names what most of our forward time goes to. A learner that
+    would need more than half of the machine's memory gets a row that says so.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
         classes: C.
         batch: Images per step.
         only: Shell pattern of the learners to measure.
-        repeats: Counted runs of ours; the naive step, which takes seconds, is run once.
+        repeats: Counted pairs of steps, ours and the naive one in turns.
         naive: False measures ours alone.
         image_graph: Whether the naive step keeps a graph through the image tower where nothing in it learns.
+        isolated: Whether every learner is measured in a process of its own.
     """
-    tower = create_backbone(backbone)
+    settings = _Settings(backbone, classes, batch, repeats, naive, image_graph, torch.get_num_threads())
     rows = {}
-    cases = {}
 
     for name, options in _variants(only):
+        label = _row_name(name, options)
+        row = _in_new_process(settings, name, options) if isolated else _row(settings, name, options)
+        if row is not None:
+            rows[label] = row
+            log.info("%s: %s", label, _summary(row))
+
+    facts = {"backbone": backbone, "classes": classes, "batch": batch, "image_graph": image_graph}
+    return {**facts, "threads": settings.threads, "learners": dict(sorted(rows.items()))}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a row depends on beside its learner; see :func:`bench_learners`."""
+
+    backbone: str
+    classes: int
+    batch: int
+    repeats: int
+    naive: bool
+    image_graph: bool
+    threads: int
+
+
+def _in_new_process(settings: _Settings, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row from a process of its own: what one learner keeps is not in the memory of the next."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
         try:
-            case = _Case.build(tower, name, options, imagenet_names(classes), batch)
-        except VLPromptError as error:  # a method that can't work on this backbone says why
-            rows[_row_name(name, options)] = {"refused": str(error)}
-            continue
-        if case is not None:
-            cases[_row_name(name, options)] = case
+            return pool.submit(_bounded_row, settings, name, options).result()
+        except BrokenProcessPool:
+            return {
+                "refused": "its process was ended: it needs more than half of the machine's memory, or crashed."
+            }
 
-    for name, case in cases.items():
-        rows[name] = _measure_ours(case, repeats)
-        log.info("%s: %.3f s", name, rows[name]["fast_s"])
 
-    for name, case in cases.items() if naive else ():
-        rows[name] |= _measure_naive(case, image_graph)
-        log.info("%s, baseline: %.3f s (%.1fx)", name, rows[name]["naive_s"], rows[name]["speedup"])
+def _prepare() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    settings = {"backbone": backbone, "classes": classes, "batch": batch, "image_graph": image_graph}
-    return {**settings, "threads": torch.get_num_threads(), "learners": dict(sorted(rows.items()))}
+
+def _bounded_row(settings: _Settings, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    torch.set_num_threads(settings.threads)
+    with bounded_memory():
+        return _row(settings, name, options)
+
+
+def _row(settings: _Settings, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Measure one learner; None for one that does not step."""
+    tower = create_backbone(settings.backbone)
+    try:
+        _require_memory(tower, settings)
+        case = _Case.build(tower, name, options, imagenet_names(settings.classes), settings.batch)
+        return None if case is None else _measured(case, settings)
+    except VLPromptError as error:  # a method that can't work on this backbone says why
+        return {"refused": str(error)}
+
+
+def _require_memory(backbone: Backbone, settings: _Settings) -> None:
+    """Refuse what would not fit: both towers' activations, and weights, gradients and updates of what may learn."""
+    text = naive_text_bytes(backbone.text, settings.classes)
+    height, width = backbone.image_size
+    tokens = 1 + height * width // _PATCH
+    image = 4 * 17 * backbone.vision.layers * backbone.vision.width * tokens * settings.batch
+    weights = 6 * sum(p.numel() * p.element_size() for p in backbone.parameters())
+    advice = "Use fewer classes (--classes) or a smaller batch (--batch)."
+    require_memory(min(text, 4 << 30) + image + weights, "a step of both ways", advice)
 
 
 @dataclass
@@ -103,9 +155,7 @@ class _Case:
     pixels: dict[str, Tensor]
     start: dict[str, Tensor]
     accelerator: Accelerator = field(default_factory=Accelerator)
-    groups: int = 0  # sets of prompts per text pass, 0 if no sentence is encoded in a step
-    fast_s: float = float("nan")
-    updates: list[dict[str, Tensor]] = field(default_factory=list)
+    sets: int = 0  # of prompts per text pass, 0 if no sentence is encoded in a step
 
     @classmethod
     def build(
@@ -131,51 +181,63 @@ class _Case:
             batch = {"embedding": learner.embed_images(images), "label": labels}
         return cls(learner, batch, pixels, learned(learner))
 
-    def step(self, batch: Mapping[str, Tensor], seed: int = 1, parts: int = 1) -> None:
-        """Take one step of the trainer from the start, and keep by how much it changed the parameters."""
-        take_step(self.learner, batch, self.start, seed=seed, parts=parts, accelerator=self.accelerator)
-        self.updates.append({n: p - self.start[n] for n, p in learned(self.learner).items()})
+    def step(self, batch: Mapping[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+        """Take one step of the trainer from the start; return by how much it changed the parameters."""
+        take_step(self.learner, batch, self.start, seed=seed, accelerator=self.accelerator)
+        return {n: p - self.start[n] for n, p in learned(self.learner).items()}
 
 
-def _measure_ours(case: _Case, repeats: int) -> dict[str, Any]:
-    case.step(case.batch, seed=2)  # warms up, and shows whether another seed gives another step
+def _measured(case: _Case, settings: _Settings) -> dict[str, Any]:
+    """Measure both ways in turns, and compare the steps that they take."""
+    other_seed = case.step(case.batch, seed=2)  # warms up, and shows whether another seed gives another step
     with _watched(case) as seconds:
-        fast = measure(lambda: case.step(case.batch), repeats, warmup=0)
+        started = time.perf_counter()
+        fast = case.step(case.batch)
+        watched = time.perf_counter() - started
 
-    case.fast_s = fast.seconds
-    text, image = (seconds[k] / repeats for k in ("text", "image"))
-    return {
+    row: dict[str, Any] = {
         "parameters": sum(p.numel() for p in case.learner.parameters() if p.requires_grad),
-        "fast_s": fast.seconds,
-        "fast_step_gib": fast.added_gib,
-        "fast_peak_rss_gib": fast.peak_rss_gib,
-        "text_forward_s": text,
-        "image_forward_s": image,
-        "limited_by": _limit(fast.seconds, text, image),
+        "text_forward_s": seconds["text"],
+        "image_forward_s": seconds["image"],
+        "limited_by": _limit(watched, seconds["text"], seconds["image"]),
     }
+    if not settings.naive:
+        return row | _figures("fast", measure(lambda: case.step(case.batch), settings.repeats, warmup=0))
 
+    naive: dict[str, Tensor] = {}
 
-def _measure_naive(case: _Case, image_graph: bool) -> dict[str, Any]:
-    tower = case.learner.backbone.text
-    sentences = case.groups * len(case.learner.classnames)
-    size = 4 * 17 * tower.layers * tower.width * tower.context_length * sentences  # as in the packed tower
-    parts = min(len(case.batch["label"]), -(-size // _NAIVE_BYTES)) if case.groups > 1 else 1
+    def obvious() -> Aside:
+        with naive_towers(case.learner, settings.image_graph, constant_text=case.sets == 0) as aside:
+            naive.update(case.step(case.pixels))
+        return aside
 
-    with naive_towers(case.learner, image_graph, constant_text=case.groups == 0):
-        slow = measure(lambda: case.step(case.pixels, parts=parts), repeats=1, warmup=0)
-
-    other_seed = case.updates[0]
-    fast = case.updates[-2]
-    naive = case.updates[-1]
+    both = in_turns({"fast": lambda: case.step(case.batch), "naive": obvious}, settings.repeats, warmup=0)
     draws = relative(other_seed, fast) > _NOISE
     return {
-        "naive_s": slow.seconds,
-        "naive_step_gib": slow.added_gib,
-        "naive_peak_rss_gib": slow.peak_rss_gib,
-        "naive_micro_batches": parts,
-        "speedup": slow.seconds / case.fast_s,
+        **row,
+        **_figures("fast", both["fast"]),
+        **_figures("naive", both["naive"]),
+        "speedup": both.ratio("naive", "fast"),
+        "cpu_speedup": both.cpu_ratio("naive", "fast"),
         "update_rel_diff": None if draws else relative(fast, naive),
+        "quiet": both.quiet,
     }
+
+
+def _figures(way: str, measured: Measured) -> dict[str, Any]:
+    return {
+        f"{way}_s": measured.seconds,
+        f"{way}_cpu_s": measured.cpu_seconds,
+        f"{way}_step_gib": measured.added_gib,
+        f"{way}_peak_rss_gib": measured.peak_rss_gib,
+    }
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    if "refused" in row:
+        return str(row["refused"])
+    ratio = f", baseline {row['naive_s']:.3f} s ({row['speedup']:.1f}x)" if "speedup" in row else ""
+    return f"{row['fast_s']:.3f} s{ratio}"
 
 
 @contextmanager
@@ -190,7 +252,7 @@ def _watched(case: _Case) -> Iterator[dict[str, float]]:
             result = function(*arguments, **keywords)
             seconds[kind] += time.perf_counter() - started
             if kind == "text":
-                case.groups = max(case.groups, len(result) if result.dim() == 3 else 1)
+                case.sets = max(case.sets, len(result) if result.dim() == 3 else 1)
             return result
 
         return run

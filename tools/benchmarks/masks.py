@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import BENCHMARKS
 from benchmarks._step import learned, relative, take_step
-from benchmarks.measure import Measured, measure
+from benchmarks.measure import Measured, Work, in_turns, measure
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.seeding import derive_seed, torch_rng
@@ -54,7 +54,7 @@ def bench_masks(
         classes: C.
         batch: Images per step.
         masked: Share of weights that are switched off (the paper's mean is 2.56 %).
-        repeats: Counted steps of each; one more warms up, if there are several.
+        repeats: Counted rounds; one more warms up, if there are several.
         port: False leaves the port out, which needs most memory.
     """
     tower = create_backbone(backbone)
@@ -64,19 +64,24 @@ def bench_masks(
     data = {"image": images, "label": torch.randint(classes, (batch,), generator=generator)}
     ours = _scattered(create_learner(learner, tower, names), masked, generator)
     start = learned(ours)
-    measured = {
-        "teacher_forward": _measured(lambda: tower.image_embeddings(images), "teacher forward", repeats)
-    }
     weights = tower.class_weights(ours.classnames, ours.templates)
-    measured["full_fine_tuning"] = _fine_tuning(_FullFineTuning(tower, weights), data, repeats)
-    measured["ours"] = _measured(lambda: _ours(ours, start, data), learner, repeats)
+    tuned = _FullFineTuning(tower, weights)
+    ways: dict[str, Work] = {
+        "teacher_forward": lambda: tower.image_embeddings(images),
+        "full_fine_tuning": lambda: take_step(tuned, data, lr=1e-6),
+        "ours": lambda: _ours(ours, start, data),
+    }
+    ported = _Port(tower, ours, weights, start) if port else None
+    if ported is not None:
+        ways["port"] = lambda: ported.step(data)
+
+    turns = in_turns(ways, repeats, warmup=int(repeats > 1))
+    measured = {name: _told(turns[name], name) for name in ways}
     result: dict[str, Any] = {"backbone": backbone, "learner": learner, "classes": classes, "batch": batch}
     result |= {"masked": masked, "parameters": sum(t.numel() for t in start.values())}
 
-    if port:
+    if ported is not None:
         update = {n: p - start[n] for n, p in learned(ours).items()}
-        ported = _Port(tower, ours, weights, start)
-        measured["port"] = _measured(lambda: ported.step(data), "port", repeats)
         result["update_rel_diff"] = relative(update, ported.updates())
 
     measured["switch_tasks"] = _switching(tower, ours, masked, repeats)
@@ -95,13 +100,8 @@ def _switching(backbone: Backbone, learner: Any, share: float, repeats: int) -> 
     switched = TaskMasks(backbone, tasks)
     switched.use("a")
 
-    return _measured(
-        lambda: switched.use("b" if switched.task == "a" else "a"), "switch of tasks", repeats + 4
-    )
-
-
-def _fine_tuning(module: _FullFineTuning, data: Mapping[str, Tensor], repeats: int) -> Measured:
-    return _measured(lambda: take_step(module, data, lr=1e-6), "full fine-tuning", repeats)
+    switch = measure(lambda: switched.use("b" if switched.task == "a" else "a"), repeats + 4)
+    return _told(switch, "switch of tasks")
 
 
 def _ratios(measured: Mapping[str, Measured]) -> dict[str, float | None]:
@@ -117,8 +117,7 @@ def _ratios(measured: Mapping[str, Measured]) -> dict[str, float | None]:
     return ratios
 
 
-def _measured(work: Callable[[], object], name: str, repeats: int) -> Measured:
-    measured = measure(work, repeats, warmup=int(repeats > 1))
+def _told(measured: Measured, name: str) -> Measured:
     log.info("%s: %.2f s (%.2f s of processors)", name, measured.seconds, measured.cpu_seconds)
     return measured
 

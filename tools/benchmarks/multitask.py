@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import BENCHMARKS
 from benchmarks._naive import naive_towers
 from benchmarks._step import learned, relative, take_step
-from benchmarks.measure import measure
+from benchmarks.measure import Aside, Work, in_turns
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import create_backbone
 from vlprompt.classification.multitask import MultiTask
@@ -55,6 +55,7 @@ def bench_multitask(
     classes: int = 100,
     batch: int = 8,
     draws: int = 8,
+    repeats: int = 1,
     naive: bool = True,
 ) -> dict[str, Any]:
     """Compare steps of MVLPT with random weights; ours is a mean over several batches, which hold different tasks.
@@ -69,6 +70,7 @@ def bench_multitask(
         classes: Of all tasks together.
         batch: Images per step.
         draws: Batches that ours is a mean over, of an epoch with equal shots per class.
+        repeats: Counted pairs of all draws of ours and one naive step.
         naive: False measures ours alone.
 
     Raises:
@@ -92,7 +94,17 @@ def bench_multitask(
         for part in batches_drawn:
             take_step(module, {**inputs, **part}, start)
 
-    fast = measure(all_draws, repeats=1)
+    obvious = _Obvious(learner, tasks, "joint_dedup")
+
+    def every_name() -> Aside:
+        with naive_towers(learner, constant_text=family == "vpt") as aside:
+            take_step(obvious, {"image": images, **batches_drawn[0]}, start)
+        return aside
+
+    all_draws()
+    ways: dict[str, Work] = {"fast": all_draws, **({"naive": every_name} if naive else {})}
+    turns = in_turns(ways, repeats, warmup=0)
+    fast = turns["fast"]
     seconds = fast.seconds / len(batches_drawn)
     cpu = fast.cpu_seconds / len(batches_drawn)
     log.info("ours: %.3f s a step, %.1f of %d classes encoded", seconds, np.mean(encoded), classes)
@@ -105,22 +117,18 @@ def bench_multitask(
     if not naive:
         return result
 
+    slow = turns["naive"]
     take_step(module, {**inputs, **batches_drawn[0]}, start)
     ours = {n: p - start[n] for n, p in learned(learner).items()}
-    obvious = _Obvious(learner, tasks, "joint_dedup")
-
-    with naive_towers(learner, constant_text=family == "vpt"):
-        slow = measure(
-            lambda: take_step(obvious, {"image": images, **batches_drawn[0]}, start), repeats=1, warmup=0
-        )
-
+    every_name()
     theirs = {n: p - start[n] for n, p in learned(learner).items()}
     return result | {
         "naive_s": slow.seconds,
         "naive_cpu_s": slow.cpu_seconds,
         "naive_peak_rss_gib": slow.peak_rss_gib,
-        "speedup": slow.seconds / seconds,
-        "cpu_speedup": slow.cpu_seconds / cpu,
+        "speedup": turns.ratio("naive", "fast") * len(batches_drawn),
+        "cpu_speedup": turns.cpu_ratio("naive", "fast") * len(batches_drawn),
+        "quiet": turns.quiet,
         "update_rel_diff": relative(ours, theirs),
     }
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import BENCHMARKS
-from benchmarks.measure import Measured, measure
+from benchmarks.measure import Measured, in_turns
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.learners import create_learner
@@ -55,15 +55,11 @@ def bench_scan(
             scan(folder, scanner, batch_size=batch, workers=workers)
 
         work = {"tower": run_tower, "scan": run_scan}
-        for run in work.values():
-            run()
-        measured: dict[str, list[Measured]] = {name: [] for name in work}
-        for repeat in range(max(1, repeats)):
-            for name in (*work,) if repeat % 2 == 0 else reversed(work):
-                measured[name].append(measure(work[name], repeats=1, warmup=0))
+        turns = in_turns(work, repeats)
     return {
         **_settings(tower, images, batch, workers),
-        **_figures(images, measured["tower"], measured["scan"]),
+        **_figures(images, turns.runs["tower"], turns.runs["scan"]),
+        "quiet": turns.quiet,
     }
 
 

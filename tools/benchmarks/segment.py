@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import BENCHMARKS
-from benchmarks.measure import Measured, measure
+from benchmarks.measure import in_turns
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.clipseg import default_config
 from vlprompt.core.errors import VLPromptError
@@ -119,34 +120,27 @@ def _case(theirs: Any, segmenter: Segmenter, batch: int, repeats: int) -> dict[s
         "frozen_weights": lambda: naive(images, texts),
         "naive": lambda: naive(images, texts),
     }
-    measured: dict[str, Measured] = {}
     gradients: dict[str, Tensor] = {}
     context: Any = segmenter.strategy.context
 
-    for way, logits in steps.items():
+    def step(way: str) -> None:
         theirs.requires_grad_(way == "naive")
-
-        def step(logits: Callable[[], Tensor] = logits) -> None:
-            segmenter.zero_grad()
-            theirs.zero_grad()
-            F.binary_cross_entropy_with_logits(logits(), masks).backward()
-
-        measured[way] = measure(step, repeats, warmup=int(repeats > 1))
+        segmenter.zero_grad()
+        theirs.zero_grad()
+        F.binary_cross_entropy_with_logits(steps[way](), masks).backward()
         gradients[way] = context.grad.clone()
-        log.info(
-            "%s, %s: %.2f s (%.2f s of processors)",
-            name,
-            way,
-            measured[way].seconds,
-            measured[way].cpu_seconds,
-        )
+
+    turns = in_turns({way: partial(step, way) for way in steps}, repeats, warmup=int(repeats > 1))
+    measured = {way: turns[way] for way in steps}
+    for way, figures in measured.items():
+        log.info("%s, %s: %.2f s (%.2f s of processors)", name, way, figures.seconds, figures.cpu_seconds)
 
     difference = (gradients["ours"] - gradients["naive"]).norm() / gradients["naive"].norm()
     return {
         **{way: vars(figures) for way, figures in measured.items()},
         "gradient_rel_diff": float(difference),
-        "speedup": measured["naive"].cpu_seconds / measured["ours"].cpu_seconds,
-        "speedup_frozen_weights": measured["frozen_weights"].cpu_seconds / measured["ours"].cpu_seconds,
+        "speedup": turns.cpu_ratio("naive", "ours"),
+        "speedup_frozen_weights": turns.cpu_ratio("frozen_weights", "ours"),
     }
 
 

@@ -10,6 +10,7 @@ chunk is given the loss's pull at its own text features, and what it takes to kn
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import BENCHMARKS
-from benchmarks.measure import measure
+from benchmarks.measure import Aside, Work, in_turns
 from benchmarks.text import imagenet_names
 from vlprompt.adaptation import create_adapter
 from vlprompt.adaptation._prompts import PromptAdapter
@@ -54,21 +55,28 @@ def bench_tta(
         views: V of every image.
         steps: Updates per image.
         images: Images that ours adapts to side by side; encoding is measured on one.
-        repeats: Counted runs of ours; the naive way is run once.
+        repeats: Counted rounds of ours and the naive way.
         naive: False measures ours alone.
     """
     adapter = _adapter(backbone, classes, steps)
     model = adapter.backbone
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(views, 3, *model.image_size, generator=generator)
-    encoding = measure(lambda: model.image_embeddings(pixels), repeats)
     embeddings = model.image_embeddings(pixels)
     adapter.together = images
     # Noise looks alike to a tower; what is measured doesn't depend on what the other images show.
     spread = embeddings + embeddings.std() * torch.randn(images, *embeddings.shape, generator=generator)
     encoded = EncodedViews(torch.cat([embeddings[None], spread[1:]]), 0, (), torch.zeros(images, 2))
     adapter.tuner.start_weights()  # once per class list, not per image
-    adaptation = measure(lambda: adapter.adapt(encoded), repeats)
+    slow = _Naive(adapter, pixels, steps)
+    ways: dict[str, Work] = {
+        "encoding": lambda: model.image_embeddings(pixels),
+        "adaptation": lambda: adapter.adapt(encoded),
+    }
+    for work in ways.values():
+        work()
+    turns = in_turns({**ways, "naive": slow} if naive else ways, repeats, warmup=0)
+    encoding, adaptation = turns["encoding"], turns["adaptation"]
     result: dict[str, Any] = {
         "backbone": backbone,
         "classes": classes,
@@ -84,9 +92,10 @@ def bench_tta(
     if not naive:
         return result
 
-    slow = _Naive(adapter, pixels, steps)
-    slow_measured = measure(slow, 1, warmup=0)
-    naive_s = slow_measured.seconds - slow.aside
+    slow_measured = turns["naive"]
+    naive_s = slow_measured.seconds
+    rounds = zip(*(turns.runs[way] for way in ("naive", "encoding", "adaptation")), strict=True)
+    ratios = [n.seconds / (e.seconds + a.seconds / images) for n, e, a in rounds]
     ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2)))[0][0]
     return {
         **result,
@@ -95,7 +104,8 @@ def bench_tta(
         "naive_s": naive_s,
         "naive_peak_rss_gib": slow_measured.peak_rss_gib,
         "naive_classes_per_pass": min(classes, _NAIVE_CHUNK),
-        "speedup": naive_s / result["ours_s"],
+        "speedup": statistics.median(ratios),
+        "quiet": turns.quiet,
         "speedup_adaptation": (naive_s - slow.encoding) / result["ours_adaptation_s"],
         "max_abs_diff_probs": float((slow.probs - ours).abs().max()),
         "adaptation_moved_probs": float((slow.probs - slow.before).abs().max()),
@@ -116,17 +126,19 @@ class _Naive:
         probs: (C,) what it ended with.
         before: (C,) what it started from.
         encoding: Seconds of the image tower.
-        aside: Seconds of what only the chunking needs, which are not the reference's.
     """
 
     def __init__(self, adapter: PromptAdapter, pixels: Tensor, steps: int) -> None:
         self.adapter = adapter
         self.pixels = pixels
         self.steps = steps
-        self.encoding = self.aside = 0.0
+        self.encoding = 0.0
         self.probs = self.before = torch.empty(0)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Aside:
+        """Adapt; returns what only the chunking needs, which is not the reference's."""
+        self.encoding = 0.0
+        self.aside = Aside()
         tower = self.adapter.backbone.text
         names = self.adapter.classnames
         start = dict(self.adapter.learner.named_parameters())["context"].detach()
@@ -148,6 +160,7 @@ class _Naive:
         with torch.no_grad():
             logits = self._features(self.pixels[:1]) @ self._weights(layouts, context).T
             self.probs = (self.adapter.backbone.logit_scale * logits)[0].softmax(-1)
+        return self.aside
 
     def _features(self, pixels: Tensor) -> Tensor:
         started = time.perf_counter()
@@ -164,13 +177,9 @@ class _Naive:
             loss, chosen = self._loss(features, weights, chosen)
             return torch.autograd.grad(loss, leaf)[0], chosen
 
-        started = time.perf_counter()
-
-        with torch.no_grad():
+        with self.aside.running(), torch.no_grad():
             text = self.adapter.backbone.text
             weights_leaf = text.encode(context_layout(text, self.adapter.classnames, len(leaf)), leaf)
-
-        self.aside += time.perf_counter() - started
         weights_leaf = F.normalize(weights_leaf, dim=-1).requires_grad_()
         loss, chosen = self._loss(features, weights_leaf, chosen)
         (pull,) = torch.autograd.grad(loss, weights_leaf)

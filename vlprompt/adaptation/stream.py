@@ -13,6 +13,7 @@ from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.views import OpenedImage, open_images
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.core.shares import share_rows
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
 
@@ -33,7 +34,8 @@ def adapt_dataset(
 
     Methods that agree on their standard views share them: they are made and encoded once. What learns from the stream
     starts by forgetting. With a folder, results are written batch by batch; called again it continues behind the
-    last batch, and what learned from the stream continues with it.
+    last batch, and what learned from the stream continues with it. Several processes share the batches if no method
+    learns from the stream.
 
     Args:
         adapters: By a label of one's choice.
@@ -53,29 +55,18 @@ def adapt_dataset(
     for adapter in adapters.values():
         adapter.reset()
 
-    parts: dict[str, list[Predictions]] = {label: [] for label in adapters}
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
-        # A folder must not be continued with other images or methods.
-        facts = {
-            "sources": hash_strings(str(data.samples[i].source) for i in rows),
-            "labels": sorted(adapters),
-        }
-        if path is not None and path.is_file():
-            batch = _read(path, facts, adapters)
-        else:
-            images = [data[i][0] for i in rows]
-            backbone = next(iter(adapters.values())).backbone
-            batch = _adapt(adapters, open_images(images, backbone))
-            if path is not None:
-                _write(path, facts, adapters, batch)
+    def adapt(rows: range) -> list[Tensor]:
+        predictions = _adapt_rows(adapters, data, rows, folder, batch_size, progress)
+        return [tensor for label in adapters for tensor in predictions[label].tensors().values()]
 
-        for label, predictions in batch.items():
-            parts[label].append(predictions)
-        if progress is not None:
-            progress(rows.stop, len(data))
-    return {label: Predictions.cat(batches) for label, batches in parts.items()}
+    if not all(adapter.episodic for adapter in adapters.values()):  # a stream has one order
+        return _adapt_rows(adapters, data, range(len(data)), folder, batch_size, progress)
+
+    tensors = iter(share_rows(len(data), batch_size, adapt))
+    return {
+        label: Predictions(adapter.classnames, **{name: next(tensors) for name in Predictions.TENSORS})
+        for label, adapter in adapters.items()
+    }
 
 
 def read_predictions(folder: str | Path, label: str, classnames: Sequence[str]) -> Predictions:
@@ -89,6 +80,40 @@ def read_predictions(folder: str | Path, label: str, classnames: Sequence[str]) 
         raise CheckpointError(f"{folder} holds no predictions.")
     batches = [_predictions(read_tensors(path)[0], label, tuple(classnames)) for path in paths]
     return Predictions.cat(batches)
+
+
+def _adapt_rows(
+    adapters: Mapping[str, Adapter],
+    data: ImageDataset,
+    rows: range,
+    folder: str | Path | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Predictions]:
+    """Adapt to consecutive images, batch by batch."""
+    parts: dict[str, list[Predictions]] = {label: [] for label in adapters}
+    for start in range(rows.start, rows.stop, batch_size):
+        own = range(start, min(start + batch_size, rows.stop))
+        path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
+        # A folder must not be continued with other images or methods.
+        facts = {
+            "sources": hash_strings(str(data.samples[i].source) for i in own),
+            "labels": sorted(adapters),
+        }
+        if path is not None and path.is_file():
+            batch = _read(path, facts, adapters)
+        else:
+            images = [data[i][0] for i in own]
+            backbone = next(iter(adapters.values())).backbone
+            batch = _adapt(adapters, open_images(images, backbone))
+            if path is not None:
+                _write(path, facts, adapters, batch)
+
+        for label, predictions in batch.items():
+            parts[label].append(predictions)
+        if progress is not None:
+            progress(own.stop, len(data))
+    return {label: Predictions.cat(batches) for label, batches in parts.items()}
 
 
 def _adapt(adapters: Mapping[str, Adapter], images: Sequence[OpenedImage]) -> dict[str, Predictions]:

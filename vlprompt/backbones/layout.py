@@ -122,6 +122,7 @@ class PromptLayout:
         shared: P, tokens of the beginning that all sentences share.
         prefix: (P,) sources of that beginning.
         prefix_slots: Its learned places.
+        shares_prefix: Whether a common beginning is looked for.
 
     Raises:
         VLPromptError: If there is no sentence, or one is longer than ``context_length``.
@@ -138,6 +139,8 @@ class PromptLayout:
             raise VLPromptError("a text prompt needs at least one class.")
 
         self.sentences = [tuple(s) for s in sentences]
+        self.shares_prefix = share_prefix
+        self._parts: dict[tuple[int, int], PromptLayout] = {}
         self.context_length = context_length
 
         for i, sentence in enumerate(self.sentences):
@@ -176,6 +179,14 @@ class PromptLayout:
             places += [row * length + place for place in slots.places]
             numbers += slots.numbers
         return Slots(tuple(places), tuple(numbers))
+
+    def part(self, classes: range) -> PromptLayout:
+        """Return the layout of some consecutive classes; made once, since every step asks for it."""
+        key = (classes.start, classes.stop)
+        if key not in self._parts:
+            sentences = self.sentences[classes.start : classes.stop]
+            self._parts[key] = PromptLayout(sentences, self.context_length, share_prefix=self.shares_prefix)
+        return self._parts[key]
 
     @cached_property
     def tiles(self) -> Tiles:

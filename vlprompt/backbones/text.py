@@ -19,12 +19,16 @@ from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
+from vlprompt.core.shares import Division, division
 
 __all__ = ["TextTower"]
 
 # Sentences in one pass without gradient; packed, they take no padding and share their beginnings.
 _PACKED_BATCH = 4096
 _PLAIN_BATCH = 256
+
+# Classes per process below which dividing them saves less than the processes' meeting takes.
+_FEWEST_CLASSES = 64
 
 
 class TextTower:
@@ -191,12 +195,22 @@ class TextTower:
         Returns:
             (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
 
+        In a training step of several processes each encodes its share of the classes, if there are at least 64 for
+        every process and no groups, and what they encode is gathered with its gradient.
+
         Raises:
             VLPromptError: If context or deep prompts don't fit the layout or the tower.
         """
         context, deep, grouped = self._check(layout, context, deep)
-        features = self.run(layout, context, deep, adapters)
-        return features if grouped else features[0]
+        # A traced graph belongs to one process.
+        divided = None if torch.compiler.is_compiling() else division()
+
+        if divided is None or grouped or not _is_worth_dividing(divided, layout, context, deep, adapters):
+            features = self.run(layout, context, deep, adapters)
+            return features if grouped else features[0]
+
+        own = layout.part(divided.part(len(layout)))
+        return divided.gather(self.run(own, context, deep, adapters)[0], len(layout))
 
     def encode_plain(
         self,
@@ -303,3 +317,15 @@ class TextTower:
         context = context[None] if context is not None and context.dim() == 2 else context
         deep = deep[None] if deep is not None and deep.dim() == 3 else deep
         return context, deep, grouped
+
+
+def _is_worth_dividing(
+    divided: Division,
+    layout: PromptLayout,
+    context: Tensor | None,
+    deep: Tensor | None,
+    adapters: Sequence[Adapter | None] | None,
+) -> bool:
+    """Return whether the classes of a pass that learns are many enough to be divided among processes."""
+    learns = adapters is not None or any(t is not None and t.requires_grad for t in (context, deep))
+    return learns and torch.is_grad_enabled() and len(layout) >= _FEWEST_CLASSES * divided.count

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.classification.label_space import dataset_for, in_learner_space
+from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
@@ -81,7 +82,12 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
-            parts = [learner(batch.to(device)) for batch in _image_batches(learner, data, batch_size)]
+
+            def score(rows: range) -> list[Tensor]:
+                batches = _image_batches(learner, data, rows, batch_size)
+                return [torch.cat([learner(batch.to(device)).float().cpu() for batch in batches])]
+
+            parts = share_rows(len(data), batch_size, score)
     finally:
         learner.train(was_training)
 
@@ -107,8 +113,8 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     return backbone.image_embeddings, f"{backbone.fingerprint['id']}{learner.preparation}"
 
 
-def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
-    """Yield (B, 3, H, W) preprocessed images in the data set's order."""
-    for start in range(0, len(data), size):
-        end = min(start + size, len(data))
+def _image_batches(learner: Learner, data: ImageDataset, rows: range, size: int) -> Iterator[Tensor]:
+    """Yield (B, 3, H, W) preprocessed images of some rows, in the data set's order."""
+    for start in range(rows.start, rows.stop, size):
+        end = min(start + size, rows.stop)
         yield torch.stack([learner.preprocess(data[i][0]) for i in range(start, end)])

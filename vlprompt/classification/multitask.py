@@ -114,6 +114,8 @@ class MultiTask(TransparentWrapper):
             label space and the learner has a loss that can't keep them apart.
     """
 
+    divides_classes = False  # which tasks are encoded depends on the samples
+
     def __init__(
         self,
         learner: Learner,

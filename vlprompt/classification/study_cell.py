@@ -27,7 +27,7 @@ from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_o
 from vlprompt.classification.transfer import start_from
 from vlprompt.core.files import write_json, write_jsonl
 from vlprompt.core.options import options_model
-from vlprompt.core.processes import process_state
+from vlprompt.core.processes import meet, process_state
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.statistics import harmonic_mean
@@ -159,7 +159,7 @@ class StudyCell:
 
     def _score_target(self) -> None:
         """Score on another data set what the source cell learned."""
-        process_state().wait_for_everyone()  # the source's files are written by one process
+        meet()  # the source's files are written by one process
         source = self.cell.sibling(target=None)
         learner = load(self.folder.parent / source.name / "prompt", self.backbone)
         test = self._load(self.cell["target"], "test")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.names import printable
 
 __all__ = [
@@ -73,6 +75,7 @@ def exit_status(body: Callable[[], int | None]) -> int:
         body: Returns its status; None is 0.
     """
     _set_up_messages()
+    keep_freed_memory()
     try:
         status = body()
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the end
@@ -85,6 +88,8 @@ def exit_status(body: Callable[[], int | None]) -> int:
     except LAST_NET as error:
         status = say_last_net(error)
     finally:
+        if _is_launched():  # one sentence is enough
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _leave_process_group()
 
     return status or 0
@@ -152,8 +157,26 @@ def _set_up_messages() -> None:
     for noisy in ("httpx", "urllib3", "open_clip"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+    if _is_launched():
+        signal.signal(signal.SIGTERM, _say_why_stopped)
+
     if not first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+
+
+def _say_why_stopped(signal_number: int, _: object) -> None:
+    """End a process that ``torchrun`` stops because another one of the run is gone."""
+    text = "another process of this run ended before its work was done. The same command continues the run."
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        print(f"{_speaker()}error: {text}", file=sys.stderr, flush=True)
+    os._exit(
+        128 + signal_number
+    )  # destroying what connects the processes could wait for the one that is gone
+
+
+def _is_launched() -> bool:
+    """Return whether ``torchrun`` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _rank() -> int:

@@ -59,6 +59,8 @@ def command(
         raise DataError(f"--all scores every image, --split {split} a part of them: give one of the two.")
 
     from vlprompt.classification import evaluate as evaluating
+    from vlprompt.core.processes import process_state
+    from vlprompt.core.shares import shared_work
     from vlprompt.data import load_dataset
     from vlprompt.saved.prompts import load
 
@@ -70,7 +72,10 @@ def command(
         learner, dataset = _in_data_space(learner, dataset)
 
     record = {"data": dataset.name, "split": part, "label_space": space.value, **_counts(learner, dataset)}
-    print(json.dumps({**record, **evaluating.evaluate(learner, dataset)}, indent=2))
+    process_state()  # meets the other processes of a torchrun
+    with shared_work():
+        scores = evaluating.evaluate(learner, dataset)
+    print(json.dumps({**record, **scores}, indent=2))
 
 
 def _label_space(learner: Learner, data: ImageDataset) -> LabelSpace:

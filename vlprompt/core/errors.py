@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "NonFiniteError",
+    "ProcessLostError",
     "UnknownNameError",
     "VLPromptError",
     "nearest",
@@ -69,6 +70,10 @@ class CheckpointError(VLPromptError):
 
 class NonFiniteError(VLPromptError):
     """A loss or gradient that is NaN or infinite; names the tensor and the step."""
+
+
+class ProcessLostError(VLPromptError):
+    """Another process of a run that several compute together is gone."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -7,7 +7,9 @@ import os
 import torch
 from accelerate import Accelerator, PartialState
 
-__all__ = ["accelerator", "divide_threads", "fix_products", "process_state", "set_threads"]
+from vlprompt.core.shares import lost_process
+
+__all__ = ["accelerator", "divide_threads", "fix_products", "meet", "process_state", "set_threads"]
 
 
 def accelerator() -> Accelerator:
@@ -18,6 +20,21 @@ def accelerator() -> Accelerator:
 def process_state() -> PartialState:
     """Return which process this is; alone, it is the main one."""
     return PartialState(cpu=_cpu_only())
+
+
+def meet() -> None:
+    """Wait until every process of this run is here.
+
+    Raises:
+        ProcessLostError: If one is gone.
+    """
+    try:
+        process_state().wait_for_everyone()
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def divide_threads(processes: int) -> int:

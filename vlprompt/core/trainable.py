@@ -50,6 +50,15 @@ class Hooks:
         """
         return False
 
+    @property
+    def divides_classes(self) -> bool:
+        """Whether the sentences that a step encodes are the same whatever its samples are.
+
+        If so, several processes may divide the classes of a training step among them. A class of which that is true
+        says so by ``divides_classes = True``.
+        """
+        return False
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the optimiser's groups; empty means one group of all that learns. Called when the trainer is built."""
         return []

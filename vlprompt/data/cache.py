@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.core.paths import user_path
+from vlprompt.core.shares import share_rows, shares_work
 from vlprompt.data._shards import ShardStore
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.transforms import Augmentation, Preprocess
@@ -80,6 +81,8 @@ class FeatureCache:
             progress: Called with (done, n); True shows a bar if the error stream is a terminal, False shows
                 none.
 
+        Where several processes share work, each encodes and stores a part, and all get the whole.
+
         Returns:
             (n, d) on the CPU, in the data set's order.
 
@@ -90,6 +93,26 @@ class FeatureCache:
         """
         if not len(dataset):
             raise DataError(f"{dataset.name} ({dataset.split}): no images to encode.")
+
+        if shares_work():
+
+            def features_of(rows: range) -> list[torch.Tensor]:
+                part = self.features(
+                    dataset.subset(rows),
+                    encode,
+                    preprocess,
+                    fingerprint=fingerprint,
+                    augmentation=augmentation,
+                    seed=seed,
+                    view=view,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    workers=workers,
+                    progress=progress,
+                )
+                return [part]
+
+            return share_rows(len(dataset), batch_size, features_of)[0]
 
         store = self._store(fingerprint, dtype)
         with (

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.files import write_json, write_text
-from vlprompt.core.processes import fix_products, process_state
+from vlprompt.core.processes import fix_products, meet, process_state
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.executors import Executor, create_executor
 from vlprompt.experiments.experiment import Experiment
@@ -114,7 +114,7 @@ def run_experiment(
         if restart and (moved := folder.move_aside()) is not None:
             log.info("the earlier run is now %s", moved)
         if folder.finished:
-            state.wait_for_everyone()
+            meet()
             return _finished(experiment, folder, cells)
 
         # Built before the folder, so that a mistake in ``on`` leaves no empty run behind.
@@ -123,7 +123,7 @@ def run_experiment(
             finished = _finished_cells(folder, cells)
             if finished:
                 log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
-            state.wait_for_everyone()
+            meet()
             failures = _execute(executor, folder, cells, finished, progress)
         return _conclude(experiment, folder, cells, finished, failures, command)
 
@@ -283,7 +283,7 @@ def _finished(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) 
 
 def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) -> RunOutcome:
     """Take part in a run as one of several processes of a ``torchrun``; the main process writes and says everything."""
-    process_state().wait_for_everyone()
+    meet()
     finished = _finished_cells(folder, cells)
     failures: dict[Cell, Failure] = {}
 

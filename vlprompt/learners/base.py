@@ -48,6 +48,8 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         options: The options it was built with.
     """
 
+    divides_classes = True
+
     static_images: bool = True
     reads: str = ""
     reads_frozen: bool = False

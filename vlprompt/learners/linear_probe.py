@@ -14,8 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
@@ -116,12 +114,16 @@ class LinearProbe(Learner):
         chosen = max(scores, key=lambda strength: (scores[strength], -abs(strength)))
         return chosen, scores[chosen]
 
-    def _regress(self, x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
+    def _regress(self, x: np.ndarray, y: np.ndarray, strength: float) -> Any:
+        # Here, not above: importing scikit-learn takes half a second, and every learner is imported with this one.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the published protocol
             return LogisticRegression(C=10.0**strength, max_iter=self.max_iter).fit(x, y)
 
-    def _copy_solution(self, model: LogisticRegression) -> None:
+    def _copy_solution(self, model: Any) -> None:
         """Copy the solution; a class without samples gets a bias that never wins."""
         weight = torch.from_numpy(model.coef_).float()
         bias = torch.from_numpy(model.intercept_).float()

@@ -68,6 +68,7 @@ class MetaPrompts(nn.Module, Wrapper):
     """
 
     combines_gradients = False
+    divides_classes = False  # every episode names its own classes
 
     def __init__(self, learner: Learner, options: MetaOptions) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.core.seeding import derive_seed
+from vlprompt.core.shares import Division, divided_classes
 from vlprompt.core.trainable import Batch, ParameterGroup, Trainable
 from vlprompt.training.batches import Batches, prefetch
 from vlprompt.training.callbacks import Callback
@@ -209,8 +210,10 @@ class Trainer:
         separate: dict[str, list[Tensor]] = {}
         for _, share in self._process_parts(samples):
             batch = _to_device(next(stream), self.accelerator.device)
-            with self._autocast():
+            with self._autocast(), self._division(samples) as division:
                 losses = {name: value * share for name, value in self.module.loss(batch).items()}
+            if division is not None:
+                losses = division.anchor(losses)
 
             total = torch.stack(list(losses.values())).sum()
             self._backward(losses, total, separate)
@@ -303,6 +306,16 @@ class Trainer:
                 parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
         for name in sorted(totals):
             totals[name] = self.accelerator.reduce(totals[name], reduction="sum")
+
+    def _division(self, samples: np.ndarray) -> contextlib.AbstractContextManager[Division | None]:
+        """Return the context in which processes divide a step's classes, if all of them take part equally often."""
+        world = self.accelerator.num_processes
+        if world == 1 or not self.module.divides_classes:
+            return contextlib.nullcontext()
+
+        parts = np.array_split(samples, world * self.options.accumulation)
+        counts = {max(1, sum(len(part) > 0 for part in parts[rank::world])) for rank in range(world)}
+        return divided_classes() if len(counts) == 1 else contextlib.nullcontext()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass in the run's precision."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ NAMES = ["dog", "red circle", "hummingbird"]
 def bench(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """The benchmark on the small backbone of the tests."""
     monkeypatch.setattr("benchmarks.learners.create_backbone", lambda name: backbone)
-    return BENCHMARKS.get("learners").target
+    return partial(BENCHMARKS.get("learners").target, isolated=False)
 
 
 @pytest.mark.slow
@@ -45,13 +46,30 @@ def test_both_ways_take_the_same_step(bench: Callable[..., dict[str, Any]]) -> N
             assert row["update_rel_diff"] < 1e-4, name
 
 
-def test_images_that_do_not_fit_together_go_one_by_one(
-    bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_sentences_that_do_not_fit_into_memory_are_run_in_chunks_to_the_same_step(
+    backbone: Backbone, images: Tensor
 ) -> None:
-    monkeypatch.setattr("benchmarks.learners._NAIVE_BYTES", 1)
-    rows = bench(classes=4, batch=3, repeats=1, only="coco*")["learners"]
-    assert rows["cocoop"]["naive_micro_batches"] == 3
-    assert rows["cocoop"]["update_rel_diff"] < 1e-4
+    batch = {"image": images, "label": torch.arange(len(images)) % len(NAMES)}
+    for name in ("coop", "cocoop", "maple", "clip_lora"):
+        learner = create_learner(name, backbone, NAMES, **({"dropout": 0.0} if name == "clip_lora" else {}))
+        gradients, asides = [], []
+        for memory in (1 << 40, 1):
+            with naive_towers(learner, memory=memory) as aside:
+                sum(learner.loss(batch).values()).backward()
+            gradients.append([p.grad.clone() for p in learner.learned_parameters().values()])
+            learner.zero_grad()
+            asides.append(aside.seconds)
+        assert asides[0] == 0 < asides[1]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_learner_has_a_process_of_its_own_and_one_that_needs_too_much_a_row_that_says_so() -> None:
+    target = BENCHMARKS.get("learners").target
+    rows = target(backbone="tiny", classes=4, batch=2, repeats=1, only="coop")["learners"]
+    assert rows["coop"]["update_rel_diff"] < 1e-4
+    rows = target(backbone="tiny", classes=4, batch=20_000_000, repeats=1, only="coop")["learners"]
+    assert "half of this machine's memory" in rows["coop"]["refused"]
 
 
 def test_what_can_t_work_says_why(
@@ -59,12 +77,14 @@ def test_what_can_t_work_says_why(
 ) -> None:
     conv = make_backbone(vision={"layers": (1, 1, 1, 1), "width": 16, "head_width": 16})
     monkeypatch.setattr("benchmarks.learners.create_backbone", lambda name: conv)
-    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, repeats=1, only="*op*", naive=False)[
-        "learners"
-    ]
+    rows = BENCHMARKS.get("learners").target(
+        isolated=False, classes=4, batch=2, repeats=1, only="*op*", naive=False
+    )["learners"]
     assert "fast_s" in rows["coop"]
     assert "naive_s" not in rows["coop"]
-    rows = BENCHMARKS.get("learners").target(classes=4, batch=2, only="maple", naive=False)["learners"]
+    rows = BENCHMARKS.get("learners").target(isolated=False, classes=4, batch=2, only="maple", naive=False)[
+        "learners"
+    ]
     assert "image tower" in rows["maple"]["refused"]
 
 

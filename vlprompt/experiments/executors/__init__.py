@@ -12,6 +12,7 @@ from types import TracebackType
 
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.registry import Registry
+from vlprompt.core.shares import lost_process, shared_work
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.experiment import Experiment
 
@@ -64,10 +65,18 @@ def create_executor(spec: str, experiment: Experiment) -> Executor:
 
 
 def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> CellResult | Failure:
-    """Run one cell here; an exception becomes a :class:`Failure`."""
+    """Run one cell here; an exception becomes a :class:`Failure`.
+
+    Raises:
+        ProcessLostError: If another process of this run is gone: no further cell could be computed.
+    """
     try:
-        return experiment.run(cell, folder)
+        with shared_work():  # all processes run the same cells
+            return experiment.run(cell, folder)
     except Exception as error:  # hours of finished cells must survive whatever one of them does
+        lost = lost_process(error)
+        if lost is not None:
+            raise lost from error
         return Failure.of(error)
 
 

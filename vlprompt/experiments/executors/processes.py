@@ -17,6 +17,7 @@ from typing import Any
 
 from loky import ProcessPoolExecutor
 
+from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.processes import divide_threads, set_threads
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell, whole_number
@@ -80,6 +81,7 @@ class ProcessesExecutor(Executor):
 def _prepare(parent: int, threads: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     set_threads(threads)
+    keep_freed_memory()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

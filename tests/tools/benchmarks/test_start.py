@@ -1,0 +1,36 @@
+"""The benchmark of starting runs every program, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import BENCHMARKS
+
+HEAVY = ("torch", "open_clip", "transformers", "sklearn", "pandas", "pydantic")
+
+
+@pytest.mark.slow
+def test_every_program_runs() -> None:
+    found = BENCHMARKS.get("start").target(repeats=1)
+    for name in ("nothing", "help", "import", "libraries", "prediction"):
+        assert found[name]["cpu_seconds"] > 0
+    assert found["prediction"]["cpu_seconds"] > found["import"]["cpu_seconds"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import vlprompt", "from vlprompt.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass"],
+)
+def test_the_door_is_light(code: str) -> None:
+    check = f"{code}\nimport sys\nprint('loaded:', *[name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.strip().splitlines()[-1].strip() == "loaded:"
+
+
+def test_learners_are_listed_without_scikit_learn() -> None:
+    check = "import sys, vlprompt\nvlprompt.list_learners()\nprint('sklearn' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
