@@ -3,8 +3,9 @@
 Paper: Farina et al., "Frustratingly Easy Test-Time Adaptation of Vision-Language Models", NeurIPS 2024,
     arXiv 2405.18330, section 3.3. A softmax of temperature 0 is a vote, so votes are counted.
 
-Where this differs from the published code: ties are broken as the paper says, by the views that come next in
-confidence; that code takes the views that come next in the list.
+Ties are broken by the views that come next in confidence, in the paper and in the published code. Where none of them
+votes for a tied class, that code looks at the logits of the first of them, and leaves out the wrong classes (counted from
+the end), so that an untied class may win; here the most confident voter decides.
 """
 
 from __future__ import annotations
