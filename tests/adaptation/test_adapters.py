@@ -82,7 +82,9 @@ def test_predictions_are_typed_and_the_learner_is_left_alone(
     assert (ADAPTERS.get(name).summary, ADAPTERS.get(name).paper) != ("", "")
 
 
-@pytest.mark.parametrize("name", [n for n in list_adapters() if ADAPTERS.get(n).target.episodic])
+@pytest.mark.parametrize(
+    "name", [n for n in list_adapters() if ADAPTERS.get(n).target.granularity == "picture"]
+)
 def test_order_and_company_never_change_an_episode(
     name: str, backbone: Backbone, images: list[Image.Image]
 ) -> None:
