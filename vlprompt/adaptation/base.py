@@ -116,7 +116,7 @@ class Adapter:
         optimizer: Name of the optimiser that moves its prompts; empty if nothing is tuned.
     """
 
-    granularity: ClassVar[Granularity] = "picture"
+    granularity: Granularity = "picture"
     calibrated: ClassVar[bool] = True
     batch: int = 0
     updates_first: bool = True
