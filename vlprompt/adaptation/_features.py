@@ -1,4 +1,4 @@
-"""What methods that work on features share: class weights, the feature that stands for an image, a memory of the stream."""
+"""What methods on features share: class weights, the feature that stands for an image, a memory of the stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The core of TransCLIP and StatA: Gaussian classes, a graph of neighbours and the classifier's own opinion, in rounds.
 
-Equations: Zanella et al., "Boosting Vision-Language Models with Transduction", NeurIPS 2024, arXiv 2406.01837, section 4;
+Equations: Zanella et al., "Boosting Vision-Language Models with Transduction", NeurIPS 2024, 2406.01837, section 4;
     Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025, arXiv 2501.03729, section 3.
 
 A distance is expanded, sum_d (f - mu)^2 / v = (f^2) (1/v)^T - 2 f (mu/v)^T + sum mu^2/v, so that nothing larger than

@@ -105,7 +105,7 @@ class Adapter:
         granularity: What a prediction depends on. ``picture``: neither the order nor the other images matter;
             ``stream``: the images before it (:meth:`reset` forgets them); ``batch``: the ``batch`` images it came with;
             ``dataset``: all images.
-        batch: Images that a method of granularity ``batch`` sees together; its own option, never how many are in memory.
+        batch: Images that a method of granularity ``batch`` sees together; its own option, not how many are in memory.
         updates_first: Whether the method learns from an image before it names it.
         reset_scope: After what it forgets.
         horizon: Images of the stream that the method was told of; 0 where it needs no such number.

@@ -98,8 +98,8 @@ class ProtocolOptions(BaseModel):
     def _check_stream(cls, value: StreamPlan) -> StreamPlan:
         if value.kind in ("temporal", "mixed"):
             raise ValueError(
-                f"kind: {value.kind} streams are drawn in Python (vlprompt.adaptation.plans), because they need to know "
-                "which images are of which set; a configuration takes iid, dirichlet, separate or tasks."
+                f"kind: {value.kind} streams are drawn in Python (vlprompt.adaptation.plans), because they need to "
+                "know which images are of which set; a configuration takes iid, dirichlet, separate or tasks."
             )
         return value
 
@@ -249,8 +249,8 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
         tuning = options.pop(_TUNING, "G")
         if tuning not in ("G", "F", "D"):
             problems.append(
-                f"methods.{label}.{_TUNING}: {tuning!r}; G (one value everywhere), F (one per family of data sets) or D "
-                "(one per data set)."
+                f"methods.{label}.{_TUNING}: {tuning!r}; G (one value everywhere), F (one per family of data sets) "
+                "or D (one per data set)."
             )
         try:
             model = options_model(ADAPTERS.get(name).target)

@@ -3,8 +3,8 @@
 Paper: Zhang et al., "Dual Memory Networks: A Versatile Adaptation Approach for Vision-Language Models", CVPR 2024,
     arXiv 2403.17589, section 3.2: the dynamic memory, without training images.
 
-The weight of the memory is one number. The authors search it among 13 on the labels of the test images, so their published
-figures are no figures of this method.
+The weight of the memory is one number. The authors search it among 13 on the labels of the test images, so their
+published figures are no figures of this method.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["DynamicMemory"]
 class DynamicMemory(StreamAdapter):
     """Probabilities proportional to p + weight * softmax(s <f, m>); m_c is what f reads in the memory of class c.
 
-    m_c is the normalised sum of exp(-sharpness (1 - <f, k>)) k over the keys k of the class, its class weight among them.
-    View 0 enters the memory of the class that the mean of the confident views has, before it reads.
+    m_c is the normalised sum of exp(-sharpness (1 - <f, k>)) k over the keys k of the class, its class weight among
+    them. View 0 enters the memory of the class that the mean of the confident views has, before it reads.
 
     Args:
         learner: See :class:`FeatureAdapter`.
@@ -67,7 +67,7 @@ class DynamicMemory(StreamAdapter):
 
     def empty(self) -> dict[str, Tensor]:
         """See :meth:`StreamAdapter.empty`."""
-        classes, width = self.weights.shape
+        classes = len(self.weights)
         return {
             # The class weight stands before the images.
             "keys": F.pad(self.weights[:, None], (0, 0, 0, self.slots)),

@@ -3,9 +3,9 @@
 Paper: Zhang et al., "Dual Prototype Evolving for Test-Time Generalization of Vision-Language Models", NeurIPS 2024,
     arXiv 2410.12790, section 3.
 
-The first step of AdamW from zero with its epsilon of 1e-3 is -lr g / (|g| + 1e-3), no step of signs; weight decay of zero is
-zero. The authors' configurations choose the numbers for each data set; here there is one of each, as the paper says. Their
-tables use sentences of a language model.
+The first step of AdamW from zero with its epsilon of 1e-3 is -lr g / (|g| + 1e-3), no step of signs; weight decay of
+zero is zero. The authors' configurations choose the numbers for each data set; here there is one of each, as the
+paper says. Their tables use sentences of a language model.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Paper: Li et al., "Efficient and Context-Aware Label Propagation for Zero-/Few-S
     Vision-Language Model", ICLR 2025, arXiv 2412.18303, section 3.
 
 As in the published code, the image that is named stands in the graph twice (``twin``), and an image's weighted cosines
-with a new one are taken with the weights on the older. Where this differs: that code's answer is softmax(10,000 y), here
-it is y / sum(y); negative cosines count as 0, where an even power would make them large; and nothing is left in global
-variables.
+with a new one are taken with the weights on the older. Where this differs: that code's answer is softmax(10,000 y),
+here it is y / sum(y); negative cosines count as 0, where an even power would make them large; and nothing is left in
+global variables.
 """
 
 from __future__ import annotations

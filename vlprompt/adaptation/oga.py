@@ -1,9 +1,9 @@
-"""OGA: Gaussian classes with one covariance, from a small cache of confident images; combined with the classifier's opinion.
+"""OGA: Gaussian classes with one covariance, from a cache of confident images, beside the classifier.
 
 Paper: Fuchs et al., "Online Gaussian Test-Time Adaptation of Vision-Language Models", arXiv 2501.04352, section 3.
 
-The published code divides the sum of a class's cached features by all of its slots, also the empty ones; ``mean="slots"``
-follows it, by default they are averages. Its cache is float16, here everything is float32.
+The published code divides the sum of a class's cached features by all of its slots, also the empty ones;
+``mean="slots"`` follows it, by default they are averages. Its cache is float16, here everything is float32.
 """
 
 from __future__ import annotations

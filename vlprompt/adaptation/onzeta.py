@@ -2,8 +2,8 @@
 
 Paper: Qian and Hu, "Online Zero-Shot Classification with CLIP", ECCV 2024, arXiv 2408.13320, section 3.
 
-It takes for granted that classes are about equally frequent, and rare ones are lifted; where they come one after another it
-loses. The authors know the length of the stream; ``horizon`` says it, and 0 does without.
+It takes for granted that classes are about equally frequent, and rare ones are lifted; where they come one after
+another it loses. The authors know the length of the stream; ``horizon`` says it, and 0 does without.
 """
 
 from __future__ import annotations

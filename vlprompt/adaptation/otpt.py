@@ -85,7 +85,8 @@ def excess(weights: Tensor, penalty: Literal["rows", "frobenius"] = "rows") -> T
 
     Args:
         weights: (..., C, d), unit length.
-        penalty: ``"rows"``: the mean over classes of |G_c| - 1; ``"frobenius"``: |G - I|^2, G the cosines of all classes.
+        penalty: ``"rows"``: the mean over classes of |G_c| - 1; ``"frobenius"``: |G - I|^2, G the cosines of all
+            classes.
 
     Returns:
         (...).

@@ -1,9 +1,9 @@
 """Plans of streams: in which order images come, and which come together. Every draw is seeded.
 
 ``iid``: all images, shuffled. ``dirichlet``: classes come in waves, the narrower the smaller ``gamma`` (Zanella et al.,
-StatA, arXiv 2501.03729, section 5). ``separate``: one class after another. ``tasks``: batches of few classes each, drawn one
-by one. ``temporal``: sets one after another in their order, the images of each shuffled. ``mixed``: images of the known
-classes and intruders, shuffled.
+StatA, arXiv 2501.03729, section 5). ``separate``: one class after another. ``tasks``: batches of few classes each,
+drawn one by one. ``temporal``: sets one after another in their order, the images of each shuffled. ``mixed``: images
+of the known classes and intruders, shuffled.
 
 Labels make streams, as an experimenter makes them; no method ever sees one.
 """

@@ -25,8 +25,8 @@ class Predictions:
         kept: (B, V) mask of the views that the adaptation used; view 0 is the image itself.
         seconds: (B, 3) wall time per image, in seconds: generating views by diffusion, making and encoding all views,
             adapting.
-        scores: (B,) scores of how known an image looks, by name (see :mod:`vlprompt.adaptation.scores`); ``before_`` and a
-            name is the one without adaptation.
+        scores: (B,) scores of how known an image looks, by name (see :mod:`vlprompt.adaptation.scores`); ``before_``
+            and a name is the one without adaptation.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("probs", "before", "kept", "seconds")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vlprompt.adaptation.base import Adapter
 from vlprompt.core.errors import DataError
+from vlprompt.experiments.statistics import Summary
 from vlprompt.experiments.tables import Row, Table
 
 __all__ = ["AdaptationRecord", "Tuning", "check_settings", "compare", "view_setting"]
@@ -121,7 +122,7 @@ def compare(records: Sequence[AdaptationRecord], metric: str = "accuracy") -> Ta
     rows = []
     for method in dict.fromkeys(record.method for record in records):
         own = [record for record in records if record.method == method]
-        values = {}
+        values: dict[str, float | Summary] = {}
         for name in names:
             runs = [record for record in own if record.data == name]
             if any(metric not in record.metrics for record in runs):

@@ -1,8 +1,8 @@
 """Scores of how known an image looks; the higher, the more likely it shows one of the classes.
 
 Sources: Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017
-    (``msp``); Ming et al., "Delving into Out-of-Distribution Detection with Vision-Language Representations", NeurIPS 2022
-    (``mcm``); Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020 (``energy``).
+    (``msp``); Ming et al., "Delving into Out-of-Distribution Detection with Vision-Language Representations", NeurIPS
+    2022 (``mcm``); Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020 (``energy``).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """StatA: all images of a batch are named together, and classes that may be missing stay near their text.
 
-Paper: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025, arXiv 2501.03729, section 3.
+Paper: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025, arXiv 2501.03729,
+    section 3.
 
-Where this differs from the published code: that code divides running sums of the first variances by the number of images
-once for every 2,500 images, so beyond that number they are too small; here they are means. A class without any image has
-weight 0 and keeps its text, where that code divides by zero.
+Where this differs from the published code: that code divides running sums of the first variances by the number of
+images once for every 2,500 images, so beyond that number they are too small; here they are means. A class without any
+image has weight 0 and keeps its text, where that code divides by zero.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _REFUSED = "refused"
 
 
 class EncodedStream:
-    """Encoded standard views of a data set's images, kept in memory so that other orders of the stream cost no encoding.
+    """Encoded standard views of a data set's images, kept in memory: other orders of the stream encode nothing.
 
     Args:
         adapters: The methods that will be run again, by label; those that run the image tower themselves keep nothing.
@@ -139,8 +139,8 @@ def adapt_stream(
 ) -> Iterator[Predictions]:
     """Yield predictions as images come; nothing is forgotten before or after.
 
-    One image at a time is opened, encoded and adapted to. Methods that need a batch, or all images, yield when they can;
-    what waits at the end is predicted then. Its state can be taken (``adapter.state()``) between two images.
+    One image at a time is opened, encoded and adapted to. Methods that need a batch, or all images, yield when they
+    can; what waits at the end is predicted then. Its state can be taken (``adapter.state()``) between two images.
 
     Args:
         adapter: What it has learned from earlier images stays; call :meth:`Adapter.reset` to begin anew.
@@ -211,7 +211,7 @@ class _Portion:
 
 
 class _State:
-    """What methods have learned behind the last portion: one file, replaced whole, so a long stream needs no more room."""
+    """What methods have learned behind the last portion: one file, replaced whole."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / _STATE

@@ -52,7 +52,8 @@ class DynamicAdapter(Adapter):
         seed: Of the views.
         share: Share of the views that are averaged, the most confident ones.
         query: What represents the image in the caches and in the prediction: the mean of its confident views, or the
-            picture itself (BoostAdapter on fine-grained and corrupted images). ``boost`` adds confident views either way.
+            picture itself (BoostAdapter on fine-grained and corrupted images). ``boost`` adds confident views either
+            way.
         slots: Keys per class of the positive cache.
         alpha: Weight of the positive cache; 0 switches it off.
         beta: Its sharpness.

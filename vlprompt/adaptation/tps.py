@@ -1,10 +1,10 @@
 """TPS: class weights are shifted for each image by one step that makes its confident views agree.
 
-Paper: Sui et al., "Just Shift It: Test-Time Prototype Shifting for Zero-Shot Generalization with Vision-Language Models",
-    WACV 2025, arXiv 2403.12952, section 3.
+Paper: Sui et al., "Just Shift It: Test-Time Prototype Shifting for Zero-Shot Generalization with Vision-Language
+    Models", WACV 2025, arXiv 2403.12952, section 3.
 
-A first step of AdamW from zero is -lr g / (|g| + 1e-8), so gradients are written out and no optimiser is built. The paper's
-tables use sentences of a language model; with the same few templates for all methods figures are lower.
+A first step of AdamW from zero is -lr g / (|g| + 1e-8), so gradients are written out and no optimiser is built. The
+paper's tables use sentences of a language model; with the same few templates for all methods figures are lower.
 """
 
 from __future__ import annotations

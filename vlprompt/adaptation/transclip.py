@@ -34,8 +34,8 @@ log = logging.getLogger("vlprompt.adaptation")
 class TransductiveClip(FeatureAdapter):
     """Alternate assignments z and Gaussians with one diagonal covariance for all classes.
 
-    z_i is proportional to y_i^trust exp((g_i + 50 smooth / 6 (W z + W^T z)_i) / 50), with the classifier's probabilities
-    y and Gaussian log-likelihoods g; means are those of z, unit length.
+    z_i is proportional to y_i^trust exp((g_i + 50 smooth / 6 (W z + W^T z)_i) / 50), with the classifier's
+    probabilities y and Gaussian log-likelihoods g; means are those of z, unit length.
 
     Args:
         learner: See :class:`FeatureAdapter`.

@@ -51,8 +51,9 @@ def false_positives_at_95(known: Tensor, strangers: Tensor, rate: float = 0.95) 
 
 
 def open_set_rate(known: Tensor, right: Tensor, strangers: Tensor) -> float:
-    """Return the area under the share of known images that pass and are named rightly, over the share of strangers that
-    pass (OSCR: Dhamija et al., "Reducing Network Agnostophobia", NeurIPS 2018).
+    """Return the area under the share of known images that pass and are named rightly, over that of passing strangers.
+
+    OSCR: Dhamija et al., "Reducing Network Agnostophobia", NeurIPS 2018.
 
     Args:
         known: (n,) scores.
