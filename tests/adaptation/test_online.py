@@ -113,7 +113,7 @@ def test_the_gradient_of_the_marginal_entropy_is_that_of_autograd() -> None:
     mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) > 0.4
     mask[:, 0] = True
     (expected,) = torch.autograd.grad(marginal_entropy(logits, mask).sum(), logits)
-    torch.testing.assert_close(entropy_gradient(logits.detach(), mask), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(entropy_gradient(logits.detach(), mask), expected, rtol=0, atol=1e-8)
 
 
 def test_orthogonality(backbone: Backbone) -> None:
@@ -133,7 +133,7 @@ def test_orthogonality(backbone: Backbone) -> None:
     still = create_adapter("otpt", learner, orthogonality=0.0, augment="crop_flip", views=2)
     tpt = create_adapter("tpt", learner, views=2)
     pixels = torch.randn(2, 2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(still.predict(pixels).probs, tpt.predict(pixels).probs)
+    torch.testing.assert_close(still.predict(pixels).probs, tpt.predict(pixels).probs)
 
 
 def test_dmn_reads_class_by_class(backbone: Backbone) -> None:
@@ -186,7 +186,7 @@ def test_the_classifier_decides_if_it_is_trusted_enough(name: str, backbone: Bac
 
 def test_stata_keeps_the_text_of_absent_classes(backbone: Backbone) -> None:
     adapter = build("stata", backbone, views=1, scale=100.0)
-    features = views()[:, 0]
+    features = F.normalize(3 * texts()[torch.arange(40) % 5] + views()[:, 0], dim=1)
     _, means = adapter.solve(features, 100 * features @ texts().T)  # type: ignore[attr-defined]
     got = adapter.adapt(encoded(features[:, None])).probs.argmax(1).unique()
     absent = [c for c in range(7) if c not in got]
@@ -261,6 +261,6 @@ def test_boost_asks_the_picture_itself(backbone: Backbone) -> None:
     features = torch.randn(12, 6, backbone.dim, generator=torch.Generator().manual_seed(4))
     one = create_adapter("tda", backbone, names, views=1).adapt(encoded(features[:, :1]))
     many = create_adapter("tda", backbone, names, views=6, query="picture").adapt(encoded(features))
-    assert torch.equal(many.probs, one.probs)
+    torch.testing.assert_close(many.probs, one.probs)
     confident = create_adapter("tda", backbone, names, views=6).adapt(encoded(features))
-    assert not torch.equal(confident.probs, one.probs)
+    assert float((confident.probs - one.probs).abs().max()) > 1e-3

@@ -188,7 +188,12 @@ class LabelPropagation(StreamAdapter):
         memory["near"] = memory["near"] - 1
 
         rows = lost.nonzero()[:, 0]
-        cosines = F.normalize(memory["features"][rows] * self.emphasis, dim=1) @ memory["features"].T
+        weighted = F.normalize(memory["features"] * self.emphasis, dim=1)
+        # The weights are on the older of two images.
+        columns = torch.arange(len(weighted), device=rows.device)
+        as_newer = memory["features"][rows] @ weighted.T
+        as_older = weighted[rows] @ memory["features"].T
+        cosines = torch.where(columns <= rows[:, None], as_newer, as_older)
         best = cosines.topk(min(self.neighbours, cosines.shape[1]), dim=1)
         missing = self.neighbours - best.values.shape[1]
         memory["near"][rows] = F.pad(best.indices, (0, missing))

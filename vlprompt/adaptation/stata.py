@@ -20,7 +20,7 @@ from torch import Tensor
 from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._features import FeatureAdapter, Share, Views
 from vlprompt.adaptation._gaussian import Gaussians, class_means, rounds_of, weighted_squares
-from vlprompt.adaptation.base import Adapted, EncodedViews
+from vlprompt.adaptation.base import Adapted, EncodedViews, Granularity
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
 
@@ -54,7 +54,7 @@ class StatisticalAnchor(FeatureAdapter):
         share: Share of the views that represent an image, the most confident ones.
     """
 
-    granularity = "dataset"
+    granularity: Granularity = "dataset"
 
     def __init__(
         self,
