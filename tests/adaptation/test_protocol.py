@@ -123,7 +123,7 @@ def test_a_killed_stream_of_every_granularity_goes_on_to_the_bit(
 ) -> None:
     def fresh() -> dict[str, Adapter]:
         adapters = adapters_for(data, backbone, MEMORY)
-        return {**adapters, **adapters_for(data, backbone, ["stata"], batch=batch)}
+        return {**adapters, **adapters_for(data, backbone, ["stata", "transclip"], batch=batch)}
 
     def stop(done: int, total: int) -> None:
         if done == 8:

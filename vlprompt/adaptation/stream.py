@@ -205,8 +205,8 @@ class _Portion:
                 joined = Predictions.cat(parts).tensors()
                 tensors |= {f"{label}/{name}": tensor.contiguous() for name, tensor in joined.items()}
         for label, views in self.waiting.items():
-            tensors[f"{label}/{_WAITING}/embeddings"] = views.embeddings.cpu().contiguous()
-            tensors[f"{label}/{_WAITING}/seconds"] = views.seconds.contiguous()
+            tensors[f"{label}/{_WAITING}/embeddings"] = views.embeddings.cpu().clone()
+            tensors[f"{label}/{_WAITING}/seconds"] = views.seconds.clone()
         write_tensors(path, tensors, facts)
 
 
