@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from vlprompt.adaptation import create_adapter, list_adapters
+    from vlprompt.adaptation.stream import adapt_stream
     from vlprompt.backbones import Backbone, create_backbone, list_backbones
     from vlprompt.classification.evaluate import evaluate
     from vlprompt.classification.fit import RunResult, fit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOME = {
     "RunResult": "vlprompt.classification.fit",
     "VLPromptError": "vlprompt.core.errors",
+    "adapt_stream": "vlprompt.adaptation.stream",
     "create_adapter": "vlprompt.adaptation",
     "create_backbone": "vlprompt.backbones",
     "create_detector": "vlprompt.detection",
@@ -64,6 +66,7 @@ _HOME = {
 __all__ = [
     "RunResult",
     "VLPromptError",
+    "adapt_stream",
     "create_adapter",
     "create_backbone",
     "create_detector",

@@ -54,7 +54,7 @@ def statistics(learner: Learner) -> Any:
     from vlprompt.adaptation.promptalign import SourceStatistics
 
     tokens = 1 + 16 + learner.visual_prompts().tokens.shape[1]  # type: ignore[operator]
-    shape = (3, tokens, learner.backbone.vision.width)
+    shape = (2, 3, tokens, learner.backbone.vision.width)
     return SourceStatistics(torch.zeros(shape), torch.ones(shape), learner.backbone.fingerprint["id"])
 
 
@@ -82,7 +82,9 @@ def test_predictions_are_typed_and_the_learner_is_left_alone(
     assert (ADAPTERS.get(name).summary, ADAPTERS.get(name).paper) != ("", "")
 
 
-@pytest.mark.parametrize("name", [n for n in list_adapters() if ADAPTERS.get(n).target.episodic])
+@pytest.mark.parametrize(
+    "name", [n for n in list_adapters() if ADAPTERS.get(n).target.granularity == "picture"]
+)
 def test_order_and_company_never_change_an_episode(
     name: str, backbone: Backbone, images: list[Image.Image]
 ) -> None:
@@ -297,11 +299,18 @@ def test_alignment_pulls_token_statistics_to_the_source(
     data = load_dataset("digits", "val", shots=2)
     measured = source_statistics(learner, data, batch_size=7)
     seen: list[Tensor] = []
-    handle = backbone.vision.blocks[1].register_forward_hook(lambda m, i, o: seen.append(o))
+    handle = backbone.vision.blocks[1].register_forward_hook(lambda m, i, o: seen.extend((i[0], o)))
     learner.embed_images(torch.stack([backbone.preprocess(image) for image, _ in data]))
     handle.remove()
-    torch.testing.assert_close(measured.means[1], seen[0].mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(measured.variances[1], seen[0].var(0, unbiased=False), rtol=1e-3, atol=1e-4)
+    for side, states in enumerate(seen):
+        torch.testing.assert_close(measured.means[side, 1], states.mean(0), rtol=1e-4, atol=1e-4)
+        variances = states.var(0, unbiased=False)
+        torch.testing.assert_close(measured.variances[side, 1], variances, rtol=1e-3, atol=1e-4)
+    prompts = learner.visual_prompts()
+    inserted = measured.means[
+        0, 1, -prompts.tokens.shape[1] :
+    ]  # what entered block 1 is this layer's prompt itself
+    torch.testing.assert_close(inserted, prompts.tokens[1].detach(), rtol=1e-4, atol=1e-4)
     measured.save(tmp_path / "statistics.safetensors")
     options: dict[str, Any] = {"views": 6, "share": 0.5, "lr": 1e-3, "steps": 4}
     aligned = create_adapter(
@@ -311,6 +320,10 @@ def test_alignment_pulls_token_statistics_to_the_source(
     tpt = create_adapter("tpt", learner, **options)
     assert torch.equal(alone.predict(images[:2]).probs, tpt.predict(images[:2]).probs)
     assert not torch.equal(aligned.predict(images[:2]).probs, tpt.predict(images[:2]).probs)
+    leaving = create_adapter("promptalign", learner, statistics=measured, variant="paper", **options)
+    assert not torch.equal(leaving.predict(images[:2]).probs, aligned.predict(images[:2]).probs)
+    with pytest.raises(ConfigError, match="variant=code aligns the first layers - 1 blocks"):
+        create_adapter("promptalign", learner, statistics=measured, layers=1)
     other = SourceStatistics(measured.means, measured.variances, "another")
     with pytest.raises(CheckpointError, match="another backbone"):
         create_adapter("promptalign", learner, statistics=other)

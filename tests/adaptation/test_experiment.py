@@ -66,7 +66,7 @@ def test_a_run_records_what_it_measured(tmp_path: Path) -> None:
     assert {"voting/scenes/size@night/before_ece", "voting/average/accuracy_gain_ci95"} <= metrics.keys()
 
     adapter = metrics["voting/adapter"]
-    assert (adapter["method"], adapter["views"], adapter["episodic"]) == ("zero", 3, True)
+    assert (adapter["method"], adapter["views"], adapter["granularity"]) == ("zero", 3, "picture")
     assert adapter["options"]["share"] == 0.5
     assert (metrics["test_images"], metrics["seeds"], metrics["split"]) == (5, [1, 2], "val")
     assert metrics["scenes/size@night/images"] == 5
@@ -112,7 +112,7 @@ def test_a_key_that_is_accepted_changes_the_results(tmp_path: Path, override: st
 def test_batches_are_written_one_by_one(tmp_path: Path) -> None:
     outcome = run(tmp_path, "data.batch_size=2", "data.name=scenes/size@sketch", "protocol.seeds=[1]")
     files = sorted(path.name for path in outcome.folder.glob("cells/*/predictions/*"))
-    assert files == [f"{first:07d}.safetensors" for first in (0, 2, 4)]
+    assert files == [*(f"{first:07d}.safetensors" for first in (0, 2, 4)), "state.safetensors"]
 
 
 def test_subsets_follow_the_seed(tmp_path: Path) -> None:

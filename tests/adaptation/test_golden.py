@@ -1,4 +1,4 @@
-"""TPT's tuned prompt and logits, and DiffTPT's chosen views, equal those of the authors' code (the JSON's recipe)."""
+"""What adapters compute equals what the authors' code computes (the recipes stand in the JSON files)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from tests.golden.text_learners import close, read_golden, small_clip
 from tests.golden.weights import filled
 from vlprompt import create_adapter, create_learner
 from vlprompt.adaptation._prompts import PromptAdapter
+from vlprompt.adaptation.promptalign import PromptAlign, SourceStatistics
 from vlprompt.adaptation.selection import cosine_then_entropy
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.backbones.vision import VisualPrompts
 
 GOLDEN = read_golden("tpt_small")
 
@@ -70,3 +72,26 @@ def test_chosen_views_are_the_authors() -> None:
     mask = cosine_then_entropy(logits, logits, 0.8, 0.3)
     assert mask.nonzero()[:, 0].tolist() == fixed["kept"]
     assert len(fixed["kept"]) == 30
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_alignment_is_the_authors(layers: int, tokenizer: TextTokenizer) -> None:
+    golden = read_golden("promptalign_small")
+    backbone = small_clip(golden, tokenizer)
+    shape = (2, 4, 19, 128)
+    means = filled("promptalign/means", shape, 0.5)
+    variances = filled("promptalign/variances", shape, 0.2, 1.0)
+    # The recipe's statistics of what enters the blocks; those of what leaves them are not looked at.
+    statistics = SourceStatistics(means, variances, backbone.fingerprint["id"])
+    learner = create_learner("maple", backbone, GOLDEN["classnames"], depth=3)
+    adapter = create_adapter("promptalign", learner, statistics=statistics, layers=layers)
+    assert isinstance(adapter, PromptAlign)
+
+    tokens = filled("promptalign/tokens", (3, 2, 128), 0.02).requires_grad_()
+    views = filled("promptalign/views", (5, 3, 64, 64), 1.0)[golden["selected"]]
+    _, distance = adapter.aligned(lambda: backbone.vision.encode(views, VisualPrompts(tokens, "append")))
+    distance.backward()
+
+    expected = golden["cases"][str(layers)]
+    assert float(distance.detach()) == pytest.approx(expected["loss"], rel=1e-5)
+    close(tokens.grad.flatten()[::13], expected["gradient"])

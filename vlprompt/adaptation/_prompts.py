@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.adaptation._tuning import Rule, Tuner
-from vlprompt.adaptation.base import Adapter, EncodedViews
+from vlprompt.adaptation.base import Adapted, Adapter, EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import lowest_entropy
 from vlprompt.adaptation.views import ViewPlan
@@ -72,19 +72,22 @@ class PromptAdapter(Adapter):
         """
         return lowest_entropy(logits, self.share)
 
-    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
+    def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`."""
         logits = self.view_logits(views.embeddings)
         mask = self.select(logits, views.embeddings, views.generated)
         if self.needs_pixels:
-            return self.tune_pixels(views.pixels, mask).softmax(-1), mask
+            return self._adapted(self.tune_pixels(views.pixels, mask), mask)
 
         # The text tower runs for a few images together: prompts of all of them at once would not fit into memory.
         tuned = []
         embeddings = views.embeddings.split(self.together)
         for part, rows in zip(embeddings, mask.split(self.together), strict=True):
             tuned.append(self.tuner.tune(part, rows).logits)
-        return torch.cat(tuned).softmax(-1), mask
+        return self._adapted(torch.cat(tuned), mask)
+
+    def _adapted(self, logits: Tensor, mask: Tensor) -> Adapted:
+        return Adapted(logits.softmax(-1), mask, logits / self.backbone.logit_scale)
 
     def tune_pixels(self, pixels: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """Return (G, C) logits of view 0 after tuning prompts that enter the image tower."""

@@ -6,19 +6,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlprompt.adaptation.predictions import Predictions
+from vlprompt.adaptation.scores import known_scores
 from vlprompt.adaptation.views import Images, OpenedImage, ViewPlan, open_images
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.learners import Learner, create_learner
 
-__all__ = ["Adapter", "EncodedViews"]
+__all__ = ["Adapted", "Adapter", "Collector", "EncodedViews", "Granularity", "ResetScope"]
 
+Granularity = Literal["picture", "stream", "batch", "dataset"]
+"""What a prediction depends on: its image alone, the images before it, those of its batch, or all images."""
+ResetScope = Literal["never", "batch", "corruption", "dataset"]
+"""After what an adapter forgets what it learned from images."""
 _TOGETHER = 16  # images whose views are in memory at the same time
 
 
@@ -38,6 +43,53 @@ class EncodedViews:
     pixels: tuple[Tensor, ...]
     seconds: Tensor
 
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def finite(self) -> Tensor:
+        """(B,) mask of the images whose embeddings are all finite."""
+        return self.embeddings.isfinite().all(-1).all(-1)
+
+    def first(self, count: int) -> EncodedViews:
+        """Return the first standard views alone; a plan of few views is the beginning of a plan of many."""
+        if count >= self.embeddings.shape[1]:
+            return self
+        pixels = tuple(views[:count] for views in self.pixels)
+        return EncodedViews(self.embeddings[:, :count], 0, pixels, self.seconds)
+
+    def rows(self, rows: Sequence[int]) -> EncodedViews:
+        """Return some of the images."""
+        pixels = tuple(self.pixels[row] for row in rows) if self.pixels else ()
+        chosen = torch.as_tensor(list(rows), dtype=torch.long)
+        embeddings = self.embeddings[chosen.to(self.embeddings.device)]
+        return EncodedViews(embeddings, self.generated, pixels, self.seconds[chosen])
+
+    @classmethod
+    def cat(cls, parts: Sequence[EncodedViews]) -> EncodedViews:
+        """Return the images of several parts, which have equally many views."""
+        if len(parts) == 1:
+            return parts[0]
+        pixels = tuple(views for part in parts for views in part.pixels)
+        embeddings = torch.cat([part.embeddings for part in parts])
+        return cls(embeddings, parts[0].generated, pixels, torch.cat([part.seconds for part in parts]))
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a method makes of B images.
+
+    Attributes:
+        probs: (B, C) probabilities after adaptation.
+        kept: (B, V) mask of the views that were used.
+        similarities: (B, C) cosines with the adapted class weights, from which scores of unknown images are computed;
+            None if the method's answer is no similarity.
+    """
+
+    probs: Tensor
+    kept: Tensor
+    similarities: Tensor | None = None
+
 
 class Adapter:
     """Base of all methods of test-time adaptation.
@@ -50,15 +102,26 @@ class Adapter:
         plan: How views are made.
 
     Attributes:
-        episodic: True if the adapter treats every image alone, so that neither the order nor the other images matter;
-            False if it learns from the stream (:meth:`reset` forgets it).
+        granularity: What a prediction depends on. ``picture``: neither the order nor the other images matter;
+            ``stream``: the images before it (:meth:`reset` forgets them); ``batch``: the ``batch`` images it came with;
+            ``dataset``: all images.
+        batch: Images that a method of granularity ``batch`` sees together; its own option, not how many are in memory.
+        updates_first: Whether the method learns from an image before it names it.
+        reset_scope: After what it forgets.
+        horizon: Images of the stream that the method was told of; 0 where it needs no such number.
+        calibrated: Whether its probabilities are meant as such; False keeps it out of rankings by calibration.
         method: Its registry name.
         options: The options it was built with.
         needs_pixels: Whether :meth:`adapt` runs the image tower again.
         optimizer: Name of the optimiser that moves its prompts; empty if nothing is tuned.
     """
 
-    episodic: ClassVar[bool] = True
+    granularity: Granularity = "picture"
+    calibrated: ClassVar[bool] = True
+    batch: int = 0
+    updates_first: bool = True
+    reset_scope: ResetScope = "never"
+    horizon: int = 0
     needs_pixels: bool = False
     method: str = ""
     optimizer: str = ""
@@ -101,17 +164,23 @@ class Adapter:
             NonFiniteError: If an embedding or a gradient is NaN or infinite.
         """
         opened = open_images(images, self.backbone)
+        collected = Collector(self)
         parts = []
         for first in range(0, len(opened), _TOGETHER):
             views = self.encode(opened[first : first + _TOGETHER])
-            parts.append(self.predict_encoded(views))
-        return Predictions.cat(parts)
+            if not bool(views.finite.all()):
+                bad = [first + row for row in (~views.finite).nonzero()[:, 0].tolist()]
+                raise NonFiniteError(
+                    f"the embedding of image {', '.join(map(str, bad))} (from 0) is NaN or infinite."
+                )
+            parts += collected.add(views)
+        return Predictions.cat([*parts, *collected.close()])
 
     def reset(self) -> None:
-        """Forget everything learned from images; episodic adapters have nothing to forget."""
+        """Forget everything learned from images; where images are taken alone there is nothing to forget."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what was learned from the stream, for resuming; empty for episodic adapters."""
+        """Return what was learned from the stream, for resuming; empty where nothing is kept."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -123,15 +192,19 @@ class Adapter:
         if state:
             raise CheckpointError(f"{self.method} keeps no state, but {', '.join(sorted(state))} was given.")
 
-    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
-        """Return (B, C) probabilities and the (B, V) mask of the views that were used."""
+    def adapt(self, views: EncodedViews) -> Adapted:
+        """Return what the method makes of B images; those of one batch, or of a whole data set, come together."""
         raise NotImplementedError
 
     def view_identity(self) -> tuple[object, ...]:
-        """Return what encoded standard views depend on; adapters that return the same can share them."""
+        """Return what encoded standard views depend on beside their number.
+
+        Adapters that return the same share the encoded views of the largest plan; a view does not depend on how many
+        there are.
+        """
         # Prompts in the image tower make embeddings those of one learner object.
         tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
-        return (self.plan, tower, self.needs_pixels)
+        return (self.plan.augment, self.plan.seed, tower, self.needs_pixels)
 
     def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:
         """Return (N, 3, H, W) generated views of each image; an empty list unless a method overrides this."""
@@ -150,10 +223,9 @@ class Adapter:
 
         Raises:
             DataError: If the images have different numbers of ready-made views.
-            NonFiniteError: If an embedding is NaN or infinite.
         """
         if standard is None:
-            standard = self._encode([partial(self.plan.make, image, self.backbone) for image in opened])
+            standard = self.encode_standard(opened)
 
         started = time.perf_counter()
         variations = self.generate(opened)
@@ -171,6 +243,11 @@ class Adapter:
             tuple(torch.cat(pair) for pair in zip(standard.pixels, generated.pixels, strict=True)),
             seconds,
         )
+
+    @torch.no_grad()
+    def encode_standard(self, opened: Sequence[OpenedImage]) -> EncodedViews:
+        """Make and encode the standard views of B images (see :meth:`encode`)."""
+        return self._encode([partial(self.plan.make, image, self.backbone) for image in opened])
 
     def _encode(self, makers: Sequence[Callable[[], Tensor]]) -> EncodedViews:
         """Make and encode one kind of views.
@@ -192,26 +269,86 @@ class Adapter:
         if len({len(row) for row in rows}) > 1:
             raise DataError("the images have different numbers of views.")
 
-        embeddings = torch.stack(rows)
-        if not bool(embeddings.isfinite().all()):
-            raise NonFiniteError(
-                "the embedding of a view is NaN or infinite; the backbone's weights are damaged."
-            )
-        return EncodedViews(embeddings, 0, tuple(pixels), torch.tensor(seconds))
+        return EncodedViews(torch.stack(rows), 0, tuple(pixels), torch.tensor(seconds))
 
     def predict_encoded(self, views: EncodedViews) -> Predictions:
         """Adapt to images from their encoded views (see :meth:`encode`)."""
         started = time.perf_counter()
-        probs, mask = self.adapt(views)
-        adaptation = (time.perf_counter() - started) / len(probs)
+        adapted = self.adapt(views)
+        adaptation = (time.perf_counter() - started) / len(views)
 
         # Without adaptation the classifier sees view 0, the image itself; this is not part of the method's time.
-        before = self.view_logits(views.embeddings[:, :1])[:, 0].softmax(-1)
-        seconds = torch.cat([views.seconds, torch.full((len(probs), 1), adaptation)], dim=1)
-        return Predictions(self.classnames, probs.cpu(), before.cpu(), mask.cpu(), seconds)
+        logits = self.view_logits(views.embeddings[:, :1])[:, 0]
+        before = logits.softmax(-1)
+        scores = known_scores(adapted.probs, adapted.similarities)
+        unadapted = known_scores(before, logits / self.backbone.logit_scale)
+        scores |= {f"before_{name}": values for name, values in unadapted.items()}
+
+        seconds = torch.cat([views.seconds, torch.full((len(views), 1), adaptation)], dim=1)
+        return Predictions(
+            self.classnames,
+            adapted.probs.cpu(),
+            before.cpu(),
+            adapted.kept.cpu(),
+            seconds,
+            {name: values.cpu() for name, values in scores.items()},
+        )
 
     @torch.no_grad()
     def view_logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, V, C) logits of (B, V, d) embeddings by the classifier before adaptation."""
         # Image by image, so that the other images change no bit (see encode).
         return torch.stack([self.learner.logits(rows) for rows in embeddings])
+
+
+class Collector:
+    """Hands encoded images to an adapter in the portions that it wants, whatever portions they come in.
+
+    Images that learn alone or one after another are handed on at once; a batch when it is full; a data set when it is
+    closed. The last batch may be short and is predicted, never dropped.
+
+    Args:
+        adapter: Any.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._waiting: list[EncodedViews] = []
+
+    def add(self, views: EncodedViews) -> list[Predictions]:
+        """Return the predictions that these images make possible."""
+        return [self._predict(part) for part in self._portions(views)]
+
+    def skip(self, views: EncodedViews) -> None:
+        """Take images whose predictions are known already, as far as they could be made."""
+        self._portions(views)
+
+    def close(self) -> list[Predictions]:
+        """Return the predictions of the images that still wait."""
+        if not self._waiting:
+            return []
+        views = EncodedViews.cat(self._waiting)
+        self._waiting = []
+        return [self._predict(views)]
+
+    def _predict(self, views: EncodedViews) -> Predictions:
+        predictions = self.adapter.predict_encoded(views)
+        if self.adapter.granularity == "batch" and self.adapter.reset_scope == "batch":
+            self.adapter.reset()
+        return predictions
+
+    def _portions(self, views: EncodedViews) -> list[EncodedViews]:
+        if self.adapter.granularity in ("picture", "stream"):
+            return [views] if len(views) else []
+
+        self._waiting.append(views)
+        if self.adapter.granularity == "dataset":
+            return []
+
+        portions = []
+        size = self.adapter.batch
+        while sum(len(part) for part in self._waiting) >= size:
+            joined = EncodedViews.cat(self._waiting)
+            portions.append(joined.rows(range(size)))
+            self._waiting = [joined.rows(range(size, len(joined)))] if len(joined) > size else []
+        return portions

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vlprompt.adaptation import ADAPTERS
+from vlprompt.adaptation.plans import StreamPlan
+from vlprompt.adaptation.record import Tuning
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.names import checked_names
 from vlprompt.core.options import describe_problems, options_model
@@ -24,6 +26,7 @@ __all__ = [
     "StreamOptions",
 ]
 
+_TUNING = "tuning"  # of a method, beside its options
 _SOURCE, _STATISTICS = "source", "statistics"  # options of adapters that other sections provide
 
 
@@ -39,6 +42,10 @@ class StreamOptions(ImageOptions):
         None, description="replace class names, all or by old name"
     )
     templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    on_bad_embedding: Literal["error", "skip"] = Field(
+        "error",
+        description="an image whose embedding is NaN or infinite stops the run, or is refused and counted",
+    )
     batch_size: int = Field(16, ge=1, description="images in memory at the same time, with all their views")
 
     @field_validator("classnames", mode="before")
@@ -67,6 +74,22 @@ class ProtocolOptions(BaseModel):
     seeds: Seeds = Field(
         default_factory=lambda: [1], description="of the drawn images, of their order and of the views"
     )
+    stream: StreamPlan = Field(default_factory=StreamPlan, description="how the images come; see StreamPlan")
+    orders: int = Field(
+        1,
+        ge=1,
+        description="orders of each stream, for methods that depend on it; encoded once for all of them",
+    )
+
+    @field_validator("stream")
+    @classmethod
+    def _check_stream(cls, value: StreamPlan) -> StreamPlan:
+        if value.kind in ("temporal", "mixed"):
+            raise ValueError(
+                f"kind: {value.kind} streams are drawn in Python (vlprompt.adaptation.plans), because they need to "
+                "know which images are of which set; a configuration takes iid, dirichlet, separate or tasks."
+            )
+        return value
 
 
 class DiffusionOptions(BaseModel):
@@ -112,7 +135,8 @@ class AdaptationConfig(ExperimentConfig):
     )
     data: StreamOptions
     methods: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="label to a method's options; name is the label unless it is set"
+        min_length=1,
+        description="label to a method's options; name is the label unless it is set; tuning is G, F or D",
     )
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     diffusion: DiffusionOptions | None = None
@@ -155,7 +179,13 @@ class AdaptationConfig(ExperimentConfig):
         """Return the registry name and the options of a method."""
         options = dict(self.methods[label])
         name = str(options.pop("name", label))
+        options.pop(_TUNING, None)
         return name, options
+
+    def tuning(self, label: str) -> Tuning:
+        """Return how a method's options were chosen; one value everywhere, unless the file says otherwise."""
+        tuning: Tuning = self.methods[label].get(_TUNING, "G")
+        return tuning
 
     def fields(self, label: str) -> dict[str, Any]:
         """Return the options that a method takes, each with its default."""
@@ -204,6 +234,12 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
 
         options = dict(row)
         name = str(options.pop("name", label))
+        tuning = options.pop(_TUNING, "G")
+        if tuning not in ("G", "F", "D"):
+            problems.append(
+                f"methods.{label}.{_TUNING}: {tuning!r}; G (one value everywhere), F (one per family of data sets) "
+                "or D (one per data set)."
+            )
         try:
             model = options_model(ADAPTERS.get(name).target)
         except VLPromptError as error:

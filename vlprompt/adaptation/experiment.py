@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,16 +13,18 @@ import torch
 
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
+from vlprompt.adaptation.measure import add_scores, add_spread, make_record, result_accuracy
+from vlprompt.adaptation.plans import StreamPlan, order_hash
 from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
+from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
-from vlprompt.adaptation.stream import adapt_dataset
-from vlprompt.adaptation.summary import METRICS, adaptation_tables, headline, summary
+from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
+from vlprompt.adaptation.summary import adaptation_tables, headline, summary
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
-from vlprompt.core.files import path_fingerprint
-from vlprompt.core.options import options_model
+from vlprompt.core.files import path_fingerprint, write_text
 from vlprompt.core.paths import user_path
-from vlprompt.core.seeding import numpy_rng
+from vlprompt.core.seeding import derive_seed, numpy_rng
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.images import pixel_key
@@ -35,11 +38,10 @@ from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
 from vlprompt.learners import Learner, create_learner
-from vlprompt.metrics.classification import compute
 from vlprompt.saved.paths import find_prompts
 from vlprompt.saved.prompts import load
 
-__all__ = ["AdaptationExperiment", "build", "draw_stream"]
+__all__ = ["AdaptationExperiment", "build", "draw_stream", "reordered"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -47,7 +49,7 @@ VIEWS, SOURCE = "views", "source"  # stages before the methods run
 PREDICTIONS = "predictions"  # folder of a cell
 _STATISTICS = "statistics.safetensors"
 _BLUR = 0.8  # pixels of the backbone's input
-_DIGITS = 6  # of recorded fractions; one image of 50,000 changes the fifth
+_RECORDS = "records.json"
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -69,7 +71,16 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
     order = numpy_rng(seed, "stream", name, options.split).permutation(len(data))
     drawn = order[: options.test_images].tolist()
 
-    return data.subset(drawn, stream_seed=seed, subset=options.test_images)
+    subset = data.subset(drawn, stream_seed=seed, subset=options.test_images)
+    plan = config.protocol.stream
+    # The draw has shuffled them already.
+    return subset if plan.kind == "iid" else reordered(subset, plan, seed, 0)
+
+
+def reordered(data: ImageDataset, plan: StreamPlan, seed: int, number: int) -> ImageDataset:
+    """Return another order of a stream."""
+    order = plan.order(data.labels, derive_seed(seed, "order", number))
+    return data.subset(order, order=number)
 
 
 class AdaptationExperiment(Experiment):
@@ -225,8 +236,14 @@ class AdaptationExperiment(Experiment):
         source = self._view_source(data) if config.generated else None
         adapters = self._adapters(cell, data, source, folder)
         log.info("%s, seed %d: %d images", data.name, cell["seed"], len(data))
+        encoded = EncodedStream(adapters if config.protocol.orders > 1 else {})
         predictions = adapt_dataset(
-            adapters, data, folder=folder / PREDICTIONS, batch_size=config.data.batch_size
+            adapters,
+            data,
+            folder=folder / PREDICTIONS,
+            batch_size=config.data.batch_size,
+            encoded=encoded,
+            on_bad_image=config.data.on_bad_embedding,
         )
 
         result = CellResult()
@@ -238,9 +255,65 @@ class AdaptationExperiment(Experiment):
             **{f"{data.name}/{key}": value for key, value in data.fingerprint().items()},
         }
 
+        records = []
         for label, adapter in adapters.items():
-            _add_scores(result, label, adapter, predictions[label], data)
+            add_scores(result, label, adapter, predictions[label], data)
+            records.append(self._record(cell, label, adapter, predictions[label], data, 0))
+        self._add_orders(result, records, cell, adapters, data, encoded)
+
+        write_text(
+            folder / _RECORDS,
+            json.dumps([record.json() for record in records], indent=1, sort_keys=True) + "\n",
+        )
         return result
+
+    def _add_orders(
+        self,
+        result: CellResult,
+        records: list[AdaptationRecord],
+        cell: Cell,
+        adapters: Mapping[str, Adapter],
+        data: ImageDataset,
+        encoded: EncodedStream,
+    ) -> None:
+        """Run what depends on the order again, in other orders of the same images, which are encoded already."""
+        again = {label: adapter for label, adapter in adapters.items() if adapter.granularity != "picture"}
+        if self.config.protocol.orders == 1 or not again:
+            return
+
+        accuracies = {label: [result_accuracy(result, label)] for label in again}
+        for number in range(1, self.config.protocol.orders):
+            stream = reordered(data, self.config.protocol.stream, cell["seed"], number)
+            predictions = adapt_dataset(
+                again, stream, batch_size=self.config.data.batch_size, encoded=encoded
+            )
+            for label, adapter in again.items():
+                record = self._record(cell, label, adapter, predictions[label], stream, number)
+                records.append(record)
+                accuracies[label].append(record.metrics["accuracy"])
+
+        for label, values in accuracies.items():
+            add_spread(result, label, values, adapters[label])
+
+    def _record(
+        self,
+        cell: Cell,
+        label: str,
+        adapter: Adapter,
+        predictions: Predictions,
+        data: ImageDataset,
+        number: int,
+    ) -> AdaptationRecord:
+        """Describe one row (see :class:`AdaptationRecord`)."""
+        stream = self.config.protocol.stream.description()
+        stream |= {"seed": cell["seed"], "order": number, "count": len(data)}
+        stream["images"] = order_hash([str(sample.source) for sample in data.samples])
+        uses = [
+            name
+            for name in ADAPTERS.get(adapter.method).needs
+            if name not in ("text gradients", "image gradients")
+        ]
+        return make_record(label, adapter, predictions, data, stream, self.config.tuning(label), uses)
 
     def _adapters(
         self, cell: Cell, data: ImageDataset, source: ViewSource | None, folder: Path
@@ -336,47 +409,3 @@ class AdaptationExperiment(Experiment):
             paths += [str(path) for path in local if path and user_path(path).exists()]
 
         return paths
-
-
-def _add_scores(
-    result: CellResult, label: str, adapter: Adapter, predictions: Predictions, data: ImageDataset
-) -> None:
-    """Add a method's figures before and after adaptation, what they depend on, and the seconds that it took."""
-    labels = torch.tensor(data.labels)
-    after = compute(predictions.probs.log(), labels, METRICS)
-    before = compute(predictions.before.log(), labels, METRICS)
-    figures = {
-        **after,
-        **{f"before_{metric}": value for metric, value in before.items()},
-    }
-    rounded = {metric: round(value, _DIGITS) for metric, value in figures.items()}
-    rounded["views_kept"] = float(predictions.views_kept.float().mean())
-    result.add(rounded, method=label, start=_start_name(adapter))
-
-    result.facts[f"{label}/adapter"] = {
-        "method": adapter.method,
-        "start": adapter.learner.method,
-        "options": _plain_options(adapter),
-        "optimizer": adapter.optimizer or None,
-        "views": predictions.kept.shape[1],
-        "episodic": adapter.episodic,
-    }
-
-    names = ("generation", "encoding", "adaptation")
-    for name, seconds in zip(names, predictions.seconds.mean(0).tolist(), strict=True):
-        result.timings[f"{label}/{name}_per_image"] = seconds
-
-
-def _start_name(adapter: Adapter) -> str:
-    """Return what the classifier before adaptation is called: the learner, and its words where they were chosen."""
-    words = adapter.options.get("init")
-    return adapter.learner.method if words is None else f"{adapter.learner.method}: {words}"
-
-
-def _plain_options(adapter: Adapter) -> dict[str, Any]:
-    """Return an adapter's options, defaults included, where JSON can hold them; its seed is that of the cell."""
-    fields = options_model(ADAPTERS.get(adapter.method).target).model_fields
-    options = {name: field.default for name, field in fields.items()}
-    options |= adapter.options
-    plain = (str, int, float, bool, list, tuple, type(None))
-    return {name: value for name, value in options.items() if name != "seed" and isinstance(value, plain)}

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation.base import Adapter, EncodedViews
+from vlprompt.adaptation.base import Adapted, Adapter, EncodedViews
 from vlprompt.adaptation.selection import keep_count
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
@@ -59,7 +59,7 @@ class MeanShift(Adapter):
         self.sharpness = sharpness
 
     @torch.no_grad()
-    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
+    def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`."""
         features = F.normalize(views.embeddings, dim=-1)
         probs = self.view_logits(views.embeddings).softmax(-1)
@@ -67,8 +67,9 @@ class MeanShift(Adapter):
         modes = []
         for rows, predictions in zip(features, probs, strict=True):
             modes.append(robust_mode(rows, predictions, self.neighbours, self.affinity, self.sharpness))
-        adapted = self.view_logits(torch.stack(modes)[:, None])[:, 0].softmax(-1)
-        return adapted, torch.ones(features.shape[:2], dtype=torch.bool)
+        logits = self.view_logits(torch.stack(modes)[:, None])[:, 0]
+        kept = torch.ones(features.shape[:2], dtype=torch.bool)
+        return Adapted(logits.softmax(-1), kept, logits / self.backbone.logit_scale)
 
 
 def robust_mode(

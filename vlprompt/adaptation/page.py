@@ -42,6 +42,8 @@ def add_predictions(record: RunRecord, data: ImageDataset, folder: Path, label: 
         label: The method.
     """
     predictions = read_predictions(folder, label, data.classnames)
+    if len(predictions) != len(data):  # some images were refused
+        return
     record.classnames = list(data.classnames)
     record.labels = np.asarray(data.labels)
     record.probs = predictions.probs.numpy()

@@ -3,7 +3,9 @@
 Paper: Hassan et al., "Align Your Prompts: Test-Time Prompting with Distribution Alignment for Zero-Shot
     Generalization", NeurIPS 2023, arXiv 2311.01459, section 3.
 
-Where this differs from the published code: that code aligns one layer fewer than it divides by.
+The paper's sentence and the published code differ. The code takes the tokens that enter a block, after the block's
+prompts were put in; it aligns the first ``layers - 1`` blocks and divides by ``layers``. The other reading takes what
+blocks put out, of all ``layers`` blocks, and divides by their number. ``variant`` decides; the code is the default.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +24,7 @@ from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.views import Augment, ViewPlan
-from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
@@ -33,11 +35,12 @@ __all__ = ["PromptAlign", "SourceStatistics", "source_statistics"]
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """Statistics of the outputs of the image tower's blocks on a learner's training data.
+    """Statistics of the tokens in the image tower on a learner's training data.
 
     Attributes:
-        means: (L, T, W) means over images, per block, token and channel.
-        variances: (L, T, W) variances over images.
+        means: (2, L, T, W) means over images, per block, token and channel: of the tokens that enter a block, after the
+            block's prompts were put in, and of those that leave it.
+        variances: (2, L, T, W) variances over images.
         backbone: Id of the backbone's fingerprint.
     """
 
@@ -60,6 +63,13 @@ class SourceStatistics:
         tensors, metadata = read_tensors(user_path(path))
         if tensors.keys() != {"means", "variances"} or "backbone" not in metadata:
             raise CheckpointError(f"{path} holds no source statistics.")
+
+        shape = tensors["means"].shape
+        if len(shape) != 4 or shape[0] != 2 or tensors["variances"].shape != shape:
+            raise CheckpointError(
+                f"{path}: source statistics are two tensors (2, L, T, W), of what enters the blocks and what leaves "
+                f"them; these are {tuple(shape)} and {tuple(tensors['variances'].shape)}. Measure them again."
+            )
         return cls(tensors["means"], tensors["variances"], metadata["backbone"])
 
 
@@ -85,11 +95,12 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     for start in range(0, len(data), batch_size):
         rows = range(start, min(start + batch_size, len(data)))
         pixels = torch.stack([backbone.preprocess(data[i][0]) for i in rows]).to(backbone.device)
-        with _recorded_outputs(backbone.vision.blocks) as outputs:
+        with _recorded_tokens(backbone.vision.blocks) as tokens:
             learner.embed_images(pixels)
-        states = torch.stack(outputs).double().cpu()  # (L, B, T, W)
-        total = total + states.sum(1)
-        squares = squares + states.square().sum(1)
+        states = torch.stack([torch.stack(tokens.entering), torch.stack(tokens.leaving)])  # (2, L, B, T, W)
+        states = states.double().cpu()
+        total = total + states.sum(2)
+        squares = squares + states.square().sum(2)
 
     mean = total / len(data)
     # Rounding may push a variance of 0 below it.
@@ -106,13 +117,15 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
 class PromptAlign(PromptAdapter):
     """Minimise marginal entropy + weight * distance of the kept views' token statistics from the source statistics.
 
-    The distance is the mean over the first ``layers`` blocks of half the mean absolute difference of the means plus
-    half that of the variances, per token and channel, over the kept views.
+    The distance of a block is half the mean absolute difference of the means plus half that of the variances, per token
+    and channel, over the kept views. Those of the blocks are added up and divided by ``layers``.
 
     Args:
         learner: One whose prompts enter the image tower (MaPLe in the paper, trained on ImageNet).
         statistics: Of that learner's training data, or the file they were saved in.
-        layers: Blocks that are aligned.
+        layers: What the sum is divided by; ``code`` aligns one block fewer.
+        variant: ``"code"`` aligns the tokens that enter the first ``layers - 1`` blocks; ``"paper"`` those that leave
+            the first ``layers`` blocks.
         weight: Of the alignment.
         views: V, including the image itself.
         augment: See :class:`ViewPlan`.
@@ -123,6 +136,7 @@ class PromptAlign(PromptAdapter):
         weight_decay: Of AdamW.
 
     Raises:
+        ConfigError: If ``code`` is left without a block to align.
         DataError: If the learner's prompts do not enter the image tower.
         CheckpointError: If the statistics belong to another backbone or other prompts.
     """
@@ -133,6 +147,7 @@ class PromptAlign(PromptAdapter):
         *,
         statistics: SourceStatistics | str,
         layers: Annotated[int, Field(ge=1)] = 3,
+        variant: Literal["code", "paper"] = "code",
         weight: Annotated[float, Field(ge=0)] = 100.0,
         views: Annotated[int, Field(ge=1)] = 64,
         augment: Augment = "crop_flip",
@@ -157,11 +172,18 @@ class PromptAlign(PromptAdapter):
         if statistics.backbone != self.backbone.fingerprint["id"]:
             raise CheckpointError("the source statistics were measured on another backbone.")
 
+        if variant == "code" and layers == 1:
+            problem = "layers: variant=code aligns the first layers - 1 blocks, so it is at least 2; or variant=paper."
+            raise ConfigError([problem], "adapter 'promptalign'")
+
         self.weight = weight
         self.layers = min(layers, self.backbone.vision.layers)
+        self.variant = variant
+        side = 0 if variant == "code" else 1
+        self.aligned_blocks = self.layers - 1 if variant == "code" else self.layers
         device = self.backbone.device
-        self.means = statistics.means[: self.layers].to(device)
-        self.variances = statistics.variances[: self.layers].to(device)
+        self.means = statistics.means[side, : self.aligned_blocks].to(device)
+        self.variances = statistics.variances[side, : self.aligned_blocks].to(device)
 
     def tune_pixels(self, pixels: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """See :meth:`PromptAdapter.tune_pixels`."""
@@ -169,10 +191,10 @@ class PromptAlign(PromptAdapter):
 
     def aligned(self, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Run the image tower and return its features and the weighted distance from the source statistics."""
-        with _recorded_outputs(self.backbone.vision.blocks[: self.layers]) as outputs:
+        with _recorded_tokens(self.backbone.vision.blocks[: self.aligned_blocks]) as tokens:
             features = run()
 
-        states = torch.stack(outputs)  # (L, V, T, W)
+        states = torch.stack(tokens.entering if self.variant == "code" else tokens.leaving)  # (L, V, T, W)
         if states.shape[2] != self.means.shape[1]:
             raise CheckpointError(
                 f"the source statistics have {self.means.shape[1]} tokens, the learner's image tower has "
@@ -182,24 +204,32 @@ class PromptAlign(PromptAdapter):
         # Statistics of one image are those over its views, per layer, token and channel.
         mean = states.mean(1)
         variance = (states - mean[:, None]).square().mean(1)
-        mean_distance = (mean - self.means).abs().mean()
-        variance_distance = (variance - self.variances).abs().mean()
-        distance = 0.5 * mean_distance + 0.5 * variance_distance
+        distances = 0.5 * (mean - self.means).abs() + 0.5 * (variance - self.variances).abs()
+        distance = distances.mean((1, 2)).sum() / self.layers
 
         return features, self.weight * distance
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens before and after each block, (B, T, W) each."""
+
+    entering: list[Tensor]
+    leaving: list[Tensor]
+
+
 @contextmanager
-def _recorded_outputs(blocks: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of blocks while the context is open, (B, T, W) each."""
-    outputs: list[Tensor] = []
-    handles = []
+def _recorded_tokens(blocks: Sequence[Any]) -> Iterator[_Tokens]:
+    """Collect what enters and what leaves blocks while the context is open."""
+    tokens = _Tokens([], [])
 
-    for block in blocks:
-        handles.append(block.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
+    def record(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tokens.entering.append(inputs[0])
+        tokens.leaving.append(output)
 
+    handles = [block.register_forward_hook(record) for block in blocks]
     try:
-        yield outputs
+        yield tokens
     finally:
         for handle in handles:
             handle.remove()

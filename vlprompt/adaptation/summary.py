@@ -13,7 +13,7 @@ from vlprompt.experiments.tables import Table
 
 __all__ = ["METRICS", "adaptation_tables", "headline", "headline_data", "summary"]
 
-METRICS = ("accuracy", "mean_per_class", "ece")
+METRICS = ("accuracy", "mean_per_class", "ece", "ece_20", "nll", "brier")
 _BEFORE = "before_"
 _ALIKE = ("alike", "alike_blurred")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation.base import Adapter, EncodedViews
+from vlprompt.adaptation.base import Adapted, Adapter, EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import entropies, lowest_entropy
 from vlprompt.adaptation.views import Augment, ViewPlan
@@ -47,10 +47,13 @@ class DynamicAdapter(Adapter):
 
     Args:
         learner: See :class:`Adapter`.
-        views: V, including the image itself; above 1, the mean of the confident views represents the image.
+        views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
         share: Share of the views that are averaged, the most confident ones.
+        query: What represents the image in the caches and in the prediction: the mean of its confident views, or the
+            picture itself (BoostAdapter on fine-grained and corrupted images). ``boost`` adds confident views either
+            way.
         slots: Keys per class of the positive cache.
         alpha: Weight of the positive cache; 0 switches it off.
         beta: Its sharpness.
@@ -64,7 +67,7 @@ class DynamicAdapter(Adapter):
         boost_slots: Keys per class that this copy has in addition to ``slots``.
     """
 
-    episodic = False
+    granularity = "stream"
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class DynamicAdapter(Adapter):
         augment: Augment = "crop_flip",
         seed: int = 0,
         share: Annotated[float, Field(gt=0, le=1)] = 0.1,
+        query: Literal["confident", "picture"] = "confident",
         slots: Annotated[int, Field(ge=1)] = 3,
         alpha: Weight = 2.0,
         beta: Weight = 5.0,
@@ -87,6 +91,7 @@ class DynamicAdapter(Adapter):
     ) -> None:
         super().__init__(learner, ViewPlan(views, augment, seed))
         self.share = share
+        self.query = query
         self.slots = slots
         self.alpha = alpha
         self.beta = beta
@@ -140,7 +145,7 @@ class DynamicAdapter(Adapter):
         self.negative_classes = tensors["negative_classes"]
 
     @torch.no_grad()
-    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
+    def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`; images are taken in order."""
         logits = self.view_logits(views.embeddings)
         mask = lowest_entropy(logits, self.share)
@@ -150,7 +155,7 @@ class DynamicAdapter(Adapter):
         rows = []
         for parts in zip(features, logits, mask, strict=True):
             rows.append(self._one(*parts))
-        return torch.stack(rows).softmax(-1), mask
+        return Adapted(torch.stack(rows).softmax(-1), mask)
 
     def _one(self, features: Tensor, logits: Tensor, confident: Tensor) -> Tensor:
         """Update the caches with one image, and return its logits.
@@ -158,15 +163,20 @@ class DynamicAdapter(Adapter):
         Args:
             features: (V, d), unit length.
             logits: (V, C).
-            confident: (V,) mask of the views that represent the image.
+            confident: (V,) mask of the most confident views.
 
         Returns:
             (C,).
         """
-        feature = features[confident].mean(0)
-        mean = logits[confident].mean(0)
-        probs = logits[confident].softmax(-1).mean(0)
-        uncertainty = marginal_entropy(logits[confident])
+        represents = confident
+        if self.query == "picture":
+            represents = torch.zeros_like(confident)
+            represents[0] = True
+
+        feature = features[represents].mean(0)
+        mean = logits[represents].mean(0)
+        probs = logits[represents].softmax(-1).mean(0)
+        uncertainty = marginal_entropy(logits[represents])
         predicted = int(mean.argmax())
 
         _offer(self.keys, self.entropy, predicted, feature, uncertainty)

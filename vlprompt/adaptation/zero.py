@@ -3,8 +3,9 @@
 Paper: Farina et al., "Frustratingly Easy Test-Time Adaptation of Vision-Language Models", NeurIPS 2024,
     arXiv 2405.18330, section 3.3. A softmax of temperature 0 is a vote, so votes are counted.
 
-Where this differs from the published code: ties are broken as the paper says, by the views that come next in
-confidence; that code takes the views that come next in the list.
+Ties are broken by the views that come next in confidence, in the paper and in the published code. Where none of them
+votes for a tied class, that code looks at the logits of the first of them, but leaves out the wrong classes (it counts
+from the end), so that an untied class may win; here the most confident voter decides.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation.base import Adapter, EncodedViews
+from vlprompt.adaptation.base import Adapted, Adapter, EncodedViews
 from vlprompt.adaptation.selection import entropies, keep_count
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
@@ -48,7 +49,7 @@ class Zero(Adapter):
         super().__init__(learner, ViewPlan(views, augment, seed))
         self.share = share
 
-    def adapt(self, views: EncodedViews) -> tuple[Tensor, Tensor]:
+    def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`."""
         logits = self.view_logits(views.embeddings)
         voters = keep_count(self.share, logits.shape[1])
@@ -59,7 +60,7 @@ class Zero(Adapter):
         probs = torch.stack([count_votes(row, voters, logits.shape[-1]) for row in ballots])
 
         mask = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :voters], True)
-        return probs, mask
+        return Adapted(probs, mask)
 
 
 def count_votes(ballots: Tensor, voters: int, classes: int) -> Tensor:

@@ -212,7 +212,7 @@ def to_latex(
 def is_fraction(key: str) -> bool:
     """Tell whether a flat metrics key, for example ``"shots4/accuracy_std"``, holds a fraction in [0, 1]."""
     stem = key.rsplit("/", 1)[-1].removesuffix("_std").removesuffix("_ci95").removesuffix("_gain")
-    fractions = {*METRICS, *_MASK_METRICS, "score", "harmonic_mean"} - {"nll"}
+    fractions = {*METRICS, *_MASK_METRICS, "score", "harmonic_mean"} - {"nll", "brier"}
     return any(stem == name or stem.endswith(f"_{name}") for name in fractions)
 
 

@@ -1,4 +1,4 @@
-"""Metrics as pure functions of logits and labels; every one is a fraction in [0, 1] except ``nll`` (nats).
+"""Metrics as pure functions of logits and labels: fractions in [0, 1], but ``nll`` in nats and ``brier`` in [0, 2].
 
 Logits are any scores whose softmax gives the probabilities, so a method that yields probabilities passes
 their logarithm and gets the same numbers.
@@ -22,8 +22,10 @@ __all__ = [
     "METRICS",
     "MULTI_LABEL_METRICS",
     "accuracy",
+    "brier",
     "compute",
     "ece",
+    "ece_20",
     "map_11_point",
     "map_11_point_elevater",
     "mean_per_class",
@@ -85,6 +87,22 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     )
 
 
+def ece_20(logits: Tensor, labels: Tensor) -> float:
+    """Return :func:`ece` with 20 bins, as papers on the calibration of test-time adaptation print it."""
+    return ece(logits, labels, bins=20)
+
+
+def brier(logits: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities from the true class's one-hot row (Brier, 1950), in [0, 2].
+
+    Args:
+        logits: Scores, (n, C).
+        labels: True classes, (n,).
+    """
+    truth = F.one_hot(labels, logits.shape[1])
+    return float((logits.softmax(1) - truth).square().sum(1).mean())
+
+
 def roc_auc(logits: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve of a two-class task; the score is p(class 1) (ELEVATER's Hateful Memes).
 
@@ -140,6 +158,8 @@ METRICS: dict[str, Metric] = {
     "mean_per_class": mean_per_class,
     "nll": nll,
     "ece": ece,
+    "ece_20": ece_20,
+    "brier": brier,
     "roc_auc": roc_auc,
     "map_11_point": map_11_point,
     "map_11_point_elevater": map_11_point_elevater,

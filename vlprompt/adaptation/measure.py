@@ -1,0 +1,163 @@
+"""Figures of one method on one stream, before and after adaptation, and over several orders of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprompt.adaptation import ADAPTERS
+from vlprompt.adaptation.base import Adapter
+from vlprompt.adaptation.plans import worst_tenth
+from vlprompt.adaptation.predictions import Predictions
+from vlprompt.adaptation.record import AdaptationRecord, Tuning, view_setting
+from vlprompt.adaptation.summary import METRICS
+from vlprompt.core.options import options_model
+from vlprompt.data import ImageDataset
+from vlprompt.experiments.cell import CellResult
+from vlprompt.metrics.classification import compute
+
+__all__ = ["add_scores", "add_spread", "figures", "make_record", "result_accuracy"]
+
+_DIGITS = 6  # of recorded fractions; one image of 50,000 changes the fifth
+
+
+def figures(predictions: Predictions, labels: Tensor) -> dict[str, float]:
+    """Return what predictions are worth, without refused images.
+
+    Args:
+        predictions: Of n images.
+        labels: (n,) true classes.
+
+    Returns:
+        Every metric after adaptation and, as ``before_<metric>``, without; ``gained``, the share of images that only
+        adaptation names rightly, ``lost``, that of the reverse, and ``refused``.
+    """
+    good = ~predictions.probs.isnan().any(1)
+    kept = predictions.rows(good)
+    truth = labels[good]
+
+    after = compute(_log(kept.probs), truth, METRICS)
+    before = compute(_log(kept.before), truth, METRICS)
+    right = kept.classes == truth
+    right_before = kept.before.argmax(-1) == truth
+
+    values = {**after, **{f"before_{metric}": value for metric, value in before.items()}}
+    values["gained"] = float((right & ~right_before).float().mean())
+    values["lost"] = float((~right & right_before).float().mean())
+    rounded = {metric: round(value, _DIGITS) for metric, value in values.items()}
+    return {**rounded, "refused": float((~good).sum())}
+
+
+def add_scores(
+    result: CellResult, label: str, adapter: Adapter, predictions: Predictions, data: ImageDataset
+) -> None:
+    """Add a method's figures before and after adaptation, what they depend on, and the seconds that it took."""
+    values = figures(predictions, torch.tensor(data.labels))
+    values["views_kept"] = float(predictions.views_kept.float().mean())
+    result.add(values, method=label, start=start_name(adapter))
+
+    result.facts[f"{label}/adapter"] = {
+        "method": adapter.method,
+        "start": adapter.learner.method,
+        "options": plain_options(adapter),
+        "optimizer": adapter.optimizer or None,
+        "views": predictions.kept.shape[1],
+        "granularity": adapter.granularity,
+        "updates_first": adapter.updates_first,
+        "reset_scope": adapter.reset_scope,
+        "horizon": adapter.horizon,
+        "batch": adapter.batch,
+        "calibrated": adapter.calibrated,
+        "state_bytes": state_bytes(adapter),
+    }
+
+    names = ("generation", "encoding", "adaptation")
+    for name, seconds in zip(names, predictions.seconds.nanmean(0).tolist(), strict=True):
+        result.timings[f"{label}/{name}_per_image"] = seconds
+    if adapter.backbone.device.type == "cuda":
+        result.timings[f"{label}/peak_bytes"] = float(
+            torch.cuda.max_memory_allocated(adapter.backbone.device)
+        )
+
+
+def add_spread(result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter) -> None:
+    """Add how much a method's accuracy depends on the order of the stream."""
+    values = {
+        "accuracy_over_orders": statistics.fmean(accuracies),
+        "accuracy_spread": statistics.stdev(accuracies),
+        "accuracy_worst_tenth": worst_tenth(accuracies),
+    }
+    rounded = {metric: round(value, _DIGITS) for metric, value in values.items()}
+    result.add({**rounded, "orders": len(accuracies)}, method=label, start=start_name(adapter))
+
+
+def result_accuracy(result: CellResult, label: str) -> float:
+    """Return the accuracy that was added for a method."""
+    for measurement in result.measurements:
+        if measurement.metric == "accuracy" and measurement.where.get("method") == label:
+            return measurement.value
+    raise KeyError(label)
+
+
+def make_record(
+    label: str,
+    adapter: Adapter,
+    predictions: Predictions,
+    data: ImageDataset,
+    stream: Mapping[str, Any],
+    tuning: Tuning,
+    uses: Sequence[str],
+) -> AdaptationRecord:
+    """Describe one row (see :class:`AdaptationRecord`)."""
+    values = figures(predictions, torch.tensor(data.labels))
+    refused = int(values.pop("refused"))
+    return AdaptationRecord(
+        method=label,
+        data=data.name,
+        backbone=adapter.backbone.fingerprint["id"],
+        classnames=data.fingerprint()["classnames_hash"],
+        prompts=f"{start_name(adapter)}: {'; '.join(data.templates)}",
+        views=view_setting(adapter),
+        stream=stream,
+        granularity=adapter.granularity,
+        batch=adapter.batch,
+        updates_first=adapter.updates_first,
+        reset_scope=adapter.reset_scope,
+        horizon=adapter.horizon,
+        calibrated=adapter.calibrated,
+        options=plain_options(adapter),
+        tuning=tuning,
+        uses=list(uses),
+        metrics=values,
+        refused=refused,
+        state_bytes=state_bytes(adapter),
+    )
+
+
+def start_name(adapter: Adapter) -> str:
+    """Return what the classifier before adaptation is called: the learner, and its words where they were chosen."""
+    words = adapter.options.get("init")
+    return adapter.learner.method if words is None else f"{adapter.learner.method}: {words}"
+
+
+def plain_options(adapter: Adapter) -> dict[str, Any]:
+    """Return an adapter's options, defaults included, where JSON can hold them; its seed is that of the cell."""
+    fields = options_model(ADAPTERS.get(adapter.method).target).model_fields
+    options = {name: field.default for name, field in fields.items()}
+    options |= adapter.options
+    plain = (str, int, float, bool, list, tuple, type(None))
+    return {name: value for name, value in options.items() if name != "seed" and isinstance(value, plain)}
+
+
+def state_bytes(adapter: Adapter) -> int:
+    """Return the size of what an adapter has learned from the stream."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
+
+
+def _log(probs: Tensor) -> Tensor:
+    """Return logarithms; a probability of 0 counts as the smallest float32, about 1e-38."""
+    return probs.clamp(min=torch.finfo(torch.float32).tiny).log()
