@@ -250,22 +250,27 @@ def test_names_are_sorted_on_disk_a_few_at_a_time(
 
 
 def test_few_images_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
+    from vlprompt.data.loading import using_workers
     from vlprompt.security.scan import DecodedImage, row_stream
 
     alive = most = 0
 
-    def entry(i: int) -> Callable[[], DecodedImage]:
-        def decode() -> DecodedImage:
-            nonlocal alive, most
+    def items() -> Iterator[int]:
+        nonlocal alive, most
+        for i in range(200):
             alive += 1
             most = max(most, alive)
-            return DecodedImage(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
+            yield i
 
-        return decode
+    def decode(i: int) -> DecodedImage:
+        return DecodedImage(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
 
-    for _ in row_stream((entry(i) for i in range(200)), corner, 0.5, batch_size=5, workers=1):
-        alive -= 1
-    assert most <= 5 * 4  # a batch that is judged and three that are decoded
+    for workers in (0, 1):
+        alive = most = 0
+        with using_workers(workers):
+            for _ in row_stream(decode, items(), corner, 0.5, batch_size=5):
+                alive -= 1
+        assert most <= 5 * 4  # a batch that is judged and three that are decoded
 
 
 @pytest.mark.slow

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlprompt.classification.label_space import in_learner_space
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
+from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.metrics.backdoor import verdict_metrics
 from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 
-__all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
+__all__ = ["ImageReader", "encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 
+@takes_workers
 def evaluate(
     learner: Learner,
     data: ImageDataset,
@@ -26,6 +30,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     batch_size: int = 100,
     cache: FeatureCache | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, float]:
     """Return metrics of a learner on a labelled data set, fractions in [0, 1] except ``nll`` (nats).
 
@@ -40,6 +45,7 @@ def evaluate(
             kind of labels.
         batch_size: Images per pass.
         cache: Where image features are stored, if the learner leaves the image tower alone.
+        workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
 
     Raises:
         DataError: If the learner doesn't know a class.
@@ -81,7 +87,8 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
-            parts = [learner(batch.to(device)) for batch in _image_batches(learner, data, batch_size)]
+            images = ImageReader(data, learner.preprocess).batches(batch_size, device.type == "cuda")
+            parts = [learner(batch.to(device, non_blocking=True)) for batch in images]
     finally:
         learner.train(was_training)
 
@@ -107,8 +114,24 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     return backbone.image_embeddings, backbone.fingerprint["id"]
 
 
-def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
-    """Yield (B, 3, H, W) preprocessed images in the data set's order."""
-    for start in range(0, len(data), size):
-        end = min(start + size, len(data))
-        yield torch.stack([learner.preprocess(data[i][0]) for i in range(start, end)])
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images of a data set for a classifier.
+
+    Attributes:
+        data: The data set.
+        preprocess: The classifier's.
+    """
+
+    data: ImageDataset
+    preprocess: Callable[[Image.Image], Tensor]
+
+    def __call__(self, rows: range) -> Tensor:
+        """Return (B, 3, H, W) preprocessed images of some rows."""
+        return torch.stack([self.preprocess(self.data[i][0]) for i in rows])
+
+    def batches(self, size: int, pin: bool = False) -> Iterator[Tensor]:
+        """Yield all images in the data set's order, ``size`` at a time."""
+        rows = range(len(self.data))
+        with Loader(self, pin=pin) as loader:
+            yield from loader.stream([rows[start : start + size] for start in rows[::size]])

@@ -14,13 +14,13 @@ from vlprompt.classification.evaluate import encoder_of, image_embeddings
 from vlprompt.core.trainable import Batch
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
-from vlprompt.training.batches import Batches, TensorBatches, epoch_plan
+from vlprompt.training.batches import Batches, ReadBatches, TensorBatches, epoch_plan
 from vlprompt.training.options import TrainOptions
 
 __all__ = ["ImageBatches", "TrainingSource", "ValidationSource"]
 
 
-class ImageBatches:
+class ImageBatches(ReadBatches):
     """Batches of decoded, augmented pixels, for learners that touch the image tower.
 
     Args:

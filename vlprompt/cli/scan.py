@@ -39,7 +39,7 @@ def command(
     ] = None,
     backbone: BackboneChanges = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
+    workers: WorkersOption = "auto",
     top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
     links: Annotated[
         bool, typer.Option("--links/--no-links", help="Follow links to files outside the folder.")
@@ -79,7 +79,7 @@ def command(
             threshold=threshold,
             resume=resume,
             batch_size=batch_size,
-            workers=workers,
+            workers=parse_workers(workers),
             top=top,
             follow_links=links,
             progress=progress,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.core.paths import user_path
 from vlprompt.data._shards import ShardStore
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.loading import Loader, Workers
 from vlprompt.data.transforms import Augmentation, Preprocess
 
 __all__ = ["FeatureCache"]
@@ -29,6 +31,7 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 ProgressCallback = Callable[[int, int], None]
 _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill loses at most this many rows
 _KEYS_PER_JOB = 256
+_HASHING_THREADS = 4
 _PLAIN = Augmentation()
 
 
@@ -58,7 +61,7 @@ class FeatureCache:
         view: int = 0,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
-        workers: int = 2,
+        workers: Workers | None = None,
         progress: ProgressCallback | bool = True,
     ) -> torch.Tensor:
         """Return the features of one view of every image, encoding only those that are not stored yet.
@@ -75,8 +78,8 @@ class FeatureCache:
             seed: Seed of the views.
             view: Number of the view, from 0.
             dtype: Type of the result and of what is stored.
-            batch_size: Images per call of ``encode``; at most three batches of images are in memory.
-            workers: Threads that decode and augment.
+            batch_size: Images per call of ``encode``; at most two batches of images per worker are in memory, and one.
+            workers: Processes that decode and augment; see :class:`vlprompt.data.loading.Loader`.
             progress: Called with (done, n); True shows a bar if the error stream is a terminal, False shows
                 none.
 
@@ -92,22 +95,19 @@ class FeatureCache:
             raise DataError(f"{dataset.name} ({dataset.split}): no images to encode.")
 
         store = self._store(fingerprint, dtype)
+        image_keys = _image_keys(dataset)
+        view_text = augmentation.describe(seed, view)
+        keys = [_row_key(k, view_text) for k in image_keys]
+
+        todo = _batches(keys, store, batch_size)
+        done = len(dataset) - sum(map(len, todo))
+        reader = _ViewReader(dataset, image_keys, augmentation, preprocess, seed, view)
         with (
-            ThreadPoolExecutor(max(1, workers)) as pool,
+            Loader(reader, workers=workers) as loader,
             _reporter(progress, f"{dataset.name} features") as report,
         ):
-            image_keys = _image_keys(pool, dataset)
-            view_text = augmentation.describe(seed, view)
-            keys = [_row_key(k, view_text) for k in image_keys]
-
-            def load(index: int) -> torch.Tensor:
-                image, _ = dataset[index]
-                return augmentation.augment(image, preprocess, seed, image_keys[index], view)
-
-            todo = _batches(keys, store, batch_size)
-            done = len(dataset) - sum(map(len, todo))
             try:
-                for indices, images in _prefetched(pool, load, todo):
+                for indices, images in zip(todo, loader.stream(todo), strict=True):
                     rows = _checked(encode(images), indices, dataset).to("cpu", dtype)
                     store.add([keys[i] for i in indices], rows)
                     done += len(indices)
@@ -130,13 +130,40 @@ class FeatureCache:
         return store
 
 
-def _image_keys(pool: ThreadPoolExecutor, dataset: ImageDataset) -> list[str]:
-    """Return every image's content key; files are hashed in threads, many per job."""
+@dataclass(frozen=True)
+class _ViewReader:
+    """Reads one view of some images of a data set."""
+
+    dataset: ImageDataset
+    image_keys: Sequence[str]
+    augmentation: Augmentation
+    preprocess: Preprocess
+    seed: int
+    view: int
+
+    def __call__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return (B, 3, H, W)."""
+        return torch.stack([self._view(index) for index in indices])
+
+    def _view(self, index: int) -> torch.Tensor:
+        image, _ = self.dataset[index]
+        return self.augmentation.augment(
+            image, self.preprocess, self.seed, self.image_keys[index], self.view
+        )
+
+
+def _image_keys(dataset: ImageDataset) -> list[str]:
+    """Return every image's content key.
+
+    Files are hashed in threads, many per job, not by loading workers: hashing leaves the interpreter to others, and what
+    it finds is remembered in this process.
+    """
     starts = range(0, len(dataset), _KEYS_PER_JOB)
-    runs = pool.map(
-        lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
-    )
-    return [key for run in runs for key in run]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        runs = pool.map(
+            lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
+        )
+        return [key for run in runs for key in run]
 
 
 def _row_key(image_key: str, view: str) -> bytes:
@@ -157,29 +184,6 @@ def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[i
             batches.append(batch)
 
     return batches
-
-
-def _prefetched(
-    pool: ThreadPoolExecutor, load: Callable[[int], torch.Tensor], batches: list[list[int]]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield stacked batches; the next two decode while the caller works on one."""
-    running: list[tuple[list[int], list[Future[torch.Tensor]]]] = []
-    coming = iter(batches)
-    try:
-        while True:
-            while len(running) < 2 and (batch := next(coming, None)) is not None:
-                running.append((batch, [pool.submit(load, i) for i in batch]))
-            if not running:
-                return
-            indices, futures = running.pop(0)
-            images = torch.stack([f.result() for f in futures])
-            if (batch := next(coming, None)) is not None:
-                running.append((batch, [pool.submit(load, i) for i in batch]))
-            yield indices, images
-    finally:  # after an error the images that were decoded ahead are not needed
-        for _, futures in running:
-            for future in futures:
-                future.cancel()
 
 
 def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) -> torch.Tensor:

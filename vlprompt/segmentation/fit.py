@@ -26,7 +26,7 @@ from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
-from vlprompt.training.batches import Batch, Batches, epoch_plan
+from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions, TrainSection
 from vlprompt.training.trainer import Trainer
@@ -128,7 +128,7 @@ class SegmentationTask(nn.Module, Wrapper):
         return [group for group in groups if group["names"]]
 
 
-class _PairBatches:
+class _PairBatches(ReadBatches):
     """Batches of pairs: cached frozen states, or pixels where images are augmented or states don't fit in memory."""
 
     def __init__(
@@ -138,6 +138,11 @@ class _PairBatches:
         self.augmentation = augmentation
         self.options = options
         self.cached = cached
+
+    @property
+    def reads(self) -> bool:
+        """See :attr:`vlprompt.training.batches.ReadBatches.reads`."""
+        return not self.cached
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
