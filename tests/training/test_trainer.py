@@ -304,7 +304,6 @@ def test_epoch_plan_covers_every_sample_once_and_depends_on_seed_and_epoch() -> 
     assert not np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 2, 0, False)))
 
 
-
 class _Summing(ToyModule):
     """Combines the gradients of its losses by adding them, which is what one backward pass does."""
 

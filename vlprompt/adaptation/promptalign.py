@@ -22,6 +22,7 @@ from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.views import Augment, ViewPlan
+from vlprompt.classification.evaluate import ImageReader
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.paths import user_path
@@ -82,11 +83,9 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     # In float64: a variance is a difference of two sums that are much larger.
     total = torch.zeros((), dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        pixels = torch.stack([backbone.preprocess(data[i][0]) for i in rows]).to(backbone.device)
+    for pixels in ImageReader(data, backbone.preprocess).batches(batch_size):
         with _recorded_outputs(backbone.vision.blocks) as outputs:
-            learner.embed_images(pixels)
+            learner.embed_images(pixels.to(backbone.device))
         states = torch.stack(outputs).double().cpu()  # (L, B, T, W)
         total = total + states.sum(1)
         squares = squares + states.square().sum(1)

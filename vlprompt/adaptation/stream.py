@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,21 @@ from torch import Tensor
 
 from vlprompt.adaptation.base import Adapter, EncodedViews
 from vlprompt.adaptation.predictions import Predictions
-from vlprompt.adaptation.views import OpenedImage, open_images
+from vlprompt.adaptation.views import OpenedImage, ViewPlan
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
+from vlprompt.data.images import pixel_key
+from vlprompt.data.loading import Loader, Workers, takes_workers
+from vlprompt.data.transforms import Preprocess, affine_of
 
 __all__ = ["adapt_dataset", "read_predictions"]
 
 Progress = Callable[[int, int], None]
 
 
+@takes_workers
 def adapt_dataset(
     adapters: Mapping[str, Adapter],
     data: ImageDataset,
@@ -28,6 +34,7 @@ def adapt_dataset(
     folder: str | Path | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Predictions]:
     """Adapt to every image of a data set, in its order, by one or several methods.
 
@@ -41,6 +48,7 @@ def adapt_dataset(
         folder: Where batches are written; None for nowhere.
         batch_size: Images in memory at once.
         progress: Called with (done, n) after each batch.
+        workers: Processes that read images and cut their views; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
         Predictions by label, in the data set's order.
@@ -53,21 +61,45 @@ def adapt_dataset(
     for adapter in adapters.values():
         adapter.reset()
 
+    batches = [range(len(data))[start : start + batch_size] for start in range(0, len(data), batch_size)]
+    paths = [None if folder is None else Path(folder) / f"{rows.start:07d}.safetensors" for rows in batches]
+    finished = {rows.start for rows, path in zip(batches, paths, strict=True) if path and path.is_file()}
+    with Loader(_ImageOpener.of(data, adapters)) as loader:
+        images = loader.stream([i for rows in batches if rows.start not in finished for i in rows])
+        return _adapt_batches(adapters, data, batches, paths, finished, images, progress)
+
+
+def _adapt_batches(
+    adapters: Mapping[str, Adapter],
+    data: ImageDataset,
+    batches: Sequence[range],
+    paths: Sequence[Path | None],
+    finished: Set[int],
+    images: Iterator[OpenedImage],
+    progress: Progress | None,
+) -> dict[str, Predictions]:
+    """Adapt batch by batch; arguments as in :func:`adapt_dataset`.
+
+    Args:
+        adapters: By label.
+        data: The images.
+        batches: Their rows.
+        paths: Where each batch is written.
+        finished: First rows of the batches that were written before.
+        images: Those of the other batches.
+        progress: Called after each batch.
+    """
     parts: dict[str, list[Predictions]] = {label: [] for label in adapters}
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
+    for rows, path in zip(batches, paths, strict=True):
         # A folder must not be continued with other images or methods.
         facts = {
             "sources": hash_strings(str(data.samples[i].source) for i in rows),
             "labels": sorted(adapters),
         }
-        if path is not None and path.is_file():
+        if path is not None and rows.start in finished:
             batch = _read(path, facts, adapters)
         else:
-            images = [data[i][0] for i in rows]
-            backbone = next(iter(adapters.values())).backbone
-            batch = _adapt(adapters, open_images(images, backbone))
+            batch = _adapt(adapters, list(islice(images, len(rows))))
             if path is not None:
                 _write(path, facts, adapters, batch)
 
@@ -75,7 +107,44 @@ def adapt_dataset(
             parts[label].append(predictions)
         if progress is not None:
             progress(rows.stop, len(data))
-    return {label: Predictions.cat(batches) for label, batches in parts.items()}
+    return {label: Predictions.cat(predictions) for label, predictions in parts.items()}
+
+
+@dataclass(frozen=True)
+class _ImageOpener:
+    """Opens images of a data set and cuts the views that methods share, where bytes are all that views are made of.
+
+    Attributes:
+        data: The images.
+        preprocess: The backbone's.
+        size: H and W of its input.
+        plans: Of the methods; each once.
+    """
+
+    data: ImageDataset
+    preprocess: Preprocess
+    size: tuple[int, int]
+    plans: tuple[ViewPlan, ...]
+
+    @classmethod
+    def of(cls, data: ImageDataset, adapters: Mapping[str, Adapter]) -> _ImageOpener:
+        """Return what opens images for some methods."""
+        backbone = next(iter(adapters.values())).backbone
+        plans = tuple(dict.fromkeys(adapter.plan for adapter in adapters.values()))
+        if affine_of(backbone.preprocess, backbone.image_size) is None:
+            plans = ()
+        return cls(data, backbone.preprocess, backbone.image_size, plans)
+
+    def __call__(self, index: int) -> OpenedImage:
+        """Return one image."""
+        image, _ = self.data[index]
+        key = pixel_key(image)
+        crops = {
+            plan: plan.cut(image, key, self.size)
+            for plan in self.plans
+            if plan.kind == "crop_flip" and plan.count > 1
+        }
+        return OpenedImage(key, image, first=self.preprocess(image), crops=crops)
 
 
 def read_predictions(folder: str | Path, label: str, classnames: Sequence[str]) -> Predictions:

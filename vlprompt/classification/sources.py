@@ -140,21 +140,15 @@ class TrainingSource:
         """Return the (n, d) embeddings of every fixed view."""
         encode, fingerprint = encoder_of(self.learner)
 
-        embeddings = []
-
-        for view in range(max(1, self.views) if self.augmentation.is_random else 1):
-            features = self.cache.features(
-                self.data,
-                encode,
-                self.learner.backbone.preprocess,
-                fingerprint=fingerprint,
-                augmentation=self.augmentation,
-                seed=self.options.seed,
-                view=view,
-            )
-            embeddings.append(features)
-
-        return embeddings
+        return self.cache.view_features(
+            self.data,
+            encode,
+            self.learner.backbone.preprocess,
+            fingerprint=fingerprint,
+            augmentation=self.augmentation,
+            seed=self.options.seed,
+            views=range(max(1, self.views) if self.augmentation.is_random else 1),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ never be out of date.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,6 +33,7 @@ ProgressCallback = Callable[[int, int], None]
 _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill loses at most this many rows
 _KEYS_PER_JOB = 256
 _HASHING_THREADS = 4
+_VIEWS_AT_ONCE = 4  # of each image of a batch, in memory
 _PLAIN = Augmentation()
 
 
@@ -48,8 +50,14 @@ class FeatureCache:
         self.rows_per_shard = rows_per_shard
         self._stores: dict[tuple[str, torch.dtype], ShardStore] = {}
 
-    @torch.no_grad()
     def features(
+        self, dataset: ImageDataset, encode: Encode, preprocess: Preprocess, *, view: int = 0, **options: Any
+    ) -> torch.Tensor:
+        """Return (n, d) features of one view; arguments and errors as :meth:`view_features`."""
+        return self.view_features(dataset, encode, preprocess, views=[view], **options)[0]
+
+    @torch.no_grad()
+    def view_features(
         self,
         dataset: ImageDataset,
         encode: Encode,
@@ -58,13 +66,13 @@ class FeatureCache:
         fingerprint: str,
         augmentation: Augmentation = _PLAIN,
         seed: int = 0,
-        view: int = 0,
+        views: Sequence[int] = (0,),
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
         workers: Workers | None = None,
         progress: ProgressCallback | bool = True,
-    ) -> torch.Tensor:
-        """Return the features of one view of every image, encoding only those that are not stored yet.
+    ) -> list[torch.Tensor]:
+        """Return the features of some views of every image, encoding only those that are not stored yet.
 
         Batches are runs of consecutive samples, without those that are stored already: a run that was killed
         between two batches and started again makes the same batches again, hence the same bits.
@@ -76,15 +84,16 @@ class FeatureCache:
             fingerprint: The backbone's.
             augmentation: Which views to take.
             seed: Seed of the views.
-            view: Number of the view, from 0.
+            views: Numbers of the views, from 0; an image is decoded once for several of them.
             dtype: Type of the result and of what is stored.
-            batch_size: Images per call of ``encode``; at most two batches of images per worker are in memory, and one.
+            batch_size: Images per call of ``encode``; at most two batches per worker are in memory, and one, each of up
+                to four views.
             workers: Processes that decode and augment; see :class:`vlprompt.data.loading.Loader`.
-            progress: Called with (done, n); True shows a bar if the error stream is a terminal, False shows
+            progress: Called with (done, n V); True shows a bar if the error stream is a terminal, False shows
                 none.
 
         Returns:
-            (n, d) on the CPU, in the data set's order.
+            Of each view (n, d) on the CPU, in the data set's order.
 
         Raises:
             DataError: If an image can't be read (it is named), the data set is empty or ``encode`` returns
@@ -96,26 +105,29 @@ class FeatureCache:
 
         store = self._store(fingerprint, dtype)
         image_keys = _image_keys(dataset)
-        view_text = augmentation.describe(seed, view)
-        keys = [_row_key(k, view_text) for k in image_keys]
+        keys = {
+            view: [_row_key(key, augmentation.describe(seed, view)) for key in image_keys] for view in views
+        }
 
         todo = _batches(keys, store, batch_size)
-        done = len(dataset) - sum(map(len, todo))
-        reader = _ViewReader(dataset, image_keys, augmentation, preprocess, seed, view)
+        total = len(dataset) * len(keys)
+        done = total - sum(len(indices) for group in todo for indices in group.values())
+        reader = _ViewReader(dataset, image_keys, augmentation, preprocess, seed)
         with (
             Loader(reader, workers=workers) as loader,
             _reporter(progress, f"{dataset.name} features") as report,
         ):
             try:
-                for indices, images in zip(todo, loader.stream(todo), strict=True):
-                    rows = _checked(encode(images), indices, dataset).to("cpu", dtype)
-                    store.add([keys[i] for i in indices], rows)
-                    done += len(indices)
-                    report(done, len(dataset))
+                for group, parts in zip(todo, loader.stream(todo), strict=True):
+                    for (view, indices), images in zip(group.items(), parts, strict=True):
+                        rows = _checked(encode(images), indices, dataset).to("cpu", dtype)
+                        store.add([keys[view][i] for i in indices], rows)
+                        done += len(indices)
+                        report(done, total)
             finally:  # what was encoded before an error is not encoded again
                 store.flush()
 
-        return store.rows(keys)
+        return [store.rows(keys[view]) for view in views]
 
     def _store(self, fingerprint: str, dtype: torch.dtype) -> ShardStore:
         if (fingerprint, dtype) not in self._stores:
@@ -132,24 +144,26 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class _ViewReader:
-    """Reads one view of some images of a data set."""
+    """Reads views of some images of a data set; each image is decoded once."""
 
     dataset: ImageDataset
     image_keys: Sequence[str]
     augmentation: Augmentation
     preprocess: Preprocess
     seed: int
-    view: int
 
-    def __call__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return (B, 3, H, W)."""
-        return torch.stack([self._view(index) for index in indices])
-
-    def _view(self, index: int) -> torch.Tensor:
-        image, _ = self.dataset[index]
-        return self.augmentation.augment(
-            image, self.preprocess, self.seed, self.image_keys[index], self.view
-        )
+    def __call__(self, group: Mapping[int, Sequence[int]]) -> list[torch.Tensor]:
+        """Return (B, 3, H, W) of each view, for the images that it lacks."""
+        rows: dict[int, list[torch.Tensor]] = {view: [] for view in group}
+        for index in sorted({index for indices in group.values() for index in indices}):
+            wanted = [view for view, indices in group.items() if index in indices]
+            image, _ = self.dataset[index]
+            made = self.augmentation.augment_all(
+                image, self.preprocess, self.seed, self.image_keys[index], wanted
+            )
+            for view, pixels in zip(wanted, made, strict=True):
+                rows[view].append(pixels)
+        return [torch.stack(parts) for parts in rows.values()]
 
 
 def _image_keys(dataset: ImageDataset) -> list[str]:
@@ -170,18 +184,30 @@ def _row_key(image_key: str, view: str) -> bytes:
     return hashlib.sha256(f"{image_key}\x1f{view}".encode()).digest()[:16]
 
 
-def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[int]]:
-    """Return the indices to encode, in fixed runs of ``size`` samples; equal images are encoded once."""
+def _batches(keys: Mapping[int, Sequence[bytes]], store: ShardStore, size: int) -> list[dict[int, list[int]]]:
+    """Return the indices to encode by view, in fixed runs of ``size`` samples; equal images are encoded once.
+
+    A run holds a few views, for which its images are decoded together.
+    """
     seen: set[bytes] = set()
     batches = []
-    for start in range(0, len(keys), max(1, size)):
-        batch = []
-        for index in range(start, min(start + max(1, size), len(keys))):
-            if keys[index] not in store and keys[index] not in seen:
-                seen.add(keys[index])
-                batch.append(index)
-        if batch:
-            batches.append(batch)
+    views = list(keys)
+    count = len(next(iter(keys.values()), ()))
+
+    for group in (views[i : i + _VIEWS_AT_ONCE] for i in range(0, len(views), _VIEWS_AT_ONCE)):
+        for start in range(0, count, max(1, size)):
+            batch = {}
+            for view in group:
+                indices = []
+                for index in range(start, min(start + max(1, size), count)):
+                    key = keys[view][index]
+                    if key not in store and key not in seen:
+                        seen.add(key)
+                        indices.append(index)
+                if indices:
+                    batch[view] = indices
+            if batch:
+                batches.append(batch)
 
     return batches
 

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from itertools import chain
 from types import TracebackType
@@ -141,6 +141,7 @@ class Loader(Generic[Item, Result]):
         self._packed: bool | None = None
         self._items: _Items[Item] = _Items()
         self._loader: DataLoader[Any] | None = None
+        self._results: Any = None  # torch's iterator, which owns the workers
         self._delivered = False
 
         # Processes that belong to a daemonic one can't have any of their own.
@@ -180,7 +181,11 @@ class Loader(Generic[Item, Result]):
 
     def close(self) -> None:
         """End the workers."""
-        self._loader = None  # torch ends them when nothing refers to them any more
+        self._loader = None
+        results, self._results = self._results, None
+        if results is not None:
+            # Not left to the garbage collector: the traceback of an error would keep them alive.
+            results._shutdown_workers()
 
     def __enter__(self) -> Loader[Item, Result]:
         return self
@@ -220,8 +225,8 @@ class Loader(Generic[Item, Result]):
         self._packed = needed > free
         if self._packed:
             log.warning(
-                "%s has %.0f MB free and loading by %d workers takes %.0f: batches come through a pipe, which is slower. "
-                "In a container: --shm-size=2g, or loading.workers=0.",
+                "%s has %.0f MB free and loading by %d workers takes %.0f: batches come through a pipe, which is "
+                "slower. In a container: --shm-size=2g, or loading.workers=0.",
                 _SHARED,
                 free / 1e6,
                 count,
@@ -251,26 +256,27 @@ class Loader(Generic[Item, Result]):
             with warnings.catch_warnings():
                 # From Python 3.12 on: a fork beside threads. See the head of this module.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                results = iter(loader)
+                # torch advises against more workers than cores; whoever asked for them knows.
+                warnings.simplefilter("ignore", UserWarning)
+                results = self._results = iter(loader)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             yield from self._alone(rest, f"what they need can't be sent to them ({error})")
             return
 
         while True:
             try:
-                result = next(results, _END)
+                result: Any = next(results, _End())
             except RuntimeError as error:
                 if not (reason := _death(error)):
                     raise
                 if self._delivered or self.method == "fork" or "killed" in reason:
                     self.close()
                     raise DataError(reason) from None
-                del results
-                why = "they ended at once; a script's own lines belong under `if __name__ == \"__main__\":`"
+                why = 'they ended at once; a script\'s own lines belong under `if __name__ == "__main__":`'
                 yield from self._alone(rest, why)
                 return
 
-            if result is _END:
+            if isinstance(result, _End):
                 return
             self._delivered = True
             self._items.pending.popleft()
@@ -350,7 +356,8 @@ class _Failure:
         return error
 
 
-_END = object()
+class _End:
+    """What comes behind the last result."""
 
 
 def _as_it_is(result: Result) -> Result:
@@ -386,7 +393,9 @@ def _death(error: BaseException) -> str:
         return ""
     advice = "Load with fewer (loading.workers=1, or 0 for none) or in smaller batches."
     if "Bus error" in text or "shared memory" in text:
-        return f"a loading worker was killed: {_SHARED}, through which it hands over images, is full. {advice}"
+        return (
+            f"a loading worker was killed: {_SHARED}, through which it hands over images, is full. {advice}"
+        )
     if "Killed" in text:
         return f"a loading worker was killed, most likely because memory ran out. {advice}"
     return f"a loading worker ended unexpectedly ({text.split(')', 1)[-1].strip(' .')}). {advice}"
@@ -400,6 +409,9 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
         return type(value)(*(_map(change, part) for part in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_map(change, part) for part in value)
+    if is_dataclass(value) and not isinstance(value, (type, _Packed)):
+        parts = {part.name: _map(change, getattr(value, part.name)) for part in fields(value)}
+        return replace(value, **parts)
     return change(value)
 
 
@@ -420,6 +432,12 @@ def _unpacked(value: Any) -> Any:
 
 def _bytes(value: Any) -> int:
     """Return the size of all tensors."""
-    sizes: list[int] = []
-    _map(lambda part: sizes.append(part.nbytes) if isinstance(part, torch.Tensor) else None, value)
-    return sum(sizes)
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    if is_dataclass(value):
+        return sum(_bytes(getattr(value, part.name)) for part in fields(value))
+    return 0

@@ -95,6 +95,7 @@ class DetectionBatches(ReadBatches):
         self.options = options
         self.rows = rows
         self.targets = [objects.target() for objects in data.objects]
+
     @property
     def reads(self) -> bool:
         """See :attr:`vlprompt.training.batches.ReadBatches.reads`."""

@@ -33,6 +33,7 @@ from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
     CLEAN,

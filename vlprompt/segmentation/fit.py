@@ -19,6 +19,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
+from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.data.segmentation.reading import resize_mask
@@ -172,6 +173,7 @@ class _PairBatches(ReadBatches):
         return {**batch, "image": torch.stack(images), "mask": torch.from_numpy(np.stack(masks))}
 
 
+@takes_workers
 def fit_segmenter(
     segmenter: Segmenter,
     train: MaskDataset,
@@ -183,6 +185,7 @@ def fit_segmenter(
     loss: LossName = "dice_bce",
     cache_mb: float = 2000.0,
     callbacks: Sequence[Callback] | None = None,
+    workers: Workers | None = None,
     **options: Any,
 ) -> SegmentationFit:
     """Train a segmentation model; the parameters that its strategy tunes are changed in place.
@@ -200,6 +203,7 @@ def fit_segmenter(
         loss: See :func:`segmentation_loss`.
         cache_mb: Memory for frozen states of training images, and as much again of validation images.
         callbacks: Replaces the default ones (progress, TensorBoard).
+        workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
         **options: See :class:`SegmentTrainOptions`.
 
     Raises:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.registry import Registry
+from vlprompt.data.loading import using_workers
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.experiment import Experiment
 
@@ -66,7 +67,8 @@ def create_executor(spec: str, experiment: Experiment) -> Executor:
 def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> CellResult | Failure:
     """Run one cell here; an exception becomes a :class:`Failure`."""
     try:
-        return experiment.run(cell, folder)
+        with using_workers(experiment.config.loading.workers):
+            return experiment.run(cell, folder)
     except Exception as error:  # hours of finished cells must survive whatever one of them does
         return Failure.of(error)
 
