@@ -43,11 +43,10 @@ class Reader:
         return {"image": pixels, "names": [str(item)], "process": os.getpid()}
 
 
-@pytest.mark.parametrize("pin", [False])
-def test_results_come_in_order_and_are_equal_for_any_number_of_workers(pin: bool) -> None:
+def test_results_come_in_order_and_are_equal_for_any_number_of_workers() -> None:
     expected = [Reader()(i)["image"] for i in range(20)]
     for workers in COUNTS:
-        with Loader(Reader(), workers=workers, pin=pin) as loader:
+        with Loader(Reader(), workers=workers) as loader:
             results = list(loader.stream(range(20)))
             again = list(loader.stream(iter(range(5))))
 
@@ -101,7 +100,7 @@ def _raises(item: int) -> int:
 def test_errors_of_every_kind_come_back_whole(bad: int) -> None:
     texts = []
     for workers in (0, 1):
-        with Loader(_raises, workers=workers) as loader, pytest.raises(Exception) as caught:
+        with Loader(_raises, workers=workers) as loader, pytest.raises((ValueError, KeyError)) as caught:
             list(loader.stream([1, bad]))
         texts.append((type(caught.value), str(caught.value)))
     assert texts[0] == texts[1]
@@ -116,10 +115,13 @@ def _kills(item: int) -> torch.Tensor:
 
 
 def test_a_killed_worker_is_one_sentence_that_names_memory() -> None:
-    with pytest.raises(DataError, match="killed, most likely because memory ran out.*workers=1"):
+    def run() -> None:
         with Loader(_kills, workers=1) as loader:
             for _ in loader.stream(range(10)):
                 time.sleep(0.02)
+
+    with pytest.raises(DataError, match=r"killed, most likely because memory ran out.*workers=1"):
+        run()
 
 
 def test_little_shared_memory_is_said_and_changes_no_bit(
@@ -133,7 +135,6 @@ def test_little_shared_memory_is_said_and_changes_no_bit(
     assert "through a pipe" in caplog.text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mounts")
 def test_full_shared_memory_is_one_sentence() -> None:
     text = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
     assert "/dev/shm, through which it hands over images, is full" in loading._death(RuntimeError(text))
@@ -177,9 +178,14 @@ def test_an_argument_holds_for_all_that_a_function_loads() -> None:
     assert load() == "auto"
 
 
-def test_what_cannot_be_pickled_is_an_error_and_no_hang() -> None:
-    with Loader(str, workers=1) as loader, pytest.raises(Exception, match="pickle"):
-        list(loader.stream([1, lambda: 2]))
+@pytest.mark.parametrize("place", [1, 12])
+def test_what_cannot_be_pickled_is_loaded_here_and_does_not_hang(
+    place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [*range(place), lambda: 2, *range(3)]
+    with caplog.at_level(logging.WARNING), Loader(repr, workers=1) as loader:
+        assert list(loader.stream(items)) == list(map(repr, items))
+    assert "can't be sent to them" in caplog.text
 
 
 # --- processes
@@ -271,7 +277,7 @@ def fetch(i):
     done = _run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"[0, 1, 4, 9, 16, 25] {not guarded}\n"
-    assert ("could not start" in done.stderr) == (not guarded)
+    assert ("no loading workers" in done.stderr) == (not guarded)
     assert "Traceback" not in done.stderr
 
 
@@ -336,23 +342,76 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_training_evaluation_prediction_and_scores_are_equal_for_any_number_of_workers(
-    photographs: Path,
-) -> None:
-    found: list[object] = []
-    for workers in COUNTS:
-        backbone = vlprompt.create_backbone("tiny")
-        data = vlprompt.load_dataset(f"folder:{photographs}", "all")
-        learner = vlprompt.create_learner("vpt", backbone, data.classnames)
-        options = {"epochs": 2, "batch_size": 6, "augmentation": "crop_flip", "views": 0, "callbacks": ()}
-        vlprompt.fit(learner, data, workers=workers, **options)
-        scores = vlprompt.evaluate(learner, data, batch_size=5, workers=workers)
-        names = vlprompt.predict(learner, str(photographs), batch_size=5, workers=workers).rows
-        found.append((learner.trainable_state(), scores, names))
+def _trained(photographs: Path, workers: int) -> tuple[dict[str, torch.Tensor], object, object]:
+    """Return what a learner that touches the image tower learned, scores and predicts."""
+    data = vlprompt.load_dataset(f"folder:{photographs}", "all")
+    learner = vlprompt.create_learner("vpt", vlprompt.create_backbone("tiny"), data.classnames)
+    options = {"epochs": 1, "batch_size": 6, "augmentation": "crop_flip", "views": 0, "callbacks": ()}
+    vlprompt.fit(learner, data, workers=workers, **options)
+    scores = vlprompt.evaluate(learner, data, batch_size=5, workers=workers)
+    return (
+        learner.trainable_state(),
+        scores,
+        vlprompt.predict(learner, str(photographs), workers=workers).rows,
+    )
 
-    for state, scores, names in found[1:]:  # type: ignore[misc]
-        assert all(torch.equal(value, found[0][0][key]) for key, value in state.items())  # type: ignore[index]
-        assert (scores, names) == found[0][1:]  # type: ignore[index]
+
+@pytest.mark.parametrize(
+    "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_training_scores_and_predictions_are_equal_for_any_number_of_workers(
+    workers: int, photographs: Path
+) -> None:
+    expected, scores, rows = _trained(photographs, 0)
+    state, *found = _trained(photographs, workers)
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert found == [scores, rows]
+
+
+_RUN = """
+import sys
+import vlprompt
+photographs, folder, workers, pause = sys.argv[1:]
+from vlprompt.training.callbacks import Callback
+class Slow(Callback):
+    def on_step(self, trainer, losses):
+        import time
+        time.sleep(float(pause))
+data = vlprompt.load_dataset(f"folder:{photographs}", "all")
+learner = vlprompt.create_learner("vpt", vlprompt.create_backbone("tiny"), data.classnames)
+vlprompt.fit(
+    learner, data, folder=folder, resume=True, epochs=3, batch_size=2, augmentation="crop_flip", views=0,
+    checkpoint_seconds=0, callbacks=[Slow()], workers=int(workers),
+)
+import torch
+torch.save(learner.trainable_state(), folder + "/end.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_workers_to_the_same_bits(
+    photographs: Path, tmp_path: Path
+) -> None:
+    root = Path(vlprompt.__file__).parent.parent
+
+    def start(folder: str, workers: int, pause: float) -> subprocess.Popen[bytes]:
+        arguments = [str(photographs), str(tmp_path / folder), str(workers), str(pause)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        return subprocess.Popen([sys.executable, "-c", _RUN, *arguments], env=environment)
+
+    assert start("whole", 0, 0).wait() == 0
+    killed = start("killed", 2, 0.2)
+    while not list((tmp_path / "killed").rglob("*.safetensors")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.0)  # some steps, not a whole epoch
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "end.pt").exists()
+
+    assert start("killed", 1, 0).wait() == 0
+    whole, resumed = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_damaged_images_are_counted_the_same_in_workers(photographs: Path) -> None:
@@ -367,7 +426,7 @@ def test_damaged_images_are_counted_the_same_in_workers(photographs: Path) -> No
 def test_images_that_pillow_has_not_read_yet_go_through_workers(photographs: Path) -> None:
     learner = vlprompt.create_learner("zero_shot", vlprompt.create_backbone("tiny"), ["cat", "dog"])
     paths = sorted(photographs.rglob("*.jpg"))
-    paths[5].write_bytes(paths[5].read_bytes()[:600])
+    paths[5].write_bytes(paths[5].read_bytes()[:-200])
 
     def opened() -> Iterator[Image.Image]:
         return (Image.open(path) for path in paths)

@@ -169,8 +169,8 @@ class _ViewReader:
 def _image_keys(dataset: ImageDataset) -> list[str]:
     """Return every image's content key.
 
-    Files are hashed in threads, many per job, not by loading workers: hashing leaves the interpreter to others, and what
-    it finds is remembered in this process.
+    Files are hashed in threads, many per job, not by loading workers: hashing leaves the interpreter to others, and
+    what it finds is remembered in this process.
     """
     starts = range(0, len(dataset), _KEYS_PER_JOB)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:

@@ -233,39 +233,36 @@ class Loader(Generic[Item, Result]):
                 needed / 1e6,
             )
 
-        self._loader = DataLoader(
-            _Source(self.fetch, self._packed),
-            batch_size=None,
-            sampler=self._items,
-            num_workers=count,
-            collate_fn=_as_it_is,
-            pin_memory=self.pin,
-            worker_init_fn=_prepare,
-            multiprocessing_context=self.method,
-            prefetch_factor=_AHEAD,
-            persistent_workers=True,
-            generator=torch.Generator(),  # torch's own stream of random numbers stays untouched
-        )
+        with _quiet():
+            self._loader = DataLoader(
+                _Source(self.fetch, self._packed),
+                batch_size=None,
+                sampler=self._items,
+                num_workers=count,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin,
+                worker_init_fn=_prepare,
+                multiprocessing_context=self.method,
+                prefetch_factor=_AHEAD,
+                persistent_workers=True,
+                generator=torch.Generator(),  # torch's own stream of random numbers stays untouched
+            )
 
     def _from_workers(self, rest: Iterator[Item]) -> Iterator[Result]:
         loader = self._loader
         assert loader is not None
         self._items.begin(rest)
 
-        try:
-            with warnings.catch_warnings():
-                # From Python 3.12 on: a fork beside threads. See the head of this module.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                # torch advises against more workers than cores; whoever asked for them knows.
-                warnings.simplefilter("ignore", UserWarning)
-                results = self._results = iter(loader)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            yield from self._alone(rest, f"what they need can't be sent to them ({error})")
-            return
-
+        results: Any = None
         while True:
             try:
+                if results is None:
+                    with _quiet():
+                        results = self._results = iter(loader)
                 result: Any = next(results, _End())
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                yield from self._alone(rest, f"what they need can't be sent to them ({error})")
+                return
             except RuntimeError as error:
                 if not (reason := _death(error)):
                     raise
@@ -286,7 +283,7 @@ class Loader(Generic[Item, Result]):
 
     def _alone(self, rest: Iterator[Item], why: str) -> Iterator[Result]:
         """Go on without workers: with what they were given and did not bring, then with the rest."""
-        log.warning("loading workers could not start: %s. Images are loaded in this process.", why)
+        log.warning("there are no loading workers: %s. Images are loaded in this process.", why)
         self.close()
         self._wanted = 0
         for item in chain(list(self._items.pending), rest):
@@ -354,6 +351,15 @@ class _Failure:
         if not isinstance(error, DataError):
             error.__notes__ = [*getattr(error, "__notes__", []), f"In a loading worker:\n{self.trace}"]
         return error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what is known: a fork beside threads (see the head of this module), more workers than cores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 class _End:
