@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.classification.label_space import in_learner_space
+from vlprompt.classification.label_space import dataset_for, in_learner_space
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.data.loading import Loader, Workers, takes_workers
@@ -25,7 +25,7 @@ __all__ = ["ImageReader", "encoder_of", "evaluate", "image_embeddings", "predict
 @takes_workers
 def evaluate(
     learner: Learner,
-    data: ImageDataset,
+    data: ImageDataset | Any,
     *,
     metrics: Sequence[str] | None = None,
     batch_size: int = 100,
@@ -40,7 +40,7 @@ def evaluate(
     Args:
         learner: See :func:`vlprompt.create_learner`.
         data: The learner must know all its classes; they may be fewer, in another order or in capitals. Images compete
-            against all classes of the learner.
+            against all classes of the learner. A torch ``Dataset`` or a list of pairs too, see :func:`vlprompt.fit`.
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
@@ -50,7 +50,7 @@ def evaluate(
     Raises:
         DataError: If the learner doesn't know a class.
     """
-    data = in_learner_space(learner, data)
+    data = in_learner_space(learner, dataset_for(learner, data, "test"))
     cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
