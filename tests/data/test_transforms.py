@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data import AUGMENTATIONS, Augmentation
-from vlprompt.data.transforms import crop_box
+from vlprompt.data.transforms import affine_of, crop_box
 
 PREPROCESS = v2.Compose(
     [v2.Resize(32), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -99,3 +101,78 @@ def test_the_least_share_of_a_crop_can_be_said() -> None:
         s: Augmentation.parse(s).describe(1, 0) for s in ("crop_flip", "crop_flip:0.08", "crop_flip:0.5")
     }
     assert views["crop_flip"] == views["crop_flip:0.08"] != views["crop_flip:0.5"]
+
+
+# --- crops of tensors against crops by Pillow
+
+
+@pytest.mark.parametrize("share", ["", ":0.5"])
+def test_crops_of_tensors_are_those_of_pillow_but_for_rounding(share: str) -> None:
+    """The same draws, the same boxes: the pixels differ by the rounding of the resizing."""
+    for number in range(12):
+        image = photo(97, 61 + number)
+        tensor, pillow = (
+            Augmentation.parse(name + share).augment(image, PREPROCESS, 3, f"k{number}", number)
+            for name in ("crop_flip", "crop_flip_pil")
+        )
+        difference = (tensor - pillow).abs() * 255
+        assert float(difference.max()) < 3.1
+        assert float(difference.mean()) < 0.05
+
+
+def test_several_views_of_one_image_are_the_single_ones() -> None:
+    image = photo(90, 70)
+    for name in ("none", "flip", "crop_flip", "crop_flip_pil"):
+        augmentation = Augmentation(name)
+        together = augmentation.augment_all(image, PREPROCESS, 1, "k", [4, 0, 2])
+        single = [augmentation.augment(image, PREPROCESS, 1, "k", view) for view in (4, 0, 2)]
+        assert torch.equal(together, torch.stack(single))
+
+
+def test_boxes_and_flips_have_torchvisions_distribution() -> None:
+    """Two samples of 2000: area, ratio, position (Kolmogorov-Smirnov), and the share of flips."""
+    torch.manual_seed(0)
+    image = photo(500, 375)
+    augmentation = Augmentation("crop_flip")
+    cuts = [augmentation._cut(image, augmentation._draws(1, f"k{i}", 0)) for i in range(2000)]
+    ours = [(c.top, c.left, c.height, c.width) for c in cuts]
+    reference = v2.RandomResizedCrop(224, scale=(0.08, 1.0))
+    theirs = [tuple(reference.make_params([image]).values()) for _ in range(2000)]
+
+    def figures(boxes: list[Any]) -> dict[str, np.ndarray]:
+        top, left, height, width = np.asarray(boxes, float).T
+        return {
+            "area": height * width,
+            "ratio": width / height,
+            "vertical": top / np.maximum(375 - height, 1),
+            "horizontal": left / np.maximum(500 - width, 1),
+        }
+
+    found, expected = figures(ours), figures(theirs)
+    for name, values in found.items():
+        assert ks_2samp(values, expected[name]).pvalue > 0.001, name
+    assert abs(np.mean([c.flipped for c in cuts]) - 0.5) < 0.04  # 3.5 standard errors
+
+
+def test_pixels_have_the_statistics_of_pillows_crops() -> None:
+    image = photo(200, 150)
+    means = {}
+    for name in ("crop_flip", "crop_flip_pil"):
+        views = Augmentation(name).augment_all(image, PREPROCESS, 1, "k", range(40))
+        means[name] = (views.mean((0, 2, 3)), views.std((0, 2, 3)))
+    for one, other in zip(*means.values(), strict=True):
+        assert torch.allclose(one, other, atol=2e-3)
+
+
+def test_a_preprocessing_that_is_more_than_scale_and_shift_is_left_to_pillow() -> None:
+    class Grey:
+        size = 32
+
+        def __call__(self, image: Image.Image) -> torch.Tensor:
+            return PREPROCESS(image.resize((32, 32))).mean(0, keepdim=True).expand(3, -1, -1)
+
+    grey = Grey()
+    assert affine_of(grey, (32, 32)) is None
+    image = photo(60, 50)
+    views = [Augmentation(n).augment(image, grey, 1, "k", 0) for n in ("crop_flip", "crop_flip_pil")]
+    assert torch.equal(*views)

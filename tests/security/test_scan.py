@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,22 +251,27 @@ def test_names_are_sorted_on_disk_a_few_at_a_time(
 
 
 def test_few_images_are_in_memory_at_once(corner: Any, tmp_path: Path) -> None:
+    from vlprompt.data.loading import using_workers
     from vlprompt.security.scan import DecodedImage, row_stream
 
     alive = most = 0
 
-    def entry(i: int) -> Callable[[], DecodedImage]:
-        def decode() -> DecodedImage:
-            nonlocal alive, most
+    def items() -> Iterator[int]:
+        nonlocal alive, most
+        for i in range(200):
             alive += 1
             most = max(most, alive)
-            return DecodedImage(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
+            yield i
 
-        return decode
+    def decode(i: int) -> DecodedImage:
+        return DecodedImage(str(i), corner.backbone.preprocess(Image.new("RGB", (32, 32))))
 
-    for _ in row_stream((entry(i) for i in range(200)), corner, 0.5, batch_size=5, workers=1):
-        alive -= 1
-    assert most <= 5 * 4  # a batch that is judged and three that are decoded
+    for workers in (0, 1):
+        alive = most = 0
+        with using_workers(workers):
+            for _ in row_stream(decode, items(), corner, 0.5, batch_size=5):
+                alive -= 1
+        assert most <= 5 * 4  # a batch that is judged and three that are decoded
 
 
 @pytest.mark.slow
@@ -364,14 +369,14 @@ def test_a_detector_whose_own_threshold_is_no_number_is_refused(corner: Any, ima
 
 
 @pytest.mark.parametrize(
-    "counts", [{"batch_size": 0}, {"batch_size": -3}, {"batch_size": 1.5}, {"workers": 0}]
+    "counts", [{"batch_size": 0}, {"batch_size": -3}, {"batch_size": 1.5}, {"workers": -1}]
 )
 def test_impossible_numbers_are_refused(
     corner: Any, image_folder: Path, tmp_path: Path, counts: dict[str, Any]
 ) -> None:
-    with pytest.raises(DataError, match="must be a whole number from 1 on"):
+    with pytest.raises(DataError, match=r"must be .*whole number from [01] on"):
         scan(image_folder, corner, **counts)
-    with pytest.raises(DataError, match="must be a whole number from 1 on"):
+    with pytest.raises(DataError, match=r"must be .*whole number from [01] on"):
         scan_folder(image_folder, corner, tmp_path / "out", **counts)
 
 

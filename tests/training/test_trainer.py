@@ -10,7 +10,7 @@ import torch
 from tests.training.toys import ToyModule, toy_batches
 from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.core.files import read_tensors, write_tensors
-from vlprompt.training.batches import epoch_plan, prefetch
+from vlprompt.training.batches import epoch_plan
 from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.schedule import learning_rate
@@ -302,22 +302,6 @@ def test_epoch_plan_covers_every_sample_once_and_depends_on_seed_and_epoch() -> 
     assert np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 1, 0, False)))
     assert not np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 1, 1, False)))
     assert not np.array_equal(np.concatenate(plan), np.concatenate(epoch_plan(53, 8, 2, 0, False)))
-
-
-def test_prefetch_keeps_the_order_and_raises_what_a_fetch_raises() -> None:
-    class Source:
-        def plan(self, epoch: int) -> list[np.ndarray]:
-            return []
-
-        def fetch(self, indices: np.ndarray, epoch: int) -> dict[str, Any]:
-            if indices[0] == 4:
-                raise OSError("gone")
-            return {"i": int(indices[0])}
-
-    parts = [np.array([i]) for i in range(4)]
-    assert [b["i"] for b in prefetch(Source(), parts, 0)] == [0, 1, 2, 3]
-    with pytest.raises(OSError, match="gone"):
-        list(prefetch(Source(), [*parts, np.array([4])], 0))
 
 
 class _Summing(ToyModule):

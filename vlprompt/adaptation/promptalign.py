@@ -24,6 +24,7 @@ from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rate, Rule
 from vlprompt.adaptation.views import Augment, ViewPlan
+from vlprompt.classification.evaluate import ImageReader
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.paths import user_path
@@ -92,11 +93,9 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     # In float64: a variance is a difference of two sums that are much larger.
     total = torch.zeros((), dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        pixels = torch.stack([backbone.preprocess(data[i][0]) for i in rows]).to(backbone.device)
+    for pixels in ImageReader(data, backbone.preprocess).batches(batch_size):
         with _recorded_tokens(backbone.vision.blocks) as tokens:
-            learner.embed_images(pixels)
+            learner.embed_images(pixels.to(backbone.device))
         states = torch.stack([torch.stack(tokens.entering), torch.stack(tokens.leaving)])  # (2, L, B, T, W)
         states = states.double().cpu()
         total = total + states.sum(2)

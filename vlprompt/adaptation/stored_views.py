@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.data import ImageDataset
 from vlprompt.data.images import pixel_key
+from vlprompt.data.loading import Loader
 from vlprompt.diffusion import ViewSource, ViewStore
 from vlprompt.learners import Learner
 
@@ -24,10 +26,21 @@ _PROGRESS_EVERY = 100  # images
 def count_missing(store: ViewStore, data: ImageDataset, count: int) -> int:
     """Return how many of ``count`` views of every image are not in the store."""
     missing = 0
-    for index in range(len(data)):
-        image, _ = data[index]
-        missing += len(store.missing(pixel_key(image), count))
+    with Loader(_KeyReader(data)) as loader:
+        for key in loader.stream(range(len(data))):
+            missing += len(store.missing(key, count))
     return missing
+
+
+@dataclass(frozen=True)
+class _KeyReader:
+    """Reads images of a data set, and tells what their stored views are found by."""
+
+    data: ImageDataset
+
+    def __call__(self, index: int) -> str:
+        """Return the key of one image."""
+        return pixel_key(self.data[index][0])
 
 
 def fill_store(source: ViewSource, data: ImageDataset, count: int) -> None:

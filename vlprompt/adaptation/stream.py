@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlprompt.adaptation.base import Adapter, Collector, EncodedViews
 from vlprompt.adaptation.predictions import Predictions
-from vlprompt.adaptation.views import OpenedImage, open_images
+from vlprompt.adaptation.views import OpenedImage, ViewPlan, open_images
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_tensors
 from vlprompt.core.shares import process_count, share_rows
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
+from vlprompt.data.images import pixel_key
+from vlprompt.data.loading import Loader, Workers, takes_workers
+from vlprompt.data.transforms import Preprocess, affine_of
 
 __all__ = ["EncodedStream", "adapt_dataset", "adapt_stream", "read_predictions"]
 
@@ -59,6 +63,7 @@ class EncodedStream:
             self._rows.setdefault(identity, {})[image.key] = views.rows([row])
 
 
+@takes_workers
 def adapt_dataset(
     adapters: Mapping[str, Adapter],
     data: ImageDataset,
@@ -68,6 +73,7 @@ def adapt_dataset(
     progress: Progress | None = None,
     encoded: EncodedStream | None = None,
     on_bad_image: OnBadImage = "error",
+    workers: Workers | None = None,
 ) -> dict[str, Predictions]:
     """Adapt to every image of a data set, in its order, by one or several methods.
 
@@ -85,6 +91,7 @@ def adapt_dataset(
         encoded: Views that were encoded before; what is missing is added.
         on_bad_image: What an embedding that is NaN or infinite does: ``"error"`` stops; ``"skip"`` refuses that image,
             which learns nothing and whose probabilities are NaN, and goes on.
+        workers: Processes that read images and cut their views; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
         Predictions by label, in the data set's order.
@@ -182,38 +189,80 @@ def _adapt_rows(
     learns = any(adapter.granularity != "picture" for adapter in adapters.values())
     state = _State(Path(folder)) if folder is not None and learns else None
 
-    for start in range(rows.start, rows.stop, batch_size):
-        own = range(start, min(start + batch_size, rows.stop))
-        path = None if folder is None else Path(folder) / f"{start:07d}.safetensors"
-        # A folder must not be continued with other images or methods.
-        facts = {
-            "sources": hash_strings(str(data.samples[i].source) for i in own),
-            "labels": sorted(adapters),
-        }
-        is_last = own.stop == len(data)
+    portions = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    paths = [None if folder is None else Path(folder) / f"{own.start:07d}.safetensors" for own in portions]
+    finished = {
+        own.start
+        for own, path in zip(portions, paths, strict=True)
+        if path is not None and path.is_file() and (state is None or own.stop <= state.done)
+    }
 
-        if path is not None and path.is_file() and (state is None or own.stop <= state.done):
-            portion = _read(path, facts, collectors)
-            if state is not None and own.stop == state.done:
-                state.restore(adapters)
-        else:
-            images = [data[i][0] for i in own]
-            portion = _adapt(collectors, images, encoded, is_last)
-            if portion.refused and on_bad_image == "error":
-                bad = ", ".join(str(data.samples[own[row]].source) for row in portion.refused)
-                raise NonFiniteError(f"{data.name}: the embedding of {bad} is NaN or infinite.")
-            if path is not None:
-                portion.write(path, facts)
-            if state is not None:
-                state.write(own.stop, adapters)
+    with Loader(_ImageOpener.of(data, adapters)) as loader:
+        images = loader.stream([i for own in portions if own.start not in finished for i in own])
+        for own, path in zip(portions, paths, strict=True):
+            # A folder must not be continued with other images or methods.
+            facts = {
+                "sources": hash_strings(str(data.samples[i].source) for i in own),
+                "labels": sorted(adapters),
+            }
+            if path is not None and own.start in finished:
+                portion = _read(path, facts, collectors)
+                if state is not None and own.stop == state.done:
+                    state.restore(adapters)
+            else:
+                portion = _adapt(collectors, list(islice(images, len(own))), encoded, own.stop == len(data))
+                if portion.refused and on_bad_image == "error":
+                    bad = ", ".join(str(data.samples[own[row]].source) for row in portion.refused)
+                    raise NonFiniteError(f"{data.name}: the embedding of {bad} is NaN or infinite.")
+                if path is not None:
+                    portion.write(path, facts)
+                if state is not None:
+                    state.write(own.stop, adapters)
 
-        refused += [own[row] - rows.start for row in portion.refused]
-        for label, predictions in portion.predictions.items():
-            parts[label] += predictions
-        if progress is not None:
-            progress(own.stop, len(data))
+            refused += [own[row] - rows.start for row in portion.refused]
+            for label, predictions in portion.predictions.items():
+                parts[label] += predictions
+            if progress is not None:
+                progress(own.stop, len(data))
 
     return {label: _with_refused(part, refused, adapters[label], len(rows)) for label, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class _ImageOpener:
+    """Opens images of a data set and cuts the views that methods share, where bytes are all that views are made of.
+
+    Attributes:
+        data: The images.
+        preprocess: The backbone's.
+        size: H and W of its input.
+        plans: Of the methods; each once.
+    """
+
+    data: ImageDataset
+    preprocess: Preprocess
+    size: tuple[int, int]
+    plans: tuple[ViewPlan, ...]
+
+    @classmethod
+    def of(cls, data: ImageDataset, adapters: Mapping[str, Adapter]) -> _ImageOpener:
+        """Return what opens images for some methods."""
+        backbone = next(iter(adapters.values())).backbone
+        plans = tuple(dict.fromkeys(adapter.plan for adapter in adapters.values()))
+        if affine_of(backbone.preprocess, backbone.image_size) is None:
+            plans = ()
+        return cls(data, backbone.preprocess, backbone.image_size, plans)
+
+    def __call__(self, index: int) -> OpenedImage:
+        """Return one image."""
+        image, _ = self.data[index]
+        key = pixel_key(image)
+        crops = {
+            plan: plan.cut(image, key, self.size)
+            for plan in self.plans
+            if plan.kind == "crop_flip" and plan.count > 1
+        }
+        return OpenedImage(key, image, first=self.preprocess(image), crops=crops)
 
 
 class _Portion:
@@ -278,14 +327,13 @@ class _State:
 
 def _adapt(
     collectors: Mapping[str, Collector],
-    images: Sequence[Image.Image],
+    images: Sequence[OpenedImage],
     encoded: EncodedStream | None,
     is_last: bool,
 ) -> _Portion:
     """Run all methods on one portion."""
     adapters = {label: collector.adapter for label, collector in collectors.items()}
-    opened = open_images(list(images), next(iter(adapters.values())).backbone)
-    views = _encode(adapters, opened, encoded)
+    views = _encode(adapters, images, encoded)
 
     finite = torch.stack([part.finite.cpu() for part in views.values()]).all(0)
     good = finite.nonzero()[:, 0].tolist()

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +30,12 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.images import pixel_key, read_image
 from vlprompt.data.inputs import open_image
-from vlprompt.data.transforms import crop_box
+from vlprompt.data.transforms import Cut, affine_of, crop_box, cut_views
 
 __all__ = ["Augment", "Images", "OpenedImage", "ViewPlan", "open_images"]
 
-Augment = Annotated[str, Field(pattern=r"^(crop_flip|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
-"""``crop_flip`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the image."""
+Augment = Annotated[str, Field(pattern=r"^(crop_flip|crop_flip_pil|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
+"""``crop_flip``, ``crop_flip_pil`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the image."""
 Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
 _LEAST_AREA = 0.08  # of a crop, as a share of the image, as in torchvision's RandomResizedCrop
 _CHAINS = 3  # of AugMix
@@ -51,12 +51,14 @@ class OpenedImage:
         image: RGB; None for ready-made views.
         first: (3, H, W) view 0, if the image came as preprocessed pixels; None if the backbone has to preprocess it.
         ready: (V, 3, H, W) ready-made views; no others are made then.
+        crops: What :meth:`ViewPlan.cut` returned for some plans, if a loading worker did it already.
     """
 
     key: str
     image: Image.Image | None
     first: Tensor | None = None
     ready: Tensor | None = None
+    crops: Mapping[ViewPlan, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class ViewPlan:
     Attributes:
         count: V, including view 0, the image as the backbone's preprocessing gives it.
         augment: ``"crop_flip"`` (a crop of 8 to 100 % of the area, bilinear, then a left-right flip of half of
-            them) or ``"augmix"`` (the same, then AugMix); ``"crop_flip:0.5"`` cuts 50 to 100 %.
+            them), ``"crop_flip_pil"`` (the same crops, cut and resized by Pillow as the papers' code does) or
+            ``"augmix"`` (these, then AugMix); ``"crop_flip:0.5"`` cuts 50 to 100 %.
         seed: Of all draws.
     """
 
@@ -82,20 +85,49 @@ class ViewPlan:
         assert image is not None
 
         first = backbone.preprocess(image) if opened.first is None else opened.first
-        rest = [self._view(image, opened.key, number, backbone) for number in range(1, self.count)]
-        return torch.stack([first, *rest])
+        if self.count == 1:
+            return first[None]
 
-    def _view(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
-        rng = numpy_rng(self.seed, "view", key, number)
-        kind, _, share = self.augment.partition(":")
-        least = float(share or _LEAST_AREA)
+        affine = affine_of(backbone.preprocess, backbone.image_size) if self.kind == "crop_flip" else None
+        if affine is None:
+            rest = [self._by_pillow(image, opened.key, number, backbone) for number in range(1, self.count)]
+            return torch.stack([first, *rest])
 
-        height, width = backbone.image_size
-        top, left, h, w = crop_box(image.height, image.width, (least, 1.0), rng.random)
-        crop = tvf.resized_crop(image, top, left, h, w, [height, width], InterpolationMode.BILINEAR)
-        if rng.random() < 0.5:
+        crops = opened.crops.get(self)
+        if crops is None:
+            crops = self.cut(image, opened.key, backbone.image_size)
+        views = torch.empty(self.count, *first.shape)
+        views[0] = first
+        affine(crops, out=views[1:])
+        return views
+
+    @property
+    def kind(self) -> str:
+        """The name of ``augment``, without its share."""
+        return self.augment.partition(":")[0]
+
+    def cut(self, image: Image.Image, key: str, size: tuple[int, int]) -> Tensor:
+        """Return the crops behind view 0, (V - 1, 3, H, W) uint8, of an image that was decoded once."""
+        cuts = [self._cut(image, self._draws(key, number)) for number in range(1, self.count)]
+        return cut_views(image, cuts, size, "bilinear")
+
+    def _draws(self, key: str, number: int) -> np.random.Generator:
+        return numpy_rng(self.seed, "view", key, number)
+
+    def _cut(self, image: Image.Image, rng: np.random.Generator) -> Cut:
+        least = float(self.augment.partition(":")[2] or _LEAST_AREA)
+        box = crop_box(image.height, image.width, (least, 1.0), rng.random)
+        return Cut(*box, flipped=rng.random() < 0.5)
+
+    def _by_pillow(self, image: Image.Image, key: str, number: int, backbone: Backbone) -> Tensor:
+        """Return one view, cut by Pillow."""
+        rng = self._draws(key, number)
+        cut = self._cut(image, rng)
+        box = (cut.top, cut.left, cut.height, cut.width)
+        crop = tvf.resized_crop(image, *box, list(backbone.image_size), InterpolationMode.BILINEAR)
+        if cut.flipped:
             crop = tvf.horizontal_flip(crop)
-        return augmix(crop, backbone.preprocess, rng) if kind == "augmix" else backbone.preprocess(crop)
+        return augmix(crop, backbone.preprocess, rng) if self.kind == "augmix" else backbone.preprocess(crop)
 
 
 def open_images(images: Images, backbone: Backbone) -> list[OpenedImage]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlprompt.classification.label_space import dataset_for, in_learner_space
 from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
+from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.metrics.backdoor import verdict_metrics
 from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
 
-__all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
+__all__ = ["ImageReader", "encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 
+@takes_workers
 def evaluate(
     learner: Learner,
     data: ImageDataset | Any,
@@ -27,6 +31,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     batch_size: int = 100,
     cache: FeatureCache | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, float]:
     """Return metrics of a learner on a labelled data set, fractions in [0, 1] except ``nll`` (nats).
 
@@ -41,6 +46,7 @@ def evaluate(
             kind of labels.
         batch_size: Images per pass.
         cache: Where image features are stored, if the learner leaves the image tower alone.
+        workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
 
     Raises:
         DataError: If the learner doesn't know a class.
@@ -82,10 +88,12 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
+            reader = ImageReader(data, learner.preprocess)
 
             def score(rows: range) -> list[Tensor]:
-                batches = _image_batches(learner, data, rows, batch_size)
-                return [torch.cat([learner(batch.to(device)).float().cpu() for batch in batches])]
+                batches = reader.batches(batch_size, device.type == "cuda", rows)
+                logits = [learner(batch.to(device, non_blocking=True)).float().cpu() for batch in batches]
+                return [torch.cat(logits)]
 
             parts = share_rows(len(data), batch_size, score)
     finally:
@@ -113,8 +121,24 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     return backbone.image_embeddings, f"{backbone.fingerprint['id']}{learner.preparation}"
 
 
-def _image_batches(learner: Learner, data: ImageDataset, rows: range, size: int) -> Iterator[Tensor]:
-    """Yield (B, 3, H, W) preprocessed images of some rows, in the data set's order."""
-    for start in range(rows.start, rows.stop, size):
-        end = min(start + size, rows.stop)
-        yield torch.stack([learner.preprocess(data[i][0]) for i in range(start, end)])
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images of a data set for a classifier.
+
+    Attributes:
+        data: The data set.
+        preprocess: The classifier's.
+    """
+
+    data: ImageDataset
+    preprocess: Callable[[Image.Image], Tensor]
+
+    def __call__(self, rows: range) -> Tensor:
+        """Return (B, 3, H, W) preprocessed images of some rows."""
+        return torch.stack([self.preprocess(self.data[i][0]) for i in rows])
+
+    def batches(self, size: int, pin: bool = False, rows: range | None = None) -> Iterator[Tensor]:
+        """Yield all images, or consecutive rows, in the data set's order, ``size`` at a time."""
+        rows = range(len(self.data)) if rows is None else rows
+        with Loader(self, pin=pin) as loader:
+            yield from loader.stream([rows[start : start + size] for start in rows[::size]])

@@ -21,6 +21,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
+from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners import Learner
 from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
@@ -51,6 +52,7 @@ class RunResult:
     learner: Learner = field(repr=False)
 
 
+@takes_workers
 def fit(
     learner: Learner,
     train: ImageDataset | Any,
@@ -64,6 +66,7 @@ def fit(
     cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
     recipe: Literal["auto", "paper"] | None = None,
+    workers: Workers | None = None,
     **options: Any,
 ) -> RunResult:
     """Train a learner; its parameters are changed in place.
@@ -83,7 +86,7 @@ def fit(
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: ``"none"``, ``"flip"``, ``"crop_flip"`` or, with the smallest share of the image that a crop
-            keeps, ``"crop_flip:0.5"`` (default share 0.08).
+            keeps, ``"crop_flip:0.5"`` (default share 0.08). See :class:`vlprompt.data.transforms.Augmentation`.
         views: Fixed augmented views per image that the epochs take in turn (their embeddings are cached); 0
             draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are stored between runs; None holds them in memory.
@@ -91,6 +94,8 @@ def fit(
         callbacks: Replaces the default ones (progress, TensorBoard).
         recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
             on any backbone. None: ``"auto"`` without options, none with options.
+        workers: Processes that read and augment images; ``"auto"``, the default, chooses by the cores and the cost of
+            a sample. No result depends on it.
         **options: See :class:`TrainOptions`.
 
     Raises:

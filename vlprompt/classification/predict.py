@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from vlprompt.classification.evaluate import ImageReader
 from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
+from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 
 __all__ = ["Classifier", "PredictionTable", "accuracy", "predict"]
@@ -74,7 +76,15 @@ class PredictionTable:
                 yield row["image"], rank, label, f"{prob:.6f}", ""
 
 
-def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: int = 64) -> PredictionTable:
+@takes_workers
+def predict(
+    classifier: Classifier,
+    images: Any,
+    topk: int = 5,
+    *,
+    batch_size: int = 64,
+    workers: Workers | None = None,
+) -> PredictionTable:
     """Name images.
 
     Args:
@@ -85,6 +95,7 @@ def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: i
             are refused.
         topk: Names per image, at least 1; more than C gives C.
         batch_size: Images per pass.
+        workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
         A table; an image that can't be read has its reason in ``error`` and stops nothing.
@@ -100,8 +111,10 @@ def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: i
         classifier.eval()
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
-    while batch := list(islice(inputs, batch_size)):
-        rows += _predict_batch(classifier, batch, topk)
+    batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])
+    with Loader(_InputReader(classifier.preprocess), pin=classifier.device.type == "cuda") as loader:
+        for names, pixels, errors in loader.stream(batches):
+            rows += _predict_batch(classifier, names, pixels, errors, topk)
     return PredictionTable(rows)
 
 
@@ -121,26 +134,63 @@ def accuracy(classifier: Classifier, data: ImageDataset, *, batch_size: int = 64
         classifier.eval()
     data = in_learner_space(classifier, data)
 
-    right = 0
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        images = torch.stack([classifier.preprocess(data[i][0]) for i in rows]).to(classifier.device)
-        labels = torch.tensor([data[i][1] for i in rows])
-        right += int((classifier(images).argmax(-1).cpu() == labels).sum())
-    return right / len(data)
+    predicted = [
+        classifier(pixels.to(classifier.device)).argmax(-1).cpu()
+        for pixels in ImageReader(data, classifier.preprocess).batches(batch_size)
+    ]
+    return int((torch.cat(predicted) == torch.tensor(data.labels)).sum()) / len(data)
+
+
+@dataclass(frozen=True)
+class _InputReader:
+    """Reads a batch of a user's images."""
+
+    preprocess: Callable[[Image.Image], torch.Tensor]
+
+    def __call__(
+        self, inputs: Sequence[ImageInput | _Unreadable]
+    ) -> tuple[list[str], dict[int, torch.Tensor], dict[int, str]]:
+        """Return names, and by the number in the batch pixels (3, H, W) or the reason why there are none."""
+        pixels: dict[int, torch.Tensor] = {}
+        errors: dict[int, str] = {}
+        for i, image in enumerate(inputs):
+            if isinstance(image, _Unreadable):
+                errors[i] = image.reason
+                continue
+            try:
+                pixels[i] = self.preprocess(image.open())
+            except DataError as error:
+                errors[i] = str(error)
+        return [image.name for image in inputs], pixels, errors
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+def _sendable(image: ImageInput) -> ImageInput | _Unreadable:
+    """Return an image that another process can take: Pillow's images may be files that are not read yet."""
+    if not isinstance(image.source, Image.Image):
+        return image
+    try:
+        return ImageInput(image.name, image.open())
+    except DataError as error:
+        return _Unreadable(image.name, str(error))
 
 
 @torch.no_grad()
-def _predict_batch(classifier: Classifier, inputs: Sequence[ImageInput], topk: int) -> list[dict[str, Any]]:
-    """Return one row per image."""
-    pixels: dict[int, torch.Tensor] = {}
-    errors: dict[int, str] = {}
-    for i, image in enumerate(inputs):
-        try:
-            pixels[i] = classifier.preprocess(image.open())
-        except DataError as error:
-            errors[i] = str(error)
-
+def _predict_batch(
+    classifier: Classifier,
+    names: Sequence[str],
+    pixels: Mapping[int, torch.Tensor],
+    errors: Mapping[int, str],
+    topk: int,
+) -> list[dict[str, Any]]:
+    """Return one row per image; arguments as :class:`_InputReader` returns them."""
     labels: dict[int, list[str]] = {}
     probabilities: dict[int, list[float]] = {}
     if pixels:
@@ -151,9 +201,9 @@ def _predict_batch(classifier: Classifier, inputs: Sequence[ImageInput], topk: i
             probabilities[i] = values
 
     rows = []
-    for i, image in enumerate(inputs):
+    for i, name in enumerate(names):
         row = {
-            "image": image.name,
+            "image": name,
             "labels": labels.get(i, []),
             "probs": probabilities.get(i, []),
             "error": errors.get(i, ""),

@@ -14,13 +14,13 @@ from vlprompt.classification.evaluate import encoder_of, image_embeddings
 from vlprompt.core.trainable import Batch
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
-from vlprompt.training.batches import Batches, TensorBatches, epoch_plan
+from vlprompt.training.batches import Batches, ReadBatches, TensorBatches, epoch_plan
 from vlprompt.training.options import TrainOptions
 
 __all__ = ["ImageBatches", "TrainingSource", "ValidationSource"]
 
 
-class ImageBatches:
+class ImageBatches(ReadBatches):
     """Batches of decoded, augmented pixels, for learners that touch the image tower.
 
     Args:
@@ -140,21 +140,15 @@ class TrainingSource:
         """Return the (n, d) embeddings of every fixed view."""
         encode, fingerprint = encoder_of(self.learner)
 
-        embeddings = []
-
-        for view in range(max(1, self.views) if self.augmentation.is_random else 1):
-            features = self.cache.features(
-                self.data,
-                encode,
-                self.learner.preprocess,
-                fingerprint=fingerprint,
-                augmentation=self.augmentation,
-                seed=self.options.seed,
-                view=view,
-            )
-            embeddings.append(features)
-
-        return embeddings
+        return self.cache.view_features(
+            self.data,
+            encode,
+            self.learner.preprocess,
+            fingerprint=fingerprint,
+            augmentation=self.augmentation,
+            seed=self.options.seed,
+            views=range(max(1, self.views) if self.augmentation.is_random else 1),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.training.batches import Batch, Batches, epoch_plan
+from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
 
 __all__ = ["MultiTaskBatches", "task_quotas"]
 
@@ -31,7 +31,7 @@ def task_quotas(sizes: Sequence[int], exponent: float) -> list[int]:
     return quotas.tolist()
 
 
-class MultiTaskBatches:
+class MultiTaskBatches(ReadBatches):
     """Batches that mix tasks, with random access like every other kind.
 
     Args:
@@ -59,6 +59,11 @@ class MultiTaskBatches:
         self.drop_last = drop_last
         self.quotas = task_quotas(sizes, exponent)
         self.starts = np.cumsum([0, *sizes])
+
+    @property
+    def reads(self) -> bool:
+        """See :attr:`vlprompt.training.batches.ReadBatches.reads`."""
+        return any(isinstance(source, ReadBatches) and source.reads for source in self.sources)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`; a sample's number counts through all tasks."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def command(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
     backbone: BackboneChanges = None,
+    workers: WorkersOption = "auto",
 ) -> None:
     """Score a saved learner on a data set, and print its metrics as JSON, with the counts that they are of."""
     if everything and split is not None:
@@ -74,7 +76,7 @@ def command(
     record = {"data": dataset.name, "split": part, "label_space": space.value, **_counts(learner, dataset)}
     process_state()  # meets the other processes of a torchrun
     with shared_work():
-        scores = evaluating.evaluate(learner, dataset)
+        scores = evaluating.evaluate(learner, dataset, workers=parse_workers(workers))
     print(json.dumps({**record, **scores}, indent=2))
 
 

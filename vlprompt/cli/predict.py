@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+from vlprompt.cli._workers import WorkersOption, parse_workers
 
 if TYPE_CHECKING:
     from vlprompt.classification.predict import Classifier
@@ -36,6 +37,7 @@ def command(
         ),
     ] = None,
     backbone: BackboneChanges = None,
+    workers: WorkersOption = "auto",
     csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
 ) -> int:
     """Name images: a line per image with the likeliest classes.
@@ -53,7 +55,8 @@ def command(
         learner = load(prompt, backbone_changes(backbone))
         is_other = names is not None and not _are_its_own(learner, names)
         classifier = learner.with_classes(names) if names and is_other else learner
-    tables = [predicting.predict(classifier, image, topk) for image in images]
+    count = parse_workers(workers)
+    tables = [predicting.predict(classifier, image, topk, workers=count) for image in images]
     rows = [row for table in tables for row in table]
     joined = predicting.PredictionTable(rows)
     if csv is not None:

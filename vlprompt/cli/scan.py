@@ -10,6 +10,7 @@ import typer
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
+from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
 __all__ = ["SUSPECTED", "command"]
@@ -39,7 +40,7 @@ def command(
     ] = None,
     backbone: BackboneChanges = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 2,
+    workers: WorkersOption = "auto",
     top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
     links: Annotated[
         bool, typer.Option("--links/--no-links", help="Follow links to files outside the folder.")
@@ -79,7 +80,7 @@ def command(
             threshold=threshold,
             resume=resume,
             batch_size=batch_size,
-            workers=workers,
+            workers=parse_workers(workers),
             top=top,
             follow_links=links,
             progress=progress,

@@ -8,10 +8,12 @@ never be out of date.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +24,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.shares import share_rows, shares_work
 from vlprompt.data._shards import ShardStore
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.loading import Loader, Workers
 from vlprompt.data.transforms import Augmentation, Preprocess
 
 __all__ = ["FeatureCache"]
@@ -30,6 +33,8 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 ProgressCallback = Callable[[int, int], None]
 _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill loses at most this many rows
 _KEYS_PER_JOB = 256
+_HASHING_THREADS = 4
+_VIEWS_AT_ONCE = 4  # of each image of a batch, in memory
 _PLAIN = Augmentation()
 
 
@@ -46,8 +51,14 @@ class FeatureCache:
         self.rows_per_shard = rows_per_shard
         self._stores: dict[tuple[str, torch.dtype], ShardStore] = {}
 
-    @torch.no_grad()
     def features(
+        self, dataset: ImageDataset, encode: Encode, preprocess: Preprocess, *, view: int = 0, **options: Any
+    ) -> torch.Tensor:
+        """Return (n, d) features of one view; arguments and errors as :meth:`view_features`."""
+        return self.view_features(dataset, encode, preprocess, views=[view], **options)[0]
+
+    @torch.no_grad()
+    def view_features(
         self,
         dataset: ImageDataset,
         encode: Encode,
@@ -56,13 +67,13 @@ class FeatureCache:
         fingerprint: str,
         augmentation: Augmentation = _PLAIN,
         seed: int = 0,
-        view: int = 0,
+        views: Sequence[int] = (0,),
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
-        workers: int = 2,
+        workers: Workers | None = None,
         progress: ProgressCallback | bool = True,
-    ) -> torch.Tensor:
-        """Return the features of one view of every image, encoding only those that are not stored yet.
+    ) -> list[torch.Tensor]:
+        """Return the features of some views of every image, encoding only those that are not stored yet.
 
         Batches are runs of consecutive samples, without those that are stored already: a run that was killed
         between two batches and started again makes the same batches again, hence the same bits.
@@ -74,17 +85,18 @@ class FeatureCache:
             fingerprint: The backbone's.
             augmentation: Which views to take.
             seed: Seed of the views.
-            view: Number of the view, from 0.
+            views: Numbers of the views, from 0; an image is decoded once for several of them.
             dtype: Type of the result and of what is stored.
-            batch_size: Images per call of ``encode``; at most three batches of images are in memory.
-            workers: Threads that decode and augment.
-            progress: Called with (done, n); True shows a bar if the error stream is a terminal, False shows
+            batch_size: Images per call of ``encode``; at most two batches per worker are in memory, and one, each of up
+                to four views.
+            workers: Processes that decode and augment; see :class:`vlprompt.data.loading.Loader`.
+            progress: Called with (done, n V); True shows a bar if the error stream is a terminal, False shows
                 none.
 
         Where several processes share work, each encodes and stores a part, and all get the whole.
 
         Returns:
-            (n, d) on the CPU, in the data set's order.
+            Of each view (n, d) on the CPU, in the data set's order.
 
         Raises:
             DataError: If an image can't be read (it is named), the data set is empty or ``encode`` returns
@@ -115,30 +127,30 @@ class FeatureCache:
             return share_rows(len(dataset), batch_size, features_of)[0]
 
         store = self._store(fingerprint, dtype)
+        image_keys = _image_keys(dataset)
+        keys = {
+            view: [_row_key(key, augmentation.describe(seed, view)) for key in image_keys] for view in views
+        }
+
+        todo = _batches(keys, store, batch_size)
+        total = len(dataset) * len(keys)
+        done = total - sum(len(indices) for group in todo for indices in group.values())
+        reader = _ViewReader(dataset, image_keys, augmentation, preprocess, seed)
         with (
-            ThreadPoolExecutor(max(1, workers)) as pool,
+            Loader(reader, workers=workers) as loader,
             _reporter(progress, f"{dataset.name} features") as report,
         ):
-            image_keys = _image_keys(pool, dataset)
-            view_text = augmentation.describe(seed, view)
-            keys = [_row_key(k, view_text) for k in image_keys]
-
-            def load(index: int) -> torch.Tensor:
-                image, _ = dataset[index]
-                return augmentation.augment(image, preprocess, seed, image_keys[index], view)
-
-            todo = _batches(keys, store, batch_size)
-            done = len(dataset) - sum(map(len, todo))
             try:
-                for indices, images in _prefetched(pool, load, todo):
-                    rows = _checked(encode(images), indices, dataset).to("cpu", dtype)
-                    store.add([keys[i] for i in indices], rows)
-                    done += len(indices)
-                    report(done, len(dataset))
+                for group, parts in zip(todo, loader.stream(todo), strict=True):
+                    for (view, indices), images in zip(group.items(), parts, strict=True):
+                        rows = _checked(encode(images), indices, dataset).to("cpu", dtype)
+                        store.add([keys[view][i] for i in indices], rows)
+                        done += len(indices)
+                        report(done, total)
             finally:  # what was encoded before an error is not encoded again
                 store.flush()
 
-        return store.rows(keys)
+        return [store.rows(keys[view]) for view in views]
 
     def _store(self, fingerprint: str, dtype: torch.dtype) -> ShardStore:
         if (fingerprint, dtype) not in self._stores:
@@ -153,56 +165,74 @@ class FeatureCache:
         return store
 
 
-def _image_keys(pool: ThreadPoolExecutor, dataset: ImageDataset) -> list[str]:
-    """Return every image's content key; files are hashed in threads, many per job."""
+@dataclass(frozen=True)
+class _ViewReader:
+    """Reads views of some images of a data set; each image is decoded once."""
+
+    dataset: ImageDataset
+    image_keys: Sequence[str]
+    augmentation: Augmentation
+    preprocess: Preprocess
+    seed: int
+
+    def __call__(self, group: Mapping[int, Sequence[int]]) -> list[torch.Tensor]:
+        """Return (B, 3, H, W) of each view, for the images that it lacks."""
+        rows: dict[int, list[torch.Tensor]] = {view: [] for view in group}
+        for index in sorted({index for indices in group.values() for index in indices}):
+            wanted = [view for view, indices in group.items() if index in indices]
+            image, _ = self.dataset[index]
+            made = self.augmentation.augment_all(
+                image, self.preprocess, self.seed, self.image_keys[index], wanted
+            )
+            for view, pixels in zip(wanted, made, strict=True):
+                rows[view].append(pixels)
+        return [torch.stack(parts) for parts in rows.values()]
+
+
+def _image_keys(dataset: ImageDataset) -> list[str]:
+    """Return every image's content key.
+
+    Files are hashed in threads, many per job, not by loading workers: hashing leaves the interpreter to others, and
+    what it finds is remembered in this process.
+    """
     starts = range(0, len(dataset), _KEYS_PER_JOB)
-    runs = pool.map(
-        lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
-    )
-    return [key for run in runs for key in run]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        runs = pool.map(
+            lambda s: [dataset.key(i) for i in range(s, min(s + _KEYS_PER_JOB, len(dataset)))], starts
+        )
+        return [key for run in runs for key in run]
 
 
 def _row_key(image_key: str, view: str) -> bytes:
     return hashlib.sha256(f"{image_key}\x1f{view}".encode()).digest()[:16]
 
 
-def _batches(keys: Sequence[bytes], store: ShardStore, size: int) -> list[list[int]]:
-    """Return the indices to encode, in fixed runs of ``size`` samples; equal images are encoded once."""
+def _batches(keys: Mapping[int, Sequence[bytes]], store: ShardStore, size: int) -> list[dict[int, list[int]]]:
+    """Return the indices to encode by view, in fixed runs of ``size`` samples; equal images are encoded once.
+
+    A run holds a few views, for which its images are decoded together.
+    """
     seen: set[bytes] = set()
     batches = []
-    for start in range(0, len(keys), max(1, size)):
-        batch = []
-        for index in range(start, min(start + max(1, size), len(keys))):
-            if keys[index] not in store and keys[index] not in seen:
-                seen.add(keys[index])
-                batch.append(index)
-        if batch:
-            batches.append(batch)
+    views = list(keys)
+    count = len(next(iter(keys.values()), ()))
+
+    for group in (views[i : i + _VIEWS_AT_ONCE] for i in range(0, len(views), _VIEWS_AT_ONCE)):
+        for start in range(0, count, max(1, size)):
+            batch = {}
+            for view in group:
+                indices = []
+                for index in range(start, min(start + max(1, size), count)):
+                    key = keys[view][index]
+                    if key not in store and key not in seen:
+                        seen.add(key)
+                        indices.append(index)
+                if indices:
+                    batch[view] = indices
+            if batch:
+                batches.append(batch)
 
     return batches
-
-
-def _prefetched(
-    pool: ThreadPoolExecutor, load: Callable[[int], torch.Tensor], batches: list[list[int]]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield stacked batches; the next two decode while the caller works on one."""
-    running: list[tuple[list[int], list[Future[torch.Tensor]]]] = []
-    coming = iter(batches)
-    try:
-        while True:
-            while len(running) < 2 and (batch := next(coming, None)) is not None:
-                running.append((batch, [pool.submit(load, i) for i in batch]))
-            if not running:
-                return
-            indices, futures = running.pop(0)
-            images = torch.stack([f.result() for f in futures])
-            if (batch := next(coming, None)) is not None:
-                running.append((batch, [pool.submit(load, i) for i in batch]))
-            yield indices, images
-    finally:  # after an error the images that were decoded ahead are not needed
-        for _, futures in running:
-            for future in futures:
-                future.cancel()
 
 
 def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) -> torch.Tensor:

@@ -207,7 +207,8 @@ def verify(
     Args:
         dataset: What to check.
         indices: Which samples; all of them if None.
-        workers: Threads; the machine's cores (at most 8) if None.
+        workers: Threads; the machine's cores (at most 8) if None. They are no loading workers: a look at a file is
+            cheap, the decoder leaves the interpreter to others, and what it finds is remembered in this process.
     """
     chosen = list(range(len(dataset)) if indices is None else indices)
     threads = workers or min(8, os.cpu_count() or 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from vlprompt.core.errors import BackboneError, DataError
+from vlprompt.data.loading import Loader
 from vlprompt.detection.base import Detections, Detector
 from vlprompt.detection.data import DetectionData, ImageObjects
 
@@ -73,10 +75,23 @@ def features(detector: Detector, data: DetectionData) -> dict[str, Tensor]:
 
 def batches(detector: Detector, data: DetectionData, size: int = 32) -> Iterator[dict[str, Tensor]]:
     """Yield what no concept changes of the images, in batches."""
-    for start in range(0, len(data), size):
-        images = [detector.preprocess(data.image(i)) for i in range(start, min(start + size, len(data)))]
-        with torch.no_grad():
-            yield detector.frozen(torch.stack(images))
+    rows = range(len(data))
+    with Loader(_ImageReader(data, detector)) as loader:
+        for images in loader.stream([rows[start : start + size] for start in rows[::size]]):
+            with torch.no_grad():
+                yield detector.frozen(images)
+
+
+@dataclass(frozen=True)
+class _ImageReader:
+    """Reads images of a data set for a detector."""
+
+    data: DetectionData
+    detector: Detector
+
+    def __call__(self, rows: range) -> Tensor:
+        """Return (B, 3, h, w)."""
+        return torch.stack([self.detector.preprocess(self.data.image(i)) for i in rows])
 
 
 def best_boxes(detections: Detections, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:

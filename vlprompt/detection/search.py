@@ -23,7 +23,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
-from vlprompt.training.batches import Batch, epoch_plan
+from vlprompt.training.batches import Batch, ReadBatches, epoch_plan
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -76,7 +76,7 @@ class ConceptDetection(ConceptSearch):
         return Concepts("detector", self.concepts().detach(), tuple(names), self.detector[0].identity)
 
 
-class DetectionBatches:
+class DetectionBatches(ReadBatches):
     """Batches of images with their objects.
 
     Args:
@@ -95,6 +95,11 @@ class DetectionBatches:
         self.options = options
         self.rows = rows
         self.targets = [objects.target() for objects in data.objects]
+
+    @property
+    def reads(self) -> bool:
+        """See :attr:`vlprompt.training.batches.ReadBatches.reads`."""
+        return self.rows is None
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""

@@ -15,7 +15,7 @@ from vlprompt.experiments.tasks import read_experiment
 
 __all__ = ["Verdict", "check_run", "is_run"]
 
-_PLACES = frozenset({"output", "name", "expect"})
+_PLACES = frozenset({"output", "name", "expect", "loading"})
 _PLACE_KEYS = frozenset({"root", "cache_dir", "store", "on_bad_image"})  # where files lie changes no figure
 _SHOWN = 5
 

@@ -1,7 +1,7 @@
 """Configurations: YAML with ``_base_`` composition and dotted overrides, validated as a whole before anything runs.
 
 One vocabulary for every task: ``task``, ``backbone``, ``data``, ``learner`` or ``methods``, ``protocol``, ``train``,
-``name`` and ``output``. A task's own model adds what only it has.
+``loading``, ``name`` and ``output``. A task's own model adds what only it has.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "BackboneOptions",
     "ExperimentConfig",
     "ImageOptions",
+    "LoadingOptions",
     "Seeds",
     "compose",
     "config_path",
@@ -129,6 +130,18 @@ class BackboneOptions(BaseModel):
         return paths if self.masks is None else [*paths, self.masks]
 
 
+class LoadingOptions(BaseModel):
+    """The ``loading:`` section: how images are read. No result depends on it, and no run's identity."""
+
+    model_config = STRICT
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="processes that read, decode and augment images; 0: none beside the run's own; auto: by the "
+        "cores and the cost of a sample, 0 where starting them costs more than it saves",
+    )
+
+
 class ExperimentConfig(BaseModel):
     """Base of the configurations of all tasks: strict, read from a file, all mistakes at once.
 
@@ -142,6 +155,7 @@ class ExperimentConfig(BaseModel):
     task: str = Field(description="which kind of experiment this is")
     name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = Field("runs", description="folder that runs are written below")
+    loading: LoadingOptions = Field(default_factory=LoadingOptions)
     expect: list[Expectation] = Field(
         default_factory=list,
         description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "

@@ -62,7 +62,7 @@ class RunFolder:
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:
-        content = self.config.model_dump(mode="json", exclude={"output", "expect"})
+        content = self.config.model_dump(mode="json", exclude={"output", "expect", "loading"})
         text = json.dumps([content, self.sources], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -150,7 +150,8 @@ class RunFolder:
 
     def _differences(self, other: Path) -> list[str]:
         theirs = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8")) or {}
-        lines = _compare(theirs, self.config.model_dump(mode="json"))
+        theirs.pop("loading", None)
+        lines = _compare(theirs, self.config.model_dump(mode="json", exclude={"loading"}))
 
         if (other / "sources.json").is_file():
             sources = json.loads((other / "sources.json").read_text(encoding="utf-8"))

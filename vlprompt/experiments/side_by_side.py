@@ -117,7 +117,9 @@ def _ambiguous(runs: Sequence[_Run], label: str) -> set[Coordinate]:
 
 def _settings(run: _Run) -> dict[str, Any]:
     """Return what decides how a method is trained: the configuration without data, protocol and names."""
-    return run.experiment.config.model_dump(mode="json", exclude={"name", "output", "data", "protocol"})
+    return run.experiment.config.model_dump(
+        mode="json", exclude={"name", "output", "loading", "data", "protocol"}
+    )
 
 
 def _values(run: _Run, label: str, name: Coordinate) -> dict[tuple[object, ...], float]:

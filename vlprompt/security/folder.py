@@ -33,6 +33,7 @@ from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.data.images import EXTENSIONS, read_image
 from vlprompt.data.listing import HIDDEN, NO_IMAGE, Listing, walk
+from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import (
     CLEAN,
@@ -83,6 +84,7 @@ class FolderScan:
     passed_over: dict[str, int]
 
 
+@takes_workers
 def scan_folder(
     folder: str | Path,
     scanner: ImageScanner,
@@ -91,7 +93,7 @@ def scan_folder(
     threshold: float | None = None,
     resume: bool = False,
     batch_size: int = 64,
-    workers: int = 2,
+    workers: Workers | None = None,
     top: int = 200,
     follow_links: bool = True,
     progress: Progress | None = None,
@@ -108,7 +110,7 @@ def scan_folder(
         threshold: See :func:`vlprompt.scan`.
         resume: Continue; otherwise an older scan of the same folder in ``output`` is replaced.
         batch_size: Images per pass.
-        workers: Threads that decode.
+        workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
         top: Images on the sheet, most suspicious first.
         follow_links: Whether links are followed that leave the folder; otherwise an image behind one is unreadable.
         progress: Called with ("scanned", done, total).
@@ -130,7 +132,7 @@ def scan_folder(
         raise DataError(f"the output {target} lies inside the scanned folder {root}; name one elsewhere.")
 
     limit = threshold_of(scanner, threshold)
-    check_counts(batch_size=batch_size, workers=workers)
+    check_counts(batch_size=batch_size)
     if top < 0:
         raise DataError(f"top must not be negative, got {top}.")
 
@@ -140,10 +142,10 @@ def scan_folder(
             total = _prepare(root, target, _identity(root, scanner, limit), resume)
             done = _whole_lines(target / _ROWS)
             decode = partial(_decode, root, preprocess=scanner.preprocess, follow_links=follow_links)
-            entries = (partial(decode, name) for name in islice(_names(target), done, None))
+            names = islice(_names(target), done, None)
 
             with (target / _ROWS).open("a", encoding="utf-8") as file:
-                for row in row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers):
+                for row in row_stream(decode, names, scanner, limit, batch_size=batch_size):
                     file.write(json.dumps(row) + "\n")
                     done += 1
                     if done % batch_size == 0:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -24,6 +22,8 @@ from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
 from vlprompt.data.images import read_with_note, to_rgb
 from vlprompt.data.listing import list_images
+from vlprompt.data.loading import Loader, Workers, takes_workers
+from vlprompt.data.transforms import Preprocess
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.metrics.verdicts import Verdicts
@@ -49,7 +49,6 @@ POISONED = "poisoned"
 UNREADABLE = "unreadable"
 COLUMNS = ("image", "trigger", "object", "score", "verdict", "note")
 Row = dict[str, Any]
-_AHEAD = 2  # batches that are decoded while one is judged
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class DecodedImage:
     note: str = ""
 
 
-Decode = Callable[[], DecodedImage]
+Decode = Callable[[Any], DecodedImage]
+"""Decodes what an item stands for: a name, a number."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,14 @@ class ScanReport:
         return csv_text(COLUMNS, ([row[column] for column in COLUMNS] for row in self.rows))
 
 
+@takes_workers
 def scan(
     images: str | Path | ImageDataset | Sequence[str | Path | Image.Image],
     detector: Any,
     *,
     threshold: float | None = None,
     batch_size: int = 64,
-    workers: int = 2,
+    workers: Workers | None = None,
 ) -> ScanReport:
     """Look for backdoor triggers.
 
@@ -144,7 +145,7 @@ def scan(
         detector: The scanner: a trained ``dbom`` learner, or a fitted one of :mod:`vlprompt.security.scanners`.
         threshold: The score from which an image is called poisoned, in [0, 1]; None for the scanner's.
         batch_size: Images per pass.
-        workers: Threads that decode.
+        workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
         A table in the order of the images; one that can't be read has the verdict ``unreadable`` and stops nothing.
@@ -156,17 +157,17 @@ def scan(
     """
     scanner = check_scanner(detector)
     limit = threshold_of(scanner, threshold)
-    check_counts(batch_size=batch_size, workers=workers)
-    entries = _entries(images, scanner.preprocess)
-    if not entries:
+    check_counts(batch_size=batch_size)
+    decode, items = _sources(images, scanner.preprocess)
+    if not items:
         raise DataError("there are no images to scan.")
 
     if scanner.needs_whole_set:
         if not isinstance(images, ImageDataset):
             raise DataError(f"{scanner.method} judges labelled data sets; give one, not loose images.")
-        rows = _scan_set(entries, images, scanner, limit, batch_size, workers)
+        rows = _scan_set(decode, items, images, scanner, limit, batch_size)
     else:
-        rows = list(row_stream(entries, scanner, limit, batch_size=batch_size, workers=workers))
+        rows = list(row_stream(decode, items, scanner, limit, batch_size=batch_size))
     return ScanReport(rows, limit)
 
 
@@ -221,31 +222,31 @@ def check_counts(**counts: int) -> None:
 
 
 def row_stream(
-    entries: Iterable[Decode],
+    decode: Decode,
+    items: Iterable[Any],
     scanner: ImageScanner,
     threshold: float,
     *,
     batch_size: int = 64,
-    workers: int = 2,
 ) -> Iterator[Row]:
     """Yield a row per image, in order, with a bounded number of images in memory.
 
     Args:
-        entries: Functions that decode an image each.
+        decode: Decodes an image, in a loading worker.
+        items: What ``decode`` takes for each image.
         scanner: One that judges single images.
         threshold: The score from which an image is called poisoned.
         batch_size: Images per pass.
-        workers: Threads that decode.
 
     Raises:
         NonFiniteError: If a score is not a number.
     """
-    for images, embeddings in _embed_stream(entries, scanner, batch_size, workers):
+    for images, embeddings in _embed_stream(decode, items, scanner, batch_size):
         verdicts = None if embeddings is None else scanner.judge(embeddings)
         yield from _make_rows(images, verdicts, scanner, threshold)
 
 
-def decode_file(path: Path, name: str, preprocess: Callable[[Image.Image], Tensor]) -> DecodedImage:
+def decode_file(path: Path, name: str, preprocess: Preprocess) -> DecodedImage:
     """Decode one file; whatever is wrong with it becomes a note."""
     try:
         image, note = read_with_note(path)
@@ -267,31 +268,44 @@ def line_of(row: Row) -> str:
     return f"{row['image']}: {row['verdict']}{what}, score {row['score']:.3f}{note}"
 
 
+@dataclass(frozen=True)
+class _BatchReader:
+    """Decodes a batch; its pixels are one tensor, which other processes hand over at once."""
+
+    decode: Decode
+
+    def __call__(self, items: Sequence[Any]) -> tuple[list[_Looked], Tensor | None]:
+        """Return what was looked at, and (n, 3, H, W) pixels of the readable ones, None if there is none."""
+        images = [self.decode(item) for item in items]
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        looked = [_Looked(image.name, image.pixels is not None, image.note) for image in images]
+        return looked, torch.stack(pixels) if pixels else None
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """An image that was decoded, without its pixels, or why it could not be (see :class:`DecodedImage`)."""
+
+    name: str
+    readable: bool
+    note: str
+
+
 def _embed_stream(
-    entries: Iterable[Decode], scanner: ImageScanner, batch_size: int, workers: int
-) -> Iterator[tuple[list[DecodedImage], Tensor | None]]:
+    decode: Decode, items: Iterable[Any], scanner: ImageScanner, batch_size: int
+) -> Iterator[tuple[list[_Looked], Tensor | None]]:
     """Yield batches of images with the rows of the readable ones; the next batches are decoded meanwhile."""
-    source = iter(entries)
-    waiting: deque[list[Future[DecodedImage]]] = deque()
+    source = iter(items)
+    batches = iter(lambda: list(islice(source, batch_size)), [])
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        while True:
-            while len(waiting) <= _AHEAD:
-                batch = list(islice(source, batch_size))
-                if not batch:
-                    break
-                waiting.append([pool.submit(entry) for entry in batch])
-            if not waiting:
-                return
-
-            images = [future.result() for future in waiting.popleft()]
-            pixels = [image.pixels for image in images if image.pixels is not None]
+    with Loader(_BatchReader(decode), pin=scanner.backbone.device.type == "cuda") as loader:
+        for images, pixels in loader.stream(batches):
             with torch.no_grad():
-                yield images, scanner.embed_images(torch.stack(pixels)) if pixels else None
+                yield images, None if pixels is None else scanner.embed_images(pixels)
 
 
 def _make_rows(
-    images: Sequence[DecodedImage], verdicts: Verdicts | None, scanner: ImageScanner, threshold: float
+    images: Sequence[_Looked], verdicts: Verdicts | None, scanner: ImageScanner, threshold: float
 ) -> Iterator[Row]:
     """Turn verdicts into rows.
 
@@ -305,7 +319,7 @@ def _make_rows(
     """
     number = 0  # of the readable image
     for image in images:
-        if image.pixels is None or verdicts is None:
+        if not image.readable or verdicts is None:
             yield _row(image.name, "", "", None, UNREADABLE, image.note)
             continue
 
@@ -335,51 +349,41 @@ def _row(*values: Any) -> Row:
 
 
 def _scan_set(
-    entries: list[Decode],
+    decode: Decode,
+    items: Sequence[Any],
     data: ImageDataset,
     scanner: ImageScanner,
     threshold: float,
     batch_size: int,
-    workers: int,
 ) -> list[Row]:
     """Scan a labelled set as a whole."""
-    images: list[DecodedImage] = []
+    images: list[_Looked] = []
     parts: list[Tensor] = []
-    for batch, embeddings in _embed_stream(entries, scanner, batch_size, workers):
-        for image in batch:
-            # Only whether it could be read is needed later: the pixels of a whole set may not fit into memory.
-            pixels = None if image.pixels is None else image.pixels.new_empty(0)
-            images.append(DecodedImage(image.name, pixels, image.note))
+    for batch, embeddings in _embed_stream(decode, items, scanner, batch_size):
+        images += batch
         if embeddings is not None:
             parts.append(embeddings)
 
-    labels = [label for label, image in zip(data.labels, images, strict=True) if image.pixels is not None]
+    labels = [label for label, image in zip(data.labels, images, strict=True) if image.readable]
     verdicts = scanner.judge_set(torch.cat(parts), torch.tensor(labels)) if parts else None
     return list(_make_rows(images, verdicts, scanner, threshold))
 
 
-def _entries(images: Any, preprocess: Callable[[Image.Image], Tensor]) -> list[Decode]:
-    """Return a function per image that decodes it."""
+def _sources(images: Any, preprocess: Preprocess) -> tuple[Decode, Sequence[Any]]:
+    """Return what decodes an image, and what it takes for each of them."""
     if isinstance(images, ImageDataset):
-        return [partial(_decode_sample, images, i, preprocess) for i in range(len(images))]
+        return partial(_decode_sample, images, preprocess), range(len(images))
 
     if isinstance(images, (str, Path)):
         path = user_path(images)
         if not path.exists():
             raise DataError(f"there is no folder and no image {str(path)!r} to scan.")
-        if not path.is_dir():
-            return [partial(decode_file, path, path.name, preprocess)]
-        return [partial(decode_file, path / name, name, preprocess) for name in list_images(path, path)]
+        folder = path if path.is_dir() else path.parent
+        names = list_images(path, path) if path.is_dir() else [path.name]
+        return partial(_decode_below, folder, preprocess), names
 
-    entries: list[Decode] = []
-
-    for number, image in enumerate(images):
-        if isinstance(image, Image.Image):
-            entries.append(partial(_decode_image, image, f"image {number}", preprocess))
-        else:
-            entries.append(partial(decode_file, user_path(image), str(image), preprocess))
-
-    return entries
+    loose = list(images)
+    return partial(_decode_loose, loose, preprocess), range(len(loose))
 
 
 def _sample_name(data: ImageDataset, index: int) -> str:
@@ -405,9 +409,7 @@ def _mended(data: ImageDataset, index: int, row: Row) -> Sample:
     return Sample(sample.source, data.classnames.index(row["object"]))
 
 
-def _decode_sample(
-    data: ImageDataset, index: int, preprocess: Callable[[Image.Image], Tensor]
-) -> DecodedImage:
+def _decode_sample(data: ImageDataset, preprocess: Preprocess, index: int) -> DecodedImage:
     name = _sample_name(data, index)
     try:
         return DecodedImage(name, preprocess(data[index][0]))
@@ -415,7 +417,17 @@ def _decode_sample(
         return DecodedImage(name, None, str(error))
 
 
-def _decode_image(image: Image.Image, name: str, preprocess: Callable[[Image.Image], Tensor]) -> DecodedImage:
+def _decode_below(folder: Path, preprocess: Preprocess, name: str) -> DecodedImage:
+    return decode_file(folder / name, name, preprocess)
+
+
+def _decode_loose(images: Sequence[Any], preprocess: Preprocess, number: int) -> DecodedImage:
+    """Decode one of a list of files and opened images."""
+    image = images[number]
+    if not isinstance(image, Image.Image):
+        return decode_file(user_path(image), str(image), preprocess)
+
+    name = f"image {number}"
     try:
         image.load()
         return DecodedImage(name, preprocess(to_rgb(image)))

@@ -92,8 +92,7 @@ def evaluate_segmenter(
 
     maps = _ClassMaps(threshold)
     try:
-        for pairs in _batches(data, batch_size):
-            frozen, size = source.frozen(pairs)
+        for pairs, frozen, size in source.stream(_batches(data, batch_size)):
             phrases = [data.samples[i].phrase for i in pairs]
             logits = segmenter.decode(frozen, phrases, size)
             if loss is not None:

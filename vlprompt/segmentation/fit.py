@@ -19,6 +19,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
+from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.data.segmentation.reading import resize_mask
@@ -26,7 +27,7 @@ from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
-from vlprompt.training.batches import Batch, Batches, epoch_plan
+from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
 from vlprompt.training.callbacks import Callback, default_callbacks
 from vlprompt.training.options import TrainOptions, TrainSection
 from vlprompt.training.trainer import Trainer
@@ -128,7 +129,7 @@ class SegmentationTask(nn.Module, Wrapper):
         return [group for group in groups if group["names"]]
 
 
-class _PairBatches:
+class _PairBatches(ReadBatches):
     """Batches of pairs: cached frozen states, or pixels where images are augmented or states don't fit in memory."""
 
     def __init__(
@@ -138,6 +139,11 @@ class _PairBatches:
         self.augmentation = augmentation
         self.options = options
         self.cached = cached
+
+    @property
+    def reads(self) -> bool:
+        """See :attr:`vlprompt.training.batches.ReadBatches.reads`."""
+        return not self.cached
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """See :meth:`vlprompt.training.batches.Batches.plan`."""
@@ -167,6 +173,7 @@ class _PairBatches:
         return {**batch, "image": torch.stack(images), "mask": torch.from_numpy(np.stack(masks))}
 
 
+@takes_workers
 def fit_segmenter(
     segmenter: Segmenter,
     train: MaskDataset,
@@ -178,6 +185,7 @@ def fit_segmenter(
     loss: LossName = "dice_bce",
     cache_mb: float = 2000.0,
     callbacks: Sequence[Callback] | None = None,
+    workers: Workers | None = None,
     **options: Any,
 ) -> SegmentationFit:
     """Train a segmentation model; the parameters that its strategy tunes are changed in place.
@@ -195,6 +203,7 @@ def fit_segmenter(
         loss: See :func:`segmentation_loss`.
         cache_mb: Memory for frozen states of training images, and as much again of validation images.
         callbacks: Replaces the default ones (progress, TensorBoard).
+        workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
         **options: See :class:`SegmentTrainOptions`.
 
     Raises:

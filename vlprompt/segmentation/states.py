@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlprompt.core.errors import DataError
+from vlprompt.data.loading import Loader
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.data.segmentation.reading import resize_mask
 from vlprompt.segmentation.base import Frozen, Segmenter
 
-__all__ = ["PairStates"]
+__all__ = ["PairStates", "ReadImage"]
+
+ReadImage = tuple[Tensor, tuple[int, int]]
+"""An image as a model takes it, (3, H, W), and the (width, height) of its file."""
 
 
 class PairStates:
@@ -45,12 +49,32 @@ class PairStates:
     def prepare(self) -> bool:
         """Encode every image now; return whether all of them fit."""
         sources = list(self.data.images())
-        for start in range(0, len(sources), self.batch_size):
-            self._encode(sources[start : start + self.batch_size])
+        batches = [
+            sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)
+        ]
+        with Loader(self._read) as loader:
+            for batch, images in zip(batches, loader.stream(batches), strict=True):
+                self._encode(batch, images)
         return all(source in self._states for source in sources)
 
-    def frozen(self, pairs: Sequence[int]) -> tuple[Frozen, tuple[int, int]]:
+    def stream(
+        self, batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], Frozen, tuple[int, int]]]:
+        """Yield the pairs of every batch and what :meth:`frozen` returns of them; images are read ahead."""
+        sources = [list(dict.fromkeys(self.data.samples[i].source for i in pairs)) for pairs in batches]
+        missing = [[source for source in batch if source not in self._states] for batch in sources]
+        with Loader(self._read) as loader:
+            for pairs, batch, images in zip(batches, missing, loader.stream(missing), strict=True):
+                yield (pairs, *self.frozen(pairs, dict(zip(batch, images, strict=True))))
+
+    def frozen(
+        self, pairs: Sequence[int], read: Mapping[Any, ReadImage] | None = None
+    ) -> tuple[Frozen, tuple[int, int]]:
         """Return the states of some pairs' images, stacked, and the images' size (H, W).
+
+        Args:
+            pairs: Their numbers.
+            read: What was read already of the images whose states are not there.
 
         Raises:
             DataError: If the images have several sizes.
@@ -61,7 +85,8 @@ class PairStates:
 
         missing = [source for source in unique if source not in states]
         if missing:
-            states |= self._encode(missing)
+            images = self._read(missing) if read is None else [read[source] for source in missing]
+            states |= self._encode(missing, images)
 
         sizes = {self.sizes[source] for source in sources}
         if len(sizes) > 1:
@@ -93,13 +118,17 @@ class PairStates:
         masks = [resize_mask(self.mask(i), size[::-1]) for i in pairs]
         return torch.from_numpy(np.stack(masks))
 
-    def _encode(self, sources: Sequence[Any]) -> dict[Any, Frozen]:
+    def _read(self, sources: Sequence[Any]) -> list[ReadImage]:
+        """Return the (3, H, W) pixels of images, and the (width, height) of their files."""
+        originals = [self.data.reader.read(source) for source in sources]
+        return [(self.segmenter.preprocess(original), original.size) for original in originals]
+
+    def _encode(self, sources: Sequence[Any], read: Sequence[ReadImage]) -> dict[Any, Frozen]:
         """Compute states of images of any sizes, and keep them while there is room."""
         images = {}
-        for source in sources:
-            original = self.data.reader.read(source)
-            self._originals[source] = original.size
-            images[source] = self.segmenter.preprocess(original)
+        for source, (pixels, original) in zip(sources, read, strict=True):
+            self._originals[source] = original
+            images[source] = pixels
 
         groups: dict[tuple[int, int], list[Any]] = {}
         for source, image in images.items():

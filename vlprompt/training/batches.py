@@ -6,8 +6,9 @@ one process with a batch of 64 sees the same samples as two processes with 32 ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.core.trainable import Batch
+from vlprompt.data.loading import Loader
 
-__all__ = ["Batch", "Batches", "TensorBatches", "epoch_plan", "prefetch"]
+__all__ = ["Batch", "Batches", "ReadBatches", "TensorBatches", "batch_loader", "epoch_plan"]
 
 
 class Batches(Protocol):
@@ -27,6 +29,23 @@ class Batches(Protocol):
 
     def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
         """Return a batch of some samples; must not depend on what was fetched before."""
+
+
+class ReadBatches(ABC):
+    """A source whose batches are read, decoded or drawn, which loading workers can do beside the training."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it does so; False if everything is in memory after all."""
+        return True
+
+    @abstractmethod
+    def plan(self, epoch: int) -> Sequence[np.ndarray]:
+        """See :meth:`Batches.plan`."""
+
+    @abstractmethod
+    def fetch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """See :meth:`Batches.fetch`."""
 
 
 def epoch_plan(
@@ -80,26 +99,26 @@ class TensorBatches:
         return {**batch, "index": index}
 
 
-def prefetch(batches: Batches, parts: Sequence[np.ndarray], epoch: int, ahead: int = 2) -> Iterator[Batch]:
-    """Yield the batch of every part while a thread reads the next ones.
+@dataclass(frozen=True)
+class _Fetch:
+    """Fetches one part of an epoch."""
+
+    batches: Batches
+
+    def __call__(self, item: tuple[np.ndarray, int]) -> Batch:
+        """Return the batch of (sample indices, epoch)."""
+        return self.batches.fetch(*item)
+
+
+def batch_loader(
+    batches: Batches, expected: int = 0, pin: bool = False
+) -> Loader[tuple[np.ndarray, int], Batch]:
+    """Return what loads batches; its items are (sample indices, epoch).
 
     Args:
         batches: Where they come from.
-        parts: Sample indices of each batch.
-        epoch: The epoch they belong to.
-        ahead: Batches that are read while one is in use; 0 reads each when it is asked for.
+        expected: Batches that will be asked for in all.
+        pin: See :class:`vlprompt.data.loading.Loader`.
     """
-    if isinstance(batches, TensorBatches) or ahead == 0:  # nothing to wait for
-        yield from (batches.fetch(part, epoch) for part in parts)
-        return
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        waiting: list[Future[Batch]] = []
-
-        for part in parts:
-            waiting.append(pool.submit(batches.fetch, part, epoch))
-            if len(waiting) > ahead:
-                yield waiting.pop(0).result()
-
-        for future in waiting:
-            yield future.result()
+    workers = None if isinstance(batches, ReadBatches) and batches.reads else 0
+    return Loader(_Fetch(batches), workers=workers, expected=expected, pin=pin)

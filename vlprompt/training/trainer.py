@@ -23,7 +23,8 @@ from vlprompt.core.processes import accelerator as default_accelerator
 from vlprompt.core.seeding import derive_seed
 from vlprompt.core.shares import Division, divided_classes
 from vlprompt.core.trainable import Batch, ParameterGroup, Trainable
-from vlprompt.training.batches import Batches, prefetch
+from vlprompt.data.loading import Loader
+from vlprompt.training.batches import Batches, batch_loader
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.schedule import learning_rate, stops
@@ -113,8 +114,9 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         try:
-            while not self._finished():
-                self._run_epoch()
+            with self._make_loader() as self._loader:
+                while not self._finished():
+                    self._run_epoch()
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)
@@ -126,6 +128,16 @@ class Trainer:
         return self.progress
 
     # --- epochs
+
+    def _make_loader(self) -> Loader[tuple[np.ndarray, int], Batch]:
+        """Return what loads the batches of all epochs that are left."""
+        epochs = self.options.epochs - self.progress.epoch
+        steps = len(self.batches.plan(self.progress.epoch)) if epochs else 0
+        return batch_loader(
+            self.batches,
+            expected=epochs * steps * self.options.accumulation,
+            pin=self.accelerator.device.type == "cuda",
+        )
 
     def _finished(self) -> bool:
         """Return whether the last epoch is done, or the run stops early."""
@@ -143,8 +155,8 @@ class Trainer:
         self.module.train(True)
 
         remaining = plan[progress.step :]
-        parts = [part for batch in remaining for part, _ in self._process_parts(batch)]
-        stream = prefetch(self.batches, parts, epoch)
+        parts = [(part, epoch) for batch in remaining for part, _ in self._process_parts(batch)]
+        stream = self._loader.stream(parts)
 
         lr = 0.0
         for step in range(progress.step, len(plan)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_json, write_tensors
 from vlprompt.core.paths import user_path
 from vlprompt.data.captions import CaptionSource, open_captions
+from vlprompt.data.loading import Loader, Workers
 
 __all__ = ["CaptionStore", "Rows", "build_store"]
 
@@ -105,7 +105,7 @@ def build_store(
     folder: str | Path,
     *,
     shard: int = 4096,
-    workers: int = 2,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> CaptionStore:
     """Encode all captioned images that are not encoded yet, and open the store.
@@ -118,7 +118,7 @@ def build_store(
         backbone: Encodes both sides.
         folder: Of the store; one store per source and backbone.
         shard: Captioned images per file.
-        workers: Threads that decode images.
+        workers: Processes that decode images; see :data:`vlprompt.data.loading.Workers`.
         progress: Called with ("pairs", done, total).
 
     Raises:
@@ -138,12 +138,13 @@ def build_store(
     _claim(folder, facts)
     parts: list[dict[str, Tensor]] = []
     skipped: dict[int, str] = {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    reader = _ImageReader(source, backbone.preprocess)
+    with Loader(reader, workers=workers, expected=-(-len(source) // _BATCH)) as loader:
         for number, start in enumerate(range(0, len(source), shard)):
             path = folder / f"shard-{number:05d}.safetensors"
             rows = range(start, min(start + shard, len(source)))
             if not _is_whole(path):
-                _write_shard(path, source, rows, backbone, pool)
+                _write_shard(path, source, rows, backbone, loader)
             tensors, metadata = read_tensors(path)
             parts.append(tensors)
             skipped |= {int(k): v for k, v in metadata["skipped"].items()}
@@ -198,16 +199,17 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_shard(
-    path: Path, source: CaptionSource, rows: range, backbone: Backbone, pool: ThreadPoolExecutor
+    path: Path, source: CaptionSource, rows: range, backbone: Backbone, loader: Loader[range, Any]
 ) -> None:
     index: list[int] = []
     images: list[Tensor] = []
     skipped: dict[int, str] = {}
-    for part, pixels, errors in _batches(source, rows, backbone.preprocess, pool):
+    batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+    for part, pixels, errors in loader.stream(batches):
         skipped |= errors
-        if part:
+        if pixels is not None:
             index += part
-            images.append(backbone.encode_image(torch.stack(pixels)).cpu())
+            images.append(backbone.encode_image(pixels).cpu())
 
     texts = (
         backbone.encode_text([source.caption(i) for i in index]).cpu()
@@ -224,32 +226,22 @@ def _write_shard(
     write_tensors(path, tensors, {"skipped": skipped})
 
 
-def _batches(
-    source: CaptionSource, rows: range, preprocess: Any, pool: ThreadPoolExecutor
-) -> Iterator[tuple[list[int], list[Tensor], dict[int, str]]]:
-    """Yield (numbers, pixels, errors); the next batch decodes while the caller works on one."""
+@dataclass(frozen=True)
+class _ImageReader:
+    """Reads a batch of a source's images."""
 
-    def load(number: int) -> Tensor | str:
-        try:
-            return preprocess(source.image(number))
-        except DataError as error:
-            return str(error)
+    source: CaptionSource
+    preprocess: Any
 
-    batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
-    running = [[pool.submit(load, number) for number in batch] for batch in batches[:1]]
-    for turn, batch in enumerate(batches):
-        # Two batches of pixels are in memory at most: this one, and the next one that decodes meanwhile.
-        for following in batches[turn + 1 : turn + 2]:
-            running.append([pool.submit(load, number) for number in following])
-
-        numbers: list[int] = []
+    def __call__(self, numbers: range) -> tuple[list[int], Tensor | None, dict[int, str]]:
+        """Return the numbers that can be read, their pixels (n, 3, H, W), and why the others can't."""
+        readable: list[int] = []
         pixels: list[Tensor] = []
         errors: dict[int, str] = {}
-        for number, future in zip(batch, running.pop(0), strict=True):
-            result = future.result()
-            if isinstance(result, str):
-                errors[number] = result
-            else:
-                numbers.append(number)
-                pixels.append(result)
-        yield numbers, pixels, errors
+        for number in numbers:
+            try:
+                pixels.append(self.preprocess(self.source.image(number)))
+                readable.append(number)
+            except DataError as error:
+                errors[number] = str(error)
+        return readable, torch.stack(pixels) if pixels else None, errors

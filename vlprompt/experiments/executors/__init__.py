@@ -13,6 +13,7 @@ from types import TracebackType
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.registry import Registry
 from vlprompt.core.shares import lost_process, shared_work
+from vlprompt.data.loading import using_workers
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.experiment import Experiment
 
@@ -71,7 +72,10 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> CellResult | F
         ProcessLostError: If another process of this run is gone: no further cell could be computed.
     """
     try:
-        with shared_work():  # all processes run the same cells
+        with (
+            shared_work(),
+            using_workers(experiment.config.loading.workers),
+        ):  # all processes run the same cells
             return experiment.run(cell, folder)
     except Exception as error:  # hours of finished cells must survive whatever one of them does
         lost = lost_process(error)

@@ -1,0 +1,72 @@
+"""Files and times that the benchmarks of loading share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.data import ImageDataset
+from vlprompt.data.base import Sample
+from vlprompt.data.images import FileReader
+
+__all__ = ["WIDTH_HEIGHT", "photographs", "ratio", "seconds_of", "threaded"]
+
+WIDTH_HEIGHT = (500, 375)
+
+
+def photographs(folder: Path, count: int) -> ImageDataset:
+    """Write seeded JPEGs of 500 x 375 pixels with edges, smooth areas and noise, and return them as a data set."""
+    rng = numpy_rng(0, "bench photographs")
+    width, height = WIDTH_HEIGHT
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8))
+        pixels = np.asarray(coarse.resize(WIDTH_HEIGHT, Image.Resampling.BICUBIC), np.int16)
+        noise = rng.normal(0, 8, (height, width, 1))
+        Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(
+            folder / f"{number:06d}.jpg", quality=90
+        )
+
+    samples = tuple(Sample(f"{number:06d}.jpg", number % 2) for number in range(count))
+    return ImageDataset(
+        "photographs", "train", samples, ("a", "b"), ("a photo of a {}.",), FileReader(folder)
+    )
+
+
+def threaded(
+    fetch: Callable[[Any], Any], items: list[Any], threads: int = 1, ahead: int = 2
+) -> Iterator[Any]:
+    """Yield what items stand for, read ahead by threads of this process: how loading worked before."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(fetch, item) for item in items[:ahead]]
+        for item in items[ahead:]:
+            waiting.append(pool.submit(fetch, item))
+            yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+def seconds_of(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return wall-clock seconds of each work, run in turns, forwards and backwards."""
+    for work in works.values():
+        work()
+
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(max(1, repeats)):
+        for name in works if repeat % 2 == 0 else reversed(list(works)):
+            started = time.perf_counter()
+            works[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Return the median over pairs of how many times as quick the second is."""
+    return median(one / other for one, other in zip(slow, fast, strict=True))
