@@ -76,7 +76,8 @@ class FeatureCache:
         """Return the features of some views of every image, encoding only those that are not stored yet.
 
         Batches are runs of consecutive samples, without those that are stored already: a run that was killed
-        between two batches and started again makes the same batches again, hence the same bits.
+        between two batches and started again makes the same batches again, hence the same bits. Where several
+        processes share work, each encodes and stores a part, and all get the whole.
 
         Args:
             dataset: n images.
@@ -93,8 +94,6 @@ class FeatureCache:
             progress: Called with (done, n V); True shows a bar if the error stream is a terminal, False shows
                 none.
 
-        Where several processes share work, each encodes and stores a part, and all get the whole.
-
         Returns:
             Of each view (n, d) on the CPU, in the data set's order.
 
@@ -109,22 +108,21 @@ class FeatureCache:
         if shares_work():
 
             def features_of(rows: range) -> list[torch.Tensor]:
-                part = self.features(
+                return self.view_features(
                     dataset.subset(rows),
                     encode,
                     preprocess,
                     fingerprint=fingerprint,
                     augmentation=augmentation,
                     seed=seed,
-                    view=view,
+                    views=views,
                     dtype=dtype,
                     batch_size=batch_size,
                     workers=workers,
                     progress=progress,
                 )
-                return [part]
 
-            return share_rows(len(dataset), batch_size, features_of)[0]
+            return share_rows(len(dataset), batch_size, features_of)
 
         store = self._store(fingerprint, dtype)
         image_keys = _image_keys(dataset)
