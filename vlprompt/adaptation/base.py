@@ -130,7 +130,7 @@ class Adapter:
     def view_identity(self) -> tuple[object, ...]:
         """Return what encoded standard views depend on; adapters that return the same can share them."""
         # Prompts in the image tower make embeddings those of one learner object.
-        tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
+        tower = self.backbone.features_id if self.learner.static_images else id(self.learner)
         return (self.plan, tower, self.needs_pixels)
 
     def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:

@@ -190,8 +190,7 @@ class AdaptationExperiment(Experiment):
     @cached_property
     def backbone(self) -> Backbone:
         """The backbone of all methods."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return build_backbone(self.config.backbone).to(device)
+        return build_backbone(self.config.backbone)
 
     @cached_property
     def start(self) -> Backbone | Learner:

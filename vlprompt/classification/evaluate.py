@@ -103,8 +103,8 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns images into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:
-        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}{learner.preparation}"
-    return backbone.image_embeddings, backbone.fingerprint["id"]
+        return learner.embed_images, f"{backbone.features_id}{learner.reads}{learner.preparation}"
+    return backbone.image_embeddings, backbone.features_id
 
 
 def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:

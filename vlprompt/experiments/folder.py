@@ -62,7 +62,7 @@ class RunFolder:
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:
-        content = self.config.model_dump(mode="json", exclude={"output", "expect"})
+        content = _without_devices(self.config.model_dump(mode="json", exclude={"output", "expect"}))
         text = json.dumps([content, self.sources], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -150,7 +150,7 @@ class RunFolder:
 
     def _differences(self, other: Path) -> list[str]:
         theirs = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8")) or {}
-        lines = _compare(theirs, self.config.model_dump(mode="json"))
+        lines = _compare(_without_devices(theirs), _without_devices(self.config.model_dump(mode="json")))
 
         if (other / "sources.json").is_file():
             sources = json.loads((other / "sources.json").read_text(encoding="utf-8"))
@@ -234,6 +234,13 @@ def _who(holder: Path) -> str:
         return f"process {record['process']} on {record['host']}, since {record['since']}"
     except (OSError, ValueError, KeyError):  # it has just started, or just stopped
         return "another process"
+
+
+def _without_devices(content: Any) -> Any:
+    """Return a configuration without what says where it computes: that is no part of what a run is."""
+    if isinstance(content, Mapping):
+        return {key: _without_devices(value) for key, value in content.items() if key != "device"}
+    return [_without_devices(value) for value in content] if isinstance(content, list) else content
 
 
 def _compare(theirs: Any, ours: Any, key: str = "") -> list[str]:

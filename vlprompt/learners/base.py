@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.names import check_classnames, check_templates
+from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.learners.hooks import LearnerHooks
 from vlprompt.learners.recipe import Recipe
@@ -89,6 +90,11 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return (3, H, W), what :meth:`embed_images` reads of an image of any size."""
         return self.backbone.preprocess(image)
+
+    @property
+    def precision(self) -> Precision:
+        """What the frozen towers compute in."""
+        return self.backbone.precision
 
     @property
     def device(self) -> torch.device:
