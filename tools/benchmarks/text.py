@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import BENCHMARKS
 from benchmarks.measure import matrix_gflops, measure
+from benchmarks.precision import compare_pairs
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.text import TextTower
 from vlprompt.core.errors import DataError
+from vlprompt.core.precision import Precision
 from vlprompt.learners._context import Position, context_layout, initial_context
 
 __all__ = ["bench_text", "imagenet_names"]
@@ -28,6 +32,7 @@ def bench_text(
     classes: int = 100,
     context: int = 16,
     position: Position = "end",
+    precision: Precision = "fp32",
     repeats: int = 5,
     naive: bool = True,
 ) -> dict[str, Any]:
@@ -38,10 +43,12 @@ def bench_text(
         classes: C; above 1,000 the names of ImageNet-21K's synsets are taken.
         context: M learned vectors, shared by all classes.
         position: Where the class name stands.
+        precision: Of the tower; in half precision the fast path and the naive one are measured in float32 too.
         repeats: Counted runs of the fast path; the naive one is run a third as often.
         naive: False skips the naive path (and the ratios), for class lists it can't do in reasonable time.
     """
-    tower = create_backbone(backbone).text
+    model = create_backbone(backbone)
+    tower = model.text
     names = imagenet_names(classes)
     layout = context_layout(tower, names, context, position)
     start = initial_context(tower, context)
@@ -49,6 +56,13 @@ def bench_text(
 
     fast = _Pass(start, lambda ctx: _backward(tower.encode(layout, ctx), pull))
     fast_measured = measure(fast, repeats)
+    half: dict[str, Any] = {}
+    if precision != "fp32":
+        narrow = copy.deepcopy(model).set_precision(precision).text
+        half_pass = _Pass(start, lambda ctx: _backward(narrow.encode(layout, ctx), pull))
+        half = compare_pairs(fast, half_pass, repeats, precision)
+        half["smallest_cosine"] = float(F.cosine_similarity(half_pass.features, fast.features).min())
+        half["gradient_cosine"] = float(F.cosine_similarity(half_pass.gradient, fast.gradient, dim=-1).min())
     flops = _count_flops(fast)
     tokens = int((layout.tiles.positions > 0).sum()) + layout.shared
     result: dict[str, Any] = {
@@ -64,12 +78,16 @@ def bench_text(
         "fast_gflops_per_s": 1e-9 * flops / fast_measured.seconds,
         "matmul_gflops_per_s": matrix_gflops(tokens, tower.width, 4 * tower.width),
     }
+    if half:
+        result[precision] = half
 
     if not naive:
         return result
 
     slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
     slow_measured = measure(slow, max(1, repeats // 3), warmup=0)
+    if half:
+        half["speedup"] = slow_measured.seconds / half["seconds"]
     return {
         **result,
         "naive_s": slow_measured.seconds,
