@@ -200,7 +200,8 @@ def test_half_precision_learns_nearly_the_same(
     found = []
     for backbone in tinies:
         depth = {"depth": 2} if strategy in PROMPTS else {}
-        segmenter = create_segmenter(model, backbone, strategy, **SIZES[model], **depth)
+        weights = {} if model == "dense" else {"weights": "random"}
+        segmenter = create_segmenter(model, backbone, strategy, **SIZES[model], **depth, **weights)
         own = learnable(segmenter)
         gradients = [torch.ones(1)]
         logits = segmenter(pixels, TEXTS)

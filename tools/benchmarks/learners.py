@@ -13,6 +13,7 @@ Both take the same step: the parameters' change is compared.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +29,12 @@ from benchmarks import BENCHMARKS
 from benchmarks._naive import naive_towers, replaced
 from benchmarks._step import learned, relative, take_step
 from benchmarks.measure import measure
+from benchmarks.precision import compare_pairs
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import options_model
+from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS, Learner, create_learner
 
@@ -50,6 +53,7 @@ def bench_learners(
     classes: int = 100,
     batch: int = 8,
     only: str = "*",
+    precision: Precision = "fp32",
     repeats: int = 3,
     naive: bool = True,
     image_graph: bool = True,
@@ -65,11 +69,13 @@ def bench_learners(
         classes: C.
         batch: Images per step.
         only: Shell pattern of the learners to measure.
+        precision: Of ours; in half precision ours is measured in float32 too, in turns. The naive step is float32.
         repeats: Counted runs of ours; the naive step, which takes seconds, is run once.
         naive: False measures ours alone.
         image_graph: Whether the naive step keeps a graph through the image tower where nothing in it learns.
     """
     tower = create_backbone(backbone)
+    half = None if precision == "fp32" else copy.deepcopy(tower).set_precision(precision)
     rows = {}
     cases = {}
 
@@ -84,10 +90,14 @@ def bench_learners(
 
     for name, case in cases.items():
         rows[name] = _measure_ours(case, repeats)
+        if half is not None:
+            rows[name][precision] = _measure_half(case, half, repeats)
         log.info("%s: %.3f s", name, rows[name]["fast_s"])
 
     for name, case in cases.items() if naive else ():
         rows[name] |= _measure_naive(case, image_graph)
+        if half is not None:
+            rows[name][precision]["speedup"] = rows[name]["naive_s"] / rows[name][precision]["seconds"]
         log.info("%s, baseline: %.3f s (%.1fx)", name, rows[name]["naive_s"], rows[name]["speedup"])
 
     settings = {"backbone": backbone, "classes": classes, "batch": batch, "image_graph": image_graph}
@@ -153,6 +163,24 @@ def _measure_ours(case: _Case, repeats: int) -> dict[str, Any]:
         "image_forward_s": image,
         "limited_by": _limit(fast.seconds, text, image),
     }
+
+
+def _measure_half(case: _Case, backbone: Backbone, repeats: int) -> dict[str, Any]:
+    """Measure the same step on a backbone in half precision, in turns with the one in float32."""
+    learner = case.learner
+    other = _Case.build(
+        backbone, learner.method, learner.options, list(learner.classnames), len(case.batch["label"])
+    )
+    assert other is not None
+    before = len(case.updates)
+    ratios = compare_pairs(
+        lambda: case.step(case.batch), lambda: other.step(other.batch), repeats, backbone.precision
+    )
+
+    exact = torch.cat([t.flatten() for t in case.updates[-1].values()])
+    rough = torch.cat([t.flatten() for t in other.updates[-1].values()])
+    del case.updates[before:]
+    return {**ratios, "update_cosine": float(torch.cosine_similarity(exact, rough, dim=0))}
 
 
 def _measure_naive(case: _Case, image_graph: bool) -> dict[str, Any]:

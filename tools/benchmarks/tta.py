@@ -10,6 +10,7 @@ chunk is given the loss's pull at its own text features, and what it takes to kn
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from benchmarks import BENCHMARKS
 from benchmarks.measure import measure
+from benchmarks.precision import compare_pairs
 from benchmarks.text import imagenet_names
 from vlprompt.adaptation import create_adapter
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rule
 from vlprompt.adaptation.base import EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
-from vlprompt.backbones import create_backbone
+from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.precision import Precision
 from vlprompt.learners._context import context_layout
 
 __all__ = ["bench_tta"]
@@ -43,6 +46,7 @@ def bench_tta(
     views: int = 64,
     steps: int = 1,
     images: int = 4,
+    precision: Precision = "fp32",
     repeats: int = 3,
     naive: bool = True,
 ) -> dict[str, Any]:
@@ -54,11 +58,12 @@ def bench_tta(
         views: V of every image.
         steps: Updates per image.
         images: Images that ours adapts to side by side; encoding is measured on one.
+        precision: Of ours; in half precision ours is measured in float32 too, in turns.
         repeats: Counted runs of ours; the naive way is run once.
         naive: False measures ours alone.
     """
-    adapter = _adapter(backbone, classes, steps)
-    model = adapter.backbone
+    model = create_backbone(backbone)
+    adapter = _adapter(model, classes, steps)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(views, 3, *model.image_size, generator=generator)
     encoding = measure(lambda: model.image_embeddings(pixels), repeats)
@@ -81,12 +86,21 @@ def bench_tta(
         "ours_peak_rss_gib": adaptation.peak_rss_gib,
     }
 
+    half: dict[str, Any] = {}
+    if precision != "fp32":
+        half = _in_half(
+            adapter, copy.deepcopy(model).set_precision(precision), pixels, encoded, steps, repeats
+        )
+        result[precision] = half
+
     if not naive:
         return result
 
     slow = _Naive(adapter, pixels, steps)
     slow_measured = measure(slow, 1, warmup=0)
     naive_s = slow_measured.seconds - slow.aside
+    if half:
+        half["speedup"] = naive_s / half["ours_s"]
     ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2)))[0][0]
     return {
         **result,
@@ -102,10 +116,37 @@ def bench_tta(
     }
 
 
-def _adapter(backbone: str, classes: int, steps: int) -> PromptAdapter:
-    adapter = create_adapter("tpt", create_backbone(backbone), imagenet_names(classes), steps=steps)
+def _in_half(
+    full: PromptAdapter, model: Backbone, pixels: Tensor, encoded: EncodedViews, steps: int, repeats: int
+) -> dict[str, Any]:
+    """Measure ours on a backbone in half precision, in turns with ours in float32."""
+    adapter = _adapter(model, len(full.classnames), steps)
+    adapter.together = full.together
+    adapter.tuner.start_weights()
+    encoding = compare_pairs(
+        lambda: full.backbone.image_embeddings(pixels),
+        lambda: model.image_embeddings(pixels),
+        repeats,
+        model.precision,
+    )
+    adaptation = compare_pairs(
+        lambda: full.adapt(encoded), lambda: adapter.adapt(encoded), repeats, model.precision
+    )
+
+    exact = full.adapt(encoded)[0]
+    rough = adapter.adapt(encoded)[0]
+    return {
+        "encoding": encoding,
+        "adaptation": adaptation,
+        "ours_s": encoding["seconds"] + adaptation["seconds"] / len(encoded.embeddings),
+        "max_abs_diff_probs": float((exact - rough).abs().max()),
+    }
+
+
+def _adapter(backbone: Backbone, classes: int, steps: int) -> PromptAdapter:
+    adapter = create_adapter("tpt", backbone, imagenet_names(classes), steps=steps)
     if not isinstance(adapter, PromptAdapter) or "context" not in dict(adapter.learner.named_parameters()):
-        raise VLPromptError(f"{backbone} can't be benchmarked: its text tower takes no context.")
+        raise VLPromptError(f"{backbone.name} can't be benchmarked: its text tower takes no context.")
     return adapter
 
 
