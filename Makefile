@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/backbones/test_tiny.py tests/backbones/test_openclip.py te
     tests/backbones/test_weight_files.py tests/backbones/test_tokenizers.py tests/saved/test_prompts.py \
     tests/learners/test_coop.py tests/diffusion/test_custom_code.py tests/cli/test_saved.py
 
-.PHONY: quickstart test test-slow test-campaign test-lowest lint format install clean
+.PHONY: quickstart test test-slow test-campaign test-lowest lint format docs install clean
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
@@ -41,6 +41,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going docs build/site
 
 install: $(INSTALLED)
 

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import vlprompt
@@ -79,6 +80,34 @@ def test_lists_are_sorted_and_free_of_duplicates(name: str) -> None:
     assert names, f"{name}() is empty"
 
 
+def test_the_notice_names_every_weights_file_and_no_other() -> None:
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    named = set(re.findall(r"^vlprompt/\S+\.safetensors$", notice, re.MULTILINE))
+    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "vlprompt").rglob("*.safetensors")}
+
+
+def test_the_citation_has_the_package_s_version_and_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == vlprompt.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_every_extra_of_dev_is_one_that_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    asked = {name for line in extras["dev"] for name in re.findall(r"vlprompt\[(\w+)\]", line)}
+    assert asked == extras.keys() - {"dev"}
+
+    # What an error tells people to install exists.
+    advised = {
+        name
+        for path in (ROOT / "vlprompt").rglob("*.py")
+        for name in re.findall(r"vlprompt\[(\w+)\]'", path.read_text(encoding="utf-8"))
+    }
+    assert advised <= extras.keys()
+
+
 def test_the_public_contract_is_importable() -> None:
     assert vlprompt.__all__ == sorted(vlprompt.__all__)
     assert all(getattr(vlprompt, name) is not None for name in vlprompt.__all__)
@@ -91,7 +120,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"  # a copy, because setuptools leaves a build folder where it works
     for name in ("vlprompt", "datasets", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
 
     pip("wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
@@ -110,6 +139,10 @@ def test_a_wheel_carries_cards_configurations_weights_and_types(wheel: Path) -> 
         assert {f"{installed}/{f}" for f in files} <= inside
     data = [p for s in ("py", "json", "safetensors") for p in (ROOT / "vlprompt").rglob(f"*.{s}")]
     assert {p.relative_to(ROOT).as_posix() for p in data} <= inside
+    assert {name.rpartition("/")[2] for name in inside if ".dist-info/licenses/" in name} == {
+        "LICENSE",
+        "NOTICE",
+    }
 
 
 def test_a_wheel_carries_nothing_else(wheel: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprompt.classification.label_space import in_learner_space
+from vlprompt.classification.label_space import dataset_for, in_learner_space
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
@@ -21,7 +21,7 @@ __all__ = ["encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
 def evaluate(
     learner: Learner,
-    data: ImageDataset,
+    data: ImageDataset | Any,
     *,
     metrics: Sequence[str] | None = None,
     batch_size: int = 100,
@@ -35,7 +35,7 @@ def evaluate(
     Args:
         learner: See :func:`vlprompt.create_learner`.
         data: The learner must know all its classes; they may be fewer, in another order or in capitals. Images compete
-            against all classes of the learner.
+            against all classes of the learner. A torch ``Dataset`` or a list of pairs too, see :func:`vlprompt.fit`.
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
@@ -44,7 +44,7 @@ def evaluate(
     Raises:
         DataError: If the learner doesn't know a class.
     """
-    data = in_learner_space(learner, data)
+    data = in_learner_space(learner, dataset_for(learner, data, "test"))
     cache = FeatureCache() if cache is None else cache
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from vlprompt.classification.evaluate import evaluate
-from vlprompt.classification.label_space import in_learner_space, known_classes
+from vlprompt.classification.label_space import dataset_for, in_learner_space, known_classes
 from vlprompt.classification.recipe import AutomaticRecipe, find_recipe, paper_options
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
@@ -53,8 +53,8 @@ class RunResult:
 
 def fit(
     learner: Learner,
-    train: ImageDataset,
-    val: ImageDataset | None = None,
+    train: ImageDataset | Any,
+    val: ImageDataset | Any | None = None,
     *,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -77,7 +77,8 @@ def fit(
 
     Args:
         learner: See :func:`vlprompt.create_learner`.
-        train: Training samples; class names must be the learner's.
+        train: Training samples; class names must be the learner's. A torch ``Dataset`` or a list of pairs (image,
+            label) too; if it doesn't name its classes, label c is the learner's class c.
         val: Validation samples, for curves and ``select="best"``. Never give test data here.
         folder: Where checkpoints and TensorBoard events go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
@@ -99,7 +100,8 @@ def fit(
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
     parse_options(options)
-    train = _in_order(learner, train)
+    train = _in_order(learner, dataset_for(learner, train, "train"))
+    val = None if val is None else dataset_for(learner, val, "val")
     _check_samples(learner, train)
     started = time.monotonic()
     processes = accelerator()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import listed_names, match_classes
 from vlprompt.data import ImageDataset, Sample
+from vlprompt.data.objects import dataset_of
 from vlprompt.learners import Learner
 
-__all__ = ["Named", "fitting", "in_learner_space", "known_classes"]
+__all__ = ["Named", "dataset_for", "fitting", "in_learner_space", "known_classes"]
 
 
 class Named(Protocol):
@@ -54,6 +55,17 @@ def in_learner_space(learner: Named, data: ImageDataset) -> ImageDataset:
 
     samples = tuple(_moved(sample, known) for sample in data.samples)
     return replace(data, samples=samples, classnames=tuple(learner.classnames))
+
+
+def dataset_for(learner: Named, data: Any, split: str) -> ImageDataset:
+    """Return a data set of ours or of another library; one that doesn't name its classes has the learner's.
+
+    Raises:
+        DataError: See :func:`vlprompt.data.objects.dataset_of`.
+    """
+    if isinstance(data, ImageDataset):
+        return data
+    return dataset_of(data, split, fallback=learner.classnames)
 
 
 def fitting(

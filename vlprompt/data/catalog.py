@@ -16,6 +16,7 @@ from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
 from vlprompt.data.images import BadImagePolicy, SkipLimits, drop_bad
 from vlprompt.data.names import DataName, default_root, parse_name
+from vlprompt.data.objects import dataset_of, is_foreign
 from vlprompt.data.sources import Request
 from vlprompt.data.splits import check_split
 from vlprompt.data.ways import Ways, image_ways
@@ -31,7 +32,7 @@ _SCORED = ("test", "all")  # of one class too: whose names it competes against, 
 
 
 def load_dataset(
-    name: str,
+    name: Any,
     split: str = "train",
     shots: int | None = None,
     seed: int = 1,
@@ -52,7 +53,9 @@ def load_dataset(
     """Load one split of a data set.
 
     Args:
-        name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH`` or ``csv:PATH``.
+        name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH``, ``csv:PATH`` or ``hf:NAME``; or a
+            data set of another library, such as a torch ``Dataset`` or a list of pairs (image, label), which is the
+            split as it is (see :func:`vlprompt.data.objects.dataset_of`; its options are ``image`` and ``label``).
         split: ``"train"``, ``"val"`` or ``"test"``; of folders and tables also ``"all"``, for scoring: every image
             there is. The train split of a multi-label data set has one sample per
             image and label; its other splits keep all labels together.
@@ -87,15 +90,21 @@ def load_dataset(
         UnknownNameError: For an unknown name, split, style or choice, with the nearest ones.
         DataError: For anything else that is wrong with the data or the options.
     """
-    parsed = parse_name(name, "classification")
-    split = check_split(name, split) if split != "all" else _check_all(parsed)
-    _check_choices(name, on_bad_image, classes, sampling)
-    _check_numbers(name, seed, max_bad_share, max_bad_images)
-    ways = image_ways(parsed, split, _root(root), validation)
-    ways.check_options(options, load_dataset)
-
+    loader: _Loader | _ObjectLoader
+    title = name if isinstance(name, str) else type(name).__name__
     limits = SkipLimits(max_bad_share, max_bad_images)
-    loader = _Loader(ways, options, download, classnames, templates, on_bad_image, limits)
+    if is_foreign(name):
+        split = check_split(title, split)
+        loader = _ObjectLoader(name, options, classnames, templates, on_bad_image, limits)
+    else:
+        parsed = parse_name(name, "classification")
+        split = check_split(name, split) if split != "all" else _check_all(parsed)
+        ways = image_ways(parsed, split, _root(root), validation)
+        ways.check_options(options, load_dataset)
+        loader = _Loader(ways, options, download, classnames, templates, on_bad_image, limits)
+    _check_choices(title, on_bad_image, classes, sampling)
+    _check_numbers(title, seed, max_bad_share, max_bad_images)
+
     if shots is None:
         dataset = drop_bad(loader.whole(split), on_bad_image, limits.share, max_images=limits.images)
     else:
@@ -105,7 +114,7 @@ def load_dataset(
         dataset = dataset.one_label_each()
     dataset = base_new(dataset, classes)
     if not len(dataset):
-        raise DataError(f"{printable(name)}: the split {split!r} has no readable image of these classes.")
+        raise DataError(f"{printable(title)}: the split {split!r} has no readable image of these classes.")
     return dataset
 
 
@@ -206,6 +215,47 @@ class _Loader:
             max_bad_share=self.limits.share,
             max_bad_images=self.limits.images,
         )
+
+
+@dataclass(frozen=True)
+class _ObjectLoader:
+    """Reads a data set of another library, and draws from it."""
+
+    data: Any
+    options: Mapping[str, Any]
+    classnames: Names | None
+    templates: Sequence[str] | None
+    on_bad_image: BadImagePolicy
+    limits: SkipLimits
+
+    def whole(self, split: str) -> ImageDataset:
+        """Return all of it, called by the name of a split."""
+        names = None if isinstance(self.classnames, Mapping) else self.classnames
+        dataset = dataset_of(self.data, split, classnames=names, **self._options())
+        renamed = self.classnames if isinstance(self.classnames, Mapping) else None
+        return _finished(dataset, Request(dataset.name, "", split, Path()), renamed, self.templates)
+
+    def draw(self, split: str, shots: int, seed: int, sampling: Sampling, strict_shots: bool) -> ImageDataset:
+        """Return a few-shot subset of it."""
+        if sampling not in ("auto", "private"):
+            raise DataError(f"sampling={sampling!r} draws as a published split does; here it is 'private'.")
+        return few_shot(
+            self.whole(split),
+            shots,
+            seed,
+            strict_shots=strict_shots,
+            on_bad_image=self.on_bad_image,
+            max_bad_share=self.limits.share,
+            max_bad_images=self.limits.images,
+        )
+
+    def _options(self) -> dict[str, Any]:
+        unknown = [key for key in self.options if key not in ("image", "label", "name")]
+        if unknown:
+            raise DataError(
+                f"unknown option {unknown[0]!r} of a data set object. Options: image, label, name."
+            )
+        return dict(self.options)
 
 
 def _finished(

@@ -228,7 +228,7 @@ def _h5(files: tuple[Path, ...]) -> tuple[Any, Array]:
     try:
         import h5py
     except ImportError:
-        raise DataError(f"reading {files[0].name} needs h5py: pip install h5py.") from None
+        raise DataError(f"reading {files[0].name} needs h5py: pip install 'vlprompt[arrays]'.") from None
     return h5py.File(files[0], "r")["x"], np.asarray(h5py.File(files[1], "r")["y"]).reshape(-1).astype(int)
 
 
