@@ -17,7 +17,7 @@ from vlprompt.adaptation._tuning import Rule, Tuner
 from vlprompt.adaptation.objectives import dispersion, marginal_entropy
 from vlprompt.adaptation.tda import DynamicAdapter
 from vlprompt.adaptation.views import ViewPlan, open_images
-from vlprompt.backbones import Backbone
+from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.image_only import without_text
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.learners import Learner
@@ -53,9 +53,25 @@ def build(name: str, start: Backbone | Learner, **options: Any) -> Adapter:
 def statistics(learner: Learner) -> Any:
     from vlprompt.adaptation.promptalign import SourceStatistics
 
-    tokens = 1 + 16 + learner.visual_prompts().tokens.shape[1]  # type: ignore[operator]
-    shape = (2, 3, tokens, learner.backbone.vision.width)
-    return SourceStatistics(torch.zeros(shape), torch.ones(shape), learner.backbone.fingerprint["id"])
+    height, width = learner.backbone.vision.visual.grid_size
+    tokens = 1 + height * width + learner.visual_prompts().tokens.shape[1]  # type: ignore[operator]
+    shape = (2, min(3, learner.backbone.vision.layers), tokens, learner.backbone.vision.width)
+    return SourceStatistics(torch.zeros(shape), torch.ones(shape), learner.backbone.features_id)
+
+
+@pytest.mark.parametrize("name", list_adapters())
+def test_half_precision_predicts_nearly_the_same(name: str, images: list[Image.Image]) -> None:
+    probs = []
+    for precision in ("fp32", "bf16"):
+        adapter = build(name, create_backbone("tiny", precision=precision))
+        assert all(p.dtype == torch.float32 for p in adapter.learner.learned_parameters().values())
+        predictions = adapter.predict(images)
+        assert predictions.probs.dtype == torch.float32
+        probs.append(predictions.before)
+        probs.append(predictions.probs)
+    before, after, rough_before, rough_after = probs
+    torch.testing.assert_close(rough_before, before, rtol=0, atol=0.05)
+    torch.testing.assert_close(rough_after, after, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("name", list_adapters())

@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,9 +16,16 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
+import vlprompt
 from tests.families import FAMILIES, family_backbone, load_page_maker
-from vlprompt.backbones import Backbone, text_towers
+from vlprompt import fit, load_dataset
+from vlprompt.backbones import Backbone, create_backbone, text_towers
 from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.classification.config import ClassificationConfig
+from vlprompt.core.devices import available_devices
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
+from vlprompt.core.precision import Precision
+from vlprompt.experiments.folder import RunFolder
 from vlprompt.learners import LEARNERS, create_learner
 
 NAMES = ("dog", "red circle", "humming bird")
@@ -49,6 +57,89 @@ def test_features_of_half_precision_are_float32_and_near(name: str, dtype: torch
     ):
         assert got.dtype == torch.float32
         assert F.cosine_similarity(got, expected).min() > (0.99 if dtype == torch.bfloat16 else 0.9999)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["tiny", "photo", "photo-vit"])
+def test_embedded_backbones_are_built_in_a_precision(name: str, precision: Precision) -> None:
+    full = create_backbone(name)
+    half = create_backbone(name, precision=precision)
+    assert (full.precision, half.precision) == ("fp32", precision)
+    assert (half.logit_scale, half.logit_bias) == (full.logit_scale, full.logit_bias)
+    assert half.model.logit_scale.dtype == torch.float32
+
+    # What was learned fits both; their features are kept apart.
+    assert half.fingerprint == full.fingerprint
+    assert half.origin == full.origin
+    assert (full.features_id, half.features_id) == (
+        full.fingerprint["id"],
+        f"{full.fingerprint['id']}-{precision}",
+    )
+
+    pixels = torch.randn(4, 3, *full.image_size, generator=torch.Generator().manual_seed(3))
+    for got, expected in (
+        (half.encode_image(pixels), full.encode_image(pixels)),
+        (half.encode_text(TEXTS), full.encode_text(TEXTS)),
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.norm(dim=-1), torch.ones(len(got)))
+        assert F.cosine_similarity(got, expected).min() > 0.999
+
+
+def test_a_prompt_learned_in_half_precision_loads_in_float32_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = create_learner("coop", create_backbone("tiny", precision="bf16"), NAMES)
+    folder = vlprompt.save(learner, tmp_path)
+
+    with caplog.at_level(logging.WARNING, logger="vlprompt.saved"):
+        full = vlprompt.load(folder)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{folder} was learned on a backbone in bf16 and is used in fp32: figures may differ a little."
+        ]
+        caplog.clear()
+        half = vlprompt.load(folder, backbone={"precision": "bf16", "device": "cpu"})
+        assert not caplog.records
+
+    assert (full.backbone.precision, half.backbone.precision) == ("fp32", "bf16")
+    assert torch.equal(full.trainable_state()["context"], learner.trainable_state()["context"])
+
+
+def test_a_run_is_another_one_in_another_precision_and_the_same_on_another_device(tmp_path: Path) -> None:
+    def folder(**backbone: str) -> Path:
+        content = {"task": "classification", "output": str(tmp_path), "data": {"name": "digits"}}
+        config = ClassificationConfig.model_validate({**content, "backbone": {"name": "tiny", **backbone}})
+        return RunFolder(config, {}).path
+
+    assert folder() == folder(device="cuda:1") == folder(device="cpu", precision="fp32")
+    assert folder() != folder(precision="bf16")
+
+
+def test_training_does_not_go_on_in_another_precision(tmp_path: Path) -> None:
+    data = load_dataset("digits", "train", shots=1, seed=1)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 10, "checkpoint_seconds": 0}
+    tower = create_backbone("tiny", "random")
+    fit(create_learner("coop", tower, data.classnames), data, folder=tmp_path, **options)
+    tower.set_precision("bf16")
+    with pytest.raises(CheckpointError, match="precision"):
+        fit(create_learner("coop", tower, data.classnames), data, folder=tmp_path, resume=True, **options)
+
+
+def test_a_built_model_keeps_its_precision_unless_another_is_asked_for() -> None:
+    model = open_clip.create_model("ViT-S-32-alt", precision="pure_bf16", pretrained=None)
+    facts = {"weights_of": "ViT-B-16/openai", "architecture": "ViT-S-32-alt"}
+    assert create_backbone(model, **facts).precision == "bf16"
+    assert create_backbone(model, precision="fp32", **facts).precision == "fp32"
+
+
+def test_devices_and_precisions_that_are_not_there_are_refused_before_anything_is_read() -> None:
+    there = ", ".join(available_devices())
+    with pytest.raises(BackboneError, match=f"there is no device 'cuda:63' here. There is: {there}"):
+        create_backbone("tiny", "/no/such/weights", device="cuda:63")
+    with pytest.raises(ConfigError, match=r"'gpu' is no device. Known: cpu, cuda, cuda:N"):
+        create_backbone("tiny", device="gpu")
+    with pytest.raises(ConfigError, match=r"precision: .*'fp32', 'bf16' or 'fp16', got 'half'"):
+        create_backbone("tiny", precision="half")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("learner", [entry.name for entry in LEARNERS])

@@ -67,13 +67,13 @@ def dino_config() -> dict[str, Any]:
     }
 
 
-def build(name: str) -> Any:
+def build(name: str, **options: Any) -> Any:
     if name == "grounding-dino":
-        return create_detector(name, config=dino_config(), size=128, device="cpu")
+        return create_detector(name, config=dino_config(), size=128, device="cpu", **options)
     if name == "owl-tiny":
-        return create_detector(name, weights="random")
+        return create_detector(name, weights="random", **options)
     pytest.importorskip("transformers", reason="the extra 'detection' is not installed")
-    return create_detector(name, config=OWL, device="cpu")
+    return create_detector(name, config=OWL, device="cpu", **options)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.detection.conftest import build
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
 from vlprompt.detection import DETECTORS, create_detector, list_detectors
 from vlprompt.detection.data import DetectionData
@@ -174,3 +175,26 @@ def test_weights_that_cannot_be_had_say_what_to_do(tmp_path: Any) -> None:
         create_detector("owlvit", pretrained=str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="no such file"):
         create_detector("owl-tiny", weights=str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_finds_nearly_the_same(
+    name: str, precision: str, detectors: dict[str, Any], images: dict[str, Tensor], data: DetectionData
+) -> None:
+    half = build(name, precision=precision)
+    assert half.identity == detectors[name].identity  # concepts that were found in one fit the other
+    found = []
+    for detector in (detectors[name], half):
+        concepts = noise(3, 2, detector.width).requires_grad_(True)
+        detections = detector(images[name], concepts)
+        rows = detector.frozen(images[name])
+        losses = detector.losses(rows, concepts, [o.target() for o in data.objects])
+        torch.stack(list(losses.values())).sum().backward()
+        assert detections.logits.dtype == detections.boxes.dtype == concepts.grad.dtype == torch.float32
+        assert bool(concepts.grad.isfinite().all())
+        found.append((detections.logits.detach(), detections.boxes.detach()))
+
+    (logits, boxes), (rough_logits, rough_boxes) = found
+    assert float((rough_boxes - boxes).abs().median()) < 0.02
+    assert float((rough_logits - logits).abs().median()) < 0.1 * float(logits.std()) + 1e-3

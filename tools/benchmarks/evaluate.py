@@ -60,7 +60,7 @@ def bench_evaluate(
             reader = ImageReader(data, scanner.preprocess)
             items = [range(images)[start : start + batch] for start in range(0, images, batch)]
             for pixels in threaded(reader, items):
-                scanner.judge(scanner.embed_images(pixels.to(device)))
+                scanner.judge(scanner.embed_images(pixels.to(device)))  # type: ignore[operator]  # a module's attribute
 
         works = {
             "evaluate/0": lambda: evaluate(0),

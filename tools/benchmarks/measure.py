@@ -121,7 +121,7 @@ def in_turns(works: Mapping[str, Work], repeats: int = 3, warmup: int = 1) -> Tu
     watch = NoiseWatch()
     runs: dict[str, list[Measured]] = {name: [] for name in works}
     for number in range(max(1, repeats)):
-        for name in works if number % 2 == 0 else reversed(works):
+        for name in works if number % 2 == 0 else reversed(list(works)):
             runs[name].append(_run(works[name], trim=number == 0))
     return Turns(runs, _was_quiet(watch))
 

@@ -151,7 +151,7 @@ def imagenet_names(count: int) -> list[str]:
 
 def _distinct(names: Iterable[str]) -> list[str]:
     """Return the first of all names that a text tower can't tell apart: it reads neither capitals nor most signs."""
-    first = {}
+    first: dict[str, str] = {}
     for name in names:
         first.setdefault(re.sub(r"[\W_]+", "", name.casefold()), name)
     return list(first.values())

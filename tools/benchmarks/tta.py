@@ -96,7 +96,7 @@ def bench_tta(
     naive_s = slow_measured.seconds
     rounds = zip(*(turns.runs[way] for way in ("naive", "encoding", "adaptation")), strict=True)
     ratios = [n.seconds / (e.seconds + a.seconds / images) for n, e, a in rounds]
-    ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2)))[0][0]
+    ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2))).probs[0]
     return {
         **result,
         "naive_encoding_s": slow.encoding,

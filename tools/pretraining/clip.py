@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pretraining import RECIPES
 from pretraining.batches import CaptionBatches
 from pretraining.corpus import read_corpus
+from pretraining.mixed import Mixed, mixed
 from pretraining.objective import ContrastiveModule
 from pretraining.watch import ZeroShot
 from vlprompt.core.files import write_json, write_tensors
@@ -54,6 +55,7 @@ class PretrainOptions(BaseModel):
     watch: int = Field(200, ge=1, description="images per data set whose zero-shot accuracy is watched")
     seed: int = Field(1, ge=0, description="seeds scenes, captions and the initial weights")
     train: TrainOptions = TrainOptions()
+    precision: Mixed = Field("fp32", description="of the products in train; weights stay float32")
 
 
 @RECIPES.register(
@@ -82,7 +84,9 @@ def pretrain(options: PretrainOptions, folder: Path, *, resume: bool = False, wo
     identity = options.model_dump(mode="json", exclude={"train"})
     ship = _Ship(module, folder)
     validate = ZeroShot(module, WATCHED, options.watch)
-    Trainer(module, batches, options.train, folder, validate, [ship], identity).run(resume)
+    Trainer(mixed(module, options.precision), batches, options.train, folder, validate, [ship], identity).run(
+        resume
+    )
 
     return ship.path
 

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 from pretraining import RECIPES
 from pretraining.corpus import render_all
 from pretraining.denoising import ConditionedBatches, DenoisingModule, SketchBatches, SketchModule
+from pretraining.mixed import Mixed, mixed
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.files import read_tensors, write_atomic, write_json, write_tensors
 from vlprompt.core.seeding import derive_seed, torch_rng
@@ -60,6 +61,7 @@ class DiffusionOptions(BaseModel):
     keep: float = Field(0.0, ge=0, le=1, description="share of the starting weights in those that are packed")
     sketch: TrainOptions = Field(TrainOptions(), description="of the canvas alone, first")
     train: TrainOptions = TrainOptions()
+    precision: Mixed = Field("fp32", description="of the products in train; weights stay float32")
 
     @field_validator("keep")
     @classmethod
@@ -137,7 +139,9 @@ def pretrain_diffusion(
     module.restart_average()
     watch = _Watch(module, backbone, options.watch, options.steps, folder)
     ship = _Ship(module, folder, before, options.keep)
-    Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
+    Trainer(mixed(module, options.precision), batches, options.train, folder, watch, [ship], identity).run(
+        resume
+    )
 
     return ship.path
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pretraining import RECIPES
+from pretraining.mixed import Mixed, mixed
 from pretraining.photo_head import HeadModule, landing_losses, state_batches
 from pretraining.photo_scale import calibrate
 from pretraining.photo_sentences import SentenceBatches
@@ -55,6 +56,7 @@ class PhotoTextOptions(BaseModel):
         1, ge=0, description="seeds the initial weights, what is kept back, and the photographs"
     )
     train: TrainOptions = TrainOptions()
+    precision: Mixed = Field("fp32", description="of the products in train; weights stay float32")
     head: TrainOptions = Field(TrainOptions(), description="of the layers after the tower, see photo_head")
     views: int = Field(8, ge=1, description="sentences per phrase that those layers read")
 
@@ -222,9 +224,9 @@ def pretrain_text(options: PhotoTextOptions, folder: Path, *, resume: bool = Fal
         mode="json", exclude={"train", "head", "views", "wordnet", "photos", "scale"}
     )
     watch = Watch(module, batches)
-    progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
-        resume
-    )
+    progress = Trainer(
+        mixed(module, options.precision), batches, options.train, folder, watch, [SayEpochs(folder)], identity
+    ).run(resume)
     history = progress.history + _teach_head(module.eval(), batches, options, folder / "head", watch, resume)
     model = module.model(options.scale)
     calibration = {"scale": options.scale}

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from pretraining import RECIPES
+from pretraining.mixed import Mixed, mixed
 from pretraining.photo_distil import DistilModule, MapBatches, Teacher
 from pretraining.photo_scale import calibrate
 from pretraining.photo_text import SayEpochs
@@ -51,6 +52,7 @@ class PhotoVitOptions(BaseModel):
     words: Path = Field(PHOTO, description="what photo-text made; default: the package's")
     seed: int = Field(1, ge=0, description="seeds compositions, what is kept back, and the initial weights")
     train: TrainOptions = TrainOptions()
+    precision: Mixed = Field("fp32", description="of the products in train; weights stay float32")
 
 
 class Watch:
@@ -152,9 +154,9 @@ def pretrain_vit(options: PhotoVitOptions, folder: Path, *, resume: bool = False
     batches = MapBatches(maps, options.train.batch_size, options.train.seed, options.mix)
     identity = options.model_dump(mode="json", exclude={"train", "photos", "words", "watch"})
     watch = Watch(module, watched)
-    progress = Trainer(module, batches, options.train, folder, watch, [SayEpochs(folder)], identity).run(
-        resume
-    )
+    progress = Trainer(
+        mixed(module, options.precision), batches, options.train, folder, watch, [SayEpochs(folder)], identity
+    ).run(resume)
 
     return _ship(options, folder, module, progress.history)
 

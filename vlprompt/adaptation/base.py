@@ -203,7 +203,7 @@ class Adapter:
         there are.
         """
         # Prompts in the image tower make embeddings those of one learner object.
-        tower = self.backbone.fingerprint["id"] if self.learner.static_images else id(self.learner)
+        tower = self.backbone.features_id if self.learner.static_images else id(self.learner)
         return (self.plan.augment, self.plan.seed, tower, self.needs_pixels)
 
     def generate(self, opened: Sequence[OpenedImage]) -> list[Tensor]:

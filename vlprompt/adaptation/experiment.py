@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
 from vlprompt.adaptation.measure import add_scores, add_spread, make_record, result_accuracy
@@ -198,8 +196,7 @@ class AdaptationExperiment(Experiment):
     @cached_property
     def backbone(self) -> Backbone:
         """The backbone of all methods."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return build_backbone(self.config.backbone).to(device)
+        return build_backbone(self.config.backbone)
 
     @cached_property
     def start(self) -> Backbone | Learner:

@@ -104,7 +104,7 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     mean = total / len(data)
     # Rounding may push a variance of 0 below it.
     variance = (squares / len(data) - mean.square()).clamp(min=0)
-    return SourceStatistics(mean.float(), variance.float(), backbone.fingerprint["id"])
+    return SourceStatistics(mean.float(), variance.float(), backbone.features_id)
 
 
 @ADAPTERS.register(
@@ -168,7 +168,7 @@ class PromptAlign(PromptAdapter):
         if isinstance(statistics, str):
             statistics = SourceStatistics.load(statistics)
         # Another backbone has other channels, even where the shapes agree.
-        if statistics.backbone != self.backbone.fingerprint["id"]:
+        if statistics.backbone != self.backbone.features_id:
             raise CheckpointError("the source statistics were measured on another backbone.")
 
         if variant == "code" and layers == 1:
@@ -193,7 +193,8 @@ class PromptAlign(PromptAdapter):
         with _recorded_tokens(self.backbone.vision.blocks[: self.aligned_blocks]) as tokens:
             features = run()
 
-        states = torch.stack(tokens.entering if self.variant == "code" else tokens.leaving)  # (L, V, T, W)
+        recorded = tokens.entering if self.variant == "code" else tokens.leaving
+        states = torch.stack(recorded).float()  # (L, V, T, W)
         if states.shape[2] != self.means.shape[1]:
             raise CheckpointError(
                 f"the source statistics have {self.means.shape[1]} tokens, the learner's image tower has "

@@ -10,8 +10,10 @@ from torch import nn
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.origin import origin_of
 from vlprompt.backbones.vision import PixelPrompts, VisualPrompts
+from vlprompt.core.devices import check_device
 from vlprompt.core.errors import UnknownNameError
 from vlprompt.core.options import check_options
+from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import read_preprocess_options
 from vlprompt.core.registry import Registry
 
@@ -30,7 +32,14 @@ BACKBONES: Registry[Any] = Registry("backbone", "vlprompt.backbones")
 """Embedded and plug-in backbones; open_clip's architectures are looked up when none of these matches."""
 
 
-def create_backbone(name: str | nn.Module, pretrained: str | None = None, **options: Any) -> Backbone:
+def create_backbone(
+    name: str | nn.Module,
+    pretrained: str | None = None,
+    *,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    **options: Any,
+) -> Backbone:
     """Build a frozen dual encoder.
 
     Args:
@@ -41,6 +50,12 @@ def create_backbone(name: str | nn.Module, pretrained: str | None = None, **opti
             weights. Weights are a safetensors file, a torch state dict or checkpoint, a TorchScript archive, an index
             of parts, or a folder with one of them, in the layout of open_clip or transformers. For ``tiny``: None for
             its own weights, ``"random"``.
+        precision: What the frozen towers are stored and run in: ``"fp32"``, ``"bf16"`` (half the memory, and about
+            twice as fast where the processor or card has units for it) or ``"fp16"`` (for cards without bf16). What is
+            learned, normalised features, logits and losses are float32 in any of them. None: fp32, on every device, so
+            that the same call gives the same numbers everywhere; a built model keeps what it has.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``. None: the processor until it is trained, which
+            takes it to a GPU if there is one; a built model stays where it is.
         **options: For all that are named: ``resize`` (``"shortest"`` keeps proportions and crops, ``"longest"`` pads,
             ``"squash"`` doesn't keep them; None: as trained) and ``preprocess`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``; what is left out: as trained).
@@ -53,9 +68,26 @@ def create_backbone(name: str | nn.Module, pretrained: str | None = None, **opti
     Raises:
         UnknownNameError: For an unknown name or tag, with the nearest valid ones.
         BackboneError: If weights can't be fetched or don't fit, or nothing says how they were trained; says what to do
-            and what works offline.
+            and what works offline. If the device isn't there or can't compute in the precision; says what is there.
         ConfigError: For options that the backbone doesn't have, or values it doesn't take.
     """
+    title = name if isinstance(name, str) else type(name).__name__
+    _checked(_place, {"precision": precision, "device": device}, title)
+    place = None if device is None else check_device(device, precision or "fp32")  # before weights are read
+
+    backbone = _build(name, pretrained, options)
+    if precision is not None and precision != backbone.precision:
+        backbone.set_precision(precision)
+    backbone.asked_device = place
+    return backbone if place is None else backbone.to(place)
+
+
+def _place(*, precision: Precision | None = None, device: Device | None = None) -> None:
+    """Stand for the two options of every backbone where options are checked."""
+
+
+def _build(name: str | nn.Module, pretrained: str | None, options: Mapping[str, Any]) -> Backbone:
+    """Build a backbone on the processor, in the precision of its weights' file or fp32."""
     if not isinstance(name, str):
         from vlprompt.backbones.built import build_from_model
 

@@ -16,7 +16,9 @@ from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import Prompts, VisionTower
+from vlprompt.core.devices import DTYPES, precision_of
 from vlprompt.core.names import clean_classname
+from vlprompt.core.precision import Precision
 
 __all__ = ["Backbone", "content_id"]
 
@@ -38,6 +40,8 @@ class Backbone(nn.Module):
         image_size: (H, W) of the input in pixels.
         about: What its weights were trained on and where they are weak; empty where nobody has written it down.
         origin: Arguments of :func:`vlprompt.create_backbone` (and ``masks``) that build it again; empty if none do.
+            Precision and device are not among them: what was learned can be used in any.
+        asked_device: Where it is to compute; None if nobody said so.
     """
 
     model: Any
@@ -63,6 +67,7 @@ class Backbone(nn.Module):
         _ = self.logit_scale
         self.about = ""
         self.origin: dict[str, Any] = {}
+        self.asked_device: torch.device | None = None
 
         # A sentence that is not start, words, end and padding has no place for learned context; strings are
         # encoded in the tokenizer's own rows.
@@ -78,7 +83,8 @@ class Backbone(nn.Module):
         facts = (
             f"{self.name} ({self.fingerprint['id']}): {size / 1e6:.1f} million parameters, {self.image_size[1]} x "
             f"{self.image_size[0]} pixels, joint dimension {self.dim}, image tower with {kind}, text tower with "
-            f"{self.text.layers} blocks of width {self.text.width}, logit scale {self.logit_scale:.1f}."
+            f"{self.text.layers} blocks of width {self.text.width}, logit scale {self.logit_scale:.1f}, "
+            f"{self.precision} on {self.device}."
         )
         return f"{facts}\n{self.about}".strip()
 
@@ -97,6 +103,36 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def precision(self) -> Precision:
+        """What the towers are stored and run in."""
+        return precision_of(self.vision.dtype)
+
+    def device_or(self, default: torch.device) -> torch.device:
+        """Return the device that was asked for when it was built, or else a default: where it is to be trained."""
+        return default if self.asked_device is None else self.asked_device
+
+    def set_precision(self, precision: Precision) -> Backbone:
+        """Store and run both towers in another precision, in place; scale and bias of the logits stay float32.
+
+        Half precision rounds weights, and going back does not bring the lost digits back.
+        """
+        kept = {
+            name: parameter.detach().float()
+            for name, parameter in self.model.named_parameters()
+            if name in ("logit_scale", "logit_bias")
+        }
+        self.model.to(DTYPES[precision])
+        for name, value in kept.items():
+            self.model.get_parameter(name).data = value
+        return self
+
+    @property
+    def features_id(self) -> str:
+        """What features depend on: the fingerprint's id, and the precision if it isn't fp32. The key of caches."""
+        identity = str(self.fingerprint["id"])
+        return identity if self.precision == "fp32" else f"{identity}-{self.precision}"
 
     @property
     def logit_scale(self) -> float:

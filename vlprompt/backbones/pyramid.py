@@ -52,15 +52,16 @@ def pyramid_stride(backbone: Backbone) -> int:
 
 
 def resnet_stages(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the second, third and fourth stage of a ModifiedResNet, (B, C, h, w) each."""
+    """Return the second, third and fourth stage of a ModifiedResNet, (B, C, h, w) each, float32."""
     visual: Any = backbone.vision.visual
-    second = visual.layer2(visual.layer1(visual.stem(images)))
+    second = visual.layer2(visual.layer1(visual.stem(images.to(backbone.vision.dtype))))
     third = visual.layer3(second)
-    return second, third, visual.layer4(third)
+    return second.float(), third.float(), visual.layer4(third).float()
 
 
 def dense_pool(backbone: Backbone, x: Tensor) -> Tensor:
-    """Return (B, d, h, w): the attention pool with every place as a query, over (B, C, h, w) of the last stage."""
+    """Return (B, d, h, w), float32: the attention pool with every place of the last stage (B, C, h, w) as a query."""
+    x = x.to(backbone.vision.dtype)
     pool: Any = backbone.vision.visual.attnpool
     batch, _, height, width = x.shape
     table = pool.positional_embedding
@@ -74,7 +75,7 @@ def dense_pool(backbone: Backbone, x: Tensor) -> Tensor:
     )
     attended = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
 
-    return pool.c_proj(attended).transpose(1, 2).reshape(batch, -1, height, width)
+    return pool.c_proj(attended).transpose(1, 2).reshape(batch, -1, height, width).float()
 
 
 def vit_maps(
@@ -83,7 +84,7 @@ def vit_maps(
     """Return three maps of a ViT from an early, a middle and the last block's (B, 1 + N, W) tokens."""
     visual: Any = backbone.vision.visual
     early, middle, last = (x[:, 1 : 1 + grid[0] * grid[1]] for x in states)
-    last = visual.ln_post(last) @ visual.proj
+    last = (visual.ln_post(last.to(backbone.vision.dtype)) @ visual.proj).float()
     fine, medium, coarse = (x.transpose(1, 2).unflatten(2, grid) for x in (early, middle, last))
     doubled = F.interpolate(fine, scale_factor=2.0, mode="bilinear", align_corners=False)
     return doubled, medium, F.avg_pool2d(coarse, 2)

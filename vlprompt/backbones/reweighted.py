@@ -148,12 +148,6 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
             ran.add(caller)
             for layer, weight in zip(places, frozen, strict=True):
                 made = layer.make(weight)
-                kind = weight.device.type
-                if torch.is_autocast_enabled(
-                    kind
-                ):  # else it is cast by the layer, and the copy stays in the graph
-                    made = made.to(torch.get_autocast_dtype(kind))
-
                 alive[made.untyped_storage().data_ptr()] = (weight, layer.make)
                 layer.owner._parameters[layer.name] = made  # type: ignore[assignment]  # as functional_call does
 

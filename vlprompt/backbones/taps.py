@@ -146,7 +146,7 @@ def run_taps(
     pooled: bool = False,
     keep_prompts: bool = False,
 ) -> Taps:
-    """Run the blocks up to the last tap.
+    """Run the blocks up to the last tap; all states that are returned are float32.
 
     Args:
         tower: A ViT.
@@ -164,6 +164,7 @@ def run_taps(
     assert stream is not None  # there is a first state
     rows = None if prompts is None else _checked(tower, prompts, x.shape[0])
     tokens = x.shape[1]
+    x = x.to(tower.dtype)
 
     rotation = stream.native_rotation()
     if rotation is not None and rows is not None:
@@ -173,17 +174,17 @@ def run_taps(
         x = torch.cat([x, rows[:, 0].to(x.dtype)], dim=1)
 
     x = stream.norm_before(x)
-    states = []
+    states: list[Tensor] = []
 
     last = len(tower.blocks) - 1 if pooled else max(blocks)
     for i, block in enumerate(tower.blocks[: last + 1]):
         x = run_block(block, x, None) if is_packable_block(block) else stream.run(i, x, rotation)
         if not keep_prompts and i in blocks:
-            states.append(x[:, :tokens])
+            states.append(x[:, :tokens].float())
         if rows is not None and i + 1 < rows.shape[1]:
             x = torch.cat([x[:, :tokens], rows[:, i + 1].to(x.dtype)], dim=1)
         if keep_prompts and i in blocks:
-            states.append(x)
+            states.append(x.float())
 
     return Taps(tuple(states), tower.finish(x[:, :tokens]) if pooled else None)
 

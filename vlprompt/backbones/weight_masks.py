@@ -81,7 +81,7 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return None, gradients[0] * weight, None
+        return None, (gradients[0] * weight).float(), None
 
 
 def masked_weight(weight: Tensor, score: Tensor, threshold: float) -> Tensor:

@@ -117,8 +117,8 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return what turns images into the rows that are cached for a learner, and the rows' fingerprint."""
     backbone = learner.backbone
     if learner.static_images:
-        return learner.embed_images, f"{backbone.fingerprint['id']}{learner.reads}{learner.preparation}"
-    return backbone.image_embeddings, f"{backbone.fingerprint['id']}{learner.preparation}"
+        return learner.embed_images, f"{backbone.features_id}{learner.reads}{learner.preparation}"
+    return backbone.image_embeddings, f"{backbone.features_id}{learner.preparation}"
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def fit(
     _check_samples(learner, train)
     started = time.monotonic()
     processes = accelerator()
-    learner.to(processes.device)
+    learner.to(learner.backbone.device_or(processes.device))
     folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir) if cache is None else cache
 
@@ -252,6 +252,7 @@ def run_identity(learner: Learner, train: ImageDataset, augmentation: str, views
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},
         "backbone": learner.backbone.fingerprint["id"],
+        "precision": learner.backbone.precision,
         "data": train.name,
         "samples": hash_strings(samples),
         "classnames": hash_strings(learner.classnames),

@@ -56,7 +56,7 @@ def meta_train(
     processes = accelerator()
     meta = config.meta
     options = TrainOptions(**config.train.model_dump(exclude={"recipe"}), seed=seed)
-    learner.to(processes.device)
+    learner.to(learner.backbone.device_or(processes.device))
     module = MetaPrompts(learner, meta)
 
     store, hierarchy = _clustered(config, backbone, seed)
@@ -134,7 +134,7 @@ def _episodes(
 
 def _default_store(config: ClassificationConfig, backbone: Backbone) -> Path:
     """One store per source and backbone, shared by the runs of an output folder."""
-    return user_path(config.output) / "pairs" / f"{slug(config.meta.pairs)}_{backbone.fingerprint['id']}"
+    return user_path(config.output) / "pairs" / f"{slug(config.meta.pairs)}_{backbone.features_id}"
 
 
 def _run_identity(
@@ -145,6 +145,7 @@ def _run_identity(
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},
         "meta": config.meta.model_dump(mode="json", exclude={"store"}),
+        "precision": learner.backbone.precision,
         "store": store.digest,
         "clusters": hierarchy.digest,
     }

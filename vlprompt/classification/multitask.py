@@ -295,7 +295,7 @@ def fit_multitask(
     tasks = _checked(tasks)
     started = time.monotonic()
     processes = accelerator()
-    learner.to(processes.device)
+    learner.to(learner.backbone.device_or(processes.device))
     folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir)
 

@@ -48,7 +48,7 @@ class Unfrozen(nn.Module):
         patterns: Shell patterns of parameter names (``"class_head.*"``).
 
     Raises:
-        ConfigError: If a pattern matches no parameter; with the nearest names.
+        ConfigError: If a pattern matches no parameter, with the nearest names, or one in half precision.
     """
 
     def __init__(self, host: nn.Module, patterns: Sequence[str] = ()) -> None:
@@ -62,6 +62,8 @@ class Unfrozen(nn.Module):
             if not names:
                 close = ", ".join(nearest(pattern, parameters)) or "none alike"
                 problems.append(f"unfreeze: {pattern!r} matches no parameter; near it: {close}.")
+            if half := [name for name in names if parameters[name].dtype != torch.float32]:
+                problems.append(f"unfreeze: {half[0]!r} is stored in half precision; what learns needs fp32.")
             for name in names:
                 parameters[name].requires_grad_(True)
                 # torch allows no dot in the name of a parameter.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.core.errors import CheckpointError
+from vlprompt.core.precision import Precision
 
 __all__ = ["Batch", "Hooks", "ParameterGroup", "Trainable", "TransparentWrapper", "Wrapper", "misfits"]
 
@@ -40,6 +41,11 @@ class ParameterGroup(TypedDict, total=False):
 
 class Hooks:
     """The optional methods: each does nothing, or what the trainer would do without it."""
+
+    @property
+    def precision(self) -> Precision:
+        """What frozen parts compute in. Under ``fp16`` the trainer scales losses, so that no gradient vanishes."""
+        return "fp32"
 
     @property
     def combines_gradients(self) -> bool:

@@ -7,12 +7,16 @@ from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from torch.utils import _pytree
 
+from vlprompt.core.devices import DTYPES
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.paths import local_or_name, user_path
+from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import seeded_modules
 
-__all__ = ["build_model", "is_fetched"]
+__all__ = ["build_model", "is_fetched", "run_in"]
 
 _OFFLINE = "What works offline: the embedded detector owl-tiny, or random weights (pretrained=None)."
 
@@ -61,3 +65,24 @@ def is_fetched(pretrained: str) -> bool:
     if user_path(pretrained).exists():
         return True
     return isinstance(try_to_load_from_cache(pretrained, "config.json"), str)
+
+
+def run_in(part: nn.Module, precision: Precision) -> None:
+    """Store and run a frozen part of a model in a precision; what it reads is cast, what it returns is float32."""
+    if precision == "fp32":
+        return
+    dtype = DTYPES[precision]
+
+    def enter(_: nn.Module, inputs: Any, named: Any) -> Any:
+        return _pytree.tree_map(lambda value: _cast(value, dtype), (inputs, named))
+
+    def leave(_: nn.Module, inputs: Any, output: Any) -> Any:
+        return _pytree.tree_map(lambda value: _cast(value, DTYPES["fp32"]), output)
+
+    part.to(dtype)
+    part.register_forward_pre_hook(enter, with_kwargs=True)
+    part.register_forward_hook(leave)
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.precision import Precision
 from vlprompt.detection.boxes import Target, box_losses
 
 __all__ = ["Detections", "Detector", "Frozen"]
@@ -39,12 +40,14 @@ class Detector(nn.Module):
         identity: Facts that its concepts depend on; JSON-able.
         width: d, of a concept's vectors: what the text encoder writes.
         tower: Prefixes of the names of parameters that :meth:`frozen` uses.
+        precision: What its encoders are stored and run in.
     """
 
     method: str = ""
     identity: dict[str, Any]
     width: int
     tower: tuple[str, ...] = ()
+    precision: Precision = "fp32"
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return (3, h, w), the same size for every image.

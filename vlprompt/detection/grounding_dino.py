@@ -21,8 +21,9 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.paths import local_or_name
+from vlprompt.core.precision import Precision
 from vlprompt.detection import DETECTORS
-from vlprompt.detection._transformers import build_model
+from vlprompt.detection._transformers import build_model, run_in
 from vlprompt.detection.base import Detections, Detector, Frozen
 from vlprompt.detection.boxes import Target
 
@@ -57,6 +58,8 @@ class GroundingDino(Detector):
         config: Of random weights, fields of transformers' configuration.
         size: Side of the square that images are squashed to, in pixels.
         seed: Of random weights.
+        precision: What the convolutional or Swin tower is stored and run in; what fuses it with language stays
+            float32.
         device: Where to run; None: a GPU if there is one.
 
     Raises:
@@ -70,9 +73,11 @@ class GroundingDino(Detector):
         config: dict[str, Any] | None = None,
         size: int = 800,
         seed: int = 0,
+        precision: Precision = "fp32",
         device: str | None = None,
     ) -> None:
         super().__init__()
+        self.precision = precision
         model: Any = build_model("GroundingDinoForObjectDetection", pretrained, config, seed)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.text: nn.Module | None = model.model.text_backbone
@@ -84,6 +89,7 @@ class GroundingDino(Detector):
         self.width = int(model.config.text_config.hidden_size)
         self.most = int(model.config.max_text_len)
         self.identity = {"kind": "GroundingDino", "size": size, "weights": weights_id(model)}
+        run_in(model.model.backbone.conv_encoder, precision)
         self.tower = ("",)  # fused from the start: nothing stays the same once any parameter learns
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -20,8 +20,9 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.precision import Precision
 from vlprompt.detection import DETECTORS
-from vlprompt.detection._transformers import build_model
+from vlprompt.detection._transformers import build_model, run_in
 from vlprompt.detection.base import Detections, Detector, Frozen
 
 __all__ = ["OwlV2", "OwlViT"]
@@ -39,6 +40,7 @@ class OwlViT(Detector):
             weights.
         config: Of random weights, fields of transformers' configuration.
         seed: Of random weights.
+        precision: What the encoders of images and texts are stored and run in; the heads stay float32.
         device: Where to run; None: a GPU if there is one.
 
     Raises:
@@ -54,9 +56,11 @@ class OwlViT(Detector):
         pretrained: str | None = None,
         config: dict[str, Any] | None = None,
         seed: int = 0,
+        precision: Precision = "fp32",
         device: str | None = None,
     ) -> None:
         super().__init__()
+        self.precision = precision
         self.model = build_model(f"{self.kind}ForObjectDetection", pretrained, config, seed)
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -68,6 +72,8 @@ class OwlViT(Detector):
         self.tower = (f"model.{self.part}.vision_model.", "model.layer_norm.")
         text = (f"{self.part}.text_model.", f"{self.part}.text_projection.")
         self.identity = {"kind": self.kind, "weights": weights_id(self.model, without=text)}
+        for encoder in (self._owl.vision_model, self._owl.text_model):
+            run_in(encoder.encoder, precision)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """See :meth:`Detector.preprocess`."""

@@ -22,6 +22,7 @@ from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.files import read_tensors
 from vlprompt.core.paths import user_path
+from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.base import Detections, Detector, Frozen
@@ -97,15 +98,17 @@ class OwlTiny(Detector):
     Args:
         weights: The head's: None for those in the package, ``"random"``, or a packed file.
         seed: Of random weights.
+        precision: What the towers of ``tiny`` are stored and run in; the head stays float32.
 
     Raises:
         BackboneError: If the file does not fit.
         CheckpointError: If it is missing or damaged.
     """
 
-    def __init__(self, *, weights: str | None = None, seed: int = 0) -> None:
+    def __init__(self, *, weights: str | None = None, seed: int = 0, precision: Precision = "fp32") -> None:
         super().__init__()
-        self.backbone = create_backbone("tiny")
+        self.precision = precision
+        self.backbone = create_backbone("tiny", precision=precision)
         self.width = self.backbone.dim
         grid = self.backbone.image_size[0] // 8
 

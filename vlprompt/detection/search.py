@@ -20,6 +20,7 @@ from torchvision.ops import box_convert, box_iou
 from vlprompt.concepts.embedding import ConceptEmbedding, Concepts, normal_start, repeated, visual_start
 from vlprompt.concepts.search import ConceptSearch, SearchResult
 from vlprompt.core.errors import DataError
+from vlprompt.core.precision import Precision
 from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
@@ -53,6 +54,11 @@ class ConceptDetection(ConceptSearch):
         self.detector = [detector]  # in a list: its parameters are not the module's
         names = [name.replace("/", ".") for name, _ in self.unfrozen.named_parameters()]
         self.static = not any(name.startswith(detector.tower) for name in names if detector.tower)
+
+    @property
+    def precision(self) -> Precision:
+        """What the detector's encoders compute in."""
+        return self.detector[0].precision
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the host's losses.
@@ -171,7 +177,12 @@ def search_concepts(
         options,
         folder,
         validate=None if val is None else (lambda: average_precision(detector, concepts(), val, val_rows)),
-        identity={"detector": detector.identity, "data": train.name, "start": float(start.norm())},
+        identity={
+            "detector": detector.identity,
+            "precision": detector.precision,
+            "data": train.name,
+            "start": float(start.norm()),
+        },
     )
     with module.unfrozen.restored_on_error():
         history = trainer.run(resume).history

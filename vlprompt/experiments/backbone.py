@@ -7,6 +7,7 @@ from typing import Any
 
 from vlprompt.backbones import Backbone, create_backbone, missing_weights, unknown_backbone
 from vlprompt.core.files import path_fingerprint
+from vlprompt.core.processes import accelerator
 from vlprompt.experiments.config import BackboneOptions
 from vlprompt.saved.weight_masks import fold, read_masks
 
@@ -16,12 +17,15 @@ __all__ = ["backbone_problems", "backbone_sources", "build_backbone", "missing_b
 def build_backbone(options: BackboneOptions) -> Backbone:
     """Return the backbone that a ``backbone:`` section describes, saved masks folded into its image tower.
 
+    It is on the section's device; without one, on that of this process.
+
     Raises:
         UnknownNameError: For an unknown name or tag.
-        BackboneError: If weights can't be fetched or don't fit.
+        BackboneError: If weights can't be fetched or don't fit, or the device isn't there.
         CheckpointError: If the masks are missing, damaged or of another backbone.
     """
-    backbone = create_backbone(options.name, **options.arguments())
+    device = str(accelerator().device) if options.device is None else options.device
+    backbone = create_backbone(options.name, **{**options.arguments(), "device": device})
     if options.masks is None:
         return backbone
     return fold(backbone, read_masks(options.masks, backbone))

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
+from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.experiments.expectation import Expectation
 
@@ -113,6 +114,14 @@ class BackboneOptions(BaseModel):
     cache_dir: str | None = Field(None, description="where downloaded weights lie; empty: the usual folders")
     masks: str | None = Field(
         None, description="saved masks (of amt, ramt ...) that are folded into the image tower first"
+    )
+
+    precision: Precision = Field(
+        "fp32",
+        description="what the frozen towers are stored and run in; what is learned, logits and losses stay float32",
+    )
+    device: Device | None = Field(
+        None, description="cpu, cuda, cuda:N or mps; empty: a GPU if there is one, and each process its own"
     )
 
     def arguments(self) -> dict[str, Any]:

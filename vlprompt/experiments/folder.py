@@ -62,7 +62,9 @@ class RunFolder:
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:
-        content = self.config.model_dump(mode="json", exclude={"output", "expect", "loading"})
+        content = _without_devices(
+            self.config.model_dump(mode="json", exclude={"output", "expect", "loading"})
+        )
         text = json.dumps([content, self.sources], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -151,7 +153,8 @@ class RunFolder:
     def _differences(self, other: Path) -> list[str]:
         theirs = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8")) or {}
         theirs.pop("loading", None)
-        lines = _compare(theirs, self.config.model_dump(mode="json", exclude={"loading"}))
+        ours = self.config.model_dump(mode="json", exclude={"loading"})
+        lines = _compare(_without_devices(theirs), _without_devices(ours))
 
         if (other / "sources.json").is_file():
             sources = json.loads((other / "sources.json").read_text(encoding="utf-8"))
@@ -235,6 +238,13 @@ def _who(holder: Path) -> str:
         return f"process {record['process']} on {record['host']}, since {record['since']}"
     except (OSError, ValueError, KeyError):  # it has just started, or just stopped
         return "another process"
+
+
+def _without_devices(content: Any) -> Any:
+    """Return a configuration without what says where it computes: that is no part of what a run is."""
+    if isinstance(content, Mapping):
+        return {key: _without_devices(value) for key, value in content.items() if key != "device"}
+    return [_without_devices(value) for value in content] if isinstance(content, list) else content
 
 
 def _compare(theirs: Any, ours: Any, key: str = "") -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
-from vlprompt.backbones import Backbone, create_backbone, missing_weights
+from vlprompt.backbones import Backbone, missing_weights
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint, write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
@@ -21,6 +21,7 @@ from vlprompt.data.images import read_image
 from vlprompt.data.listing import list_images
 from vlprompt.data.scenes.concepts import SceneConcept, scene_concepts
 from vlprompt.diffusion.tiny import TinyDiffusion
+from vlprompt.experiments.backbone import build_backbone
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import parse_overrides
 from vlprompt.experiments.experiment import Experiment
@@ -81,7 +82,7 @@ class GenerationExperiment(Experiment):
     @cached_property
     def scorer(self) -> Backbone:
         """The backbone that similarity is measured in."""
-        return create_backbone(self.config.scorer.name, **self.config.scorer.arguments())
+        return build_backbone(self.config.scorer)
 
     @cached_property
     def concepts(self) -> dict[str, SceneConcept]:

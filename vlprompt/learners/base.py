@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.names import check_classnames, check_templates
+from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.data.transforms import Preprocess
 from vlprompt.learners.hooks import LearnerHooks
@@ -95,6 +96,11 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
         return self.logits(self.embed_images(images))
+
+    @property
+    def precision(self) -> Precision:
+        """What the frozen towers compute in."""
+        return self.backbone.precision
 
     @property
     def device(self) -> torch.device:

@@ -317,9 +317,7 @@ class MaskTuning(Learner):
     def zero_shot_weights(self) -> Tensor:
         """Return (C, d) class weights of the hand-written sentences; computed once."""
         if self._zero_shot is None:
-            # For the whole run, so not in the bfloat16 of the step that asks first.
-            with torch.autocast(self.backbone.device.type, enabled=False):
-                self._zero_shot = self.backbone.class_weights(self.classnames, self.templates)
+            self._zero_shot = self.backbone.class_weights(self.classnames, self.templates)
         return self._zero_shot
 
     def _teacher_logits(self, batch: Mapping[str, Tensor]) -> Tensor:

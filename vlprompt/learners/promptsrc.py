@@ -142,10 +142,7 @@ class PromptSRC(DualPrompts):
             return self._teacher_weights
 
         texts = [t.format(name) for name in self.classnames for t in self.teacher_templates]
-        # For the whole run, so not in the bfloat16 of the step that asks first.
-        with torch.autocast(self.backbone.device.type, enabled=False):
-            features = self.backbone.text.encode_strings(texts)
-
+        features = self.backbone.text.encode_strings(texts)
         features = features.unflatten(0, (len(self.classnames), -1))
         if self.normalise_first:
             features = F.normalize(features, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import read_tensors
 from vlprompt.core.options import describe_problems
+from vlprompt.core.precision import Precision
 from vlprompt.core.version import package_version
 from vlprompt.saved.paths import PROMPT_FILE, prompt_folder
 
@@ -23,6 +25,8 @@ __all__ = ["FORMAT", "Kind", "PromptCard", "check_backbone", "check_kind", "read
 
 Kind = Literal["learner", "segmenter"]
 """What saved prompts belong to."""
+
+log = logging.getLogger("vlprompt.saved")
 
 FORMAT = 1
 """Of the files; a newer one is refused."""
@@ -42,6 +46,7 @@ class PromptCard(BaseModel):
     Attributes:
         backbone: The fingerprint of the backbone, which says what it is.
         origin: How it was built (see :mod:`vlprompt.saved.rebuild`).
+        precision: What it was learned in; it can be used in any.
         training: What it was trained on, as a run names it: data set, shots, seed.
     """
 
@@ -55,6 +60,7 @@ class PromptCard(BaseModel):
     templates: list[str]
     backbone: dict[str, Any]
     origin: dict[str, Any] = Field(default_factory=dict)
+    precision: Precision = "fp32"
     version: str
     training: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float]
@@ -125,7 +131,7 @@ def _parse(folder: Path, inner: Any) -> PromptCard:
 
 
 def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> None:
-    """Refuse prompts of another backbone.
+    """Refuse prompts of another backbone, and say so if it runs in another precision.
 
     Raises:
         CheckpointError: Names every difference of the two fingerprints.
@@ -138,6 +144,14 @@ def check_backbone(path: str | Path, card: PromptCard, backbone: Backbone) -> No
     if differs:
         lines = "\n".join(f"  - {k}: saved {saved.get(k)!r}, given {actual.get(k)!r}" for k in differs)
         raise CheckpointError(f"{path} was trained on another backbone than the one given:\n{lines}")
+
+    if card.precision != backbone.precision:
+        log.warning(
+            "%s was learned on a backbone in %s and is used in %s: figures may differ a little.",
+            path,
+            card.precision,
+            backbone.precision,
+        )
 
 
 def tensors_digest(state: Mapping[str, Any]) -> str:

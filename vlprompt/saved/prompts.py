@@ -81,6 +81,7 @@ def save(
         templates=list(learner.templates) if isinstance(learner, Learner) else [],
         backbone=learner.backbone.fingerprint,
         origin=written_origin(learner.backbone.origin, folder),
+        precision=learner.backbone.precision,
         version=package_version(),
         training=dict(training or {}),
         metrics=dict(metrics or {}),

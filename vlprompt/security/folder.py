@@ -167,7 +167,7 @@ def _identity(root: Path, scanner: ImageScanner, threshold: float) -> dict[str, 
     return {
         "folder": str(root.resolve()),
         "method": scanner.method,
-        "backbone": scanner.backbone.fingerprint["id"],
+        "backbone": scanner.backbone.features_id,
         "detector": scanner.digest,
         "native_size": scanner.native_size,
         "triggers": list(scanner.triggers),

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import BackboneError, DataError
+from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.saved.prompts import Kind
 from vlprompt.segmentation._conditions import Conditions
@@ -63,12 +64,21 @@ class Segmenter(nn.Module, Trainable):
         tunes = self.strategy.tunes
         self.decoder.requires_grad_(self.decoder_learns)
         if tunes == "all":
+            if self.precision != "fp32":
+                raise BackboneError(
+                    f"this strategy trains the whole backbone, which needs precision fp32; it is in {self.precision}."
+                )
             self.backbone.model.requires_grad_(True)
 
         for parameter in self.tuned_besides():
             parameter.requires_grad_(tunes != "nothing")
         for parameter in self.untouched():
             parameter.requires_grad_(False)
+
+    @property
+    def precision(self) -> Precision:
+        """What the frozen towers compute in."""
+        return self.backbone.precision
 
     def tuned_besides(self) -> list[nn.Parameter]:
         """Return the decoder's parameters that learn beside prompts (a last layer)."""

@@ -214,7 +214,7 @@ def fit_segmenter(
     """
     started = time.monotonic()
     processes = accelerator()
-    segmenter.to(processes.device)
+    segmenter.to(segmenter.backbone.device_or(processes.device))
     checked = _options(options, val is not None)
     _read_phrases(segmenter, [train] if val is None else [train, val])
     criterion = segmentation_loss(loss)
@@ -328,6 +328,7 @@ def _identity(segmenter: Segmenter, train: MaskDataset, augmentation: str, loss:
         "segmenter": segmenter.method,
         "segmenter_options": {k: str(v) for k, v in segmenter.options.items()},
         "backbone": segmenter.backbone.fingerprint["id"],
+        "precision": segmenter.backbone.precision,
         "data": train.name,
         "pairs": hash_strings(f"{s.record}\x1e{s.phrase}" for s in train.samples),
         "augmentation": augmentation,

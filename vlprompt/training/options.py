@@ -59,7 +59,6 @@ class TrainSection(BaseModel):
     accumulation: int = Field(
         1, ge=1, description="micro-batches per optimiser step; the result does not change"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; prompts stay float32")
     grad_clip: float | None = Field(None, gt=0, description="largest allowed norm of all gradients together")
     drop_last: bool = Field(
         True, description="drop an incomplete last batch if there is at least one full one"

@@ -1,7 +1,7 @@
 """The one training loop: everything that learns here, learns through it.
 
 A module says what its losses are (:class:`vlprompt.core.trainable.Trainable`); when parameters are updated, on which
-samples, in which precision, over how many processes, and how a run survives a kill is decided here and nowhere else.
+samples, over how many processes, and how a run survives a kill is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 
 __all__ = ["Trainer"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -93,7 +91,9 @@ class Trainer:
             )
 
         self.optimizer = _build_optimizer(self._optimizer_groups(), options)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=options.precision == "fp16")
+        self.device = next(iter(self.parameters.values())).device
+        # Small gradients would vanish on their way through frozen layers in float16, whose smallest number is 6e-8.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=module.precision == "fp16")
         self.progress = Progress()
         self.best_state: dict[str, Tensor] | None = None
 
@@ -221,8 +221,8 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         separate: dict[str, list[Tensor]] = {}
         for _, share in self._process_parts(samples):
-            batch = _to_device(next(stream), self.accelerator.device)
-            with self._autocast(), self._division(samples) as division:
+            batch = _to_device(next(stream), self.device)
+            with self._division(samples) as division:
                 losses = {name: value * share for name, value in self.module.loss(batch).items()}
             if division is not None:
                 losses = division.anchor(losses)
@@ -328,13 +328,6 @@ class Trainer:
         parts = np.array_split(samples, world * self.options.accumulation)
         counts = {max(1, sum(len(part) > 0 for part in parts[rank::world])) for rank in range(world)}
         return divided_classes() if len(counts) == 1 else contextlib.nullcontext()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward pass in the run's precision."""
-        dtype = _DTYPES.get(self.options.precision)
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype)
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         """Return the optimiser's groups, with parameters in the place of their names."""

@@ -132,7 +132,7 @@ def build_store(
         "format": _FORMAT,
         "pairs": source.identity(),
         "count": len(source),
-        "backbone": backbone.fingerprint["id"],
+        "backbone": backbone.features_id,
         "shard": shard,
     }
     _claim(folder, facts)

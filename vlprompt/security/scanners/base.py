@@ -89,7 +89,7 @@ class Scanner(ImageScanner):
             data,
             lambda images: embed_with_statistics(self.backbone, images),
             self.backbone.preprocess,
-            fingerprint=f"{self.backbone.fingerprint['id']}{READS}",
+            fingerprint=f"{self.backbone.features_id}{READS}",
         )
         return rows if self.reads else rows[:, : self.backbone.dim]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
-from vlprompt.core.processes import accelerator, process_state
+from vlprompt.core.processes import process_state
 from vlprompt.core.slugs import slug
 from vlprompt.data.segmentation import MaskDataset, MaskedImage
 from vlprompt.experiments.cell import Cell, CellResult
@@ -65,7 +65,7 @@ class BenchmarkExperiment(SegmentationExperiment):
     def run(self, cell: Cell, folder: Path) -> CellResult:
         """See :meth:`Experiment.run`."""
         result = CellResult()
-        segmenter = self.segmenter(cell).to(accelerator().device)
+        segmenter = self.segmenter(cell)
         result.facts[f"backbone/{cell['model']}"] = self.backbone(cell["model"]).fingerprint
         test = self.data(cell, "test")
         result.facts |= data_facts(cell["data"], test)

@@ -17,7 +17,6 @@ from vlprompt.backbones import missing_weights
 from vlprompt.concepts.search import ConceptSearch, SearchResult
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint
-from vlprompt.core.processes import accelerator
 from vlprompt.data import load_segmentation
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.segmentation import MaskDataset
@@ -200,7 +199,7 @@ class ConceptMaskExperiment(ConceptExperiment):
         segmenter = create_segmenter(config.segmenter_name, backbone, strategy, **config.segmenter_options)
         segmenter.requires_grad_(False)
 
-        return segmenter.to(accelerator().device)
+        return segmenter
 
     @cached_property
     def _tests(self) -> dict[str, MaskDataset]:
