@@ -146,6 +146,14 @@ class Backbone(nn.Module):
         """
         return F.normalize(self.text.encode_strings([texts] if isinstance(texts, str) else texts), dim=-1)
 
+    def unplaced_words(self, classnames: Sequence[str]) -> list[str]:
+        """Return words of class names that are known to mean nothing to the text tower; most towers know of none."""
+        tokenizer = self.text.tokenizer
+        if tokenizer is None:
+            return []
+        words = [w for c in classnames for w in tokenizer.unplaced(clean_classname(c))]
+        return list(dict.fromkeys(words))
+
     def class_weights(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.
 

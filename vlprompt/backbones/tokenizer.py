@@ -36,6 +36,9 @@ class TextTokenizer(Protocol):
     def rows(self, texts: Sequence[str], length: int) -> Tensor:
         """Return (N, length) padded rows, as the model's own pipeline makes them."""
 
+    def unplaced(self, text: str) -> list[str]:
+        """Return the words of a text that are known to mean nothing to the model."""
+
 
 class _BytePair:
     """open_clip's SimpleTokenizer (CLIP's BPE); cleaning and additional special tokens are its own."""
@@ -57,6 +60,9 @@ class _BytePair:
 
     def rows(self, texts: Sequence[str], length: int) -> Tensor:
         return self._tokenizer(list(texts), context_length=length)
+
+    def unplaced(self, text: str) -> list[str]:
+        return []
 
 
 class _HuggingFace:
@@ -101,6 +107,9 @@ class _HuggingFace:
 
     def rows(self, texts: Sequence[str], length: int) -> Tensor:
         return torch.as_tensor(self._rows(list(texts), length))
+
+    def unplaced(self, text: str) -> list[str]:
+        return []
 
     def _seen(self, ids: list[int]) -> list[int]:
         """Return ids as the model sees them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,8 @@ from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.learners import Learner
 
 __all__ = ["Classifier", "PredictionTable", "accuracy", "predict"]
+
+_log = logging.getLogger(__name__)
 
 
 class Classifier(Protocol):
@@ -97,6 +100,12 @@ def predict(classifier: Classifier, images: Any, topk: int = 5, *, batch_size: i
 
     if isinstance(classifier, Learner):
         classifier.eval()
+        if words := classifier.backbone.unplaced_words(classifier.classnames):
+            _log.warning(
+                "%s was taught no word like %s: what the text alone says of these classes means little.",
+                classifier.backbone.name,
+                ", ".join(map(repr, words)),
+            )
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
     while batch := list(islice(inputs, batch_size)):
