@@ -82,8 +82,12 @@ def test_lists_are_sorted_and_free_of_duplicates(name: str) -> None:
 
 def test_the_notice_names_every_weights_file_and_no_other() -> None:
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
-    named = set(re.findall(r"^vlprompt/\S+\.safetensors$", notice, re.MULTILINE))
-    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "vlprompt").rglob("*.safetensors")}
+    named = set(re.findall(r"^vlprompt/\S+\.(?:safetensors|gz)$", notice, re.MULTILINE))
+    assert named == {
+        str(path.relative_to(ROOT))
+        for kind in ("safetensors", "gz")
+        for path in (ROOT / "vlprompt").rglob(f"*.{kind}")
+    }
 
 
 def test_the_citation_has_the_package_s_version_and_licence() -> None:
@@ -137,7 +141,7 @@ def test_a_wheel_carries_cards_configurations_weights_and_types(wheel: Path) -> 
     for folder, installed in (("datasets", "vlprompt/cards"), ("configs", "vlprompt/configs")):
         files = {p.relative_to(ROOT / folder).as_posix() for p in (ROOT / folder).rglob("*.yaml")}
         assert {f"{installed}/{f}" for f in files} <= inside
-    data = [p for s in ("py", "json", "safetensors") for p in (ROOT / "vlprompt").rglob(f"*.{s}")]
+    data = [p for s in ("py", "json", "gz", "safetensors") for p in (ROOT / "vlprompt").rglob(f"*.{s}")]
     assert {p.relative_to(ROOT).as_posix() for p in data} <= inside
     assert {name.rpartition("/")[2] for name in inside if ".dist-info/licenses/" in name} == {
         "LICENSE",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
         self._known_scale = (float("nan"), float("nan"))  # the parameter's value and its exponential
         _ = self.logit_scale
         self.about = ""
+        self.lexicon: Lexicon | None = None
         self.origin: dict[str, Any] = {}
         self.asked_device: torch.device | None = None
 
@@ -181,6 +183,13 @@ class Backbone(nn.Module):
             BackboneError: If the tokenizer could not be fetched.
         """
         return F.normalize(self.text.encode_strings([texts] if isinstance(texts, str) else texts), dim=-1)
+
+    def unplaced_words(self, classnames: Sequence[str]) -> list[str]:
+        """Return words of class names that are known to mean nothing to the text tower; most towers know of none."""
+        if self.lexicon is None:
+            return []
+        words = [word for name in classnames for word in self.lexicon.read(clean_classname(name))[1]]
+        return list(dict.fromkeys(words))
 
     def class_weights(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.

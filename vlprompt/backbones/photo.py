@@ -20,6 +20,7 @@ from vlprompt.backbones import BACKBONES
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.lite0 import PREPROCESS, load_lite0
 from vlprompt.backbones.openclip import wrap_open_clip
+from vlprompt.backbones.photo_lexicon import LexiconTokenizer, shipped_lexicon
 from vlprompt.backbones.photo_weights import (
     PHOTO,
     PHOTO_VIT,
@@ -84,10 +85,11 @@ def _build(
         load(model)
         about = facts(path)
 
-    tokenizer = wrap_tokenizer(open_clip.SimpleTokenizer())
-    backbone = wrap_open_clip(
-        model, dict(PREPROCESS), tokenizer, {"architecture": name, "pretrained": tag or "imagenet"}
-    )
+    lexicon = shipped_lexicon()
+    tokenizer = LexiconTokenizer(wrap_tokenizer(open_clip.SimpleTokenizer()), lexicon)
+    facts_of = {"architecture": name, "pretrained": tag or "imagenet", "lexicon": lexicon.digest}
+    backbone = wrap_open_clip(model, dict(PREPROCESS), tokenizer, facts_of)
+    backbone.lexicon = lexicon
     backbone.about = _about(name, about)
 
     return backbone
@@ -107,7 +109,14 @@ def _about(name: str, facts: dict[str, Any]) -> str:
     lines.append(
         "Weak at: things that are no kind of what ImageNet's classes are (faces, text, plants, medical or satellite "
         "images), drawings, colours, numbers, positions and relations, whatever the sentence says about them; "
-        "images that were blown up from a few pixels; words that were never read, which mean little to it."
+        "images that were blown up from a few pixels."
+    )
+
+    lexicon = shipped_lexicon()
+    lines.append(
+        f"Reads {len(lexicon.readings):,} other nouns of WordNet as the taught phrase for what is most like "
+        "them, so two of them can be read alike. Words for people, for acts and ideas, and proper names have no place "
+        "there: `unplaced_words` lists them, and `predict` warns."
     )
 
     if "accuracy" in facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,8 @@ from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 
 __all__ = ["Classifier", "PredictionTable", "accuracy", "predict"]
+
+_log = logging.getLogger(__name__)
 
 
 class Classifier(Protocol):
@@ -109,6 +112,12 @@ def predict(
 
     if isinstance(classifier, Learner):
         classifier.eval()
+        if words := classifier.backbone.unplaced_words(classifier.classnames):
+            _log.warning(
+                "%s was taught no word like %s: what the text alone says of these classes means little.",
+                classifier.backbone.name,
+                ", ".join(map(repr, words)),
+            )
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
     batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ from vlprompt.learners.hooks import LearnerHooks
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["DEFAULT_TEMPLATES", "Learner"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -219,7 +222,14 @@ def _check_tokens(backbone: Backbone, classnames: Sequence[str], templates: Sequ
             key = tuple(tuple(tokenizer.encode(template.format(name))[:room]) for template in templates)
 
         other = first_with.setdefault(key, name)
-        if other is not name:
+        if other is not name and backbone.lexicon is not None and backbone.lexicon.differ(name, other):
+            log.warning(
+                "%s reads %r and %r alike, so the text alone can't tell these classes apart; training images can.",
+                backbone.name,
+                other,
+                name,
+            )
+        elif other is not name:
             raise DataError(
                 f"the learner: the classes {other!r} and {name!r} are the same to the text tower, which reads "
                 f"{backbone.text.context_length} tokens and neither capitals nor most signs. Rename one."
