@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprompt.backbones.vision import Images
 from vlprompt.classification.label_space import in_learner_space
+from vlprompt.classification.prefixes import kept_states
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.learners import Learner
@@ -39,13 +41,14 @@ def evaluate(
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
-        cache: Where image features are stored, if the learner leaves the image tower alone.
+        cache: Where image features are stored, or what the tower makes of images below the first place where
+            something learned enters it.
 
     Raises:
         DataError: If the learner doesn't know a class.
     """
     data = in_learner_space(learner, data)
-    cache = FeatureCache() if cache is None else cache
+    cache = FeatureCache(prefix_gib=0) if cache is None else cache  # for features that are read twice here
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
         labels = torch.from_numpy(data.multi_hot())
@@ -81,7 +84,7 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
-            parts = [learner(batch.to(device)) for batch in _image_batches(learner, data, batch_size)]
+            parts = [learner(batch.to(device)) for batch in _image_batches(learner, data, batch_size, cache)]
     finally:
         learner.train(was_training)
 
@@ -107,8 +110,18 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     return backbone.image_embeddings, backbone.fingerprint["id"]
 
 
-def _image_batches(learner: Learner, data: ImageDataset, size: int) -> Iterator[Tensor]:
-    """Yield (B, 3, H, W) preprocessed images in the data set's order."""
+def _image_batches(
+    learner: Learner, data: ImageDataset, size: int, cache: FeatureCache | None
+) -> Iterator[Images]:
+    """Yield (B, 3, H, W) preprocessed images in the data set's order, or what a kept prefix holds of them.
+
+    Without a cache that outlives the call, nothing is kept.
+    """
+    states = [] if cache is None else kept_states(learner, data, cache, size=size, full_passes=False)
+    if states:
+        yield from (states[0][rows] for rows in torch.arange(len(data)).split(size))
+        return
+
     for start in range(0, len(data), size):
         end = min(start + size, len(data))
         yield torch.stack([learner.backbone.preprocess(data[i][0]) for i in range(start, end)])

@@ -6,9 +6,9 @@ one process with a batch of 64 sees the same samples as two processes with 32 ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.core.trainable import Batch
 
-__all__ = ["Batch", "Batches", "TensorBatches", "epoch_plan", "prefetch"]
+__all__ = ["Batch", "Batches", "Rows", "TensorBatches", "epoch_plan", "prefetch"]
 
 
 class Batches(Protocol):
@@ -49,19 +49,27 @@ def epoch_plan(
     return [order[start : min(start + batch_size, end)] for start in range(0, end, batch_size)]
 
 
+class Rows(Protocol):
+    """Values of all samples, of which some are taken at a time: a tensor, or something that is read on the way."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: torch.Tensor, /) -> Any: ...
+
+
 class TensorBatches:
     """Batches cut from tensors that are already in memory, for example cached image features.
 
     Args:
-        tensors: Name to a list of V views, each a tensor whose first axis is the sample; epoch e uses view e
-            mod V.
+        tensors: Name to a list of V views, each a tensor (or :class:`Rows`) whose first axis is the sample; epoch e
+            uses view e mod V.
         batch_size: Samples per global batch.
         seed: The run's seed.
         drop_last: See :func:`epoch_plan`.
     """
 
     def __init__(
-        self, tensors: dict[str, list[torch.Tensor]], batch_size: int, seed: int, drop_last: bool = True
+        self, tensors: Mapping[str, Sequence[Rows]], batch_size: int, seed: int, drop_last: bool = True
     ) -> None:
         self.tensors = tensors
         self.batch_size = batch_size
