@@ -270,3 +270,24 @@ def test_half_of_the_backbone_families_take_tokens() -> None:
     for name in IMAGE_FAMILIES:
         backbone: Backbone = family_backbone(name)
         assert (backbone.vision.refusal is None) == (name not in SHUT), name
+
+
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+def test_a_tower_goes_on_from_its_states(name: str) -> None:
+    """Exactly, after any number of blocks, with and without prompt tokens and adapters."""
+    backbone = family_backbone(name)
+    tower = backbone.vision
+    if not tower.layers:
+        with pytest.raises(BackboneError, match="visual prompts can't be learned"):
+            backbone.image_states(images())
+        return
+
+    whole = backbone.image_embeddings(images())
+    for blocks in (0, tower.layers - 1):
+        assert torch.equal(backbone.image_embeddings(backbone.image_states(images(), blocks)), whole)
+
+    tokens = torch.randn(tower.layers, 2, tower.width, generator=torch.Generator().manual_seed(0))
+    for insertion in ("after_cls", "append"):
+        prompts = VisualPrompts(tokens, insertion)
+        expected = backbone.image_embeddings(images(), prompts)
+        assert torch.equal(backbone.image_embeddings(backbone.image_states(images()), prompts), expected)

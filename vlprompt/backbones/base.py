@@ -16,7 +16,7 @@ from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
-from vlprompt.backbones.vision import Prompts, VisionTower
+from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.devices import DTYPES, precision_of
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
@@ -159,13 +159,13 @@ class Backbone(nn.Module):
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else float(bias)
 
-    def encode_image(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+    def encode_image(self, images: Images, prompts: Prompts | None = None) -> Tensor:
         """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
     def image_embeddings(
         self,
-        images: Tensor,
+        images: Images,
         prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
@@ -175,6 +175,14 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 return self.vision.encode(images)
         return self.vision.encode(images, prompts, adapters)
+
+    @torch.no_grad()
+    def image_states(self, images: Tensor, blocks: int = 0) -> TokenStates:
+        """Return what the frozen tower's first ``blocks`` blocks make of (B, 3, H, W) images, without a graph.
+
+        :meth:`image_embeddings` goes on from it. See :meth:`VisionTower.states`.
+        """
+        return self.vision.states(images.to(self.device), blocks)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Return (N, d) unit-length float32 features of plain strings, without a graph.

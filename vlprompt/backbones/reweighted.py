@@ -19,7 +19,7 @@ from torch.func import functional_call
 from vlprompt.backbones.attention import reads_its_layers_weights
 from vlprompt.backbones.base import Backbone
 from vlprompt.backbones.packed import Adapter
-from vlprompt.backbones.vision import Prompts, VisionTower
+from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.errors import BackboneError
 
 __all__ = ["Reweight", "ReweightedBackbone"]
@@ -42,11 +42,11 @@ class ReweightedBackbone(Backbone):
         self.origin = backbone.origin
         self._known_scale = backbone._known_scale
         self._weights = dict(weights)
-        self._layers = _by_caller(self.vision.visual, weights)
+        self._layers = _by_caller(self.vision, weights)
 
     def image_embeddings(
         self,
-        images: Tensor,
+        images: Images,
         prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
@@ -69,7 +69,9 @@ class ReweightedBackbone(Backbone):
             }
             return functional_call(_Tower(self.vision), made, (images.to(self.device), prompts))
 
-        with _replaced(self._layers):
+        # Weights below kept states are not read again: nothing is learned there (see Learner.frozen_stages).
+        start = images.blocks if isinstance(images, TokenStates) else None
+        with _replaced(self._layers, start):
             return self.vision.encode(images.to(self.device), prompts)
 
 
@@ -81,18 +83,19 @@ class _Tower(nn.Module):
         self.visual = tower.visual
         self.tower = tower
 
-    def forward(self, images: Tensor, prompts: Prompts | None) -> Tensor:
+    def forward(self, images: Images, prompts: Prompts | None) -> Tensor:
         """See :meth:`VisionTower.encode`."""
         return self.tower.encode(images, prompts)
 
 
 @dataclass
 class _Place:
-    """A weight that is replaced: the parameter ``name`` of the module ``owner``."""
+    """A weight that is replaced: the parameter ``name`` of the module ``owner``, in a block if it is in one."""
 
     owner: nn.Module
     name: str
     make: Reweight
+    block: int | None
 
     def frozen(self) -> Tensor:
         return self.owner._parameters[self.name]  # type: ignore[return-value]
@@ -112,23 +115,29 @@ class _Recipe:
         return self.make(self.frozen).to(self.dtype).as_strided(*self.geometry)
 
 
-def _by_caller(visual: nn.Module, weights: Mapping[str, Reweight]) -> list[tuple[nn.Module, list[_Place]]]:
+def _by_caller(tower: VisionTower, weights: Mapping[str, Reweight]) -> list[tuple[nn.Module, list[_Place]]]:
     """Group weights by the module whose call reads them: attention reads its projections' weights by itself."""
+    visual = tower.visual
     layers: dict[nn.Module, list[_Place]] = {}
     for path, make in weights.items():
         prefix, _, name = path.rpartition(".")
         owner = visual.get_submodule(prefix)
         parent = visual.get_submodule(prefix.rpartition(".")[0])
         layers.setdefault(parent if reads_its_layers_weights(parent) else owner, []).append(
-            _Place(owner, name, make)
+            _Place(owner, name, make, tower.block_of(path))
         )
 
     return list(layers.items())
 
 
 @contextmanager
-def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[None]:
-    """While open, each of the layers runs with its other weights."""
+def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]], start: int | None) -> Iterator[None]:
+    """While open, each of the layers runs with its other weights.
+
+    Args:
+        layers: See :func:`_by_caller`.
+        start: The first block that runs; None if the whole tower does.
+    """
     alive: dict[int, tuple[Tensor, Reweight]] = {}  # by the address of what was made
     ran: set[nn.Module] = set()
 
@@ -168,7 +177,7 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if keep else nullcontext():
             yield
-        _check_all_ran(layers, ran)
+        _check_all_ran(layers, ran, start)
     finally:
         for handle in handles:
             handle.remove()
@@ -176,9 +185,13 @@ def _replaced(layers: Sequence[tuple[nn.Module, Sequence[_Place]]]) -> Iterator[
             leave()
 
 
-def _check_all_ran(layers: Sequence[tuple[nn.Module, Sequence[_Place]]], ran: set[nn.Module]) -> None:
+def _check_all_ran(
+    layers: Sequence[tuple[nn.Module, Sequence[_Place]]], ran: set[nn.Module], start: int | None
+) -> None:
     """Refuse a tower that reads a weight in another way than by calling its layer: replacing it would do nothing."""
     unread = [place for caller, places in layers if caller not in ran for place in places]
+    if start is not None:
+        unread = [place for place in unread if place.block is not None and place.block >= start]
     if unread:
         kinds = ", ".join(sorted({f"{type(place.owner).__name__}.{place.name}" for place in unread}))
         raise BackboneError(

@@ -74,6 +74,16 @@ class TokenStream:
         """Return the rotation of images of the native size; None where tokens have none."""
         return None
 
+    def rotation(self, x: Tensor) -> Tensor | None:
+        """Return the rotation of images of the backbone's size, of which (B, special + N, W) tokens are left.
+
+        It depends on the size alone, so the embedding of a black image tells it.
+        """
+        if not self.rotates:
+            return None
+        size = _pair(self.visual.image_size)
+        return self.embed(x.new_zeros(1, 3, *size))[1]
+
     def finish(self, x: Tensor) -> Tensor:
         """Pool (B, special + N, W) tokens and project them into the joint space: (B, d)."""
         raise NotImplementedError

@@ -25,7 +25,16 @@ from vlprompt.backbones.packed import Adapter, run_block
 from vlprompt.backbones.streams import TokenStream, find_stream, with_places_without_rotation
 from vlprompt.core.errors import BackboneError, VLPromptError
 
-__all__ = ["Insertion", "PixelPrompts", "Prompts", "VisionTower", "VisualPrompts", "weights_dtype"]
+__all__ = [
+    "Images",
+    "Insertion",
+    "PixelPrompts",
+    "Prompts",
+    "TokenStates",
+    "VisionTower",
+    "VisualPrompts",
+    "weights_dtype",
+]
 
 Insertion = Literal["after_cls", "append"]
 
@@ -66,6 +75,38 @@ class PixelPrompts:
 
 
 Prompts = VisualPrompts | PixelPrompts
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """Images that have gone some way up the tower: what a kept prefix holds in place of their pixels.
+
+    Attributes:
+        tokens: (B, special + N, W), without prompts.
+        blocks: Blocks that have run; 0: patches, class token and positions, before the pre-norm.
+    """
+
+    tokens: Tensor
+    blocks: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Tensor | slice) -> TokenStates:
+        return replace(self, tokens=self.tokens[rows])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TokenStates:
+        """Return them on another device."""
+        return replace(self, tokens=self.tokens.to(device, non_blocking=non_blocking))
+
+    @staticmethod
+    def cat(parts: Sequence[TokenStates]) -> TokenStates:
+        """Return the images of all parts, which are equally far up the tower."""
+        return replace(parts[0], tokens=torch.cat([part.tokens for part in parts]))
+
+
+Images = Tensor | TokenStates
+"""(B, 3, H, W) preprocessed pixels, or what a part of the tower has made of them."""
 
 
 class VisionTower:
@@ -117,26 +158,55 @@ class VisionTower:
                 "learn its pixels (vpt) or weight masks."
             )
 
+    def states(self, images: Tensor, blocks: int = 0) -> TokenStates:
+        """Return the tokens of (B, 3, H, W) preprocessed pixels after the first ``blocks`` blocks.
+
+        :meth:`encode` goes on from them and returns the same as it does from the pixels.
+
+        Raises:
+            BackboneError: If the tower is no sequence of tokens.
+        """
+        stream = self._stream()
+        x, rotation = stream.embed(images.to(self.dtype))
+
+        if blocks:
+            x = stream.norm_before(x)
+        for i in range(blocks):
+            x = stream.run(i, x, rotation)
+        return TokenStates(x, blocks)
+
+    def block_of(self, weight: str) -> int | None:
+        """Return the number of the block that a weight of the tower belongs to; None if it is in none (stem, pool)."""
+        modules = set()
+        while weight := weight.rpartition(".")[0]:
+            modules.add(self.visual.get_submodule(weight))
+        return next((i for i, block in enumerate(self.blocks) if block in modules), None)
+
     def encode(
         self,
-        images: Tensor,
+        images: Images,
         prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return (B, d) image features, not normalised, float32.
 
         Args:
-            images: (B, 3, H, W) preprocessed pixels.
+            images: (B, 3, H, W) preprocessed pixels, or what :meth:`states` made of them.
             prompts: Prompt tokens or pixels, or None for the tower as it is.
             adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
                 reads, whose result is added to queries, keys and values (see :meth:`require_adapters`).
 
         Raises:
             BackboneError: If there are prompt tokens and the tower has no token sequence.
-            VLPromptError: If the prompts' width, depth, batch or image size don't fit.
+            VLPromptError: If the prompts' width, depth, batch or image size don't fit, or if the images have gone past
+                the place where prompts or adapters enter.
         """
-        images = images.to(self.dtype)
+        if isinstance(images, TokenStates):
+            _check_entry(images, prompts, adapters)
+        else:
+            images = images.to(self.dtype)
         if isinstance(prompts, PixelPrompts):
+            assert isinstance(images, Tensor)  # checked above
             images = _with_pixels(images, prompts)
             prompts = None
 
@@ -154,22 +224,28 @@ class VisionTower:
         return self._stream().finish(x).float()
 
     def _features(
-        self, images: Tensor, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None] | None
+        self, images: Images, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None] | None
     ) -> Tensor:
         """Run the tower; ``adapters`` are those of open_clip's own blocks."""
-        if prompts is None:
-            if adapters is None:
-                return _first(self.visual(images)).float()
-            # No tokens: the same tower, block by block.
-            prompts = VisualPrompts(images.new_empty(1, 0, self.width))
+        if prompts is None and adapters is None and isinstance(images, Tensor):
+            return _first(self.visual(images)).float()
 
-        tokens = self._check(prompts, images.shape[0])
         stream = self._stream()
+        if isinstance(images, TokenStates):
+            start = images.blocks
+            x = images.tokens.to(self.dtype)
+            rotation = stream.rotation(x)
+        else:
+            # What lies below the prompts is frozen, so it makes no graph by itself.
+            start = 0
+            x, rotation = stream.embed(images)
+
+        if prompts is None:  # no tokens: the same tower, block by block
+            prompts = VisualPrompts(x.new_empty(1, 0, self.width))
+        tokens = self._check(prompts, x.shape[0])
         append = prompts.insertion == "append"
 
-        # What lies below the prompts is frozen, so it makes no graph by itself.
-        x, rotation = stream.embed(images)
-        x = x if append else stream.norm_before(x)
+        x = x if append or start else stream.norm_before(x)
         first = x.shape[1] if append else stream.special
         places = slice(first, first + tokens.shape[2])
         x = torch.cat([x[:, :first], tokens[:, 0].to(x.dtype), x[:, first:]], dim=1)
@@ -179,7 +255,8 @@ class VisionTower:
         if rotation is not None:
             rotation = with_places_without_rotation(rotation, tokens.shape[2], front=not append)
 
-        for i, block in enumerate(self.blocks):
+        for i in range(start, self.layers):
+            block = self.blocks[i]
             if 1 <= i < tokens.shape[1]:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
             adapter = adapters[i] if adapters is not None else None
@@ -212,6 +289,27 @@ def weights_dtype(module: nn.Module) -> torch.dtype:
     """Return the type of the first layer's weight: what a model computes in, whatever its norms and tables are."""
     layers = (m.weight.dtype for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return next(layers, torch.float32)
+
+
+def _check_entry(
+    states: TokenStates, prompts: Prompts | None, adapters: Sequence[Adapter | None] | None
+) -> None:
+    """Refuse states that have gone past the place where something enters."""
+    if isinstance(prompts, PixelPrompts):
+        raise VLPromptError(
+            "prompts of pixels enter at the pixels, and these images are token states already."
+        )
+
+    if prompts is not None and states.blocks:
+        raise VLPromptError(
+            f"visual prompts enter before the first block, and {states.blocks} blocks have run on these images."
+        )
+
+    below = [i for i, adapter in enumerate(adapters or ()) if adapter is not None and i < states.blocks]
+    if below:
+        raise VLPromptError(
+            f"block {below[0]} has an adapter, and {states.blocks} blocks have run on these images without it."
+        )
 
 
 def _with_pixels(images: Tensor, prompts: PixelPrompts) -> Tensor:

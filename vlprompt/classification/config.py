@@ -14,6 +14,7 @@ from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection,
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.names import checked_names
 from vlprompt.core.options import check_options, describe_problems
+from vlprompt.data.cache import PREFIX_GIB
 from vlprompt.data.names import check_name
 from vlprompt.data.transforms import Augmentation
 from vlprompt.experiments.backbone import backbone_problems
@@ -65,7 +66,8 @@ class DataOptions(ImageOptions):
     views: int = Field(
         1, ge=0, description="fixed augmented views per image; 0: new ones every epoch, no caching"
     )
-    cache_dir: str | None = Field(None, description="where image embeddings are kept between runs")
+    cache_dir: str | None = Field(None, description="where image features are kept between runs")
+    prefix_gib: float = Field(PREFIX_GIB, ge=0, description="GiB of frozen prefixes to keep; 0: none")
     classnames: list[str] | dict[str, str] | None = Field(
         None, description="replace class names, all or by old name"
     )

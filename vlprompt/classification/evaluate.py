@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.backbones.vision import Images
 from vlprompt.classification.label_space import dataset_for, in_learner_space
+from vlprompt.classification.prefixes import KeptStates, kept_states
 from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
@@ -45,14 +47,15 @@ def evaluate(
         metrics: Names, see :data:`vlprompt.metrics.classification.METRICS`; None for those that are usual for the
             kind of labels.
         batch_size: Images per pass.
-        cache: Where image features are stored, if the learner leaves the image tower alone.
+        cache: Where image features are stored, or what the tower makes of images below the first place where
+            something learned enters it.
         workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
 
     Raises:
         DataError: If the learner doesn't know a class.
     """
     data = in_learner_space(learner, dataset_for(learner, data, "test"))
-    cache = FeatureCache() if cache is None else cache
+    cache = FeatureCache(prefix_gib=0) if cache is None else cache  # for features that are read twice here
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
     if data.multi_label:
         labels = torch.from_numpy(data.multi_hot())
@@ -88,10 +91,11 @@ def predict_logits(
             embeddings = image_embeddings(learner, data, batch_size=batch_size, cache=cache)
             parts = [learner.logits(part.to(device)) for part in embeddings.split(4096)]
         else:
-            reader = ImageReader(data, learner.preprocess)
+            # Without a cache that outlives the call, nothing is kept.
+            states = kept_states(learner, data, cache, size=batch_size, full_passes=False) if cache else []
 
             def score(rows: range) -> list[Tensor]:
-                batches = reader.batches(batch_size, device.type == "cuda", rows)
+                batches = _image_batches(learner, data, rows, batch_size, states)
                 logits = [learner(batch.to(device, non_blocking=True)).float().cpu() for batch in batches]
                 return [torch.cat(logits)]
 
@@ -119,6 +123,17 @@ def encoder_of(learner: Any) -> tuple[Callable[[Tensor], Tensor], str]:
     if learner.static_images:
         return learner.embed_images, f"{backbone.features_id}{learner.reads}{learner.preparation}"
     return backbone.image_embeddings, f"{backbone.features_id}{learner.preparation}"
+
+
+def _image_batches(
+    learner: Learner, data: ImageDataset, rows: range, size: int, states: Sequence[KeptStates]
+) -> Iterator[Images]:
+    """Yield (B, 3, H, W) preprocessed images of some rows in order, or what a kept prefix holds of them."""
+    if states:
+        yield from (states[0][part] for part in torch.tensor(rows).split(size))
+    else:
+        pin = learner.backbone.device.type == "cuda"
+        yield from ImageReader(data, learner.preprocess).batches(size, pin, rows)
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,10 @@ class ClassificationExperiment(Experiment):
         )
 
     def _test_cache(self, config: ClassificationConfig, data: str, part: str) -> FeatureCache:
-        """Return the cache of one part of a test set."""
-        return self._test_caches.setdefault((data, part), FeatureCache(config.data.cache_dir))
+        """Return the cache of one part of a test set; it keeps prefixes only where it keeps them in files."""
+        prefix_gib = config.data.prefix_gib if config.data.cache_dir else 0
+        cache = FeatureCache(config.data.cache_dir, prefix_gib=prefix_gib)
+        return self._test_caches.setdefault((data, part), cache)
 
     def _start_cell(self, study: Study, cell: Cell) -> Cell | None:
         """Return the cell of ``before`` that a study's learner starts from, if it starts from one."""

@@ -19,7 +19,7 @@ from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
-from vlprompt.data import Augmentation, FeatureCache, ImageDataset
+from vlprompt.data import PREFIX_GIB, Augmentation, FeatureCache, ImageDataset
 from vlprompt.data.base import hash_strings
 from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners import Learner
@@ -63,6 +63,7 @@ def fit(
     augmentation: str = "none",
     views: int = 1,
     cache_dir: str | Path | None = None,
+    prefix_gib: float = PREFIX_GIB,
     cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
     recipe: Literal["auto", "paper"] | None = None,
@@ -76,7 +77,7 @@ def fit(
     :mod:`vlprompt.classification.recipe`). With an option, all others have the defaults of :class:`TrainOptions`.
 
     If the learner leaves the image tower alone, image embeddings are computed once per view and training runs
-    on them.
+    on them. If it enters the tower further up, the tower's states below are computed once per fixed view.
 
     Args:
         learner: See :func:`vlprompt.create_learner`.
@@ -90,6 +91,8 @@ def fit(
         views: Fixed augmented views per image that the epochs take in turn (their embeddings are cached); 0
             draws new ones every epoch, which rules caching out.
         cache_dir: Where embeddings are stored between runs; None holds them in memory.
+        prefix_gib: GiB that kept prefixes may take, in memory or in ``cache_dir``: what a learner that enters the image
+            tower leaves as it is (stem, first blocks) is computed once per fixed view. 0 keeps none.
         cache: A cache that is used in place of one in ``cache_dir``.
         callbacks: Replaces the default ones (progress, TensorBoard).
         recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
@@ -112,7 +115,7 @@ def fit(
     processes = accelerator()
     learner.to(learner.backbone.device_or(processes.device))
     folder = None if folder is None else user_path(folder)
-    cache = FeatureCache(cache_dir) if cache is None else cache
+    cache = FeatureCache(cache_dir, prefix_gib=prefix_gib) if cache is None else cache
 
     automatic = _recipe(learner, train, val, recipe, options, cache)
     train, val = automatic.train, automatic.val

@@ -36,7 +36,7 @@ from vlprompt.core.names import check_classnames
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import Trainable, TransparentWrapper
-from vlprompt.data import Augmentation, FeatureCache, ImageDataset
+from vlprompt.data import PREFIX_GIB, Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.meta.regulated import regulated
@@ -265,6 +265,7 @@ def fit_multitask(
     augmentation: str = "none",
     views: int = 1,
     cache_dir: str | Path | None = None,
+    prefix_gib: float = PREFIX_GIB,
     callbacks: Sequence[Callback] | None = None,
     **options: Any,
 ) -> tuple[RunResult, MultiTask]:
@@ -279,6 +280,7 @@ def fit_multitask(
         augmentation: See there.
         views: See there.
         cache_dir: See there.
+        prefix_gib: See there.
         callbacks: See there.
         **options: See :class:`TrainOptions`.
 
@@ -297,7 +299,7 @@ def fit_multitask(
     processes = accelerator()
     learner.to(learner.backbone.device_or(processes.device))
     folder = None if folder is None else user_path(folder)
-    cache = FeatureCache(cache_dir)
+    cache = FeatureCache(cache_dir, prefix_gib=prefix_gib)
 
     start = start_learner(learner, checked.init)
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
@@ -352,8 +354,12 @@ def _sources(
 
 def _batches(sources: Sequence[TrainingSource], exponent: float, options: TrainOptions) -> MultiTaskBatches:
     """Return batches that mix the tasks."""
+    states = [source.states() for source in sources]
+    if not all(states):  # a batch holds samples of several tasks, so all of them read pixels
+        states = [[] for _ in sources]
+
     return MultiTaskBatches(
-        [source.batches() for source in sources],
+        [source.batches(kept) for source, kept in zip(sources, states, strict=True)],
         [len(source.data) for source in sources],
         exponent,
         options.batch_size,

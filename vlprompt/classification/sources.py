@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from vlprompt.classification.evaluate import encoder_of, image_embeddings
+from vlprompt.classification.prefixes import KeptStates, kept_states, pass_size
+from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import Batch
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
-from vlprompt.training.batches import Batches, ReadBatches, TensorBatches, epoch_plan
+from vlprompt.training.batches import Batches, ReadBatches, Rows, TensorBatches, epoch_plan
 from vlprompt.training.options import TrainOptions
 
 __all__ = ["ImageBatches", "TrainingSource", "ValidationSource"]
@@ -103,27 +105,54 @@ class TrainingSource:
         return self.views > 0 or not self.augmentation.is_random
 
     @property
+    def _fixed_views(self) -> int:
+        """V; views without chance are all the same."""
+        return max(1, self.views) if self.augmentation.is_random else 1
+
+    @property
     def positions(self) -> Tensor:
         """See :attr:`vlprompt.learners.hooks.TrainingSamples.positions`."""
         return torch.tensor(self.places or range(len(self.data.classnames)))
 
-    def batches(self) -> Batches:
-        """Return what the trainer iterates over."""
-        if not self.learner.static_images or not self.repeats:
-            return ImageBatches(
-                self.data,
-                self.learner.preprocess,
-                self.augmentation,
-                self.options,
-                self.views,
-                self._embeddings() if self.learner.reads_frozen and self.repeats else (),
-            )
+    def states(self) -> list[KeptStates]:
+        """Return the kept token states of every fixed view; empty if training reads embeddings or pixels."""
+        if self.learner.static_images or not self.repeats:
+            return []
 
-        embeddings = self._embeddings()
-        tensors = {"embedding": embeddings}
+        parts = accelerator().num_processes * self.options.accumulation
+        return kept_states(
+            self.learner,
+            self.data,
+            self.cache,
+            size=pass_size(self.options.batch_size, len(self.data), parts),
+            augmentation=self.augmentation,
+            seed=self.options.seed,
+            views=self._fixed_views,
+        )
 
+    def batches(self, states: Sequence[KeptStates] | None = None) -> Batches:
+        """Return what the trainer iterates over.
+
+        Args:
+            states: What :meth:`states` returned, or nothing to read pixels; None: what it returns.
+        """
+        learner = self.learner
+        if learner.static_images and self.repeats:
+            return self._stored({"embedding": self._embeddings()})
+
+        frozen = self._embeddings() if learner.reads_frozen and self.repeats else []
+        states = self.states() if states is None else states
+        if states:
+            return self._stored({"image": states, **({"frozen": frozen} if frozen else {})})
+        return ImageBatches(
+            self.data, learner.preprocess, self.augmentation, self.options, self.views, frozen
+        )
+
+    def _stored(self, views: Mapping[str, Sequence[Rows]]) -> TensorBatches:
+        """Return batches of what is stored for every view, with the data's targets."""
+        tensors = dict(views)
         for name, values in self.data.targets.items():
-            tensors[name] = [torch.tensor(values)] * len(embeddings)
+            tensors[name] = [torch.tensor(values)]
         return TensorBatches(tensors, self.options.batch_size, self.options.seed, self.options.drop_last)
 
     def first_epoch(self) -> Iterator[Batch]:
@@ -147,7 +176,7 @@ class TrainingSource:
             fingerprint=fingerprint,
             augmentation=self.augmentation,
             seed=self.options.seed,
-            views=range(max(1, self.views) if self.augmentation.is_random else 1),
+            views=range(self._fixed_views),
         )
 
 

@@ -201,6 +201,7 @@ class StudyCell:
             "augmentation": data.augmentation,
             "views": data.views,
             "cache_dir": data.cache_dir,
+            "prefix_gib": data.prefix_gib,
         }
 
     def _keep(self, trained: RunResult) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vlprompt.backbones.vision import Images, TokenStates
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
 
@@ -81,7 +82,7 @@ class MultiTaskBatches(ReadBatches):
             count = len(part["label"])
             parts.append({**part, "task": torch.full((count,), int(task))})
 
-        batch: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        batch: Batch = {name: _joined([part[name] for part in parts]) for name in parts[0]}
         return {**batch, "index": torch.as_tensor(indices[np.argsort(task_of, kind="stable")])}
 
     def _draw(self, task: int, epoch: int) -> np.ndarray:
@@ -95,3 +96,13 @@ class MultiTaskBatches(ReadBatches):
         ]
         samples = np.concatenate(passes)[:quota] if passes else np.empty(0, dtype=int)
         return self.starts[task] + samples
+
+
+def _joined(parts: Sequence[Images]) -> Images:
+    """Return the values of several tasks' samples, one after the other."""
+    states = [part for part in parts if isinstance(part, TokenStates)]
+    return (
+        TokenStates.cat(states)
+        if states
+        else torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+    )

@@ -1,7 +1,7 @@
 """Data sets: the catalogue, few-shot draws, sources of files, drawn scenes, transforms, the feature cache."""
 
 from vlprompt.data.base import ImageDataset, Reader, Sample
-from vlprompt.data.cache import FeatureCache
+from vlprompt.data.cache import PREFIX_GIB, FeatureCache
 from vlprompt.data.cards import Card, cards_dir, load_card
 from vlprompt.data.catalog import load_dataset
 from vlprompt.data.fewshot import base_new, few_shot
@@ -12,6 +12,7 @@ from vlprompt.data.transforms import AUGMENTATIONS, Augmentation
 
 __all__ = [
     "AUGMENTATIONS",
+    "PREFIX_GIB",
     "Augmentation",
     "Card",
     "FeatureCache",

@@ -18,10 +18,11 @@ from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import write_atomic
 from vlprompt.core.temporary import remove_left_behind
 
-__all__ = ["KEY_BYTES", "ShardStore"]
+__all__ = ["KEY_BYTES", "ShardStore", "StoredRows"]
 
 KEY_BYTES = 16
 _FORMAT = "1"
+_SHARD_BYTES = 1 << 26  # wide rows make shards of fewer rows
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +74,7 @@ class ShardStore:
         if self.folder is not None:
             self._new_keys.extend(keys)
             self._new_tables.append(len(self._tables) - 1)
-            if len(self._new_keys) >= self.rows_per_shard:
+            if len(self._new_keys) >= min(self.rows_per_shard, max(1, _SHARD_BYTES // self.row_bytes)):
                 self.flush()
 
     def rows(self, keys: Sequence[bytes]) -> torch.Tensor:
@@ -88,6 +89,16 @@ class ShardStore:
             result[positions] = self._tables[table][[positions_of_keys[p][1] for p in positions]]
 
         return result
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row; 0 as long as there is none."""
+        return self._tables[0].shape[1] * self.dtype.itemsize if self._tables else 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows that are known, in memory or as pages of files."""
+        return len(self._where) * self.row_bytes
 
     def flush(self) -> None:
         """Write what was added since the last shard; a disk that can't take it causes a warning only."""
@@ -152,6 +163,29 @@ class ShardStore:
             )
         self._tables.append(rows)
         self._where.update({key: (len(self._tables) - 1, i) for i, key in enumerate(keys)})
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of a data set in its order, read when they are asked for.
+
+    Attributes:
+        store: Where they are.
+        keys: One per sample.
+    """
+
+    store: ShardStore
+    keys: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        return self.store.rows([self.keys[i] for i in index.tolist()])
+
+    def all(self) -> torch.Tensor:
+        """Return (n, d)."""
+        return self.store.rows(self.keys)
 
 
 def _pack(keys: Sequence[bytes]) -> torch.Tensor:

@@ -16,7 +16,8 @@ from vlprompt.experiments.tasks import read_experiment
 __all__ = ["Verdict", "check_run", "is_run"]
 
 _PLACES = frozenset({"output", "name", "expect", "loading"})
-_PLACE_KEYS = frozenset({"root", "cache_dir", "store", "on_bad_image"})  # where files lie changes no figure
+# Where files lie, and what is kept of what never changes, changes no figure.
+_PLACE_KEYS = frozenset({"root", "cache_dir", "prefix_gib", "store", "on_bad_image"})
 _SHOWN = 5
 
 

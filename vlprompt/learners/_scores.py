@@ -52,6 +52,11 @@ class MaskScores(nn.ParameterDict):
         """Whether no weight is switched off."""
         return all(bool(score.detach().amin() > self.threshold) for score in self.values())
 
+    def is_fixed(self, name: str) -> bool:
+        """Whether a weight stays as it is: its scores don't learn, and all of it is on."""
+        score = self.of(name)
+        return not score.requires_grad and bool(score.detach().amin() > self.threshold)
+
     def packed(self) -> dict[str, Tensor]:
         """Return the masks, 8 weights to a byte, by parameter."""
         return {self.key(name): pack(mask) for name, mask in self.masks().items()}

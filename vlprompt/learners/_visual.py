@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vlprompt.backbones.vision import Insertion, Prompts, VisionTower
+from vlprompt.backbones.vision import Images, Insertion, Prompts, VisionTower
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners.base import Learner
 
@@ -85,12 +85,16 @@ class PromptedImages(Learner):
         """Return the prompts of the image tower: (J, M, W) tokens, or pixels."""
         raise NotImplementedError
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: tokens enter after the stem."""
+        return 1
+
+    def embed_images(self, images: Images) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         prompts = self._once("visual", self.visual_prompts)
 
         if self.training and self.visual_dropout > 0:
-            prompts = prompts.dropped(self.visual_dropout, images.shape[0])
+            prompts = prompts.dropped(self.visual_dropout, len(images))
 
         return self.backbone.image_embeddings(images, prompts)
 

@@ -114,6 +114,17 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         """Return (B, d) image embeddings, not normalised, of (B, 3, H, W) preprocessed images."""
         return self.backbone.image_embeddings(images)
 
+    def frozen_stages(self) -> int:
+        """Return how many stages of the image tower run before the first that something learned touches.
+
+        Stage 0 is the stem (patches, class token, positions), stage 1 + i is block i. What these stages make of a fixed
+        view never changes, so it is computed once and kept; then ``batch["image"]`` holds
+        :class:`vlprompt.backbones.vision.TokenStates` in place of pixels, which :meth:`embed_images` gets.
+        0, for a learner that does not say, means pixels, always. Not asked for where ``static_images`` is true; may
+        change in :meth:`survey`.
+        """
+        return 0
+
     def class_embeddings(self) -> Tensor:
         """Return (C, d) embeddings of the classes, not normalised: what the text side says.
 

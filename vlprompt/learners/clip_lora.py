@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.attention import Projections
 from vlprompt.backbones.layout import PromptLayout
+from vlprompt.backbones.vision import Images
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
@@ -201,10 +202,17 @@ class ClipLora(Learner):
         adapters = _by_block(self.text, len(self.backbone.text.attention))
         return self.backbone.text.encode(layout, adapters=adapters)
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: the stem, and the blocks below the first update."""
+        tower = self.backbone.vision
+        if not self.vision or not tower.layers:  # a tower without blocks is not taken apart
+            return 0
+        return 1 + min(int(block) for block in self.vision)
+
+    def embed_images(self, images: Images) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         if not self.vision:
-            return super().embed_images(images)
+            return self.backbone.image_embeddings(images)
 
         adapters = _by_block(self.vision, len(self.backbone.vision.attention))
         return self.backbone.image_embeddings(images, adapters=adapters)

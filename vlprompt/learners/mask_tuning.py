@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.reweighted import ReweightedBackbone
+from vlprompt.backbones.vision import Images
 from vlprompt.core.errors import CheckpointError, ConfigError
 from vlprompt.core.options import options_model
 from vlprompt.core.seeding import derive_seed
@@ -150,9 +151,19 @@ class MaskTuning(Learner):
 
     # --- the classifier
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: what lies below the first weight that is or may be switched off."""
+        tower = self.backbone.vision
+        blocks = [tower.block_of(name) for name in self.kinds if not self.scores.is_fixed(name)]
+        if None in blocks or not blocks:
+            return 0
+
+        masked = 1 + min(block for block in blocks if block is not None)
+        return masked if self.prompts.static_images else min(masked, self.prompts.frozen_stages())
+
+    def embed_images(self, images: Images) -> Tensor:
         """See :meth:`Learner.embed_images`."""
-        return self.prompts.embed_images(images)
+        return self.prompts.embed_images(images)  # type: ignore[arg-type]  # states only where it reads them
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""

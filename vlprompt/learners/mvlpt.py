@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.vision import VisualPrompts
+from vlprompt.backbones.vision import Images, VisualPrompts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Position, context_layout, initial_context
 from vlprompt.learners._unified import Mixing, PromptMixer
@@ -128,7 +128,7 @@ class MVLPT(PromptedImages):
         """See :meth:`PromptedImages.visual_prompts`."""
         return VisualPrompts(self.prompts()[1])  # type: ignore[arg-type]  # asked for only where there are some
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Images) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         if self.visual is None:
             return self.backbone.image_embeddings(images)

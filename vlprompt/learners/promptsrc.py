@@ -69,6 +69,8 @@ class PromptSRC(DualPrompts):
 
     recipe = Recipe({"lr": 0.0025, "batch_size": 4, "epochs": 20}, steps=100, trial_steps=30)
 
+    reads_frozen = True
+
     def __init__(
         self,
         backbone: Backbone,
@@ -115,15 +117,17 @@ class PromptSRC(DualPrompts):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return cross entropy and the three consistency losses (sections 3.2 and 3.4) of a batch of pixels."""
-        images = batch["image"]
         tau = self.backbone.logit_scale
 
         weights = self.class_weights()
-        features = F.normalize(self.embed_images(images), dim=-1)
+        features = F.normalize(self.embed_images(batch["image"]), dim=-1)
         logits = tau * features @ weights.T
 
         frozen_weights = self.teacher_weights()
-        frozen_features = self.backbone.encode_image(images)
+        frozen = batch.get("frozen")
+        if frozen is None:
+            frozen = self.backbone.image_embeddings(batch["image"])
+        frozen_features = F.normalize(frozen, dim=-1)
         frozen_logits = tau * frozen_features @ frozen_weights.T
 
         divergence = F.kl_div(

@@ -109,6 +109,10 @@ class VPT(PromptedImages):
         pixels = place_pixels(self.backbone.image_size, self.frame_width, self.frame, self.patch)
         return PixelPrompts(pixels)
 
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: pixels enter before everything."""
+        return 0 if self.visual is None else super().frozen_stages()
+
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`; constant."""
         return self.get_buffer("zero_shot")

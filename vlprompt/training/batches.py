@@ -7,9 +7,9 @@ one process with a batch of 64 sees the same samples as two processes with 32 ea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vlprompt.core.seeding import numpy_rng
 from vlprompt.core.trainable import Batch
 from vlprompt.data.loading import Loader
 
-__all__ = ["Batch", "Batches", "ReadBatches", "TensorBatches", "batch_loader", "epoch_plan"]
+__all__ = ["Batch", "Batches", "ReadBatches", "Rows", "TensorBatches", "batch_loader", "epoch_plan"]
 
 
 class Batches(Protocol):
@@ -68,19 +68,27 @@ def epoch_plan(
     return [order[start : min(start + batch_size, end)] for start in range(0, end, batch_size)]
 
 
+class Rows(Protocol):
+    """Values of all samples, of which some are taken at a time: a tensor, or something that is read on the way."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: torch.Tensor, /) -> Any: ...
+
+
 class TensorBatches:
     """Batches cut from tensors that are already in memory, for example cached image features.
 
     Args:
-        tensors: Name to a list of V views, each a tensor whose first axis is the sample; epoch e uses view e
-            mod V.
+        tensors: Name to a list of V views, each a tensor (or :class:`Rows`) whose first axis is the sample; epoch e
+            uses view e mod V.
         batch_size: Samples per global batch.
         seed: The run's seed.
         drop_last: See :func:`epoch_plan`.
     """
 
     def __init__(
-        self, tensors: dict[str, list[torch.Tensor]], batch_size: int, seed: int, drop_last: bool = True
+        self, tensors: Mapping[str, Sequence[Rows]], batch_size: int, seed: int, drop_last: bool = True
     ) -> None:
         self.tensors = tensors
         self.batch_size = batch_size

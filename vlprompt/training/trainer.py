@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vlprompt.backbones.vision import TokenStates
 from vlprompt.core.errors import CheckpointError, NonFiniteError, VLPromptError
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator as default_accelerator
@@ -448,7 +449,8 @@ def _build_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> tor
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {}
     for name, value in batch.items():
-        moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        is_movable = isinstance(value, Tensor | TokenStates)
+        moved[name] = value.to(device, non_blocking=True) if is_movable else value
     return moved
 
 
