@@ -42,6 +42,7 @@ class ReweightedBackbone(Backbone):
         self.origin = backbone.origin
         self._known_scale = backbone._known_scale
         self._weights = dict(weights)
+        self._tower = (_Tower(self.vision),)  # a tuple, so that its parts are not registered a second time
         self._layers = _by_caller(self.vision, weights)
 
     def image_embeddings(
@@ -67,7 +68,7 @@ class ReweightedBackbone(Backbone):
                 f"visual.{name}": make(self.vision.visual.get_parameter(name))
                 for name, make in self._weights.items()
             }
-            return functional_call(_Tower(self.vision), made, (images.to(self.device), prompts))
+            return functional_call(self._tower[0], made, (images.to(self.device), prompts))
 
         # Weights below kept states are not read again: nothing is learned there (see Learner.frozen_stages).
         start = images.blocks if isinstance(images, TokenStates) else None

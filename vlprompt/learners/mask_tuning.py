@@ -198,7 +198,9 @@ class MaskTuning(Learner):
             learned = [score for score in self.scores.values() if score.requires_grad]
             losses["norm_penalty"] = self.norm_weight * torch.stack([score.norm() for score in learned]).sum()
 
-        if self.gdr_lambda and not (self.plain and self.scores.all_on()):
+        # A traced graph can't ask; with all weights on the divergence is 0, and so is its gradient.
+        is_same = not torch.compiler.is_compiling() and self.plain and self.scores.all_on()
+        if self.gdr_lambda and not is_same:
             student = (logits.float() / self.temperature).log_softmax(-1)
             teacher = (self._teacher_logits(batch) / self.temperature).log_softmax(-1)
             divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -59,6 +59,11 @@ class TrainSection(BaseModel):
     accumulation: int = Field(
         1, ge=1, description="micro-batches per optimiser step; the result does not change"
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile the losses and their backward pass; the first steps wait for the compiler, numbers "
+        "change by rounding",
+    )
     grad_clip: float | None = Field(None, gt=0, description="largest allowed norm of all gradients together")
     drop_last: bool = Field(
         True, description="drop an incomplete last batch if there is at least one full one"

@@ -27,6 +27,7 @@ from vlprompt.core.trainable import Batch, ParameterGroup, Trainable
 from vlprompt.data.loading import Loader
 from vlprompt.training.batches import Batches, batch_loader
 from vlprompt.training.callbacks import Callback
+from vlprompt.training.compiled import CompiledLoss
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
@@ -91,6 +92,7 @@ class Trainer:
                 "train.select=last."
             )
 
+        self.loss = CompiledLoss(module) if options.compile else module.loss
         self.optimizer = _build_optimizer(self._optimizer_groups(), options)
         self.device = next(iter(self.parameters.values())).device
         # Small gradients would vanish on their way through frozen layers in float16, whose smallest number is 6e-8.
@@ -224,7 +226,7 @@ class Trainer:
         for _, share in self._process_parts(samples):
             batch = _to_device(next(stream), self.device)
             with self._division(samples) as division:
-                losses = {name: value * share for name, value in self.module.loss(batch).items()}
+                losses = {name: value * share for name, value in self.loss(batch).items()}
             if division is not None:
                 losses = division.anchor(losses)
 
