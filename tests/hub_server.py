@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
@@ -255,6 +256,8 @@ def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubSe
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
+    huggingface_hub.close_session()  # the client goes through the proxies that were set when it was made
     yield hub
+    huggingface_hub.close_session()
     server.shutdown()
     server.server_close()

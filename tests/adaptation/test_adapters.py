@@ -63,7 +63,9 @@ def statistics(learner: Learner) -> Any:
 def test_half_precision_predicts_nearly_the_same(name: str, images: list[Image.Image]) -> None:
     probs = []
     for precision in ("fp32", "bf16"):
-        adapter = build(name, create_backbone("tiny", precision=precision))
+        # With these statistics its steps are all alignment, whose signs differ between precisions: small ones, then.
+        options = {"lr": 1e-3} if name == "promptalign" else {}
+        adapter = build(name, create_backbone("tiny", precision=precision), **options)
         assert all(p.dtype == torch.float32 for p in adapter.learner.learned_parameters().values())
         predictions = adapter.predict(images)
         assert predictions.probs.dtype == torch.float32

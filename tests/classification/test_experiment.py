@@ -204,4 +204,4 @@ def test_base_to_new_scores_unseen_classes_and_refuses_a_bound_learner_by_name(
     metrics = json.loads((_folder(tmp_path) / "metrics.json").read_text())
     assert {"base/accuracy", "new/accuracy", "harmonic_mean", "new/zero_shot_accuracy"} <= set(metrics)
     bound = ("protocol.name=base-to-new", "learner={name: linear_probe}")
-    assert "can't name other classes" in tool("train", "--cfg", path, *bound, code=2)[1]
+    assert "can't be scored after this training" in tool("train", "--cfg", path, *bound, code=2)[1]

@@ -57,9 +57,9 @@ def test_losses_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> 
     compiled = torch.compile(learner.loss, fullgraph=True, backend="eager")
     torch.manual_seed(0)
     losses = compiled(batch)
-    assert losses.keys() == expected.keys()
-    for key, value in losses.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    assert losses.keys() >= expected.keys()
+    for key, value in losses.items():  # what is left out without a graph because it is 0 is computed in one
+        torch.testing.assert_close(value, expected.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-5)
     for key, value in gradients(learner, losses).items():
         torch.testing.assert_close(value, expected_gradients[key], rtol=1e-3, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_losses_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> 
         torch.manual_seed(0)
         losses = compiled({**batch, "image": backbone.image_states(images, states - 1)})
         for key, value in losses.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(value, expected.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS.names() if name not in HOOKED])

@@ -156,4 +156,4 @@ class ImageReader:
         """Yield all images, or consecutive rows, in the data set's order, ``size`` at a time."""
         rows = range(len(self.data)) if rows is None else rows
         with Loader(self, pin=pin) as loader:
-            yield from loader.stream([rows[start : start + size] for start in rows[::size]])
+            yield from loader.stream([rows[first : first + size] for first in range(0, len(rows), size)])

@@ -302,11 +302,13 @@ class _Items(Sampler[Item]):
         self.pending.clear()
         self._rest = rest
 
-    def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Item]:
         for item in self._rest:
             self.pending.append(item)
-            # Pickled here: what can't be is an error here, while torch's queue would wait for it without end.
-            yield pickle.dumps(item)
+            pickle.dumps(
+                item
+            )  # what can't be sent is an error here; torch's queue would wait for it without end
+            yield item
 
 
 class _Source(Dataset[Any]):
@@ -316,9 +318,9 @@ class _Source(Dataset[Any]):
         self.fetch = fetch
         self.packed = packed
 
-    def __getitem__(self, item: bytes) -> Any:
+    def __getitem__(self, item: Any) -> Any:
         try:
-            result = self.fetch(pickle.loads(item))
+            result = self.fetch(item)
         except Exception as error:  # raised where the user sees it, as the error that it is
             return _Failure.of(error)
         return _packed(result) if self.packed else result
@@ -339,7 +341,7 @@ class _Failure:
         trace = traceback.format_exc()
         failure = cls(type(error), error.args, dict(error.__dict__), trace)
         try:
-            pickle.loads(pickle.dumps(failure))
+            pickle.dumps(failure)
         except Exception:
             return cls(RuntimeError, (f"{type(error).__name__}: {error}",), {}, trace)
         return failure
@@ -404,7 +406,8 @@ def _death(error: BaseException) -> str:
         )
     if "Killed" in text:
         return f"a loading worker was killed, most likely because memory ran out. {advice}"
-    return f"a loading worker ended unexpectedly ({text.split(')', 1)[-1].strip(' .')}). {advice}"
+    # What torch says where it finds a worker gone before it hears of the signal.
+    return f"a loading worker ended unexpectedly, most likely because memory ran out. {advice}"
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:

@@ -89,15 +89,10 @@ class _NativePreparation:
     Attributes:
         native_size: Pixels a side.
         tower: The backbone's preparation.
-        size: What that makes, where it says so.
     """
 
     native_size: int
     tower: Preprocess
-
-    @property
-    def size(self) -> object:
-        return getattr(self.tower, "size", None)
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.tower(Image.fromarray(native(image, self.native_size)))

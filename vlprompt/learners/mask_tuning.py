@@ -198,6 +198,8 @@ class MaskTuning(Learner):
             learned = [score for score in self.scores.values() if score.requires_grad]
             losses["norm_penalty"] = self.norm_weight * torch.stack([score.norm() for score in learned]).sum()
 
+        if self.gdr_lambda:
+            self.zero_shot_weights()  # here, because they are computed once and belong to no graph
         # A traced graph can't ask; with all weights on the divergence is 0, and so is its gradient.
         is_same = not torch.compiler.is_compiling() and self.plain and self.scores.all_on()
         if self.gdr_lambda and not is_same:

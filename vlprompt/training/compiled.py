@@ -22,8 +22,8 @@ class CompiledLoss:
     """What a module's ``loss`` returns, computed by compiled code from the second call on.
 
     The first call is the module's own: what it computes once for a whole run (a teacher's class weights, say) belongs
-    to no graph. Dropout draws what it draws without compiling. Where there is no compiler, one line says so, and all calls
-    are the module's own.
+    to no graph. Dropout draws what it draws without compiling. Where there is no compiler, one line says so, and all
+    calls are the module's own.
 
     Args:
         module: What learns.
