@@ -13,6 +13,7 @@ from vlprompt.learners import LEARNERS, Learner, create_learner
 
 NAMES = ("dog", "red circle", "hummingbird", "boeing 737-800")
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+QUICK = ("coop", "maple")  # a method of text and one of both towers; the others are slow tests
 # Looks at the first convolution through a hook, which a graph can't hold; it trains on cached rows.
 HOOKED = ("dbom",)
 
@@ -45,7 +46,13 @@ def fresh_graphs() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", LEARNERS.names())
+def learners(*left_out: str) -> list[Any]:
+    """Return all names, but for some; most of them marked slow."""
+    names = [name for name in LEARNERS.names() if name not in left_out]
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", learners())
 def test_losses_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> None:
     learner = build(name, backbone, images).train()
     batch: dict[str, Any] = batch_of(learner, images)
@@ -71,7 +78,7 @@ def test_losses_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> 
             torch.testing.assert_close(value, expected.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in LEARNERS.names() if name not in HOOKED])
+@pytest.mark.parametrize("name", learners(*HOOKED))
 def test_predictions_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> None:
     learner = build(name, backbone, images).eval()
     with torch.no_grad():

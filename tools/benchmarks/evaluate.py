@@ -1,4 +1,4 @@
-"""Evaluating and scanning files with loading workers, against the ways before: no thread, and two."""
+"""Evaluating and scanning files with loading workers, against the ways before: no thread, and one."""
 
 from __future__ import annotations
 
