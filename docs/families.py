@@ -69,10 +69,24 @@ padding and share their beginnings; the others run each sentence padded to the l
 padding counts (SigLIP, MobileCLIP-B). If a tower looks causal but can't be packed, a warning names the versions of
 open_clip that were tested.
 
-## Half precision
+## Precision and device
 
-`backbone.to(torch.bfloat16)` (or `.half()`) halves the memory of the frozen towers. What is learned, features and
-logits stay float32.
+`create_backbone(..., precision="bf16", device="cuda")`, `backbone.precision=bf16` in a configuration,
+`--backbone precision=bf16` on the command line: what the frozen towers are stored and run in, and where.
+
+| | |
+| --- | --- |
+| `fp32` | the default on every device, so that one configuration is one run on a laptop, a login node and any card |
+| `bf16` | half the memory, about twice as fast on processors with AVX512-BF16 or AMX and on cards from Ampere on |
+| `fp16` | for cards without bf16; the trainer scales the loss, so that small gradients don't vanish |
+| `cpu`, `cuda`, `cuda:1`, `mps` | without a device: a GPU if there is one, as soon as something is trained or run |
+
+- What is learned, normalised features, logits and losses are float32 in any precision. Whoever trains the towers
+  themselves (`end_to_end`) needs fp32.
+- Features are cached for each precision by itself. A saved prompt fits any: it is loaded in fp32 unless
+  `--backbone precision=...` says otherwise, and a warning says if it was learned in another one.
+- The precision is part of what a run is, the device is not: a run that was begun on a GPU can be continued on a CPU,
+  where sums differ in their last bits.
 """
 
 PAGE = Path(__file__).parent / "backbones.md"

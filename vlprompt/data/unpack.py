@@ -60,6 +60,8 @@ def unpack(archive: Path, folder: Path) -> None:
         raise
     except NotImplementedError as error:  # a way of packing that Python doesn't know, such as Deflate64
         raise DataError(f"the archive {archive} can't be unpacked here: {error}. Pack it anew.") from None
+    except KeyError as error:  # a link to a member that is not there
+        raise DataError(f"the archive {archive} is damaged: {error.args[0]}.") from None
     except DAMAGED as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"the archive {archive} is damaged: {printable(reason)}.") from None
@@ -91,6 +93,17 @@ def _tar(archive: Path, folder: Path) -> None:
                 packed.extract(member, folder, set_attrs=False, filter="data")
             else:
                 packed.extract(member, folder, set_attrs=False)
+            if member.issym():
+                _refuse_circle(archive, folder / member.name)
+
+
+def _refuse_circle(archive: Path, link: Path) -> None:
+    """Remove and refuse a link that leads to itself."""
+    try:
+        link.resolve()
+    except (OSError, RuntimeError):
+        link.unlink()
+        raise DataError(f"{archive} holds the link {link.name!r}, which leads to itself: refused.") from None
 
 
 def _zip(archive: Path, folder: Path) -> None:

@@ -24,7 +24,10 @@ def build_backbone(options: BackboneOptions) -> Backbone:
         BackboneError: If weights can't be fetched or don't fit, or the device isn't there.
         CheckpointError: If the masks are missing, damaged or of another backbone.
     """
-    device = str(accelerator().device) if options.device is None else options.device
+    own = accelerator().device
+    # Of several processes on processors each has a numbered one, and there is only one to name.
+    name = "cpu" if own.type == "cpu" else str(own)
+    device = name if options.device is None else options.device
     backbone = create_backbone(options.name, **{**options.arguments(), "device": device})
     if options.masks is None:
         return backbone
