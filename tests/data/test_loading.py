@@ -114,7 +114,6 @@ def _kills(item: int) -> torch.Tensor:
     return torch.zeros(3)
 
 
-@pytest.mark.campaign
 def test_a_killed_worker_is_one_sentence_that_names_memory() -> None:
     def run() -> None:
         with Loader(_kills, workers=1) as loader:
@@ -284,7 +283,6 @@ def fetch(i):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.campaign
 def test_an_interrupt_ends_the_workers_without_their_tracebacks(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -185,7 +186,12 @@ class Loader(Generic[Item, Result]):
         results, self._results = self._results, None
         if results is not None:
             # Not left to the garbage collector: the traceback of an error would keep them alive.
-            results._shutdown_workers()
+            try:
+                results._shutdown_workers()
+            except RuntimeError as error:
+                # The news that a worker died may arrive while its end is waited for. All of them have ended then.
+                if not _death(error):
+                    raise
 
     def __enter__(self) -> Loader[Item, Result]:
         return self
@@ -257,13 +263,13 @@ class Loader(Generic[Item, Result]):
         while True:
             try:
                 if results is None:
-                    with _quiet():
+                    with _quiet(), _without_interrupts():
                         results = self._results = iter(loader)
                 result: Any = next(results, _End())
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 yield from self._alone(rest, f"what they need can't be sent to them ({error})")
                 return
-            except RuntimeError as error:
+            except (RuntimeError, ConnectionError, EOFError) as error:
                 if not (reason := _death(error)):
                     raise
                 if self._delivered or self.method == "fork" or "killed" in reason:
@@ -364,6 +370,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back while workers start: they are born deaf to it, and this process hears it when all are there."""
+    can_hold = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_hold else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _End:
     """What comes behind the last result."""
 
@@ -397,7 +415,9 @@ def _free_shared_memory() -> float:
 def _death(error: BaseException) -> str:
     """Return what to say of a worker's death, empty if that is not what an error of torch's is about."""
     text = str(error)
-    if not re.match(r"DataLoader worker \(pid", text):
+    # Where a worker is gone before its tensor was taken over, nobody answers for the tensor.
+    is_unanswered = isinstance(error, (ConnectionError, EOFError))
+    if not is_unanswered and not re.match(r"DataLoader worker \(pid", text):
         return ""
     advice = "Load with fewer (loading.workers=1, or 0 for none) or in smaller batches."
     if "Bus error" in text or "shared memory" in text:
