@@ -185,3 +185,26 @@ def _with_method(data: bytes, method: int) -> bytes:
         at = data.index(start) + place
         data = data[:at] + method.to_bytes(2, "little") + data[at + 2 :]
     return data
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.png", {"type": tarfile.SYMTYPE, "linkname": "a.png"})], "leads to itself: refused"),
+        (
+            [
+                ("a.png", {"type": tarfile.SYMTYPE, "linkname": "b.png"}),
+                ("b.png", {"type": tarfile.SYMTYPE, "linkname": "a.png"}),
+            ],
+            "leads to itself: refused",
+        ),
+        ([("a.png", {"type": tarfile.LNKTYPE, "linkname": "nothing.png"})], "is damaged.*nothing.png"),
+        ([("a.png", {"type": tarfile.LNKTYPE, "linkname": "a.png"})], "is damaged.*a.png"),
+    ],
+)
+def test_links_that_lead_nowhere_are_one_sentence(
+    tmp_path: Path, members: list[tuple[str, object]], reason: str
+) -> None:
+    archive = tar_of(tmp_path / "a.tar", ("good.jpg", b"one"), *members)
+    with pytest.raises(DataError, match=reason):
+        unpack(archive, tmp_path / "out")

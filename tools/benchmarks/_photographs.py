@@ -1,12 +1,10 @@
-"""Files and times that the benchmarks of loading share."""
+"""Files, and the way of loading before, that the benchmarks of loading share."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.images import FileReader
 
-__all__ = ["WIDTH_HEIGHT", "photographs", "ratio", "seconds_of", "threaded"]
+__all__ = ["WIDTH_HEIGHT", "photographs", "threaded"]
 
 WIDTH_HEIGHT = (500, 375)
 
@@ -51,22 +49,3 @@ def threaded(
             yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
-
-
-def seconds_of(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Return wall-clock seconds of each work, run in turns, forwards and backwards."""
-    for work in works.values():
-        work()
-
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(max(1, repeats)):
-        for name in works if repeat % 2 == 0 else reversed(list(works)):
-            started = time.perf_counter()
-            works[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Return the median over pairs of how many times as quick the second is."""
-    return median(one / other for one, other in zip(slow, fast, strict=True))

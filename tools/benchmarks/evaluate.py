@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import BENCHMARKS
-from benchmarks._photographs import photographs, ratio, seconds_of, threaded
+from benchmarks._photographs import photographs, threaded
+from benchmarks.measure import in_turns
 from vlprompt.backbones import create_backbone
 from vlprompt.classification.evaluate import ImageReader, predict_logits
 from vlprompt.data.loading import using_workers
@@ -68,14 +68,15 @@ def bench_evaluate(
             "scan/thread": scan_by_thread,
             f"scan/{workers}": lambda: scan(folder, scanner, batch_size=batch, workers=workers),
         }
-        seconds = seconds_of(works, repeats)
+        turns = in_turns(works, repeats)
 
     return {
         "backbone": tower.name,
         "device": device,
         "images": images,
         "threads": torch.get_num_threads(),
-        **{f"{name}_per_s": images / median(times) for name, times in seconds.items()},
-        "evaluate_ratio": ratio(seconds["evaluate/0"], seconds[f"evaluate/{workers}"]),
-        "scan_ratio": ratio(seconds["scan/thread"], seconds[f"scan/{workers}"]),
+        **{f"{name}_per_s": images / turns[name].seconds for name in works},
+        "evaluate_ratio": turns.ratio("evaluate/0", f"evaluate/{workers}"),
+        "scan_ratio": turns.ratio("scan/thread", f"scan/{workers}"),
+        "quiet": turns.quiet,
     }

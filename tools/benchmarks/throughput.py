@@ -6,22 +6,20 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import BENCHMARKS
-from benchmarks._photographs import WIDTH_HEIGHT, photographs, ratio, seconds_of, threaded
-from vlprompt.backbones import create_backbone
+from benchmarks._photographs import WIDTH_HEIGHT, photographs, threaded
+from benchmarks.measure import in_turns, measure
+from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data import Augmentation, ImageDataset
 from vlprompt.data.loading import Loader
-from vlprompt.learners import create_learner
+from vlprompt.learners import Learner, create_learner
 
 __all__ = ["bench_throughput"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Reader:
@@ -69,7 +67,7 @@ def bench_throughput(
         batch: Images per batch.
         device: cpu, cuda or mps: of transfer, encoding and the step.
         workers: Numbers of loading processes, with commas.
-        precisions: Of the image tower under autocast, with commas: fp32, bf16, fp16.
+        precisions: Of the towers, with commas: fp32, bf16, fp16.
         repeats: Counted runs of each.
     """
     tower = create_backbone(backbone).to(device)
@@ -81,20 +79,19 @@ def bench_throughput(
     target = torch.device(device)
     figures |= _per_second("transfer", lambda: pixels.to(target), batch, target, repeats)
     placed = pixels.to(target)
-    learner = create_learner("vpt", tower, ["a cat", "a dog"]).to(target)
     labels = torch.arange(batch, device=target) % 2
-    optimizer = torch.optim.SGD(list(learner.learned_parameters().values()), lr=0.01)
 
     for precision in precisions.split(","):
-        dtype = _DTYPES[precision]
+        choice: Any = precision  # checked there
+        narrow = create_backbone(backbone, precision=choice, device=device)
+        learner = create_learner("vpt", narrow, ["a cat", "a dog"]).to(target)
+        optimizer = torch.optim.SGD(list(learner.learned_parameters().values()), lr=0.01)
 
-        def encode(dtype: torch.dtype = dtype) -> None:
-            with torch.no_grad(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-                tower.image_embeddings(placed)
+        def encode(narrow: Backbone = narrow) -> None:
+            narrow.image_embeddings(placed)
 
-        def step(dtype: torch.dtype = dtype) -> None:
-            with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-                losses = learner.loss({"image": placed, "label": labels})
+        def step(learner: Learner = learner, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            losses = learner.loss({"image": placed, "label": labels})
             optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
@@ -130,12 +127,12 @@ def _loading(
         }
         for count, loader in loaders.items():
             works[f"loading/{count}"] = lambda loader=loader: list(map(len, loader.stream(items)))
-        seconds = seconds_of(works, repeats)
+        turns = in_turns(works, repeats)
 
-    figures = {name: len(data) / median(times) for name, times in seconds.items()}
+    figures = {name: len(data) / turns[name].seconds for name in works}
     for count in starts:
         figures[f"start/{count}"] = starts[count]
-        figures[f"loading_ratio/{count}"] = ratio(seconds["loading/thread"], seconds[f"loading/{count}"])
+        figures[f"loading_ratio/{count}"] = turns.ratio("loading/thread", f"loading/{count}")
     return figures
 
 
@@ -153,4 +150,4 @@ def _per_second(name: str, work: Any, images: int, device: torch.device, repeats
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return {name: images / median(seconds_of({name: run}, repeats)[name])}
+    return {name: images / measure(run, repeats).seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from PIL import Image
 
 from benchmarks import BENCHMARKS
-from benchmarks._photographs import WIDTH_HEIGHT, ratio, seconds_of
+from benchmarks._photographs import WIDTH_HEIGHT
+from benchmarks.measure import in_turns
 from vlprompt.adaptation.views import ViewPlan, open_images
 from vlprompt.backbones import create_backbone
 from vlprompt.core.seeding import numpy_rng
@@ -43,13 +43,14 @@ def bench_views(
             plan.make(image, tower)
 
     works = {name: (lambda plan=plan: make(plan)) for name, plan in plans.items()}
-    seconds = seconds_of(works, repeats)
+    turns = in_turns(works, repeats)
     made = [plan.make(opened[0], tower) for plan in plans.values()]
     return {
         "backbone": tower.name,
         "views": views,
         "threads": threads,
-        **{f"{name}_ms": 1000 * median(times) / images for name, times in seconds.items()},
-        "speedup": ratio(seconds["pillow"], seconds["tensor"]),
+        **{f"{name}_ms": 1000 * turns[name].seconds / images for name in works},
+        "speedup": turns.ratio("pillow", "tensor"),
+        "quiet": turns.quiet,
         "mean_difference": float((made[0] - made[1]).abs().mean()),
     }

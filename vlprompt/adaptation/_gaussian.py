@@ -9,13 +9,19 @@ images times classes is in memory.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussians", "assign", "neighbour_graph", "rounds_of", "weighted_squares"]
+from vlprompt.adaptation._features import FeatureAdapter
+from vlprompt.adaptation.base import Adapted, EncodedViews, Granularity
+from vlprompt.adaptation.views import ViewPlan
+from vlprompt.learners import Learner
+
+__all__ = ["GaussianAdapter", "Gaussians", "assign", "neighbour_graph", "rounds_of", "weighted_squares"]
 
 NEIGHBOURS = 3
 _SHARPNESS = 50.0  # what likelihoods are divided by, and neighbours multiplied by
@@ -23,6 +29,60 @@ _INNER = 5  # passes over the graph in each round
 _LEAST_VARIANCE = 1e-10
 _TINY = 1e-12
 _TOGETHER = 1024  # rows of the matrix of cosines in memory
+
+
+class GaussianAdapter(FeatureAdapter):
+    """Base of methods that name many images together by Gaussian classes; a method defines :meth:`classes_of`.
+
+    Args:
+        learner: See :class:`FeatureAdapter`.
+        plan: See there.
+        share: See there.
+        batch: Images that are named together; None for all of them.
+        rounds: How often the Gaussians are fitted.
+        trust: Weight of the classifier's opinion.
+        smooth: Weight of the graph.
+    """
+
+    granularity: Granularity = "dataset"
+
+    def __init__(
+        self,
+        learner: Learner,
+        plan: ViewPlan,
+        share: float,
+        *,
+        batch: int | None,
+        rounds: int,
+        trust: float,
+        smooth: float,
+    ) -> None:
+        super().__init__(learner, plan, share)
+        self.rounds = rounds
+        self.trust = trust
+        self.smooth = smooth
+        if batch is not None:
+            self.granularity = "batch"
+            self.batch = batch
+
+    @torch.no_grad()
+    def adapt(self, views: EncodedViews) -> Adapted:
+        """See :meth:`Adapter.adapt`."""
+        features, logits, mask = self.one_feature(views)
+        probs, means = self.solve(features, logits)
+        return Adapted(probs, mask, features @ means.T)
+
+    def solve(self, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, C) probabilities and (C, d) class means of (N, d) unit features with (N, C) logits."""
+        start, fit = self.classes_of(features, logits)
+        probs, classes = rounds_of(
+            features, logits, start, fit, rounds=self.rounds, trust=self.trust, smooth=self.smooth
+        )
+        return probs, classes.means
+
+    @abstractmethod
+    def classes_of(self, features: Tensor, logits: Tensor) -> tuple[Gaussians, Callable[[Tensor], Gaussians]]:
+        """Return the classes to start from, and what fits them to (N, C) assignments; arguments as :meth:`solve`."""
 
 
 @dataclass(frozen=True)

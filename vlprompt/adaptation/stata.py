@@ -10,17 +10,16 @@ image has weight 0 and keeps its text, where that code divides by zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._features import FeatureAdapter, Share, Views
-from vlprompt.adaptation._gaussian import Gaussians, class_means, rounds_of, weighted_squares
-from vlprompt.adaptation.base import Adapted, EncodedViews, Granularity
+from vlprompt.adaptation._features import Share, Views
+from vlprompt.adaptation._gaussian import GaussianAdapter, Gaussians, class_means, weighted_squares
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
 
@@ -34,7 +33,7 @@ _TINY = 1e-12
     summary="a batch of images together, anchored in the text, for any number of classes in it; no gradients",
     paper="2501.03729",
 )
-class StatisticalAnchor(FeatureAdapter):
+class StatisticalAnchor(GaussianAdapter):
     """TransCLIP with a covariance per class, and with Gaussians that are drawn to the text where few images are seen.
 
     With m_c images of class c, beta_c = m_c / (anchor + m_c) is the weight of what the images say, the rest that of the
@@ -54,8 +53,6 @@ class StatisticalAnchor(FeatureAdapter):
         share: Share of the views that represent an image, the most confident ones.
     """
 
-    granularity: Granularity = "dataset"
-
     def __init__(
         self,
         learner: Learner,
@@ -71,25 +68,13 @@ class StatisticalAnchor(FeatureAdapter):
         seed: int = 0,
         share: Share = 0.1,
     ) -> None:
-        super().__init__(learner, ViewPlan(views, augment, seed), share)
+        plan = ViewPlan(views, augment, seed)
+        super().__init__(learner, plan, share, batch=batch, rounds=rounds, trust=trust, smooth=smooth)
         self.anchor = anchor
         self.soft = soft
-        self.rounds = rounds
-        self.trust = trust
-        self.smooth = smooth
-        if batch is not None:
-            self.granularity = "batch"
-            self.batch = batch
 
-    @torch.no_grad()
-    def adapt(self, views: EncodedViews) -> Adapted:
-        """See :meth:`Adapter.adapt`."""
-        features, logits, mask = self.one_feature(views)
-        probs, means = self.solve(features, logits)
-        return Adapted(probs, mask, features @ means.T)
-
-    def solve(self, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, C) probabilities and (C, d) class means of (N, d) unit features with (N, C) logits."""
+    def classes_of(self, features: Tensor, logits: Tensor) -> tuple[Gaussians, Callable[[Tensor], Gaussians]]:
+        """See :meth:`GaussianAdapter.classes_of`."""
         texts = self.weights.to(features)
         first = logits.softmax(1)
         spread = weighted_squares(features, first, texts).sum(0, keepdim=True) / len(features)
@@ -105,7 +90,4 @@ class StatisticalAnchor(FeatureAdapter):
             variances = beta * observed + (1 - beta) * (spread + (texts - means).square())
             return Gaussians(means, variances, True)
 
-        probs, classes = rounds_of(
-            features, logits, start, fit, rounds=self.rounds, trust=self.trust, smooth=self.smooth
-        )
-        return probs, classes.means
+        return start, fit

@@ -8,6 +8,7 @@ It takes for granted that every class is there: where most classes are missing i
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -15,9 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._features import FeatureAdapter, Share, Views
-from vlprompt.adaptation._gaussian import Gaussians, class_means, rounds_of, weighted_squares
-from vlprompt.adaptation.base import Adapted, EncodedViews, Granularity
+from vlprompt.adaptation._features import Share, Views
+from vlprompt.adaptation._gaussian import GaussianAdapter, Gaussians, class_means, weighted_squares
+from vlprompt.adaptation.base import Adapted, EncodedViews
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
 
@@ -31,7 +32,7 @@ log = logging.getLogger("vlprompt.adaptation")
     summary="all images together: Gaussian classes and a graph of neighbours; no gradients",
     paper="2406.01837",
 )
-class TransductiveClip(FeatureAdapter):
+class TransductiveClip(GaussianAdapter):
     """Alternate assignments z and Gaussians with one diagonal covariance for all classes.
 
     z_i is proportional to y_i^trust exp((g_i + 50 smooth / 6 (W z + W^T z)_i) / 50), with the classifier's
@@ -50,8 +51,6 @@ class TransductiveClip(FeatureAdapter):
         share: Share of the views that represent an image, the most confident ones.
     """
 
-    granularity: Granularity = "dataset"
-
     def __init__(
         self,
         learner: Learner,
@@ -65,30 +64,23 @@ class TransductiveClip(FeatureAdapter):
         seed: int = 0,
         share: Share = 0.1,
     ) -> None:
-        super().__init__(learner, ViewPlan(views, augment, seed), share)
-        self.rounds = rounds
-        self.trust = trust
-        self.smooth = smooth
-        if batch is not None:
-            self.granularity = "batch"
-            self.batch = batch
+        plan = ViewPlan(views, augment, seed)
+        super().__init__(learner, plan, share, batch=batch, rounds=rounds, trust=trust, smooth=smooth)
 
-    @torch.no_grad()
     def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`."""
-        features, logits, mask = self.one_feature(views)
-        if len(features) < 2 * len(self.weights):
+        count = len(views.embeddings)
+        if count < 2 * len(self.weights):
             log.warning(
                 "transclip: %d images for %d classes; where classes are missing it does worse than no adaptation, "
                 "use stata.",
-                len(features),
+                count,
                 len(self.weights),
             )
-        probs, means = self.solve(features, logits)
-        return Adapted(probs, mask, features @ means.T)
+        return super().adapt(views)
 
-    def solve(self, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, C) probabilities and (C, d) class means of (N, d) unit features with (N, C) logits."""
+    def classes_of(self, features: Tensor, logits: Tensor) -> tuple[Gaussians, Callable[[Tensor], Gaussians]]:
+        """See :meth:`GaussianAdapter.classes_of`."""
         width = features.shape[1]
         start = Gaussians(self.weights.to(features), torch.full_like(features[:1], 1 / width), False)
 
@@ -97,7 +89,4 @@ class TransductiveClip(FeatureAdapter):
             variances = weighted_squares(features, z, means).sum(0, keepdim=True) / len(features)
             return Gaussians(means, variances, False)
 
-        probs, classes = rounds_of(
-            features, logits, start, fit, rounds=self.rounds, trust=self.trust, smooth=self.smooth
-        )
-        return probs, classes.means
+        return start, fit

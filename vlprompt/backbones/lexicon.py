@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 __all__ = ["Lexicon"]
 
@@ -82,7 +83,7 @@ class Lexicon:
         is_read = any(self.read(word)[0] != word for word in (name, other))
         return is_read and name.casefold() != other.casefold()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """12 hexadecimal digits that change when something is read otherwise."""
         entries = [

@@ -30,7 +30,7 @@ from vlprompt.backbones.checkpoints.loading import (
     load_architecture,
     load_described,
 )
-from vlprompt.backbones.checkpoints.tensors import first_line
+from vlprompt.backbones.checkpoints.tensors import reason_of
 from vlprompt.backbones.preprocessing import preprocessing_facts, transform_of
 from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.core.errors import BackboneError, ConfigError, UnknownNameError
@@ -282,7 +282,7 @@ def _tokenizer(name: str, loaded: Loaded, source: str | Path, cache_dir: str | N
             return open_clip.get_tokenizer(name, cache_dir=cache_dir), ""
     except Exception as error:  # a missing package, an unreachable hub: both mean there is no tokenizer here
         return None, (
-            f"the tokenizer of {name} could not be loaded ({first_line(error)}). It is fetched from the Hugging Face "
+            f"the tokenizer of {name} could not be loaded ({reason_of(error)}). It is fetched from the Hugging Face "
             "Hub and needs the 'transformers' package: install it and go online once, or pass tokenizer=... (in a "
             f"configuration backbone.tokenizer=FOLDER). Images can be encoded without it. {_OFFLINE}"
         )
@@ -329,7 +329,7 @@ def _named_tokenizer(name: str, loaded: Loaded, cache_dir: str | None) -> Any:
                 **options,
             )
     except Exception as error:  # transformers and the hub client raise many kinds
-        raise BackboneError(f"tokenizer {name!r} could not be loaded: {first_line(error)}.") from error
+        raise BackboneError(f"tokenizer {name!r} could not be loaded: {reason_of(error)}.") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -337,7 +337,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _explain(name: str, pretrained: str | None, error: Exception) -> BackboneError:
-    reason = first_line(error)
+    reason = reason_of(error)
     if pretrained is None:
         return BackboneError(f"{name} can't be built: {reason}. {_OFFLINE}")
 

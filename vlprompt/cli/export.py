@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,40 +35,33 @@ def command(
     """Write a saved learner or segmenter as one file, and check that it gives the same logits."""
     from vlprompt.core.errors import ConfigError
     from vlprompt.saved.export import export
-    from vlprompt.saved.prompts import load, read
+    from vlprompt.saved.prompts import build_learner, read
 
     changes = backbone_changes(backbone)
-    card, _ = read(prompt)
+    card, tensors = read(prompt)
     if card.kind == "segmenter":
+        from vlprompt.segmentation.evaluate import build_segmenter
+        from vlprompt.segmentation.export import export_segmenter
+
         if int8 or data is not None:
             raise ConfigError(
                 ["--int8 and --data are for classifiers; this prompt is a segmenter's."], prompt
             )
-        path = _export_segmenter(prompt, changes, out, phrase)
+        if not phrase:
+            raise ConfigError(['a segmenter is exported for its phrases: --phrase "a red circle".'], prompt)
+        path = export_segmenter(build_segmenter(prompt, card, tensors, changes), out, phrase)
     else:
         if phrase:
             raise ConfigError(["--phrase is for segmenters; this prompt is a classifier's."], prompt)
         if data is not None and out.suffix != ".onnx":
             raise ConfigError(["--data measures .onnx files alone."], str(out))
-        learner = load(prompt, changes)
+        learner = build_learner(prompt, card, tensors, changes)
         path = export(learner, out, int8=int8)
 
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     if data is not None:
         _print_accuracies(learner, path, data, split)
     return 0
-
-
-def _export_segmenter(
-    prompt: str, changes: Mapping[str, Any], out: Path, phrases: Sequence[str] | None
-) -> Path:
-    from vlprompt.core.errors import ConfigError
-    from vlprompt.segmentation.evaluate import load_trained
-    from vlprompt.segmentation.export import export_segmenter
-
-    if not phrases:
-        raise ConfigError(['a segmenter is exported for its phrases: --phrase "a red circle".'], prompt)
-    return export_segmenter(load_trained(prompt, changes), out, phrases)
 
 
 def _print_accuracies(learner: Learner, path: Path, name: str, split: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from textwrap import shorten
 
 __all__ = [
     "BackboneError",
@@ -14,6 +15,7 @@ __all__ = [
     "ProcessLostError",
     "UnknownNameError",
     "VLPromptError",
+    "first_line",
     "nearest",
 ]
 
@@ -74,6 +76,12 @@ class NonFiniteError(VLPromptError):
 
 class ProcessLostError(VLPromptError):
     """Another process of a run that several compute together is gone."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of another library says, shortened; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return shorten(lines[0] if lines else type(error).__name__, 300, placeholder=" ...")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

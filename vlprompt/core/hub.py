@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from textwrap import shorten
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -15,9 +14,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlprompt.core.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError, first_line
 
-__all__ = ["HF_HUB", "HubError", "Repository", "UnreachableError", "first_line", "names_repository"]
+__all__ = ["HF_HUB", "HubError", "Repository", "UnreachableError", "names_repository"]
 
 HF_HUB = "hf-hub:"
 """Says that what follows is the name of a repository."""
@@ -93,9 +92,3 @@ class Repository:
 def names_repository(text: str) -> bool:
     """Return whether a word could be the name of a repository, ``org/name`` or ``org/name@revision``."""
     return _NAME.fullmatch(text) is not None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, shortened; its kind if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return shorten(lines[0] if lines else type(error).__name__, 300, placeholder=" ...")

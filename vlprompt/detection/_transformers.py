@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vlprompt.core.devices import DTYPES
-from vlprompt.core.errors import BackboneError
+from vlprompt.core.errors import BackboneError, first_line
 from vlprompt.core.paths import local_or_name, user_path
 from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import seeded_modules
@@ -50,8 +49,7 @@ def build_model(classname: str, pretrained: str | None, config: Mapping[str, Any
             with seeded_modules(seed, "detector", classname):
                 model = kind(kind.config_class(**(config or {})))
     except Exception as error:  # the hub client, transformers and torch each raise their own kinds
-        lines = str(error).strip().splitlines()
-        reason = shorten(lines[0] if lines else type(error).__name__, 300, placeholder=" ...").rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise BackboneError(
             f"{classname} {pretrained or 'with this configuration'} can't be built: {reason}. Weights come from the "
             f"Hugging Face Hub: fetch them where there is a network and name the folder. {_OFFLINE}"

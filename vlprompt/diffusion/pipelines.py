@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from textwrap import shorten
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from vlprompt.core.errors import BackboneError
+from vlprompt.core.errors import BackboneError, first_line
 from vlprompt.core.paths import local_or_name, user_path
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
@@ -217,8 +216,7 @@ def load_pipeline(classname: str, pipeline: str, revision: str | None = None) ->
             pipeline, revision=revision, safety_checker=None, requires_safety_checker=False
         )
     except Exception as error:  # the hub client, diffusers and torch each raise their own kinds
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = shorten(text, 300, placeholder=" ...").rstrip(".")
+        reason = first_line(error).rstrip(".")
         where = (
             "in that folder"
             if user_path(pipeline).is_dir()

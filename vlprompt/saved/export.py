@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlprompt.core.errors import VLPromptError
+from vlprompt.core.errors import VLPromptError, first_line
 from vlprompt.core.files import write_atomic
 from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
@@ -142,8 +142,7 @@ def session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own kinds of errors have no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{path} is no ONNX model that onnxruntime can run: {reason}") from error
+        raise ExportError(f"{path} is no ONNX model that onnxruntime can run: {first_line(error)}") from error
 
 
 def run_onnx(running: Any, images: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from torch import Tensor
 
 from vlprompt.backbones.origin import LOCAL_DIR
-from vlprompt.core.errors import CheckpointError
+from vlprompt.core.errors import CheckpointError, first_line
 from vlprompt.core.files import write_json, write_tensors, write_text
-from vlprompt.core.hub import HF_HUB, HubError, Repository, first_line
+from vlprompt.core.hub import HF_HUB, HubError, Repository
 from vlprompt.saved.card import PromptCard, read
 from vlprompt.saved.model_card import GENERATED, model_card
 from vlprompt.saved.paths import CARD_FILE, PROMPT_FILE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,14 @@ class _Places:
     """
 
     def __init__(self, path: str | Path, relative: Any, changes: Mapping[str, Any]) -> None:
-        self.folder = prompt_folder(path).absolute()
+        self._path = path
         self._relative = relative if isinstance(relative, Mapping) else {}
         self._changes = changes
+
+    @cached_property
+    def folder(self) -> Path:
+        """The prompt's folder, which is looked for where a card names files: on the Hub that is a request."""
+        return prompt_folder(self._path).absolute()
 
     def of(self, key: str, recorded: str) -> list[Path]:
         """Return the places to look at, best first."""

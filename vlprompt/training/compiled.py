@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from vlprompt.core.errors import first_line
 from vlprompt.core.trainable import Batch, Trainable
 
 __all__ = ["CompiledLoss"]
@@ -45,7 +46,6 @@ class CompiledLoss:
             with torch._functorch.config.patch(donated_buffer=not self.module.combines_gradients):
                 return self.compiled(batch)
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            log.warning("train.compile has no effect here, the run goes on without it: %s", reason)
+            log.warning("train.compile has no effect here, the run goes on without it: %s", first_line(error))
             self.compiled = None
             return self.module.loss(batch)

@@ -19,7 +19,7 @@ from vlprompt.backbones.checkpoints.cards import Card, read_card
 from vlprompt.backbones.checkpoints.facts import Facts, facts_of_file, facts_of_tag, resolve_facts
 from vlprompt.backbones.checkpoints.files import WeightFiles
 from vlprompt.backbones.checkpoints.fitting import load_tensors, open_clip_names
-from vlprompt.backbones.checkpoints.tensors import Weights, first_line, read_weights
+from vlprompt.backbones.checkpoints.tensors import Weights, read_weights, reason_of
 from vlprompt.backbones.checkpoints.transformers_models import build_transformers_model, set_gelu
 from vlprompt.core.errors import BackboneError
 
@@ -195,7 +195,7 @@ def _described_model(config: Mapping[str, Any], card: Card) -> nn.Module:
         return build_model(config)
     except Exception as error:  # open_clip, timm and transformers each raise their own kinds
         raise BackboneError(
-            f"{card.path} describes no model that can be built: {first_line(error)}."
+            f"{card.path} describes no model that can be built: {reason_of(error)}."
         ) from error
 
 
@@ -269,7 +269,7 @@ def _load(
     except WeightsError as problem:
         raise _unfit(title, files, problem) from problem
     except (RuntimeError, KeyError, ValueError, IndexError) as error:  # conversions of open_clip
-        raise _unfit(title, files, WeightsError(first_line(error))) from error
+        raise _unfit(title, files, WeightsError(reason_of(error))) from error
 
 
 def _load_big_vision(name: str, files: WeightFiles, model: nn.Module) -> None:
@@ -277,7 +277,7 @@ def _load_big_vision(name: str, files: WeightFiles, model: nn.Module) -> None:
         with torch.no_grad():
             load_big_vision_weights(model, str(files.path))
     except Exception as error:  # numpy and open_clip raise many kinds
-        raise _unfit(name, files, WeightsError(first_line(error))) from error
+        raise _unfit(name, files, WeightsError(reason_of(error))) from error
 
 
 def _unfit(title: str, files: WeightFiles, problem: WeightsError) -> BackboneError:

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 from vlprompt.backbones.checkpoints import WeightsError
 from vlprompt.backbones.checkpoints.archive import is_archive, read_archive
 from vlprompt.backbones.checkpoints.files import WeightFiles
+from vlprompt.core.errors import first_line
 
-__all__ = ["Weights", "first_line", "read_weights"]
+__all__ = ["Weights", "read_weights", "reason_of"]
 
 log = logging.getLogger("vlprompt.backbones")
 
@@ -67,12 +67,11 @@ def read_weights(files: WeightFiles, part: str | None = None) -> Weights:
     return Weights(_without_wrappers(tensors, part))
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return an error of another library as the middle of a sentence."""
     if "weights_only" in str(error):  # torch's own text advises to run the pickled code
         return "it holds more than plain tensors"
-    lines = str(error).strip().splitlines()
-    return shorten(lines[0] if lines else type(error).__name__, 300, placeholder=" ...").rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 def _content(path: Path) -> Mapping[str, Any]:
@@ -82,9 +81,9 @@ def _content(path: Path) -> Mapping[str, Any]:
         # A plain torch.save of today is a zip file, whose tensors need not all be in memory at once.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"it is no readable file of weights ({first_line(error)})") from error
+        raise WeightsError(f"it is no readable file of weights ({reason_of(error)})") from error
     except Exception as error:  # torch raises many kinds on damaged bytes and on code
-        raise WeightsError(first_line(error)) from error
+        raise WeightsError(reason_of(error)) from error
 
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"it holds a {type(loaded).__name__}, not tensors by name")
