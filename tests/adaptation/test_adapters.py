@@ -101,7 +101,7 @@ def test_predictions_are_typed_and_the_learner_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in list_adapters() if ADAPTERS.get(n).target.granularity == "picture"]
+    "name", [n for n in list_adapters() if ADAPTERS.get(n).target.granularity == "image"]
 )
 def test_order_and_company_never_change_an_episode(
     name: str, backbone: Backbone, images: list[Image.Image]

@@ -66,7 +66,7 @@ def test_a_run_records_what_it_measured(tmp_path: Path) -> None:
     assert {"voting/scenes/size@night/before_ece", "voting/average/accuracy_gain_ci95"} <= metrics.keys()
 
     adapter = metrics["voting/adapter"]
-    assert (adapter["method"], adapter["views"], adapter["granularity"]) == ("zero", 3, "picture")
+    assert (adapter["method"], adapter["views"], adapter["granularity"]) == ("zero", 3, "image")
     assert adapter["options"]["share"] == 0.5
     assert (metrics["test_images"], metrics["seeds"], metrics["split"]) == (5, [1, 2], "val")
     assert metrics["scenes/size@night/images"] == 5

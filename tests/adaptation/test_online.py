@@ -255,11 +255,11 @@ def test_a_state_of_another_method_is_refused(backbone: Backbone) -> None:
         adapter.load_state({**adapter.state(), "keys": torch.zeros(1)})
 
 
-def test_boost_asks_the_picture_itself(backbone: Backbone) -> None:
+def test_boost_asks_the_image_itself(backbone: Backbone) -> None:
     names = [f"class {number}" for number in range(7)]
     features = torch.randn(12, 6, backbone.dim, generator=torch.Generator().manual_seed(4))
     one = create_adapter("tda", backbone, names, views=1).adapt(encoded(features[:, :1]))
-    many = create_adapter("tda", backbone, names, views=6, query="picture").adapt(encoded(features))
+    many = create_adapter("tda", backbone, names, views=6, query="image").adapt(encoded(features))
     torch.testing.assert_close(many.probs, one.probs)
     confident = create_adapter("tda", backbone, names, views=6).adapt(encoded(features))
     assert float((confident.probs - one.probs).abs().max()) > 1e-3

@@ -204,6 +204,6 @@ def test_scores_of_unknown_images_come_with_predictions(whole: dict[str, Predict
 def test_every_method_says_what_it_needs_to_be_compared() -> None:
     for name in list_adapters():
         target = ADAPTERS.get(name).target
-        assert target.granularity in ("picture", "stream", "batch", "dataset")
+        assert target.granularity in ("image", "stream", "batch", "dataset")
     named_first = {name for name in list_adapters() if not ADAPTERS.get(name).target.updates_first}
     assert named_first == {"bca", "onzeta"}

@@ -20,7 +20,7 @@ from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Adapted", "Adapter", "Collector", "EncodedViews", "Granularity", "ResetScope"]
 
-Granularity = Literal["picture", "stream", "batch", "dataset"]
+Granularity = Literal["image", "stream", "batch", "dataset"]
 """What a prediction depends on: its image alone, the images before it, those of its batch, or all images."""
 ResetScope = Literal["never", "batch", "corruption", "dataset"]
 """After what an adapter forgets what it learned from images."""
@@ -102,7 +102,7 @@ class Adapter:
         plan: How views are made.
 
     Attributes:
-        granularity: What a prediction depends on. ``picture``: neither the order nor the other images matter;
+        granularity: What a prediction depends on. ``image``: neither the order nor the other images matter;
             ``stream``: the images before it (:meth:`reset` forgets them); ``batch``: the ``batch`` images it came with;
             ``dataset``: all images.
         batch: Images that a method of granularity ``batch`` sees together; its own option, not how many are in memory.
@@ -116,7 +116,7 @@ class Adapter:
         optimizer: Name of the optimiser that moves its prompts; empty if nothing is tuned.
     """
 
-    granularity: Granularity = "picture"
+    granularity: Granularity = "image"
     calibrated: ClassVar[bool] = True
     batch: int = 0
     updates_first: bool = True
@@ -338,7 +338,7 @@ class Collector:
         return predictions
 
     def _portions(self, views: EncodedViews) -> list[EncodedViews]:
-        if self.adapter.granularity in ("picture", "stream"):
+        if self.adapter.granularity in ("image", "stream"):
             return [views] if len(views) else []
 
         self._waiting.append(views)

@@ -51,7 +51,7 @@ class DualPrototypes(StreamAdapter):
         lr: Size of both steps.
         alignment: Weight of InfoNCE (the paper's lambda).
         sure: Entropy below which T moves, in nats / log2 C.
-        query: What is named: the picture itself, or the mean of its confident views (the authors, on ImageNet-A).
+        query: What is named: the image itself, or the mean of its confident views (the authors, on ImageNet-A).
         views: V, including the image itself.
         augment: See :class:`ViewPlan`.
         seed: Of the views.
@@ -68,7 +68,7 @@ class DualPrototypes(StreamAdapter):
         lr: Rate = 5e-4,
         alignment: Annotated[float, Field(ge=0)] = 0.5,
         sure: Annotated[float, Field(ge=0, le=1)] = 0.1,
-        query: Literal["picture", "confident"] = "picture",
+        query: Literal["image", "confident"] = "image",
         views: Views = 64,
         augment: Augment = "augmix",
         seed: int = 0,
@@ -81,7 +81,7 @@ class DualPrototypes(StreamAdapter):
         self.lr = lr
         self.alignment = alignment
         self.sure = sure
-        self.query: Literal["picture", "confident"] = query
+        self.query: Literal["image", "confident"] = query
         self.reset()
 
     def empty(self) -> dict[str, Tensor]:

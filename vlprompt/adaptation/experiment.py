@@ -274,7 +274,7 @@ class AdaptationExperiment(Experiment):
         encoded: EncodedStream,
     ) -> None:
         """Run what depends on the order again, in other orders of the same images, which are encoded already."""
-        again = {label: adapter for label, adapter in adapters.items() if adapter.granularity != "picture"}
+        again = {label: adapter for label, adapter in adapters.items() if adapter.granularity != "image"}
         if self.config.protocol.orders == 1 or not again:
             return
 

@@ -44,7 +44,7 @@ class EncodedStream:
         self.wanted = {
             _shared_by(label, adapters)
             for label, adapter in adapters.items()
-            if adapter.granularity != "picture" and not adapter.needs_pixels
+            if adapter.granularity != "image" and not adapter.needs_pixels
         }
         self._rows: dict[tuple[object, ...], dict[str, EncodedViews]] = {}
 
@@ -109,7 +109,7 @@ def adapt_dataset(
         return _adapt_rows(adapters, data, rows, folder, batch_size, progress, encoded, on_bad_image)
 
     portions = -(-len(data) // batch_size)
-    is_free = all(adapter.granularity == "picture" for adapter in adapters.values())  # a stream has one order
+    is_free = all(adapter.granularity == "image" for adapter in adapters.values())  # a stream has one order
     if not is_free or portions < process_count():
         return adapt(range(len(data)))
 
@@ -186,7 +186,7 @@ def _adapt_rows(
     collectors = {label: Collector(adapter) for label, adapter in adapters.items()}
     parts: dict[str, list[Predictions]] = {label: [] for label in adapters}
     refused: list[int] = []
-    learns = any(adapter.granularity != "picture" for adapter in adapters.values())
+    learns = any(adapter.granularity != "image" for adapter in adapters.values())
     state = _State(Path(folder)) if folder is not None and learns else None
 
     portions = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]

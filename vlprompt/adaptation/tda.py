@@ -52,7 +52,7 @@ class DynamicAdapter(Adapter):
         seed: Of the views.
         share: Share of the views that are averaged, the most confident ones.
         query: What represents the image in the caches and in the prediction: the mean of its confident views, or the
-            picture itself (BoostAdapter on fine-grained and corrupted images). ``boost`` adds confident views either
+            image itself (BoostAdapter on fine-grained and corrupted images). ``boost`` adds confident views either
             way.
         slots: Keys per class of the positive cache.
         alpha: Weight of the positive cache; 0 switches it off.
@@ -77,7 +77,7 @@ class DynamicAdapter(Adapter):
         augment: Augment = "crop_flip",
         seed: int = 0,
         share: Annotated[float, Field(gt=0, le=1)] = 0.1,
-        query: Literal["confident", "picture"] = "confident",
+        query: Literal["confident", "image"] = "confident",
         slots: Annotated[int, Field(ge=1)] = 3,
         alpha: Weight = 2.0,
         beta: Weight = 5.0,
@@ -169,7 +169,7 @@ class DynamicAdapter(Adapter):
             (C,).
         """
         represents = confident
-        if self.query == "picture":
+        if self.query == "image":
             represents = torch.zeros_like(confident)
             represents[0] = True
 
