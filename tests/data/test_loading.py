@@ -287,8 +287,10 @@ def test_an_interrupt_ends_the_workers_without_their_tracebacks(tmp_path: Path) 
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import os, sys, time, torch
+        import os, signal, sys, time, torch
         from vlprompt.data.loading import Loader
+        # As in a terminal: a shell's background job is told to ignore Ctrl-C, and so are its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def fetch(i):
             time.sleep(0.01)
             return torch.zeros(3), os.getpid()
