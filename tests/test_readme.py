@@ -27,6 +27,11 @@ def test_every_learner_is_listed() -> None:
     assert [name for name in vlprompt.list_learners() if f"`{name}`" not in README] == []
 
 
+def test_every_adapter_and_segmenter_is_listed() -> None:
+    names = [*vlprompt.list_adapters(), *vlprompt.list_segmenters()]
+    assert [name for name in names if f"`{name}`" not in README] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_configuration_named_exists(page: str) -> None:
     configs = list_configs()
