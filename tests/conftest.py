@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.cli.app import main
 
 SIZE = 32  # pixels
+
+
+@pytest.fixture(autouse=True)
+def _working_directory() -> Iterator[None]:
+    """Fails a test that leaves the working directory changed: those after it would not find their files."""
+    before = Path.cwd()
+    yield
+    after = Path.cwd()
+    os.chdir(before)
+    assert after == before, "the test left the working directory changed"
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from vlprompt.data.scenes.attributes import HELD_OUT_MASKS, HELD_OUT_STYLES, PAT
 from vlprompt.data.scenes.captions import phrase
 from vlprompt.data.scenes.render import render
 from vlprompt.segmentation import create_segmenter
+from vlprompt.segmentation._weights import EMBEDDED
 from vlprompt.training.options import TrainOptions
 
 OPTIONS = MaskOptions(
@@ -152,7 +153,7 @@ def test_a_run_resumes_and_ships_what_the_segmenter_loads(
 def test_the_shipped_recipes_are_those_of_the_shipped_weights(name: str) -> None:
     entry, options = read_recipe(f"pretrain_{name}_tiny.yaml")
     assert entry.name == "masks"
-    sizes = read_tensors(Path(f"vlprompt/segmentation/weights/{name}_tiny.safetensors"))[1]["sizes"]
+    sizes = read_tensors(EMBEDDED / f"{name}_tiny.safetensors")[1]["sizes"]
     assert {k: v for k, v in options.decoder.items() if k in sizes} == {
         k: sizes[k] for k in options.decoder if k in sizes
     }
