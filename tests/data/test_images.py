@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data import FileReader, ImageDataset, Sample, read_image, verify
+from vlprompt.data import FileReader, ImageDataset, Sample, load_dataset, read_image, verify
 from vlprompt.data.images import drop_bad
 
 
@@ -180,3 +180,37 @@ def test_quick_check_decodes_no_less_than_reading(tmp_path: Path) -> None:
         with pytest.raises(DataError):
             read_image(path)
         assert len(verify(dataset_of(tmp_path, [path.name])).bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(0, (800, 600)), (301, (800, 600)), (300, (400, 300)), (76, (200, 150))]
+)
+def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path, side: int, size: tuple[int, int]) -> None:
+    smooth = make_image(8, 6).resize((800, 600), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    smooth.save(tmp_path / "a.png")
+
+    image = read_image(tmp_path / "a.jpg", jpeg_side=side)
+    assert image.size == size[::-1]  # a quarter turn
+    expected = smooth.rotate(-90, expand=True).resize(image.size, Image.Resampling.BOX)
+    difference = np.abs(np.asarray(image, float) - np.asarray(expected, float))
+    assert difference.mean() < 2  # of 255; the decoder's scaling and its losses
+    assert read_image(tmp_path / "a.png", jpeg_side=side).size == (800, 600)  # only JPEGs know fractions
+
+
+def test_how_jpegs_are_decoded_belongs_to_the_key_and_to_load_dataset(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            path = tmp_path / name / f"{number}.jpg"
+            make_image(320, 240, seed=number).save(path, quality=95)
+
+    whole = load_dataset(f"folder:{tmp_path}", "all")
+    quick = load_dataset(f"folder:{tmp_path}", "all", jpeg_side=60)
+    assert {quick[i][0].size for i in range(len(quick))} == {(80, 60)}
+    assert whole[0][0].size == (320, 240)
+    assert quick.key(0) == f"{whole.key(0)};side=60"
+    with pytest.raises(DataError, match="jpeg_side is a whole number of at least 0; got -1"):
+        load_dataset(f"folder:{tmp_path}", "all", jpeg_side=-1)

@@ -127,6 +127,22 @@ def test_saved_vectors_need_no_text_tower(
     assert torch.equal(load(tmp_path / "prompt", backbone)(images), learner(images))
 
 
+def test_vectors_learned_in_half_precision_fit_the_same_image_tower_in_float32(
+    make_backbone: Any, images: Tensor, tmp_path: Path
+) -> None:
+    half = make_backbone().set_precision("bf16")
+    learner = moved(cones(half))
+    learner.to_concepts().save(tmp_path / "vectors.safetensors")
+
+    again = concept_classifier(tmp_path / "vectors.safetensors", without_text(make_backbone()))
+    assert without_text(half).fingerprint == without_text(make_backbone()).fingerprint
+    torch.testing.assert_close(
+        again(images), learner(images), rtol=0, atol=2.0
+    )  # logits are cosines times 100
+    with pytest.raises(CheckpointError, match="weights: saved"):
+        concept_classifier(tmp_path / "vectors.safetensors", make_backbone(seed=3).set_precision("bf16"))
+
+
 def test_the_image_side_of_tiny_is_read_alone() -> None:
     alone = image_backbone("tiny")
     assert sum(p.numel() for p in alone.parameters()) < 2_000_000

@@ -15,18 +15,19 @@ from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.images import FileReader
 
-__all__ = ["WIDTH_HEIGHT", "photographs", "threaded"]
+__all__ = ["OF_A_PHONE", "WIDTH_HEIGHT", "photographs", "threaded"]
 
 WIDTH_HEIGHT = (500, 375)
+OF_A_PHONE = (4000, 3000)  # pixels
 
 
-def photographs(folder: Path, count: int) -> ImageDataset:
-    """Write seeded JPEGs of 500 x 375 pixels with edges, smooth areas and noise, and return them as a data set."""
+def photographs(folder: Path, count: int, size: tuple[int, int] = WIDTH_HEIGHT) -> ImageDataset:
+    """Write seeded JPEGs with edges, smooth areas and noise; return them as a data set. ``size`` is width, height."""
     rng = numpy_rng(0, "bench photographs")
-    width, height = WIDTH_HEIGHT
+    width, height = size
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3)).astype(np.uint8))
-        pixels = np.asarray(coarse.resize(WIDTH_HEIGHT, Image.Resampling.BICUBIC), np.int16)
+        pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
         noise = rng.normal(0, 8, (height, width, 1))
         Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(
             folder / f"{number:06d}.jpg", quality=90

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -31,11 +32,12 @@ from benchmarks import BENCHMARKS
 from benchmarks._naive import naive_text_bytes, naive_towers, replaced
 from benchmarks._step import learned, relative, take_step
 from benchmarks.machine import bounded_memory, require_memory
-from benchmarks.measure import Aside, Measured, in_turns, measure
+from benchmarks.measure import Aside, Measured, Work, in_turns
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.options import options_model
+from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners import LEARNERS, Learner, create_learner
 
@@ -54,6 +56,7 @@ def bench_learners(
     classes: int = 100,
     batch: int = 8,
     only: str = "*",
+    precision: Precision = "fp32",
     repeats: int = 3,
     naive: bool = True,
     image_graph: bool = True,
@@ -71,12 +74,15 @@ def bench_learners(
         classes: C.
         batch: Images per step.
         only: Shell pattern of the learners to measure.
+        precision: If it is half precision, ours is measured in it too, in turns with the others in float32.
         repeats: Counted pairs of steps, ours and the naive one in turns.
         naive: False measures ours alone.
         image_graph: Whether the naive step keeps a graph through the image tower where nothing in it learns.
         isolated: Whether every learner is measured in a process of its own.
     """
-    settings = _Settings(backbone, classes, batch, repeats, naive, image_graph, torch.get_num_threads())
+    settings = _Settings(
+        backbone, classes, batch, precision, repeats, naive, image_graph, torch.get_num_threads()
+    )
     rows = {}
 
     for name, options in _variants(only):
@@ -97,6 +103,7 @@ class _Settings:
     backbone: str
     classes: int
     batch: int
+    precision: Precision
     repeats: int
     naive: bool
     image_graph: bool
@@ -129,8 +136,15 @@ def _row(settings: _Settings, name: str, options: dict[str, Any]) -> dict[str, A
     tower = create_backbone(settings.backbone)
     try:
         _require_memory(tower, settings)
-        case = _Case.build(tower, name, options, imagenet_names(settings.classes), settings.batch)
-        return None if case is None else _measured(case, settings)
+        names = imagenet_names(settings.classes)
+        case = _Case.build(tower, name, options, names, settings.batch)
+
+        if case is None or settings.precision == "fp32":
+            return None if case is None else _measured(case, settings)
+
+        narrow = create_backbone(settings.backbone, precision=settings.precision)
+        half = _Case.build(narrow, name, options, names, settings.batch)
+        return _measured(case, settings, half)
     except VLPromptError as error:  # a method that can't work on this backbone says why
         return {"refused": str(error)}
 
@@ -187,8 +201,8 @@ class _Case:
         return {n: p - self.start[n] for n, p in learned(self.learner).items()}
 
 
-def _measured(case: _Case, settings: _Settings) -> dict[str, Any]:
-    """Measure both ways in turns, and compare the steps that they take."""
+def _measured(case: _Case, settings: _Settings, half: _Case | None = None) -> dict[str, Any]:
+    """Measure the ways in turns, and compare the steps that they take; ``half`` is ours in half precision."""
     other_seed = case.step(case.batch, seed=2)  # warms up, and shows whether another seed gives another step
     with _watched(case) as seconds:
         started = time.perf_counter()
@@ -201,9 +215,6 @@ def _measured(case: _Case, settings: _Settings) -> dict[str, Any]:
         "image_forward_s": seconds["image"],
         "limited_by": _limit(watched, seconds["text"], seconds["image"]),
     }
-    if not settings.naive:
-        return row | _figures("fast", measure(lambda: case.step(case.batch), settings.repeats, warmup=0))
-
     naive: dict[str, Tensor] = {}
 
     def obvious() -> Aside:
@@ -211,17 +222,35 @@ def _measured(case: _Case, settings: _Settings) -> dict[str, Any]:
             naive.update(case.step(case.pixels))
         return aside
 
-    both = in_turns({"fast": lambda: case.step(case.batch), "naive": obvious}, settings.repeats, warmup=0)
+    ways: dict[str, Work] = {"fast": lambda: case.step(case.batch)}
+    if settings.naive:
+        ways["naive"] = obvious
+    rough = half.step(half.batch) if half is not None else {}  # warms up
+    if half is not None:
+        ways["half"] = lambda: half.step(half.batch)
+
+    turns = in_turns(ways, settings.repeats, warmup=0)
+    row |= _figures("fast", turns["fast"])
+    if half is not None:
+        row[settings.precision] = {**turns.half_precision(), "update_cosine": _cosine(fast, rough)}
+    if not settings.naive:
+        return row
+
     draws = relative(other_seed, fast) > _NOISE
     return {
         **row,
-        **_figures("fast", both["fast"]),
-        **_figures("naive", both["naive"]),
-        "speedup": both.ratio("naive", "fast"),
-        "cpu_speedup": both.cpu_ratio("naive", "fast"),
+        **_figures("naive", turns["naive"]),
+        "speedup": turns.ratio("naive", "fast"),
+        "cpu_speedup": turns.cpu_ratio("naive", "fast"),
         "update_rel_diff": None if draws else relative(fast, naive),
-        "quiet": both.quiet,
+        "quiet": turns.quiet,
     }
+
+
+def _cosine(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    """Return the cosine of two updates, over all tensors of both."""
+    a, b = (torch.cat([update[name].flatten().double() for name in ours]) for update in (ours, others))
+    return float(F.cosine_similarity(a, b, dim=0))
 
 
 def _figures(way: str, measured: Measured) -> dict[str, Any]:

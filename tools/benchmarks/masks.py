@@ -21,6 +21,7 @@ from benchmarks._step import learned, relative, take_step
 from benchmarks.measure import Measured, Work, in_turns, measure
 from benchmarks.text import imagenet_names
 from vlprompt.backbones import Backbone, create_backbone
+from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import derive_seed, torch_rng
 from vlprompt.core.trainable import Trainable
 from vlprompt.learners import create_learner
@@ -40,6 +41,7 @@ def bench_masks(
     classes: int = 100,
     batch: int = 32,
     masked: float = 0.0256,
+    precision: Precision = "fp32",
     repeats: int = 1,
     port: bool = True,
 ) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def bench_masks(
         classes: C.
         batch: Images per step.
         masked: Share of weights that are switched off (the paper's mean is 2.56 %).
+        precision: If it is half precision, ours is measured in it too, in turns with the others in float32.
         repeats: Counted rounds; one more warms up, if there are several.
         port: False leaves the port out, which needs most memory.
     """
@@ -71,6 +74,11 @@ def bench_masks(
         "full_fine_tuning": lambda: take_step(tuned, data, lr=1e-6),
         "ours": lambda: _ours(ours, start, data),
     }
+    if precision != "fp32":
+        narrow = create_learner(learner, create_backbone(backbone, precision=precision), names)
+        narrow = _scattered(narrow, masked, torch_rng(2, "bench masks"))
+        narrow_start = learned(narrow)
+        ways[precision] = lambda: _ours(narrow, narrow_start, data)
     ported = _Port(tower, ours, weights, start) if port else None
     if ported is not None:
         ways["port"] = lambda: ported.step(data)
@@ -114,6 +122,12 @@ def _ratios(measured: Mapping[str, Measured]) -> dict[str, float | None]:
         ratios["memory_over_fine_tuning"] = ours.added_gib / tuning.added_gib
     if "port" in measured:
         ratios["speedup_over_port"] = measured["port"].cpu_seconds / ours.cpu_seconds
+    for precision in {"bf16", "fp16"} & set(measured):
+        ratios[f"{precision}_over_fp32"] = ours.cpu_seconds / measured[precision].cpu_seconds
+        if "port" in measured:
+            ratios[f"{precision}_speedup_over_port"] = (
+                measured["port"].cpu_seconds / measured[precision].cpu_seconds
+            )
     return ratios
 
 

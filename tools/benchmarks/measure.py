@@ -92,6 +92,18 @@ class Turns:
         """Return the processor time of one way over that of another: the median over rounds."""
         return statistics.median(a.cpu_seconds / max(b.cpu_seconds, 1e-9) for a, b in self._pairs(way, over))
 
+    def half_precision(self) -> dict[str, float]:
+        """Return figures of the way ``half``, beside ``fast`` in float32 and ``naive``, where that was run."""
+        measured = self["half"]
+        figures = {
+            "seconds": measured.seconds,
+            "cpu_seconds": measured.cpu_seconds,
+            "over_fp32": self.ratio("fast", "half"),
+        }
+        if "naive" in self.runs:
+            figures["speedup"] = self.ratio("naive", "half")
+        return figures
+
     def _pairs(self, way: str, over: str) -> Iterator[tuple[Measured, Measured]]:
         return zip(self.runs[way], self.runs[over], strict=True)
 

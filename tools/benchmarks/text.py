@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +17,7 @@ from vlprompt.backbones import create_backbone
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.text import TextTower
 from vlprompt.core.errors import DataError
+from vlprompt.core.precision import Precision
 from vlprompt.learners._context import Position, context_layout, initial_context
 
 __all__ = ["bench_text", "imagenet_names"]
@@ -30,6 +32,7 @@ def bench_text(
     classes: int = 100,
     context: int = 16,
     position: Position = "end",
+    precision: Precision = "fp32",
     repeats: int = 3,
     naive: bool = True,
 ) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def bench_text(
         classes: C; above 1,000 the names of ImageNet-21K's synsets are taken.
         context: M learned vectors, shared by all classes.
         position: Where the class name stands.
-        repeats: Counted pairs of both paths.
+        precision: If it is half precision, the fast path is measured in it too, in turns with the others in float32.
+        repeats: Counted rounds of all ways.
         naive: False skips the naive path (and the ratios), for class lists it can't do in reasonable time.
     """
     tower = create_backbone(backbone).text
@@ -53,6 +57,13 @@ def bench_text(
     slow = _Pass(start, lambda ctx: _naive(tower, names, context, position, ctx, pull))
     fast()
     ways: dict[str, Work] = {"fast": fast, **({"naive": slow} if naive else {})}
+
+    if precision != "fp32":
+        narrow = create_backbone(backbone, precision=precision).text
+        half = _Pass(start, lambda ctx: _backward(narrow.encode(layout, ctx), pull))
+        half()
+        ways["half"] = half
+
     turns = in_turns(ways, repeats, warmup=0)
     fast_measured = turns["fast"]
     flops = _count_flops(fast)
@@ -70,6 +81,15 @@ def bench_text(
         "fast_gflops_per_s": 1e-9 * flops / fast_measured.seconds,
         "matmul_gflops_per_s": matrix_gflops(tokens, tower.width, 4 * tower.width),
     }
+
+    if precision != "fp32":
+        result[precision] = {
+            **turns.half_precision(),
+            "smallest_cosine": float(F.cosine_similarity(fast.features, half.features).min()),
+            "grad_cosine": float(
+                F.cosine_similarity(fast.gradient.flatten(), half.gradient.flatten(), dim=0)
+            ),
+        }
 
     if not naive:
         return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import BENCHMARKS
-from benchmarks._photographs import WIDTH_HEIGHT, photographs, threaded
+from benchmarks._photographs import OF_A_PHONE, WIDTH_HEIGHT, photographs, threaded
 from benchmarks.measure import in_turns, measure
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.data import Augmentation, ImageDataset
@@ -60,6 +60,8 @@ def bench_throughput(
     ``loading/thread`` is the way before: one thread that cuts and resizes by Pillow. ``loading_ratio/N`` is what N
     workers are against it, the median over pairs of runs that take turns. Workers live as long as a run, so they are
     there when the clock starts; ``start/N`` is how many seconds the first images take, with their start.
+    ``phone/whole`` and ``phone/jpeg_side`` decode JPEGs of 4000 x 3000, whole and at the smallest fraction that keeps
+    twice the tower's side.
 
     Args:
         backbone: Any open_clip architecture, or tiny.
@@ -75,6 +77,7 @@ def bench_throughput(
         data = photographs(Path(folder), images)
         figures = _loading(data, tower.preprocess, batch, [int(n) for n in workers.split(",")], repeats)
         pixels = _Reader(data, tower.preprocess, "crop_flip")(range(batch))
+    figures |= _phone(2 * min(tower.image_size), repeats)
 
     target = torch.device(device)
     figures |= _per_second("transfer", lambda: pixels.to(target), batch, target, repeats)
@@ -134,6 +137,21 @@ def _loading(
         figures[f"start/{count}"] = starts[count]
         figures[f"loading_ratio/{count}"] = turns.ratio("loading/thread", f"loading/{count}")
     return figures
+
+
+def _phone(side: int, repeats: int) -> dict[str, float]:
+    """Return images per second of decoding photographs of a phone, whole and at a fraction, and the ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = photographs(Path(folder), 4, OF_A_PHONE)
+        reader = whole.reader.with_jpeg_side(side)
+        works: dict[str, Any] = {
+            "phone/whole": lambda: [whole.reader.read(s.source) for s in whole.samples],
+            "phone/jpeg_side": lambda: [reader.read(s.source) for s in whole.samples],
+        }
+        turns = in_turns(works, repeats)
+
+    figures = {name: len(whole) / turns[name].seconds for name in works}
+    return {**figures, "phone_ratio": turns.ratio("phone/whole", "phone/jpeg_side")}
 
 
 def _first_seconds(loader: Loader[range, Tensor], items: list[range]) -> float:

@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import BENCHMARKS
-from benchmarks.measure import Aside, Work, in_turns
+from benchmarks.measure import Aside, Turns, Work, in_turns
 from benchmarks.text import imagenet_names
 from vlprompt.adaptation import create_adapter
 from vlprompt.adaptation._prompts import PromptAdapter
 from vlprompt.adaptation._tuning import Rule
 from vlprompt.adaptation.base import EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
-from vlprompt.backbones import create_backbone
+from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.precision import Precision
 from vlprompt.learners._context import context_layout
 
 __all__ = ["bench_tta"]
@@ -44,6 +45,7 @@ def bench_tta(
     views: int = 64,
     steps: int = 1,
     images: int = 4,
+    precision: Precision = "fp32",
     repeats: int = 3,
     naive: bool = True,
 ) -> dict[str, Any]:
@@ -55,24 +57,26 @@ def bench_tta(
         views: V of every image.
         steps: Updates per image.
         images: Images that ours adapts to side by side; encoding is measured on one.
+        precision: If it is half precision, ours is measured in it too, in turns with the others in float32.
         repeats: Counted rounds of ours and the naive way.
         naive: False measures ours alone.
     """
-    adapter = _adapter(backbone, classes, steps)
-    model = adapter.backbone
+    model = create_backbone(backbone)
+    adapter = _adapter(model, classes, steps)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(views, 3, *model.image_size, generator=generator)
     embeddings = model.image_embeddings(pixels)
-    adapter.together = images
     # Noise looks alike to a tower; what is measured doesn't depend on what the other images show.
     spread = embeddings + embeddings.std() * torch.randn(images, *embeddings.shape, generator=generator)
     encoded = EncodedViews(torch.cat([embeddings[None], spread[1:]]), 0, (), torch.zeros(images, 2))
-    adapter.tuner.start_weights()  # once per class list, not per image
     slow = _Naive(adapter, pixels, steps)
-    ways: dict[str, Work] = {
-        "encoding": lambda: model.image_embeddings(pixels),
-        "adaptation": lambda: adapter.adapt(encoded),
-    }
+    ways = _ours(adapter, pixels, encoded)
+
+    if precision != "fp32":
+        narrow = create_backbone(backbone, precision=precision)
+        half = _adapter(narrow, classes, steps)
+        ways |= {f"half {stage}": work for stage, work in _ours(half, pixels, encoded).items()}
+
     for work in ways.values():
         work()
     turns = in_turns({**ways, "naive": slow} if naive else ways, repeats, warmup=0)
@@ -89,13 +93,23 @@ def bench_tta(
         "ours_peak_rss_gib": adaptation.peak_rss_gib,
     }
 
+    if precision != "fp32":
+        seconds = [turns[f"half {stage}"].seconds for stage in ("encoding", "adaptation")]
+        difference = adapter.adapt(encoded).probs - half.adapt(encoded).probs
+        result[precision] = {
+            "encoding_s": seconds[0],
+            "adaptation_s": seconds[1] / images,
+            "over_fp32": _ratio(turns, images, "", "half "),
+            "max_abs_diff_probs": float(difference.abs().max()),
+        }
+
     if not naive:
         return result
 
     slow_measured = turns["naive"]
     naive_s = slow_measured.seconds
-    rounds = zip(*(turns.runs[way] for way in ("naive", "encoding", "adaptation")), strict=True)
-    ratios = [n.seconds / (e.seconds + a.seconds / images) for n, e, a in rounds]
+    if precision != "fp32":
+        result[precision]["speedup"] = _ratio(turns, images, None, "half ")
     ours = adapter.adapt(EncodedViews(embeddings[None], 0, (), torch.zeros(1, 2))).probs[0]
     return {
         **result,
@@ -104,7 +118,7 @@ def bench_tta(
         "naive_s": naive_s,
         "naive_peak_rss_gib": slow_measured.peak_rss_gib,
         "naive_classes_per_pass": min(classes, _NAIVE_CHUNK),
-        "speedup": statistics.median(ratios),
+        "speedup": _ratio(turns, images, None, ""),
         "quiet": turns.quiet,
         "speedup_adaptation": (naive_s - slow.encoding) / result["ours_adaptation_s"],
         "max_abs_diff_probs": float((slow.probs - ours).abs().max()),
@@ -112,10 +126,43 @@ def bench_tta(
     }
 
 
-def _adapter(backbone: str, classes: int, steps: int) -> PromptAdapter:
-    adapter = create_adapter("tpt", create_backbone(backbone), imagenet_names(classes), steps=steps)
+def _ours(adapter: PromptAdapter, pixels: Tensor, encoded: EncodedViews) -> dict[str, Work]:
+    """Return the two stages of ours: encoding the views of one image, and adapting to all images side by side."""
+    adapter.together = len(encoded.embeddings)
+    adapter.tuner.start_weights()  # once per class list, not per image
+    return {
+        "encoding": lambda: adapter.backbone.image_embeddings(pixels),
+        "adaptation": lambda: adapter.adapt(encoded),
+    }
+
+
+def _ratio(turns: Turns, images: int, way: str | None, over: str) -> float:
+    """Return the seconds per image of one way over those of another: the median over rounds.
+
+    Args:
+        turns: What was measured.
+        images: How many were adapted to side by side.
+        way: What the names of its two stages begin with; None stands for the naive way, which is one piece.
+        over: As ``way``.
+    """
+
+    def seconds(number: int, prefix: str) -> float:
+        encoding, adaptation = (
+            turns.runs[f"{prefix}{stage}"][number] for stage in ("encoding", "adaptation")
+        )
+        return encoding.seconds + adaptation.seconds / images
+
+    rounds = range(len(turns.runs[f"{over}encoding"]))
+    return statistics.median(
+        (turns.runs["naive"][n].seconds if way is None else seconds(n, way)) / seconds(n, over)
+        for n in rounds
+    )
+
+
+def _adapter(backbone: Backbone, classes: int, steps: int) -> PromptAdapter:
+    adapter = create_adapter("tpt", backbone, imagenet_names(classes), steps=steps)
     if not isinstance(adapter, PromptAdapter) or "context" not in dict(adapter.learner.named_parameters()):
-        raise VLPromptError(f"{backbone} can't be benchmarked: its text tower takes no context.")
+        raise VLPromptError(f"{backbone.name} can't be benchmarked: its text tower takes no context.")
     return adapter
 
 

@@ -21,7 +21,10 @@ from vlprompt.core.devices import DTYPES, precision_of
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
 
-__all__ = ["Backbone", "content_id"]
+__all__ = ["Backbone", "content_id", "hash_weights"]
+
+# Beginnings of the names of a model's tensors that its image side has.
+_IMAGE_SIDE = ("visual.", "logit_scale", "logit_bias")
 
 
 class Backbone(nn.Module):
@@ -70,6 +73,7 @@ class Backbone(nn.Module):
         self.lexicon: Lexicon | None = None
         self.origin: dict[str, Any] = {}
         self.asked_device: torch.device | None = None
+        self.image_weights: str | None = None  # the hash of the image side's weights before they were rounded
 
         # A sentence that is not start, words, end and padding has no place for learned context; strings are
         # encoded in the tokenizer's own rows.
@@ -120,6 +124,9 @@ class Backbone(nn.Module):
 
         Half precision rounds weights, and going back does not bring the lost digits back.
         """
+        if precision != "fp32" and self.image_weights is None:
+            self.image_weights = hash_weights(self.model, _IMAGE_SIDE)
+
         kept = {
             name: parameter.detach().float()
             for name, parameter in self.model.named_parameters()
@@ -208,6 +215,17 @@ class Backbone(nn.Module):
         texts = [t.format(clean_classname(c)) for c in classnames for t in templates]
         features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
         return F.normalize(features.mean(1), dim=-1)
+
+
+def hash_weights(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+    """Return 12 hexadecimal digits that stand for the tensors whose names begin with one of the prefixes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(prefixes):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def content_id(fingerprint: Mapping[str, Any]) -> str:

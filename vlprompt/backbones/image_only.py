@@ -42,7 +42,10 @@ def without_text(backbone: Backbone) -> Backbone:
     if isinstance(backbone.model, _ImageModel):
         return backbone
     facts = {k: backbone.fingerprint.get(k) for k in ("architecture", "pretrained")}
-    alone = _wrap(_ImageModel(backbone.model), backbone.fingerprint["preprocess"], facts)
+    alone = _wrap(
+        _ImageModel(backbone.model), backbone.fingerprint["preprocess"], facts, backbone.image_weights
+    )
+    alone.image_weights = backbone.image_weights
     alone._known_scale = backbone._known_scale  # more precise than weights that were cast to half precision
     return alone
 
@@ -75,5 +78,7 @@ def image_backbone(name: str, pretrained: str | None = None, **options: Any) -> 
     return _wrap(part, {"size": model_config()["vision_cfg"]["image_size"]}, facts)
 
 
-def _wrap(model: nn.Module, preprocess: dict[str, Any], facts: dict[str, Any]) -> Backbone:
-    return wrap_open_clip(model, dict(preprocess), None, {**facts, "towers": "image"}, _MISSING)
+def _wrap(
+    model: nn.Module, preprocess: dict[str, Any], facts: dict[str, Any], weights: str | None = None
+) -> Backbone:
+    return wrap_open_clip(model, dict(preprocess), None, {**facts, "towers": "image"}, _MISSING, weights)

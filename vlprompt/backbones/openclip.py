@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import warnings
@@ -19,7 +18,7 @@ from open_clip.transform import PreprocessCfg
 from pydantic import Field
 from torch import nn
 
-from vlprompt.backbones.base import Backbone, content_id
+from vlprompt.backbones.base import Backbone, content_id, hash_weights
 from vlprompt.backbones.checkpoints.facts import Facts, hub_files
 from vlprompt.backbones.checkpoints.files import WEIGHT_FILES, WeightFiles, find_weight_files
 from vlprompt.backbones.checkpoints.hub import WeightsRepository, fetch_weights
@@ -106,6 +105,7 @@ def wrap_open_clip(
     tokenizer: TextTokenizer | None,
     facts: dict[str, Any],
     missing_tokenizer: str = "",
+    weights: str | None = None,
 ) -> Backbone:
     """Make a :class:`Backbone` of an open_clip model.
 
@@ -115,13 +115,14 @@ def wrap_open_clip(
         tokenizer: The text tower's tokenizer.
         facts: ``architecture`` and ``pretrained`` for the fingerprint.
         missing_tokenizer: Why there is no tokenizer.
+        weights: The hash of its weights as they were loaded, where they have been rounded since.
     """
     config = PreprocessCfg(**preprocess)
     text: Any = getattr(model, "text", model)
     projection = getattr(text, "text_projection", None)
     fingerprint = {
         **facts,
-        "weights": _hash_weights(model),
+        "weights": weights or hash_weights(model),
         "activation": "+".join(_activations(model)) or "none",
         "preprocess": preprocessing_facts(config),
         "dim": _joint_dim(model, projection),
@@ -348,14 +349,6 @@ def _explain(name: str, pretrained: str | None, error: Exception) -> BackboneErr
         f"They come from {source}. Fetch them where there is a network and pass pretrained=PATH, or set HF_HOME to a "
         f"cache that holds them. {_OFFLINE}"
     )
-
-
-def _hash_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

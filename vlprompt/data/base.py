@@ -39,6 +39,14 @@ class Reader(ABC):
         """Return what decoding changes of an image and a user should know, empty if nothing."""
         return ""
 
+    def with_jpeg_side(self, side: int) -> Reader:
+        """Return a reader that decodes large JPEGs at a fraction of their size; itself where none are read.
+
+        Args:
+            side: Pixels that the shorter side keeps at least (see :func:`vlprompt.data.images.read_image`).
+        """
+        return self
+
     def stamp(self, source: Any) -> str:
         """Return a string that changes when the image is written again, without reading its bytes.
 

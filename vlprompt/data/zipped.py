@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,18 +39,25 @@ class ZipReader(Reader):
         root: The folder.
         max_pixels: See :func:`vlprompt.data.images.read_image`.
         value_range: See :func:`vlprompt.data.images.read_image`.
+        jpeg_side: See :func:`vlprompt.data.images.read_image`.
     """
 
     root: Path
     max_pixels: int = MAX_PIXELS
     value_range: Limits = None
+    jpeg_side: int = 0
+
+    def with_jpeg_side(self, side: int) -> ZipReader:
+        """See :meth:`Reader.with_jpeg_side`."""
+        return replace(self, jpeg_side=side)
 
     def read(self, source: str) -> Image.Image:
         """Return the image as RGB."""
         archive, _, member = source.partition("@")
         if not member:
             return self._files.read(source)
-        return decode(self._bytes(archive, member), source, self.max_pixels, self.value_range)
+        data = self._bytes(archive, member)
+        return decode(data, source, self.max_pixels, self.value_range, self.jpeg_side)
 
     def check(self, source: str) -> str:
         """Return why an image can't be decoded, empty if it can."""
@@ -70,7 +77,7 @@ class ZipReader(Reader):
         archive, _, member = source.partition("@")
         if not member:
             return self._files.key(source)
-        return file_key(self._bytes(archive, member), self.value_range)
+        return file_key(self._bytes(archive, member), self.value_range, self.jpeg_side)
 
     def stamp(self, source: str) -> str:
         """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
@@ -83,7 +90,7 @@ class ZipReader(Reader):
 
     @property
     def _files(self) -> FileReader:
-        return FileReader(self.root, self.max_pixels, self.value_range)
+        return FileReader(self.root, self.max_pixels, self.value_range, self.jpeg_side)
 
     def _verdict(self, archive: str, member: str) -> tuple[str, str]:
         """Return why an image can't be decoded, empty if it can, and what decoding changes; remembered."""

@@ -75,6 +75,11 @@ class ImageOptions(BaseModel):
         ge=0,
         description="so many unreadable images are skipped whatever their share, if less than half of the split",
     )
+    jpeg_side: int = Field(
+        0,
+        ge=0,
+        description="JPEGs are decoded at 1/2, 1/4 or 1/8 while their shorter side keeps so many pixels; 0: whole",
+    )
 
     def image_arguments(self) -> dict[str, Any]:
         """Return these keys as arguments of :func:`vlprompt.load_dataset`."""
