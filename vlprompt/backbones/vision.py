@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections, adapted, projections_in
-from vlprompt.backbones.packed import Adapter, run_block
+from vlprompt.backbones.packed import Adapter, quick_attention, run_block
 from vlprompt.backbones.streams import TokenStream, find_stream, with_places_without_rotation
 from vlprompt.core.errors import BackboneError, VLPromptError
 
@@ -210,14 +210,15 @@ class VisionTower:
             images = _with_pixels(images, prompts)
             prompts = None
 
-        if adapters is None:
-            return self._features(images, prompts, None)
+        with quick_attention(self.blocks):
+            if adapters is None:
+                return self._features(images, prompts, None)
 
-        self.require_adapters()
-        if all(not place.layers for place in self.attention):  # open_clip's own blocks
-            return self._features(images, prompts, adapters)
-        with adapted(self.attention, adapters):
-            return self._features(images, prompts, None)
+            self.require_adapters()
+            if all(not place.layers for place in self.attention):  # open_clip's own blocks
+                return self._features(images, prompts, adapters)
+            with adapted(self.attention, adapters):
+                return self._features(images, prompts, None)
 
     def finish(self, x: Tensor) -> Tensor:
         """Pooling and projection of (B, special + N, W), prompts already removed: (B, d), float32."""
