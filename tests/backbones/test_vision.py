@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from vlprompt.backbones import Backbone, VisualPrompts
+from vlprompt.backbones.packed import quick_attention
 from vlprompt.core.errors import BackboneError, VLPromptError
 
 INSERTIONS = ("after_cls", "append")
@@ -248,3 +251,35 @@ def test_what_does_not_fit_is_refused(backbone: Backbone, images: Tensor) -> Non
     ):
         with pytest.raises(VLPromptError, match=reason):
             backbone.encode_image(images, VisualPrompts(tokens))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_with_a_graph_equals_torchs_own(
+    make_backbone: Callable[..., Backbone], images: Tensor, precision: Any
+) -> None:
+    tower = make_backbone().set_precision(precision).vision
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    attention = tower.blocks[0].attn
+    results = []
+
+    for tokens in (noise(1, 2, 4, 64).requires_grad_(), noise(1, 2, 4, 64).requires_grad_()):
+        with patch("vlprompt.backbones.vision.quick_attention", nullcontext) if results else nullcontext():
+            features = tower.encode(images, VisualPrompts(tokens, "after_cls"))
+        features.square().sum().backward()
+        results.append((features.detach(), tokens.grad))
+
+    (quick, quick_gradient), (slow, slow_gradient) = results
+    torch.testing.assert_close(quick, slow, rtol=0, atol=tolerance * float(slow.abs().max()))
+    torch.testing.assert_close(
+        quick_gradient, slow_gradient, rtol=0, atol=tolerance * float(slow_gradient.abs().max())
+    )
+    assert "forward" not in vars(attention)
+
+
+def test_what_needs_no_graph_keeps_its_bits_beside_one(backbone: Backbone, images: Tensor) -> None:
+    with torch.no_grad():
+        expected = backbone.vision.states(images, 2).tokens
+    with quick_attention(backbone.vision.blocks):
+        assert torch.equal(backbone.vision.states(images, 2).tokens, expected)
+        pixels = images.clone().requires_grad_()
+        assert backbone.vision.states(pixels, 2).tokens.requires_grad

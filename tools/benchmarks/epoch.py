@@ -16,19 +16,21 @@ from vlprompt.data import Augmentation, load_dataset
 from vlprompt.learners import create_learner
 from vlprompt.training.callbacks import Callback
 
-__all__ = ["bench_epoch"]
+__all__ = ["EpochClock", "bench_epoch"]
 
 
-class _EpochClock(Callback):
-    """Seconds of every epoch."""
+class EpochClock(Callback):
+    """Seconds of every epoch, in order, in :attr:`seconds`."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_start(self, trainer: Any) -> None:
+        """See :meth:`Callback.on_start`."""
         self._last = time.perf_counter()
 
     def on_epoch(self, trainer: Any, record: dict[str, Any]) -> None:
+        """See :meth:`Callback.on_epoch`."""
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
@@ -59,7 +61,7 @@ def bench_epoch(
     options: dict[str, Any] = {"epochs": epochs, "batch_size": batch, "drop_last": False}
     learner: Any = create_learner("coop", tower, data.classnames, context_length=context)
 
-    clock = _EpochClock()
+    clock = EpochClock()
     started = time.perf_counter()
     fit(learner, data, callbacks=[clock], **options)
     total = time.perf_counter() - started
