@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
-from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
+from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import Adapter, encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
@@ -90,7 +90,7 @@ class OwnTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """See :meth:`TextTower.run`."""
@@ -108,7 +108,7 @@ class OwnTower(TextTower):
         x = self.embed(sources, slots, context)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
-    def begin(self, layout: PromptLayout, context: Tensor | None, deep: Tensor | None, length: int) -> Tensor:
+    def begin(self, layout: PromptLayout, context: Tensor | None, deep: DeepPrompts, length: int) -> Tensor:
         """Return (G * C, T, Dt) states before the first block: embeddings and context with their positions."""
         sources = self.padded_sources(layout, length)
         positions = torch.arange(length).repeat(len(layout))
@@ -119,7 +119,7 @@ class OwnTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class OwnTower(TextTower):
         x: Tensor,
         mask: Tensor | None,
         layout: PromptLayout,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """Run (G * C, R, Dt) states through all blocks.
@@ -144,15 +144,15 @@ class OwnTower(TextTower):
             x: Tokens, and perhaps more after them.
             mask: Added to attention's logits: (R, R), or (G * C, 1, R, R) if sentences differ.
             layout: The C sentences.
-            deep: (G or 1, J, K, Dt) deep prompts.
+            deep: Deep prompts of chosen blocks.
             adapters: See :meth:`TextTower.encode`.
         """
         slots = layout.padded_slots(x.shape[1])
         hooked = adapters is not None and any(place.layers for place in self.attention)
         with adapted(self.attention, adapters or ()) if hooked else nullcontext():
             for i, block in enumerate(self.blocks):
-                if deep is not None and 1 <= i <= deep.shape[1]:
-                    x = _replace(x, len(layout), slots, deep[:, i - 1])
+                if i in deep:
+                    x = _replace(x, len(layout), slots, deep[i])
                 adapter = None if hooked or adapters is None else adapters[i]
                 x = self._run(block, x, mask, adapter)
         return x
@@ -205,7 +205,7 @@ class CoCaTower(OwnTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -288,7 +288,7 @@ class HuggingFaceTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -302,11 +302,10 @@ class HuggingFaceTower(TextTower):
         with ExitStack() as stack:
             if adapters is not None:
                 stack.enter_context(adapted(self.attention, adapters))
-            if deep is not None:
-                for i in range(1, deep.shape[1] + 1):
-                    hook = _replacing(len(layout), slots, deep[:, i - 1])
-                    handle = self.blocks[i].register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+            for block, rows in deep.items():
+                hook = _replacing(len(layout), slots, rows)
+                handle = self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
             output = self.inner.transformer(inputs_embeds=x, attention_mask=mask)
 
         # open_clip's pooler of maxima fills where its mask is true, so what it needs is the padding.

@@ -47,6 +47,7 @@ def context_layout(
     count: int,
     position: Position = "end",
     class_specific: bool = False,
+    suffix: str = ".",
 ) -> PromptLayout:
     """Return the sentences of all classes with ``count`` context slots each.
 
@@ -59,6 +60,7 @@ def context_layout(
         count: M, slots per class.
         position: Where the name stands: behind the context, between its halves, or before it.
         class_specific: Whether each class has M slots to itself, so that there are C * M.
+        suffix: What follows the sentence's last piece.
     """
     before = {"end": count, "middle": count // 2, "front": 0}[position]
 
@@ -67,9 +69,9 @@ def context_layout(
         first = number * count if class_specific else 0
         slots = [slot(first + k) for k in range(count)]
 
-        pieces: list[str | int] = [*slots[:before], name, *slots[before:], "."]
+        pieces: list[str | int] = [*slots[:before], name, *slots[before:], suffix]
         if before == count:  # the full stop belongs to the name's own tokens
-            pieces = [*slots, f"{name}."]
+            pieces = [*slots, f"{name}{suffix}"]
         sentences.append(tower.sentence(*pieces))
 
     return tower.layout(sentences, classnames)
