@@ -90,12 +90,12 @@ def test_one_sentence_a_step_is_drawn_for_all_classes(backbone: Backbone, batch:
     expected = []
     for template in templates:
         texts = backbone.encode_text([template.format(name) for name in NAMES])
-        expected.append(round(float(1 - F.cosine_similarity(weights, texts).mean()), 5))
+        expected.append(round((1 - F.cosine_similarity(weights, texts).mean()).item(), 5))
     torch.manual_seed(0)
-    found = [round(float(learner.loss(batch)["consistency_text"]), 5) for _ in range(20)]
+    found = [round(learner.loss(batch)["consistency_text"].item(), 5) for _ in range(20)]
     assert sorted(set(found)) == pytest.approx(sorted(expected), abs=2e-5)
     learner.eval()
-    assert float(learner.loss(batch)["consistency_text"]) == pytest.approx(expected[0], abs=2e-5)
+    assert learner.loss(batch)["consistency_text"].item() == pytest.approx(expected[0], abs=2e-5)
 
 
 @pytest.mark.parametrize("views", [0, 3])

@@ -84,12 +84,12 @@ def test_the_offset_moves_all_classes_alike(backbone: Backbone) -> None:
 
 def test_noise_enters_a_share_of_the_training_steps(backbone: Backbone, batch: dict[str, Tensor]) -> None:
     learner = create_learner("lasp", backbone, NAMES, ["a {}."], texts="templates", noise=0.2)
-    quiet = float(learner.eval().loss(batch)["text_to_text"])
-    assert float(learner.loss(batch)["text_to_text"]) == quiet  # only training is noisy
+    quiet = learner.eval().loss(batch)["text_to_text"].item()
+    assert learner.loss(batch)["text_to_text"].item() == quiet  # only training is noisy
 
     learner.train()
     torch.manual_seed(0)
-    found = [float(learner.loss(batch)["text_to_text"]) for _ in range(60)]
+    found = [learner.loss(batch)["text_to_text"].item() for _ in range(60)]
     noisy = [value for value in found if abs(value - quiet) > 1e-4 * quiet]
     assert 18 <= len(noisy) <= 42
     assert len(set(noisy)) == len(noisy)

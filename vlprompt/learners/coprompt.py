@@ -51,6 +51,8 @@ class CoPrompt(MaPLe):
         image_ratio: r of the images; 0 leaves their embeddings as they are.
         text_ratio: r of the classes.
         reduction: How many times narrower the adapters' hidden layers are than the joint space.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -78,10 +80,20 @@ class CoPrompt(MaPLe):
         image_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1,
         text_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2,
         reduction: Annotated[int, Field(ge=1)] = 4,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(
-            backbone, classnames, templates, context_length=context_length, depth=depth, init=init, seed=seed
+            backbone,
+            classnames,
+            templates,
+            context_length=context_length,
+            depth=depth,
+            init=init,
+            attributes=attributes,
+            attribute_length=attribute_length,
+            seed=seed,
         )
         self.weight = weight
         self.distance = distance

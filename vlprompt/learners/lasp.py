@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.core.names import clean_classname
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import context_layout, initial_context
+from vlprompt.learners._context import Attributes, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
@@ -92,6 +92,8 @@ class LASP(Learner):
         extra_names: Names of classes without images (the paper's virtual classes) that the texts are classified among
             too. The authors' code takes those of the whole data set, also the half that a base-to-new run must not
             know: here they are named, or not used.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -114,6 +116,8 @@ class LASP(Learner):
         noise: Annotated[float, Field(ge=0)] = 0.05,
         noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.5,
         extra_names: Sequence[str] = (),
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -123,15 +127,16 @@ class LASP(Learner):
         self.texts = LASP_TEXTS if texts == "authors" else self.templates
 
         start = initial_context(backbone.text, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
         self.offset = nn.Parameter(torch.zeros(backbone.dim))
 
         extra = dict.fromkeys(map(clean_classname, extra_names))
         self.all_names = (*self.classnames, *(name for name in extra if name not in self.classnames))
-        self.layout = context_layout(backbone.text, self.classnames, len(start))
+        self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
         self.all_layout = self.layout
         if len(self.all_names) > len(self.classnames):
-            self.all_layout = context_layout(backbone.text, self.all_names, len(start))
+            self.all_layout = context_layout(backbone.text, self.all_names, len(start), attributes=words)
 
         self._text_features: Tensor | None = None
 

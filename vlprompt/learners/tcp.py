@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import context_layout
+from vlprompt.learners._context import Attributes, context_layout
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.kgcoop import KgCoOp
 from vlprompt.learners.recipe import Recipe
@@ -62,6 +63,8 @@ class TCP(KgCoOp):
         reduction: How many times narrower the network's hidden layer is than the joint space.
         suffix_from_template: Whether the words after the class name are those of the first template ("a type of pet")
             instead of a full stop alone, as in the authors' code for some data sets.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -85,6 +88,8 @@ class TCP(KgCoOp):
         block: Annotated[int | None, Field(ge=1)] = None,
         reduction: Annotated[int, Field(ge=1)] = 4,
         suffix_from_template: bool = False,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(
@@ -94,6 +99,8 @@ class TCP(KgCoOp):
             context_length=context_length,
             init=init,
             weight=weight,
+            attributes=attributes,
+            attribute_length=attribute_length,
             seed=seed,
         )
         text = backbone.text
@@ -101,8 +108,10 @@ class TCP(KgCoOp):
 
         # Every class has places of its own, since what enters them above the block differs between classes.
         suffix = _suffix(self.templates[0]) if suffix_from_template else "."
+        words = Attributes(attributes, attribute_length)
+        self.length = len(self.context) - words.length * len(words.words)
         self.layout = context_layout(
-            text, self.classnames, len(self.context), class_specific=True, suffix=suffix
+            text, self.classnames, self.length, class_specific=True, suffix=suffix, attributes=words
         )
 
         hidden = max(1, backbone.dim // reduction)
@@ -111,17 +120,18 @@ class TCP(KgCoOp):
                 OrderedDict(
                     linear1=nn.Linear(backbone.dim, hidden),
                     gelu=QuickGELU(),
-                    linear2=nn.Linear(hidden, self.context.numel()),
+                    linear2=nn.Linear(hidden, self.length * text.width),
                 )
             )
 
     def class_tokens(self) -> Tensor:
         """Return (C, M, Dt) tokens made of the zero-shot weights."""
-        return self.class_net(self.zero_shot).view(len(self.classnames), *self.context.shape)
+        return self.class_net(self.zero_shot).view(len(self.classnames), self.length, -1)
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        context = self.context.repeat(len(self.classnames), 1)  # (C * M, Dt)
+        own = self.context[: self.length].repeat(len(self.classnames), 1)  # (C * M, Dt)
+        context = torch.cat([own, self.context[self.length :]])
         tokens = self.class_tokens().flatten(0, 1)
         return self.backbone.text.encode(self.layout, context, {self.block: tokens})
 
