@@ -280,3 +280,49 @@ def test_what_does_not_fit_is_refused(backbone: Backbone) -> None:
         tower.encode(layout, noise(0, 4, 64), noise(0, 3, 4, 64))
     with pytest.raises(VLPromptError, match="deep prompts have width 32"):
         tower.encode(layout, noise(0, 4, 64), noise(0, 2, 4, 32))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_deep_prompts_of_one_block_that_differ_between_classes(
+    backbone: Backbone, block: int, grouped: bool
+) -> None:
+    tower = backbone.text
+    layout = context_layout(tower, NAMES, 3, class_specific=True)
+    context, rows = (
+        noise(20, 3, tower.width),
+        noise(21, *((2,) if grouped else ()), layout.slots, tower.width),
+    )
+
+    def at_block(encode: Encoder) -> Encoder:
+        return lambda layout, context, rows: encode(
+            layout,
+            context.repeat(len(NAMES), 1),
+            {block: rows},  # type: ignore[dict-item]
+        )
+
+    got = value_and_gradients(at_block(tower.encode), layout, context, rows)
+    assert_same(got, value_and_gradients(at_block(in_full(tower)), layout, context, rows))
+    assert not torch.allclose(got[0], tower.encode(layout, context.repeat(len(NAMES), 1)), atol=1e-3)
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_deep_prompts_of_the_first_slots_leave_the_others(backbone: Backbone, position: str) -> None:
+    tower = backbone.text
+    layout = context_layout(tower, NAMES, 5, position)
+    context, deep = noise(22, 5, tower.width), noise(23, 2, 2, tower.width)
+    got = value_and_gradients(tower.encode, layout, context, deep)
+    assert_same(got, value_and_gradients(in_full(tower), layout, context, deep))
+    assert got[1][2:].any()  # what no deep prompt replaces flows on from the bottom
+
+
+def test_deep_prompts_by_block_are_those_of_one_tensor(backbone: Backbone) -> None:
+    tower = backbone.text
+    layout = context_layout(tower, NAMES, 4)
+    context, deep = noise(24, 4, tower.width), noise(25, 2, 4, tower.width)
+    assert torch.equal(
+        tower.encode(layout, context, deep), tower.encode(layout, context, {2: deep[1], 1: deep[0]})
+    )
+    for block in (0, 3):
+        with pytest.raises(VLPromptError, match=rf"before block {block}, .* blocks 1 to 2"):
+            tower.encode(layout, context, {block: deep[0]})

@@ -25,7 +25,12 @@ def test_the_sentences_of_a_step_do_not_depend_on_its_samples(
     encode = backbone.text.encode
 
     def watched(layout, context=None, deep=None, adapters=None):  # type: ignore[no-untyped-def]
-        groups = (context is not None and context.dim() == 3) or (deep is not None and deep.dim() == 4)
+        rows = (
+            [deep] if isinstance(deep, Tensor) else list((deep or {}).values())
+        )  # prompts of blocks by number
+        groups = (context is not None and context.dim() == 3) or any(
+            t.dim() == (4 if isinstance(deep, Tensor) else 3) for t in rows
+        )
         if torch.is_grad_enabled() and not groups:
             seen.append((tuple(layout.sentences), -1 if context is None else len(context)))
         return encode(layout, context, deep, adapters)

@@ -54,7 +54,14 @@ def naive_towers(
     def encode(layout: Any, context: Any = None, deep: Any = None, adapters: Any = None) -> Tensor:
         nonlocal left
         groups = max(
-            [1, *(len(t) for t, size in ((context, 3), (deep, 4)) if t is not None and t.dim() == size)]
+            [
+                1,
+                *(
+                    len(t)
+                    for t, size in ((context, 3), (deep, 4))
+                    if isinstance(t, Tensor) and t.dim() == size
+                ),
+            ]
         )
         need = naive_text_bytes(tower, groups * len(layout))
         if not torch.is_grad_enabled() or need <= left:

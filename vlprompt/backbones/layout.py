@@ -7,7 +7,7 @@ once, and packs what is left of each sentence into tiles without padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from vlprompt.core.errors import VLPromptError
 
-__all__ = ["PromptLayout", "Slots", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
+__all__ = ["DeepPrompts", "PromptLayout", "Slots", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
+
+DeepPrompts = Mapping[int, Tensor]
+"""Block, from 1, to (G or 1, K, Dt): what replaces before that block the states at the places of slots below K."""
 
 _TILE = (
     64  # tokens per tile: long enough for efficient attention, short enough that a tile's mask stays cheap
@@ -62,18 +65,26 @@ class Slots:
         inside = [(place - start, number) for place, number in pairs if start <= place < stop]
         return Slots(tuple(place for place, _ in inside), tuple(number for _, number in inside))
 
+    def below(self, count: int) -> Slots:
+        """Return the slots of the first ``count`` vectors."""
+        pairs = zip(self.places, self.numbers, strict=True)
+        kept = [(place, number) for place, number in pairs if number < count]
+        return Slots(tuple(place for place, _ in kept), tuple(number for _, number in kept))
+
 
 def insert_rows(x: Tensor, slots: Slots, rows: Tensor) -> Tensor:
     """Put learned vectors into their places.
 
     Args:
         x: (G or 1, R, W) states of R tokens.
-        slots: The places of the R tokens that are learned; vector k becomes ``rows[:, k]``.
+        slots: The places of the R tokens that are learned; vector k becomes ``rows[:, k]``. Those of vectors from K on
+            stay as they are.
         rows: (G or 1, K, W) learned vectors.
 
     Returns:
         (G or 1, R, W) of x's type; ``x`` itself if nothing is learned.
     """
+    slots = slots.below(rows.shape[-2])
     if not slots.places:
         return x
 

@@ -27,7 +27,7 @@ from vlprompt.backbones.edits import (
     enter_tokens,
     entered_tokens,
 )
-from vlprompt.backbones.layout import PromptLayout, Slots, Tiles, insert_rows
+from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, Tiles, insert_rows
 
 __all__ = ["Adapter", "encode_packed", "is_packable_block", "quick_attention", "run_block"]
 
@@ -74,7 +74,7 @@ def encode_packed(
     tower: PackableTower,
     layout: PromptLayout,
     context: Tensor | None,
-    deep: Tensor | None,
+    deep: DeepPrompts,
     adapters: Adapters | None = None,
 ) -> Tensor:
     """Compute (G, C, d) features; arguments as in :meth:`vlprompt.backbones.text.TextTower.encode`, with a group axis.
@@ -88,8 +88,8 @@ def encode_packed(
     past = _run_prefix(tower, prefix, layout.prefix_slots, deep, edits)
     remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
     groups = cast(int, torch.sym_max(remainders.shape[0], prefix.shape[0]))
-    if deep is not None:
-        groups = cast(int, torch.sym_max(groups, deep.shape[0]))
+    for rows in deep.values():
+        groups = cast(int, torch.sym_max(groups, rows.shape[0]))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
 
@@ -167,7 +167,7 @@ def _look_at_itself(
 
 
 def _run_prefix(
-    tower: PackableTower, x: Tensor, slots: Slots, deep: Tensor | None, edits: Edits
+    tower: PackableTower, x: Tensor, slots: Slots, deep: DeepPrompts, edits: Edits
 ) -> list[KeyValue]:
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh).
 
@@ -198,7 +198,7 @@ def _run_tiles(
     remainders: Tensor,
     tiles: Tiles,
     past: list[KeyValue],
-    deep: Tensor | None,
+    deep: DeepPrompts,
     edits: Edits,
     group: slice,
     rows: slice,
@@ -209,7 +209,7 @@ def _run_tiles(
     x = _pick(remainders, group)[:, window]
     slots = tiles.slots.window(window.start, window.stop)
     mask = tiles.mask[rows].to(x.device)
-    deep = None if deep is None else _pick(deep, group)
+    deep = {block: _pick(prompts, group) for block, prompts in deep.items()}
 
     masks = _grown_masks(mask, edits)
 
@@ -343,11 +343,9 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp.c_proj(mlp.gelu(hidden))
 
 
-def _insert(x: Tensor, slots: Slots, deep: Tensor | None, layer: int) -> Tensor:
-    """Replace the states at learned places by this layer's own prompts, if it has any."""
-    if deep is None or not 1 <= layer <= deep.shape[1]:
-        return x
-    return insert_rows(x, slots, deep[:, layer - 1])
+def _insert(x: Tensor, slots: Slots, deep: DeepPrompts, block: int) -> Tensor:
+    """Replace the states at learned places by this block's own prompts, if it has any."""
+    return insert_rows(x, slots, deep[block]) if block in deep else x
 
 
 def _pick(x: Tensor, group: slice) -> Tensor:

@@ -8,7 +8,7 @@ where sharing would be wrong and as the reference in tests and benchmarks. Which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections
 from vlprompt.backbones.edits import Adapter, entered_tokens, norms_of
-from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
+from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
 from vlprompt.core.shares import Division, division
@@ -202,7 +202,7 @@ class TextTower:
         self,
         layout: PromptLayout,
         context: Tensor | None = None,
-        deep: Tensor | None = None,
+        deep: Tensor | Mapping[int, Tensor] | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Return text features of every class, not normalised.
@@ -211,8 +211,10 @@ class TextTower:
             layout: The sentences, from :meth:`layout`.
             context: (K, Dt), or (G, K, Dt) for G independent sets (one per image or sample); K >=
                 layout.slots.
-            deep: (J, K, Dt) or (G, J, K, Dt): before block i = 1..J the states at the places of slot k are
-                replaced by ``deep[i - 1, k]`` (MaPLe, Khattak et al. 2023, section 3.2).
+            deep: (J, K, Dt) or (G, J, K, Dt): before block i = 1..J the states at the places of slot k < K are
+                replaced by ``deep[i - 1, k]`` (MaPLe, Khattak et al. 2023, section 3.2). For chosen blocks: number of
+                the block, from 1, to (K, Dt) or (G, K, Dt). Slots from K on keep their states; slots that each class
+                has to itself (``c * M + m``) take prompts that differ between classes.
             adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
                 reads, whose result is added to queries, keys and values (see :meth:`require_adapters`); or edits of
                 the blocks (see :class:`vlprompt.backbones.edits.BlockEdit` and :meth:`require_edits`).
@@ -226,28 +228,28 @@ class TextTower:
         Raises:
             VLPromptError: If context or deep prompts don't fit the layout or the tower.
         """
-        context, deep, grouped = self._check(layout, context, deep, adapters)
+        context, blocks, grouped = self._check(layout, context, deep, adapters)
         # A traced graph belongs to one process.
         divided = None if torch.compiler.is_compiling() else division()
 
-        if divided is None or grouped or not _is_worth_dividing(divided, layout, context, deep, adapters):
-            features = self.run(layout, context, deep, adapters)
+        if divided is None or grouped or not _is_worth_dividing(divided, layout, context, blocks, adapters):
+            features = self.run(layout, context, blocks, adapters)
             return features if grouped else features[0]
 
         own = layout.part(divided.part(len(layout)))
-        return divided.gather(self.run(own, context, deep, adapters)[0], len(layout))
+        return divided.gather(self.run(own, context, blocks, adapters)[0], len(layout))
 
     def encode_plain(
         self,
         layout: PromptLayout,
         context: Tensor | None = None,
-        deep: Tensor | None = None,
+        deep: Tensor | Mapping[int, Tensor] | None = None,
         length: int | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Compute :meth:`encode` by a full pass over every sentence, padded to ``length`` (default: what is exact)."""
-        context, deep, grouped = self._check(layout, context, deep, adapters)
-        pooled, _ = self.run_plain(layout, context, deep, length or self.shortest(layout), adapters)
+        context, blocks, grouped = self._check(layout, context, deep, adapters)
+        pooled, _ = self.run_plain(layout, context, blocks, length or self.shortest(layout), adapters)
         features = self.project(pooled).unflatten(0, (-1, len(layout)))
         return features if grouped else features[0]
 
@@ -255,7 +257,7 @@ class TextTower:
         self,
         layout: PromptLayout,
         context: Tensor | None = None,
-        deep: Tensor | None = None,
+        deep: Tensor | Mapping[int, Tensor] | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return every token's state beside the sentences' features; arguments as in :meth:`encode`, without groups.
@@ -265,8 +267,8 @@ class TextTower:
             and (C, d) features. Both float32. K tokens that edits brought along stand behind the first token, so that T
             is larger by K.
         """
-        context, deep, _ = self._check(layout, context, deep, adapters)
-        pooled, x = self.run_plain(layout, context, deep, self.shortest(layout), adapters)
+        context, blocks, _ = self._check(layout, context, deep, adapters)
+        pooled, x = self.run_plain(layout, context, blocks, self.shortest(layout), adapters)
         places = torch.arange(x.shape[1], device=x.device) - entered_tokens(adapters)
         inside = places < torch.tensor(layout.lengths, device=x.device)[:, None]
         return torch.where(inside[..., None], self.norm(x).float(), 0.0), self.project(pooled)
@@ -275,7 +277,7 @@ class TextTower:
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """Return (G, C, d) features in the fastest way that is exact; arguments as of :meth:`encode`, with groups."""
@@ -290,7 +292,7 @@ class TextTower:
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -302,9 +304,9 @@ class TextTower:
         """
         raise NotImplementedError
 
-    def spread(self, x: Tensor, layout: PromptLayout, deep: Tensor | None, length: int) -> Tensor:
+    def spread(self, x: Tensor, layout: PromptLayout, deep: DeepPrompts, length: int) -> Tensor:
         """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings."""
-        groups = max(x.shape[0], 1 if deep is None else deep.shape[0])
+        groups = max(x.shape[0], *(rows.shape[0] for rows in deep.values())) if deep else x.shape[0]
         return x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
     def padded_sources(self, layout: PromptLayout, length: int) -> Tensor:
@@ -328,9 +330,10 @@ class TextTower:
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: Tensor | Mapping[int, Tensor] | None,
         adapters: Sequence[Adapter | None] | None,
-    ) -> tuple[Tensor | None, Tensor | None, bool]:
+    ) -> tuple[Tensor | None, DeepPrompts, bool]:
+        """Return context and deep prompts with a group axis, and whether one of them came with it."""
         self.require_prompts()
         slots = layout.slots
 
@@ -338,30 +341,46 @@ class TextTower:
         if slots > available:
             raise VLPromptError(f"the sentences refer to {slots} context vectors, {available} were given.")
 
-        for what, tensor in (("context", context), ("deep prompts", deep)):
+        blocks = _by_block(deep)
+        for what, tensor in [("context", context), *(("deep prompts", rows) for rows in blocks.values())]:
             if tensor is not None and tensor.shape[-1] != self.width:
                 raise VLPromptError(f"{what} have width {tensor.shape[-1]}, the text tower has {self.width}.")
 
-        if deep is not None and entered_tokens(adapters):
+        if blocks and entered_tokens(adapters):
             raise VLPromptError("deep text prompts can't be combined with tokens that enter between blocks.")
-        if deep is not None and deep.shape[-3] > self.layers - 1:
+        if isinstance(deep, Tensor) and len(blocks) > self.layers - 1:
             raise VLPromptError(
-                f"{deep.shape[-3]} layers of deep text prompts, the tower takes at most {self.layers - 1}."
+                f"{len(blocks)} layers of deep text prompts, the tower takes at most {self.layers - 1}."
+            )
+        outside = [block for block in blocks if not 1 <= block < self.layers]
+        if outside:
+            raise VLPromptError(
+                f"deep text prompts before block {outside[0]}, the tower takes them before blocks 1 to "
+                f"{self.layers - 1}."
             )
 
-        grouped = (context is not None and context.dim() == 3) or (deep is not None and deep.dim() == 4)
+        grouped = any(tensor is not None and tensor.dim() == 3 for tensor in (context, *blocks.values()))
         context = context[None] if context is not None and context.dim() == 2 else context
-        deep = deep[None] if deep is not None and deep.dim() == 3 else deep
-        return context, deep, grouped
+        blocks = {block: rows if rows.dim() == 3 else rows[None] for block, rows in blocks.items()}
+        return context, blocks, grouped
+
+
+def _by_block(deep: Tensor | Mapping[int, Tensor] | None) -> dict[int, Tensor]:
+    """Return the prompts of each block, of those of blocks 1 to J in one tensor or as they are."""
+    if deep is None:
+        return {}
+    if isinstance(deep, Tensor):
+        return dict(enumerate(deep.unbind(-3), 1))
+    return dict(deep)
 
 
 def _is_worth_dividing(
     divided: Division,
     layout: PromptLayout,
     context: Tensor | None,
-    deep: Tensor | None,
+    deep: DeepPrompts,
     adapters: Sequence[Adapter | None] | None,
 ) -> bool:
     """Return whether the classes of a pass that learns are many enough to be divided among processes."""
-    learns = adapters is not None or any(t is not None and t.requires_grad for t in (context, deep))
+    learns = adapters is not None or any(t is not None and t.requires_grad for t in (context, *deep.values()))
     return learns and torch.is_grad_enabled() and len(layout) >= _FEWEST_CLASSES * divided.count

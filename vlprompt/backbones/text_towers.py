@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
 from vlprompt.backbones.edits import Adapter, attention_parts, edit_of, enter_tokens, entered_tokens
-from vlprompt.backbones.layout import PromptLayout, Slots, insert_rows
+from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
@@ -92,7 +92,7 @@ class OwnTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """See :meth:`TextTower.run`."""
@@ -127,7 +127,7 @@ class OwnTower(TextTower):
         x = self.embed(sources, slots, context)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
-    def begin(self, layout: PromptLayout, context: Tensor | None, deep: Tensor | None, length: int) -> Tensor:
+    def begin(self, layout: PromptLayout, context: Tensor | None, deep: DeepPrompts, length: int) -> Tensor:
         """Return (G * C, T, Dt) states before the first block: embeddings and context with their positions."""
         sources = self.padded_sources(layout, length)
         positions = torch.arange(length).repeat(len(layout))
@@ -138,7 +138,7 @@ class OwnTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ class OwnTower(TextTower):
         x: Tensor,
         mask: Tensor | None,
         layout: PromptLayout,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """Run (G * C, R, Dt) states through all blocks.
@@ -163,7 +163,7 @@ class OwnTower(TextTower):
             x: Tokens, and perhaps more after them.
             mask: Added to attention's logits: (R, R), or (G * C, 1, R, R) if sentences differ.
             layout: The C sentences.
-            deep: (G or 1, J, K, Dt) deep prompts.
+            deep: Deep prompts of chosen blocks.
             adapters: See :meth:`TextTower.encode`.
         """
         slots = layout.padded_slots(x.shape[1])
@@ -172,8 +172,8 @@ class OwnTower(TextTower):
         has_tokens = False
         with adapted(self.attention, attention_parts(adapters or ())) if hooked else nullcontext():
             for i, block in enumerate(self.blocks):
-                if deep is not None and 1 <= i <= deep.shape[1]:
-                    x = _replace(x, len(layout), slots, deep[:, i - 1])
+                if i in deep:
+                    x = _replace(x, len(layout), slots, deep[i])
                 edit = edit_of(None if hooked or adapters is None else adapters[i])
                 if brought:
                     x = enter_tokens(x, edit, at=1, is_first=not has_tokens)
@@ -239,7 +239,7 @@ class CoCaTower(OwnTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -322,7 +322,7 @@ class HuggingFaceTower(TextTower):
         self,
         layout: PromptLayout,
         context: Tensor | None,
-        deep: Tensor | None,
+        deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -336,11 +336,10 @@ class HuggingFaceTower(TextTower):
         with ExitStack() as stack:
             if adapters is not None:
                 stack.enter_context(adapted(self.attention, attention_parts(adapters)))
-            if deep is not None:
-                for i in range(1, deep.shape[1] + 1):
-                    hook = _replacing(len(layout), slots, deep[:, i - 1])
-                    handle = self.blocks[i].register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+            for block, rows in deep.items():
+                hook = _replacing(len(layout), slots, rows)
+                handle = self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
             output = self.inner.transformer(inputs_embeds=x, attention_mask=mask)
 
         # open_clip's pooler of maxima fills where its mask is true, so what it needs is the padding.

@@ -33,6 +33,7 @@ class ImageBatches(ReadBatches):
         views: Number of fixed views per image; 0 draws a new one every epoch.
         frozen: The frozen tower's (n, d) embeddings of every fixed view, which batches carry as ``"frozen"``; empty
             if the learner doesn't read them.
+        pairs: Whether batches carry the pixels of each image's next view, as ``"second"``.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ImageBatches(ReadBatches):
         options: TrainOptions,
         views: int,
         frozen: Sequence[Tensor] = (),
+        pairs: bool = False,
     ) -> None:
         self.data = data
         self.preprocess = preprocess
@@ -50,6 +52,7 @@ class ImageBatches(ReadBatches):
         self.options = options
         self.views = views
         self.frozen = list(frozen)
+        self.pairs = pairs
         self.targets = {name: torch.tensor(values) for name, values in data.targets.items()}
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -68,6 +71,8 @@ class ImageBatches(ReadBatches):
 
         if self.frozen:
             batch["frozen"] = self.frozen[view % len(self.frozen)][index]
+        if self.pairs:
+            batch["second"] = torch.stack([self._view(int(i), view + 1) for i in indices])
         return batch
 
     def _view(self, index: int, view: int) -> Tensor:
@@ -140,12 +145,18 @@ class TrainingSource:
         if learner.static_images and self.repeats:
             return self._stored({"embedding": self._embeddings()})
 
-        frozen = self._embeddings() if learner.reads_frozen and self.repeats else []
+        frozen = self._frozen() if learner.reads_frozen and self.repeats else []
         states = self.states() if states is None else states
         if states:
             return self._stored({"image": states, **({"frozen": frozen} if frozen else {})})
         return ImageBatches(
-            self.data, learner.preprocess, self.augmentation, self.options, self.views, frozen
+            self.data,
+            learner.preprocess,
+            self.augmentation,
+            self.options,
+            self.views,
+            frozen,
+            pairs=learner.pairs_views and not self.repeats,
         )
 
     def _stored(self, views: Mapping[str, Sequence[Rows]]) -> TensorBatches:
@@ -164,6 +175,11 @@ class TrainingSource:
     def training_data(self) -> tuple[Tensor, Tensor]:
         """Return (V, n, d) embeddings of every view of the training samples, and their (n,) labels."""
         return torch.stack(self._embeddings()), torch.tensor(self.data.labels)
+
+    def _frozen(self) -> list[Tensor]:
+        """Return for every fixed view the embeddings that the frozen tower makes of it, or of the next view."""
+        embeddings = self._embeddings()
+        return [*embeddings[1:], *embeddings[:1]] if self.learner.pairs_views else embeddings
 
     def _embeddings(self) -> list[Tensor]:
         """Return the (n, d) embeddings of every fixed view."""

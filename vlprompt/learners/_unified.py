@@ -15,7 +15,7 @@ from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import seeded_modules, torch_rng
-from vlprompt.learners._context import initial_context
+from vlprompt.learners._context import NO_ATTRIBUTES, Attributes, initial_context
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 
 __all__ = [
@@ -30,7 +30,12 @@ Mixing = Literal["transformer", "tokenwise", "mlp", "identity"]
 
 
 def phrase_context(
-    tower: TextTower, classnames: Sequence[str], length: int, init: str = "", seed: int = 1
+    tower: TextTower,
+    classnames: Sequence[str],
+    length: int,
+    init: str = "",
+    seed: int = 1,
+    attributes: Attributes = NO_ATTRIBUTES,
 ) -> tuple[Tensor, PromptLayout]:
     """Return learned context in front of the class name, and the sentences it stands in.
 
@@ -43,9 +48,10 @@ def phrase_context(
         length: M, number of learned tokens.
         init: The phrase; empty: ``length`` vectors from N(0, 0.02^2) and nothing else before the name.
         seed: Of the random start.
+        attributes: What stands in front of the sentence.
 
     Returns:
-        (M, Dt) float32 start values, and the layout.
+        (M, Dt) float32 start values, then those of the attributes, and the layout.
 
     Raises:
         BackboneError: If learned context can't enter this tower.
@@ -65,8 +71,9 @@ def phrase_context(
         rest = tower.require_tokenizer().encode(init.replace("_", " "))[length:]
 
     slots = [slot(k) for k in range(length)]
-    sentences = [tower.sentence(*slots, *rest, f"{name}.") for name in classnames]
-    return start, tower.layout(sentences, classnames)
+    front = attributes.pieces(tower, length)
+    sentences = [tower.sentence(*front, *slots, *rest, f"{name}.") for name in classnames]
+    return attributes.joined(start, seed), tower.layout(sentences, classnames)
 
 
 def initial_deep_context(tower: TextTower, depth: int, length: int, seed: int = 1) -> Tensor:
@@ -164,6 +171,8 @@ class DualPrompts(PromptedImages):
         text_depth: Prompted layers of the text tower, at most all it has.
         visual_depth: Prompted layers of the image tower, at most all it has.
         init: See :func:`phrase_context`.
+        attributes: See :class:`Attributes`.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
     """
 
@@ -180,6 +189,8 @@ class DualPrompts(PromptedImages):
         text_depth: int,
         visual_depth: int,
         init: str,
+        attributes: Sequence[str] = (),
+        attribute_length: int = 2,
         seed: int,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -188,8 +199,9 @@ class DualPrompts(PromptedImages):
         text.require_prompts()
         vision.require_prompts()
 
-        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
+        words = Attributes(attributes, attribute_length)
+        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed, words)
+        self.context = nn.Parameter(start)  # (M, Dt), then those of the attributes
         depth = possible_depth(text_depth, text.layers)
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
         self.register_parameter("deep_context", deep if depth > 1 else None)

@@ -43,6 +43,8 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         reads: What :meth:`embed_images` returns beside the image embedding, for caches; empty if nothing.
         reads_frozen: True if the loss reads the frozen tower's embedding of each image; ``batch["frozen"]`` holds it
             where the same pixels come again, so that it is computed once.
+        pairs_views: True if that embedding is to be of another view of the image: of the next one, where views are
+            random. Where the pixels don't come again, ``batch["second"]`` holds those of the next view.
         class_bound: True if the learned parameters belong to the class list, so that the learner can't move to
             other classes.
         head_classes: The classes that the learner has a head for, beside prompts that name any class; empty: there is
@@ -61,6 +63,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     static_images: bool = True
     reads: str = ""
     reads_frozen: bool = False
+    pairs_views: bool = False
     class_bound: bool = False
     head_classes: tuple[str, ...] = ()
     head_rule: ClassVar[Literal["all", "each"]] = "all"

@@ -18,7 +18,26 @@ from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
-__all__ = ["ClipAdapter"]
+__all__ = ["ClipAdapter", "embedding_adapter"]
+
+
+def embedding_adapter(width: int, reduction: int, seed: int, title: str) -> nn.Sequential:
+    """Return linear, ReLU, linear, ReLU without biases: d -> d / reduction -> d.
+
+    Args:
+        width: d, the joint dimension.
+        reduction: How many times narrower the hidden layer is.
+        seed: Of the random start.
+        title: What the start is drawn for; each has its own.
+    """
+    hidden = max(1, width // reduction)
+    with seeded_modules(seed, title):
+        return nn.Sequential(
+            nn.Linear(width, hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden, width, bias=False),
+            nn.ReLU(),
+        )
 
 
 @LEARNERS.register(
@@ -54,14 +73,7 @@ class ClipAdapter(Learner):
         super().__init__(backbone, classnames, templates)
         self.ratio = ratio
 
-        hidden = max(1, backbone.dim // reduction)
-        with seeded_modules(seed, "clip adapter"):
-            self.adapter = nn.Sequential(
-                nn.Linear(backbone.dim, hidden, bias=False),
-                nn.ReLU(),
-                nn.Linear(hidden, backbone.dim, bias=False),
-                nn.ReLU(),
-            )
+        self.adapter = embedding_adapter(backbone.dim, reduction, seed, "clip adapter")
 
         weights = backbone.class_weights(self.classnames, self.templates)
         self.register_buffer("zero_shot", weights, persistent=False)

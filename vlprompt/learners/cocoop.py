@@ -19,7 +19,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import context_layout, initial_context
+from vlprompt.learners._context import Attributes, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
@@ -52,6 +52,8 @@ class CoCoOp(Learner):
         init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0,
             0.02^2).
         reduction: How many times narrower the network's hidden layer is than the joint space.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -70,11 +72,15 @@ class CoCoOp(Learner):
         context_length: Annotated[int, Field(ge=1, le=64)] = 4,
         init: str = "a photo of a",
         reduction: Annotated[int, Field(ge=1)] = 16,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
         start = initial_context(backbone.text, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
+        self.shifted = len(start)
 
         hidden = max(1, backbone.dim // reduction)
         with seeded_modules(seed, "meta net"):
@@ -86,7 +92,7 @@ class CoCoOp(Learner):
                 )
             )
 
-        self.layout = context_layout(backbone.text, self.classnames, len(start))
+        self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
 
     def class_weights(self) -> Tensor:
         """Refuse: there is one set of weights per image, see :meth:`weights_for`."""
@@ -97,7 +103,10 @@ class CoCoOp(Learner):
     def weights_for(self, embeddings: Tensor) -> Tensor:
         """Return (B, C, d) unit-length class weights, one set for each of (B, d) image embeddings."""
         shift = self.meta_net(F.normalize(embeddings, dim=-1))  # (B, Dt)
-        context = self.context + shift[:, None]  # (B, M, Dt)
+        context = self.context[: self.shifted] + shift[:, None]  # (B, M, Dt)
+        if len(self.context) > self.shifted:  # the attributes' own vectors are the same for all images
+            still = self.context[self.shifted :].expand(len(embeddings), -1, -1)
+            context = torch.cat([context, still], dim=1)
         return F.normalize(self.backbone.text.encode(self.layout, context), dim=-1)
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import Position, context_layout, initial_context
+from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
@@ -38,6 +38,8 @@ class CoOp(Learner):
         class_specific: One context per class (the paper's CSC) instead of one for all.
         init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0,
             0.02^2).
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -57,6 +59,8 @@ class CoOp(Learner):
         position: Position = "end",
         class_specific: bool = False,
         init: str = "",
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -64,10 +68,18 @@ class CoOp(Learner):
 
         copies = len(self.classnames) if class_specific else 1
         start = initial_context(backbone.text, context_length, init, seed, copies)
-        self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(
+            words.joined(start, seed)
+        )  # (M or C * M, Dt), then those of the attributes
 
         self.layout = context_layout(
-            backbone.text, self.classnames, len(start) // copies, position, class_specific
+            backbone.text,
+            self.classnames,
+            len(start) // copies,
+            position,
+            class_specific,
+            attributes=words,
         )
 
     def class_embeddings(self) -> Tensor:

@@ -35,6 +35,8 @@ class IVLP(DualPrompts):
         text_depth: Prompted text layers, at most all the tower has.
         visual_depth: Prompted image layers, at most all the tower has.
         init: The phrase before the class name; tokens after ``context_length`` stay as written. Empty: random.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -56,6 +58,8 @@ class IVLP(DualPrompts):
         text_depth: Annotated[int, Field(ge=1)] = 9,
         visual_depth: Annotated[int, Field(ge=1)] = 9,
         init: str = "a photo of a",
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(
@@ -67,5 +71,7 @@ class IVLP(DualPrompts):
             text_depth=text_depth,
             visual_depth=visual_depth,
             init=init,
+            attributes=attributes,
+            attribute_length=attribute_length,
             seed=seed,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import context_layout, initial_context
+from vlprompt.learners._context import Attributes, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
@@ -42,6 +42,8 @@ class KgCoOp(Learner):
         init: A phrase whose token embeddings start the context (M becomes its number of tokens); empty: N(0,
             0.02^2).
         weight: Of the regulariser (the paper's lambda); 0 is CoOp.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -62,14 +64,17 @@ class KgCoOp(Learner):
         context_length: Annotated[int, Field(ge=1, le=64)] = 4,
         init: str = "a photo of a",
         weight: Annotated[float, Field(ge=0)] = 8.0,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.weight = weight
 
         start = initial_context(backbone.text, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
-        self.layout = context_layout(backbone.text, self.classnames, len(start))
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
+        self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
 
         frozen = backbone.class_weights(self.classnames, self.templates)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)

@@ -17,6 +17,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._context import Attributes
 from vlprompt.learners._unified import initial_deep_context, phrase_context
 from vlprompt.learners._visual import PromptedImages, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -42,6 +43,8 @@ class MaPLe(PromptedImages):
         depth: J, prompted layers of both towers, at most all the shallower one has (9 for base-to-new, 3 across
             data sets).
         init: The phrase before the class name; its tokens after the first M stay as written. Empty: random.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -63,6 +66,8 @@ class MaPLe(PromptedImages):
         context_length: Annotated[int, Field(ge=1, le=64)] = 2,
         depth: Annotated[int, Field(ge=1)] = 9,
         init: str = "a photo of a",
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -72,8 +77,10 @@ class MaPLe(PromptedImages):
         vision.require_prompts()
         depth = possible_depth(depth, text.layers, vision.layers)
 
-        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
+        words = Attributes(attributes, attribute_length)
+        start, self.layout = phrase_context(text, self.classnames, context_length, init, seed, words)
+        self.context = nn.Parameter(start)  # (M, Dt), then those of the attributes
+        self.length = context_length
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
         self.register_parameter("deep_context", deep if depth > 1 else None)
 
@@ -86,7 +93,8 @@ class MaPLe(PromptedImages):
     def visual_prompts(self) -> VisualPrompts:
         """See :meth:`PromptedImages.visual_prompts`."""
         deep = [] if self.deep_context is None else list(self.deep_context)
-        tokens = [project(p) for project, p in zip(self.projections, [self.context, *deep], strict=True)]
+        prompts = [self.context[: self.length], *deep]
+        tokens = [project(p) for project, p in zip(self.projections, prompts, strict=True)]
         return VisualPrompts(torch.stack(tokens), "append")
 
     def class_embeddings(self) -> Tensor:

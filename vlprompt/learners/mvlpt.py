@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images, VisualPrompts
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import Position, context_layout, initial_context
+from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
 from vlprompt.learners._unified import Mixing, PromptMixer
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -54,6 +54,8 @@ class MVLPT(PromptedImages):
         mixer_width: The mixer's common width.
         residual: See :class:`PromptMixer`.
         dropout: Share of visual prompt values that are dropped in training.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -82,6 +84,8 @@ class MVLPT(PromptedImages):
         mixer_width: Annotated[int, Field(ge=1)] = 128,
         residual: bool = False,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -94,8 +98,9 @@ class MVLPT(PromptedImages):
         context = None
         if family != "vpt":
             start = initial_context(text, context_length or words, init, seed)
-            context = nn.Parameter(start)  # (M, Dt)
-            self.layout = context_layout(text, self.classnames, len(start), position)
+            anchors = Attributes(attributes, attribute_length)
+            context = nn.Parameter(anchors.joined(start, seed))  # (M, Dt), then those of the attributes
+            self.layout = context_layout(text, self.classnames, len(start), position, attributes=anchors)
         else:
             weights = backbone.class_weights(self.classnames, self.templates)
             self.register_buffer("zero_shot", weights, persistent=False)

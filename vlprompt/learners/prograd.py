@@ -17,7 +17,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.backbones.text import TextTower
 from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import context_layout, initial_context
+from vlprompt.learners._context import Attributes, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
 
@@ -51,6 +51,8 @@ class ProGrad(Learner):
         teacher: Sentences of zero-shot classification. ``"templates"``: as they are. ``"class_last"``: in the order
             of :func:`class_last`, as the authors' own ("a type of pet, a photo of a beagle."); the two differ by up to
             nine logits on Oxford Pets.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
@@ -75,6 +77,8 @@ class ProGrad(Learner):
         strength: Annotated[float, Field(ge=0)] = 1.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
         teacher: Literal["templates", "class_last"] = "templates",
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -87,8 +91,9 @@ class ProGrad(Learner):
             )
         else:
             start = _right_aligned(backbone.text, context_length, init, seed)
-        self.context = nn.Parameter(start)  # (M, Dt)
-        self.layout = context_layout(backbone.text, self.classnames, context_length)
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
+        self.layout = context_layout(backbone.text, self.classnames, context_length, attributes=words)
 
         sentences = self.templates
         if teacher == "class_last":

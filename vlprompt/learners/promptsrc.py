@@ -59,6 +59,8 @@ class PromptSRC(DualPrompts):
         average: Gaussian prompt averaging.
         average_mean: In epochs, counted from 1; 15 belongs to 20 epochs.
         average_std: In epochs.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -90,6 +92,8 @@ class PromptSRC(DualPrompts):
         average: bool = True,
         average_mean: float = 15.0,
         average_std: Annotated[float, Field(gt=0)] = 1.0,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(
@@ -101,6 +105,8 @@ class PromptSRC(DualPrompts):
             text_depth=text_depth,
             visual_depth=visual_depth,
             init=init,
+            attributes=attributes,
+            attribute_length=attribute_length,
             seed=seed,
         )
         self.text_weight = text_weight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Insertion, VisualPrompts
 from vlprompt.learners import LEARNERS
-from vlprompt.learners._context import Position, context_layout, initial_context
+from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
 from vlprompt.learners._unified import Mixing, PromptMixer
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -48,6 +48,8 @@ class UPT(PromptedImages):
         residual: See :class:`PromptMixer`.
         insertion: See :class:`VisualPrompts`.
         dropout: Share of visual prompt values that are dropped in training.
+        attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
+        attribute_length: Learned vectors in front of each attribute word.
         seed: Of all random starts.
 
     Raises:
@@ -74,6 +76,8 @@ class UPT(PromptedImages):
         residual: bool = False,
         insertion: Insertion = "after_cls",
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        attributes: Sequence[str] = (),
+        attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -86,8 +90,13 @@ class UPT(PromptedImages):
 
         copies = len(self.classnames) if class_specific else 1
         start = initial_context(text, context_length, init, seed, copies)
-        self.context = nn.Parameter(start)  # (M, Dt) or (C * M, Dt)
-        self.layout = context_layout(text, self.classnames, len(start) // copies, position, class_specific)
+        words = Attributes(attributes, attribute_length)
+        self.context = nn.Parameter(
+            words.joined(start, seed)
+        )  # (M or C * M, Dt), then those of the attributes
+        self.layout = context_layout(
+            text, self.classnames, len(start) // copies, position, class_specific, attributes=words
+        )
 
         depth = possible_depth(visual_depth, vision.layers)
         self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, insertion, seed))
