@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden.text_learners import close, read_golden, small_clip, small_embeddings
+from tests.golden.trajectories import golden_images, train_twenty_steps
 from tests.golden.weights import filled
-from tests.learners.twenty_steps import golden_images, train_twenty_steps
 from vlprompt import create_learner
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
