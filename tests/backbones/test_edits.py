@@ -14,6 +14,7 @@ from tests.golden.weights import filled
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.edits import BlockEdit, NormDelta, entered_tokens, shifted_norms
 from vlprompt.backbones.text import TextTower
+from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.errors import BackboneError, VLPromptError
 
 NAMES = ["dog", "red circle", "American staffordshire terrier"]
@@ -262,6 +263,19 @@ def test_tokens_enter_images_between_blocks(
     kept = backbone.image_embeddings_and_tokens(tower.states(pixels, first), edits)
     torch.testing.assert_close(kept[0], features, rtol=0, atol=2e-5)
     torch.testing.assert_close(kept[1], entered, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["EVA-02", "PE-Core", "NaFlex ViT, rotary", "ViT with registers"])
+def test_tokens_before_every_block_are_deep_prompts(family: str) -> None:
+    """Of those, other tests know that they are right on towers with rotary positions and registers, too."""
+    from tests.families import family_backbone
+
+    tower = family_backbone(family).vision
+    pixels = filled("pixels", (2, 3, *family_backbone(family).image_size), 1.0)
+    tokens, edits = entering(tower.layers, 0, tower.width)
+    expected = tower.encode(pixels, VisualPrompts(tokens, "after_cls"))
+    torch.testing.assert_close(tower.encode(pixels, adapters=edits), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(expected, tower.encode(pixels), atol=1e-3)
 
 
 def test_without_tokens_the_image_tower_is_the_frozen_one(backbone: Backbone, images: Tensor) -> None:
