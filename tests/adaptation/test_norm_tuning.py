@@ -230,14 +230,14 @@ def test_a_batch_may_be_named_before_it_is_learned_from(backbone: Backbone, pixe
 def test_batch_normalisation_may_take_the_statistics_of_the_batch(
     make_backbone: Callable[..., Backbone], backbone: Backbone, pixels: Tensor
 ) -> None:
-    with pytest.raises(BackboneError, match="statistics=batch is for batch normalisation"):
-        build("tent", backbone, statistics="batch")
+    with pytest.raises(BackboneError, match="batch_statistics=true is for batch normalisation"):
+        build("tent", backbone, batch_statistics=True)
 
     resnet = make_backbone(vision={"layers": (1, 1, 1, 1), "width": 16, "head_width": 16})
     images = byte_images(resnet, "norm_tuning/resnet", 6)
     norms = [m for m in resnet.model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     before = [m.running_mean.clone() for m in norms]
-    got = build("tent", resnet, steps=0, batch=6, statistics="batch").predict(images).probs
+    got = build("tent", resnet, steps=0, batch=6, batch_statistics=True).predict(images).probs
     tower = deepcopy(resnet.model.visual).train()
     weights = create_learner("zero_shot", resnet, NAMES).class_weights()
     expected = (resnet.logit_scale * F.normalize(tower(images), dim=-1) @ weights.T).softmax(1).detach()
@@ -245,7 +245,7 @@ def test_batch_normalisation_may_take_the_statistics_of_the_batch(
     stored = build("tent", resnet, steps=0, batch=6).predict(images)
     assert torch.equal(stored.probs, stored.before)
     assert float((got - stored.probs).abs().max()) > 1e-3
-    moved = build("tent", resnet, batch=6, statistics="batch").predict(images)
+    moved = build("tent", resnet, batch=6, batch_statistics=True).predict(images)
     assert bool(moved.probs.isfinite().all())
     assert not torch.equal(moved.probs, got)
     assert all(torch.equal(m.running_mean, b) and not m.training for m, b in zip(norms, before, strict=True))

@@ -79,18 +79,9 @@ def test_a_stream_through_several_sets_goes_on_where_the_one_before_ended(tmp_pa
 
     averages = [outcome.metrics[f"bca/{name}/accuracy"] for name in parts]
     assert outcome.metrics["bca/average/accuracy"] == pytest.approx(sum(averages) / 2)
-    assert outcome.headline == "zero/average/accuracy"
+    assert outcome.headline == "bca/average/accuracy"
     assert "One stream through the data sets, in their order" in outcome.text
     assert outcome.metrics["stream"] == {"kind": "temporal"}
-
-
-def test_what_one_set_taught_changes_the_next_alone(tmp_path: Path) -> None:
-    together = run(tmp_path, **TEMPORAL).metrics
-    alone = run(tmp_path, "protocol.stream.kind=iid", **TEMPORAL).metrics
-    for label in ("zero", "bca", "tent"):
-        assert together[f"{label}/{FOG}/nll"] == alone[f"{label}/{FOG}/nll"]
-    assert together[f"zero/{SNOW}/nll"] == alone[f"zero/{SNOW}/nll"]
-    assert together[f"bca/{SNOW}/nll"] != alone[f"bca/{SNOW}/nll"]
 
 
 def test_a_killed_stream_of_several_sets_goes_on_in_the_second(
@@ -111,7 +102,7 @@ def test_a_killed_stream_of_several_sets_goes_on_in_the_second(
 
 
 def test_several_orders_of_a_stream_of_sets(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "protocol.orders=3", "methods.tent=null", **TEMPORAL)
+    outcome = run(tmp_path, "protocol.orders=3", "methods.tent=null", "data.test_images=4", **TEMPORAL)
     spread = outcome.results.select("accuracy_over_orders", method="bca")
     assert spread.coordinates("data") == [FOG, SNOW]
     assert len(outcome.results.select("accuracy_over_orders", method="zero")) == 0
@@ -226,15 +217,17 @@ def test_streams_that_lack_something_say_what(tmp_path: Path, sections: dict[str
 
 def test_sets_of_different_classes_are_no_stream(tmp_path: Path) -> None:
     asked = experiment(tmp_path, **{**TEMPORAL, "data": {"name": ["digits", FOG], "test_images": 2}})
-    outcome = run_experiment(asked)
-    assert "digits and scenes/size-c:fog:4 have different classes" in " ".join(outcome.failures)
+    with pytest.raises(DataError, match="digits and scenes/size-c:fog:4 have different classes"):
+        asked.run(asked.cells()[0], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tta_corruptions_tiny.yaml", "tta_continual_tiny.yaml"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("tta_corruptions_tiny.yaml", marks=pytest.mark.slow), "tta_continual_tiny.yaml"]
+)
 def test_the_shipped_corruptions_run(name: str, tmp_path: Path) -> None:
     overrides = [
-        f"output={tmp_path}", "data.test_images=4", "protocol.seeds=[1]", "backbone.pretrained=random",
-        "methods.tent.batch=4", "methods.cliptta=null", "methods.bca=null", "methods.tda=null", "methods.stata=null",
+        f"output={tmp_path}", "data.test_images=2", "protocol.seeds=[1]", "backbone.pretrained=random",
+        "methods.tent.batch=2", "methods.cliptta=null", "methods.bca=null", "methods.tda=null", "methods.stata=null",
         "methods.transclip=null",
     ]  # fmt: skip
     outcome = run_experiment(AdaptationExperiment(AdaptationConfig.read(name, overrides)))

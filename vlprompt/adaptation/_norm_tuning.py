@@ -1,8 +1,8 @@
 """What methods share that tune normalisation layers of the image tower, batch after batch.
 
-The learner is not touched: scales and shifts of the layers are tensors of the adapter that stand in the tower while it runs; the optimiser moves
-these. They are float32 whatever the tower computes in. An answer comes from one image at a time, as everywhere, so
-that where nothing moves it is zero-shot to the bit.
+The learner is not touched: scales and shifts of the layers are tensors of the adapter that stand in the tower while it
+runs, and the optimiser moves these. They are float32 whatever the tower computes in. An answer comes from one image
+at a time, as everywhere, so where nothing moves it is zero-shot to the bit.
 
 Source: Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021, arXiv 2006.10726, section 3.
 """
@@ -27,12 +27,11 @@ from vlprompt.core.errors import BackboneError, CheckpointError, NonFiniteError
 from vlprompt.learners import Learner
 from vlprompt.meta.functional import Functional
 
-__all__ = ["Batch", "NormAdapter", "NormRule", "Optimizer", "Statistics", "Steps", "norm_parameters"]
+__all__ = ["Batch", "NormAdapter", "NormRule", "Optimizer", "Steps", "norm_parameters"]
 
 Batch = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Optimizer = Literal["adam", "adamw", "sgd"]
-Statistics = Literal["stored", "batch"]
 
 _TOWER = "backbone.model.visual."  # before the names of a learner's tensors
 _NORM, _MOMENT = "norm/", "moment/"  # before the names of a state's tensors
@@ -89,8 +88,8 @@ class NormAdapter(FeatureAdapter):
         reset_scope: After what everything that was learned is forgotten: each ``batch``, a ``corruption`` or a
             ``dataset`` (where a stream goes over to the next one), or ``never``, only when a stream begins.
         updates_first: Whether a batch is named after it was learned from, or with what the batches before it taught.
-        statistics: Of batch normalisation: those that the tower has ``stored``, or those of each ``batch``, from whose
-            images none is then independent.
+        batch_statistics: Whether batch normalisation takes the statistics of each batch in place of those that the
+            tower has stored; then no image is independent of its batch.
 
     Attributes:
         norms: Scales and shifts by name, relative to the image tower; float32.
@@ -111,7 +110,7 @@ class NormAdapter(FeatureAdapter):
         batch: int,
         reset_scope: ResetScope,
         updates_first: bool,
-        statistics: Statistics,
+        batch_statistics: bool,
     ) -> None:
         super().__init__(learner, ViewPlan(1), 1.0)
         self.rule = rule
@@ -129,12 +128,12 @@ class NormAdapter(FeatureAdapter):
             )
 
         self._by_batch: list[nn.Module] = []
-        if statistics == "batch":
+        if batch_statistics:
             self._by_batch = [module for module in visual.modules() if isinstance(module, _BatchNorm)]
             if not self._by_batch:
                 raise BackboneError(
-                    f"statistics=batch is for batch normalisation, of which the image tower of {self.backbone.name} "
-                    "has none. Leave it out."
+                    f"batch_statistics=true is for batch normalisation, of which the image tower of "
+                    f"{self.backbone.name} has none. Leave it out."
                 )
 
         self._functional = Functional(learner)

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._norm_tuning import Batch, NormAdapter, NormRule, Optimizer, Statistics, Steps
+from vlprompt.adaptation._norm_tuning import Batch, NormAdapter, NormRule, Optimizer, Steps
 from vlprompt.adaptation._tuning import Rate
 from vlprompt.adaptation.base import ResetScope
 from vlprompt.adaptation.objectives import marginal_entropy
@@ -57,7 +57,7 @@ class ContrastiveAdaptation(NormAdapter):
         seed: Of the draws of remembered images.
         reset_scope: See :class:`NormAdapter`; the memory is forgotten too.
         updates_first: See :class:`NormAdapter`.
-        statistics: See :class:`NormAdapter`.
+        batch_statistics: See :class:`NormAdapter`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ContrastiveAdaptation(NormAdapter):
         seed: int = 0,
         reset_scope: ResetScope = "corruption",
         updates_first: bool = True,
-        statistics: Statistics = "stored",
+        batch_statistics: bool = False,
     ) -> None:
         self.diversity = diversity
         self.slots = slots
@@ -87,7 +87,7 @@ class ContrastiveAdaptation(NormAdapter):
             batch=batch,
             reset_scope=reset_scope,
             updates_first=updates_first,
-            statistics=statistics,
+            batch_statistics=batch_statistics,
         )
 
     def loss(self, images: Tensor, step: int) -> Tensor:

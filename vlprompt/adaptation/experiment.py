@@ -336,7 +336,7 @@ class AdaptationExperiment(Experiment):
         records = []
         for label, adapter in adapters.items():
             for name, data in parts.items():
-                add_scores(result, label, adapter, predicted[name][label], data, data=name)
+                add_scores(result, label, adapter, predicted[name][label], data, name)
                 records.append(self._record(cell, label, adapter, predicted[name][label], data, 0))
             add_costs(result, label, adapter, Predictions.cat([predicted[name][label] for name in parts]))
         self._add_orders(result, records, cell, adapters, parts, encoded)
@@ -407,7 +407,7 @@ class AdaptationExperiment(Experiment):
                 accuracies[label, name].append(record.metrics["accuracy"])
 
         for label, name in product(again, parts):
-            add_spread(result, label, accuracies[label, name], adapters[label], data=name)
+            add_spread(result, label, accuracies[label, name], adapters[label], name)
 
     def _add_alone(
         self,

@@ -18,7 +18,7 @@ from vlprompt.adaptation.record import AdaptationRecord, Tuning, view_setting
 from vlprompt.adaptation.summary import METRICS
 from vlprompt.core.options import options_model
 from vlprompt.data import ImageDataset
-from vlprompt.experiments.cell import CellResult, Coordinate
+from vlprompt.experiments.cell import CellResult
 from vlprompt.metrics.classification import compute
 from vlprompt.metrics.outliers import auroc, average_precision, false_positives_at_95, open_set_rate
 
@@ -60,12 +60,12 @@ def add_scores(
     adapter: Adapter,
     predictions: Predictions,
     data: ImageDataset,
-    **where: Coordinate,
+    name: str,
 ) -> None:
-    """Add a method's figures on one data set, before and after adaptation (see :func:`scores`)."""
+    """Add a method's figures on a data set of that name, before and after adaptation (see :func:`scores`)."""
     values = scores(predictions, data)
     values["views_kept"] = float(predictions.views_kept.float().mean())
-    result.add(values, method=label, start=start_name(adapter), **where)
+    result.add(values, method=label, start=start_name(adapter), data=name)
 
 
 def scores(predictions: Predictions, data: ImageDataset) -> dict[str, float]:
@@ -133,16 +133,16 @@ def add_costs(result: CellResult, label: str, adapter: Adapter, predictions: Pre
 
 
 def add_spread(
-    result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter, **where: Coordinate
+    result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter, name: str
 ) -> None:
-    """Add how much a method's accuracy depends on the order of the stream."""
+    """Add how much a method's accuracy on a data set of that name depends on the order of the stream."""
     values = {
         "accuracy_over_orders": statistics.fmean(accuracies),
         "accuracy_spread": statistics.stdev(accuracies),
         "accuracy_worst_tenth": worst_tenth(accuracies),
     }
     rounded = {metric: round(value, _DIGITS) for metric, value in values.items()}
-    result.add({**rounded, "orders": len(accuracies)}, method=label, start=start_name(adapter), **where)
+    result.add({**rounded, "orders": len(accuracies)}, method=label, start=start_name(adapter), data=name)
 
 
 def make_record(

@@ -85,8 +85,8 @@ def mix(known: ImageDataset, intruders: ImageDataset) -> ImageDataset:
     if shared and not same:
         raise DataError(
             f"{known.name} and {intruders.name} have some classes in common ({', '.join(shared[:5])}) and others "
-            "not, so an image of the second may be known or not. Take a set of other classes, or of the same ones in the "
-            "same order."
+            "not, so an image of the second may be known or not. Take a set of other classes, or of the same ones in "
+            "the same order."
         )
 
     samples = [Sample(MixedSource(sample.source, False), sample.label) for sample in known.samples]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._norm_tuning import Batch, NormAdapter, NormRule, Optimizer, Statistics, Steps
+from vlprompt.adaptation._norm_tuning import Batch, NormAdapter, NormRule, Optimizer, Steps
 from vlprompt.adaptation._tuning import Rate
 from vlprompt.adaptation.base import ResetScope
 from vlprompt.adaptation.objectives import marginal_entropy
@@ -40,7 +40,7 @@ class Tent(NormAdapter):
         weight_decay: Of all optimisers.
         reset_scope: See :class:`NormAdapter`.
         updates_first: See :class:`NormAdapter`.
-        statistics: See :class:`NormAdapter`.
+        batch_statistics: See :class:`NormAdapter`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tent(NormAdapter):
         weight_decay: Rate = 0.0,
         reset_scope: ResetScope = "batch",
         updates_first: bool = True,
-        statistics: Statistics = "stored",
+        batch_statistics: bool = False,
     ) -> None:
         super().__init__(
             learner,
@@ -62,7 +62,7 @@ class Tent(NormAdapter):
             batch=batch,
             reset_scope=reset_scope,
             updates_first=updates_first,
-            statistics=statistics,
+            batch_statistics=batch_statistics,
         )
 
     def loss(self, images: Tensor, step: int) -> Tensor:
