@@ -84,20 +84,17 @@ def test_a_stream_through_several_sets_goes_on_where_the_one_before_ended(tmp_pa
     assert outcome.metrics["stream"] == {"kind": "temporal"}
 
 
-def test_a_killed_stream_of_several_sets_goes_on_in_the_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_stream_of_several_sets_goes_on_in_the_second(tmp_path: Path) -> None:
     methods = {**TEMPORAL["methods"], "tent": {**TEMPORAL["methods"]["tent"], "reset_scope": "never"}}
     asked = experiment(tmp_path, "data.batch_size=3", **{**TEMPORAL, "methods": methods})
     (cell,) = asked.cells()
     whole = asked.run(cell, tmp_path / "whole")
     asked.run(cell, tmp_path / "killed")
-    # The second set lost its second portion, and what was learned is what was known behind the first.
-    cut = experiment(tmp_path, "data.batch_size=3", **{**TEMPORAL, "methods": methods})
+    # It ended before the second set: another process knows what it learned from the files of the first alone.
     folders = sorted((tmp_path / "killed" / "predictions").iterdir())
     for path in folders[1].iterdir():
         path.unlink()
-    again = cut.run(cell, tmp_path / "killed")
+    again = asked.run(cell, tmp_path / "killed")
     assert [m.value for m in again.measurements] == [m.value for m in whole.measurements]
 
 
@@ -219,6 +216,24 @@ def test_sets_of_different_classes_are_no_stream(tmp_path: Path) -> None:
     asked = experiment(tmp_path, **{**TEMPORAL, "data": {"name": ["digits", FOG], "test_images": 2}})
     with pytest.raises(DataError, match="digits and scenes/size-c:fog:4 have different classes"):
         asked.run(asked.cells()[0], tmp_path)
+
+
+def test_the_shipped_methods_on_features_run_in_several_orders(tmp_path: Path) -> None:
+    overrides = [
+        f"output={tmp_path}",
+        "data.test_images=3",
+        "protocol.seeds=[1]",
+        "protocol.orders=2",
+        "backbone.pretrained=random",
+        *(f"methods.{name}.views=2" for name in ("zero", "tps", "bca", "dmn", "dpe")),
+    ]
+    asked = AdaptationExperiment(AdaptationConfig.read("tta_online_tiny.yaml", overrides))
+    result = asked.run(asked.cells()[0], tmp_path)
+    measured = {(m.where["method"], m.metric) for m in result.measurements}
+    for name in asked.config.methods:
+        assert (name, "accuracy") in measured
+        # What takes images alone has no order.
+        assert ((name, "accuracy_over_orders") in measured) == (name not in ("zero", "tps"))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def corrupt(pixels: Pixels, kind: str, severity: int, *, seed: int = 0, key: str
         return pixels
 
     rng = numpy_rng(seed, "corruption", kind, severity, key)
-    values = pixels.astype(np.float32) / 255
+    values: Values = pixels.astype(np.float32) / np.float32(255)
     changed = entry.target(values, entry.extra["levels"][severity - 1], rng)
     # Cut, not rounded, as in the published images.
     return (255 * np.clip(changed, 0, 1)).astype(np.uint8)
