@@ -127,7 +127,7 @@ class NormAdapter(FeatureAdapter):
                 "could be tuned. Use an adapter that works on features (vlprompt list adapters)."
             )
 
-        self._by_batch: list[nn.Module] = []
+        self._by_batch: list[_BatchNorm] = []
         if batch_statistics:
             self._by_batch = [module for module in visual.modules() if isinstance(module, _BatchNorm)]
             if not self._by_batch:
@@ -273,7 +273,7 @@ def norm_parameters(visual: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _statistics_of_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _statistics_of_batches(layers: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let batch normalisation divide by statistics of its batch, and keep none of them, while the context is open."""
     before = [(layer.training, layer.track_running_stats) for layer in layers]
     for layer in layers:

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3), 0 to 255
-Values = np.ndarray[Any, np.dtype[np.float32]]  # (H, W, 3) or (H, W), 0 to 1
-Corruption = Callable[[Values, Any, np.random.Generator], np.ndarray[Any, Any]]
+Values = np.ndarray[Any, Any]  # (H, W, 3) or (H, W) floats, 0 to 1
+Corruption = Callable[[Values, Any, np.random.Generator], Values]
 """Takes (H, W, 3) values in [0, 1], the numbers of a severity and a generator; returns the same with any values."""
 
 CORRUPTIONS: Registry[Corruption] = Registry("corruption", "vlprompt.data.corruptions")
@@ -113,7 +113,7 @@ def corrupt(pixels: Pixels, kind: str, severity: int, *, seed: int = 0, key: str
         return pixels
 
     rng = numpy_rng(seed, "corruption", kind, severity, key)
-    values: Values = pixels.astype(np.float32) / np.float32(255)
+    values = pixels.astype(np.float32) / np.float32(255)
     changed = entry.target(values, entry.extra["levels"][severity - 1], rng)
     # Cut, not rounded, as in the published images.
     return (255 * np.clip(changed, 0, 1)).astype(np.uint8)

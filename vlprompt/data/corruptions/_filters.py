@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -20,7 +19,7 @@ def blurred(values: Values, sigma: float) -> Values:
     return gaussian_filter(values, sigmas, mode="nearest")
 
 
-def filtered(values: Values, kernel: np.ndarray[Any, Any]) -> Values:
+def filtered(values: Values, kernel: Values) -> Values:
     """Return (H, W, 3) values correlated with a (k, k) kernel, k odd; the border is mirrored."""
     radius = len(kernel) // 2
     padded = np.pad(values, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
@@ -91,7 +90,7 @@ def fractal(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> V
     while step >= 2:
         half = step // 2
 
-        def placed(sums: np.ndarray[Any, Any], reach: float = reach) -> np.ndarray[Any, Any]:
+        def placed(sums: Values, reach: float = reach) -> Values:
             return sums / 4 + rng.uniform(-reach, reach, sums.shape)
 
         # The field is a torus: what leaves at one side comes in at the other.
@@ -107,5 +106,4 @@ def fractal(shape: tuple[int, int], decay: float, rng: np.random.Generator) -> V
         reach /= decay**2
 
     heights -= heights.min()
-    field: Values = (heights / heights.max())[: shape[0], : shape[1]].astype(np.float32)
-    return field
+    return (heights / heights.max())[: shape[0], : shape[1]].astype(np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy.ndimage import correlate1d
 
@@ -79,11 +77,12 @@ def motion_blur(values: Values, level: tuple[int, float], rng: np.random.Generat
     summary="a camera that comes nearer",
     levels=((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
 )
-def zoom_blur(values: Values, level: tuple[float, float], rng: np.random.Generator) -> Any:
+def zoom_blur(values: Values, level: tuple[float, float], rng: np.random.Generator) -> Values:
     """Average the image and enlargements of its middle, from 1 in steps up to a factor."""
     end, step = level
     factors = np.arange(1, end, step).tolist()
-    return sum((enlarged(values, factor) for factor in factors), values) / (len(factors) + 1)
+    total = sum((enlarged(values, factor) for factor in factors), start=values)
+    return total / (len(factors) + 1)
 
 
 @CORRUPTIONS.register("gaussian_blur", summary="a soft image", levels=(1, 2, 3, 4, 6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -86,6 +85,6 @@ def _image(values: Values) -> Image.Image:
     return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
-def _values(image: Image.Image) -> Any:
+def _values(image: Image.Image) -> Values:
     # A little above what was a byte, so that cutting gives that byte back.
     return (np.asarray(image, np.float32) + 0.1) / 255

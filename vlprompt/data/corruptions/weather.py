@@ -143,7 +143,7 @@ def _water(layer: Values) -> Values:
     return (shading / max(float(shading.max()), 1e-6)).astype(np.float32)
 
 
-def _edges(grey: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _edges(grey: Values) -> Values:
     """Return the (H, W) mask of edges: ridges of the slope that are strong, or weak and joined to strong ones.
 
     Canny, "A Computational Approach to Edge Detection", PAMI 8, 1986.
@@ -165,7 +165,7 @@ def _edges(grey: Values) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     return binary_propagation(weak & (slope > _EDGE_STRONG), np.ones((3, 3), bool), weak)
 
 
-def _equalised(levels: np.ndarray[tuple[int, ...], np.dtype[np.int_]]) -> Values:
+def _equalised(levels: Values) -> Values:
     """Return (H, W) whole levels spread over 0 to 255 so that they are about equally frequent."""
     counts = np.bincount(levels.ravel(), minlength=256).cumsum()
     lowest = counts[counts > 0][0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -196,7 +195,7 @@ def _published(request: Request, name: CorruptionName) -> ImageDataset:
     )
 
 
-def _samples(labels: Sequence[Any], first: int, classes: int, file: Path) -> tuple[Sample, ...]:
+def _samples(labels: np.ndarray[Any, Any], first: int, classes: int, file: Path) -> tuple[Sample, ...]:
     numbers = [int(label) for label in labels]
     wrong = [number for number in numbers if not 0 <= number < classes]
     if wrong:
