@@ -20,6 +20,7 @@ from vlprompt.adaptation.views import ViewPlan, open_images
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.image_only import without_text
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError, UnknownNameError
+from vlprompt.core.options import options_model
 from vlprompt.learners import Learner
 
 NAMES = ["dog", "red circle", "hummingbird", "American staffordshire terrier", "cat"]
@@ -43,11 +44,16 @@ def images() -> list[Image.Image]:
 
 
 def build(name: str, start: Backbone | Learner, **options: Any) -> Adapter:
-    given = {"views": 12, **OPTIONS.get(name, {}), **options}
+    given = {**views_of(name, 12), **OPTIONS.get(name, {}), **options}
     if name == "promptalign":
         start = start if isinstance(start, Learner) else create_learner("maple", start, NAMES, depth=2)
         given["statistics"] = statistics(start)
     return create_adapter(name, start, NAMES, **given)
+
+
+def views_of(name: str, count: int) -> dict[str, int]:
+    """Return the option of so many views, for adapters that look at more than the image itself."""
+    return {"views": count} if "views" in options_model(ADAPTERS.get(name).target).model_fields else {}
 
 
 def statistics(learner: Learner) -> Any:
@@ -89,7 +95,7 @@ def test_predictions_are_typed_and_the_learner_is_left_alone(
     assert predictions.labels == [NAMES[c] for c in predictions.probs.argmax(-1)]
     assert torch.equal(predictions.confidence, predictions.probs.max(-1).values)
     assert predictions.entropy.shape == (5,)
-    assert predictions.kept.shape == (5, 12)
+    assert predictions.kept.shape == (5, adapter.plan.count)
     assert int(predictions.views_kept.min()) >= 1
     assert predictions.seconds.shape == (5, 3)
     assert bool((predictions.seconds[:, 1:] > 0).all())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlprompt
-from tests.adaptation.test_adapters import build
+from tests.adaptation.test_adapters import build, views_of
 from vlprompt import create_adapter, list_adapters, load_dataset
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
@@ -46,7 +46,7 @@ def test_labels_and_the_name_of_the_set_change_nothing(
     from dataclasses import replace
 
     few = data.subset(range(4))
-    options = {"views": 3, "generated": 0} if name == "difftpt" else {"views": 3}
+    options = {**views_of(name, 3), **({"generated": 0} if name == "difftpt" else {})}
     if name == "promptalign":
         adapter = build(name, backbone, views=3)
         few = replace(few, classnames=adapter.classnames)

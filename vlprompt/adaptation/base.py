@@ -323,6 +323,15 @@ class Collector:
         """Take images whose predictions are known already, as far as they could be made."""
         self._portions(views)
 
+    @property
+    def waiting(self) -> int:
+        """How many images wait for others."""
+        return sum(len(part) for part in self._waiting)
+
+    def replace(self, views: EncodedViews) -> None:
+        """Take other views of the images that wait, in their order."""
+        self._waiting = [views]
+
     def close(self) -> list[Predictions]:
         """Return the predictions of the images that still wait."""
         if not self._waiting:
@@ -347,7 +356,7 @@ class Collector:
 
         portions = []
         size = self.adapter.batch
-        while sum(len(part) for part in self._waiting) >= size:
+        while self.waiting >= size:
             joined = EncodedViews.cat(self._waiting)
             portions.append(joined.rows(range(size)))
             self._waiting = [joined.rows(range(size, len(joined)))] if len(joined) > size else []

@@ -13,6 +13,7 @@ from vlprompt.adaptation.record import Tuning
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.names import checked_names
 from vlprompt.core.options import describe_problems, options_model
+from vlprompt.data.corruptions import expand_corruptions
 from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
 from vlprompt.experiments.backbone import backbone_problems
@@ -21,6 +22,7 @@ from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfi
 __all__ = [
     "AdaptationConfig",
     "DiffusionOptions",
+    "IntruderOptions",
     "ProtocolOptions",
     "SourceOptions",
     "StreamOptions",
@@ -30,11 +32,34 @@ _TUNING = "tuning"  # of a method, beside its options
 _SOURCE, _STATISTICS = "source", "statistics"  # options of adapters that other sections provide
 
 
+class IntruderOptions(BaseModel):
+    """The ``data.intruders:`` section: images that come among those of each data set in a mixed stream."""
+
+    model_config = STRICT
+
+    name: str | None = Field(
+        None, description="catalogue name, folder:PATH or csv:PATH; empty: the data set itself"
+    )
+    classes: Literal["all", "base", "new"] = Field(
+        "all", description="of that set: the first half of the classes (base), the rest (new) or all"
+    )
+
+
 class StreamOptions(ImageOptions):
     """The ``data:`` section: images to adapt to."""
 
-    name: str | list[str] = Field(description="catalogue name(s), folder:PATH or csv:PATH")
+    name: str | list[str] = Field(
+        description="catalogue name(s), folder:PATH or csv:PATH; NAME-c:common:5 is the fifteen common "
+        "corruptions of NAME at severity 5, in their order"
+    )
     split: Literal["train", "val", "test"] = Field("test", description="choose hyper-parameters on val")
+    classes: Literal["all", "base", "new"] = Field(
+        "all",
+        description="classes that images are of and that methods know: base is the first half, new the rest",
+    )
+    intruders: IntruderOptions | None = Field(
+        None, description="images that come among these, for protocol.stream.kind=mixed"
+    )
     test_images: int | None = Field(
         None, ge=1, description="images drawn of each data set; empty: all of them, shuffled"
     )
@@ -63,7 +88,7 @@ class StreamOptions(ImageOptions):
     @property
     def names(self) -> list[str]:
         """The data sets as a list."""
-        return [self.name] if isinstance(self.name, str) else list(self.name)
+        return _expanded(self.name)
 
 
 class ProtocolOptions(BaseModel):
@@ -80,16 +105,6 @@ class ProtocolOptions(BaseModel):
         ge=1,
         description="orders of each stream, for methods that depend on it; encoded once for all of them",
     )
-
-    @field_validator("stream")
-    @classmethod
-    def _check_stream(cls, value: StreamPlan) -> StreamPlan:
-        if value.kind in ("temporal", "mixed"):
-            raise ValueError(
-                f"kind: {value.kind} streams are drawn in Python (vlprompt.adaptation.plans), because they need to "
-                "know which images are of which set; a configuration takes iid, dirichlet, separate or tasks."
-            )
-        return value
 
 
 class DiffusionOptions(BaseModel):
@@ -173,7 +188,7 @@ class AdaptationConfig(ExperimentConfig):
                 f"diffusion: {self.generated} generated views per image are wanted; say from where."
             )
 
-        return problems
+        return problems + self._stream_problems()
 
     def method(self, label: str) -> tuple[str, dict[str, Any]]:
         """Return the registry name and the options of a method."""
@@ -215,6 +230,31 @@ class AdaptationConfig(ExperimentConfig):
     def fills_store(self) -> bool:
         """Whether views are generated before the methods run, by cells of their own."""
         return self.diffusion is not None and not self.diffusion.on_the_fly and self.generated > 0
+
+    def _stream_problems(self) -> list[str]:
+        kind = self.protocol.stream.kind
+        problems = []
+        if kind == "temporal" and len(self.data.names) < 2:
+            problems.append(
+                "data.name: a temporal stream is several data sets one after another; name them, for example "
+                "[digits-c:fog:5, digits-c:snow:5]."
+            )
+        if kind == "mixed" and self.data.intruders is None:
+            problems.append(
+                "data.intruders: a mixed stream needs images that come among the known ones; name them."
+            )
+        if kind != "mixed" and self.data.intruders is not None:
+            problems.append(f"data.intruders: for protocol.stream.kind=mixed; this stream is {kind}.")
+
+        intruders = self.data.intruders
+        if intruders is not None and intruders.name is None:
+            classes = {self.data.classes, intruders.classes}
+            if classes != {"base", "new"}:
+                problems.append(
+                    "data.intruders: without a name they are of the same data set, so data.classes and "
+                    "data.intruders.classes are base and new, or new and base."
+                )
+        return problems
 
     def _statistics_problems(self, label: str) -> list[str]:
         problems = []
@@ -263,11 +303,14 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
 
 def _data_problems(content: Mapping[str, Any]) -> list[str]:
     """Check names of data sets, without reading any."""
-    names = _section(content, "data").get("name", [])
-    keys = [("data.name", name) for name in ([names] if isinstance(names, str) else names or [])]
+    data = _section(content, "data")
+    keys = [("data.name", name) for name in _expanded(data.get("name") or [])]
     source = _section(content, "source")
     if "name" in source:
         keys.append(("source.name", source["name"]))
+    intruders = _section(data, "intruders").get("name")
+    if intruders is not None:
+        keys.append(("data.intruders.name", intruders))
 
     problems = []
     for key, name in keys:
@@ -301,6 +344,12 @@ def _diffusion_problems(content: Mapping[str, Any]) -> list[str]:
         problems.append(f"diffusion.generator: {error}")
 
     return problems
+
+
+def _expanded(names: str | list[str]) -> list[str]:
+    """Return names of data sets, those that stand for several replaced by these."""
+    given = [names] if isinstance(names, str) else names
+    return [name for one in given for name in expand_corruptions(str(one))]
 
 
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:

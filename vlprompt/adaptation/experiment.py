@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
-from vlprompt.adaptation.measure import add_scores, add_spread, make_record, result_accuracy
+from vlprompt.adaptation.measure import (
+    add_costs,
+    add_scores,
+    add_spread,
+    make_record,
+    scores,
+    start_name,
+)
+from vlprompt.adaptation.mixing import intruders_of, mix
 from vlprompt.adaptation.plans import StreamPlan, order_hash
 from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
@@ -19,16 +28,18 @@ from vlprompt.adaptation.stored_views import classified_alike, count_missing, fi
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
 from vlprompt.adaptation.summary import adaptation_tables, headline, summary
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
+from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.core.files import path_fingerprint, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import derive_seed, numpy_rng
+from vlprompt.core.slugs import slug
 from vlprompt.data import ImageDataset, load_dataset
+from vlprompt.data.corruptions import parse_corruption
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import Generator, ViewSource, ViewStore, create_generator, missing_generator
 from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
-from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.cell import Cell, CellResult, Coordinate
 from vlprompt.experiments.config import parse_overrides
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.layout import Layout
@@ -48,6 +59,8 @@ PREDICTIONS = "predictions"  # folder of a cell
 _STATISTICS = "statistics.safetensors"
 _BLUR = 0.8  # pixels of the backbone's input
 _RECORDS = "records.json"
+_DRAWN = ("iid", "temporal")  # streams whose data sets come as they were drawn
+_UNTIL_NEXT = ("corruption", "dataset")  # what a method forgets where a stream goes over to the next data set
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -57,27 +70,48 @@ def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Expe
 
 
 def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
-    """Return the images of one data set that one seed draws, in the order of the stream."""
+    """Return the images of one data set that one seed draws, in the order of the stream, with its intruders.
+
+    Raises:
+        DataError: If it can't be told whether intruders show known classes (see :func:`mix`).
+    """
     options = config.data
     data = load_dataset(
         name,
         options.split,
+        classes=options.classes,
         **options.image_arguments(),
         classnames=options.classnames,
         templates=options.templates,
     )
-    order = numpy_rng(seed, "stream", name, options.split).permutation(len(data))
+    corruption = parse_corruption(name)
+    base = name if corruption is None else corruption.base
+    order = numpy_rng(seed, "stream", base, options.split).permutation(len(data))
     drawn = order[: options.test_images].tolist()
+    if corruption is not None:
+        # Every corruption is put into the same images, which come in an order of its own.
+        drawn = numpy_rng(seed, "stream", name, options.split).permutation(drawn).tolist()
 
     subset = data.subset(drawn, stream_seed=seed, subset=options.test_images)
+    if options.intruders is not None:
+        intruders = load_dataset(
+            options.intruders.name or name,
+            options.split,
+            classes=options.intruders.classes,
+            **options.image_arguments(),
+        )
+        subset = mix(subset, intruders)
+
     plan = config.protocol.stream
     # The draw has shuffled them already.
-    return subset if plan.kind == "iid" else reordered(subset, plan, seed, 0)
+    return subset if plan.kind in _DRAWN else reordered(subset, plan, seed, 0)
 
 
 def reordered(data: ImageDataset, plan: StreamPlan, seed: int, number: int) -> ImageDataset:
-    """Return another order of a stream."""
-    order = plan.order(data.labels, derive_seed(seed, "order", number))
+    """Return another order of a stream; of one data set, where the plan has several one after another."""
+    if plan.kind == "temporal":
+        plan = StreamPlan("iid")
+    order = plan.order(data.labels, derive_seed(seed, "order", number), intruders=intruders_of(data).tolist())
     return data.subset(order, order=number)
 
 
@@ -107,16 +141,27 @@ class AdaptationExperiment(Experiment):
             cells.append(statistics)
             needs.append(statistics.name)
 
-        for name in self.config.data.names:
+        for names, where in self._streams:
             for seed in self.config.protocol.seeds:
                 cell_needs = list(needs)
                 if self.config.fills_store:
-                    views = Cell.at(data=name, seed=seed, stage=VIEWS)
-                    cells.append(views)
-                    cell_needs.append(views.name)
-                cells.append(Cell.at(cell_needs, data=name, seed=seed))
+                    views = [Cell.at(data=name, seed=seed, stage=VIEWS) for name in names]
+                    cells += views
+                    cell_needs += [cell.name for cell in views]
+                cells.append(Cell.at(cell_needs, **where, seed=seed))
 
         return cells
+
+    @property
+    def _streams(self) -> list[tuple[list[str], dict[str, Coordinate]]]:
+        """The data sets of every stream, and where its cells are."""
+        names = self.config.data.names
+        kind = self.config.protocol.stream.kind
+        return (
+            [(names, {"stream": kind})]
+            if kind == "temporal"
+            else [([name], {"data": name}) for name in names]
+        )
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
         """See :meth:`Experiment.run`."""
@@ -132,14 +177,18 @@ class AdaptationExperiment(Experiment):
         seeds = ", ".join(map(str, self.config.protocol.seeds))
         images = f"{data.test_images} images of each data set" if data.test_images else "all images"
         note = f"Accuracy on {data.split}, {images}, seeds {seeds}; mean and 95 % interval over seeds."
+        if self.config.protocol.stream.kind == "temporal":
+            note += " One stream through the data sets, in their order."
+        if data.intruders is not None:
+            note += (
+                f" Of the known images, among which come those of {data.intruders.name or 'other classes'}."
+            )
         return Layout(headline(self.config), note=note)
 
     def sources(self) -> dict[str, str]:
         """See :meth:`Experiment.sources`."""
         config = self.config
-        names = list(config.data.names)
-        if config.source is not None:
-            names.append(config.source.name)
+        names = self._read_names
         fingerprints = {name: data_fingerprint(name, config.data.root) for name in names}
 
         fingerprints |= backbone_sources(config.backbone)
@@ -150,9 +199,7 @@ class AdaptationExperiment(Experiment):
     def missing(self) -> list[str]:
         """See :meth:`Experiment.missing`."""
         config = self.config
-        names = list(config.data.names)
-        if config.source is not None:
-            names.append(config.source.name)
+        names = self._read_names
         sentences = [missing_data(name, config.data.root) for name in names]
 
         sentences += missing_backbone(config.backbone)
@@ -170,6 +217,7 @@ class AdaptationExperiment(Experiment):
             "protocol": "test-time-adaptation",
             "data": config.data.name,
             "split": config.data.split,
+            "stream": config.protocol.stream.description(),
             "test_images": config.data.test_images,
             "seeds": config.protocol.seeds,
             "prompt": config.prompt,
@@ -189,9 +237,20 @@ class AdaptationExperiment(Experiment):
         for cell in self.cells():
             path = folder / "cells" / cell.name
             if cell.get("stage") is None and (path / "cell.json").is_file():
-                data = draw_stream(self.config, cell["data"], cell["seed"])
-                page.add_predictions(record, data, path / PREDICTIONS, next(iter(self.config.methods)))
+                name, data = next(self._parts(cell))
+                page.add_predictions(record, data, self._folder(path, name), next(iter(self.config.methods)))
                 return
+
+    @property
+    def _read_names(self) -> list[str]:
+        """The data sets that are read."""
+        config = self.config
+        names = list(config.data.names)
+        if config.data.intruders is not None and config.data.intruders.name is not None:
+            names.append(config.data.intruders.name)
+        if config.source is not None:
+            names.append(config.source.name)
+        return names
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -226,37 +285,63 @@ class AdaptationExperiment(Experiment):
     def _measures_statistics(self) -> bool:
         return any(self.config.needs_statistics(label) for label in self.config.methods)
 
+    def _parts(self, cell: Cell) -> Iterator[tuple[str, ImageDataset]]:
+        """Yield the data sets of a cell's stream in their order, by name."""
+        names = [cell["data"]] if "data" in cell.where else self.config.data.names
+        for name in names:
+            yield name, draw_stream(self.config, name, cell["seed"])
+
+    def _folder(self, folder: Path, name: str) -> Path:
+        """Return where a cell's predictions on one of its data sets lie."""
+        if self.config.protocol.stream.kind != "temporal":
+            return folder / PREDICTIONS
+        number = self.config.data.names.index(name)
+        return folder / PREDICTIONS / f"{number:02d}-{slug(name)}"
+
     def _adapt(self, cell: Cell, folder: Path) -> CellResult:
         """Run all methods on one stream; batches that an interrupted attempt wrote are taken as they are."""
         config = self.config
-        data = draw_stream(config, cell["data"], cell["seed"])
-        source = self._view_source(data) if config.generated else None
-        adapters = self._adapters(cell, data, source, folder)
-        log.info("%s, seed %d: %d images", data.name, cell["seed"], len(data))
-        encoded = EncodedStream(adapters if config.protocol.orders > 1 else {})
-        predictions = adapt_dataset(
-            adapters,
-            data,
-            folder=folder / PREDICTIONS,
-            batch_size=config.data.batch_size,
-            encoded=encoded,
-            on_bad_image=config.data.on_bad_embedding,
+        parts = dict(self._parts(cell))
+        first = next(iter(parts.values()))
+        for data in parts.values():
+            if data.classnames != first.classnames:
+                raise DataError(
+                    f"{first.name} and {data.name} have different classes, so they can't be one stream. Name data "
+                    "sets of the same classes, or leave out protocol.stream."
+                )
+
+        source = self._view_source() if config.generated else None
+        adapters = self._adapters(cell, first, source, folder)
+        learns_again = config.protocol.orders > 1 or config.protocol.stream.kind == "mixed"
+        encoded = EncodedStream(adapters if learns_again else {})
+        folders = {name: self._folder(folder, name) for name in parts}
+        log.info(
+            "%s, seed %d: %d images",
+            ", ".join(parts),
+            cell["seed"],
+            sum(len(data) for data in parts.values()),
         )
+        predicted = self._run_stream(adapters, parts, encoded, folders)
 
         result = CellResult()
         result.facts = {
             "backbone": self.backbone.name,
             "backbone_fingerprint": self.backbone.fingerprint,
             "generated_views": None if source is None else source.made_by,
-            f"{data.name}/images": len(data),
-            **{f"{data.name}/{key}": value for key, value in data.fingerprint().items()},
         }
+        for data in parts.values():
+            result.facts[f"{data.name}/images"] = len(data)
+            result.facts |= {f"{data.name}/{key}": value for key, value in data.fingerprint().items()}
 
         records = []
         for label, adapter in adapters.items():
-            add_scores(result, label, adapter, predictions[label], data)
-            records.append(self._record(cell, label, adapter, predictions[label], data, 0))
-        self._add_orders(result, records, cell, adapters, data, encoded)
+            for name, data in parts.items():
+                add_scores(result, label, adapter, predicted[name][label], data, name)
+                records.append(self._record(cell, label, adapter, predicted[name][label], data, 0))
+            add_costs(result, label, adapter, Predictions.cat([predicted[name][label] for name in parts]))
+        self._add_orders(result, records, cell, adapters, parts, encoded)
+        if config.protocol.stream.kind == "mixed":
+            self._add_alone(result, adapters, parts, encoded)
 
         write_text(
             folder / _RECORDS,
@@ -264,13 +349,39 @@ class AdaptationExperiment(Experiment):
         )
         return result
 
+    def _run_stream(
+        self,
+        adapters: Mapping[str, Adapter],
+        parts: Mapping[str, ImageDataset],
+        encoded: EncodedStream,
+        folders: Mapping[str, Path | None],
+    ) -> dict[str, dict[str, Predictions]]:
+        """Run methods on the data sets of a stream, one after another; return predictions by data set and label."""
+        predictions = {}
+        for number, (name, data) in enumerate(parts.items()):
+            if number:
+                for adapter in adapters.values():
+                    if adapter.reset_scope in _UNTIL_NEXT:
+                        adapter.reset()
+
+            predictions[name] = adapt_dataset(
+                adapters,
+                data,
+                folder=folders[name],
+                batch_size=self.config.data.batch_size,
+                encoded=encoded,
+                on_bad_image=self.config.data.on_bad_embedding,
+                forget=number == 0,
+            )
+        return predictions
+
     def _add_orders(
         self,
         result: CellResult,
         records: list[AdaptationRecord],
         cell: Cell,
         adapters: Mapping[str, Adapter],
-        data: ImageDataset,
+        parts: Mapping[str, ImageDataset],
         encoded: EncodedStream,
     ) -> None:
         """Run what depends on the order again, in other orders of the same images, which are encoded already."""
@@ -278,19 +389,42 @@ class AdaptationExperiment(Experiment):
         if self.config.protocol.orders == 1 or not again:
             return
 
-        accuracies = {label: [result_accuracy(result, label)] for label in again}
-        for number in range(1, self.config.protocol.orders):
-            stream = reordered(data, self.config.protocol.stream, cell["seed"], number)
-            predictions = adapt_dataset(
-                again, stream, batch_size=self.config.data.batch_size, encoded=encoded
-            )
-            for label, adapter in again.items():
-                record = self._record(cell, label, adapter, predictions[label], stream, number)
-                records.append(record)
-                accuracies[label].append(record.metrics["accuracy"])
+        accuracies: dict[tuple[str, str], list[float]] = {}
+        for record, (label, name) in zip(records, product(adapters, parts), strict=True):
+            accuracies[label, name] = [record.metrics["accuracy"]]
 
-        for label, values in accuracies.items():
-            add_spread(result, label, values, adapters[label])
+        for number in range(1, self.config.protocol.orders):
+            streams = {
+                name: reordered(data, self.config.protocol.stream, cell["seed"], number)
+                for name, data in parts.items()
+            }
+            predicted = self._run_stream(again, streams, encoded, dict.fromkeys(parts))
+            for label, name in product(again, parts):
+                record = self._record(
+                    cell, label, again[label], predicted[name][label], streams[name], number
+                )
+                records.append(record)
+                accuracies[label, name].append(record.metrics["accuracy"])
+
+        for label, name in product(again, parts):
+            add_spread(result, label, accuracies[label, name], adapters[label], name)
+
+    def _add_alone(
+        self,
+        result: CellResult,
+        adapters: Mapping[str, Adapter],
+        parts: Mapping[str, ImageDataset],
+        encoded: EncodedStream,
+    ) -> None:
+        """Add how methods do on the known images of a mixed stream alone, in the same order."""
+        known = {
+            name: data.subset((~intruders_of(data)).nonzero()[:, 0].tolist()) for name, data in parts.items()
+        }
+        predicted = self._run_stream(adapters, known, encoded, dict.fromkeys(parts))
+        for label, name in product(adapters, parts):
+            values = scores(predicted[name][label], known[name])
+            alone = {"accuracy_alone": values["accuracy"]}
+            result.add(alone, method=label, start=start_name(adapters[label]), data=name)
 
     def _record(
         self,
@@ -304,6 +438,8 @@ class AdaptationExperiment(Experiment):
         """Describe one row (see :class:`AdaptationRecord`)."""
         stream = self.config.protocol.stream.description()
         stream |= {"seed": cell["seed"], "order": number, "count": len(data)}
+        if "intruders" in data.info:
+            stream["intruders"] = data.info["intruders"]
         stream["images"] = order_hash([str(sample.source) for sample in data.samples])
         uses = [
             name
@@ -319,7 +455,8 @@ class AdaptationExperiment(Experiment):
         adapters = {}
         for label in self.config.methods:
             name, row = self.config.method(label)
-            options = {"seed": cell["seed"], **row}
+            fields = self.config.fields(label)
+            options = {"seed": cell["seed"], **row} if "seed" in fields else dict(row)
 
             if self.config.needs_views(label):
                 options["source"] = source
@@ -329,8 +466,8 @@ class AdaptationExperiment(Experiment):
 
         return adapters
 
-    def _view_source(self, data: ImageDataset) -> ViewSource:
-        """Return where the generated views of a stream come from."""
+    def _view_source(self) -> ViewSource:
+        """Return where generated views come from."""
         options = self._diffusion
         store = None if options.store is None else ViewStore(options.store)
         generator = self.generator if options.on_the_fly else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
 from vlprompt.adaptation.base import Adapter
+from vlprompt.adaptation.mixing import UNKNOWN, intruders_of
 from vlprompt.adaptation.plans import worst_tenth
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.record import AdaptationRecord, Tuning, view_setting
@@ -19,8 +20,9 @@ from vlprompt.core.options import options_model
 from vlprompt.data import ImageDataset
 from vlprompt.experiments.cell import CellResult
 from vlprompt.metrics.classification import compute
+from vlprompt.metrics.outliers import auroc, average_precision, false_positives_at_95, open_set_rate
 
-__all__ = ["add_scores", "add_spread", "figures", "make_record", "result_accuracy"]
+__all__ = ["add_costs", "add_scores", "add_spread", "figures", "make_record", "scores"]
 
 _DIGITS = 6  # of recorded fractions; one image of 50,000 changes the fifth
 
@@ -53,13 +55,59 @@ def figures(predictions: Predictions, labels: Tensor) -> dict[str, float]:
 
 
 def add_scores(
-    result: CellResult, label: str, adapter: Adapter, predictions: Predictions, data: ImageDataset
+    result: CellResult,
+    label: str,
+    adapter: Adapter,
+    predictions: Predictions,
+    data: ImageDataset,
+    name: str,
 ) -> None:
-    """Add a method's figures before and after adaptation, what they depend on, and the seconds that it took."""
-    values = figures(predictions, torch.tensor(data.labels))
+    """Add a method's figures on a data set of that name, before and after adaptation (see :func:`scores`)."""
+    values = scores(predictions, data)
     values["views_kept"] = float(predictions.views_kept.float().mean())
-    result.add(values, method=label, start=start_name(adapter))
+    result.add(values, method=label, start=start_name(adapter), data=name)
 
+
+def scores(predictions: Predictions, data: ImageDataset) -> dict[str, float]:
+    """Return the figures of a stream: :func:`figures` of its known images, and how well intruders are told apart.
+
+    With intruders there are also, for each score that came with the predictions, ``ood_auroc_<score>``,
+    ``ood_fpr95_<score>``, ``ood_aupr_<score>`` and ``ood_oscr_<score>`` (see :mod:`vlprompt.metrics.outliers`), each
+    also as ``before_``; and ``intruders_accuracy`` if they show known classes.
+    """
+    strange = intruders_of(data)
+    labels = torch.tensor(data.labels)
+    values = figures(predictions.rows(~strange), labels[~strange])
+    if not bool(strange.any()):
+        return values
+
+    good = ~predictions.probs.isnan().any(1)
+    known = predictions.rows(good & ~strange)
+    others = predictions.rows(good & strange)
+    truth = labels[good & ~strange]
+    for name, of_known in known.scores.items():
+        is_before = name.startswith("before_")
+        classes = known.before.argmax(-1) if is_before else known.classes
+        told = {
+            "auroc": auroc(of_known, others.scores[name]),
+            "fpr95": false_positives_at_95(of_known, others.scores[name]),
+            "aupr": average_precision(of_known, others.scores[name]),
+            "oscr": open_set_rate(of_known, classes == truth, others.scores[name]),
+        }
+        prefix = "before_" if is_before else ""
+        for metric, value in told.items():
+            values[f"{prefix}ood_{metric}_{name.removeprefix(prefix)}"] = round(value, _DIGITS)
+
+    theirs = labels[good & strange]
+    if bool((theirs != UNKNOWN).all()):
+        values["intruders_accuracy"] = round(float((others.classes == theirs).float().mean()), _DIGITS)
+        right_before = others.before.argmax(-1) == theirs
+        values["before_intruders_accuracy"] = round(float(right_before.float().mean()), _DIGITS)
+    return values
+
+
+def add_costs(result: CellResult, label: str, adapter: Adapter, predictions: Predictions) -> None:
+    """Add what a method's figures depend on, and the seconds that it took."""
     result.facts[f"{label}/adapter"] = {
         "method": adapter.method,
         "start": adapter.learner.method,
@@ -84,23 +132,17 @@ def add_scores(
         )
 
 
-def add_spread(result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter) -> None:
-    """Add how much a method's accuracy depends on the order of the stream."""
+def add_spread(
+    result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter, name: str
+) -> None:
+    """Add how much a method's accuracy on a data set of that name depends on the order of the stream."""
     values = {
         "accuracy_over_orders": statistics.fmean(accuracies),
         "accuracy_spread": statistics.stdev(accuracies),
         "accuracy_worst_tenth": worst_tenth(accuracies),
     }
     rounded = {metric: round(value, _DIGITS) for metric, value in values.items()}
-    result.add({**rounded, "orders": len(accuracies)}, method=label, start=start_name(adapter))
-
-
-def result_accuracy(result: CellResult, label: str) -> float:
-    """Return the accuracy that was added for a method."""
-    for measurement in result.measurements:
-        if measurement.metric == "accuracy" and measurement.where.get("method") == label:
-            return measurement.value
-    raise KeyError(label)
+    result.add({**rounded, "orders": len(accuracies)}, method=label, start=start_name(adapter), data=name)
 
 
 def make_record(
@@ -113,7 +155,7 @@ def make_record(
     uses: Sequence[str],
 ) -> AdaptationRecord:
     """Describe one row (see :class:`AdaptationRecord`)."""
-    values = figures(predictions, torch.tensor(data.labels))
+    values = scores(predictions, data)
     refused = int(values.pop("refused"))
     return AdaptationRecord(
         method=label,

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlprompt.adaptation.config import AdaptationConfig
+from vlprompt.adaptation.mixing import intruders_of
 from vlprompt.adaptation.stream import read_predictions
 from vlprompt.adaptation.summary import headline_data
 from vlprompt.data import ImageDataset
@@ -44,6 +45,10 @@ def add_predictions(record: RunRecord, data: ImageDataset, folder: Path, label: 
     predictions = read_predictions(folder, label, data.classnames)
     if len(predictions) != len(data):  # some images were refused
         return
+
+    known = ~intruders_of(data)
+    predictions = predictions.rows(known)
+    data = data.subset(known.nonzero()[:, 0].tolist())
     record.classnames = list(data.classnames)
     record.labels = np.asarray(data.labels)
     record.probs = predictions.probs.numpy()

@@ -73,14 +73,15 @@ def adapt_dataset(
     progress: Progress | None = None,
     encoded: EncodedStream | None = None,
     on_bad_image: OnBadImage = "error",
+    forget: bool = True,
     workers: Workers | None = None,
 ) -> dict[str, Predictions]:
     """Adapt to every image of a data set, in its order, by one or several methods.
 
     Methods that agree on their standard views share them: they are made and encoded once, for the largest plan. What
-    learns from the stream starts by forgetting. With a folder, results are written portion by portion; called again it
-    continues behind the last portion, and what learned from the stream continues with it. Several processes share the
-    portions if no method depends on other images.
+    learns from the stream starts by forgetting, unless it is told not to. With a folder, results are written portion
+    by portion; called again it continues behind the last portion, and what learned from the stream continues with it.
+    Several processes share the portions if no method depends on other images.
 
     Args:
         adapters: By a label of one's choice.
@@ -91,6 +92,7 @@ def adapt_dataset(
         encoded: Views that were encoded before; what is missing is added.
         on_bad_image: What an embedding that is NaN or infinite does: ``"error"`` stops; ``"skip"`` refuses that image,
             which learns nothing and whose probabilities are NaN, and goes on.
+        forget: Pass False where these images go on a stream: what was learned before them stays.
         workers: Processes that read images and cut their views; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
@@ -103,7 +105,8 @@ def adapt_dataset(
     """
     _check(adapters, data)
     for adapter in adapters.values():
-        adapter.reset()
+        if forget:
+            adapter.reset()
 
     def adapt(rows: range) -> dict[str, Predictions]:
         return _adapt_rows(adapters, data, rows, folder, batch_size, progress, encoded, on_bad_image)
@@ -197,7 +200,9 @@ def _adapt_rows(
         if path is not None and path.is_file() and (state is None or own.stop <= state.done)
     }
 
-    with Loader(_ImageOpener.of(data, adapters)) as loader:
+    opener = _ImageOpener.of(data, adapters)
+    read_before: list[int] = []  # numbers of images whose portions are read from files
+    with Loader(opener) as loader:
         images = loader.stream([i for own in portions if own.start not in finished for i in own])
         for own, path in zip(portions, paths, strict=True):
             # A folder must not be continued with other images or methods.
@@ -207,13 +212,17 @@ def _adapt_rows(
             }
             if path is not None and own.start in finished:
                 portion = _read(path, facts, collectors)
+                bad = {own[row] for row in portion.refused}
+                read_before += [number for number in own if number not in bad]
                 if state is not None and own.stop == state.done:
                     state.restore(adapters)
             else:
+                _open_waiting(collectors, opener, read_before)
+                read_before = []
                 portion = _adapt(collectors, list(islice(images, len(own))), encoded, own.stop == len(data))
                 if portion.refused and on_bad_image == "error":
-                    bad = ", ".join(str(data.samples[own[row]].source) for row in portion.refused)
-                    raise NonFiniteError(f"{data.name}: the embedding of {bad} is NaN or infinite.")
+                    named = ", ".join(str(data.samples[own[row]].source) for row in portion.refused)
+                    raise NonFiniteError(f"{data.name}: the embedding of {named} is NaN or infinite.")
                 if path is not None:
                     portion.write(path, facts)
                 if state is not None:
@@ -410,6 +419,24 @@ def _read(path: Path, facts: Mapping[str, Any], collectors: Mapping[str, Collect
             waiting[label] = views
 
     return _Portion(predictions, tensors[_REFUSED].tolist(), waiting)
+
+
+def _open_waiting(
+    collectors: Mapping[str, Collector], opener: Callable[[int], OpenedImage], numbers: Sequence[int]
+) -> None:
+    """Make the pixels of images again that wait for their batch, for methods that run the image tower.
+
+    Args:
+        collectors: Those of a stream that goes on where it was.
+        opener: Opens an image by its number.
+        numbers: Of the images whose portions are read from files, in order.
+    """
+    for collector in collectors.values():
+        adapter = collector.adapter
+        count = min(collector.waiting, len(numbers))
+        if count and adapter.needs_pixels:
+            opened = [opener(number) for number in numbers[-count:]]
+            collector.replace(adapter.encode(opened))
 
 
 def _predictions(

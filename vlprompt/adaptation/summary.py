@@ -15,6 +15,14 @@ __all__ = ["METRICS", "adaptation_tables", "headline", "headline_data", "summary
 
 METRICS = ("accuracy", "mean_per_class", "ece", "ece_20", "nll", "brier")
 _BEFORE = "before_"
+_OOD = "ood_"  # before the metrics of telling intruders apart
+_OF_MIXED = ("accuracy_alone", "intruders_accuracy")
+_OOD_TABLES = {
+    "ood_auroc_msp": "AUROC of the highest probability, known images against intruders",
+    "ood_fpr95_msp": "Share of intruders that pass the threshold which 95 % of the known images pass",
+    "accuracy_alone": "Accuracy on the same known images where no others come among them",
+    "intruders_accuracy": "Accuracy on the intruders",
+}
 _ALIKE = ("alike", "alike_blurred")
 
 
@@ -38,18 +46,22 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
     Returns:
         ``<method>/<data>/<metric>``, the mean over seeds, with ``_std`` and ``_ci95``; the same as ``before_<metric>``,
         without adaptation; and ``<metric>_gain``, paired over seeds. ``<data>`` is also ``average``, over data sets.
+        Of mixed streams also what :func:`vlprompt.adaptation.measure.scores` says, and ``accuracy_alone``.
         ``views/<data>/alike`` is the share of stored views, in [0, 1], that get the class of their image.
     """
     figures: dict[str, float] = {}
+    of_mixed = [metric for metric in results.metrics() if metric.startswith(_OOD) or metric in _OF_MIXED]
     for label in config.methods:
         for data in _columns(config):
-            for metric in METRICS:
+            for metric in (*METRICS, *of_mixed):
                 after = _by_seed(results.select(metric, method=label), data, config)
                 before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
                 if not after:
                     continue
-                gains = paired_difference(list(after.values()), list(before.values()))
                 figures |= summarise(list(after.values())).flat(f"{label}/{data}/{metric}")
+                if not before:
+                    continue
+                gains = paired_difference(list(after.values()), list(before.values()))
                 figures |= summarise(list(before.values())).flat(f"{label}/{data}/{_BEFORE}{metric}")
                 figures |= gains.flat(f"{label}/{data}/{metric}_gain")
 
@@ -64,24 +76,36 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
 def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
     """Return accuracies, a row for each method and one for each classifier without adaptation, and paired gains.
 
+    Of mixed streams also how well intruders are told apart, and accuracies without them.
+
     Args:
         results: The long table.
         config: Of the run.
         layout: Without baselines: which classifier a method starts from is read from the results.
     """
+    tables = _tables_of("accuracy", results, config, layout)
+    for metric, title in _OOD_TABLES.items():
+        if len(results.select(metric)):
+            values, *_ = _tables_of(metric, results, config, layout)
+            tables.append(replace(values, title=title, best=False))
+    return tables
+
+
+def _tables_of(metric: str, results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
+    """Return the table of a metric, and that of its paired gains where it has a value without adaptation."""
     baselines: dict[str, tuple[str, ...]] = {}
     before: dict[tuple[Coordinate, ...], Line] = {}
     for label in config.methods:
-        for line in results.select(f"{_BEFORE}accuracy", method=label).lines:
+        for line in results.select(f"{_BEFORE}{metric}", method=label).lines:
             row = f"without adaptation ({line.where['start']})"
             baselines[label] = (row,)
             # Methods that start from the same classifier share its row.
             key = (row, line.where["data"], line.where["seed"])
-            before.setdefault(key, Line({**line.where, "method": row}, "accuracy", line.value))
+            before.setdefault(key, Line({**line.where, "method": row}, metric, line.value))
 
-    after = results.select("accuracy", method=set(config.methods))
+    after = results.select(metric, method=set(config.methods))
     rows = Results([*before.values(), *after.lines])
-    return tabulate(rows, replace(layout, baselines=baselines))
+    return tabulate(rows, replace(layout, metric=metric, baselines=baselines))
 
 
 def _columns(config: AdaptationConfig) -> list[str]:

@@ -15,6 +15,7 @@ __all__ = ["Kind", "command", "print_names"]
 
 _REGISTRIES = {
     "adapters": "vlprompt.adaptation:ADAPTERS",
+    "corruptions": "vlprompt.data.corruptions:CORRUPTIONS",
     "detectors": "vlprompt.detection:DETECTORS",
     "executors": "vlprompt.experiments.executors:EXECUTORS",
     "generators": "vlprompt.diffusion:GENERATORS",
@@ -45,6 +46,7 @@ class Kind(str, Enum):
     GENERATORS = "generators"
     SCANNERS = "scanners"
     TRIGGERS = "triggers"
+    CORRUPTIONS = "corruptions"
     REGULATORS = "regulators"
 
 

@@ -1,10 +1,11 @@
 """Names of data sets: one list and one grammar, for classification and for segmentation.
 
-A name has one of three forms:
+A name has one of four forms:
 
 - the name of a card, such as ``oxford_pets`` or ``kvasir_seg``;
 - ``scenes/TASK`` or ``scenes/TASK@STYLE``: images that are drawn;
-- ``KIND:ARGUMENT``: the user's own files, such as ``folder:PATH`` or ``pairs:PATH``.
+- ``KIND:ARGUMENT``: the user's own files, such as ``folder:PATH`` or ``pairs:PATH``;
+- ``NAME-c:KIND:SEVERITY``: another data set with corrupted images, such as ``digits-c:fog:3``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.registry import Registry
 from vlprompt.data import scenes
 from vlprompt.data.cards import Card, card_names, load_card
+from vlprompt.data.corruptions import parse_corruption
 from vlprompt.data.segmentation.sources import pair_sources
 from vlprompt.data.segmentation.sources.scenes import TASKS as MASK_TASKS
 from vlprompt.data.sources import sources
@@ -49,6 +51,7 @@ class DataName:
         kind: The source that reads it; the first one of a card.
         argument: What the source is asked for: a drawn task with its style, or a path; empty for a card.
         card: The card, if the name is a card's.
+        base: The data set whose images are corrupted, if the name says so.
     """
 
     text: str
@@ -56,10 +59,13 @@ class DataName:
     kind: str
     argument: str = ""
     card: Card | None = None
+    base: DataName | None = None
 
     @property
     def embedded(self) -> bool:
         """Whether its images are drawn or come with the library, so that no file is needed."""
+        if self.base is not None:
+            return self.base.embedded
         return bool(_REGISTRIES[self.task].get(self.kind).extra.get("embedded"))
 
 
@@ -71,8 +77,8 @@ def default_root() -> Path:
 def list_datasets(task: Task | None = None) -> list[str]:
     """Return the sorted names of all data sets, or only those of a task.
 
-    Styles (``scenes/TASK@STYLE``) and your own files (``folder:PATH``, ``csv:PATH``, ``pairs:PATH``,
-    ``prompts:PATH``, ``per_class:PATH``) come in addition.
+    Styles (``scenes/TASK@STYLE``), corrupted images (``NAME-c:KIND:SEVERITY``) and your own files (``folder:PATH``,
+    ``csv:PATH``, ``pairs:PATH``, ``prompts:PATH``, ``per_class:PATH``) come in addition.
     """
     masks = [*card_names("segmentation"), *(f"scenes/{name}" for name in MASK_TASKS)]
     if task == "segmentation":
@@ -97,7 +103,7 @@ def parse_name(name: str, task: Task | None = None) -> DataName:
     if not isinstance(name, str) or not name:
         raise DataError(f"a data set is named by a string, for example 'scenes/shape'; got {name!r}.")
 
-    parsed = _scene_name(name) or _file_name(name) or _card_name(name)
+    parsed = _corrupted_name(name) or _scene_name(name) or _file_name(name) or _card_name(name)
 
     if parsed is None:
         what = "segmentation data set" if task == "segmentation" else "data set"
@@ -114,6 +120,15 @@ def parse_name(name: str, task: Task | None = None) -> DataName:
 def check_name(name: str, task: Task | None = "classification") -> None:
     """Refuse a name that :func:`parse_name` refuses, with the same errors."""
     parse_name(name, task)
+
+
+def _corrupted_name(name: str) -> DataName | None:
+    """Read ``NAME-c:KIND:SEVERITY``."""
+    corruption = parse_corruption(name)
+    if corruption is None:
+        return None
+    base = parse_name(corruption.base, "classification")
+    return DataName(name, "classification", "corrupted", name, base=base)
 
 
 def _scene_name(name: str) -> DataName | None:
