@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
+from vlprompt.adaptation.attack import AttackedData, attack_dataset
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
-from vlprompt.adaptation.measure import add_scores, add_spread, make_record, result_accuracy
+from vlprompt.adaptation.measure import (
+    add_robust,
+    add_scores,
+    add_spread,
+    make_record,
+    result_accuracy,
+)
 from vlprompt.adaptation.plans import StreamPlan, order_hash
 from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
-from vlprompt.adaptation.summary import adaptation_tables, headline, summary
+from vlprompt.adaptation.summary import ROBUST, adaptation_tables, headline, summary
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
 from vlprompt.core.files import path_fingerprint, write_text
@@ -48,6 +56,8 @@ PREDICTIONS = "predictions"  # folder of a cell
 _STATISTICS = "statistics.safetensors"
 _BLUR = 0.8  # pixels of the backbone's input
 _RECORDS = "records.json"
+_ATTACKED = "attacked"  # folders of a cell: attacked images, and predictions on them
+_ROBUST = "robust_predictions"
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -173,6 +183,7 @@ class AdaptationExperiment(Experiment):
             "test_images": config.data.test_images,
             "seeds": config.protocol.seeds,
             "prompt": config.prompt,
+            "attack": None if config.attack is None else asdict(config.attack.attack),
         }
 
     def summary(self, results: Results) -> dict[str, float]:
@@ -230,6 +241,9 @@ class AdaptationExperiment(Experiment):
         """Run all methods on one stream; batches that an interrupted attempt wrote are taken as they are."""
         config = self.config
         data = draw_stream(config, cell["data"], cell["seed"])
+        attacked = None if config.attack is None else self._attacked(data, folder)
+        if attacked is not None:
+            data = attacked.clean
         source = self._view_source(data) if config.generated else None
         adapters = self._adapters(cell, data, source, folder)
         log.info("%s, seed %d: %d images", data.name, cell["seed"], len(data))
@@ -256,6 +270,8 @@ class AdaptationExperiment(Experiment):
         for label, adapter in adapters.items():
             add_scores(result, label, adapter, predictions[label], data)
             records.append(self._record(cell, label, adapter, predictions[label], data, 0))
+        if attacked is not None:
+            self._add_attacked(result, records, adapters, attacked.attacked, folder)
         self._add_orders(result, records, cell, adapters, data, encoded)
 
         write_text(
@@ -263,6 +279,41 @@ class AdaptationExperiment(Experiment):
             json.dumps([record.json() for record in records], indent=1, sort_keys=True) + "\n",
         )
         return result
+
+    def _attacked(self, data: ImageDataset, folder: Path) -> AttackedData:
+        """Attack a stream through the classifier that every method starts from."""
+        options = self.config.attack
+        assert options is not None
+        if not isinstance(self.start, Learner):
+            learner = create_learner("zero_shot", self.backbone, data.classnames, data.templates)
+        elif self.start.classnames == data.classnames:
+            learner = self.start
+        else:
+            learner = self.start.with_classes(data.classnames)
+
+        store = folder / _ATTACKED if options.store is None else Path(options.store)
+        log.info("%s: attacking %d images, %d steps each", data.name, len(data), options.steps)
+        return attack_dataset(data, learner.eval(), options.attack, store, batch_size=options.batch_size)
+
+    def _add_attacked(
+        self,
+        result: CellResult,
+        records: Sequence[AdaptationRecord],
+        adapters: Mapping[str, Adapter],
+        attacked: ImageDataset,
+        folder: Path,
+    ) -> None:
+        """Run all methods on the attacked stream, from the beginning, and add robust accuracies."""
+        predictions = adapt_dataset(
+            adapters,
+            attacked,
+            folder=folder / _ROBUST,
+            batch_size=self.config.data.batch_size,
+            on_bad_image=self.config.data.on_bad_embedding,
+        )
+        for record, (label, adapter) in zip(records, adapters.items(), strict=True):
+            robust = add_robust(result, label, adapter, predictions[label], attacked)
+            record.metrics[ROBUST] = robust
 
     def _add_orders(
         self,
@@ -305,6 +356,8 @@ class AdaptationExperiment(Experiment):
         stream = self.config.protocol.stream.description()
         stream |= {"seed": cell["seed"], "order": number, "count": len(data)}
         stream["images"] = order_hash([str(sample.source) for sample in data.samples])
+        if self.config.attack is not None:
+            stream["attack"] = asdict(self.config.attack.attack)
         uses = [
             name
             for name in ADAPTERS.get(adapter.method).needs

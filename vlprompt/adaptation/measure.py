@@ -14,13 +14,13 @@ from vlprompt.adaptation.base import Adapter
 from vlprompt.adaptation.plans import worst_tenth
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.record import AdaptationRecord, Tuning, view_setting
-from vlprompt.adaptation.summary import METRICS
+from vlprompt.adaptation.summary import METRICS, ROBUST
 from vlprompt.core.options import options_model
 from vlprompt.data import ImageDataset
 from vlprompt.experiments.cell import CellResult
 from vlprompt.metrics.classification import compute
 
-__all__ = ["add_scores", "add_spread", "figures", "make_record", "result_accuracy"]
+__all__ = ["add_robust", "add_scores", "add_spread", "figures", "make_record", "result_accuracy"]
 
 _DIGITS = 6  # of recorded fractions; one image of 50,000 changes the fifth
 
@@ -82,6 +82,16 @@ def add_scores(
         result.timings[f"{label}/peak_bytes"] = float(
             torch.cuda.max_memory_allocated(adapter.backbone.device)
         )
+
+
+def add_robust(
+    result: CellResult, label: str, adapter: Adapter, predictions: Predictions, data: ImageDataset
+) -> float:
+    """Add a method's accuracy on attacked images and that without adaptation; return the first."""
+    values = figures(predictions, torch.tensor(data.labels))
+    robust = {ROBUST: values["accuracy"], f"before_{ROBUST}": values["before_accuracy"]}
+    result.add(robust, method=label, start=start_name(adapter))
+    return values["accuracy"]
 
 
 def add_spread(result: CellResult, label: str, accuracies: Sequence[float], adapter: Adapter) -> None:

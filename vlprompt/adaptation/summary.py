@@ -11,9 +11,11 @@ from vlprompt.experiments.results import Line, Results
 from vlprompt.experiments.statistics import paired_difference, summarise
 from vlprompt.experiments.tables import Table
 
-__all__ = ["METRICS", "adaptation_tables", "headline", "headline_data", "summary"]
+__all__ = ["METRICS", "ROBUST", "adaptation_tables", "headline", "headline_data", "summary"]
 
 METRICS = ("accuracy", "mean_per_class", "ece", "ece_20", "nll", "brier")
+ROBUST = "robust_accuracy"
+"""The accuracy on attacked images."""
 _BEFORE = "before_"
 _ALIKE = ("alike", "alike_blurred")
 
@@ -43,7 +45,7 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
     figures: dict[str, float] = {}
     for label in config.methods:
         for data in _columns(config):
-            for metric in METRICS:
+            for metric in (*METRICS, ROBUST):
                 after = _by_seed(results.select(metric, method=label), data, config)
                 before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
                 if not after:
@@ -64,22 +66,37 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
 def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
     """Return accuracies, a row for each method and one for each classifier without adaptation, and paired gains.
 
+    With an attack the same follows for attacked images.
+
     Args:
         results: The long table.
         config: Of the run.
         layout: Without baselines: which classifier a method starts from is read from the results.
     """
+    tables = _tables_of(results, config, layout)
+    if config.attack is None:
+        return tables
+
+    attack = config.attack
+    title = f"Under attack (PGD, eps {255 * attack.eps:g}/255, {attack.steps} steps, non-adaptive)"
+    for table in _tables_of(results, config, replace(layout, metric=ROBUST)):
+        tables.append(replace(table, title=f"{title}: {table.title}" if table.title else title))
+    return tables
+
+
+def _tables_of(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
+    """Return the tables of one metric."""
     baselines: dict[str, tuple[str, ...]] = {}
     before: dict[tuple[Coordinate, ...], Line] = {}
     for label in config.methods:
-        for line in results.select(f"{_BEFORE}accuracy", method=label).lines:
+        for line in results.select(f"{_BEFORE}{layout.metric}", method=label).lines:
             row = f"without adaptation ({line.where['start']})"
             baselines[label] = (row,)
             # Methods that start from the same classifier share its row.
             key = (row, line.where["data"], line.where["seed"])
-            before.setdefault(key, Line({**line.where, "method": row}, "accuracy", line.value))
+            before.setdefault(key, Line({**line.where, "method": row}, layout.metric, line.value))
 
-    after = results.select("accuracy", method=set(config.methods))
+    after = results.select(layout.metric, method=set(config.methods))
     rows = Results([*before.values(), *after.lines])
     return tabulate(rows, replace(layout, baselines=baselines))
 
