@@ -127,7 +127,6 @@ class AttackOptions(BaseModel):
         description="largest change of a pixel, as a share of its range; 4/255 may be written so",
     )
     steps: int = Field(7, ge=0, description="of projected gradient descent, each of eps / 4")
-    seed: int = Field(0, ge=0, description="of the random start")
     pixels: Literal["bytes", "floats"] = Field(
         "bytes", description="attacked images are rounded to bytes, or left as they are"
     )
@@ -150,10 +149,13 @@ class AttackOptions(BaseModel):
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"{value!r} is no fraction; expected for example 4/255.") from None
 
-    @property
-    def attack(self) -> PGD:
-        """What is run on every image."""
-        return PGD(self.eps, self.steps, self.seed, self.pixels)
+    def attack(self, seed: int) -> PGD:
+        """Return what is run on every image of a seed."""
+        return PGD(self.eps, self.steps, seed, self.pixels)
+
+    def description(self) -> dict[str, Any]:
+        """Return what results depend on, beside the seed."""
+        return {"eps": self.eps, "steps": self.steps, "pixels": self.pixels}
 
 
 class SourceOptions(BaseModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ class AdaptationExperiment(Experiment):
             "test_images": config.data.test_images,
             "seeds": config.protocol.seeds,
             "prompt": config.prompt,
-            "attack": None if config.attack is None else asdict(config.attack.attack),
+            "attack": None if config.attack is None else config.attack.description(),
         }
 
     def summary(self, results: Results) -> dict[str, float]:
@@ -241,7 +240,7 @@ class AdaptationExperiment(Experiment):
         """Run all methods on one stream; batches that an interrupted attempt wrote are taken as they are."""
         config = self.config
         data = draw_stream(config, cell["data"], cell["seed"])
-        attacked = None if config.attack is None else self._attacked(data, folder)
+        attacked = None if config.attack is None else self._attacked(cell, data, folder)
         if attacked is not None:
             data = attacked.clean
         source = self._view_source(data) if config.generated else None
@@ -280,7 +279,7 @@ class AdaptationExperiment(Experiment):
         )
         return result
 
-    def _attacked(self, data: ImageDataset, folder: Path) -> AttackedData:
+    def _attacked(self, cell: Cell, data: ImageDataset, folder: Path) -> AttackedData:
         """Attack a stream through the classifier that every method starts from."""
         options = self.config.attack
         assert options is not None
@@ -293,7 +292,9 @@ class AdaptationExperiment(Experiment):
 
         store = folder / _ATTACKED if options.store is None else Path(options.store)
         log.info("%s: attacking %d images, %d steps each", data.name, len(data), options.steps)
-        return attack_dataset(data, learner.eval(), options.attack, store, batch_size=options.batch_size)
+        return attack_dataset(
+            data, learner.eval(), options.attack(cell["seed"]), store, batch_size=options.batch_size
+        )
 
     def _add_attacked(
         self,
@@ -357,7 +358,7 @@ class AdaptationExperiment(Experiment):
         stream |= {"seed": cell["seed"], "order": number, "count": len(data)}
         stream["images"] = order_hash([str(sample.source) for sample in data.samples])
         if self.config.attack is not None:
-            stream["attack"] = asdict(self.config.attack.attack)
+            stream["attack"] = self.config.attack.description()
         uses = [
             name
             for name in ADAPTERS.get(adapter.method).needs
