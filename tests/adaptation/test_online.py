@@ -263,3 +263,60 @@ def test_boost_asks_the_image_itself(backbone: Backbone) -> None:
     torch.testing.assert_close(many.probs, one.probs)
     confident = create_adapter("tda", backbone, names, views=6).adapt(encoded(features))
     assert float((confident.probs - one.probs).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["bca", "dmn", "dpe", "ecalp", "oga", "onzeta"])
+def test_portions_of_a_stream_are_the_stream(name: str, backbone: Backbone) -> None:
+    together, alone = (build(name, backbone, views=3, share=0.4) for _ in range(2))
+    features = views()[:, :3]
+    whole = together.adapt(encoded(features)).probs
+    parts = torch.cat([alone.adapt(encoded(part)).probs for part in features.split([1, 1, 9, 29])])
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+    for key, tensor in together.state().items():
+        torch.testing.assert_close(alone.state()[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_what_dmn_and_oga_keep_beside_their_caches_is_what_the_caches_give(backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(6)
+    labels = torch.randint(0, 7, (600,), generator=generator)
+    noise = torch.randn(600, 64, generator=generator)
+    features = encoded(F.normalize(texts()[labels] + noise / 8, dim=1)[:, None])
+    dmn = build("dmn", backbone, views=1, slots=3)
+    dmn.adapt(features)
+    keys = dmn.state()["keys"]
+    torch.testing.assert_close(dmn.state()["products"], keys @ keys.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+    oga = build("oga", backbone, views=1, slots=4)
+    oga.adapt(features)
+    state = oga.state()
+    assert bool(state["filled"].all())
+    means = state["keys"].mean(1)
+    residuals = (state["keys"] - means[:, None]).flatten(0, 1)
+    torch.testing.assert_close(state["means"], means)
+    torch.testing.assert_close(state["scatter"], residuals.T @ residuals, rtol=1e-3, atol=1e-4)
+    centred = (residuals - residuals.mean(0)).double()
+    covariance = centred.T @ centred
+    shrunk = covariance + covariance.trace() / 27 * torch.eye(64)
+    expected = means.double() @ torch.linalg.inv(shrunk) * 64
+    torch.testing.assert_close(state["directions"].double(), expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("alignment", [0.0, 0.5])
+def test_the_step_of_dpe_is_that_of_autograd_and_adamw(alignment: float, backbone: Backbone) -> None:
+    adapter = build("dpe", backbone, views=1, lr=0.01, alignment=alignment)
+    generator = torch.Generator().manual_seed(7)
+    classes = torch.tensor([0, 2, 3, 6])
+    prototypes = 0.8 * F.normalize(texts()[classes] + torch.randn(4, 64, generator=generator) / 8, dim=1)
+    feature = views()[3, 0]
+    got = adapter._step(prototypes, classes, feature)  # type: ignore[attr-defined]
+
+    residuals = [torch.zeros(7, 64, requires_grad=True), torch.zeros(4, 64, requires_grad=True)]
+    text, image = F.normalize(texts() + residuals[0], dim=1), F.normalize(prototypes + residuals[1], dim=1)
+    votes = 6.0 * (-5.0 * (1 - image @ feature)).exp()
+    probs = (30 * text @ feature).index_add(0, classes, votes).softmax(0)
+    contrast = F.cross_entropy(image @ text[classes].T / 0.01, torch.arange(4))
+    optimizer = torch.optim.AdamW(residuals, lr=0.01, eps=1e-3, weight_decay=0.1)
+    (-(probs * probs.log()).sum() + alignment * contrast).backward()
+    optimizer.step()
+    moved = [texts() + residuals[0].detach(), prototypes + residuals[1].detach()]
+    torch.testing.assert_close(got, F.normalize(torch.cat(moved), dim=1), rtol=1e-3, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -16,10 +16,16 @@ from vlprompt.adaptation.views import ViewPlan
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.learners import Learner
 
-__all__ = ["FeatureAdapter", "Share", "StreamAdapter", "Views"]
+__all__ = ["FeatureAdapter", "Share", "StreamAdapter", "Views", "confident_mean"]
 
 Views = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def confident_mean(rows: Tensor, mask: Tensor) -> Tensor:
+    """Return the (B, n) mean of the kept rows of (B, V, n), by a (B, V) mask."""
+    weights = mask.to(rows)[..., None]
+    return (rows * weights).sum(1) / weights.sum(1)
 
 
 class FeatureAdapter(Adapter):
@@ -66,7 +72,7 @@ class FeatureAdapter(Adapter):
 
 
 class StreamAdapter(FeatureAdapter):
-    """Base of methods with a memory of the stream; a method defines :meth:`empty` and :meth:`one`.
+    """Base of methods with a memory of the stream; a method defines :meth:`empty`, and :meth:`one` or :meth:`many`.
 
     Attributes:
         memory: Everything learned from the stream, float32 tensors (counts, masks and numbers in their own types).
@@ -94,6 +100,20 @@ class StreamAdapter(FeatureAdapter):
             (C,) probabilities, and (C,) cosines with adapted class weights or None.
         """
         raise NotImplementedError
+
+    def many(
+        self, features: Tensor, logits: Tensor, confident: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Learn from B images in their order and name each (see :meth:`one`).
+
+        A method that overrides this computes for all of them at once what does not depend on the order.
+
+        Args:
+            features: (B, V, d), unit length.
+            logits: (B, V, C).
+            confident: (B, V) mask of the most confident views.
+        """
+        return [self.one(*parts) for parts in zip(features, logits, confident, strict=True)]
 
     def reset(self) -> None:
         """See :meth:`Adapter.reset`."""
@@ -125,8 +145,7 @@ class StreamAdapter(FeatureAdapter):
         features, logits, mask = self.opened(views)
         probs = []
         similarities = []
-        for parts in zip(features, logits, mask, strict=True):
-            row, cosines = self.one(*parts)
+        for row, cosines in self.many(features, logits, mask):
             probs.append(row)
             if cosines is not None:
                 similarities.append(cosines)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vlprompt.adaptation._tuning import Rule, Tuner
+from vlprompt.adaptation._tuning import Answers, Rule, Tuner
 from vlprompt.adaptation.base import Adapted, Adapter, EncodedViews
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import lowest_entropy
@@ -35,14 +35,19 @@ class PromptAdapter(Adapter):
 
     Raises:
         DataError: If the learner has no prompts.
+
+    Attributes:
+        answers: What answers under tuned prompts; with ``"views"`` a method overrides :meth:`answer`.
     """
+
+    answers: ClassVar[Answers] = "image"
 
     def __init__(self, learner: Learner, plan: ViewPlan, rule: Rule, share: float, together: int) -> None:
         super().__init__(learner, plan)
         self.share = share
         self.together = together
         self.optimizer = rule.optimizer
-        self.tuner = Tuner(learner, self.loss, rule)
+        self.tuner = Tuner(learner, self.loss, rule, self.answers)
         # Prompts inside the image tower change what it sees, so an embedding from before the step is of no use.
         self.needs_pixels = not learner.static_images
 
@@ -72,23 +77,33 @@ class PromptAdapter(Adapter):
         """
         return lowest_entropy(logits, self.share)
 
+    def answer(self, logits: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the (G, C) logits of images from what :attr:`answers` gave under tuned prompts.
+
+        Args:
+            logits: (G, C) of view 0, or (G, V, C) of all views.
+            embeddings: (G, V, d) before tuning, not normalised.
+        """
+        return logits
+
     def adapt(self, views: EncodedViews) -> Adapted:
         """See :meth:`Adapter.adapt`."""
         logits = self.view_logits(views.embeddings)
         mask = self.select(logits, views.embeddings, views.generated)
         if self.needs_pixels:
-            return self._adapted(self.tune_pixels(views.pixels, mask), mask)
+            return self._adapted(self.tune_pixels(views.pixels, mask), views.embeddings, mask)
 
         # The text tower runs for a few images together: prompts of all of them at once would not fit into memory.
         tuned = []
         embeddings = views.embeddings.split(self.together)
         for part, rows in zip(embeddings, mask.split(self.together), strict=True):
             tuned.append(self.tuner.tune(part, rows).logits)
-        return self._adapted(torch.cat(tuned), mask)
+        return self._adapted(torch.cat(tuned), views.embeddings, mask)
 
-    def _adapted(self, logits: Tensor, mask: Tensor) -> Adapted:
+    def _adapted(self, tuned: Tensor, embeddings: Tensor, mask: Tensor) -> Adapted:
+        logits = self.answer(tuned, embeddings)
         return Adapted(logits.softmax(-1), mask, logits / self.backbone.logit_scale)
 
     def tune_pixels(self, pixels: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Return (G, C) logits of view 0 after tuning prompts that enter the image tower."""
+        """Return what :attr:`answers` gives after tuning prompts that enter the image tower (see :meth:`answer`)."""
         return self.tuner.tune_through_images(pixels, mask).logits

@@ -22,7 +22,20 @@ from torch.func import functional_call
 from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.learners import LEARNERS, Learner
 
-__all__ = ["GradientTransform", "ImageLoss", "Loss", "Rate", "Rule", "Tuned", "Tuner", "require_prompts"]
+__all__ = [
+    "Answers",
+    "GradientTransform",
+    "ImageLoss",
+    "Loss",
+    "Rate",
+    "Rule",
+    "Tuned",
+    "Tuner",
+    "require_prompts",
+]
+
+Answers = Literal["image", "views"]
+"""What answers under tuned prompts: the image itself, view 0, or all of its views."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Takes (G, V, C) logits, a (G, V) mask of views and (G, C, d) class weights; returns (G,) values to minimise."""
@@ -64,7 +77,7 @@ class Tuned:
 
     Attributes:
         prompts: By name, with one row per image.
-        logits: (G, C) of view 0 under these prompts.
+        logits: (G, C) of view 0 under these prompts, or (G, V, C) if all views answer.
     """
 
     prompts: dict[str, Tensor]
@@ -78,13 +91,15 @@ class Tuner:
         learner: Its prompts are the start.
         loss: See :data:`Loss`.
         rule: See :class:`Rule`.
+        answers: See :data:`Answers`.
     """
 
-    def __init__(self, learner: Learner, loss: Loss, rule: Rule) -> None:
+    def __init__(self, learner: Learner, loss: Loss, rule: Rule, answers: Answers = "image") -> None:
         require_prompts(learner)
         self.learner = learner
         self.loss = loss
         self.rule = rule
+        self.answers = answers
         self._caller = _Caller(learner)
         self._start = {
             name: parameter.detach()
@@ -123,9 +138,10 @@ class Tuner:
             )
             self._move(optimizer, prompts, gradients)
 
-        # The prediction is that of view 0, the image itself, under its tuned prompts.
         with torch.no_grad():
             weights = self._weights(prompts)
+            if self.answers == "views":
+                return Tuned(prompts, self._logits(features, weights))
             return Tuned(prompts, self._logits(features[:, :1], weights)[:, 0])
 
     def tune_through_images(
@@ -175,8 +191,12 @@ class Tuner:
 
         # With a graph: learners cache constants where no gradient is asked for, and these prompts are not theirs.
         leaves = _leaves(prompts, row=0)
-        logits = self._logits(self._features(leaves, views[:1]), self._weights(leaves))
-        return Tuned(prompts, logits.detach())
+        weights = self._weights(leaves).detach()
+        asked = views if self.answers == "views" else views[:1]
+        # View by view, since each brings its graph.
+        features = torch.cat([self._features(leaves, view).detach() for view in asked.split(1)])
+        logits = self._logits(features, weights)
+        return Tuned(prompts, logits[None] if self.answers == "views" else logits)
 
     def _first_gradients(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return the gradients of the first step, one row for each image.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vlprompt.adaptation import ADAPTERS
+from vlprompt.adaptation.attack import PGD
 from vlprompt.adaptation.plans import StreamPlan
 from vlprompt.adaptation.record import Tuning
 from vlprompt.core.errors import VLPromptError
@@ -21,6 +22,7 @@ from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfi
 
 __all__ = [
     "AdaptationConfig",
+    "AttackOptions",
     "DiffusionOptions",
     "IntruderOptions",
     "ProtocolOptions",
@@ -128,6 +130,49 @@ class DiffusionOptions(BaseModel):
     )
 
 
+class AttackOptions(BaseModel):
+    """The ``attack:`` section: every method runs on attacked images too, and clean images are the same crops."""
+
+    model_config = STRICT
+
+    eps: float = Field(
+        4 / 255,
+        ge=0,
+        le=1,
+        description="largest change of a pixel, as a share of its range; 4/255 may be written so",
+    )
+    steps: int = Field(7, ge=0, description="of projected gradient descent, each of eps / 4")
+    pixels: Literal["bytes", "floats"] = Field(
+        "bytes", description="attacked images are rounded to bytes, or left as they are"
+    )
+    store: str | None = Field(
+        None, description="folder that keeps attacked images for other runs; empty: the run's own"
+    )
+    batch_size: int = Field(
+        1, ge=1, description="images attacked together; more are faster on an accelerator"
+    )
+
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _parse_eps(cls, value: Any) -> Any:
+        """Read ``4/255`` as papers write it."""
+        if not isinstance(value, str) or value.count("/") != 1:
+            return value
+        above, below = value.split("/")
+        try:
+            return float(above) / float(below)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"{value!r} is no fraction; expected for example 4/255.") from None
+
+    def attack(self, seed: int) -> PGD:
+        """Return what is run on every image of a seed."""
+        return PGD(self.eps, self.steps, seed, self.pixels)
+
+    def description(self) -> dict[str, Any]:
+        """Return what results depend on, beside the seed."""
+        return {"eps": self.eps, "steps": self.steps, "pixels": self.pixels}
+
+
 class SourceOptions(BaseModel):
     """The ``source:`` section: training data whose statistics PromptAlign aligns with."""
 
@@ -156,6 +201,10 @@ class AdaptationConfig(ExperimentConfig):
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     diffusion: DiffusionOptions | None = None
     source: SourceOptions | None = None
+    attack: AttackOptions | None = Field(
+        None,
+        description="measure robust accuracy beside clean accuracy; evaluation alone, no method sees a label",
+    )
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -186,6 +235,10 @@ class AdaptationConfig(ExperimentConfig):
         if self.generated and self.diffusion is None:
             problems.append(
                 f"diffusion: {self.generated} generated views per image are wanted; say from where."
+            )
+        if self.attack is not None and self.fills_store:
+            problems.append(
+                "attack: the store of generated views holds none of attacked images; set diffusion.on_the_fly=true."
             )
 
         return problems + self._stream_problems()
@@ -242,6 +295,11 @@ class AdaptationConfig(ExperimentConfig):
         if kind == "mixed" and self.data.intruders is None:
             problems.append(
                 "data.intruders: a mixed stream needs images that come among the known ones; name them."
+            )
+        if kind in ("temporal", "mixed") and self.attack is not None:
+            problems.append(
+                f"attack: a {kind} stream has images of several data sets; attack one data set, without "
+                "protocol.stream."
             )
         if kind != "mixed" and self.data.intruders is not None:
             problems.append(f"data.intruders: for protocol.stream.kind=mixed; this stream is {kind}.")

@@ -9,6 +9,7 @@ published figures are no figures of this method.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -17,12 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._features import Share, StreamAdapter, Views
+from vlprompt.adaptation._features import Share, StreamAdapter, Views, confident_mean
 from vlprompt.adaptation.selection import entropies
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
 
 __all__ = ["DynamicMemory"]
+
+_TINY = 1e-24  # squared length below which a sum of keys counts as nothing
 
 
 @ADAPTERS.register(
@@ -66,35 +69,50 @@ class DynamicMemory(StreamAdapter):
         self.reset()
 
     def empty(self) -> dict[str, Tensor]:
-        """See :meth:`StreamAdapter.empty`."""
+        """See :meth:`StreamAdapter.empty`; the class weight is key 0 of its class, and free slots hold zeros."""
         classes = len(self.weights)
+        keys = F.pad(self.weights[:, None], (0, 0, 0, self.slots))
         return {
-            # The class weight stands before the images.
-            "keys": F.pad(self.weights[:, None], (0, 0, 0, self.slots)),
+            "keys": keys,
             # An infinite entropy marks a free slot: any image is more certain.
             "entropy": self.weights.new_full((classes, self.slots), torch.inf),
+            # Products of a class's keys with each other, so that no image has to read the keys themselves twice.
+            "products": keys @ keys.transpose(1, 2),
         }
 
-    def one(self, features: Tensor, logits: Tensor, confident: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`StreamAdapter.one`."""
+    def many(
+        self, features: Tensor, logits: Tensor, confident: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """See :meth:`StreamAdapter.many`."""
         keys = self.memory["keys"]
         entropy = self.memory["entropy"]
-        mean = logits[confident].mean(0)
-        label = int(mean.argmax())
-        uncertainty = entropies(mean)
+        products = self.memory["products"]
 
-        # A free slot comes first, then the least certain image.
-        slot = int(entropy[label].argmax())
-        if bool(uncertainty < entropy[label, slot]):
-            keys[label, slot + 1] = features[0]
-            entropy[label, slot] = uncertainty
+        means = confident_mean(logits, confident)
+        labels = means.argmax(1).tolist()
+        uncertainties = entropies(means)
+        images = features[:, 0]
+        # Products with the keys, and with the images that may become keys before their turn.
+        cosines = (images @ keys.flatten(0, 1).T).view(len(images), *keys.shape[:2])
+        between = images @ images.T
 
-        # Slots are filled from the front, so what lies behind the fullest class is empty.
-        used = 1 + int(entropy.isfinite().sum(1).max())
-        keys = keys[:, :used]
-        affinity = (-self.sharpness * (1 - keys @ features[0])).exp()
-        affinity[:, 1:] *= entropy[:, : used - 1].isfinite()
-        read = F.normalize((affinity[:, None] @ keys)[:, 0], dim=1)
-        cosines = read @ features[0]
-        probs = logits[0].softmax(0) + self.weight * (self.scale * cosines).softmax(0)
-        return probs / (1 + self.weight), cosines
+        answers = []
+        for number, label in enumerate(labels):
+            # A free slot comes first, then the least certain image.
+            slot = int(entropy[label].argmax())
+            if bool(uncertainties[number] < entropy[label, slot]):
+                entropy[label, slot] = uncertainties[number]
+                keys[label, slot + 1] = images[number]
+                cosines[number:, label, slot + 1] = between[number:, number]
+                products[label, slot + 1] = cosines[number, label]
+                products[label, :, slot + 1] = cosines[number, label]
+
+            # The cosine of f and sum a k is sum a <f, k> / |sum a k|. Keys of free slots are zero and add nothing.
+            own = cosines[number]
+            affinity = (self.sharpness * (own - 1)).exp()
+            lengths = (torch.bmm(products, affinity[..., None])[..., 0] * affinity).sum(1)
+            answers.append((affinity * own).sum(1) / lengths.clamp(min=_TINY).sqrt())
+
+        read = torch.stack(answers)
+        probs = logits[:, 0].softmax(1) + self.weight * (self.scale * read).softmax(1)
+        return list(zip(probs / (1 + self.weight), read, strict=True))

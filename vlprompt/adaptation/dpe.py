@@ -11,6 +11,7 @@ paper says. Their tables use sentences of a language model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._features import Share, StreamAdapter, Views
+from vlprompt.adaptation._features import Share, StreamAdapter, Views, confident_mean
 from vlprompt.adaptation.objectives import marginal_entropy
 from vlprompt.adaptation.selection import entropies, lowest_entropy
 from vlprompt.adaptation.views import Augment, ViewPlan
@@ -29,6 +30,7 @@ __all__ = ["DualPrototypes"]
 
 _EPSILON = 1e-3  # of AdamW
 _ALIGNMENT_TEMPERATURE = 0.01
+_TINY = 1e-12
 Rate = Annotated[float, Field(ge=0)]
 
 
@@ -95,69 +97,98 @@ class DualPrototypes(StreamAdapter):
             "entropy": self.weights.new_full((classes, self.slots), torch.inf),
         }
 
-    def one(self, features: Tensor, logits: Tensor, confident: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`StreamAdapter.one`."""
-        weights = self.memory["weights"]  # a running mean, not unit length
-        logits = self.scale * features @ F.normalize(weights, dim=1).T
-        chosen = lowest_entropy(logits, self.share)
-        feature = features[chosen].mean(0)
-        self._offer(
-            feature, int(logits[chosen].mean(0).argmax()), self._uncertainty(marginal_entropy(logits[chosen]))
-        )
-
+    def many(
+        self, features: Tensor, logits: Tensor, confident: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """See :meth:`StreamAdapter.many`."""
+        # Prototypes of all classes, those of absent ones 0; each image changes one of them.
         present = self.memory["entropy"].isfinite()
+        counts = present.sum(1, keepdim=True)
+        prototypes = self.memory["keys"].sum(1) / counts.clamp(min=1)
         classes = present.any(1).nonzero()[:, 0]
-        counts = present[classes].sum(1, keepdim=True)
-        # Free slots hold zeros.
-        prototypes = self.memory["keys"][classes].sum(1) / counts
-        moved, moved_prototypes = self._step(weights, prototypes, classes, feature)
+        unit = F.normalize(self.memory["weights"], dim=1)
 
-        asked = features[0]
+        answers = []
+        for views in features:
+            chosen = lowest_entropy(self.scale * views @ unit.T, self.share)
+            feature = confident_mean(views[None], chosen[None])[0]
+            known = self.scale * views[chosen] @ unit.T
+            label = int(known.mean(0).argmax())
+            if self._offer(feature, label, self._uncertainty(marginal_entropy(known))):
+                count = int(self.memory["entropy"][label].isfinite().sum())
+                prototypes[label] = self.memory["keys"][label].sum(0) / count
+                if count == 1:
+                    classes = self.memory["entropy"].isfinite().any(1).nonzero()[:, 0]
+
+            moved = self._step(prototypes[classes], classes, feature)
+            probs, cosines = self._named(views, moved, classes)
+            answers.append((probs.softmax(0), cosines))
+
+            if float(self._uncertainty(entropies(probs))) < self.sure:
+                self.memory["accepted"] += 1
+                accepted = int(self.memory["accepted"])
+                mean = (accepted * self.memory["weights"] + moved[: len(unit)]) / (accepted + 1)
+                self.memory["weights"] = mean
+                unit = F.normalize(mean, dim=1)
+        return answers
+
+    def _named(self, views: Tensor, moved: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (C,) logits of an image, and its cosines with the moved class weights."""
+        count = len(self.weights)
+        asked = views[0]
         if self.query == "confident":
-            chosen = lowest_entropy(self.scale * features @ moved.T, self.share)
-            asked = features[chosen].mean(0)
+            chosen = lowest_entropy(self.scale * views @ moved[:count].T, self.share)
+            asked = views[chosen].mean(0)
         cosines = moved @ asked
-        answer = self.scale * cosines + self._votes(asked, moved_prototypes, classes)
+        votes = self._votes(cosines[count:])
+        return (self.scale * cosines[:count]).index_add(0, classes, votes), cosines[:count]
 
-        if float(self._uncertainty(entropies(answer))) < self.sure:
-            self.memory["accepted"] += 1
-            count = int(self.memory["accepted"])
-            self.memory["weights"] = (count * weights + moved) / (count + 1)
-        return answer.softmax(0), cosines
+    def _step(self, prototypes: Tensor, classes: Tensor, feature: Tensor) -> Tensor:
+        """Return (C + M, d) class weights and prototypes of M classes after one step from both, unit length.
 
-    def _step(
-        self, weights: Tensor, prototypes: Tensor, classes: Tensor, feature: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (C, d) class weights and (M, d) prototypes after one step from both, unit length."""
-        with torch.enable_grad():
-            text = weights.clone().requires_grad_()
-            image = prototypes.clone().requires_grad_()
-            unit_text = F.normalize(text, dim=1)
-            unit_image = F.normalize(image, dim=1)
+        The loss is the entropy of softmax(s <f, T> + votes of P) and ``alignment`` times InfoNCE; its gradient is
+        written out, with respect to unit rows first, then to the rows.
+        """
+        count = len(self.weights)
+        start = torch.cat([self.memory["weights"], prototypes])
+        lengths = torch.linalg.vector_norm(start, dim=1, keepdim=True).clamp(min=_TINY)
+        unit = start / lengths
+        cosines = unit @ feature
 
-            logits = self.scale * unit_text @ feature + self._votes(feature, unit_image, classes)
-            cosines = unit_image @ unit_text[classes].T / _ALIGNMENT_TEMPERATURE
-            own = torch.arange(len(classes), device=cosines.device)
-            loss = marginal_entropy(logits[None]) + self.alignment * F.cross_entropy(cosines, own)
-            gradients = torch.autograd.grad(loss, (text, image))
+        votes = self._votes(cosines[count:])
+        log_probs = (self.scale * cosines[:count]).index_add(0, classes, votes).log_softmax(0)
+        probs = log_probs.exp()
+        slopes = -probs * (log_probs - (probs * log_probs).sum())
+        slopes = torch.cat([self.scale * slopes, slopes[classes] * self.beta * votes])
+        gradient = torch.outer(slopes, feature)
 
-        moved = []
-        for start, gradient in zip((weights, prototypes), gradients, strict=True):
-            moved.append(F.normalize(start - self.lr * gradient / (gradient.abs() + _EPSILON), dim=1))
-        return moved[0], moved[1]
+        if self.alignment:
+            text, image = unit[classes], unit[count:]
+            errors = (image @ text.T / _ALIGNMENT_TEMPERATURE).softmax(1)
+            errors.diagonal().sub_(1)
+            errors *= self.alignment / (_ALIGNMENT_TEMPERATURE * len(classes))
+            gradient.index_add_(0, classes, errors.T @ image)
+            gradient[count:].addmm_(errors, text)
 
-    def _votes(self, feature: Tensor, prototypes: Tensor, classes: Tensor) -> Tensor:
-        """Return (C,) logits that the prototypes add; absent classes get none."""
-        votes = self.alpha * (-self.beta * (1 - prototypes @ feature)).exp()
-        return feature.new_zeros(len(self.weights)).index_add(0, classes, votes)
+        # What points along a row is lost in its normalisation.
+        along = torch.linalg.vecdot(gradient, unit)
+        gradient.addcmul_(along[:, None], unit, value=-1).div_(lengths)
+        step = gradient.div_(gradient.abs().add_(_EPSILON))
+        return F.normalize(start.sub_(step, alpha=self.lr), dim=1)
 
-    def _offer(self, feature: Tensor, label: int, uncertainty: Tensor) -> None:
-        """Put an image into a free slot of its class, or in the place of a less certain one."""
+    def _votes(self, cosines: Tensor) -> Tensor:
+        """Return (M,) logits that prototypes add to their classes, from their cosines with an image."""
+        return self.alpha * (-self.beta * (1 - cosines)).exp()
+
+    def _offer(self, feature: Tensor, label: int, uncertainty: Tensor) -> bool:
+        """Put an image into a free slot of its class or in the place of a less certain one; return whether it was."""
         entropy = self.memory["entropy"]
         worst = int(entropy[label].argmax())
-        if bool(uncertainty < entropy[label, worst]):
-            self.memory["keys"][label, worst] = feature
-            entropy[label, worst] = uncertainty
+        if not bool(uncertainty < entropy[label, worst]):
+            return False
+        self.memory["keys"][label, worst] = feature
+        entropy[label, worst] = uncertainty
+        return True
 
     def _uncertainty(self, entropy: Tensor) -> Tensor:
         """Return an entropy in nats / log2 C, as the authors measure it."""

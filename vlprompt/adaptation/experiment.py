@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
+from vlprompt.adaptation.attack import AttackedData, attack_dataset
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
 from vlprompt.adaptation.measure import (
     add_costs,
+    add_robust,
     add_scores,
     add_spread,
     make_record,
     scores,
-    start_name,
 )
 from vlprompt.adaptation.mixing import intruders_of, mix
 from vlprompt.adaptation.plans import StreamPlan, order_hash
@@ -26,7 +27,7 @@ from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
-from vlprompt.adaptation.summary import adaptation_tables, headline, summary
+from vlprompt.adaptation.summary import ROBUST, adaptation_tables, headline, summary
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.core.files import path_fingerprint, write_text
@@ -61,6 +62,8 @@ _BLUR = 0.8  # pixels of the backbone's input
 _RECORDS = "records.json"
 _DRAWN = ("iid", "temporal")  # streams whose data sets come as they were drawn
 _UNTIL_NEXT = ("corruption", "dataset")  # what a method forgets where a stream goes over to the next data set
+_ATTACKED = "attacked"  # folders of a cell: attacked images, and predictions on them
+_ROBUST = "robust_predictions"
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -221,6 +224,7 @@ class AdaptationExperiment(Experiment):
             "test_images": config.data.test_images,
             "seeds": config.protocol.seeds,
             "prompt": config.prompt,
+            "attack": None if config.attack is None else config.attack.description(),
         }
 
     def summary(self, results: Results) -> dict[str, float]:
@@ -310,6 +314,10 @@ class AdaptationExperiment(Experiment):
                     "sets of the same classes, or leave out protocol.stream."
                 )
 
+        attacked = None if config.attack is None else self._attacked(cell, first, folder)
+        if attacked is not None:
+            parts = dict.fromkeys(parts, attacked.clean)  # one data set, see AdaptationConfig
+            first = attacked.clean
         source = self._view_source() if config.generated else None
         adapters = self._adapters(cell, first, source, folder)
         learns_again = config.protocol.orders > 1 or config.protocol.stream.kind == "mixed"
@@ -339,6 +347,8 @@ class AdaptationExperiment(Experiment):
                 add_scores(result, label, adapter, predicted[name][label], data, name)
                 records.append(self._record(cell, label, adapter, predicted[name][label], data, 0))
             add_costs(result, label, adapter, Predictions.cat([predicted[name][label] for name in parts]))
+        if attacked is not None:
+            self._add_attacked(result, records, adapters, {name: attacked.attacked for name in parts}, folder)
         self._add_orders(result, records, cell, adapters, parts, encoded)
         if config.protocol.stream.kind == "mixed":
             self._add_alone(result, adapters, parts, encoded)
@@ -374,6 +384,44 @@ class AdaptationExperiment(Experiment):
                 forget=number == 0,
             )
         return predictions
+
+    def _attacked(self, cell: Cell, data: ImageDataset, folder: Path) -> AttackedData:
+        """Attack a stream through the classifier that every method starts from."""
+        options = self.config.attack
+        assert options is not None
+        if not isinstance(self.start, Learner):
+            learner = create_learner("zero_shot", self.backbone, data.classnames, data.templates)
+        elif self.start.classnames == data.classnames:
+            learner = self.start
+        else:
+            learner = self.start.with_classes(data.classnames)
+
+        store = folder / _ATTACKED if options.store is None else Path(options.store)
+        log.info("%s: attacking %d images, %d steps each", data.name, len(data), options.steps)
+        return attack_dataset(
+            data, learner.eval(), options.attack(cell["seed"]), store, batch_size=options.batch_size
+        )
+
+    def _add_attacked(
+        self,
+        result: CellResult,
+        records: Sequence[AdaptationRecord],
+        adapters: Mapping[str, Adapter],
+        stream: Mapping[str, ImageDataset],
+        folder: Path,
+    ) -> None:
+        """Run all methods on the attacked stream, from the beginning, and add robust accuracies."""
+        ((name, attacked),) = stream.items()
+        predictions = adapt_dataset(
+            adapters,
+            attacked,
+            folder=folder / _ROBUST,
+            batch_size=self.config.data.batch_size,
+            on_bad_image=self.config.data.on_bad_embedding,
+        )
+        for record, (label, adapter) in zip(records, adapters.items(), strict=True):
+            robust = add_robust(result, label, adapter, predictions[label], attacked, name)
+            record.metrics[ROBUST] = robust
 
     def _add_orders(
         self,
@@ -441,6 +489,8 @@ class AdaptationExperiment(Experiment):
         if "intruders" in data.info:
             stream["intruders"] = data.info["intruders"]
         stream["images"] = order_hash([str(sample.source) for sample in data.samples])
+        if self.config.attack is not None:
+            stream["attack"] = self.config.attack.description()
         uses = [
             name
             for name in ADAPTERS.get(adapter.method).needs

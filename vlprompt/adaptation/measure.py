@@ -15,14 +15,22 @@ from vlprompt.adaptation.mixing import UNKNOWN, intruders_of
 from vlprompt.adaptation.plans import worst_tenth
 from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.record import AdaptationRecord, Tuning, view_setting
-from vlprompt.adaptation.summary import METRICS
+from vlprompt.adaptation.summary import METRICS, ROBUST
 from vlprompt.core.options import options_model
 from vlprompt.data import ImageDataset
 from vlprompt.experiments.cell import CellResult
 from vlprompt.metrics.classification import compute
 from vlprompt.metrics.outliers import auroc, average_precision, false_positives_at_95, open_set_rate
 
-__all__ = ["add_costs", "add_scores", "add_spread", "figures", "make_record", "scores"]
+__all__ = [
+    "add_costs",
+    "add_robust",
+    "add_scores",
+    "add_spread",
+    "figures",
+    "make_record",
+    "scores",
+]
 
 _DIGITS = 6  # of recorded fractions; one image of 50,000 changes the fifth
 
@@ -130,6 +138,16 @@ def add_costs(result: CellResult, label: str, adapter: Adapter, predictions: Pre
         result.timings[f"{label}/peak_bytes"] = float(
             torch.cuda.max_memory_allocated(adapter.backbone.device)
         )
+
+
+def add_robust(
+    result: CellResult, label: str, adapter: Adapter, predictions: Predictions, data: ImageDataset, name: str
+) -> float:
+    """Add a method's accuracy on attacked images and that without adaptation; return the first."""
+    values = figures(predictions, torch.tensor(data.labels))
+    robust = {ROBUST: values["accuracy"], f"before_{ROBUST}": values["before_accuracy"]}
+    result.add(robust, method=label, start=start_name(adapter), data=name)
+    return values["accuracy"]
 
 
 def add_spread(

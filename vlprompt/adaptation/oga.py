@@ -9,14 +9,16 @@ The published code divides the sum of a class's cached features by all of its sl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from vlprompt.adaptation import ADAPTERS
-from vlprompt.adaptation._features import Share, StreamAdapter, Views
+from vlprompt.adaptation._features import Share, StreamAdapter, Views, confident_mean
 from vlprompt.adaptation.selection import entropies
 from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.learners import Learner
@@ -75,58 +77,81 @@ class OnlineGaussian(StreamAdapter):
             # An image that is as uncertain as can be is worth nothing.
             "entropy": self.weights.new_full((classes, self.slots), math.log(classes)),
             "filled": torch.zeros(classes, self.slots, dtype=torch.bool, device=self.weights.device),
+            "means": self.weights.clone(),
+            # Sums over cached images of r r^T and of r, r what an image differs from the mean of its class by.
+            "scatter": self.weights.new_zeros(width, width),
+            "residual": self.weights.new_zeros(width),
+            # What an image is compared with changes only with the cache.
             "directions": width * self.weights,
             "offsets": -0.5 * width * self.weights.square().sum(1),
         }
 
-    def one(self, features: Tensor, logits: Tensor, confident: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`StreamAdapter.one`."""
-        feature = torch.nn.functional.normalize(features[confident].mean(0), dim=0)
-        opinion = self.scale * self.weights @ feature
-        self._offer(feature, int(opinion.argmax()), entropies(opinion))
+    def many(
+        self, features: Tensor, logits: Tensor, confident: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """See :meth:`StreamAdapter.many`."""
+        images = F.normalize(confident_mean(features, confident), dim=1)
+        opinions = self.scale * images @ self.weights.T
+        labels = opinions.argmax(1).tolist()
+        uncertainties = entropies(opinions)
 
-        likelihoods = self.memory["directions"] @ feature + self.memory["offsets"]
-        return (opinion.log_softmax(0) + self.tau * likelihoods).softmax(0), None
+        likelihoods = []
+        for image, label, uncertainty in zip(images, labels, uncertainties, strict=True):
+            self._offer(image, label, uncertainty)
+            likelihoods.append(torch.addmv(self.memory["offsets"], self.memory["directions"], image))
+        probs = (opinions.log_softmax(1) + self.tau * torch.stack(likelihoods)).softmax(1)
+        return [(row, None) for row in probs]
 
-    def _offer(self, feature: Tensor, label: int, uncertainty: Tensor) -> None:
+    def _offer(self, image: Tensor, label: int, uncertainty: Tensor) -> None:
         """Put an image into the cache if it is more certain than another of its class, and fit the Gaussians again."""
-        entropy = self.memory["entropy"]
-        worst = int(entropy[label].argmax())
-        if not bool(uncertainty < entropy[label, worst]):
+        memory = self.memory
+        entropy = memory["entropy"][label]
+        worst = int(entropy.argmax())
+        if not bool(uncertainty < entropy[worst]):
             return
-        self.memory["keys"][label, worst] = feature
-        entropy[label, worst] = uncertainty
-        self.memory["filled"][label, worst] = True
 
-        # What an image is compared with changes only here, so it is kept instead of computed for every image.
-        means = self.class_means()
-        precision = self.precision(means)
-        self.memory["directions"] = means @ precision
-        self.memory["offsets"] = -0.5 * (self.memory["directions"] * means).sum(1)
+        before = self._residuals(label)
+        memory["keys"][label, worst] = image
+        entropy[worst] = uncertainty
+        memory["filled"][label, worst] = True
+        memory["means"][label] = self._mean(label)
+        after = self._residuals(label)
+
+        # Only this class moved: its old share goes, its new one comes.
+        memory["scatter"].addmm_(after.T, after).addmm_(before.T, before, alpha=-1)
+        memory["residual"] += after.sum(0) - before.sum(0)
+        memory["directions"] = self._directions()
+        memory["offsets"] = -0.5 * torch.linalg.vecdot(memory["directions"], memory["means"])
 
     def class_means(self) -> Tensor:
         """Return (C, d) means; a class with too few images has its class weight."""
-        counts = self.memory["filled"].sum(1)
-        divisor = counts.clamp(min=1) if self.mean == "counts" else torch.full_like(counts, self.slots)
-        means = self.memory["keys"].sum(1) / divisor[:, None]
-        return torch.where((counts >= _ENOUGH_FOR_MEAN)[:, None], means, self.weights)
+        return self.memory["means"]
 
-    def precision(self, means: Tensor) -> Tensor:
-        """Return the (d, d) inverse covariance: d times the identity, shrunk or plain, as more images are there."""
-        filled = self.memory["filled"]
+    def _mean(self, label: int) -> Tensor:
+        count = int(self.memory["filled"][label].sum())
+        if count < _ENOUGH_FOR_MEAN:
+            return self.weights[label]
+        return self.memory["keys"][label].sum(0) / (count if self.mean == "counts" else self.slots)
+
+    def _residuals(self, label: int) -> Tensor:
+        """Return (n, d) differences of a class's cached images from its mean."""
+        return self.memory["keys"][label][self.memory["filled"][label]] - self.memory["means"][label]
+
+    def _directions(self) -> Tensor:
+        """Return the (C, d) means times the inverse covariance, which is shrunk as long as there are few images."""
+        means = self.memory["means"]
         width = means.shape[1]
-        identity = torch.eye(width, device=means.device)
-        if int(filled.sum(1).max()) < _ENOUGH_FOR_COVARIANCE:
-            return width * identity
+        filled = self.memory["filled"].sum(1)
+        if int(filled.max()) < _ENOUGH_FOR_COVARIANCE:
+            return width * means
 
-        residuals = (self.memory["keys"] - means[:, None])[filled]
-        residuals = residuals - residuals.mean(0)
-        count = len(residuals)
-        scatter = residuals.T @ residuals
+        count = int(filled.sum())
+        residual = self.memory["residual"]
+        scatter = torch.addr(self.memory["scatter"], residual, residual, alpha=-1 / count)
         if count > _SHRUNK_BELOW * width:
-            return torch.linalg.pinv(scatter / (count - 1), hermitian=True)
+            return means @ torch.linalg.pinv(scatter / (count - 1), hermitian=True)
 
-        trace = scatter.trace() / (count - 1)
         # Images that are all the same spread nowhere.
-        shrunk = scatter + trace.clamp(min=1e-12) * identity
-        return width * torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
+        trace = (scatter.trace() / (count - 1)).clamp(min=1e-12)
+        scatter.diagonal().add_(trace)
+        return width * torch.cholesky_solve(means.T, torch.linalg.cholesky(scatter)).T

@@ -29,7 +29,8 @@ class AdaptationRecord:
         classnames: Hash of the class names.
         prompts: The classifier that adaptation starts from.
         views: Count, augmentation and seed; see :func:`view_setting`.
-        stream: Kind and numbers of the plan, seed, number of the order, count and hash of the images in order.
+        stream: Kind and numbers of the plan, seed, number of the order, count and hash of the images in order, and the
+            attack if images were attacked too; all images are the backbone's crops then.
         granularity: See :class:`vlprompt.adaptation.base.Adapter`, as the four that follow.
         batch: 0 where images do not come together.
         updates_first: Whether it learns from an image before it names it.
@@ -60,7 +61,7 @@ class AdaptationRecord:
     options: Mapping[str, Any]
     tuning: Tuning
     uses: Sequence[str]
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
     refused: int
     state_bytes: int
 

@@ -266,12 +266,21 @@ class _ImageOpener:
         """Return one image."""
         image, _ = self.data[index]
         key = pixel_key(image)
+        exact = self.data.reader.exact(self.data.samples[index].source)
+        first = self.preprocess(image) if exact is None else self._prepared(exact)
         crops = {
             plan: plan.cut(image, key, self.size)
             for plan in self.plans
             if plan.kind == "crop_flip" and plan.count > 1
         }
-        return OpenedImage(key, image, first=self.preprocess(image), crops=crops)
+        return OpenedImage(key, image, first=first, crops=crops)
+
+    def _prepared(self, exact: Tensor) -> Tensor:
+        """Return what preprocessing makes of pixels in [0, 1] that bytes can't hold; crops are cut from the bytes."""
+        affine = affine_of(self.preprocess, self.size)
+        if affine is None:
+            raise DataError(f"{self.data.name}: this preprocessing takes bytes alone.")
+        return affine(255 * exact[None])[0]
 
 
 class _Portion:

@@ -11,9 +11,11 @@ from vlprompt.experiments.results import Line, Results
 from vlprompt.experiments.statistics import paired_difference, summarise
 from vlprompt.experiments.tables import Table
 
-__all__ = ["METRICS", "adaptation_tables", "headline", "headline_data", "summary"]
+__all__ = ["METRICS", "ROBUST", "adaptation_tables", "headline", "headline_data", "summary"]
 
 METRICS = ("accuracy", "mean_per_class", "ece", "ece_20", "nll", "brier")
+ROBUST = "robust_accuracy"
+"""The accuracy on attacked images."""
 _BEFORE = "before_"
 _OOD = "ood_"  # before the metrics of telling intruders apart
 _OF_MIXED = ("accuracy_alone", "intruders_accuracy")
@@ -53,7 +55,7 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
     of_mixed = [metric for metric in results.metrics() if metric.startswith(_OOD) or metric in _OF_MIXED]
     for label in config.methods:
         for data in _columns(config):
-            for metric in (*METRICS, *of_mixed):
+            for metric in (*METRICS, ROBUST, *of_mixed):
                 after = _by_seed(results.select(metric, method=label), data, config)
                 before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
                 if not after:
@@ -76,7 +78,8 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
 def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
     """Return accuracies, a row for each method and one for each classifier without adaptation, and paired gains.
 
-    Of mixed streams also how well intruders are told apart, and accuracies without them.
+    Of mixed streams also how well intruders are told apart, and accuracies without them; with an attack the same tables
+    for attacked images.
 
     Args:
         results: The long table.
@@ -88,6 +91,12 @@ def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout
         if len(results.select(metric)):
             values, *_ = _tables_of(metric, results, config, layout)
             tables.append(replace(values, title=title, best=False))
+
+    if config.attack is not None:
+        attack = config.attack
+        title = f"Under attack (PGD, eps {255 * attack.eps:g}/255, {attack.steps} steps, non-adaptive)"
+        for table in _tables_of(ROBUST, results, config, layout):
+            tables.append(replace(table, title=f"{title}: {table.title}" if table.title else title))
     return tables
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from vlprompt.learners import Learner
 __all__ = ["PrototypeShift", "entropy_gradient"]
 
 _EPSILON = 1e-8  # of AdamW
-_TOGETHER = 2**24  # numbers of the shifts of the images that are in memory at once
+_TOGETHER = 2**18  # numbers of the shifts of images that are computed at once; they fit into a core's cache
 
 
 @ADAPTERS.register(
@@ -71,12 +70,16 @@ class PrototypeShift(FeatureAdapter):
 
     def _shifted(self, features: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         """Return the (G, C) cosines of G images with their own shifted class weights."""
-        ahead = self.scale * entropy_gradient(logits, mask).transpose(1, 2) @ features  # (G, C, d)
+        outer = self.scale * entropy_gradient(logits, mask)
         # A class weight has unit length, so what points along it is lost in the normalisation.
-        gradient = ahead - (ahead * self.weights).sum(-1, keepdim=True) * self.weights
-        shift = -self.lr * gradient / (gradient.abs() + _EPSILON)
-        weights = F.normalize(self.weights + shift, dim=-1)
-        return (weights @ features[:, 0, :, None])[..., 0]
+        along = (outer * logits).sum(1) / self.scale
+        gradient = outer.transpose(1, 2) @ features  # (G, C, d)
+        gradient.addcmul_(along[..., None], self.weights, value=-1)
+
+        # In place: these are the only tensors of this size, and passes over them are all that takes time.
+        shifted = gradient.div_(gradient.abs().add_(_EPSILON)).mul_(-self.lr).add_(self.weights)
+        lengths = torch.linalg.vector_norm(shifted, dim=-1)
+        return (shifted @ features[:, 0, :, None])[..., 0] / lengths
 
 
 def entropy_gradient(logits: Tensor, mask: Tensor) -> Tensor:

@@ -271,7 +271,9 @@ def _from_tensor(images: Tensor, backbone: Backbone) -> list[OpenedImage]:
     std = torch.tensor(preprocessing["std"])[:, None, None]
     restored = []
     for pixels in images:
-        image = tvf.to_pil_image((pixels * std + mean).clamp(0, 1))
+        # Rounded: a cast would cut off what float32 lost of a whole number.
+        rgb = (255 * (pixels * std + mean)).round().clamp(0, 255).to(torch.uint8)
+        image = tvf.to_pil_image(rgb)
         restored.append(OpenedImage(_tensor_key(pixels), image, first=pixels))
     return restored
 

@@ -6,12 +6,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+
+if TYPE_CHECKING:  # readers of names and labels need no torch
+    from torch import Tensor
 
 __all__ = ["ImageDataset", "Reader", "Sample", "hash_strings"]
 
@@ -46,6 +49,13 @@ class Reader(ABC):
             side: Pixels that the shorter side keeps at least (see :func:`vlprompt.data.images.read_image`).
         """
         return self
+
+    def exact(self, source: Any) -> Tensor | None:
+        """Return (3, H, W) float32 pixels in [0, 1] of an image that bytes can't hold, which :meth:`read` then rounds.
+
+        Attacked images may be such; files of images never are.
+        """
+        return None
 
     def stamp(self, source: Any) -> str:
         """Return a string that changes when the image is written again, without reading its bytes.

@@ -16,6 +16,7 @@ from vlprompt.data.names import check_name
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds, merge
 from vlprompt.segmentation import SEGMENTERS, STRATEGIES
+from vlprompt.segmentation.adapters import SEGMENTATION_ADAPTERS
 from vlprompt.segmentation.fit import SegmentTrainOptions, SegmentTrainSection
 from vlprompt.segmentation.losses import LossName
 
@@ -210,11 +211,13 @@ class MethodSpec:
         name: Name of its strategy.
         options: The strategy's own.
         train: What it trains differently.
+        adapt: Name and options of how it adapts to every test image; empty for not at all.
     """
 
     name: str
     options: dict[str, Any]
     train: dict[str, Any]
+    adapt: dict[str, Any]
 
 
 class SegmentationConfig(ExperimentConfig):
@@ -234,7 +237,7 @@ class SegmentationConfig(ExperimentConfig):
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
         description="label to the options of a strategy; name is the label unless it is given; train: what it trains "
-        "differently",
+        "differently; adapt: name and options of a segmentation adapter that every test image is answered by",
     )
     data: DataOptions = Field(default_factory=DataOptions)
     train: SegmentTrainSection = Field(default_factory=SegmentTrainSection)
@@ -280,7 +283,8 @@ class SegmentationConfig(ExperimentConfig):
         options = dict(self.methods[label])
         name = str(options.pop("name", label))
         train = dict(options.pop("train", None) or {})
-        return MethodSpec(name, options, train)
+        adapt = dict(options.pop("adapt", None) or {})
+        return MethodSpec(name, options, train, adapt)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return (model, method) labels in order, without what a model isn't run with."""
@@ -430,8 +434,10 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
     problems = []
     for label, options in _entries(content, "methods").items():
         train = options.pop("train", None) or {}
+        adapt = options.pop("adapt", None) or {}
         name = str(options.pop("name", label))
         problems += option_problems(f"methods.{label}", STRATEGIES, name, options)
+        problems += _adapt_problems(f"methods.{label}.adapt", name, adapt)
         where = f"methods.{label}.train"
 
         if isinstance(train, Mapping) and "seed" in train:
@@ -444,6 +450,21 @@ def _method_problems(content: Mapping[str, Any]) -> list[str]:
             problems += describe_problems(error, SegmentTrainOptions, where)
 
     return problems
+
+
+def _adapt_problems(where: str, strategy: str, adapt: Any) -> list[str]:
+    """Return what is wrong with how a method adapts to test images."""
+    if not adapt:
+        return []
+    if not isinstance(adapt, Mapping) or "name" not in adapt:
+        known = ", ".join(SEGMENTATION_ADAPTERS.names())
+        return [
+            f"{where}: it needs a name ({known}), and takes the options of what that names; got {adapt!r}."
+        ]
+    if strategy in STRATEGIES and STRATEGIES.get(strategy).target.tunes != "prompts":
+        return [f"{where}: {strategy} has no prompts that could be tuned on an image."]
+    options = dict(adapt)
+    return option_problems(where, SEGMENTATION_ADAPTERS, str(options.pop("name")), options)
 
 
 def _data_name_problems(content: Mapping[str, Any]) -> list[str]:

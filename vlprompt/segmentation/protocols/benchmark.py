@@ -25,6 +25,7 @@ from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
 from vlprompt.saved.prompts import save
 from vlprompt.segmentation import STRATEGIES, Segmenter, tables
+from vlprompt.segmentation.adapters import create_segmentation_adapter
 from vlprompt.segmentation.evaluate import evaluate_segmenter, predict_mask
 from vlprompt.segmentation.fit import check_phrases
 from vlprompt.segmentation.overlays import Sheet
@@ -73,8 +74,10 @@ class BenchmarkExperiment(SegmentationExperiment):
 
         if segmenter.num_trainable():
             self._train(cell, segmenter, folder, result)
+        adapt = dict(self.config.method(cell["method"]).adapt)
+        tested = create_segmentation_adapter(adapt.pop("name"), segmenter, **adapt) if adapt else segmenter
         scores = evaluate_segmenter(
-            segmenter, test, boundary=self.config.boundary, argmax=self.config.data.argmax
+            tested, test, boundary=self.config.boundary, argmax=self.config.data.argmax
         )
         result.add({**scores.metrics, "trainable": segmenter.num_trainable()})
         log.info("%s: Dice %.1f %%", cell.name, 100 * scores.metrics["dice"])
@@ -83,7 +86,7 @@ class BenchmarkExperiment(SegmentationExperiment):
             numbers = {m.metric: m.value for m in result.measurements if "/" not in m.metric and not m.where}
             save(segmenter, folder / "prompt", numbers, cell.where)
             write_json(folder / "pairs.json", [vars(score) for score in scores.pairs])
-            self._write_masks(segmenter, test, folder)
+            self._write_masks(tested, test, folder)
         return result
 
     def layout(self) -> Layout:
