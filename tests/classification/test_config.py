@@ -176,3 +176,17 @@ def test_a_file_that_is_no_configuration_says_what_one_is(tmp_path: Path, text: 
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.yaml"):
         load_config(tmp_path / "x.yaml")
+
+
+def test_a_label_with_a_star_stands_for_every_learner_that_has_no_row_of_its_own(tmp_path: Path) -> None:
+    rows = 'methods: {zero_shot: {}, "tip*": {alpha_max: 5}, tip_adapter_f: {alpha_max: 6}}\n'
+    config = load_config(_write(tmp_path, "c.yaml", rows), ["methods.tip_adapter.beta_max=4"])
+    options = {study.method: study.config.learner_options for study in config.studies()}
+    assert options == {
+        "zero_shot": {},
+        "tip_adapter": {"alpha_max": 5, "beta_max": 4},
+        "tip_adapter_f": {"alpha_max": 6},
+    }
+
+    with pytest.raises(ConfigError, match=r"unknown learner 'tap\*'"):
+        load_config(_write(tmp_path, "d.yaml", 'methods: {"tap*": {}}\n'))

@@ -17,7 +17,7 @@ from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
-from vlprompt.adaptation.summary import adaptation_tables, headline, summary
+from vlprompt.adaptation.summary import METRICS, adaptation_tables, headline, summary
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError
 from vlprompt.core.files import path_fingerprint, write_text
@@ -125,6 +125,15 @@ class AdaptationExperiment(Experiment):
         if cell.get("stage") == VIEWS:
             return self._generate_views(cell)
         return self._adapt(cell, folder)
+
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        if cell.get("stage") is None:
+            for label in self.config.methods:
+                result.sketch(METRICS, method=label)
+                result.sketch([f"before_{metric}" for metric in METRICS], method=label)
+        return result
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
