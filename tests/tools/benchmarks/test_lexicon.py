@@ -15,12 +15,13 @@ needs_photo = pytest.mark.skipif(
 )
 
 
-def test_a_name_is_inside_if_its_words_stand_side_by_side_in_another() -> None:
+def test_a_name_is_inside_if_it_occurs_in_another() -> None:
     names = ["African elephant", "soccer ball", "water_bottle"]
     assert is_inside("Elephant", names)
     assert is_inside("water bottle", names)
+    assert is_inside("Ball", names)
+    assert not is_inside("balls", names)
     assert not is_inside("ball bottle", names)
-    assert not is_inside("phant", names)
 
 
 @needs_photo
