@@ -36,8 +36,9 @@ def bench_lexicon(
     """Classify every image among all class names, with the data set's sentences.
 
     A class is ``inside`` if its name occurs in one of ImageNet's 1,000 names ("binocular" in "binoculars", but "emu" in
-    "lemur" too), and ``outside`` otherwise. ``accuracy`` is the mean over the classes of a group of the share of their images that are named right,
-    with the 95 % interval of the test set: ``draws`` times as many images are drawn from each class anew.
+    "lemur" too), and ``outside`` otherwise. ``accuracy`` is the mean over the classes of a group of the share of their
+    images that are named right, with the 95 % interval of the test set: ``draws`` times as many images are drawn from
+    each class anew.
 
     Args:
         folder: Of photographs: ``<split>/<class name>/*.jpg`` or ``<class name>/*.jpg``.

@@ -208,15 +208,19 @@ class ClassificationConfig(ExperimentConfig):
         content = dict(raw)
         protocol = merge(content, overrides).get("protocol")
         name = protocol.get("name") if isinstance(protocol, Mapping) else None
-        if "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES:
-            content["train"] = {"recipe": "auto"}
+        automatic = "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES
 
         rows = content.get("methods")
         if isinstance(rows, Mapping):
-            content["methods"] = {
+            methods = {
                 label: _resolved_method(label, row or {}, content, overrides)
                 for label, row in _every_method(rows).items()
             }
+            # A method whose file or row says how it is trained is trained so.
+            recipe = {"train": {"recipe": "auto"}} if automatic else {}
+            content["methods"] = {label: recipe | method for label, method in methods.items()}
+        elif automatic:
+            content["train"] = {"recipe": "auto"}
 
         stages = content.get("before")
         if isinstance(stages, Mapping):
