@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.experiments.foretold import check_foretold
 from vlprompt import create_backbone, create_learner, load_dataset, save
 from vlprompt.adaptation.config import AdaptationConfig
 from vlprompt.adaptation.experiment import AdaptationExperiment, draw_stream
@@ -49,6 +50,7 @@ def run(tmp_path: Path, *overrides: str, **sections: Any) -> RunOutcome:
 
 def test_a_run_records_what_it_measured(tmp_path: Path) -> None:
     outcome = run(tmp_path)
+    check_foretold(outcome.folder)
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
     assert outcome.headline == "mta/average/accuracy"
     assert metrics["runs"] == 4

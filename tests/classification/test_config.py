@@ -176,3 +176,40 @@ def test_a_file_that_is_no_configuration_says_what_one_is(tmp_path: Path, text: 
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.yaml"):
         load_config(tmp_path / "x.yaml")
+
+
+def test_a_label_with_a_star_stands_for_every_learner_that_has_no_row_of_its_own(tmp_path: Path) -> None:
+    rows = 'methods: {zero_shot: {}, "tip*": {alpha_max: 5}, tip_adapter_f: {alpha_max: 6}}\n'
+    config = load_config(_write(tmp_path, "c.yaml", rows), ["methods.tip_adapter.beta_max=4"])
+    options = {study.method: study.config.learner_options for study in config.studies()}
+    assert options == {
+        "zero_shot": {},
+        "tip_adapter": {"alpha_max": 5, "beta_max": 4},
+        "tip_adapter_f": {"alpha_max": 6},
+    }
+
+    with pytest.raises(ConfigError, match=r"unknown learner 'tap\*'"):
+        load_config(_write(tmp_path, "d.yaml", 'methods: {"tap*": {}}\n'))
+
+
+def test_a_method_is_trained_as_its_file_or_row_says_and_by_its_recipe_where_nobody_says(
+    tmp_path: Path,
+) -> None:
+    _write(tmp_path, "own.yaml", "learner: {name: taskres}\ntrain: {epochs: 7}\n")
+    rows = f"methods: {{own: {{cfg: {tmp_path}/own.yaml}}, coop: {{train: {{lr: 0.3}}}}, gda: {{}}}}\n"
+    config = load_config(_write(tmp_path, "c.yaml", rows))
+    options = {study.method: study.config.train.options() for study in config.studies()}
+    assert (options["own"]["recipe"], options["own"]["epochs"], options["own"]["lr"]) == (None, 7, 0.002)
+    assert (options["coop"]["recipe"], options["coop"]["lr"]) == (None, 0.3)
+    assert options["gda"] == {"recipe": "auto"}
+
+    for study in load_config(tmp_path / "c.yaml", ["train.epochs=3"]).studies():
+        changed = study.config.train.options()
+        assert (changed["recipe"], changed["epochs"]) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["compare_base_to_new_tiny.yaml", "compare_heads_tiny.yaml", "compare_masks_tiny.yaml"]
+)
+def test_no_rate_of_a_shipped_comparison_of_files_is_searched(name: str) -> None:
+    assert [s.method for s in load_config(name).studies() if s.config.train.options()["recipe"]] == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.classification.studies import run
+from tests.experiments.foretold import check_foretold
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError
 from vlprompt.meta.start import read_start
@@ -49,6 +50,7 @@ def configs(tmp_path: Path) -> Path:
 
 def test_a_meta_training_leaves_a_start_figures_and_a_sheet(configs: Path) -> None:
     outcome = run(configs / "meta.yaml", command="as typed")
+    check_foretold(outcome.folder)
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
     assert metrics["protocol"] == "meta"
     assert metrics["data"] == "scenes:60"
@@ -94,6 +96,7 @@ methods:
     (configs / "all.yaml").write_text(text)
     outcome = run(configs / "all.yaml")
     assert outcome.failures == []
+    check_foretold(outcome.folder)
     titles = [table.title for table in outcome.tables]
     assert titles[0] == "few shots"
     assert titles[1].startswith("few shots: gain over usual")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.classification.studies import run
 from tests.data.layouts import make
+from tests.experiments.foretold import check_foretold
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data import load_card
@@ -41,6 +42,8 @@ def train(tmp_path: Path) -> Train:
     def run_with(*overrides: str, code: int = 0) -> tuple[RunOutcome, dict[str, Any]]:
         outcome = run(path, overrides)
         assert outcome.exit_code == code, outcome.failures
+        if code == 0:
+            check_foretold(outcome.folder)
         return outcome, json.loads((outcome.folder / "metrics.json").read_text())
 
     return run_with

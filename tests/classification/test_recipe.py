@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vlprompt import create_backbone, create_learner, evaluate, fit, load_dataset
 from vlprompt.backbones import Backbone
-from vlprompt.classification.config import ClassificationConfig
+from vlprompt.classification.config import ClassificationConfig, load_config
 from vlprompt.classification.recipe import hold_back
 from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.experiments.config import compose
+from vlprompt.experiments.tasks import run
 from vlprompt.learners import LEARNERS, Learner
 from vlprompt.learners.recipe import Recipe
 from vlprompt.training.options import TrainOptions
@@ -154,3 +158,26 @@ def test_a_file_without_a_train_section_has_the_recipe() -> None:
     assert stated["lr"] == 0.1
     assert stated["recipe"] is None
     assert stated["epochs"] == 50
+
+
+def test_the_shipped_comparison_has_every_learner_without_any_option() -> None:
+    for name in ("compare_defaults_tiny.yaml", "compare_defaults_photos.yaml"):
+        studies = load_config(name).studies()
+        assert sorted(study.method for study in studies) == LEARNERS.names()
+        assert all(study.config.train.options() == {"recipe": "auto"} for study in studies)
+        assert all(study.config.learner_options == {} for study in studies)
+        assert all(study.config.data.validate_on == "none" for study in studies)
+
+
+def test_the_comparison_in_small_shows_learners_above_zero_shot(tmp_path: Path) -> None:
+    content = {
+        **compose("compare_defaults_tiny.yaml"),
+        "output": str(tmp_path),
+        "methods": {"zero_shot": {}, "tip*": {}, "gda": {}, "zs_lp": {}, "lp_plus": {}},
+        "expect": [],
+    }
+    cfg = tmp_path / "small.yaml"
+    cfg.write_text(yaml.safe_dump(content))
+    figures = run(cfg, ["data.name=digits"]).metrics
+    for name in ("tip_adapter", "tip_adapter_f", "gda", "zs_lp", "lp_plus"):
+        assert figures[f"{name}/accuracy"] > figures["zero_shot/accuracy"] + 0.05, name

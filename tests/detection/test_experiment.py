@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.experiments.foretold import check_foretold
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.detection.config import DetectionConfig
@@ -61,6 +62,7 @@ def test_a_run_writes_concepts_table_and_report(detectors: dict[str, Any], data:
     experiment = experiment_of(tmp_path, coco_folder, second_stage=SECOND)
     outcome = run_experiment(experiment)
     assert outcome.failures == []
+    check_foretold(outcome.folder)
     assert "class names" in outcome.text
     assert "concepts, 3 images, second stage" in outcome.text
     saved = Concepts.load(

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.commands import Command
-from vlprompt.core.errors import CheckpointError
-from vlprompt.experiments.check import check_run
-from vlprompt.experiments.config import list_configs
+from vlprompt.core.errors import CheckpointError, ConfigError
+from vlprompt.data import load_dataset
+from vlprompt.experiments.check import check_run, unknown_figures
+from vlprompt.experiments.config import compose, list_configs
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.tasks import read_experiment
 
@@ -105,14 +106,59 @@ def test_a_file_that_is_based_on_another_expects_nothing_of_it(tmp_path: Path) -
     assert read_experiment(above).config.expect == []
 
 
+def test_where_no_figure_is_known_the_source_says_why(run: Path, tmp_path: Path, command: Command) -> None:
+    cfg = write(tmp_path, {"kind": "none", "source": "nobody ran it"})
+    (verdict,) = check_run(run, str(cfg))
+    assert verdict.text() == "not comparable: no figure is known: nobody ran it"
+    assert command("check", run, "--against", cfg).status == 0
+    assert command("run", cfg, "--expect-only").out == "no figure is known: nobody ran it\n"
+
+    both = write(tmp_path, expectation({"accuracy": {"value": 0.5}}, kind="none"))
+    with pytest.raises(ConfigError, match="kind is published, recalled or measured"):
+        read_experiment(both)
+    neither = write(tmp_path, expectation({}))
+    with pytest.raises(ConfigError, match="kind: none, and source says why"):
+        read_experiment(neither)
+
+
+def test_a_figure_that_no_run_can_have_is_a_mistake_of_the_configuration(
+    tmp_path: Path, command: Command
+) -> None:
+    cfg = write(tmp_path, expectation({"accuracy": {"value": 0.5}, "acuracy": {"value": 0.5}}))
+    answer = command("check", cfg)
+    assert answer.status == 2
+    assert "expect.0.figures: unknown figure 'acuracy'. Did you mean 'accuracy'" in answer.err
+
+
+def test_the_place_of_a_folder_is_no_setting_but_its_name_is(tmp_path: Path) -> None:
+    digits = load_dataset("digits", "train", shots=3, seed=1)
+    names = [digits.classnames[label] for label in digits.labels]
+    for place in ("here", "there"):
+        for number, name in enumerate(names):
+            path = tmp_path / place / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits[number][0].save(path)
+
+    data = {"name": "folder:${data.root}", "root": str(tmp_path / "here" / "photos"), "validate_on": "none"}
+    figure = expectation({"accuracy": {"value": 0.5, "within": 0.5}})
+    content = {**BASE, "data": data, "output": str(tmp_path / "runs"), "expect": [figure]}
+    cfg = tmp_path / "photos.yaml"
+    cfg.write_text(yaml.safe_dump(content))
+    folder = run_experiment(read_experiment(cfg)).folder
+
+    moved = read_experiment(cfg, [f"data.root={tmp_path / 'there' / 'photos'}"])
+    cfg.write_text(yaml.safe_dump({**content, "data": moved.config.model_dump(mode="json")["data"]}))
+    assert [verdict.outcome for verdict in check_run(folder, str(cfg))] == ["pass"]
+
+    cfg.write_text(yaml.safe_dump({**content, "data": {**data, "root": str(tmp_path / "other")}}))
+    (verdict,) = check_run(folder, str(cfg))
+    assert "folder:photos instead of folder:other" in verdict.reason
+
+
 SHIPPED = [name for name, path in list_configs().items() if path.parent.name != "pretraining"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_settings_of_shipped_expectations_are_valid(name: str) -> None:
-    for expected in read_experiment(name).config.expect:
-        overrides = [
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in expected.under.items()
-        ]
-        read_experiment(name, overrides)
+def test_every_shipped_file_says_what_to_expect_in_figures_that_its_runs_have(name: str) -> None:
+    assert compose(name).get("expect")
+    assert unknown_figures(name) == []

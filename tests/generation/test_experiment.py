@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.experiments.foretold import check_foretold
 from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.files import write_tensors
@@ -81,6 +82,7 @@ def test_a_run_writes_files_tables_and_report(weights: Path, tmp_path: Path) -> 
     experiment = experiment_of(tmp_path, weights)
     outcome = run_experiment(experiment)
     assert outcome.failures == []
+    check_foretold(outcome.folder)
     cells = sorted(outcome.folder.glob("cells/*"))
     assert len(cells) == 2
     for cell in cells:

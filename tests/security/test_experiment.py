@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.experiments.foretold import check_foretold
 from vlprompt.backbones import Backbone
 from vlprompt.core.slugs import slug
 from vlprompt.data import load_dataset
@@ -89,6 +90,7 @@ def test_victims_need_the_scanners_that_clean_and_nobody_else(tmp_path: Path, im
 
 @pytest.mark.slow
 def test_figures_and_tables(outcome: RunOutcome, images: str) -> None:
+    check_foretold(outcome.folder)
     metrics = {key.replace(images, "data"): value for key, value in outcome.metrics.items()}
     assert {"data/zero_shot/auroc/seen", "data/narrow/suspect/auroc"} <= set(metrics)
     assert "data/narrow/auroc" not in metrics, "it scans whole sets only"

@@ -11,6 +11,7 @@ from PIL import Image
 
 import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
+from tests.experiments.foretold import check_foretold
 from tests.segmentation.runs import BENCHMARK, SKETCH, read, run, write_config
 from vlprompt.core.errors import VLPromptError
 from vlprompt.data.segmentation.base import MaskedImage
@@ -38,6 +39,7 @@ def _benchmark(cfg: Path, *overrides: str) -> BenchmarkExperiment:
 def test_a_run_leaves_tables_overlays_and_models_that_score_the_same(cfg: Path) -> None:
     outcome = run(cfg, "protocol.depths=[1,2]")
     assert outcome.failures == []
+    check_foretold(outcome.folder)
     assert outcome.metrics["runs"] == 5  # zero-shot once, two depths by two seeds
     names = {p.relative_to(outcome.folder).as_posix() for p in outcome.folder.rglob("*") if p.is_file()}
     assert {"table.md", "table.csv", "table.tex", "report.html", "metrics.json", "results.jsonl",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.experiments.foretold import check_foretold
 from tests.segmentation.runs import BENCHMARK, SKETCH, read, run, write_config
 from vlprompt.core.errors import VLPromptError
 from vlprompt.segmentation.fit import SegmentationFit
@@ -65,6 +66,7 @@ def test_a_search_continues_where_it_was_killed_as_if_it_had_not_been(
 
 def test_what_was_best_is_a_configuration_that_runs(cfg: Path) -> None:
     outcome = run(cfg)
+    check_foretold(outcome.folder)
     (cell,) = (outcome.folder / "cells").iterdir()
     params = outcome.metrics[f"small/vpt/{SKETCH}/params"]
     best = read(cell / "best.yaml").config

@@ -20,6 +20,7 @@ from vlprompt.adaptation.measure import (
     add_spread,
     make_record,
     scores,
+    start_name,
 )
 from vlprompt.adaptation.mixing import intruders_of, mix
 from vlprompt.adaptation.plans import StreamPlan, order_hash
@@ -27,7 +28,14 @@ from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
-from vlprompt.adaptation.summary import ROBUST, adaptation_tables, headline, summary
+from vlprompt.adaptation.summary import (
+    METRICS,
+    OF_MIXED_STREAMS,
+    ROBUST,
+    adaptation_tables,
+    headline,
+    summary,
+)
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.core.files import path_fingerprint, write_text
@@ -173,6 +181,24 @@ class AdaptationExperiment(Experiment):
         if cell.get("stage") == VIEWS:
             return self._generate_views(cell)
         return self._adapt(cell, folder)
+
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        if cell.get("stage") is not None:
+            return result
+
+        metrics = [*METRICS]
+        if self.config.attack is not None:
+            metrics.append(ROBUST)
+        paired = [*metrics, *(f"before_{metric}" for metric in metrics)]
+        if self.config.protocol.stream.kind == "mixed":
+            paired += OF_MIXED_STREAMS
+
+        for label in self.config.methods:
+            for name in [cell["data"]] if "data" in cell.where else self.config.data.names:
+                result.sketch(paired, method=label, data=name)
+        return result
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
@@ -348,7 +374,7 @@ class AdaptationExperiment(Experiment):
                 records.append(self._record(cell, label, adapter, predicted[name][label], data, 0))
             add_costs(result, label, adapter, Predictions.cat([predicted[name][label] for name in parts]))
         if attacked is not None:
-            self._add_attacked(result, records, adapters, {name: attacked.attacked for name in parts}, folder)
+            self._add_attacked(result, records, adapters, dict.fromkeys(parts, attacked.attacked), folder)
         self._add_orders(result, records, cell, adapters, parts, encoded)
         if config.protocol.stream.kind == "mixed":
             self._add_alone(result, adapters, parts, encoded)

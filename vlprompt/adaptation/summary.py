@@ -11,11 +11,21 @@ from vlprompt.experiments.results import Line, Results
 from vlprompt.experiments.statistics import paired_difference, summarise
 from vlprompt.experiments.tables import Table
 
-__all__ = ["METRICS", "ROBUST", "adaptation_tables", "headline", "headline_data", "summary"]
+__all__ = [
+    "METRICS",
+    "OF_MIXED_STREAMS",
+    "ROBUST",
+    "adaptation_tables",
+    "headline",
+    "headline_data",
+    "summary",
+]
 
 METRICS = ("accuracy", "mean_per_class", "ece", "ece_20", "nll", "brier")
 ROBUST = "robust_accuracy"
 """The accuracy on attacked images."""
+OF_MIXED_STREAMS = ("ood_auroc_msp", "ood_fpr95_msp", "ood_aupr_msp", "ood_oscr_msp", "accuracy_alone")
+"""What every method has for a mixed stream; methods that answer by similarities have more."""
 _BEFORE = "before_"
 _OOD = "ood_"  # before the metrics of telling intruders apart
 _OF_MIXED = ("accuracy_alone", "intruders_accuracy")

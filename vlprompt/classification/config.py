@@ -180,7 +180,8 @@ class ClassificationConfig(ExperimentConfig):
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="several learners in place of one: label to a learner's options; name is the label unless it is "
-        "set. cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
+        "set; a label with * stands for all learners whose names match and that have no row of their own. "
+        "cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
     )
     data: DataOptions = Field(default_factory=DataOptions)
     train: StudyTrainSection = Field(default_factory=StudyTrainSection)
@@ -207,14 +208,19 @@ class ClassificationConfig(ExperimentConfig):
         content = dict(raw)
         protocol = merge(content, overrides).get("protocol")
         name = protocol.get("name") if isinstance(protocol, Mapping) else None
-        if "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES:
-            content["train"] = {"recipe": "auto"}
+        automatic = "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES
 
         rows = content.get("methods")
         if isinstance(rows, Mapping):
-            content["methods"] = {
-                label: _resolved_method(label, row or {}, content, overrides) for label, row in rows.items()
+            methods = {
+                label: _resolved_method(label, row or {}, content, overrides)
+                for label, row in _every_method(rows).items()
             }
+            # A method whose file or row says how it is trained is trained so.
+            recipe = {"train": {"recipe": "auto"}} if automatic else {}
+            content["methods"] = {label: recipe | method for label, method in methods.items()}
+        elif automatic:
+            content["train"] = {"recipe": "auto"}
 
         stages = content.get("before")
         if isinstance(stages, Mapping):
@@ -349,6 +355,16 @@ def load_config(cfg: str | Path, overrides: Sequence[str] = ()) -> Classificatio
         UnknownNameError: If there is no such file.
     """
     return ClassificationConfig.read(cfg, overrides)
+
+
+def _every_method(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the methods, with a row for every learner that a label with ``*`` stands for."""
+    methods: dict[str, Any] = {}
+    for label, row in rows.items():
+        # A pattern that nothing matches stays, and is refused as the name of a learner.
+        names = [name for name in LEARNERS.names(label) if name not in rows] if "*" in label else []
+        methods |= dict.fromkeys(names or [label], row)
+    return methods
 
 
 def _resolved_method(

@@ -13,7 +13,7 @@ from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.classification.protocols.transfer import matrix_of
-from vlprompt.classification.study_cell import StudyCell
+from vlprompt.classification.study_cell import StudyCell, sketch
 from vlprompt.classification.tables import protocol_tables
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.files import path_fingerprint
@@ -73,6 +73,10 @@ class ClassificationExperiment(Experiment):
     def run(self, cell: Cell, folder: Path) -> CellResult:
         """See :meth:`Experiment.run`."""
         return self._study_cell(cell, folder).run()
+
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        return sketch(self._study(cell).config, cell)
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
@@ -177,9 +181,7 @@ class ClassificationExperiment(Experiment):
 
     def _study_cell(self, cell: Cell, folder: Path) -> StudyCell:
         """Return a cell with what it needs of the experiment."""
-        study = next(
-            s for s in self.studies if (s.setting, s.method) == (cell.get("setting"), cell["method"])
-        )
+        study = self._study(cell)
         config = study.config
         start = self._start_cell(study, cell)
 
@@ -192,6 +194,11 @@ class ClassificationExperiment(Experiment):
             fact_prefix=f"{_label(study)}/" if len(self.studies) > 1 else "",
             test_cache=lambda data, part: self._test_cache(config, data, part),
         )
+
+    def _study(self, cell: Cell) -> Study:
+        """Return the study that a cell is part of."""
+        where = (cell.get("setting"), cell["method"])
+        return next(study for study in self.studies if (study.setting, study.method) == where)
 
     def _test_cache(self, config: ClassificationConfig, data: str, part: str) -> FeatureCache:
         """Return the cache of one part of a test set; it keeps prefixes only where it keeps them in files."""

@@ -32,15 +32,19 @@ from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.statistics import harmonic_mean
 from vlprompt.learners import LEARNERS, Learner, create_learner
+from vlprompt.learners._scanning import ImageScanner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.meta.start import read_start
+from vlprompt.metrics.backdoor import COMPOSITION_FIGURES, OBJECT_FIGURES, SCORE_FIGURES
 from vlprompt.saved.paths import find_prompts
 from vlprompt.saved.prompts import load, save
 
-__all__ = ["StudyCell"]
+__all__ = ["StudyCell", "sketch"]
 
 log = logging.getLogger("vlprompt.run")
 
+_SCORES = ("accuracy", "mean_per_class", "nll", "score", "zero_shot_accuracy", "zero_shot_score")
+_META_SCORES = ("accuracy", "plain_accuracy", "unadapted_accuracy", "zero_shot_accuracy", "loss")
 _ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 
@@ -312,6 +316,36 @@ class StudyCell:
         if "seed" in fields and "seed" not in options:
             options["seed"] = self.cell["seed"]
         return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
+
+
+def sketch(config: ClassificationConfig, cell: Cell) -> CellResult:
+    """Return the metrics of a cell on data that are scored by accuracy (see :meth:`Experiment.sketch`)."""
+    result = CellResult()
+
+    if config.protocol.name == "meta":
+        result.sketch(_META_SCORES)
+    elif cell.get("stage") == SOURCE:
+        result.sketch(_SCORES)
+        for name in groups_of(config)[cell["group"]]:
+            result.sketch(_SCORES, data=name)
+    elif config.protocol.name == "base-to-new":
+        result.sketch(_SCORES, part="base")
+        result.sketch(_SCORES, part="new")
+        result.sketch(("harmonic_mean",))
+    else:
+        result.sketch(_SCORES)
+        for label in config.data.also_test if cell.get("target") is None else ():
+            result.sketch(_SCORES, part=label)
+        if _scans(config, cell):
+            result.sketch((*SCORE_FIGURES, *OBJECT_FIGURES, *COMPOSITION_FIGURES))
+
+    return result
+
+
+def _scans(config: ClassificationConfig, cell: Cell) -> bool:
+    """Return whether a cell scores a scanner on composed images, which have further figures."""
+    is_scanner = issubclass(LEARNERS.get(config.learner_name).target, ImageScanner)
+    return is_scanner and str(cell.get("target", cell["data"])).startswith("triggered:")
 
 
 def _say_cut(train: ImageDataset) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._complete import complete_config
-from vlprompt.core.errors import VLPromptError
+from vlprompt.core.errors import ConfigError, VLPromptError
 from vlprompt.core.paths import user_path
 
 if TYPE_CHECKING:
@@ -76,9 +76,13 @@ def _check_run(folder: Path, against: str | None) -> int:
 
 
 def _check_config(cfg: str, overrides: Sequence[str]) -> None:
+    from vlprompt.experiments.check import unknown_figures
     from vlprompt.experiments.tasks import read_experiment
 
     experiment = read_experiment(cfg, overrides)
+    if problems := unknown_figures(cfg):
+        raise ConfigError(problems, cfg)
+
     cells = experiment.cells()
     print(f"{cfg}: no mistakes; task {experiment.config.task}, {len(cells)} cells")
     for name, values in _coordinates(cells).items():

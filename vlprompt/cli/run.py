@@ -100,8 +100,8 @@ def _print_expectations(cfg: str, overrides: list[str]) -> int:
 
     expected = read_experiment(cfg, overrides).config.expect
     for expectation in expected:
-        for metric in expectation.figures:
-            print(expectation.text(metric))
+        for line in expectation.lines():
+            print(line)
     if not expected:
         print(f"{cfg} expects no figure (key: expect)")
     return 0

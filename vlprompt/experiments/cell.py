@@ -16,6 +16,7 @@ __all__ = ["Cell", "CellResult", "Coordinate", "Failure", "Measurement"]
 Coordinate = str | int | float | None
 """A value of a coordinate: a method's label, a data set's name, a number of shots, a seed ..."""
 
+_MADE_UP = 0.5  # no gain over it is divided by zero
 _LONGEST_NAME = 150  # characters; file systems allow 255 bytes, and checkpoints add endings
 
 
@@ -103,6 +104,10 @@ class CellResult:
         """
         for metric, value in metrics.items():
             self.measurements.append(Measurement(metric, float(value), where))
+
+    def sketch(self, metrics: Sequence[str], **where: Coordinate) -> None:
+        """Take in metrics of which only the names are known yet, with made-up values (see ``Experiment.sketch``)."""
+        self.add(dict.fromkeys(metrics, _MADE_UP), **where)
 
     def record(self) -> dict[str, Any]:
         """Return everything but the timings as JSON-able data."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from vlprompt.core.errors import CheckpointError, ConfigError
+from vlprompt.core.errors import CheckpointError, ConfigError, UnknownNameError
 from vlprompt.experiments.config import ExperimentConfig, list_configs
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.experiments.tasks import read_experiment
 
-__all__ = ["Verdict", "check_run", "is_run"]
+__all__ = ["Verdict", "check_run", "is_run", "unknown_figures"]
 
 _PLACES = frozenset({"output", "name", "expect", "loading"})
+_KINDS_OF_PLACES = ("folder", "csv", "tar")
 # Where files lie, and what is kept of what never changes, changes no figure.
 _PLACE_KEYS = frozenset({"root", "cache_dir", "prefix_gib", "store", "on_bad_image"})
+_NOT_FORETOLD = ("train/", "source/train/")  # what a learner says of itself
 _SHOWN = 5
 
 
@@ -28,19 +30,22 @@ class Verdict:
     Attributes:
         outcome: ``"pass"``, ``"fail"``, or ``"not comparable"``.
         expectation: What was expected, with its source.
-        metric: Which of its figures.
+        metric: Which of its figures; empty where none is known.
         value: What the run reached; None if it has no such figure.
         reason: Why it can't be compared: which settings differ, or that the figure is missing.
     """
 
     outcome: Literal["pass", "fail", "not comparable"]
     expectation: Expectation
-    metric: str
+    metric: str = ""
     value: float | None = None
     reason: str = ""
 
     def text(self) -> str:
         """Return the verdict as a line."""
+        if not self.expectation.figures:
+            return f"{self.outcome}: {self.expectation.lines()[0]}"
+
         reached = "" if self.value is None else f"reached {self.value:.4g}; "
         reason = f"{self.reason}; " if self.reason else ""
         return f"{self.outcome}: {reached}{reason}expected {self.expectation.text(self.metric)}"
@@ -85,8 +90,31 @@ def check_run(folder: Path, cfg: str | None = None) -> list[Verdict]:
             )
         differences = _differences(settings, dict(_flat(wanted)))
         verdicts += [_verdict(expectation, metric, metrics, differences) for metric in expectation.figures]
+        if not expectation.figures:
+            verdicts.append(Verdict("not comparable", expectation))
 
     return verdicts
+
+
+def unknown_figures(cfg: str | Path) -> list[str]:
+    """Return a sentence for each expected figure that no run of a configuration can have.
+
+    Args:
+        cfg: A path, or the name of a shipped file.
+
+    Raises:
+        ConfigError: If ``under`` of an expectation is no valid change of the file.
+        UnknownNameError: If there is no such file.
+    """
+    experiment = read_experiment(cfg)
+    problems = []
+    for number, expectation in enumerate(experiment.config.expect):
+        under = _overrides(expectation.under)
+        known = (read_experiment(cfg, under) if under else experiment).figures()
+        for metric in expectation.figures:
+            if metric not in known and not metric.startswith(_NOT_FORETOLD):
+                problems.append(f"expect.{number}.figures: {UnknownNameError('figure', metric, known)}")
+    return problems
 
 
 def _reference(config: ExperimentConfig, folder: Path, cfg: str | None) -> str | Path:
@@ -136,7 +164,15 @@ def _flat_mapping(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str
         if isinstance(value, Mapping):
             yield from _flat_mapping(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", _without_place(value)
+
+
+def _without_place(value: Any) -> Any:
+    """Return a setting without the place of what it names: of ``folder:/somewhere/photos`` the last part counts."""
+    if isinstance(value, list):
+        return [_without_place(part) for part in value]
+    kind, _, path = value.partition(":") if isinstance(value, str) else ("", "", "")
+    return f"{kind}:{PurePath(path).name}" if kind in _KINDS_OF_PLACES else value
 
 
 def _overrides(under: Mapping[str, Any]) -> list[str]:

@@ -211,6 +211,15 @@ class ConceptExperiment(Experiment):
             self._add(result, self.score_baseline(cell["method"]))
         return result
 
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        for part in self.test_names():
+            result.sketch(self.metrics, part=part)
+            if cell["method"] == CONCEPTS and self.config.second_stage is not None:
+                result.sketch(self.metrics, part=part, stage=SECOND)
+        return result
+
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
         last = _row_label(CONCEPTS, self.config.protocol.images[-1], None)

@@ -64,6 +64,15 @@ class Experiment(ABC):
         """Return what ``metrics.json`` says beside figures: protocol, data, shots, seeds ..."""
         return {}
 
+    def sketch(self, cell: Cell) -> CellResult:
+        """Return the metrics that a cell will have whatever is learned, with made-up values; nothing is read for it."""
+        return CellResult()
+
+    def figures(self) -> list[str]:
+        """Return the keys of ``metrics.json`` that can be foretold (see :meth:`sketch`); a run may have more."""
+        results = Results.of({cell: self.sketch(cell) for cell in self.cells()})
+        return list(self.summary(results))
+
     def summary(self, results: Results) -> dict[str, float]:
         """Return the figures of ``metrics.json``, computed from the long table."""
         raise NotImplementedError

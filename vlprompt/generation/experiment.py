@@ -141,6 +141,12 @@ class GenerationExperiment(Experiment):
         result.timings = {"start": learned.start, "training": learned.seconds}
         return result
 
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        result.sketch(("similarity",), step=0)
+        return result
+
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
         methods = list(self.config.methods)
@@ -183,6 +189,10 @@ class GenerationExperiment(Experiment):
             "baseline": config.baseline,
             "seeds": config.protocol.seeds,
         }
+
+    def figures(self) -> list[str]:
+        """See :meth:`Experiment.figures`; whether a method ever gets where the baseline was can't be foretold."""
+        return [key for key in super().figures() if not key.endswith("/steps")]
 
     def summary(self, results: Results) -> dict[str, float]:
         """See :meth:`Experiment.summary`.

@@ -15,7 +15,27 @@ from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.metrics.composition import bias_sweep, open_world_accuracy
 from vlprompt.metrics.verdicts import Verdicts
 
-__all__ = ["ComposedData", "false_alarms_at", "scan_metrics", "verdict_metrics"]
+__all__ = [
+    "COMPOSITION_FIGURES",
+    "OBJECT_FIGURES",
+    "SCORE_FIGURES",
+    "ComposedData",
+    "false_alarms_at",
+    "scan_metrics",
+    "verdict_metrics",
+]
+
+SCORE_FIGURES = (
+    *("fpr", "auroc", "auroc/seen", "auroc/unseen", "tpr", "tpr/seen", "tpr/unseen"),
+    *("fpr_at_95_tpr", "fpr_at_95_tpr/seen", "fpr_at_95_tpr/unseen"),
+)
+"""The figures of :func:`verdict_metrics` of every scanner, where seen and unseen compositions occur."""
+
+OBJECT_FIGURES = ("object_accuracy_clean", "object_accuracy_triggered")
+"""Those that a scanner has which names objects, in addition."""
+
+COMPOSITION_FIGURES = ("trigger_accuracy", "auc", "best_hm")
+"""Those that a scanner has which names triggers and scores compositions, in addition."""
 
 
 class ComposedData(Protocol):

@@ -22,7 +22,7 @@ from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
-from vlprompt.metrics.backdoor import scan_metrics, verdict_metrics
+from vlprompt.metrics.backdoor import OBJECT_FIGURES, SCORE_FIGURES, scan_metrics, verdict_metrics
 from vlprompt.security.config import SecurityConfig
 from vlprompt.security.data import ScanData
 from vlprompt.security.effect import attack_success, train_victim
@@ -36,6 +36,7 @@ __all__ = ["SecurityExperiment", "build"]
 log = logging.getLogger("vlprompt.security")
 
 _HISTORY = "history.jsonl"
+_SUSPECT_FIGURES = ("fpr", "auroc", "tpr", "fpr_at_95_tpr")
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -77,6 +78,22 @@ class SecurityExperiment(Experiment):
         if cell.get("stage") == VICTIM:
             return self._run_victim(cell, folder)
         return self._run_scanner(cell, folder)
+
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        if cell.get("stage") == VICTIM:
+            result.sketch(("accuracy", "attack_success", "images"))
+            return result
+
+        name, _ = self.config.method(cell["method"])
+        kind = SCANNERS.get(name).target
+        if not kind.needs_whole_set:
+            result.sketch((*SCORE_FIGURES, "fpr/photographs"))
+            result.sketch(OBJECT_FIGURES if kind.names_objects else ())
+        if self.config.suspect is not None and cell.get("variant") is None:
+            result.sketch(_SUSPECT_FIGURES, part=SUSPECT)
+        return result
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
@@ -223,7 +240,7 @@ class SecurityExperiment(Experiment):
         every = torch.ones(len(trigger), dtype=torch.bool)
         figures = scan_metrics(verdicts.score, trigger, every, scanner.threshold)
         # All compositions count as seen, so figures of seen and unseen ones would say the same or nothing.
-        return {name: figures[name] for name in ("fpr", "auroc", "tpr", "fpr_at_95_tpr")}
+        return {name: figures[name] for name in _SUSPECT_FIGURES}
 
     def _run_victim(self, cell: Cell, folder: Path) -> CellResult:
         """Train a victim, and measure what it learned of the images and of the attack."""

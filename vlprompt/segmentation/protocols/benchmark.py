@@ -89,6 +89,15 @@ class BenchmarkExperiment(SegmentationExperiment):
             self._write_masks(tested, test, folder)
         return result
 
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        result.sketch(
+            ("dice", "iou", "all_foreground_dice", "macro_dice", "macro_iou", "iou_dataset", "trainable")
+        )
+        result.sketch(("hd95",) if self.config.boundary else ())
+        return result
+
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
         return tables.layout(self.config, self.cells())

@@ -88,6 +88,12 @@ class SearchExperiment(SegmentationExperiment):
         result.add({"loss": best.value, "trials": study.finished(), "pruned": study.pruned()})
         return result
 
+    def sketch(self, cell: Cell) -> CellResult:
+        """See :meth:`Experiment.sketch`."""
+        result = CellResult()
+        result.sketch(tuple(_COLUMNS))
+        return result
+
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
         headline = f"{self._key(self.cells()[-1].where)}/loss"
