@@ -33,7 +33,7 @@ _SOURCE, _STATISTICS = "source", "statistics"  # options of adapters that other 
 class StreamOptions(ImageOptions):
     """The ``data:`` section: images to adapt to."""
 
-    name: str | list[str] = Field(description="catalogue name(s), folder:PATH or csv:PATH")
+    name: str | list[str] = Field(description="catalogue name(s), folder:PATH, csv:PATH or tar:PATTERN")
     split: Literal["train", "val", "test"] = Field("test", description="choose hyper-parameters on val")
     test_images: int | None = Field(
         None, ge=1, description="images drawn of each data set; empty: all of them, shuffled"
