@@ -104,6 +104,14 @@ class CellResult:
         for metric, value in metrics.items():
             self.measurements.append(Measurement(metric, float(value), where))
 
+    def numbers(self) -> dict[str, float]:
+        """Return metric to value; coordinates beyond the cell's stand before a metric: ``new/accuracy``."""
+        numbers = {}
+        for measurement in self.measurements:
+            words = [str(value) for value in measurement.where.values() if value is not None]
+            numbers["/".join([*words, measurement.metric])] = measurement.value
+        return numbers
+
     def record(self) -> dict[str, Any]:
         """Return everything but the timings as JSON-able data."""
         lines = [{**m.where, "metric": m.metric, "value": m.value} for m in self.measurements]
