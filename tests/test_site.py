@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,21 +12,10 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
+from tests.pages import DOCS, script_of
+
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [DOCS / "index.md", *sorted((DOCS / "tutorials").glob("*.md"))]
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def script_of(page: Path) -> str:
-    """Return the blocks of a page as one program: each sh block as it is, each python block as a program of its own."""
-    parts = ["set -euo pipefail"]
-    for language, text in _BLOCK.findall(page.read_text(encoding="utf-8")):
-        if language == "sh":
-            parts.append(text)
-        elif language == "python":
-            parts.append(f"python - <<'END OF PYTHON'\n{text}END OF PYTHON\n")
-    return "\n".join(parts)
+PAGES = sorted((DOCS / "tutorials").glob("*.md"))  # the first page: tests/test_packaging.py
 
 
 @pytest.mark.slow

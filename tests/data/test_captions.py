@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.shards import write_shard
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, UnknownNameError
 from vlprompt.data.captions import open_captions
@@ -92,14 +93,6 @@ def test_a_wrong_table_is_told_by_line_and_column(tmp_path: Path, table: str, me
         open_captions(f"csv:{tmp_path / 't.csv'}")
 
 
-def _archive(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
     first = {
         "a/1.png": _image(COLOURS[0]),
@@ -107,9 +100,11 @@ def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
         "a/2.txt": b"no image",
         "b/1.txt": b"blue",
     }
-    _archive(tmp_path / "0.tar", {**first, "b/1.seg.png": b"another file", "b/1.png": _image(COLOURS[2])})
+    last = {"b/1.seg.png": b"another file", "b/1.png": _image(COLOURS[2])}
+    write_shard(tmp_path / "0.tar", {**first, **last}.items())
     captions = {"caption": "green\nleaf", "width": 8}
-    _archive(tmp_path / "1.tar", {"9.json": json.dumps(captions).encode(), "9.PNG": _image(COLOURS[1])})
+    second = {"9.json": json.dumps(captions).encode(), "9.PNG": _image(COLOURS[1])}
+    write_shard(tmp_path / "1.tar", second.items())
     with pytest.warns(UserWarning, match="left out") as warned:
         source = open_captions(f"tar:{tmp_path}/*.tar")
     messages = " ".join(str(warning.message) for warning in warned)
@@ -120,15 +115,6 @@ def test_tar_files_as_webdataset_writes_them(tmp_path: Path) -> None:
     (tmp_path / "2.tar").write_bytes(b"x" * 1000)
     with pytest.raises(DataError, match=r"2\.tar is no readable tar file"):
         open_captions(f"tar:{tmp_path}/*.tar")
-
-
-def _shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def _pair(key: str, caption: bytes, ending: str = "txt") -> list[tuple[str, bytes]]:
@@ -142,7 +128,7 @@ def test_one_bad_caption_is_named_and_costs_its_pair_alone(tmp_path: Path) -> No
     }  # fmt: skip
     members = [pair for i in range(5) for pair in _pair(f"good{i}", b"fine")]
     for key, (data, ending) in bad.items():
-        path = _shard(tmp_path / "s.tar", members + _pair(key, data, ending))
+        path = write_shard(tmp_path / "s.tar", members + _pair(key, data, ending))
         with pytest.warns(
             UserWarning, match=rf"1 captions can't be read .*, first s\.tar: {key}\.{ending} \("
         ):
@@ -158,19 +144,19 @@ def test_captions_as_people_write_them(tmp_path: Path) -> None:
         *_pair("d", b"\xef\xbb\xbf" + json.dumps({"caption": "text"}).encode(), "json"),
     ]
     with pytest.warns(UserWarning, match=r"1 samples have several captions, .*, first s\.tar: b\.json"):
-        source = open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+        source = open_captions(f"tar:{write_shard(tmp_path / 's.tar', members)}")
     assert [source.caption(i) for i in range(len(source))] == ["with a mark", "first", "only", "text"]
     with (
         pytest.warns(UserWarning, match="1 images have no caption"),
         pytest.raises(DataError, match="no image with"),
     ):
-        open_captions(f"tar:{_shard(tmp_path / 's.tar', _pair('e', b'{}', 'json'))}")
+        open_captions(f"tar:{write_shard(tmp_path / 's.tar', _pair('e', b'{}', 'json'))}")
 
 
 def test_keys_with_points_do_not_vanish(tmp_path: Path) -> None:
     members = [pair for i in range(50) for pair in _pair(f"image.{i:04d}", f"number {i}".encode())]
     members += [pair for i in range(50) for pair in _pair(f"{i}", b"plain")]
-    source = open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+    source = open_captions(f"tar:{write_shard(tmp_path / 's.tar', members)}")
     assert len(source) == 100
     assert source.caption(7) == "number 7"
     assert source.image(7).size == (8, 6)
@@ -188,13 +174,13 @@ def test_keys_with_points_do_not_vanish(tmp_path: Path) -> None:
 def test_one_key_means_one_pair(names: list[str], message: str, tmp_path: Path) -> None:
     members = [(name, _image(COLOURS[0]) if "g" in name else name.encode()) for name in names]
     with pytest.raises(DataError, match=message):
-        open_captions(f"tar:{_shard(tmp_path / 's.tar', members)}")
+        open_captions(f"tar:{write_shard(tmp_path / 's.tar', members)}")
 
 
 @pytest.mark.parametrize("packer", [gzip.compress, bz2.compress, lzma.compress])
 def test_compressed_shards_are_read(packer: Callable[[bytes], bytes], tmp_path: Path) -> None:
     members = [("0.png", _image(COLOURS[1])), ("0.txt", b"green"), *_pair("1", b"red")]
-    plain = _shard(tmp_path / "s.tar", members)
+    plain = write_shard(tmp_path / "s.tar", members)
     packed = tmp_path / "s.tar.packed"
     packed.write_bytes(packer(plain.read_bytes()))
     source = open_captions(f"tar:{packed}")
@@ -215,8 +201,8 @@ def test_addresses_and_ranges_of_shards(tmp_path: Path) -> None:
     folder = tmp_path / "my shards"
     folder.mkdir()
     for number in (8, 9, 10):
-        _shard(folder / f"s-{number:03d}.tar", _pair("0", str(number).encode()))
-    _shard(folder / "odd[1].tar", _pair("0", b"odd"))
+        write_shard(folder / f"s-{number:03d}.tar", _pair("0", str(number).encode()))
+    write_shard(folder / "odd[1].tar", _pair("0", b"odd"))
 
     def captions(name: str) -> list[str]:
         source = open_captions(f"tar:{name}")
@@ -236,7 +222,7 @@ def test_addresses_and_ranges_of_shards(tmp_path: Path) -> None:
 
 
 def test_archives_that_lie_about_sizes(tmp_path: Path) -> None:
-    path = _shard(tmp_path / "s.tar", _pair("0", b"red"))
+    path = write_shard(tmp_path / "s.tar", _pair("0", b"red"))
     whole = path.read_bytes()
     path.write_bytes(whole[:600])
     with pytest.raises(DataError, match=r"s\.tar is no readable tar file"):

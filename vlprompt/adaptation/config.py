@@ -51,8 +51,8 @@ class StreamOptions(ImageOptions):
     """The ``data:`` section: images to adapt to."""
 
     name: str | list[str] = Field(
-        description="catalogue name(s), folder:PATH or csv:PATH; NAME-c:common:5 is the fifteen common "
-        "corruptions of NAME at severity 5, in their order"
+        description="catalogue name(s), folder:PATH, csv:PATH or tar:PATTERN; NAME-c:common:5 is the fifteen "
+        "common corruptions of NAME at severity 5, in their order"
     )
     split: Literal["train", "val", "test"] = Field("test", description="choose hyper-parameters on val")
     classes: Literal["all", "base", "new"] = Field(

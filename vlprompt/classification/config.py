@@ -53,7 +53,9 @@ _ACROSS = ("cross-dataset", "domain-generalisation")
 class DataOptions(ImageOptions):
     """The ``data:`` section: what to train and test on."""
 
-    name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
+    name: str | list[str] = Field(
+        "scenes/shape", description="catalogue name(s), folder:PATH, csv:PATH or tar:PATTERN"
+    )
     also_test: dict[str, str] = Field(
         default_factory=dict, description="label to a name with the same classes"
     )

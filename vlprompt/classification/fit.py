@@ -25,7 +25,8 @@ from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners import Learner
 from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
-from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.callback_lists import default_callbacks
+from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -86,7 +87,7 @@ def fit(
         train: Training samples; class names must be the learner's. A torch ``Dataset`` or a list of pairs (image,
             label) too; if it doesn't name its classes, label c is the learner's class c.
         val: Validation samples, for curves and ``select="best"``. Never give test data here.
-        folder: Where checkpoints and TensorBoard events go; None writes nothing.
+        folder: Where checkpoints go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: ``"none"``, ``"flip"``, ``"crop_flip"`` or, with the smallest share of the image that a crop
             keeps, ``"crop_flip:0.5"`` (default share 0.08). See :class:`vlprompt.data.transforms.Augmentation`.
@@ -96,7 +97,8 @@ def fit(
         prefix_gib: GiB that kept prefixes may take, in memory or in ``cache_dir``: what a learner that enters the image
             tower leaves as it is (stem, first blocks) is computed once per fixed view. 0 keeps none.
         cache: A cache that is used in place of one in ``cache_dir``.
-        callbacks: Replaces the default ones (progress, TensorBoard).
+        callbacks: Replaces the default one, :class:`vlprompt.training.callbacks.ProgressBar`. A
+            :class:`vlprompt.training.trackers.Tracker` is one too.
         recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
             on any backbone. None: ``"auto"`` without options, none with options.
         workers: Processes that read and augment images; ``"auto"``, the default, chooses by the cores and the cost of

@@ -25,7 +25,7 @@ from vlprompt.meta.clusters import Hierarchy, cluster_pairs
 from vlprompt.meta.episodes import EpisodeBatches, Episodes
 from vlprompt.meta.learning import MetaPrompts
 from vlprompt.meta.start import save_start
-from vlprompt.training.callbacks import default_callbacks
+from vlprompt.training.callback_lists import default_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 

@@ -42,7 +42,8 @@ from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
 from vlprompt.training.batches import Batch
-from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.callback_lists import default_callbacks
+from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 

@@ -77,6 +77,7 @@ def _check_run(folder: Path, against: str | None) -> int:
 
 def _check_config(cfg: str, overrides: Sequence[str]) -> None:
     from vlprompt.experiments.check import unknown_figures
+    from vlprompt.experiments.runner import what_is_missing
     from vlprompt.experiments.tasks import read_experiment
 
     experiment = read_experiment(cfg, overrides)
@@ -87,7 +88,7 @@ def _check_config(cfg: str, overrides: Sequence[str]) -> None:
     print(f"{cfg}: no mistakes; task {experiment.config.task}, {len(cells)} cells")
     for name, values in _coordinates(cells).items():
         print(f"  {name}: {', '.join(values)}")
-    for sentence in experiment.missing():
+    for sentence in what_is_missing(experiment):
         print(f"missing: {sentence}")
 
 

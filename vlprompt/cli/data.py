@@ -86,7 +86,8 @@ def check(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Names, folders or tables (PATH, folder:PATH, csv:PATH); without any: all data sets with a card."
+            help="Names, or files of yours (PATH, folder:PATH, csv:PATH, tar:PATTERN); without any: all data sets with "
+            "a card."
         ),
     ] = None,
     root: Root = None,

@@ -37,10 +37,11 @@ class LabelSpace(str, Enum):
 
 def command(
     prompt: Annotated[str, typer.Argument(help="A saved learner's folder, or the folder of its run.")],
-    data: Annotated[str, typer.Option(help="A data set: a name, folder:PATH or csv:PATH.")],
+    data: Annotated[str, typer.Option(help="A data set: a name, folder:PATH, csv:PATH or tar:PATTERN.")],
     split: Annotated[str | None, typer.Option(help="train, val or test.  [default: test]")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Score every image of a folder or table, whatever its splits.")
+        bool,
+        typer.Option("--all", help="Score every image of a folder, table or archive, whatever its splits."),
     ] = False,
     classes: Annotated[
         Part, typer.Option(help="The first half of the classes, the rest, or all.")

@@ -86,12 +86,12 @@ def command(
 
 def _describe(cfg: str, overrides: list[str]) -> int:
     """Print what a run would do; return 1 if something is missing."""
-    from vlprompt.experiments.runner import describe_plan
+    from vlprompt.experiments.runner import describe_plan, what_is_missing
     from vlprompt.experiments.tasks import read_experiment
 
     experiment = read_experiment(cfg, overrides)
     print(describe_plan(experiment))
-    return 1 if experiment.missing() else 0
+    return 1 if what_is_missing(experiment) else 0
 
 
 def _print_expectations(cfg: str, overrides: list[str]) -> int:

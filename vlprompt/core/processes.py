@@ -12,9 +12,14 @@ from vlprompt.core.shares import lost_process
 __all__ = ["accelerator", "divide_threads", "fix_products", "meet", "process_state", "set_threads"]
 
 
-def accelerator() -> Accelerator:
-    """Return accelerate's handle on device and processes."""
-    return Accelerator(cpu=_cpu_only())
+def accelerator(log_with: str | None = None, project_dir: str | None = None) -> Accelerator:
+    """Return accelerate's handle on device and processes.
+
+    Args:
+        log_with: A tracker that it is to hand numbers to.
+        project_dir: Where that tracker's files go, if it writes some.
+    """
+    return Accelerator(cpu=_cpu_only(), log_with=log_with, project_dir=project_dir)
 
 
 def process_state() -> PartialState:

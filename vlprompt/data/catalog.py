@@ -27,7 +27,7 @@ Names = Sequence[str] | Mapping[str, str]
 Classes = Literal["all", "base", "new"]
 Sampling = Literal["auto", "private", "coop_compat", "elevater"]
 
-_OWN_KINDS = ("folder", "csv")
+_OWN_KINDS = ("folder", "csv", "tar")
 _SCORED = ("test", "all")  # of one class too: whose names it competes against, the learner says
 
 
@@ -54,12 +54,13 @@ def load_dataset(
     """Load one split of a data set.
 
     Args:
-        name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH``, ``csv:PATH`` or ``hf:NAME``; or a
-            data set of another library, such as a torch ``Dataset`` or a list of pairs (image, label), which is the
-            split as it is (see :func:`vlprompt.data.objects.dataset_of`; its options are ``image`` and ``label``).
-        split: ``"train"``, ``"val"`` or ``"test"``; of folders and tables also ``"all"``, for scoring: every image
-            there is. The train split of a multi-label data set has one sample per
-            image and label; its other splits keep all labels together.
+        name: A name of :func:`list_datasets`, ``scenes/TASK@STYLE``, ``folder:PATH``, ``csv:PATH``, ``tar:PATTERN`` or
+            ``hf:NAME``; or a data set of another library, such as a torch ``Dataset`` or a list of (image, label),
+            which is the split as it is (see :func:`vlprompt.data.objects.dataset_of`; its options are ``image`` and
+            ``label``).
+        split: ``"train"``, ``"val"`` or ``"test"``; of folders, tables and archives also ``"all"``, for scoring: every
+            image there is. The train split of a multi-label data set has one sample per image and label; its other
+            splits keep all labels together.
         shots: Images per class, None for all; ``val`` gives at most 4 per class, as the protocol has it.
         seed: Seed of the draw of shots.
         classes: ``"base"`` is the first half of the classes, ``"new"`` the rest. Shots are drawn before classes
@@ -148,8 +149,8 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
 def _check_all(name: DataName) -> str:
     if name.kind not in _OWN_KINDS:
         raise DataError(
-            f"{name.text}: the split 'all' is for your own images (folder:PATH, csv:PATH); this data set has train, "
-            "val and test."
+            f"{name.text}: the split 'all' is for your own images (folder:PATH, csv:PATH, tar:PATTERN); this data set "
+            "has train, val and test."
         )
     return "all"
 
@@ -190,6 +191,12 @@ class _Loader:
         """Return a split with its final class names and templates."""
         ways = self.ways.of_split(split)
         dataset = ways.build(self.options, self.download)
+        if dataset.info.get("unnamed") and self.classnames is None:
+            raise DataError(
+                f"{printable(ways.request.name)} doesn't say what its classes are called. Pass classnames=[...], one "
+                f"name for each of the labels 0 to {len(dataset.classnames) - 1}, or put them into classnames.txt "
+                "beside the archives, one a line."
+            )
         return _finished(dataset, ways.request, self.classnames, self.templates)
 
     def draw(self, split: str, shots: int, seed: int, sampling: Sampling, strict_shots: bool) -> ImageDataset:
@@ -294,7 +301,7 @@ def _finished(
     if not len(dataset):
         raise DataError(f"{name}: the split {request.split!r} is empty.")
 
-    info = {key: value for key, value in dataset.info.items() if key != "origins"}
+    info = {key: value for key, value in dataset.info.items() if key not in ("origins", "unnamed")}
     if request.card is not None:
         info["metric"] = request.card.metric
     return replace(dataset, classnames=names, info=info)

@@ -35,7 +35,7 @@ _LOADERS: dict[Task, str] = {
     "segmentation": "vlprompt.load_segmentation",
 }
 _OWN_FILES: dict[Task, str] = {
-    "classification": "Your own images: folder:PATH or csv:PATH.",
+    "classification": "Your own images: folder:PATH, csv:PATH or tar:PATTERN.",
     "segmentation": "Your own images and masks: pairs:PATH, prompts:PATH (with a JSON file of phrases) or "
     "per_class:PATH.",
 }
@@ -78,7 +78,7 @@ def list_datasets(task: Task | None = None) -> list[str]:
     """Return the sorted names of all data sets, or only those of a task.
 
     Styles (``scenes/TASK@STYLE``), corrupted images (``NAME-c:KIND:SEVERITY``) and your own files (``folder:PATH``,
-    ``csv:PATH``, ``pairs:PATH``, ``prompts:PATH``, ``per_class:PATH``) come in addition.
+    ``csv:PATH``, ``tar:PATTERN``, ``pairs:PATH``, ``prompts:PATH``, ``per_class:PATH``) come in addition.
     """
     masks = [*card_names("segmentation"), *(f"scenes/{name}" for name in MASK_TASKS)]
     if task == "segmentation":

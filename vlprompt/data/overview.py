@@ -30,7 +30,7 @@ class Overview:
     """What :func:`look_at` saw.
 
     Attributes:
-        name: ``folder:PATH`` or ``csv:PATH``.
+        name: ``folder:PATH``, ``csv:PATH`` or ``tar:PATTERN``.
         lines: What there is, a line each.
         problems: What a user should mend, a sentence each.
     """
@@ -42,7 +42,7 @@ class Overview:
 
 def name_of_path(text: str) -> str | None:
     """Return the name of a data set that a path means; None if there is nothing at the path."""
-    if text.startswith(("folder:", "csv:")):
+    if text.startswith(("folder:", "csv:", "tar:")):
         return text
     try:
         if os.path.isdir(text):
@@ -56,7 +56,7 @@ def look_at(name: str) -> Overview:
     """Open all splits of a folder or table, decode every image, and compare the images of the splits.
 
     Args:
-        name: ``folder:PATH`` or ``csv:PATH``.
+        name: ``folder:PATH``, ``csv:PATH`` or ``tar:PATTERN``.
 
     Raises:
         AbsentError: If there is no such folder or table.

@@ -204,7 +204,7 @@ def _refuse_other_formats(where: str, data: bytes) -> None:
     """Refuse what is plainly no table, by its first bytes."""
     kind = next((kind for start, kind in _OTHER_FORMATS.items() if data.startswith(start)), "")
     if not kind and data[257:262] == b"ustar":
-        kind = "a tar archive; unpack it, or read image-caption pairs of it with tar:PATH"
+        kind = "a tar archive; read it with tar:PATH, or unpack it"
     if not kind and data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         kind = "JSON; write its entries as rows of a CSV table with a header"
     if kind:

@@ -25,6 +25,7 @@ from vlprompt.detection.base import Detector
 from vlprompt.detection.data import DetectionData
 from vlprompt.detection.evaluate import average_precision, features
 from vlprompt.training.batches import Batch, ReadBatches, epoch_plan
+from vlprompt.training.callback_lists import run_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -177,6 +178,7 @@ def search_concepts(
         options,
         folder,
         validate=None if val is None else (lambda: average_precision(detector, concepts(), val, val_rows)),
+        callbacks=run_callbacks(folder),
         identity={
             "detector": detector.identity,
             "precision": detector.precision,

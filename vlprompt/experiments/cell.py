@@ -109,6 +109,14 @@ class CellResult:
         """Take in metrics of which only the names are known yet, with made-up values (see ``Experiment.sketch``)."""
         self.add(dict.fromkeys(metrics, _MADE_UP), **where)
 
+    def numbers(self) -> dict[str, float]:
+        """Return metric to value; coordinates beyond the cell's stand before a metric: ``new/accuracy``."""
+        numbers = {}
+        for measurement in self.measurements:
+            words = [str(value) for value in measurement.where.values() if value is not None]
+            numbers["/".join([*words, measurement.metric])] = measurement.value
+        return numbers
+
     def record(self) -> dict[str, Any]:
         """Return everything but the timings as JSON-able data."""
         lines = [{**m.where, "metric": m.metric, "value": m.value} for m in self.measurements]

@@ -9,13 +9,13 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from vlprompt.core.errors import CheckpointError, ConfigError, UnknownNameError
-from vlprompt.experiments.config import ExperimentConfig, list_configs
+from vlprompt.experiments.config import ASIDE, ExperimentConfig, list_configs
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.experiments.tasks import read_experiment
 
 __all__ = ["Verdict", "check_run", "is_run", "unknown_figures"]
 
-_PLACES = frozenset({"output", "name", "expect", "loading"})
+_PLACES = frozenset({"output", "name", "expect", *ASIDE})
 _KINDS_OF_PLACES = ("folder", "csv", "tar")
 # Where files lie, and what is kept of what never changes, changes no figure.
 _PLACE_KEYS = frozenset({"root", "cache_dir", "prefix_gib", "store", "on_bad_image"})

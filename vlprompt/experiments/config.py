@@ -1,7 +1,7 @@
 """Configurations: YAML with ``_base_`` composition and dotted overrides, validated as a whole before anything runs.
 
 One vocabulary for every task: ``task``, ``backbone``, ``data``, ``learner`` or ``methods``, ``protocol``, ``train``,
-``loading``, ``name`` and ``output``. A task's own model adds what only it has.
+``loading``, ``tracking``, ``name`` and ``output``. A task's own model adds what only it has.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.experiments.expectation import Expectation
+from vlprompt.training.options import TrackerName
 
 __all__ = [
+    "ASIDE",
     "STRICT",
     "BackboneOptions",
     "ExperimentConfig",
     "ImageOptions",
     "LoadingOptions",
     "Seeds",
+    "TrackingOptions",
     "compose",
     "config_path",
     "configs_dir",
@@ -43,6 +46,9 @@ __all__ = [
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 """Every section: an unknown key is a mistake, and nothing changes once it is read."""
+
+ASIDE = frozenset({"loading", "tracking"})
+"""Sections that no result depends on, so they are no part of what a run is."""
 
 
 def _each_once(seeds: list[int]) -> list[int]:
@@ -156,6 +162,25 @@ class LoadingOptions(BaseModel):
     )
 
 
+class TrackingOptions(BaseModel):
+    """The ``tracking:`` section: who else gets every epoch's numbers. No result and no identity depends on it."""
+
+    model_config = STRICT
+
+    trackers: list[TrackerName] = Field(
+        default_factory=list,
+        description="what every training of the run is tracked with; each is an extra: pip install 'vlprompt[wandb]'",
+    )
+    project: str = Field(
+        "vlprompt", min_length=1, description="the project, or MLflow's experiment, that trainings belong to"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _check_trackers(cls, value: list[TrackerName]) -> list[TrackerName]:
+        return list(dict.fromkeys(value))
+
+
 class ExperimentConfig(BaseModel):
     """Base of the configurations of all tasks: strict, read from a file, all mistakes at once.
 
@@ -170,6 +195,7 @@ class ExperimentConfig(BaseModel):
     name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
     output: str = Field("runs", description="folder that runs are written below")
     loading: LoadingOptions = Field(default_factory=LoadingOptions)
+    tracking: TrackingOptions = Field(default_factory=TrackingOptions)
     expect: list[Expectation] = Field(
         default_factory=list,
         description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "

@@ -12,6 +12,7 @@ from vlprompt.experiments.layout import Layout, tabulate
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
+from vlprompt.training.callbacks import Callback
 
 __all__ = ["Experiment"]
 
@@ -27,6 +28,8 @@ class Experiment(ABC):
     """
 
     config: ExperimentConfig
+    callbacks: tuple[Callback, ...] = ()
+    """What :func:`vlprompt.run` was given: takes part in every training of every cell."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

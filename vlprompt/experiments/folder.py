@@ -27,7 +27,7 @@ from vlprompt.core.files import write_json, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
 from vlprompt.experiments.cell import Cell, CellResult, Failure
-from vlprompt.experiments.config import ExperimentConfig
+from vlprompt.experiments.config import ASIDE, ExperimentConfig
 
 __all__ = ["RunFolder", "environment", "read_timings", "yaml_text"]
 
@@ -62,9 +62,7 @@ class RunFolder:
         self.path = self.parent / self._digest()
 
     def _digest(self) -> str:
-        content = _without_devices(
-            self.config.model_dump(mode="json", exclude={"output", "expect", "loading"})
-        )
+        content = _without_devices(self.config.model_dump(mode="json", exclude={"output", "expect", *ASIDE}))
         text = json.dumps([content, self.sources], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -152,8 +150,8 @@ class RunFolder:
 
     def _differences(self, other: Path) -> list[str]:
         theirs = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8")) or {}
-        theirs.pop("loading", None)
-        ours = self.config.model_dump(mode="json", exclude={"loading"})
+        theirs = {key: value for key, value in theirs.items() if key not in ASIDE}
+        ours = self.config.model_dump(mode="json", exclude=set(ASIDE))
         lines = _compare(_without_devices(theirs), _without_devices(ours))
 
         if (other / "sources.json").is_file():

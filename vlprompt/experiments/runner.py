@@ -24,11 +24,13 @@ from vlprompt.experiments.folder import RunFolder, environment, yaml_text
 from vlprompt.experiments.report import RunRecord, write_report
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table, write_tables
+from vlprompt.training.callbacks import Callback
+from vlprompt.training.trackers import check_trackers, missing_trackers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunOutcome", "describe_plan", "run_experiment"]
+__all__ = ["RunOutcome", "describe_plan", "run_experiment", "what_is_missing"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -82,6 +84,7 @@ def run_experiment(
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunOutcome:
     """Run every cell that is not finished yet, and write what they say together.
 
@@ -92,11 +95,16 @@ def run_experiment(
         resume: Fail if there is nothing to continue.
         command: Shown in the report: what repeats the run.
         progress: Called with (name of the run, cells done, cells).
+        callbacks: Take part in every training (see :class:`Callback`). With ``processes:N`` each process has copies of
+            them; only :meth:`Callback.on_cell` is called on those that were passed.
 
     Raises:
+        ConfigError: If a tracker isn't installed.
         CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
         VLPromptError: If no cell finished, for one reason.
     """
+    check_trackers(experiment.config.tracking.trackers)
+    experiment.callbacks = tuple(callbacks)
     fix_products()
     folder = RunFolder(experiment.config, experiment.sources())
     cells = _plan(experiment)
@@ -124,7 +132,7 @@ def run_experiment(
             if finished:
                 log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
             meet()
-            failures = _execute(executor, folder, cells, finished, progress)
+            failures = _execute(executor, folder, cells, finished, progress, callbacks)
         return _conclude(experiment, folder, cells, finished, failures, command)
 
 
@@ -139,11 +147,16 @@ def describe_plan(experiment: Experiment) -> str:
         needs = f"  needs {', '.join(cell.needs)}" if cell.needs else ""
         lines.append(f"  {cell.name}{finished}{needs}")
 
-    missing = experiment.missing()
+    missing = what_is_missing(experiment)
     lines += [f"missing: {sentence}" for sentence in missing]
     lines.append("nothing is missing" if not missing else f"{len(missing)} things are missing")
 
     return "\n".join(lines)
+
+
+def what_is_missing(experiment: Experiment) -> list[str]:
+    """Return what must be fetched, made or installed before a run, a sentence each."""
+    return [*experiment.missing(), *missing_trackers(experiment.config.tracking.trackers)]
 
 
 def _plan(experiment: Experiment) -> list[Cell]:
@@ -168,6 +181,7 @@ def _execute(
     cells: Sequence[Cell],
     finished: dict[Cell, CellResult],
     progress: Progress | None,
+    callbacks: Sequence[Callback],
 ) -> dict[Cell, Failure]:
     """Run what is not finished, each cell behind those it needs; results are written as they come."""
     waiting = [cell for cell in cells if cell not in finished]
@@ -197,6 +211,8 @@ def _execute(
                 finished[cell] = answer
                 done.add(cell.name)
                 folder.keep(cell, answer)
+                for callback in callbacks:
+                    callback.on_cell(cell.where, answer.numbers())
 
             if progress is not None:
                 progress(folder.parent.name, len(finished) + len(failures), len(cells))

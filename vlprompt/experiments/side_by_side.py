@@ -11,6 +11,7 @@ from typing import Any
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.paths import user_path
 from vlprompt.experiments.cell import Coordinate
+from vlprompt.experiments.config import ASIDE
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.results import Line, Results
@@ -118,7 +119,7 @@ def _ambiguous(runs: Sequence[_Run], label: str) -> set[Coordinate]:
 def _settings(run: _Run) -> dict[str, Any]:
     """Return what decides how a method is trained: the configuration without data, protocol and names."""
     return run.experiment.config.model_dump(
-        mode="json", exclude={"name", "output", "loading", "data", "protocol"}
+        mode="json", exclude={"name", "output", "data", "protocol", *ASIDE}
     )
 
 

@@ -14,6 +14,7 @@ from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.experiments.config import compose, config_path, list_configs
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.runner import Progress, RunOutcome, run_experiment
+from vlprompt.training.callbacks import Callback
 
 __all__ = ["Build", "describe_tasks", "list_tasks", "read_experiment", "run"]
 
@@ -54,6 +55,7 @@ def run(
     resume: bool = False,
     *,
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunOutcome:
     """Run the experiment that a configuration describes; ``vlprompt run`` does the same.
 
@@ -66,9 +68,11 @@ def run(
         restart: Move an earlier run of the same configuration and data aside, and begin anew.
         resume: Fail if there is nothing to continue.
         progress: Called with (name of the run, cells done, cells).
+        callbacks: Take part in every training (see :class:`vlprompt.training.callbacks.Callback`). With ``processes:N``
+            each process has copies of them; only ``on_cell`` is called on those that were passed.
 
     Raises:
-        ConfigError: With every mistake in the configuration at once.
+        ConfigError: With every mistake in the configuration at once, or if a tracker isn't installed.
         UnknownNameError: If there is no such file or executor.
         CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
         VLPromptError: If no cell finished, for one reason.
@@ -81,6 +85,7 @@ def run(
         resume=resume,
         command=_command(cfg, overrides),
         progress=progress,
+        callbacks=callbacks,
     )
 
 

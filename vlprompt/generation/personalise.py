@@ -20,6 +20,7 @@ from vlprompt.core.options import check_options
 from vlprompt.generation import PERSONALISERS
 from vlprompt.generation.base import NoisedBatches, Personaliser
 from vlprompt.generation.hosts import Host
+from vlprompt.training.callback_lists import run_callbacks
 from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
@@ -105,7 +106,7 @@ def personalise(
         train,
         folder,
         validate=None if watch is None else measure,
-        callbacks=[clock],
+        callbacks=[clock, *run_callbacks(folder)],
         identity={"method": method, "host": host.identity},
     )
     with module.unfrozen.restored_on_error():

@@ -22,7 +22,9 @@ __all__ = ["CompositionOptions", "DataOptions", "ProtocolOptions", "SecurityConf
 class DataOptions(ImageOptions):
     """The ``data:`` section: images that triggers are put into."""
 
-    name: str | list[str] = Field("scenes/shape", description="catalogue name(s), folder:PATH or csv:PATH")
+    name: str | list[str] = Field(
+        "scenes/shape", description="catalogue name(s), folder:PATH, csv:PATH or tar:PATTERN"
+    )
     split: Literal["val", "test"] = Field(
         "test", description="part that figures are of; val while anything is being chosen"
     )

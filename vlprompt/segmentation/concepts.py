@@ -27,6 +27,7 @@ from vlprompt.segmentation.fit import frozen_of
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, epoch_plan
+from vlprompt.training.callback_lists import run_callbacks
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
@@ -194,6 +195,7 @@ def search_masks(
         options,
         folder,
         validate=None if val is None else (lambda: score_concepts(segmenter, concepts(), val, val_states)),
+        callbacks=run_callbacks(folder),
         identity={**segmenter_identity(segmenter), "data": train.name, "start": float(start.norm())},
     )
     history = trainer.run(resume).history

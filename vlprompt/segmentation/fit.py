@@ -28,7 +28,8 @@ from vlprompt.segmentation.evaluate import evaluate_segmenter
 from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
-from vlprompt.training.callbacks import Callback, default_callbacks
+from vlprompt.training.callback_lists import default_callbacks
+from vlprompt.training.callbacks import Callback
 from vlprompt.training.options import TrainOptions, TrainSection
 from vlprompt.training.trainer import Trainer
 
@@ -197,12 +198,13 @@ def fit_segmenter(
         train: Training pairs.
         val: Validation pairs, for the schedule, early stopping and the choice of the epoch. Never test data. Without
             them the rate is constant and the last epoch is taken.
-        folder: Where checkpoints and TensorBoard events go; None writes nothing.
+        folder: Where checkpoints go; None writes nothing.
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: See :class:`JointAugmentation`.
         loss: See :func:`segmentation_loss`.
         cache_mb: Memory for frozen states of training images, and as much again of validation images.
-        callbacks: Replaces the default ones (progress, TensorBoard).
+        callbacks: Replaces the default one, :class:`vlprompt.training.callbacks.ProgressBar`. A
+            :class:`vlprompt.training.trackers.Tracker` is one too.
         workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
         **options: See :class:`SegmentTrainOptions`.
 

@@ -1,9 +1,9 @@
-"""What happens beside training: progress on a terminal, plain lines elsewhere, TensorBoard events."""
+"""What happens beside training: the base class of callbacks, and progress on a terminal or as plain lines."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.state import Progress as RunProgress
 
-__all__ = ["Callback", "ProgressBar", "TensorBoard", "TrainingView", "default_callbacks"]
+__all__ = ["Callback", "ProgressBar", "TrainingView"]
 
 log = logging.getLogger("vlprompt.training")
 
 
 class TrainingView(Protocol):
-    """What a callback may read of the trainer."""
+    """What a callback may read of the trainer, and the one thing it may ask of it."""
 
     @property
     def options(self) -> TrainOptions:
@@ -28,9 +28,21 @@ class TrainingView(Protocol):
     def progress(self) -> RunProgress:
         """Where the run stands."""
 
+    def stop(self) -> None:
+        """End the training after this epoch; it stays ended where the run is resumed."""
+
 
 class Callback:
-    """Base class: override what you need. Called on the main process only; must not change the run."""
+    """Base class: every method does nothing; override what you need.
+
+    :func:`vlprompt.fit` and its relatives call the methods about a training, :func:`vlprompt.run` calls them in every
+    training of its cells and adds :meth:`on_cell`. Of several processes of one training, the main one calls them.
+    Several callbacks are called in the order of their list, only :meth:`on_end` in reverse. An exception that one
+    raises ends the training and reaches the caller (in a run: the cell fails); the last checkpoint stays as it was.
+
+    A callback must not change the module or the options. What it changes by :meth:`TrainingView.stop` is no part of a
+    configuration, so a run that was ended by a callback can't be repeated from its configuration alone.
+    """
 
     def on_start(self, trainer: TrainingView) -> None:
         """Called before the first step, also after a resume."""
@@ -39,10 +51,18 @@ class Callback:
         """Called after each optimiser step with the losses of its samples."""
 
     def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
-        """Called after each epoch with the record that went into the history."""
+        """Called after each epoch with what went into the history: ``epoch``, ``lr``, losses, ``val/...``."""
 
     def on_end(self, trainer: TrainingView) -> None:
-        """Called once, also when training raised."""
+        """Called once for each :meth:`on_start`, also when that, the training or another callback raised."""
+
+    def on_cell(self, cell: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Called when a cell of a run has finished, in the process that called :func:`vlprompt.run`.
+
+        Args:
+            cell: The cell's coordinates: method, data, shots, seed ...
+            metrics: What it measured; the figure of a part, or of one of several data sets, has that before its name.
+        """
 
 
 class ProgressBar(Callback):
@@ -92,40 +112,3 @@ class ProgressBar(Callback):
         """Close the bar."""
         if self._bar is not None:
             self._bar.stop()
-
-
-class TensorBoard(Callback):
-    """Write every number of an epoch's record as TensorBoard events.
-
-    Args:
-        folder: Where the event files go.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: Any = None
-
-    def on_start(self, trainer: TrainingView) -> None:
-        """Open the event file; ``purge_step`` hides what a killed session wrote past its last checkpoint."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.progress.epoch)
-
-    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
-        """Add one event per number."""
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "epoch":
-                self._writer.add_scalar(name, value, record["epoch"])
-
-    def on_end(self, trainer: TrainingView) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-def default_callbacks(title: str = "train", folder: Path | None = None) -> list[Callback]:
-    """Return a progress bar, and TensorBoard events if there is a folder for them."""
-    callbacks: list[Callback] = [ProgressBar(title)]
-    if folder is not None:
-        callbacks.append(TensorBoard(folder))
-    return callbacks

@@ -8,7 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["TrainOptions", "TrainSection"]
+__all__ = ["TrackerName", "TrainOptions", "TrainSection"]
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""What a training can be tracked with (see :class:`vlprompt.training.trackers.Tracker`)."""
 
 
 class TrainSection(BaseModel):

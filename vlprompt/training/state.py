@@ -29,6 +29,7 @@ class Progress:
         best: Best validation score so far, None before the first.
         best_epoch: The epoch it was reached in.
         seconds: Training time so far, over all sessions.
+        stopped: Whether a callback has ended the run.
     """
 
     epoch: int = 0
@@ -38,6 +39,7 @@ class Progress:
     best: float | None = None
     best_epoch: int | None = None
     seconds: float = 0.0
+    stopped: bool = False
 
 
 def save_checkpoint(
@@ -144,6 +146,7 @@ def _sound(progress: Progress) -> dict[str, bool]:
         "best": progress.best is None or _is_number(progress.best),
         "best_epoch": _is_best_epoch(progress),
         "seconds": _is_number(progress.seconds) and progress.seconds >= 0,
+        "stopped": isinstance(progress.stopped, bool),
     }
 
 

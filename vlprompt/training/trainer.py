@@ -125,21 +125,24 @@ class Trainer:
             self._restore()
         self._saved_at = time.monotonic()
 
-        for callback in self.callbacks:
-            callback.on_start(self)
-        try:
+        with contextlib.ExitStack() as ends:
+            for callback in self.callbacks:
+                ends.callback(callback.on_end, self)
+                callback.on_start(self)
+            self._agree_on_stop()
             with self._make_loader() as self._loader:
                 while not self._finished():
                     self._run_epoch()
-        finally:
-            for callback in self.callbacks:
-                callback.on_end(self)
 
         self.module.after_training()
         if self.best_state is not None:
             self.module.load_trainable_state(self.best_state)
 
         return self.progress
+
+    def stop(self) -> None:
+        """End the training after this epoch (see :meth:`TrainingView.stop`)."""
+        self.progress.stopped = True
 
     # --- epochs
 
@@ -158,7 +161,7 @@ class Trainer:
         progress = self.progress
         if progress.epoch >= self.options.epochs:
             return True
-        return progress.step == 0 and stops(self.options, progress.history)
+        return progress.step == 0 and (progress.stopped or stops(self.options, progress.history))
 
     def _run_epoch(self) -> None:
         """Train the rest of the present epoch, with checkpoints on the way."""
@@ -239,8 +242,15 @@ class Trainer:
 
         for callback in self.callbacks:
             callback.on_epoch(self, record)
+        self._agree_on_stop()
         if self._finished() or self._checkpoint_is_due():
             self._save()
+
+    def _agree_on_stop(self) -> None:
+        """Tell the other processes whether a callback, which the main one alone calls, has ended the training."""
+        if self.accelerator.num_processes > 1:
+            stopped = torch.tensor(float(self.progress.stopped), device=self.accelerator.device)
+            self.progress.stopped = bool(self.accelerator.reduce(stopped, reduction="sum"))
 
     # --- one step
 

@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 import json
-import tarfile
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.data.archives import Archive, find_archives
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.captions.archives import Archive, find_archives
-from vlprompt.data.images import EXTENSIONS, decode, file_stamp
+from vlprompt.data.images import decode, file_stamp
+from vlprompt.data.webdataset import LeftOut, PackedImage, TarSample, TextMember, scan_tar
 
 __all__ = ["TarCaptions"]
 
 _CAPTIONS = (".txt", ".caption", ".json")
 _LONGEST_CAPTION = 1 << 20  # bytes; a longer file is no caption
+_SEVERAL = "samples have several captions, of which the first is taken"
 
 
 class _BadCaptionError(ValueError):
     """Why a caption can't be used."""
 
 
-@dataclass
-class _Sample:
-    """What one key of an archive holds.
+@dataclass(frozen=True)
+class _Pair:
+    """An image and its caption."""
 
-    Attributes:
-        archive: Where it lies.
-        name: Of the image inside it.
-        place: Offset and length of the image's bytes.
-        captions: Ending to the caption of that file; empty where it has none.
-        bad: Why a caption can't be used.
-    """
-
-    archive: Archive
-    name: str
-    place: tuple[int, int] | None = None
-    captions: dict[str, str] = field(default_factory=dict)
-    bad: str = ""
-
-    @property
-    def caption(self) -> str:
-        """A text file's words; without one, the field ``caption`` of the JSON file."""
-        return next((self.captions[ending] for ending in _CAPTIONS if self.captions.get(ending)), "")
+    image: PackedImage
+    caption: str
 
 
 @CAPTION_SOURCES.register(
@@ -71,140 +53,95 @@ class TarCaptions:
     """
 
     def __init__(self, argument: str) -> None:
-        left_out: Counter[str] = Counter()
-        first: dict[str, str] = {}
-        self.samples: list[_Sample] = []
+        left_out = LeftOut()
+        self.pairs: list[_Pair] = []
 
-        for archive in find_archives(argument):
-            for sample in _scan(archive, left_out, first):
-                reason = _lacks(sample)
-                if not reason:
-                    self.samples.append(sample)
-                    continue
-                left_out[reason] += 1
-                first.setdefault(reason, f"{sample.archive.path.name}: {sample.bad or sample.name}")
+        for path in find_archives(argument, f"pairs tar:{argument}"):
+            archive = Archive.of(path)
+            samples = scan_tar(
+                archive, lambda path: path.suffix.lower() in _CAPTIONS, _LONGEST_CAPTION, left_out, "captions"
+            )
+            for sample in samples:
+                self._add(sample, left_out)
+        left_out.warn(f"tar:{argument}", stacklevel=3)
 
-        for reason, count in left_out.items():
-            warnings.warn(f"tar:{argument}: {count} {reason}, first {first[reason]}.", stacklevel=3)
+    def _add(self, sample: TarSample, left_out: LeftOut) -> None:
+        """Keep a sample that has both; count one that hasn't."""
+        caption, bad = _caption_of(sample, left_out)
+        if bad and not caption:
+            left_out.add("captions can't be read and are left out", f"{sample.archive.path.name}: {bad}")
+        elif sample.image is None:
+            left_out.add("captions have no image and are left out", sample.where)
+        elif not caption:
+            left_out.add("images have no caption and are left out", sample.where)
+        else:
+            self.pairs.append(_Pair(sample.image, caption))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.pairs)
 
     def caption(self, index: int) -> str:
         """See :meth:`CaptionSource.caption`."""
-        return self.samples[index].caption
+        return self.pairs[index].caption
 
     def image(self, index: int) -> Image.Image:
         """See :meth:`CaptionSource.image`."""
-        sample = self.samples[index]
-        assert sample.place is not None  # the constructor kept no other
-        return decode(sample.archive.read(*sample.place), f"{sample.archive.path.name}@{sample.name}")
+        image = self.pairs[index].image
+        return decode(image.read(), str(image))
 
     def identity(self) -> str:
         """See :meth:`CaptionSource.identity`."""
-        return hash_strings(f"{s.archive.path.name}\t{s.name}\t{s.place}\t{s.caption}" for s in self.samples)
+        return hash_strings(map(_facts, self.pairs))
 
     def stamp(self, index: int) -> str:
         """See :meth:`CaptionSource.stamp`: the archive's, and the name inside it."""
-        sample = self.samples[index]
-        return f"{file_stamp(sample.archive.path)}@{sample.name}"
+        image = self.pairs[index].image
+        return f"{file_stamp(image.archive.path)}@{image.name}"
 
 
-def _lacks(sample: _Sample) -> str:
-    """Return why a sample is left out, as the words behind a count; empty if it is whole."""
-    if sample.bad and not sample.caption:
-        return "captions can't be read and are left out"
-    if sample.place is None:
-        return "captions have no image and are left out"
-    return "" if sample.caption else "images have no caption and are left out"
+def _facts(pair: _Pair) -> str:
+    image = pair.image
+    return f"{image.archive.path.name}\t{image.name}\t{(image.offset, image.length)}\t{pair.caption}"
 
 
-def _scan(archive: Archive, left_out: Counter[str], first: dict[str, str]) -> list[_Sample]:
-    """Return the samples of an archive, in its order; members that belong to none are counted."""
-    samples: dict[str, _Sample] = {}
-    several = "samples have several captions, of which the first is taken"
-    other = "members are no images and no captions and are left out"
-    try:
-        with archive.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            last = -1
-            # Only headers and captions are read; the bytes of an image stay where they are.
-            for member in tar:
-                if member.offset <= last:  # a size that leads back would be read for ever
-                    raise DataError(
-                        f"{archive.path} is no readable tar file: {member.name!r} leads backwards."
-                    )
-                last = member.offset
+def _caption_of(sample: TarSample, left_out: LeftOut) -> tuple[str, str]:
+    """Return a sample's caption (a text file's words, else the field ``caption`` of the JSON file), and what is bad.
 
-                path = PurePosixPath(member.name)
-                if path.name.startswith(".") or "__MACOSX" in path.parts or member.isdir():
-                    continue
-                ending = path.suffix.lower()
-                if not member.isreg() or member.issparse() or ending not in (*EXTENSIONS, *_CAPTIONS):
-                    left_out[other] += 1
-                    first.setdefault(other, f"{archive.path.name}: {member.name}")
-                    continue
+    Raises:
+        DataError: If two text files have different captions.
+    """
+    captions: dict[str, str] = {}
+    bad = ""
+    for ending, member in sample.texts.items():
+        try:
+            captions[ending], several = _read_caption(member, ending)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            bad = f"{member.name} ({error or type(error).__name__})"
+            continue
+        if several:
+            left_out.add(_SEVERAL, f"{sample.archive.path.name}: {member.name}")
 
-                sample = samples.setdefault(str(path.with_suffix("")), _Sample(archive, member.name))
-                if ending in EXTENSIONS:
-                    _place(sample, member, archive)
-                elif _add_caption(sample, tar, member, ending):
-                    left_out[several] += 1
-                    first.setdefault(several, f"{archive.path.name}: {member.name}")
-    except DataError:
-        raise
-    except Exception as error:  # damaged headers raise TarError, OSError, ValueError, struct.error and others
-        raise DataError(f"{archive.path} is no readable tar file: {error}.") from None
-
-    return list(samples.values())
-
-
-def _place(sample: _Sample, member: tarfile.TarInfo, archive: Archive) -> None:
-    """Note where a sample's image lies."""
-    if sample.place is not None:
-        what = "twice" if sample.name == member.name else f"beside {sample.name}"
+    words = {ending: captions[ending] for ending in (".txt", ".caption") if captions.get(ending)}
+    if len(set(words.values())) > 1:
+        last = [member.name for ending, member in sample.texts.items() if ending in words][-1]
         raise DataError(
-            f"{archive.path} holds {member.name} {what}: one key, two images. Remove one of them."
+            f"{sample.archive.path} holds two different captions of {last}: {' and '.join(words)} files."
         )
-    if member.size < 0 or member.offset_data + member.size > archive.size:
-        raise DataError(f"{archive.path} is no readable tar file: it ends inside {member.name}.")
-
-    sample.name = member.name
-    sample.place = (member.offset_data, member.size)
+    return next((captions[ending] for ending in _CAPTIONS if captions.get(ending)), ""), bad
 
 
-def _add_caption(sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> bool:
-    """Note a sample's caption, or why it is none; return whether there were several in one file."""
-    if ending in sample.captions:
-        raise DataError(f"{sample.archive.path} holds {member.name} twice. Remove one of them.")
-
-    sample.captions[ending] = ""
-    try:
-        if member.size > _LONGEST_CAPTION:
-            raise _BadCaptionError(f"{member.size} bytes are no caption")
-        data = tar.extractfile(member)
-        text, several = _caption(b"" if data is None else data.read(), ending)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        sample.bad = f"{member.name} ({error or type(error).__name__})"
-        return False
-
-    others = [value for value in sample.captions.values() if value]
-    if ending != ".json" and text and any(value != text for value in others):
-        kinds = [kind for kind in (".txt", ".caption") if sample.captions.get(kind) or kind == ending]
-        if len(kinds) > 1:
-            raise DataError(
-                f"{sample.archive.path} holds two different captions of {member.name}: {' and '.join(kinds)} files."
-            )
-    sample.captions[ending] = text
-    return several
-
-
-def _caption(data: bytes, ending: str) -> tuple[str, bool]:
+def _read_caption(member: TextMember, ending: str) -> tuple[str, bool]:
     """Return the words of a caption's file, and whether it holds several captions.
 
     Raises:
         ValueError: If it is no UTF-8, no JSON, or its caption is no text.
     """
-    text: Any = data.decode("utf-8-sig")
+    if member.size > _LONGEST_CAPTION:
+        raise _BadCaptionError(f"{member.size} bytes are no caption")
+    text: Any = member.data.decode("utf-8-sig")
     if ending != ".json":
         return " ".join(text.split()), False
 

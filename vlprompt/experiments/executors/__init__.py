@@ -16,6 +16,7 @@ from vlprompt.core.shares import lost_process, shared_work
 from vlprompt.data.loading import using_workers
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.experiment import Experiment
+from vlprompt.training.callback_lists import using_callbacks
 
 __all__ = ["EXECUTORS", "Executor", "create_executor", "run_cell"]
 
@@ -72,10 +73,12 @@ def run_cell(experiment: Experiment, cell: Cell, folder: Path) -> CellResult | F
         ProcessLostError: If another process of this run is gone: no further cell could be computed.
     """
     try:
+        tracking = experiment.config.tracking
         with (
-            shared_work(),
+            shared_work(),  # all processes run the same cells
             using_workers(experiment.config.loading.workers),
-        ):  # all processes run the same cells
+            using_callbacks(tracking.trackers, tracking.project, experiment.callbacks),
+        ):
             return experiment.run(cell, folder)
     except Exception as error:  # hours of finished cells must survive whatever one of them does
         lost = lost_process(error)

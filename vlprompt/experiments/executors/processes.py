@@ -22,6 +22,7 @@ from vlprompt.core.processes import divide_threads, set_threads
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell, whole_number
 from vlprompt.experiments.experiment import Experiment
+from vlprompt.training.callbacks import Callback
 
 __all__ = ["ProcessesExecutor"]
 
@@ -44,8 +45,8 @@ class ProcessesExecutor(Executor):
         pool = self._free.pop() or self._start()
         self._busy.append(pool)
 
-        config = self.experiment.config
-        answer = pool.submit(_work, type(self.experiment), config, cell, folder)
+        experiment = self.experiment
+        answer = pool.submit(_work, type(experiment), experiment.config, experiment.callbacks, cell, folder)
         future: Future[CellResult | Failure] = Future()
         answer.add_done_callback(lambda done: self._finish(pool, done, future))
         return future
@@ -92,10 +93,13 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(kind: type[Experiment], config: Any, cell: Cell, folder: Path) -> CellResult | Failure:
+def _work(
+    kind: type[Experiment], config: Any, callbacks: tuple[Callback, ...], cell: Cell, folder: Path
+) -> CellResult | Failure:
     key = f"{kind.__module__}.{kind.__qualname__} {config.model_dump_json()}"
     if key not in _experiments:
         _experiments.clear()
         _experiments[key] = kind(config)
+        _experiments[key].callbacks = callbacks
     answer = run_cell(_experiments[key], cell, folder)
     return answer.without_error() if isinstance(answer, Failure) else answer

@@ -20,6 +20,7 @@ from vlprompt.learners import create_learner
 from vlprompt.learners.dbom import DBOM
 from vlprompt.metrics.verdicts import Verdicts
 from vlprompt.security.scanners import SCANNERS, Scanner
+from vlprompt.training.callback_lists import run_callbacks
 from vlprompt.training.options import TrainSection
 
 __all__ = ["DBOMScanner"]
@@ -127,7 +128,14 @@ class DBOMScanner(Scanner):
         self._build(seed)
         options = {**self.training, "seed": seed}
         trained = fit(
-            self.learner, train, val, folder=folder, resume=True, cache=cache, callbacks=[], **options
+            self.learner,
+            train,
+            val,
+            folder=folder,
+            resume=True,
+            cache=cache,
+            callbacks=run_callbacks(folder),
+            **options,
         )
         self.history = trained.history
 

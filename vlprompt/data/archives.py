@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import re
 import tempfile
 import threading
@@ -47,8 +48,8 @@ class Archive:
 
     path: Path
     size: int
-    _unpacked: IO[bytes] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False)
+    _unpacked: IO[bytes] | None = field(default=None, compare=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
     def of(cls, path: Path) -> Archive:
@@ -86,6 +87,10 @@ class Archive:
         unpacked.flush()
         return cls(path, size, unpacked)
 
+    def __reduce__(self) -> tuple[Callable[[Path], Archive], tuple[Path]]:
+        # Another process opens it anew: neither locks nor temporary files can be sent.
+        return Archive.of, (self.path,)
+
     def open(self) -> IO[bytes]:
         """Return the unpacked bytes as a file at its beginning; closing it closes nothing else."""
         if self._unpacked is None:
@@ -93,11 +98,13 @@ class Archive:
         return io.BufferedReader(_View(self))
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return bytes of the unpacked archive; several threads may read at once."""
+        """Return bytes of the unpacked archive; several threads and forked processes may read at once."""
         if self._unpacked is None:
             with self.path.open("rb") as file:
                 file.seek(offset)
                 return file.read(length)
+        if hasattr(os, "pread"):  # forked processes share the position of a file
+            return os.pread(self._unpacked.fileno(), length, offset)
         with self._lock:
             self._unpacked.seek(offset)
             return self._unpacked.read(length)
@@ -131,39 +138,39 @@ class _View(io.RawIOBase):
         return len(data)
 
 
-def find_archives(argument: str) -> list[Archive]:
+def find_archives(argument: str, title: str) -> list[Path]:
     """Return the archives that a path, a pattern or a ``file:`` address means, in the order of their names.
+
+    Args:
+        argument: What stands behind ``tar:``.
+        title: The whole name, for messages.
 
     Raises:
         AbsentError: If nothing matches.
-        DataError: If it is an address of the web, or an archive can't be read.
+        DataError: If it is an address of the web.
     """
-    text = _local(argument)
+    text = _local(argument, title)
     names: list[str] = []
-    for name in _expanded(str(user_path(text))):
+    for name in _expanded(str(user_path(text)), title):
         names += [name] if Path(name).exists() else sorted(glob.glob(name))
     if not names:
-        raise AbsentError(f"pairs tar:{argument}: no archive matches.")
-    return [Archive.of(Path(name)) for name in dict.fromkeys(names)]
+        raise AbsentError(f"{title}: no archive matches.")
+    return [Path(name) for name in dict.fromkeys(names)]
 
 
-def _local(argument: str) -> str:
+def _local(argument: str, title: str) -> str:
     """Return the path of a ``file:`` address; other texts are paths already."""
     if re.match(r"file:", argument, re.I):
         parts = urlsplit(argument)
         if parts.netloc not in ("", "localhost"):
-            raise DataError(
-                f"pairs tar:{argument}: {parts.netloc} is another machine. Download the archives first."
-            )
+            raise DataError(f"{title}: {parts.netloc} is another machine. Download the archives first.")
         return unquote(parts.path)
     if re.match(r"([a-z][a-z0-9+.-]+://|pipe:)", argument, re.I):
-        raise DataError(
-            f"pairs tar:{argument}: nothing is read from the web here. Download the archives first."
-        )
+        raise DataError(f"{title}: nothing is read from the web here. Download the archives first.")
     return argument
 
 
-def _expanded(pattern: str) -> list[str]:
+def _expanded(pattern: str, title: str) -> list[str]:
     """Return the names that ``{00..12}`` stands for, as webdataset writes it; numbers keep their width."""
     match = _BRACES.search(pattern)
     if match is None or Path(pattern).exists():
@@ -171,8 +178,9 @@ def _expanded(pattern: str) -> list[str]:
 
     first, last = match.groups()
     if not 0 <= int(last) - int(first) < _MOST_NAMES:
-        raise DataError(f"pairs tar:{pattern}: {match[0]} must count up, by {_MOST_NAMES} at most.")
+        raise DataError(f"{title}: {match[0]} must count up, by {_MOST_NAMES} at most.")
     names: list[str] = []
     for number in range(int(first), int(last) + 1):
-        names += _expanded(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+        name = f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
+        names += _expanded(name, title)
     return names
