@@ -39,7 +39,7 @@ _ARGUMENTS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
-_SECONDS = 60  # that a page, or an answer, may take
+_SECONDS = 90  # that a page, or an answer, may take
 
 
 def missing_programs() -> str:
@@ -121,6 +121,20 @@ class Browser:
         """Return what reaches beyond the page's right edge, unless it can be scrolled to within a smaller box."""
         return list(self.run(_OVERFLOWING))
 
+    def problems_of_access(self, but: Sequence[str] = ()) -> list[str]:
+        """Return what axe finds against WCAG 2.1, levels A and AA: contrast, names, keyboard.
+
+        Args:
+            but: Selectors of what is not looked at.
+        """
+        import axe_core_python
+
+        if not self.run("return window.axe !== undefined"):
+            self.run((Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+        found = self.driver.execute_async_script(_AXE, [[selector] for selector in but])
+        nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
+        return [f"{rule}: {node['html'][:150]} {node['failureSummary'][:300]}" for rule, node in nodes]
+
     def requested_elsewhere(self) -> list[str]:
         """Return the addresses outside this machine that were asked for since the last call."""
         addresses = []
@@ -164,6 +178,7 @@ def browser(width: int = 1280, height: int = 1000) -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options.add_argument(f"--user-data-dir={profile}")
         driver = Chrome(options=options, service=ChromeService(shutil.which("chromedriver")))
+        driver.set_script_timeout(_SECONDS)
         try:
             page = Browser(driver)
             page.resize(width, height)
@@ -213,6 +228,12 @@ def _chromium() -> str | None:
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
+_AXE = """
+const [exclude, done] = arguments;
+const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
+axe.run({exclude}, {runOnly: {type: "tag", values: tags}}).then(result => done(result.violations));
+"""
+
 # What can be scrolled to inside a box of its own, such as a wide table, does not count; nor does what is clipped.
 _OVERFLOWING = """
 const width = document.documentElement.clientWidth;
@@ -221,11 +242,13 @@ if (document.documentElement.scrollWidth > width) found.push(`the page: ${docume
 for (const element of document.body.querySelectorAll("*")) {
   const box = element.getBoundingClientRect();
   if (box.width === 0 || box.height === 0 || box.right <= width + 1) continue;
+  let drawer = element;  // a menu that waits beside the page
+  while (drawer && getComputedStyle(drawer).position !== "fixed") drawer = drawer.parentElement;
+  if (drawer) continue;
   let inside = element.parentElement;
   while (inside && getComputedStyle(inside).overflowX === "visible") inside = inside.parentElement;
   if (inside && inside !== document.body && inside !== document.documentElement) continue;
-  const style = getComputedStyle(element);
-  if (style.visibility === "hidden" || style.position === "fixed") continue;
+  if (getComputedStyle(element).visibility === "hidden") continue;
   found.push(`${element.tagName}.${element.className}: ${Math.round(box.right)} px`);
 }
 return found;

@@ -24,7 +24,7 @@ from vlprompt.security.poison import PoisonPlan, poison
 
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
-PAGES = ("index", "few-shot", "api/models", "configuration", "demo")
+PAGES = ("index", "few-shot", "api/models", "demo")
 WIDTHS = (1280, 390)
 
 

@@ -39,6 +39,16 @@ def test_a_link_does_not_lead_out(limits: Limits, tmp_path: Path) -> None:
         limits.folder(str(tmp_path / "open" / "link"))
 
 
+def test_the_first_folder_is_shown_as_one_would_type_it(
+    limits: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert limits.first_folder() == str(tmp_path / "open")
+    monkeypatch.chdir(tmp_path)
+    assert limits.first_folder() == "open"
+    assert limits.folder(limits.first_folder()) == tmp_path / "open"
+    assert Limits().first_folder() == ""
+
+
 def test_mistakes_are_sentences(limits: Limits, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no folder .*missing"):
         limits.folder(f"{tmp_path}/open/missing")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import vlprompt
+from tests.browser import load_browser
 
 gradio = pytest.importorskip("gradio", reason="the page is an extra: pip install 'vlprompt[demo]'")
-pytest.importorskip("selenium", reason="selenium drives the browser")
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +33,7 @@ sys.addaudithook(watch)
 """
 
 
+FIELD = ["#images .icon-button"]  # Gradio puts the field for files into the button that opens it
 # What has the keyboard: a tab's or a slider's name, else the identity of what it lies in.
 FOCUSED = """
 const element = document.activeElement;
@@ -46,19 +45,7 @@ return box ? box.id : element.tagName;
 """
 
 
-def load_browser() -> ModuleType:
-    """Return docs/browser.py, which the pictures of the documents are taken with."""
-    spec = importlib.util.spec_from_file_location("docs_browser", ROOT / "docs" / "browser.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 TOOLS = load_browser()
-if TOOLS.missing_programs():
-    pytest.skip(TOOLS.missing_programs(), allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +197,7 @@ def test_a_phrase_is_laid_over_the_image(page: Browser, folder: Path) -> None:
 
 def test_a_folder_is_scanned_with_the_most_suspicious_first(page: Browser, folder: Path) -> None:
     page.choose_tab("Scan a folder")
-    assert page.find("#folder textarea, #folder input").get_attribute("value") == str(folder / "open")
+    assert page.find("#folder textarea, #folder input").get_attribute("value") == "open"
     page.find("#scan").click()
     shown = page.wait_for_text("#scanned", "The most suspicious come first")
     report = vlprompt.scan(folder / "open", vlprompt.load(folder / "scanner"))
@@ -259,10 +246,9 @@ def show_everything(page: Browser, folder: Path) -> list[str]:
 
 
 def test_it_fits_wide_and_narrow_and_is_readable_in_light_and_dark(page: Browser, folder: Path) -> None:
-    axe = pytest.importorskip("axe_core_python", reason="axe measures contrast and looks for names")
+    pytest.importorskip("axe_core_python", reason="axe measures contrast and looks for names")
     tabs = show_everything(page, folder)
     page.stop_motion()
-    page.run((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
 
     wrong = []
     for name in tabs:
@@ -273,23 +259,8 @@ def test_it_fits_wide_and_narrow_and_is_readable_in_light_and_dark(page: Browser
         for dark in (False, True):
             page.use_dark(dark)
             page.run("document.body.classList.toggle('dark', arguments[0])", dark)
-            wrong += [f"{name}, dark {dark}: {problem}" for problem in problems_of_access(page)]
+            wrong += [f"{name}, dark {dark}: {problem}" for problem in page.problems_of_access(but=FIELD)]
     assert wrong == [], "\n".join(wrong)
-
-
-def problems_of_access(page: Browser) -> list[str]:
-    """Return what axe finds against WCAG 2.1, levels A and AA."""
-    found = page.driver.execute_async_script(
-        """
-        const done = arguments[arguments.length - 1];
-        const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
-        // Gradio puts the field for files into the button that opens it.
-        const options = {runOnly: {type: "tag", values: tags}};
-        axe.run({exclude: [["#images .icon-button"]]}, options).then(result => done(result.violations));
-        """
-    )
-    nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
-    return [f"{rule}: {node['html'][:150]} {node['failureSummary'][:300]}" for rule, node in nodes]
 
 
 def test_the_keyboard_reaches_and_works_everything(page: Browser, folder: Path) -> None:

@@ -80,6 +80,14 @@ class Limits:
             raise DataError(f"There is no folder {printable(str(path))}.")
         return path
 
+    def first_folder(self) -> str:
+        """Return the first folder as a person would type it, from where the page was started; empty without one."""
+        if not self.folders:
+            return ""
+        here = Path.cwd()
+        first = self.folders[0]
+        return str(first.relative_to(here)) if first.is_relative_to(here) else str(first)
+
     def _listed(self) -> str:
         return ", ".join(printable(str(folder)) for folder in self.folders)
 

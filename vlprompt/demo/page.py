@@ -164,8 +164,7 @@ def _phrase_tab(models: DemoModels, limits: Limits, images: gr.File) -> None:
 
 
 def _scan_tab(models: DemoModels, limits: Limits) -> None:
-    first = str(limits.folders[0]) if limits.folders else ""
-    folder = gr.Textbox(first, label="Folder", elem_id="folder")
+    folder = gr.Textbox(limits.first_folder(), label="Folder", elem_id="folder")
     top = gr.Slider(1, 60, _SHOWN, step=1, label="Images to show", elem_id="top")
     button = gr.Button("Scan", variant="primary", elem_id="scan")
     shown = gr.HTML(elem_id="scanned")
