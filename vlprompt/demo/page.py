@@ -55,7 +55,11 @@ _SHOWN = 12  # images of a scan
 _EXAMPLES = 4
 
 # One question at a time: models keep what they computed for the last one.
-_ONE_AT_A_TIME = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+_ONE_AT_A_TIME: dict[str, Any] = {
+    "concurrency_id": "models",
+    "concurrency_limit": 1,
+    "api_visibility": "private",
+}
 
 
 def build_page(models: DemoModels, limits: Limits, examples: Sequence[Path]) -> gr.Blocks:
