@@ -23,5 +23,7 @@ add_module_names = False
 
 html_theme = "furo"
 html_title = "vlprompt"
+html_static_path = ["_static"]
+html_js_files = ["keyboard.js"]
 html_copy_source = False
 html_show_sourcelink = False

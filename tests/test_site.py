@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
+from tests.browser import load_browser
 from tests.pages import DOCS, script_of
 
 ROOT = Path(__file__).parent.parent
@@ -130,3 +131,22 @@ def test_every_public_name_is_on_the_site(site: dict[Path, _Links]) -> None:
 
     places = {place.rpartition(".")[2] for parsed in site.values() for place in parsed.places}
     assert [name for name in vlprompt.__all__ if name not in places] == []
+
+
+@pytest.mark.slow
+def test_pages_fit_wide_and_narrow_and_are_readable_in_light_and_dark(site: dict[Path, _Links]) -> None:
+    pytest.importorskip("axe_core_python", reason="axe measures contrast and looks for names")
+    tools = load_browser()
+    root = next(path.parent for path in site if path.name == "index.html" and path.parent.name == "site")
+    wrong = []
+    with tools.browser() as page:
+        for name in ("index.html", "few-shot.html", "demo.html"):
+            page.open((root / name).as_uri())
+            page.stop_motion()
+            for width, theme in ((390, "light"), (1280, "dark")):
+                page.resize(width)
+                page.run("document.body.dataset.theme = arguments[0]", theme)
+                problems = [*page.overflowing(), *page.problems_of_access()]
+                wrong += [f"{name}, {width} px, {theme}: {problem}" for problem in problems]
+        assert page.requested_elsewhere() == []
+    assert wrong == [], "\n".join(wrong)

@@ -11,16 +11,18 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from vlprompt.backbones import Backbone
 from vlprompt.classification.evaluate import ImageReader
 from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
+from vlprompt.core.names import match_classes
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 
-__all__ = ["Classifier", "PredictionTable", "accuracy", "predict"]
+__all__ = ["Classifier", "PredictionTable", "accuracy", "for_classes", "predict", "untaught"]
 
 _log = logging.getLogger(__name__)
 
@@ -112,12 +114,8 @@ def predict(
 
     if isinstance(classifier, Learner):
         classifier.eval()
-        if words := classifier.backbone.unplaced_words(classifier.classnames):
-            _log.warning(
-                "%s was taught no word like %s: what the text alone says of these classes means little.",
-                classifier.backbone.name,
-                ", ".join(map(repr, words)),
-            )
+        if warning := untaught(classifier.backbone, classifier.classnames):
+            _log.warning("%s", warning)
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
     batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])
@@ -125,6 +123,32 @@ def predict(
         for names, pixels, errors in loader.stream(batches):
             rows += _predict_batch(classifier, names, pixels, errors, topk)
     return PredictionTable(rows)
+
+
+def for_classes(learner: Learner, names: Sequence[str]) -> Learner:
+    """Return a learner that chooses from names: the same one if they are its own, whatever their order and capitals.
+
+    Raises:
+        DataError: If what was learned belongs to other classes, or names are impossible.
+    """
+    positions = match_classes(names, learner.classnames)
+    known = sorted(position for position in positions if position is not None)
+    is_own = len(known) == len(positions) and known == list(range(len(learner.classnames)))
+    return learner if is_own else learner.with_classes(names)
+
+
+def untaught(backbone: Backbone, texts: Sequence[str]) -> str:
+    """Return a sentence that warns of words which mean nothing to a text tower; empty if there are none.
+
+    Args:
+        backbone: Whose tower it is; most know of no such word.
+        texts: Class names or phrases.
+    """
+    words = backbone.unplaced_words(texts)
+    if not words:
+        return ""
+    listed = ", ".join(map(repr, words))
+    return f"{backbone.name} was taught no word like {listed}: what the text alone says of them means little."
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ COMMANDS = (
     "masks",
     "poison",
     "scan",
+    "demo",
 )
 """Every command in the order of the help; each is a module of this package with a ``command`` or an ``app``."""
 

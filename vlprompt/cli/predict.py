@@ -14,7 +14,6 @@ from vlprompt.cli._workers import WorkersOption, parse_workers
 
 if TYPE_CHECKING:
     from vlprompt.classification.predict import Classifier
-    from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
@@ -53,8 +52,7 @@ def command(
         classifier = _exported(prompt, names, backbone)
     else:
         learner = load(prompt, backbone_changes(backbone))
-        is_other = names is not None and not _are_its_own(learner, names)
-        classifier = learner.with_classes(names) if names and is_other else learner
+        classifier = predicting.for_classes(learner, names) if names else learner
     count = parse_workers(workers)
     tables = [predicting.predict(classifier, image, topk, workers=count) for image in images]
     rows = [row for table in tables for row in table]
@@ -88,13 +86,3 @@ def _exported(path: str, names: Sequence[str] | None, backbone: Sequence[str] | 
     if problems:
         raise ConfigError(problems, "vlprompt predict")
     return ExportedClassifier(path)
-
-
-def _are_its_own(learner: Learner, names: Sequence[str]) -> bool:
-    """Return whether names are the learner's classes, whatever their order and capitals."""
-    from vlprompt.core.names import match_classes
-
-    positions = match_classes(names, learner.classnames)
-    return sorted(position for position in positions if position is not None) == list(
-        range(len(learner.classnames))
-    )

@@ -61,22 +61,15 @@ def predict(
     import numpy as np
     from PIL import Image
 
-    from vlprompt.backbones import create_backbone
     from vlprompt.core.files import write_atomic
     from vlprompt.data import read_image
-    from vlprompt.saved.weight_masks import fold, read_masks
+    from vlprompt.saved.rebuild import build_from
     from vlprompt.segmentation import create_segmenter, overlays
     from vlprompt.segmentation.evaluate import load_trained, predict_mask
 
     changes = backbone_changes(backbone)
     pixels = read_image(image)
-    if prompt is not None:
-        segmenter = load_trained(prompt, changes)
-    else:
-        masks = changes.pop("masks", None)
-        tower = create_backbone(changes.pop("name", "tiny"), **changes)
-        tower = tower if masks is None else fold(tower, read_masks(masks, tower))
-        segmenter = create_segmenter(model, tower)
+    segmenter = load_trained(prompt, changes) if prompt else create_segmenter(model, build_from(changes))
     probabilities = predict_mask(segmenter, pixels, phrase)
     inside = probabilities > threshold
 

@@ -21,7 +21,7 @@ from vlprompt.saved.card import PromptCard
 from vlprompt.saved.paths import prompt_folder
 from vlprompt.saved.weight_masks import fold, read_masks
 
-__all__ = ["rebuild", "written_origin"]
+__all__ = ["build_from", "rebuild", "written_origin"]
 
 _RELATIVE = "relative"
 _ABOVE = 4  # folders above a prompt in which its weights are looked for: a cell, a run, their parents
@@ -41,6 +41,24 @@ def written_origin(origin: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if os.path.isabs(path):
             relative[key] = os.path.relpath(path, start)
     return {**origin, _RELATIVE: relative} if relative else dict(origin)
+
+
+def build_from(arguments: Mapping[str, Any]) -> Backbone:
+    """Return the backbone of a command that was given no prompt.
+
+    Args:
+        arguments: Of :func:`vlprompt.create_backbone`, the name being ``tiny`` if there is none, and ``masks``, which
+            are folded into its image tower.
+
+    Raises:
+        UnknownNameError: For an unknown name or tag.
+        BackboneError: If weights can't be fetched or don't fit.
+        CheckpointError: If the masks are missing, damaged or of another backbone.
+    """
+    options = {"name": "tiny", **arguments}
+    masks = options.pop("masks", None)
+    backbone = create_backbone(options.pop("name"), **options)
+    return backbone if masks is None else fold(backbone, read_masks(masks, backbone))
 
 
 def rebuild(path: str | Path, card: PromptCard, changes: Mapping[str, Any]) -> Backbone:
