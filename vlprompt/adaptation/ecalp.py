@@ -112,10 +112,12 @@ class LabelPropagation(StreamAdapter):
 
         answers = []
         dropped = 0
-        for number, image in enumerate(images):
+        for number in range(len(images)):
             count = len(self.memory["features"]) + 1
-            cosines = to_new[number, dropped : dropped + count]
-            self._add(image, text.indices[number], text.values[number], cosines)
+            graph = slice(dropped, dropped + count)
+            self.memory["features"] = known[graph]
+            cosines = to_new[number, graph]
+            self._add(text.indices[number], text.values[number], cosines)
             if self.window is not None and count > self.window:
                 self._drop_oldest()
                 dropped += 1
@@ -134,11 +136,10 @@ class LabelPropagation(StreamAdapter):
             answers.append((probs, None))
         return answers
 
-    def _add(self, image: Tensor, texts: Tensor, text_cosines: Tensor, cosines: Tensor) -> None:
-        """Put an image into the graph, and into the lists of those that it is near to.
+    def _add(self, texts: Tensor, text_cosines: Tensor, cosines: Tensor) -> None:
+        """Put an image, whose feature is there, into the graph and into the lists of those that it is near to.
 
         Args:
-            image: (d,).
             texts: (K,) its nearest texts.
             text_cosines: (K,).
             cosines: (N + 1,) from each image to this one, the last with itself.
@@ -150,7 +151,6 @@ class LabelPropagation(StreamAdapter):
         missing = self.neighbours - len(own.values)
         memory["near"] = torch.cat([near, F.pad(own.indices, (0, missing))[None]])
         memory["cosines"] = torch.cat([nearest, F.pad(own.values, (0, missing), value=-1.0)[None]])
-        memory["features"] = torch.cat([memory["features"], image[None]])
         memory["texts"] = torch.cat([memory["texts"], texts[None]])
         memory["text_cosines"] = torch.cat([memory["text_cosines"], text_cosines[None]])
         memory["labels"] = F.pad(memory["labels"], (0, 1))
