@@ -86,7 +86,7 @@ class MMA(Learner):
             "weight_decay": 5e-7,  # the paper's 0.0005 s
             "warmup_epochs": 0.0,
         },
-        factors=(1.0, 10.0, 100.0),
+        factors=(0.1, 1.0, 10.0),
         steps=100,
         trial_steps=30,
     )

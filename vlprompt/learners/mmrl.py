@@ -66,7 +66,7 @@ class MMRL(Learner):
 
     recipe = Recipe(
         {"lr": 0.001, "batch_size": 4, "epochs": 10, "optimizer": "adamw"},
-        factors=(1.0, 10.0, 100.0),
+        factors=(0.1, 1.0, 10.0),
         steps=100,
         trial_steps=30,
     )
