@@ -133,6 +133,12 @@ def test_every_public_name_is_on_the_site(site: dict[Path, _Links]) -> None:
     assert [name for name in vlprompt.__all__ if name not in places] == []
 
 
+def test_pictures_of_the_demo_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "images").glob("*.png")}
+    assert len(sizes) >= 5
+    assert max(sizes.values()) < 150_000, sizes
+
+
 @pytest.mark.slow
 def test_pages_fit_wide_and_narrow_and_are_readable_in_light_and_dark(site: dict[Path, _Links]) -> None:
     pytest.importorskip("axe_core_python", reason="axe measures contrast and looks for names")

@@ -18,7 +18,7 @@ def command(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]...",
+            metavar="PROMPT",
             help="Saved prompts: a learner, a segmenter, a scanner; without: zero-shot on --backbone name=...",
         ),
     ] = None,
@@ -42,8 +42,7 @@ def command(
 ) -> int:
     """Open a page to try what was learned: name images, edit class names, adapt, find a phrase, scan a folder.
 
-    It needs Gradio: pip install 'vlprompt[demo]'. Ctrl-C ends it; nothing is fetched from elsewhere, and uploads are
-    removed.
+    It needs Gradio (the extra demo). Ctrl-C ends it; nothing is fetched from elsewhere, and uploads are removed.
     """
     from vlprompt.demo.environment import private_gradio
     from vlprompt.demo.limits import Limits, checked_folders
