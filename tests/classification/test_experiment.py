@@ -84,7 +84,6 @@ def test_a_run_leaves_everything_the_contract_names(tool: Tool, tmp_path: Path) 
     assert cell.name == "coop_digits_2shots_seed1"
     for name in ("cell.json", "history.jsonl", "checkpoint/trainer.safetensors", "prompt/prompt.safetensors"):
         assert (cell / name).is_file()
-    assert list(cell.glob("events.out.tfevents.*"))
     assert len((cell / "history.jsonl").read_text().splitlines()) == 4
     for key in (
         "protocol",
