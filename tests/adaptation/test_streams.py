@@ -55,7 +55,7 @@ def adapters(data: ImageDataset, scope: str) -> dict[str, Adapter]:
     }
 
 
-@pytest.mark.parametrize("scope", ["never", "corruption"])
+@pytest.mark.parametrize("scope", ["never", pytest.param("corruption", marks=pytest.mark.slow)])
 def test_a_stream_through_several_sets_goes_on_where_the_one_before_ended(tmp_path: Path, scope: str) -> None:
     methods = {**TEMPORAL["methods"], "tent": {**TEMPORAL["methods"]["tent"], "reset_scope": scope}}
     outcome = run(tmp_path, **{**TEMPORAL, "methods": methods})

@@ -105,6 +105,7 @@ def test_as_strong_as_the_published_one(kind: str) -> None:
     assert all(worst[name] <= bounds[name] for name in worst), worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMON)
 def test_images_are_the_less_alike_the_higher_the_severity(kind: str) -> None:
     errors = []
