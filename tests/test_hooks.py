@@ -116,7 +116,7 @@ def test_every_way_of_training_calls_the_same_hooks(
 
     calls.clear()
     shared = _build(name, backbone, digits.train, calls)
-    if shared.prepares or shared.solves or shared.class_bound:
+    if shared.prepares or shared.solves or shared.class_bound or shared.head_bound:
         with pytest.raises(
             DataError, match=f"{name} (keeps one set of values|learned one set of parameters)"
         ):

@@ -106,17 +106,26 @@ def test_the_papers_options_are_used_on_the_papers_backbones(
 
 def test_epochs_of_papers_follow_the_shots() -> None:
     recipe = Recipe({"lr": 0.1}, epochs_by_shots=((1, 50), (2, 100), (8, 200)))
-    epochs = [recipe.paper_options(shots, 100)["epochs"] for shots in (1, 2, 4, 8, 16)]
+    epochs = [recipe.paper_options(shots)["epochs"] for shots in (1, 2, 4, 8, 16)]
     assert epochs == [50, 100, 100, 200, 200]
 
-    # CLIP-LoRA: 500 steps for each shot; 4 shots of 100 classes are 12 whole batches of 32.
-    assert Recipe(steps_per_shot=500).paper_options(4, 400)["epochs"] == round(2000 / 12)
+    # CLIP-LoRA: 500 steps for each shot.
+    assert Recipe(steps_per_shot=500).paper_options(4)["steps"] == 2000
+
+
+def test_a_length_that_is_given_replaces_the_paper_s(
+    tiny: Backbone, shots: ImageDataset, cache: FeatureCache
+) -> None:
+    learner = learner_of("coop", tiny, shots)
+    learner.recipe = Recipe({"lr": 0.002}, steps_per_shot=500)  # type: ignore[misc]  # this learner's alone
+    result = fit(learner, shots, cache=cache, callbacks=(), recipe="paper", epochs=2)
+    assert len(result.history) == 2
 
 
 @pytest.mark.parametrize("name", LEARNERS.names())
 def test_recipes_are_valid_training_options(name: str) -> None:
     recipe = LEARNERS.get(name).target.recipe
-    TrainOptions(**recipe.paper_options(16, 1600))
+    TrainOptions(**recipe.paper_options(16))
 
 
 def test_what_needs_validation_data_says_so_and_holds_shots_back(

@@ -83,6 +83,10 @@ def naive_towers(
         images = images.to(backbone.device)
         return backbone.vision.encode(_require_grad(images) if image_graph else images, prompts, adapters)
 
+    def image_embeddings_and_tokens(images: Tensor, adapters: Any) -> tuple[Tensor, Tensor]:
+        images = images.to(backbone.device)
+        return backbone.vision.encode_entered(_require_grad(images) if image_graph else images, adapters)
+
     def class_weights_every_step() -> Tensor:
         sentences = [tower.sentence(template.format(name)) for name in learner.classnames]
         return class_weights() + 0 * tower.encode(tower.layout(sentences, learner.classnames))
@@ -91,6 +95,7 @@ def naive_towers(
         (tower, "encode", encode),
         (tower, "embed", embed_with_graph),
         (backbone, "image_embeddings", image_embeddings),
+        (backbone, "image_embeddings_and_tokens", image_embeddings_and_tokens),
         *(
             [(learner, "class_weights", class_weights_every_step)]
             if constant_text and tower.refusal is None

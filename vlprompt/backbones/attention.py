@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlprompt.backbones.packed import Adapter, is_packable_block
+from vlprompt.backbones.edits import AttentionAdapter
+from vlprompt.backbones.packed import is_packable_block
 
 __all__ = ["Projections", "adapted", "find_projections", "projections_in", "reads_its_layers_weights"]
 
@@ -91,7 +92,7 @@ def _adds_bias_itself(module: Any) -> bool:
 
 
 @contextmanager
-def adapted(places: Sequence[Projections], adapters: Sequence[Adapter | None]) -> Iterator[None]:
+def adapted(places: Sequence[Projections], adapters: Sequence[AttentionAdapter | None]) -> Iterator[None]:
     """While open, each adapter's result is added to the queries, keys and values of its place.
 
     Args:
@@ -114,7 +115,7 @@ def adapted(places: Sequence[Projections], adapters: Sequence[Adapter | None]) -
         yield
 
 
-def _adder(place: Projections, adapter: Adapter) -> Callable[[int], Callable[..., Tensor]]:
+def _adder(place: Projections, adapter: AttentionAdapter) -> Callable[[int], Callable[..., Tensor]]:
     """Return, for a layer's number, a hook that adds its part; the adapter runs once per pass."""
     parts: dict[str, Any] = {"input": None, "added": ()}
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vlprompt.backbones.edits import Adapter
 from vlprompt.backbones.lexicon import Lexicon
-from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
@@ -175,6 +175,15 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 return self.vision.encode(images)
         return self.vision.encode(images, prompts, adapters)
+
+    def image_embeddings_and_tokens(
+        self, images: Images, adapters: Sequence[Adapter | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Return :meth:`image_embeddings`, and (B, K, W) states of tokens that entered between blocks.
+
+        See :meth:`VisionTower.encode_entered`.
+        """
+        return self.vision.encode_entered(images.to(self.device), adapters)
 
     @torch.no_grad()
     def image_states(self, images: Tensor, blocks: int = 0) -> TokenStates:

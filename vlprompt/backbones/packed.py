@@ -9,7 +9,7 @@ packed matrix, attention sees tiles of tokens with a mask that keeps sentences a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,15 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlprompt.backbones.edits import (
+    Adapter,
+    AttentionAdapter,
+    BlockEdit,
+    edit_of,
+    enter_tokens,
+    entered_tokens,
+)
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, Tiles, insert_rows
 
 __all__ = ["Adapter", "encode_packed", "is_packable_block", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
-# A function of a block's normed input (..., W) whose (..., 3 W) result is added to the projected queries, keys
-# and values. It says what an update of the weight would (LoRA), and what none can: dropout before the update.
-Adapter = Callable[[Tensor], Tensor]
 Adapters = Sequence[Adapter | None]
+Edits = Sequence[BlockEdit]
 
 
 class PackableTower(Protocol):
@@ -75,9 +81,9 @@ def encode_packed(
     chunks whose activations are recomputed in the backward pass.
     """
     tiles = layout.tiles
-    adapters = adapters or [None] * tower.layers
+    edits = [edit_of(adapter) for adapter in adapters or [None] * tower.layers]
     prefix = tower.assemble(layout.prefix, layout.prefix_slots, torch.arange(layout.shared), context)
-    past = _run_prefix(tower, prefix, layout.prefix_slots, deep, adapters)
+    past = _run_prefix(tower, prefix, layout.prefix_slots, deep, edits)
     remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
     groups = cast(int, torch.sym_max(remainders.shape[0], prefix.shape[0]))
     for rows in deep.values():
@@ -86,7 +92,7 @@ def encode_packed(
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
 
     def run(group: slice, rows: slice) -> Tensor:
-        arguments = (tower, remainders, tiles, past, deep, adapters, group, rows)
+        arguments = (tower, remainders, tiles, past, deep, edits, group, rows)
         return (
             checkpoint(_run_tiles, *arguments, use_reentrant=False) if keep_graph else _run_tiles(*arguments)
         )
@@ -115,29 +121,36 @@ def _slices(total: int, step: int) -> list[slice]:
 
 def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | None = None) -> Tensor:
     """Run a whole packable block on (B, R, W); ``mask`` (R, R) is added to attention's logits."""
-    query, key, value = _heads(block, block.ln_1(x), adapter)
+    edit = edit_of(adapter)
+    normed = edit.norm_first(block.ln_1, x)
+    query, key, value = _heads(block, normed, edit.attention)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return _finish(block, x, attended.transpose(1, 2).flatten(2))
+    return _finish(block, x, attended.transpose(1, 2).flatten(2), edit, normed)
 
 
 def _run_prefix(
-    tower: PackableTower, x: Tensor, slots: Slots, deep: DeepPrompts, adapters: Adapters
+    tower: PackableTower, x: Tensor, slots: Slots, deep: DeepPrompts, edits: Edits
 ) -> list[KeyValue]:
-    """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh)."""
+    """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh).
+
+    Tokens that edits bring along stand in this beginning: behind its first token, so every sentence looks at them.
+    """
     past: list[KeyValue] = []
-    for i, block in enumerate(tower.blocks):
-        x = _insert(x, slots, deep, i)
-        normed = block.ln_1(x)
+    has_tokens = False
+    for i, (block, edit) in enumerate(zip(tower.blocks, edits, strict=True)):
+        x = enter_tokens(_insert(x, slots, deep, i), edit, at=1, is_first=not has_tokens)
+        has_tokens = has_tokens or edit.tokens is not None
+        normed = edit.norm_first(block.ln_1, x)
 
         if i == tower.layers - 1:  # nobody reads its output, only its keys and values
-            _, key, value = _heads(block, normed, adapters[i], query=False)
+            _, key, value = _heads(block, normed, edit.attention, query=False)
             past.append((key, value))
             break
 
-        query, key, value = _heads(block, normed, adapters[i])
+        query, key, value = _heads(block, normed, edit.attention)
         past.append((key, value))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True) if x.shape[1] else query
-        x = _finish(block, x, attended.transpose(1, 2).flatten(2))
+        x = _finish(block, x, attended.transpose(1, 2).flatten(2), edit, normed)
 
     return past
 
@@ -148,7 +161,7 @@ def _run_tiles(
     tiles: Tiles,
     past: list[KeyValue],
     deep: DeepPrompts,
-    adapters: Adapters,
+    edits: Edits,
     group: slice,
     rows: slice,
 ) -> Tensor:
@@ -160,14 +173,28 @@ def _run_tiles(
     mask = tiles.mask[rows].to(x.device)
     deep = {block: _pick(prompts, group) for block, prompts in deep.items()}
 
-    for i, block in enumerate(tower.blocks[:-1]):
+    masks = _grown_masks(mask, edits)
+
+    for i, (block, edit) in enumerate(zip(tower.blocks[:-1], edits[:-1], strict=True)):
         x = _insert(x, slots, deep, i)
-        query, key, value = _heads(block, block.ln_1(x), adapters[i])
-        x = _finish(block, x, _attend(query, key, value, past[i], group, mask))
+        normed = edit.norm_first(block.ln_1, x)
+        query, key, value = _heads(block, normed, edit.attention)
+        x = _finish(block, x, _attend(query, key, value, past[i], group, masks[i]), edit, normed)
 
     x = _insert(x, slots, deep, tower.layers - 1)
     end_rows = tiles.end_rows[rows].to(x.device)
-    return _last_block(tower.blocks[-1], x, end_rows, past[-1], adapters[-1], group, mask)
+    return _last_block(tower.blocks[-1], x, end_rows, past[-1], edits[-1], group, masks[-1])
+
+
+def _grown_masks(mask: Tensor, edits: Edits) -> list[Tensor]:
+    """Return every block's mask: the beginning is longer by tokens that were brought along, and all look at them."""
+    count = entered_tokens(edits)
+    if not count:
+        return [mask] * len(edits)
+
+    first = next(i for i, edit in enumerate(edits) if edit.tokens is not None)
+    grown = F.pad(mask, (count, 0), value=True)
+    return [mask if i < first else grown for i in range(len(edits))]
 
 
 def _last_block(
@@ -175,7 +202,7 @@ def _last_block(
     x: Tensor,
     end_rows: Tensor,
     past: KeyValue,
-    adapter: Adapter | None,
+    edit: BlockEdit,
     group: slice,
     mask: Tensor,
 ) -> Tensor:
@@ -183,8 +210,8 @@ def _last_block(
     count = len(end_rows)
     size = mask.shape[2]
     flat = (end_rows + size * torch.arange(count, device=x.device)[:, None]).flatten()
-    normed = block.ln_1(x)
-    _, key, value = _heads(block, normed, adapter, query=False)
+    normed = edit.norm_first(block.ln_1, x)
+    _, key, value = _heads(block, normed, edit.attention, query=False)
     ends = x[:, flat]
     normed_ends = normed[:, flat]
     weight = block.attn.in_proj_weight
@@ -192,12 +219,12 @@ def _last_block(
     width = x.shape[-1]
     query = F.linear(normed_ends, weight[:width], None if bias is None else bias[:width])
 
-    if adapter is not None:
-        query = query + adapter(normed_ends)[..., :width].to(query.dtype)
+    if edit.attention is not None:
+        query = query + edit.attention(normed_ends)[..., :width].to(query.dtype)
 
     query = _split(query, block.attn.num_heads)
     mask = mask.gather(2, end_rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
-    return _finish(block, ends, _attend(query, key, value, past, group, mask))
+    return _finish(block, ends, _attend(query, key, value, past, group, mask), edit, normed_ends)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, past: KeyValue, group: slice, mask: Tensor) -> Tensor:
@@ -241,7 +268,7 @@ def _with_past(remainders: Tensor, shared: Tensor, tiles: int, groups: int) -> T
 
 
 def _heads(
-    block: Any, normed: Tensor, adapter: Adapter | None, query: bool = True
+    block: Any, normed: Tensor, adapter: AttentionAdapter | None, query: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (G, R, W) to q, k, v of (G, H, R, dh); without queries the first of the three is k again."""
     weight = block.attn.in_proj_weight
@@ -264,10 +291,11 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _finish(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """Attention's output projection, residuals and MLP."""
+def _finish(block: Any, x: Tensor, attended: Tensor, edit: BlockEdit, normed: Tensor) -> Tensor:
+    """Attention's output projection, residuals, MLP, and what stands beside the block."""
     x = x + block.ls_1(block.attn.out_proj(attended))
-    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+    x = x + block.ls_2(_mlp(block.mlp, edit.norm_second(block.ln_2, x)))
+    return edit.add_parallel(x, normed)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:

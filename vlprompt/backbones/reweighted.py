@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from vlprompt.backbones.attention import reads_its_layers_weights
 from vlprompt.backbones.base import Backbone
-from vlprompt.backbones.packed import Adapter
+from vlprompt.backbones.edits import Adapter
 from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.errors import BackboneError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "ClipStream",
@@ -88,6 +88,14 @@ class TokenStream:
         """Pool (B, special + N, W) tokens and project them into the joint space: (B, d)."""
         raise NotImplementedError
 
+    def norm_after(self, x: Tensor) -> Tensor:
+        """Apply the norm that follows the last block to (..., W) states."""
+        raise NotImplementedError
+
+    def outer_norms(self) -> list[nn.LayerNorm]:
+        """Return the norms before the first and after the last block, where there are any."""
+        raise NotImplementedError
+
 
 class ClipStream(TokenStream):
     """open_clip's VisionTransformer."""
@@ -118,6 +126,14 @@ class ClipStream(TokenStream):
         pooled = self.visual._pool(x)
         pooled = pooled[0] if isinstance(pooled, tuple) else pooled
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def norm_after(self, x: Tensor) -> Tensor:
+        """See :meth:`TokenStream.norm_after`."""
+        return self.visual.ln_post(x)
+
+    def outer_norms(self) -> list[nn.LayerNorm]:
+        """See :meth:`TokenStream.outer_norms`."""
+        return [norm for norm in (self.visual.ln_pre, self.visual.ln_post) if isinstance(norm, nn.LayerNorm)]
 
 
 class TimmStream(TokenStream):
@@ -161,6 +177,16 @@ class TimmStream(TokenStream):
     def finish(self, x: Tensor) -> Tensor:
         """See :meth:`TokenStream.finish`."""
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(x)))
+
+    def norm_after(self, x: Tensor) -> Tensor:
+        """See :meth:`TokenStream.norm_after`; where the norm follows the pooling, there it is."""
+        norms = (self.trunk.norm, getattr(self.trunk, "fc_norm", None))
+        return next((norm(x) for norm in norms if isinstance(norm, nn.LayerNorm)), x)
+
+    def outer_norms(self) -> list[nn.LayerNorm]:
+        """See :meth:`TokenStream.outer_norms`."""
+        norms = (self.trunk.norm_pre, self.trunk.norm, getattr(self.trunk, "fc_norm", None))
+        return [norm for norm in norms if isinstance(norm, nn.LayerNorm)]
 
 
 class NaFlexStream(TimmStream):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections
+from vlprompt.backbones.edits import Adapter, entered_tokens, norms_of
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
-from vlprompt.backbones.packed import Adapter
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
 from vlprompt.core.shares import Division, division
@@ -140,6 +140,30 @@ class TextTower:
                 "project queries, keys and values. Leave the text tower alone (clip_lora: encoder=vision)."
             )
 
+    def require_edits(self) -> None:
+        """Raise BackboneError with the reason if this tower's blocks can't be edited (see :class:`BlockEdit`)."""
+        self.require_prompts()
+        raise BackboneError(
+            f"the text tower's blocks can't be edited on this backbone: {self._odd_blocks()}. What works here: "
+            "learners of context (coop, kgcoop) and clip_lora."
+        )
+
+    def require_entering_tokens(self) -> None:
+        """Raise BackboneError with the reason if no token can enter between this tower's blocks."""
+        self.require_edits()
+
+    def block_norms(self) -> list[tuple[nn.LayerNorm, nn.LayerNorm]]:
+        """Return the norms before attention and before the MLP of every block (see :meth:`require_edits`)."""
+        return [norms for norms in map(norms_of, self.blocks) if norms is not None]
+
+    def outer_norms(self) -> list[nn.LayerNorm]:
+        """Return the norm after the last block, if there is one."""
+        return [self.norm] if isinstance(self.norm, nn.LayerNorm) else []
+
+    def _odd_blocks(self) -> str:
+        kinds = sorted({type(block).__name__ for block in self.blocks}) or [type(self.inner).__name__]
+        return f"its blocks ({', '.join(kinds)}) are not open_clip's own"
+
     def require_tokenizer(self) -> TextTokenizer:
         """Return the tokenizer, or raise BackboneError saying why there is none and what to do."""
         if self.tokenizer is None:
@@ -192,7 +216,8 @@ class TextTower:
                 the block, from 1, to (K, Dt) or (G, K, Dt). Slots from K on keep their states; slots that each class
                 has to itself (``c * M + m``) take prompts that differ between classes.
             adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
-                reads, whose result is added to queries, keys and values (see :meth:`require_adapters`).
+                reads, whose result is added to queries, keys and values (see :meth:`require_adapters`); or edits of
+                the blocks (see :class:`vlprompt.backbones.edits.BlockEdit` and :meth:`require_edits`).
 
         Returns:
             (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
@@ -203,7 +228,7 @@ class TextTower:
         Raises:
             VLPromptError: If context or deep prompts don't fit the layout or the tower.
         """
-        context, blocks, grouped = self._check(layout, context, deep)
+        context, blocks, grouped = self._check(layout, context, deep, adapters)
         # A traced graph belongs to one process.
         divided = None if torch.compiler.is_compiling() else division()
 
@@ -223,7 +248,7 @@ class TextTower:
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
         """Compute :meth:`encode` by a full pass over every sentence, padded to ``length`` (default: what is exact)."""
-        context, blocks, grouped = self._check(layout, context, deep)
+        context, blocks, grouped = self._check(layout, context, deep, adapters)
         pooled, _ = self.run_plain(layout, context, blocks, length or self.shortest(layout), adapters)
         features = self.project(pooled).unflatten(0, (-1, len(layout)))
         return features if grouped else features[0]
@@ -233,16 +258,18 @@ class TextTower:
         layout: PromptLayout,
         context: Tensor | None = None,
         deep: Tensor | Mapping[int, Tensor] | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return every token's state beside the sentences' features; arguments as in :meth:`encode`, without groups.
 
         Returns:
             (C, T, Dt) states after the final norm, T tokens of the longest sentence, zeros after a sentence's end;
-            and (C, d) features. Both float32.
+            and (C, d) features. Both float32. K tokens that edits brought along stand behind the first token, so that T
+            is larger by K.
         """
-        context, blocks, _ = self._check(layout, context, deep)
-        pooled, x = self.run_plain(layout, context, blocks, self.shortest(layout), None)
-        places = torch.arange(x.shape[1], device=x.device)
+        context, blocks, _ = self._check(layout, context, deep, adapters)
+        pooled, x = self.run_plain(layout, context, blocks, self.shortest(layout), adapters)
+        places = torch.arange(x.shape[1], device=x.device) - entered_tokens(adapters)
         inside = places < torch.tensor(layout.lengths, device=x.device)[:, None]
         return torch.where(inside[..., None], self.norm(x).float(), 0.0), self.project(pooled)
 
@@ -300,7 +327,11 @@ class TextTower:
         return (self.projection(x) if isinstance(self.projection, nn.Module) else x @ self.projection).float()
 
     def _check(
-        self, layout: PromptLayout, context: Tensor | None, deep: Tensor | Mapping[int, Tensor] | None
+        self,
+        layout: PromptLayout,
+        context: Tensor | None,
+        deep: Tensor | Mapping[int, Tensor] | None,
+        adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor | None, DeepPrompts, bool]:
         """Return context and deep prompts with a group axis, and whether one of them came with it."""
         self.require_prompts()
@@ -315,6 +346,8 @@ class TextTower:
             if tensor is not None and tensor.shape[-1] != self.width:
                 raise VLPromptError(f"{what} have width {tensor.shape[-1]}, the text tower has {self.width}.")
 
+        if blocks and entered_tokens(adapters):
+            raise VLPromptError("deep text prompts can't be combined with tokens that enter between blocks.")
         if isinstance(deep, Tensor) and len(blocks) > self.layers - 1:
             raise VLPromptError(
                 f"{len(blocks)} layers of deep text prompts, the tower takes at most {self.layers - 1}."

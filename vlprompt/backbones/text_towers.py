@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
+from vlprompt.backbones.edits import Adapter, attention_parts, edit_of, enter_tokens, entered_tokens
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
-from vlprompt.backbones.packed import Adapter, encode_packed, is_packable_block, run_block
+from vlprompt.backbones.packed import encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import weights_dtype
+from vlprompt.core.errors import BackboneError
 
 __all__ = ["CoCaTower", "HuggingFaceTower", "OwnTower", "build_text_tower"]
 
@@ -94,9 +96,26 @@ class OwnTower(TextTower):
         adapters: Sequence[Adapter | None] | None,
     ) -> Tensor:
         """See :meth:`TextTower.run`."""
-        if self.packable:
+        # Tokens that are brought along stand in the shared beginning, if there is one.
+        if self.packable and (layout.shared or not entered_tokens(adapters)):
             return encode_packed(self, layout, context, deep, adapters)
         return super().run(layout, context, deep, adapters)
+
+    def require_edits(self) -> None:
+        """See :meth:`TextTower.require_edits`."""
+        self.require_prompts()
+        if not all(is_packable_block(block) for block in self.blocks):
+            super().require_edits()
+
+    def require_entering_tokens(self) -> None:
+        """See :meth:`TextTower.require_entering_tokens`: a causal tower whose sentences have a start and an end."""
+        self.require_edits()
+        if not (self.causal and self.pooling in ("argmax", "eos") and self.require_tokenizer().start):
+            raise BackboneError(
+                "tokens can't enter between the blocks of this backbone's text tower: they stand behind a sentence's "
+                f"start, and this tower is no causal one that reads its sentences' ends (it pools {self.pooling!r}). "
+                "What works here: learners of context (coop, kgcoop) and clip_lora."
+            )
 
     def shortest(self, layout: PromptLayout) -> int:
         """See :meth:`TextTower.shortest`."""
@@ -128,7 +147,7 @@ class OwnTower(TextTower):
 
         mask = None if self.causal_mask is None else self.causal_mask[:length, :length].to(x.dtype)
         x = self.run_blocks(x, mask, layout, deep, adapters)
-        return self._pool(x, layout), x
+        return self._pool(x, layout, entered_tokens(adapters)), x
 
     def run_blocks(
         self,
@@ -149,12 +168,20 @@ class OwnTower(TextTower):
         """
         slots = layout.padded_slots(x.shape[1])
         hooked = adapters is not None and any(place.layers for place in self.attention)
-        with adapted(self.attention, adapters or ()) if hooked else nullcontext():
+        brought = entered_tokens(adapters)
+        has_tokens = False
+        with adapted(self.attention, attention_parts(adapters or ())) if hooked else nullcontext():
             for i, block in enumerate(self.blocks):
                 if i in deep:
                     x = _replace(x, len(layout), slots, deep[i])
-                adapter = None if hooked or adapters is None else adapters[i]
-                x = self._run(block, x, mask, adapter)
+                edit = edit_of(None if hooked or adapters is None else adapters[i])
+                if brought:
+                    x = enter_tokens(x, edit, at=1, is_first=not has_tokens)
+                    has_tokens = has_tokens or edit.tokens is not None
+                    mask = torch.full((x.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu(
+                        1
+                    )
+                x = self._run(block, x, mask, edit if edit.changes_block else None)
         return x
 
     def _run(self, block: Any, x: Tensor, mask: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -168,13 +195,13 @@ class OwnTower(TextTower):
             return block(x, attn_mask=mask)
         return block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
-    def _pool(self, x: Tensor, layout: PromptLayout) -> Tensor:
-        """(G * C, Dt) states that stand for their sentences."""
+    def _pool(self, x: Tensor, layout: PromptLayout, brought: int = 0) -> Tensor:
+        """(G * C, Dt) states that stand for their sentences; ``brought`` tokens have entered behind the first."""
         if self.pooling == "last":
             return x[:, -1]
         if self.pooling == "first":
             return x[:, 0]
-        ends = torch.tensor(layout.lengths, device=x.device).repeat(x.shape[0] // len(layout)) - 1
+        ends = torch.tensor(layout.lengths, device=x.device).repeat(x.shape[0] // len(layout)) - 1 + brought
         return x[torch.arange(x.shape[0], device=x.device), ends]
 
 
@@ -193,6 +220,13 @@ class CoCaTower(OwnTower):
 
     def _is_packable(self) -> bool:
         return False
+
+    def require_entering_tokens(self) -> None:
+        """See :meth:`TextTower.require_entering_tokens`."""
+        raise BackboneError(
+            "tokens can't enter between the blocks of this backbone's text tower: it masks padding by its place. What "
+            "works here: learners of context (coop, kgcoop) and clip_lora."
+        )
 
     def shortest(self, layout: PromptLayout) -> int:
         """See :meth:`TextTower.shortest`."""
@@ -301,7 +335,7 @@ class HuggingFaceTower(TextTower):
 
         with ExitStack() as stack:
             if adapters is not None:
-                stack.enter_context(adapted(self.attention, adapters))
+                stack.enter_context(adapted(self.attention, attention_parts(adapters)))
             for block, rows in deep.items():
                 hook = _replacing(len(layout), slots, rows)
                 handle = self.blocks[block].register_forward_pre_hook(hook, with_kwargs=True)

@@ -13,6 +13,7 @@ it (Bahng et al., "Exploring Visual Prompts for Adapting Large-Scale Models", ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections, adapted, projections_in
-from vlprompt.backbones.packed import Adapter, run_block
+from vlprompt.backbones.edits import (
+    Adapter,
+    BlockEdit,
+    attention_parts,
+    edit_of,
+    edited_blocks,
+    enter_tokens,
+    entered_tokens,
+    norms_of,
+)
+from vlprompt.backbones.packed import is_packable_block, run_block
 from vlprompt.backbones.streams import TokenStream, find_stream, with_places_without_rotation
 from vlprompt.core.errors import BackboneError, VLPromptError
 
@@ -158,6 +169,35 @@ class VisionTower:
                 "learn its pixels (vpt) or weight masks."
             )
 
+    def require_edits(self) -> None:
+        """Raise BackboneError with the reason if this tower's blocks can't be edited (see :class:`BlockEdit`)."""
+        if self.layers and all(norms_of(block) is not None for block in self.blocks):
+            return
+
+        name = type(getattr(self.visual, "trunk", self.visual)).__name__
+        raise BackboneError(
+            f"the image tower's blocks can't be edited on this backbone: {name} has none that begin with a LayerNorm. "
+            "What works here: vpt, which learns pixels around the image instead (where=pixels), and learners that "
+            "leave the image tower alone (coop, clip_adapter, tip_adapter, linear_probe)."
+        )
+
+    def require_entering_tokens(self) -> None:
+        """Raise BackboneError with the reason if no token can enter between this tower's blocks."""
+        self.require_edits()
+        if not self._stream().special:
+            raise BackboneError(
+                "tokens that stand behind the class token can't enter this backbone's image tower: it has none. Use "
+                "learners whose tokens stand behind the patches (maple, promptsrc)."
+            )
+
+    def block_norms(self) -> list[tuple[nn.LayerNorm, nn.LayerNorm]]:
+        """Return the norms before attention and before the MLP of every block (see :meth:`require_edits`)."""
+        return [norms for norms in map(norms_of, self.blocks) if norms is not None]
+
+    def outer_norms(self) -> list[nn.LayerNorm]:
+        """Return the norms before the first and after the last block, where there are any."""
+        return self._stream().outer_norms()
+
     def states(self, images: Tensor, blocks: int = 0) -> TokenStates:
         """Return the tokens of (B, 3, H, W) preprocessed pixels after the first ``blocks`` blocks.
 
@@ -194,7 +234,8 @@ class VisionTower:
             images: (B, 3, H, W) preprocessed pixels, or what :meth:`states` made of them.
             prompts: Prompt tokens or pixels, or None for the tower as it is.
             adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
-                reads, whose result is added to queries, keys and values (see :meth:`require_adapters`).
+                reads, whose result is added to queries, keys and values (see :meth:`require_adapters`); or edits of
+                the blocks (see :class:`vlprompt.backbones.edits.BlockEdit` and :meth:`require_edits`).
 
         Raises:
             BackboneError: If there are prompt tokens and the tower has no token sequence.
@@ -211,25 +252,71 @@ class VisionTower:
             prompts = None
 
         if adapters is None:
-            return self._features(images, prompts, None)
+            return self._features(images, prompts)
 
-        self.require_adapters()
-        if all(not place.layers for place in self.attention):  # open_clip's own blocks
-            return self._features(images, prompts, adapters)
-        with adapted(self.attention, adapters):
-            return self._features(images, prompts, None)
+        return self._edited_features(images, prompts, adapters)[0]
+
+    def encode_entered(self, images: Images, adapters: Sequence[Adapter | None]) -> tuple[Tensor, Tensor]:
+        """Return (B, d) features as :meth:`encode`, and what became of the tokens that edits brought along.
+
+        Args:
+            images: See :meth:`encode`.
+            adapters: See :meth:`encode`; edits, some of which bring tokens (see :meth:`require_entering_tokens`).
+
+        Returns:
+            The features, pooled from the tower's own tokens alone, and (B, K, W) states of the K tokens after the
+            norm that follows the last block. Both float32.
+        """
+        if isinstance(images, TokenStates):
+            _check_entry(images, None, adapters)
+        else:
+            images = images.to(self.dtype)
+        features, tokens = self._edited_features(images, None, adapters)
+        return features, self._stream().norm_after(tokens).float()
 
     def finish(self, x: Tensor) -> Tensor:
         """Pooling and projection of (B, special + N, W), prompts already removed: (B, d), float32."""
         return self._stream().finish(x).float()
 
-    def _features(
-        self, images: Images, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None] | None
-    ) -> Tensor:
-        """Run the tower; ``adapters`` are those of open_clip's own blocks."""
-        if prompts is None and adapters is None and isinstance(images, Tensor):
-            return _first(self.visual(images)).float()
+    def _edited_features(
+        self, images: Images, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Run the tower with adapters; return features and the states of tokens that came with them."""
+        attention = attention_parts(adapters)
+        joins = any(part is not None for part in attention)
+        if joins or not self.layers:
+            self.require_adapters()
+        if not self.layers:
+            with adapted(self.attention, attention):
+                features = self._features(images, prompts)
+            return features, features.new_empty(len(features), 0, 0)
 
+        edits = [edit_of(adapter) for adapter in adapters]
+        if all(is_packable_block(block) for block in self.blocks):  # open_clip's own blocks
+            return self._run(images, prompts, edits, own=True)
+        with (
+            adapted(self.attention, attention) if joins else nullcontext(),
+            edited_blocks(self.blocks, edits),
+        ):
+            return self._run(images, prompts, edits, own=False)
+
+    def _features(self, images: Images, prompts: VisualPrompts | None) -> Tensor:
+        """Run the tower without edits."""
+        if prompts is None and isinstance(images, Tensor):
+            return _first(self.visual(images)).float()
+        return self._run(images, prompts, [BlockEdit()] * self.layers, own=False)[0]
+
+    def _run(
+        self, images: Images, prompts: VisualPrompts | None, edits: Sequence[BlockEdit], own: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Run a sequence of tokens; return (B, d) features and (B, K, W) states of the tokens that edits brought.
+
+        Args:
+            images: Pixels or states.
+            prompts: Tokens, or None.
+            edits: One per block.
+            own: Whether blocks run with their edits here, as open_clip's own can; else the caller has seen to it.
+        """
         stream = self._stream()
         if isinstance(images, TokenStates):
             start = images.blocks
@@ -255,14 +342,25 @@ class VisionTower:
         if rotation is not None:
             rotation = with_places_without_rotation(rotation, tokens.shape[2], front=not append)
 
+        brought = entered_tokens(edits)
+        entered = slice(0, 0)
+        if brought:
+            _check_alone(prompts)
         for i in range(start, self.layers):
-            block = self.blocks[i]
             if 1 <= i < tokens.shape[1]:
                 x = torch.cat([x[:, : places.start], tokens[:, i].to(x.dtype), x[:, places.stop :]], dim=1)
-            adapter = adapters[i] if adapters is not None else None
-            x = stream.run(i, x, rotation) if adapter is None else run_block(block, x, adapter)
+            if edits[i].tokens is not None:
+                x = enter_tokens(x, edits[i], at=stream.special, is_first=not entered.stop)
+                if rotation is not None and not entered.stop:
+                    rotation = with_places_without_rotation(rotation, brought, front=True)
+                entered = slice(stream.special, stream.special + brought)
+            hand_run = own and edits[i].changes_block
+            x = run_block(self.blocks[i], x, edits[i]) if hand_run else stream.run(i, x, rotation)
 
-        return self.finish(torch.cat([x[:, : places.start], x[:, places.stop :]], dim=1))
+        states = x[:, entered]
+        for part in (entered, places):
+            x = torch.cat([x[:, : part.start], x[:, part.stop :]], dim=1)
+        return self.finish(x), states
 
     def _stream(self) -> TokenStream:
         self.require_prompts()
@@ -310,6 +408,12 @@ def _check_entry(
         raise VLPromptError(
             f"block {below[0]} has an adapter, and {states.blocks} blocks have run on these images without it."
         )
+
+
+def _check_alone(prompts: VisualPrompts) -> None:
+    """Refuse prompt tokens beside tokens that enter between blocks."""
+    if prompts.tokens.shape[-2]:
+        raise VLPromptError("visual prompts can't be combined with tokens that enter between blocks.")
 
 
 def _with_pixels(images: Tensor, prompts: PixelPrompts) -> Tensor:

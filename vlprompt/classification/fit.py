@@ -33,6 +33,8 @@ __all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_id
 
 log = logging.getLogger(__name__)
 
+_LENGTHS = {"epochs", "steps", "steps_per_shot"}  # each says how long a run is
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -119,7 +121,8 @@ def fit(
 
     automatic = _recipe(learner, train, val, recipe, options, cache)
     train, val = automatic.train, automatic.val
-    checked = parse_options({**automatic.options, **options})
+    given = _without_length(automatic.options) if options.keys() & _LENGTHS else automatic.options
+    checked = parse_options({**given, **options}).for_shots(train.labels)
 
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     held_out = None if val is None else ValidationSource(learner, val, cache)
@@ -152,6 +155,11 @@ def fit(
     metrics |= describe(learner) | automatic.figures
 
     return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
+
+
+def _without_length(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training options that do not say how long a run is."""
+    return {name: value for name, value in options.items() if name not in _LENGTHS}
 
 
 def _recipe(

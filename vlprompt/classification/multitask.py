@@ -122,7 +122,7 @@ class MultiTask(TransparentWrapper):
         tasks: Mapping[str, tuple[Sequence[str], Sequence[str]]],
         label_space: LabelSpace = "per_task",
     ) -> None:
-        if learner.solves or learner.prepares:
+        if learner.solves or learner.prepares or learner.head_bound:
             raise DataError(
                 f"{learner.method} keeps one set of values per class or training sample, so several tasks can't "
                 "share them. Use a learner of prompts (mvlpt, coop, vpt, upt, maple ...)."
@@ -295,6 +295,7 @@ def fit_multitask(
     sharing = sharing or MultiTaskOptions()
     checked = parse_options(options)
     tasks = _checked(tasks)
+    checked = checked.for_shots([(n, label) for n, data in tasks.items() for label in data.train.labels])
     started = time.monotonic()
     processes = accelerator()
     learner.to(learner.backbone.device_or(processes.device))

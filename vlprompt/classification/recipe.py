@@ -104,7 +104,7 @@ def find_recipe(
 def paper_options(learner: Learner, train: ImageDataset) -> dict[str, Any]:
     """Return the training options of the learner's paper for these samples."""
     shots = int(np.bincount(train.labels).max())
-    return learner.recipe.paper_options(shots, len(train))
+    return learner.recipe.paper_options(shots)
 
 
 def hold_back(train: ImageDataset, seed: int) -> tuple[ImageDataset, ImageDataset]:

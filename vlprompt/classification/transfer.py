@@ -71,7 +71,10 @@ def _mean(name: str, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> list[str]:
-    """Compare the method and all options that decide what the tensors mean; a seed doesn't."""
+    """Compare the method and all options that decide what the tensors mean.
+
+    A seed doesn't, nor do the classes of a head that is no set of parameters per class.
+    """
     if method != learner.method:
         return [f"it holds prompts of {method}"]
 
@@ -79,8 +82,9 @@ def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> l
     theirs = {**defaults, **options}
     ours = {**defaults, **learner.options}
 
+    meaningless = {"seed"} if learner.head_bound else {"seed", "head_classes"}
     differences = []
-    for name in sorted({*theirs, *ours} - {"seed"}):
+    for name in sorted({*theirs, *ours} - meaningless):
         if str(theirs.get(name)) != str(ours.get(name)):
             differences.append(f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here")
     return differences

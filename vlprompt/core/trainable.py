@@ -11,6 +11,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.precision import Precision
 
-__all__ = ["Batch", "Hooks", "ParameterGroup", "Trainable", "TransparentWrapper", "Wrapper", "misfits"]
+__all__ = [
+    "Batch",
+    "Hooks",
+    "ParameterGroup",
+    "Phase",
+    "Trainable",
+    "TransparentWrapper",
+    "Wrapper",
+    "misfits",
+]
 
 Batch = dict[str, Any]
 """Tensors by name with the samples along the first axis; a task may add lists of strings and the like."""
@@ -37,6 +47,19 @@ class ParameterGroup(TypedDict, total=False):
     names: list[str]
     rate: float
     weight_decay: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that trains some of the parameters, with an optimiser and a schedule of its own.
+
+    Attributes:
+        names: Names of the learned parameters that move; the others keep still.
+        share: Of the run's optimiser steps, rounded down at the border; the last phase has the rest.
+    """
+
+    names: tuple[str, ...]
+    share: float
 
 
 class Hooks:
@@ -68,6 +91,21 @@ class Hooks:
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the optimiser's groups; empty means one group of all that learns. Called when the trainer is built."""
         return []
+
+    def phases(self) -> list[Phase]:
+        """Return the phases of a run, in their order; empty means one phase of all that learns.
+
+        Called when the trainer is built. No parameter may belong to two phases.
+        """
+        return []
+
+    def enter_phase(self, number: int, is_new: bool) -> None:
+        """Act before the first step that a trainer takes in a phase.
+
+        Args:
+            number: Of the phase, from 0; without phases there is one.
+            is_new: Whether this step is the phase's first; False where a run goes on in its middle.
+        """
 
     def combine_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
         """Make the update's gradient out of the gradients of all losses; only called if ``combines_gradients``.

@@ -14,7 +14,7 @@ from vlprompt.backbones.vision import Images, Insertion, Prompts, VisionTower
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners.base import Learner
 
-__all__ = ["PromptedImages", "initial_visual_prompts", "possible_depth"]
+__all__ = ["PromptedImages", "initial_visual_prompts", "possible_depth", "upper_blocks"]
 
 log = logging.getLogger("vlprompt.learners")
 
@@ -35,6 +35,18 @@ def possible_depth(asked: int | None, *layers: int) -> int:
     if asked > most:
         log.info("prompts for %d layers were asked for, this backbone has %d: using %d.", asked, most, most)
     return min(asked, most)
+
+
+def upper_blocks(asked: int | None, share: float, *layers: int) -> int:
+    """Return how many of the last blocks of several towers something enters.
+
+    Args:
+        asked: The option's value; None is the share of the shallowest tower. More than that has is cut.
+        share: In (0, 1].
+        layers: Blocks of the towers.
+    """
+    most = min(layers)
+    return max(1, round(share * most)) if asked is None else min(asked, most)
 
 
 def initial_visual_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError, VLPromptError
-from vlprompt.core.names import check_classnames, check_templates
+from vlprompt.core.names import check_classnames, check_templates, listed_names, match_classes
 from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.data.transforms import Preprocess
@@ -47,6 +47,10 @@ class Learner(nn.Module, LearnerHooks, Trainable):
             random. Where the pixels don't come again, ``batch["second"]`` holds those of the next view.
         class_bound: True if the learned parameters belong to the class list, so that the learner can't move to
             other classes.
+        head_classes: The classes that the learner has a head for, beside prompts that name any class; empty: there is
+            no head of this kind, or it belongs to no class list.
+        head_rule: ``"all"``: the head is used where it knows every class; ``"each"``: for the classes it knows.
+        head_bound: True if the head is one set of parameters per class, so that tasks can't share it.
         smooth: False if losses are a step function of the parameters (binary masks), so that a small step changes
             nothing.
         method: Its registry name.
@@ -61,6 +65,9 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     reads_frozen: bool = False
     pairs_views: bool = False
     class_bound: bool = False
+    head_classes: tuple[str, ...] = ()
+    head_rule: ClassVar[Literal["all", "each"]] = "all"
+    head_bound: ClassVar[bool] = False
     smooth: bool = True
     method: str = ""
     recipe: ClassVar[Recipe] = Recipe()
@@ -152,10 +159,31 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         """Return (B, C) logits of a batch of pixels or of cached image embeddings."""
         return self.logits(batch["embedding"]) if "embedding" in batch else self(batch["image"])
 
+    # --- a head that belongs to some classes
+
+    def keep_head(self, names: Sequence[str] | None) -> None:
+        """Fix the classes of the head: the learner's own, or those it was trained on before it came to others.
+
+        Called once, by the constructor of a learner with a head. They become the option ``head_classes``, so that a
+        file and a twin for other classes know them.
+        """
+        self.head_classes = self.classnames if names is None else _check_classes(names)
+        self.options["head_classes"] = list(self.head_classes)
+
+    @property
+    def head_places(self) -> list[int | None]:
+        """For each class, its place among the classes of the head; None where the head is not used."""
+        places = match_classes(self.classnames, self.head_classes)
+        is_used = self.head_rule == "each" or None not in places
+        return places if is_used else [None] * len(places)
+
     # --- other classes, and what is learned
 
     def with_classes(self, classnames: Sequence[str], templates: Sequence[str] | None = None) -> Learner:
         """Return a learner with the same learned parameters for other classes (base-to-new, cross-dataset).
+
+        A learner with a head for some classes says which of the new ones it names (:attr:`head_places`, and a line in
+        the log).
 
         Args:
             classnames: The other classes.
@@ -174,6 +202,8 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         other = type(self)(self.backbone, classnames, templates or self.templates, **self.options)
         other.method = self.method
         other.to(self.backbone.device).load_trainable_state(self.trainable_state())
+        if other.head_classes and other.classnames != self.classnames:
+            _tell_of_head(other)
         return other.train(self.training)
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -200,6 +230,19 @@ class Learner(nn.Module, LearnerHooks, Trainable):
                 return self.class_weights()
             self._cached_weights = self.class_weights()
         return self._cached_weights
+
+
+def _tell_of_head(learner: Learner) -> None:
+    """Say which classes a learner's head names."""
+    places = learner.head_places
+    others = [name for name, place in zip(learner.classnames, places, strict=True) if place is None]
+    log.info(
+        "%s: the head names %d of %d classes%s",
+        learner.title(),
+        len(places) - len(others),
+        len(places),
+        f"; without it: {listed_names(others)}" if others else "",
+    )
 
 
 def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:

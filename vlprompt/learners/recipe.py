@@ -33,17 +33,15 @@ class Recipe:
     steps: int = 200
     trial_steps: int = 60
 
-    def paper_options(self, shots: int, samples: int) -> dict[str, Any]:
+    def paper_options(self, shots: int) -> dict[str, Any]:
         """Return the paper's options.
 
         Args:
             shots: Training images of a class; of the largest one, where they differ.
-            samples: Training images of all classes.
         """
         options = dict(self.train)
         if self.steps_per_shot is not None:
-            steps = self.steps_per_shot * shots
-            options["epochs"] = max(1, round(steps / max(1, samples // options.get("batch_size", 32))))
+            options["steps"] = self.steps_per_shot * shots
         for least, epochs in self.epochs_by_shots:
             if shots >= least or "epochs" not in options:
                 options["epochs"] = epochs

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["TrainOptions", "TrainSection"]
 
@@ -24,7 +26,21 @@ class TrainSection(BaseModel):
         "gradients",
     )
     epochs: int = Field(
-        50, ge=0, le=1_000_000, description="passes over the training samples; 0 evaluates only"
+        50,
+        ge=0,
+        le=1_000_000,
+        description="passes over the training samples; 0 evaluates only. Any other number is not read where steps or "
+        "steps_per_shot is given",
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps in all, in place of epochs; the last epoch ends where they do",
+    )
+    steps_per_shot: int | None = Field(
+        None,
+        ge=1,
+        description="steps for each training image of a class (the largest, where they differ), in place of epochs",
     )
     batch_size: int = Field(
         32, ge=1, description="global batch: samples per optimiser step over all processes"
@@ -46,6 +62,7 @@ class TrainSection(BaseModel):
         1.0, ge=0, description="coop: whole epochs at warmup_lr; others: linear from 0"
     )
     warmup_lr: float = Field(1e-5, gt=0, description="coop only: constant rate of the warm-up epochs")
+    final_lr: float = Field(0.0, ge=0, description="cosine only: the rate it ends at")
     plateau_factor: float = Field(0.2, gt=0, lt=1, description="plateau only")
     plateau_patience: int = Field(5, ge=0, description="plateau only: validations without a better figure")
     monitor: str = Field("loss", description="validation figure that plateau and stop_patience watch")
@@ -75,8 +92,36 @@ class TrainSection(BaseModel):
     eval_every: int = Field(1, ge=1, description="epochs between validations")
     checkpoint_seconds: float = Field(60.0, ge=0, description="time between checkpoints inside an epoch")
 
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        """Refuse two lengths of a run in steps."""
+        if self.steps is not None and self.steps_per_shot is not None:
+            raise ValueError("steps and steps_per_shot both say how long the run is: give one of them")
+        return self
+
 
 class TrainOptions(TrainSection):
     """Options of :class:`vlprompt.training.trainer.Trainer`: the section, and the seed of the run."""
 
     seed: int = Field(1, ge=0)
+
+    def for_shots(self, labels: Iterable[Hashable]) -> TrainOptions:
+        """Return the options with ``steps`` in place of ``steps_per_shot``.
+
+        Args:
+            labels: The class of every training sample.
+        """
+        if self.steps_per_shot is None:
+            return self
+        shots = max(Counter(labels).values(), default=1)
+        return self.model_copy(update={"steps": self.steps_per_shot * shots, "steps_per_shot": None})
+
+    def for_epochs_of(self, steps_per_epoch: int) -> TrainOptions:
+        """Return the options with as many ``epochs`` as ``steps`` take, the last of which may be cut.
+
+        Args:
+            steps_per_epoch: Optimiser steps of a whole epoch.
+        """
+        if self.steps is None:
+            return self
+        return self.model_copy(update={"epochs": -(-self.steps // steps_per_epoch)})

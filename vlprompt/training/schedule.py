@@ -26,7 +26,7 @@ def learning_rate(
     ``plateau`` is PyTorch's ``ReduceLROnPlateau`` stepped at every validation, replayed from the history of the run.
 
     Args:
-        options: ``lr``, ``schedule``, ``epochs`` and the warm-up settings are read.
+        options: ``lr``, ``final_lr``, ``schedule``, ``epochs``, ``steps`` and the warm-up settings are read.
         epoch: Epoch in [0, options.epochs).
         step: Step inside the epoch, in [0, steps_per_epoch).
         steps_per_epoch: Optimiser steps per epoch.
@@ -45,14 +45,16 @@ def learning_rate(
             return options.warmup_lr
         return 0.5 * options.lr * (1 + math.cos(math.pi * (epoch - warm_epochs) / options.epochs))
 
-    # cosine: per step, from the end of the warm-up to zero at the last step
+    # cosine: per step, from the end of the warm-up to its final rate at the last step
     warm_steps = options.warmup_epochs * steps_per_epoch
     done = epoch * steps_per_epoch + step
     if done < warm_steps:
         return options.lr * _linear_warmup(options, epoch, step, steps_per_epoch)
 
-    span = max(1.0, options.epochs * steps_per_epoch - warm_steps)
-    return 0.5 * options.lr * (1 + math.cos(math.pi * (done - warm_steps) / span))
+    total = options.epochs * steps_per_epoch if options.steps is None else options.steps
+    span = max(1.0, total - warm_steps)
+    height = options.lr - options.final_lr
+    return options.final_lr + 0.5 * height * (1 + math.cos(math.pi * (done - warm_steps) / span))
 
 
 def stops(options: TrainOptions, history: History) -> bool:

@@ -29,6 +29,7 @@ from vlprompt.training.batches import Batches, batch_loader
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.compiled import CompiledLoss
 from vlprompt.training.options import TrainOptions
+from vlprompt.training.phases import span_at, spans_of
 from vlprompt.training.schedule import learning_rate, stops
 from vlprompt.training.state import Progress, load_checkpoint, save_checkpoint
 
@@ -67,6 +68,14 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
+        if options.steps_per_shot is not None:
+            raise VLPromptError(
+                "steps_per_shot counts the training images of a class, which only training on labelled images knows. "
+                "Use train.steps or train.epochs."
+            )
+        self.epoch_steps = len(batches.plan(0))
+        options = options.for_epochs_of(self.epoch_steps)
+
         self.module = module
         self.batches = batches
         self.options = options
@@ -92,6 +101,8 @@ class Trainer:
                 "train.select=last."
             )
 
+        self.spans = spans_of(module.phases(), options.steps or options.epochs * self.epoch_steps)
+        self._entered: int | None = None  # the phase that the module was told of last
         self.loss = CompiledLoss(module) if options.compile else module.loss
         self.optimizer = _build_optimizer(self._optimizer_groups(), options)
         self.device = next(iter(self.parameters.values())).device
@@ -135,7 +146,7 @@ class Trainer:
     def _make_loader(self) -> Loader[tuple[np.ndarray, int], Batch]:
         """Return what loads the batches of all epochs that are left."""
         epochs = self.options.epochs - self.progress.epoch
-        steps = len(self.batches.plan(self.progress.epoch)) if epochs else 0
+        steps = len(self._plan(self.progress.epoch)) if epochs else 0
         return batch_loader(
             self.batches,
             expected=epochs * steps * self.options.accumulation,
@@ -154,7 +165,7 @@ class Trainer:
         progress = self.progress
         epoch = progress.epoch
         started = time.monotonic()
-        plan = self.batches.plan(epoch)
+        plan = self._plan(epoch)
         self.module.train(True)
 
         remaining = plan[progress.step :]
@@ -163,7 +174,7 @@ class Trainer:
 
         lr = 0.0
         for step in range(progress.step, len(plan)):
-            lr = learning_rate(self.options, epoch, step, len(plan), progress.history)
+            lr = self._enter(epoch, step)
             losses = self._step(stream, plan[step], epoch, step, lr)
             progress.step = step + 1
             _add(progress.sums, losses, len(plan[step]))
@@ -177,6 +188,29 @@ class Trainer:
 
         self._count_time(started)
         self._finish_epoch(lr)
+
+    def _plan(self, epoch: int) -> Sequence[np.ndarray]:
+        """Return the batches of an epoch; the last one ends where ``options.steps`` do."""
+        plan = self.batches.plan(epoch)
+        if self.options.steps is None:
+            return plan
+        return plan[: self.options.steps - epoch * self.epoch_steps]
+
+    def _enter(self, epoch: int, step: int) -> float:
+        """Tell the module of a phase that begins with this step; return the step's rate."""
+        position = epoch * self.epoch_steps + step
+        span = span_at(self.spans, position)
+        if span.number != self._entered:
+            self.module.enter_phase(span.number, position == span.start)
+            self._entered = span.number
+
+        history = self.progress.history
+        if len(self.spans) == 1:
+            return learning_rate(self.options, epoch, step, self.epoch_steps, history)
+
+        of_phase = self.options.model_copy(update={"steps": span.length}).for_epochs_of(self.epoch_steps)
+        place = divmod(position - span.start, self.epoch_steps)
+        return learning_rate(of_phase, *place, self.epoch_steps, history)
 
     def _finish_epoch(self, lr: float) -> None:
         """Validate, write the epoch into the history and move on to the next."""
@@ -238,6 +272,7 @@ class Trainer:
         self._reduce(totals, separate)
         if separate:
             self._combine(separate)
+        self._still_the_others()
 
         values = {name: float(value) for name, value in totals.items()}
         self._check_finite(values, epoch, step)
@@ -301,6 +336,13 @@ class Trainer:
         combined = self.module.combine_gradients(separate)
         for parameter, gradient in zip(self.parameters.values(), combined, strict=True):
             parameter.grad = gradient * scale if scale != 1 else gradient
+
+    def _still_the_others(self) -> None:
+        """Take the gradients from parameters of other phases: no optimiser moves them, or decays them."""
+        moving = self.spans[self._entered or 0].names
+        for name, parameter in self.parameters.items():
+            if moving and name not in moving:
+                parameter.grad = None
 
     def _transform(self) -> None:
         """Let the module change what the optimiser is about to read."""
