@@ -53,6 +53,35 @@ def test_equals_the_authors_code(
     check_trajectory(golden["trajectory"], learner, batch, lr=0.002)
 
 
+def test_norms_of_the_image_tower_equal_the_authors_code(golden_backbone: Backbone) -> None:
+    """At a tenth of the rate, without weight decay: theirs pulls the scale to zero, ours the shift."""
+    golden = GOLDEN["norms"]
+    options = {"texts": "templates", "noise_probability": 0.0, "image_norms": True}
+    learner = create_learner("lasp", golden_backbone, GOLDEN["classnames"], GOLDEN["texts"], **options)
+    put("norms", {"offset": 0.1}, learner)
+
+    images = filled("images", (3, 3, *golden_backbone.image_size), 1.0)
+    batch = {"image": images, "label": torch.tensor(GOLDEN["labels"])}
+    check_start(golden, learner, batch)
+    check_trajectory(golden["trajectory"], learner, batch, lr=0.002, weight_decay=0.0)
+
+
+def test_norms_start_as_they_are_and_learn_slowly(backbone: Backbone, images: Tensor) -> None:
+    plain = create_learner("lasp", backbone, NAMES).eval()
+    learner = create_learner("lasp", backbone, NAMES, image_norms=True).eval()
+    torch.testing.assert_close(learner(images), plain(images), rtol=0, atol=1e-4)
+    assert plain.static_images
+    assert not learner.static_images
+    assert plain.parameter_groups() == []
+
+    usual, slow = learner.parameter_groups()
+    assert usual == {"names": ["context", "offset"]}
+    assert slow["rate"] == 0.1
+    assert sorted([*usual["names"], *slow["names"]]) == sorted(learner.learned_parameters())
+    numbers = sum(learner.learned_parameters()[name].numel() for name in slow["names"])
+    assert numbers == backbone.vision.layers * 4 * backbone.vision.width
+
+
 def test_the_text_loss_of_one_sentence_is_cross_entropy_of_the_gram_matrix(
     backbone: Backbone, batch: dict[str, Tensor]
 ) -> None:
