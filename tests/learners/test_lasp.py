@@ -13,8 +13,8 @@ from tests.golden.text_learners import read_golden, small_clip, small_embeddings
 from tests.golden.trajectories import check_start, check_trajectory
 from tests.golden.visual_learners import put
 from tests.golden.weights import filled
-from vlprompt import create_learner, evaluate, fit, load_dataset
-from vlprompt.backbones import Backbone, create_backbone
+from vlprompt import create_learner
+from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.learners.lasp import LASP_TEXTS
 
@@ -142,13 +142,3 @@ def test_the_authors_sentences_are_35(backbone: Backbone) -> None:
     expected = F.normalize(backbone.text.encode_strings([LASP_TEXTS[4].format(n) for n in NAMES]), dim=-1)
     torch.testing.assert_close(features[4], expected, rtol=0, atol=1e-5)
     assert not features.requires_grad
-
-
-@pytest.mark.slow
-def test_beats_zero_shot_on_digits() -> None:
-    backbone = create_backbone("tiny")
-    train, test = (load_dataset("digits", split, shots=16, seed=1) for split in ("train", "test"))
-    learner = create_learner("lasp", backbone, train.classnames, train.templates)
-    fit(learner, train, callbacks=[])
-    zero_shot = create_learner("zero_shot", backbone, train.classnames, train.templates)
-    assert evaluate(learner, test)["accuracy"] > evaluate(zero_shot, test)["accuracy"] + 0.05
