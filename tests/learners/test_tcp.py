@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.golden.text_learners import read_golden, small_clip, small_embeddings
 from tests.golden.trajectories import check_start, check_trajectory
 from tests.golden.visual_learners import put
-from vlprompt import create_learner, evaluate, fit, load_dataset
-from vlprompt.backbones import Backbone, create_backbone
+from vlprompt import create_learner
+from vlprompt.backbones import Backbone
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import ConfigError, VLPromptError
 from vlprompt.learners import LEARNERS, Learner
@@ -119,13 +119,3 @@ def test_tokens_follow_the_classes(backbone: Backbone, images: Tensor) -> None:
     torch.testing.assert_close(other(images)[:, 1], learner(images)[:, 1], rtol=0, atol=1e-4)
     tokens = F.normalize(other.class_tokens().detach(), dim=-1)
     assert float((tokens[0] - tokens[1]).abs().max()) > 0.01
-
-
-@pytest.mark.slow
-def test_beats_zero_shot_on_digits() -> None:
-    backbone = create_backbone("tiny")
-    train, test = (load_dataset("digits", split, shots=16, seed=1) for split in ("train", "test"))
-    learner = create_learner("tcp", backbone, train.classnames, train.templates)
-    fit(learner, train, callbacks=[])
-    zero_shot = create_learner("zero_shot", backbone, train.classnames, train.templates)
-    assert evaluate(learner, test)["accuracy"] > evaluate(zero_shot, test)["accuracy"] + 0.05

@@ -2,7 +2,7 @@
 
 Paper: Bulat and Tzimiropoulos, "LASP: Text-to-Text Optimization for Language-Aware Soft Prompting of Vision & Language
     Models", CVPR 2023, arXiv 2210.01115, section 3, with one group of prompts. The authors' code also trains the image
-    tower's norms; here the image tower is frozen, so that image embeddings may be cached.
+    tower's norms; here that is an option, without which image embeddings may be cached.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.vision import Images
 from vlprompt.core.names import clean_classname
+from vlprompt.core.trainable import ParameterGroup
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout, initial_context
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.recipe import Recipe
+from vlprompt.learners.two_stage import TowerNorms
 
 __all__ = ["LASP", "LASP_TEXTS"]
 
@@ -92,12 +95,16 @@ class LASP(Learner):
         extra_names: Names of classes without images (the paper's virtual classes) that the texts are classified among
             too. The authors' code takes those of the whole data set, also the half that a base-to-new run must not
             know: here they are named, or not used.
+        image_norms: Learn the image tower's norms too, those before attention and before the MLP of every block, at a
+            tenth of the rate, as in the authors' code. What is learned is a shift of each, and weight decay pulls the
+            shift to zero, where the authors' pulls the scale.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
         seed: Of the random initialisation.
 
     Raises:
-        BackboneError: If learned context can't enter the backbone's text tower.
+        BackboneError: If learned context can't enter the backbone's text tower, or norms are to learn in an image tower
+            whose blocks can't be edited.
         VLPromptError: If a class name is too long for the tower beside the context; names it.
     """
 
@@ -116,6 +123,7 @@ class LASP(Learner):
         noise: Annotated[float, Field(ge=0)] = 0.05,
         noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.5,
         extra_names: Sequence[str] = (),
+        image_norms: bool = False,
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
@@ -138,7 +146,30 @@ class LASP(Learner):
         if len(self.all_names) > len(self.classnames):
             self.all_layout = context_layout(backbone.text, self.all_names, len(start), attributes=words)
 
+        self.norms: TowerNorms | None = None
+        if image_norms:
+            backbone.vision.require_edits()
+            self.norms = TowerNorms(backbone.vision.block_norms(), ())
+            self.static_images = False
+
         self._text_features: Tensor | None = None
+
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: the stem, below the first norm that learns."""
+        return 1
+
+    def embed_images(self, images: Images) -> Tensor:
+        """See :meth:`Learner.embed_images`."""
+        edits = None if self.norms is None else self.norms.edits()
+        return self.backbone.image_embeddings(images, adapters=edits)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """See :meth:`Hooks.parameter_groups`: the image tower's norms learn at a tenth of the rate."""
+        names = list(self.learned_parameters())
+        norms = [name for name in names if name.startswith("norms.")]
+        if not norms:
+            return []
+        return [{"names": [name for name in names if name not in norms]}, {"names": norms, "rate": 0.1}]
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
