@@ -14,7 +14,8 @@ from PIL import Image
 from tests.experiments.foretold import check_foretold
 from vlprompt import create_backbone, create_learner, load_dataset, save
 from vlprompt.adaptation.config import AdaptationConfig
-from vlprompt.adaptation.experiment import AdaptationExperiment, draw_stream
+from vlprompt.adaptation.draws import draw_stream
+from vlprompt.adaptation.experiment import AdaptationExperiment
 from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import ViewStore

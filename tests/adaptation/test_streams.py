@@ -13,7 +13,8 @@ from tests.adaptation.test_experiment import experiment, run
 from vlprompt import create_adapter, create_backbone, load_dataset
 from vlprompt.adaptation import Adapter
 from vlprompt.adaptation.config import AdaptationConfig
-from vlprompt.adaptation.experiment import AdaptationExperiment, draw_stream, reordered
+from vlprompt.adaptation.draws import draw_stream, reordered
+from vlprompt.adaptation.experiment import AdaptationExperiment
 from vlprompt.adaptation.measure import scores
 from vlprompt.adaptation.mixing import UNKNOWN, intruders_of, mix
 from vlprompt.adaptation.stream import adapt_dataset, read_predictions

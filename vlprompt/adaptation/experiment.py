@@ -13,6 +13,7 @@ from typing import Any
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
 from vlprompt.adaptation.attack import AttackedData, attack_dataset
 from vlprompt.adaptation.config import AdaptationConfig, DiffusionOptions
+from vlprompt.adaptation.draws import describe_stream, draw_stream, read_paths, reordered
 from vlprompt.adaptation.measure import (
     add_costs,
     add_robust,
@@ -22,8 +23,7 @@ from vlprompt.adaptation.measure import (
     scores,
     start_name,
 )
-from vlprompt.adaptation.mixing import intruders_of, mix
-from vlprompt.adaptation.plans import StreamPlan, order_hash
+from vlprompt.adaptation.mixing import intruders_of
 from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
 from vlprompt.adaptation.record import AdaptationRecord
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
@@ -37,13 +37,10 @@ from vlprompt.adaptation.summary import (
     summary,
 )
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import BackboneError, CheckpointError, ConfigError, DataError
+from vlprompt.core.errors import BackboneError, ConfigError, DataError
 from vlprompt.core.files import path_fingerprint, write_text
-from vlprompt.core.paths import user_path
-from vlprompt.core.seeding import derive_seed, numpy_rng
 from vlprompt.core.slugs import slug
 from vlprompt.data import ImageDataset, load_dataset
-from vlprompt.data.corruptions import parse_corruption
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.data.images import pixel_key
 from vlprompt.diffusion import Generator, ViewSource, ViewStore, create_generator, missing_generator
@@ -59,7 +56,7 @@ from vlprompt.learners import Learner, create_learner
 from vlprompt.saved.paths import find_prompts
 from vlprompt.saved.prompts import load
 
-__all__ = ["AdaptationExperiment", "build", "draw_stream", "reordered"]
+__all__ = ["AdaptationExperiment", "build"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -68,7 +65,6 @@ PREDICTIONS = "predictions"  # folder of a cell
 _STATISTICS = "statistics.safetensors"
 _BLUR = 0.8  # pixels of the backbone's input
 _RECORDS = "records.json"
-_DRAWN = ("iid", "temporal")  # streams whose data sets come as they were drawn
 _UNTIL_NEXT = ("corruption", "dataset")  # what a method forgets where a stream goes over to the next data set
 _ATTACKED = "attacked"  # folders of a cell: attacked images, and predictions on them
 _ROBUST = "robust_predictions"
@@ -78,52 +74,6 @@ def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Expe
     """Return the experiment that a configuration of this task describes (see :class:`Build`)."""
     content = parse_overrides(overrides, AdaptationConfig)
     return AdaptationExperiment(AdaptationConfig.parse(raw, content, source))
-
-
-def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
-    """Return the images of one data set that one seed draws, in the order of the stream, with its intruders.
-
-    Raises:
-        DataError: If it can't be told whether intruders show known classes (see :func:`mix`).
-    """
-    options = config.data
-    data = load_dataset(
-        name,
-        options.split,
-        classes=options.classes,
-        **options.image_arguments(),
-        classnames=options.classnames,
-        templates=options.templates,
-    )
-    corruption = parse_corruption(name)
-    base = name if corruption is None else corruption.base
-    order = numpy_rng(seed, "stream", base, options.split).permutation(len(data))
-    drawn = order[: options.test_images].tolist()
-    if corruption is not None:
-        # Every corruption is put into the same images, which come in an order of its own.
-        drawn = numpy_rng(seed, "stream", name, options.split).permutation(drawn).tolist()
-
-    subset = data.subset(drawn, stream_seed=seed, subset=options.test_images)
-    if options.intruders is not None:
-        intruders = load_dataset(
-            options.intruders.name or name,
-            options.split,
-            classes=options.intruders.classes,
-            **options.image_arguments(),
-        )
-        subset = mix(subset, intruders)
-
-    plan = config.protocol.stream
-    # The draw has shuffled them already.
-    return subset if plan.kind in _DRAWN else reordered(subset, plan, seed, 0)
-
-
-def reordered(data: ImageDataset, plan: StreamPlan, seed: int, number: int) -> ImageDataset:
-    """Return another order of a stream; of one data set, where the plan has several one after another."""
-    if plan.kind == "temporal":
-        plan = StreamPlan("iid")
-    order = plan.order(data.labels, derive_seed(seed, "order", number), intruders=intruders_of(data).tolist())
-    return data.subset(order, order=number)
 
 
 class AdaptationExperiment(Experiment):
@@ -221,7 +171,7 @@ class AdaptationExperiment(Experiment):
         fingerprints = {name: data_fingerprint(name, config.data.root) for name in names}
 
         fingerprints |= backbone_sources(config.backbone)
-        for path in self._paths():
+        for path in read_paths(self.config):
             fingerprints[path] = path_fingerprint(path)
         return {name: value for name, value in fingerprints.items() if value}
 
@@ -232,7 +182,7 @@ class AdaptationExperiment(Experiment):
         sentences = [missing_data(name, config.data.root) for name in names]
 
         sentences += missing_backbone(config.backbone)
-        for path in self._paths():
+        for path in read_paths(self.config):
             if path_fingerprint(path) == "absent":
                 sentences.append(f"{path} does not exist.")
         if config.diffusion is not None and config.generated:
@@ -510,13 +460,7 @@ class AdaptationExperiment(Experiment):
         number: int,
     ) -> AdaptationRecord:
         """Describe one row (see :class:`AdaptationRecord`)."""
-        stream = self.config.protocol.stream.description()
-        stream |= {"seed": cell["seed"], "order": number, "count": len(data)}
-        if "intruders" in data.info:
-            stream["intruders"] = data.info["intruders"]
-        stream["images"] = order_hash([str(sample.source) for sample in data.samples])
-        if self.config.attack is not None:
-            stream["attack"] = self.config.attack.description()
+        stream = describe_stream(self.config, data, cell["seed"], number)
         uses = [
             name
             for name in ADAPTERS.get(adapter.method).needs
@@ -598,24 +542,3 @@ class AdaptationExperiment(Experiment):
             })  # fmt: skip
 
         return result
-
-    def _paths(self) -> list[str]:
-        """Return the files and folders beside data and backbone that figures depend on."""
-        paths = []
-        if self.config.prompt is not None:
-            try:
-                paths += find_prompts([self.config.prompt])
-            except CheckpointError:
-                paths.append(self.config.prompt)
-
-        for label in self.config.methods:
-            _, options = self.config.method(label)
-            if options.get("statistics"):
-                paths.append(str(options["statistics"]))
-
-        if self.config.diffusion is not None and self.config.generated:
-            options = self.config.diffusion.options
-            local = [options.get("pipeline"), options.get("weights")]
-            paths += [str(path) for path in local if path and user_path(path).exists()]
-
-        return paths
