@@ -36,13 +36,8 @@ __all__ = ["BEFORE", "ClassificationConfig", "DataOptions", "ProtocolOptions", "
 BEFORE = "before"
 """The setting of what runs first and is no method."""
 
-_ARGUMENTS = (
-    *ImageOptions.model_fields,
-    "sampling",
-    "strict_shots",
-    "classnames",
-    "templates",
-)  # of load_dataset
+# Of load_dataset.
+_ARGUMENTS = (*ImageOptions.model_fields, "sampling", "strict_shots", "classnames", "templates")
 _OF_A_METHOD = ("backbone", "learner", "train", "data", "meta", "target")  # sections that a row may change
 _OF_A_METHODS_DATA = ("augmentation", "views")
 _OF_A_SETTING = frozenset({"data", "protocol"})
