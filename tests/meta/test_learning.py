@@ -195,9 +195,12 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert torch.equal(whole.learner.context, whole.mean["context"])  # the running mean is what is kept
 
 
-def test_groups_have_rates_of_their_own_and_are_clipped_apart(backbone: Backbone) -> None:
+def test_groups_have_rates_of_their_own_and_are_clipped_apart(
+    backbone: Backbone, make_episodes: MakeEpisodes
+) -> None:
     module = _module(backbone, regulator="diagonal", regulator_lr=0.25)
-    trainer = Trainer(module, EpisodeBatches(None, 2), TrainOptions(optimizer="adamw", weight_decay=0.1))  # type: ignore[arg-type]
+    options = TrainOptions(optimizer="adamw", weight_decay=0.1)
+    trainer = Trainer(module, EpisodeBatches(make_episodes(), 2), options)
     prompts, phi = trainer.optimizer.param_groups
     assert (prompts["weight_decay"], phi["weight_decay"], phi["rate"]) == (0.1, 0.0, 0.25)
     gradients = {

@@ -186,8 +186,8 @@ class VisionTower:
         self.require_edits()
         if not self._stream().special:
             raise BackboneError(
-                "tokens that stand behind the class token can't enter this backbone's image tower: it has none. Use "
-                "learners whose tokens stand behind the patches (maple, promptsrc)."
+                "tokens that stand behind the class token can't enter this backbone's image tower: it has none. "
+                "What works here: learners whose tokens stand behind the patches (maple, promptsrc)."
             )
 
     def block_norms(self) -> list[tuple[nn.LayerNorm, nn.LayerNorm]]:
