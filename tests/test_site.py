@@ -16,7 +16,9 @@ from tests.browser import load_browser
 from tests.pages import DOCS, script_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((DOCS / "tutorials").glob("*.md"))  # the first page: tests/test_packaging.py
+NOTEBOOKS = {notebook.stem for notebook in (DOCS / "notebooks").glob("*.ipynb")}
+# The first page is run by tests/test_packaging.py, and a tutorial that is a notebook by tests/test_notebooks.py.
+PAGES = [page for page in sorted((DOCS / "tutorials").glob("*.md")) if page.stem not in NOTEBOOKS]
 
 
 @pytest.mark.slow

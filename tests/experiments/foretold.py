@@ -14,5 +14,6 @@ def check_foretold(folder: Path) -> None:
     """Assert that a finished run has every figure that its configuration foretells."""
     figures = read_experiment(folder / "config.yaml").figures()
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    missing = [key for key in figures if key not in metrics]
     assert figures
-    assert [key for key in figures if key not in metrics] == []
+    assert not missing, missing

@@ -89,8 +89,10 @@ class SecurityExperiment(Experiment):
         name, _ = self.config.method(cell["method"])
         kind = SCANNERS.get(name).target
         if not kind.needs_whole_set:
-            result.sketch((*SCORE_FIGURES, "fpr/photographs"))
-            result.sketch(OBJECT_FIGURES if kind.names_objects else ())
+            figures = [*SCORE_FIGURES, "fpr/photographs", *(OBJECT_FIGURES if kind.names_objects else ())]
+            if not self.config.varied(cell.get("variant")).unseen:
+                figures = [figure for figure in figures if not figure.endswith("unseen")]
+            result.sketch(figures)
         if self.config.suspect is not None and cell.get("variant") is None:
             result.sketch(_SUSPECT_FIGURES, part=SUSPECT)
         return result
