@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vlprompt.core.errors import DataError, NonFiniteError
@@ -145,6 +144,8 @@ def false_alarms_at(clean: Tensor, poisoned: Tensor, rate: float = 0.95) -> floa
 
 
 def _auroc(clean: Tensor, poisoned: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score  # takes a second, which a prediction would wait for
+
     truth = np.r_[np.zeros(len(clean)), np.ones(len(poisoned))]
     return float(roc_auc_score(truth, torch.cat([clean, poisoned]).double().numpy()))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_curve, recall_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +52,8 @@ def mean_per_class(logits: Tensor, labels: Tensor) -> float:
         logits: Scores, (n, C).
         labels: True classes, (n,); a class without a sample doesn't count.
     """
+    from sklearn.metrics import recall_score  # takes a second, which a prediction would wait for
+
     truth = labels.numpy()
     guess = logits.argmax(1).numpy()
     return float(recall_score(truth, guess, labels=np.unique(truth), average="macro"))
@@ -113,6 +114,8 @@ def roc_auc(logits: Tensor, labels: Tensor) -> float:
     Raises:
         DataError: If there are not exactly two classes, or only one of them occurs.
     """
+    from sklearn.metrics import roc_auc_score  # takes a second, which a prediction would wait for
+
     if logits.shape[1] != 2:
         raise DataError(f"roc_auc needs 2 classes, got {logits.shape[1]}. Use accuracy or mean_per_class.")
     if labels.unique().numel() != 2:
@@ -227,6 +230,8 @@ def _average_precision(scores: Tensor, truth: Tensor) -> float:
 
 def _elevater_precision(scores: Tensor, truth: Tensor) -> float:
     """Return ELEVATER's 11-point average precision of one class with at least one positive, (n,) and (n,)."""
+    from sklearn.metrics import precision_recall_curve  # takes a second, which a prediction would wait for
+
     precision, recall, _ = precision_recall_curve(truth.numpy(), scores.numpy())
     return float(np.mean([precision[recall >= level].max() for level in np.linspace(1, 0, 11)]))
 

@@ -6,7 +6,6 @@ The higher a score, the more an image looks like one of the known classes.
 from __future__ import annotations
 
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from vlprompt.core.errors import DataError, NonFiniteError
@@ -25,12 +24,16 @@ def auroc(known: Tensor, strangers: Tensor) -> float:
         DataError: If either is empty.
         NonFiniteError: If a score is NaN.
     """
+    from sklearn.metrics import roc_auc_score  # takes a second, which a prediction would wait for
+
     truth, scores = _joined(known, strangers)
     return float(roc_auc_score(truth.numpy(), scores.numpy()))
 
 
 def average_precision(known: Tensor, strangers: Tensor) -> float:
     """Return the area under precision over recall, known images being the positives (AUPR-in)."""
+    from sklearn.metrics import average_precision_score  # takes a second, which a prediction would wait for
+
     truth, scores = _joined(known, strangers)
     return float(average_precision_score(truth.numpy(), scores.numpy()))
 
