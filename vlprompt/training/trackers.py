@@ -200,7 +200,7 @@ class _TensorBoard(_Kind):
         """Store nothing: accelerate would add a folder with the time in its name at every start."""
 
     def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
-        return {"purge_step": epoch}  # hides what a killed session wrote past its last checkpoint
+        return {"purge_step": epoch}  # hides what a killed run wrote past its last checkpoint
 
 
 class _Wandb(_Kind):
