@@ -214,5 +214,7 @@ def test_how_jpegs_are_decoded_belongs_to_the_key_and_to_load_dataset(tmp_path: 
     assert {quick[i][0].size for i in range(len(quick))} == {(80, 60)}
     assert whole[0][0].size == (320, 240)
     assert quick.key(0) == f"{whole.key(0)};side=60"
+    corrupted = load_dataset(f"folder:{tmp_path}-c:fog:1", "test", jpeg_side=60)
+    assert ";side=60|" in corrupted.key(0)
     with pytest.raises(DataError, match="jpeg_side is a whole number of at least 0; got -1"):
         load_dataset(f"folder:{tmp_path}", "all", jpeg_side=-1)

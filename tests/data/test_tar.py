@@ -358,3 +358,18 @@ def test_a_run_on_archives(shards: Path, command: Command) -> None:
     looked = command("data", "check", f"tar:{shards}/s-*.tar")
     assert looked.status == 0, looked.err
     assert "3 classes: 'circle', 'square', 'star'" in looked.out
+
+
+def test_large_jpegs_in_archives_are_decoded_at_a_fraction(tmp_path: Path) -> None:
+    members = {}
+    for number in range(4):
+        file = io.BytesIO()
+        Image.new("RGB", (320, 240), (60 * number, 90, 30)).save(file, "JPEG")
+        members |= {f"{number}.jpg": file.getvalue(), f"{number}.cls": str(number % 2).encode()}
+    write_shard(tmp_path / "a.tar", members.items())
+
+    whole = load_dataset(f"tar:{tmp_path / 'a.tar'}", "all", classnames=["a", "b"])
+    quick = load_dataset(f"tar:{tmp_path / 'a.tar'}", "all", classnames=["a", "b"], jpeg_side=60)
+    assert {quick[i][0].size for i in range(4)} == {(80, 60)}
+    assert whole[0][0].size == (320, 240)
+    assert quick.key(0) == f"{whole.key(0)};side=60"

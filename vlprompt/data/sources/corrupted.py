@@ -71,6 +71,10 @@ class CorruptedReader(Reader):
         with Image.open(data) as compressed:
             return compressed.convert("RGB")
 
+    def with_jpeg_side(self, side: int) -> CorruptedReader:
+        """See :meth:`Reader.with_jpeg_side`."""
+        return replace(self, base=self.base.with_jpeg_side(side))
+
     def key(self, source: Any) -> str:
         """See :meth:`Reader.key`."""
         return f"{self.base.key(source)}|{self._change}"

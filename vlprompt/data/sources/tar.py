@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,15 +47,21 @@ class TarReader(Reader):
     Attributes:
         max_pixels: See :func:`vlprompt.data.images.read_image`.
         value_range: See :func:`vlprompt.data.images.read_image`.
+        jpeg_side: See :func:`vlprompt.data.images.read_image`.
     """
 
     max_pixels: int = MAX_PIXELS
     value_range: Limits = None
+    jpeg_side: int = 0
     _verdicts: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, source: PackedImage) -> Image.Image:
         """Return the image as RGB."""
-        return decode(source.read(), str(source), self.max_pixels, self.value_range)
+        return decode(source.read(), str(source), self.max_pixels, self.value_range, self.jpeg_side)
+
+    def with_jpeg_side(self, side: int) -> TarReader:
+        """See :meth:`Reader.with_jpeg_side`."""
+        return replace(self, jpeg_side=side)
 
     def check(self, source: PackedImage) -> str:
         """Return why an image can't be decoded, empty if it can."""
@@ -67,7 +73,7 @@ class TarReader(Reader):
 
     def key(self, source: PackedImage) -> str:
         """Return ``file:`` and the sha256 of the image's bytes, as if it lay unpacked."""
-        return file_key(source.read(), self.value_range)
+        return file_key(source.read(), self.value_range, self.jpeg_side)
 
     def stamp(self, source: PackedImage) -> str:
         """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
