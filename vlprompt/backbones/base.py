@@ -20,8 +20,9 @@ from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.devices import DTYPES, precision_of
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
+from vlprompt.core.weights import weights_id
 
-__all__ = ["Backbone", "content_id", "hash_weights"]
+__all__ = ["Backbone", "content_id"]
 
 # Beginnings of the names of a model's tensors that its image side has.
 _IMAGE_SIDE = ("visual.", "logit_scale", "logit_bias")
@@ -125,7 +126,8 @@ class Backbone(nn.Module):
         Half precision rounds weights, and going back does not bring the lost digits back.
         """
         if precision != "fp32" and self.image_weights is None:
-            self.image_weights = hash_weights(self.model, _IMAGE_SIDE)
+            weights = self.model.state_dict()
+            self.image_weights = weights_id({n: t for n, t in weights.items() if n.startswith(_IMAGE_SIDE)})
 
         kept = {
             name: parameter.detach().float()
@@ -224,17 +226,6 @@ class Backbone(nn.Module):
         texts = [t.format(clean_classname(c)) for c in classnames for t in templates]
         features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
         return F.normalize(features.mean(1), dim=-1)
-
-
-def hash_weights(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Return 12 hexadecimal digits that stand for the tensors whose names begin with one of the prefixes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(prefixes):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
 
 
 def content_id(fingerprint: Mapping[str, Any]) -> str:

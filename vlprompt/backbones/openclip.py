@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg
 from pydantic import Field
 from torch import nn
 
-from vlprompt.backbones.base import Backbone, content_id, hash_weights
+from vlprompt.backbones.base import Backbone, content_id
 from vlprompt.backbones.checkpoints.facts import Facts, hub_files
 from vlprompt.backbones.checkpoints.files import WEIGHT_FILES, WeightFiles, find_weight_files
 from vlprompt.backbones.checkpoints.hub import WeightsRepository, fetch_weights
@@ -36,6 +36,7 @@ from vlprompt.core.errors import BackboneError, ConfigError, UnknownNameError
 from vlprompt.core.hub import HF_HUB
 from vlprompt.core.paths import looks_like_path, user_path
 from vlprompt.core.preprocessing import ResizeMode, read_preprocess_options
+from vlprompt.core.weights import weights_id
 
 __all__ = ["build_open_clip", "missing_files", "wrap_open_clip"]
 
@@ -122,7 +123,7 @@ def wrap_open_clip(
     projection = getattr(text, "text_projection", None)
     fingerprint = {
         **facts,
-        "weights": weights or hash_weights(model),
+        "weights": weights or weights_id(model.state_dict()),
         "activation": "+".join(_activations(model)) or "none",
         "preprocess": preprocessing_facts(config),
         "dim": _joint_dim(model, projection),

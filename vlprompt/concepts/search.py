@@ -6,7 +6,6 @@ known from the abstract alone; which parameters it tunes is for the user to say 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from vlprompt.concepts.embedding import Concepts
 from vlprompt.core.errors import ConfigError, nearest
 from vlprompt.core.trainable import Trainable
 
-__all__ = ["ConceptSearch", "SearchResult", "Unfrozen", "weights_id"]
+__all__ = ["ConceptSearch", "SearchResult", "Unfrozen"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -122,13 +121,3 @@ class ConceptSearch(nn.Module, Trainable):
     def title(self) -> str:
         """See :meth:`Trainable.title`."""
         return "the search of concepts"
-
-
-def weights_id(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
-    """Return 12 hex digits of all weights but those whose names start with one of ``without``."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(without or ("\0",)):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.paths import local_or_name
 from vlprompt.core.precision import Precision
+from vlprompt.core.weights import weights_id
 from vlprompt.detection import DETECTORS
 from vlprompt.detection._transformers import build_model, run_in
 from vlprompt.detection.base import Detections, Detector, Frozen
@@ -88,7 +88,7 @@ class GroundingDino(Detector):
         self.source = None if pretrained is None else local_or_name(pretrained)
         self.width = int(model.config.text_config.hidden_size)
         self.most = int(model.config.max_text_len)
-        self.identity = {"kind": "GroundingDino", "size": size, "weights": weights_id(model)}
+        self.identity = {"kind": "GroundingDino", "size": size, "weights": weights_id(model.state_dict())}
         run_in(model.model.backbone.conv_encoder, precision)
         self.tower = ("",)  # fused from the start: nothing stays the same once any parameter learns
 

@@ -18,9 +18,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones.tokenizer import wrap_tokenizer
-from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.precision import Precision
+from vlprompt.core.weights import weights_id
 from vlprompt.detection import DETECTORS
 from vlprompt.detection._transformers import build_model, run_in
 from vlprompt.detection.base import Detections, Detector, Frozen
@@ -71,7 +71,8 @@ class OwlViT(Detector):
 
         self.tower = (f"model.{self.part}.vision_model.", "model.layer_norm.")
         text = (f"{self.part}.text_model.", f"{self.part}.text_projection.")
-        self.identity = {"kind": self.kind, "weights": weights_id(self.model, without=text)}
+        weights = {n: t for n, t in self.model.state_dict().items() if not n.startswith(text)}
+        self.identity = {"kind": self.kind, "weights": weights_id(weights)}
         for encoder in (self._owl.vision_model, self._owl.text_model):
             run_in(encoder.encoder, precision)
 

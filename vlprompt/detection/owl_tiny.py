@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from vlprompt.backbones import create_backbone
 from vlprompt.backbones.image_only import without_text
 from vlprompt.backbones.taps import first_state, run_taps
-from vlprompt.concepts.search import weights_id
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.files import read_tensors
 from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import seeded_modules
+from vlprompt.core.weights import weights_id
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.base import Detections, Detector, Frozen
 
@@ -121,7 +121,7 @@ class OwlTiny(Detector):
         self._has_text = True
         self.identity = {
             "kind": "owl-tiny",
-            "weights": weights_id(self.head),
+            "weights": weights_id(self.head.state_dict()),
             "backbone": self.backbone.fingerprint["id"],
         }
 

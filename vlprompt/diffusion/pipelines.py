@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.core.errors import BackboneError, first_line
 from vlprompt.core.paths import local_or_name, user_path
+from vlprompt.core.weights import weights_id
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, import_diffusers, missing_diffusers
 from vlprompt.diffusion.custom_code import refuse_custom_code
@@ -60,7 +60,7 @@ class _Pipeline(Generator):
         self.title = pipeline if revision is None else f"{pipeline}@{revision}"
         self.identity = {
             "kind": self.classname,
-            "weights": _hash_weights(self.pipe),
+            "weights": weights_id(_weights(self.pipe)),
             "steps": steps,
             "guidance": guidance,
             "scheduler": type(self.pipe.scheduler).__name__,
@@ -241,14 +241,7 @@ def _clip_input(image: Image.Image, size: int) -> Tensor:
     return tvf.normalize(pixels, list(_CLIP_MEAN), list(_CLIP_STD))
 
 
-def _hash_weights(pipe: Any) -> str:
-    """Return 12 hex digits of all weights, in name order: a folder that is moved keeps its views."""
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{part}.{name}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    return digest.hexdigest()[:12]
+def _weights(pipe: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of all parts by name: a folder that is moved keeps its views."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}

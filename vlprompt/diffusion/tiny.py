@@ -6,7 +6,6 @@ example learned ones; :attr:`TinyDiffusion.denoiser` is differentiable in them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -20,9 +19,10 @@ from vlprompt.backbones import create_backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import derive_seed
+from vlprompt.core.weights import weights_id
 from vlprompt.diffusion import GENERATORS
 from vlprompt.diffusion.base import Generator, missing_diffusers
-from vlprompt.diffusion.denoiser import Denoiser, Scheduler, load_denoiser
+from vlprompt.diffusion.denoiser import Scheduler, load_denoiser
 
 __all__ = ["TinyDiffusion"]
 
@@ -74,7 +74,7 @@ class TinyDiffusion(Generator):
         self.batch = batch
         self.identity = {
             "kind": "tiny-diffusion",
-            "weights": _hash(self.denoiser),
+            "weights": weights_id(self.denoiser.state_dict()),
             "condition": self.backbone.fingerprint["id"],
             "steps": steps,
             "guidance": guidance,
@@ -139,11 +139,3 @@ class TinyDiffusion(Generator):
             condition.detach().to(device), torch.stack(noises), self.steps, self.guidance, self.scheduler
         )
         return [tvf.to_pil_image(image) for image in images.cpu()]
-
-
-def _hash(model: Denoiser) -> str:
-    """Return 12 hex digits of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlprompt.concepts.embedding import ConceptEmbedding, Concepts, normal_start
-from vlprompt.concepts.search import ConceptSearch, SearchResult, weights_id
+from vlprompt.concepts.search import ConceptSearch, SearchResult
 from vlprompt.core.errors import ConfigError, DataError
+from vlprompt.core.weights import weights_id
 from vlprompt.data.segmentation.base import MaskDataset
 from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
@@ -221,8 +222,8 @@ def segmenter_identity(segmenter: Segmenter) -> dict[str, Any]:
     """Return facts that a segmenter's concepts depend on."""
     return {
         "segmenter": segmenter.method,
-        "decoder": weights_id(segmenter.decoder),
-        "image": weights_id(segmenter.backbone.model.visual),
+        "decoder": weights_id(segmenter.decoder.state_dict()),
+        "image": weights_id(segmenter.backbone.model.visual.state_dict()),
     }
 
 
