@@ -15,9 +15,9 @@ from benchmarks import BENCHMARKS
 from benchmarks.machine import NoiseWatch
 from vlprompt.core.errors import VLPromptError
 
-__all__ = ["bench_start"]
+__all__ = ["PREDICTION", "bench_start"]
 
-_PREDICTION = """
+PREDICTION = """
 import numpy, vlprompt
 from PIL import Image
 backbone = vlprompt.create_backbone("tiny")
@@ -29,7 +29,7 @@ _PROGRAMS = {
     "help": ["-m", "vlprompt", "--help"],
     "import": ["-c", "import vlprompt"],
     "libraries": ["-c", "import torch, open_clip"],
-    "prediction": ["-c", _PREDICTION],
+    "prediction": ["-c", PREDICTION],
 }
 
 

@@ -257,7 +257,7 @@ class _CropReader(Reader):
 
     def read(self, source: Any) -> Image.Image:
         prepared = self.preprocess(self.inner.read(source)).float()
-        return _image((prepared - self.affine.shift) / self.affine.scale / 255)
+        return tvf.to_pil_image(self.affine.undo(prepared))
 
     def key(self, source: Any) -> str:
         return f"crop {self.size[0]}x{self.size[1]}:{self.inner.key(source)}"

@@ -151,6 +151,4 @@ class ContrastiveAdaptation(NormAdapter):
         """Return preprocessed images as bytes, a quarter of the size, where the preparation of bytes can be undone."""
         images = images.detach().cpu()
         affine = affine_of(self.backbone.preprocess, self.backbone.image_size)
-        if affine is None:
-            return images
-        return ((images - affine.shift) / affine.scale).round().clamp(0, 255).to(torch.uint8)
+        return images if affine is None else affine.undo(images)

@@ -168,16 +168,15 @@ class OwnTower(TextTower):
         """
         slots = layout.padded_slots(x.shape[1])
         hooked = adapters is not None and any(place.layers for place in self.attention)
-        brought = entered_tokens(adapters)
         has_tokens = False
         with adapted(self.attention, attention_parts(adapters or ())) if hooked else nullcontext():
             for i, block in enumerate(self.blocks):
                 if i in deep:
                     x = _replace(x, len(layout), slots, deep[i])
                 edit = edit_of(None if hooked or adapters is None else adapters[i])
-                if brought:
-                    x = enter_tokens(x, edit, at=1, is_first=not has_tokens)
-                    has_tokens = has_tokens or edit.tokens is not None
+                x = enter_tokens(x, edit, at=1, is_first=not has_tokens)
+                if edit.tokens is not None and not has_tokens:
+                    has_tokens = True
                     mask = torch.full((x.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu(
                         1
                     )

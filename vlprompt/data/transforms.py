@@ -228,6 +228,11 @@ class Affine:
             row.copy_(view).mul_(self.scale).add_(self.shift)
         return result
 
+    def undo(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the uint8 that (..., 3, H, W) float32 images were made of."""
+        # Rounded: a cast would cut off what float32 lost of a whole number.
+        return ((images - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
+
 
 @lru_cache(maxsize=8)
 def affine_of(preprocess: Preprocess, size: tuple[int, int]) -> Affine | None:
