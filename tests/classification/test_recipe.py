@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import yaml
 from vlprompt import create_backbone, create_learner, evaluate, fit, load_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.classification.config import ClassificationConfig, load_config
-from vlprompt.classification.recipe import hold_back
+from vlprompt.classification.recipe import find_recipe, hold_back
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.experiments.config import compose
 from vlprompt.experiments.tasks import run
@@ -80,6 +82,23 @@ def test_the_search_is_a_function_of_the_seed(
         fit(learner, shots, cache=cache, callbacks=(), seed=3)
         states.append(learner.trainable_state())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_trials_of_the_search_warn_of_nothing(
+    tiny: Backbone, shots: ImageDataset, cache: FeatureCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    level = logging.getLogger("vlprompt").level
+    rates: list[float] = []
+
+    def warn(learner: Learner, train: ImageDataset, val: ImageDataset | None, options: Mapping[str, Any]) -> None:
+        rates.append(options["lr"])
+        logging.getLogger("vlprompt.learners").warning("raise train.lr")
+
+    learner = learner_of("coop", tiny, shots)
+    find_recipe(learner, shots, None, 1, cache, warn)
+    assert len(rates) == len(learner.recipe.factors) + 2
+    assert "raise train.lr" not in caplog.text
+    assert logging.getLogger("vlprompt").level == level
 
 
 def test_options_are_taken_as_they_are_given(

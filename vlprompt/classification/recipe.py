@@ -7,7 +7,8 @@ seeded, and its budget is counted in steps, so the same data always give the sam
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,8 +186,9 @@ class _Search:
         try:
             # Only what is chosen at the end needs the held-back shots, so nothing is validated on the way.
             changes = {**self.options, "lr": rate, "eval_every": self.options["epochs"]}
-            self.fit(trial, self.kept, self.held, changes)
-            scores = evaluate(trial, self.held, cache=self.cache)
+            with _without_warnings():
+                self.fit(trial, self.kept, self.held, changes)
+                scores = evaluate(trial, self.held, cache=self.cache)
         except NonFiniteError:  # a rate at which training overflows is no candidate
             return
 
@@ -198,6 +200,18 @@ class _Search:
         return sorted(
             self.scores, key=lambda rate: (-self.scores[rate]["accuracy"], self.scores[rate]["nll"])
         )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave out the warnings of a trial: they speak of a rate that nobody asked for."""
+    ours = logging.getLogger("vlprompt")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _is_papers(learner: Learner) -> bool:
