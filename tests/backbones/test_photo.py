@@ -20,8 +20,8 @@ from vlprompt.backbones.lite0 import Lite0Stem, load_lite0
 from vlprompt.backbones.photo_weights import PHOTO, PHOTO_VIT, build_vit_model, load_vit, pack_vit
 from vlprompt.core.errors import BackboneError, CheckpointError, UnknownNameError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.data.decoding import decode
 from vlprompt.data.imagenet import synset_ids, synset_names
-from vlprompt.data.images import decode
 from vlprompt.learners import LEARNERS, Learner, create_learner
 
 pytestmark = pytest.mark.skipif(

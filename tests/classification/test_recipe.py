@@ -90,7 +90,9 @@ def test_trials_of_the_search_warn_of_nothing(
     level = logging.getLogger("vlprompt").level
     rates: list[float] = []
 
-    def warn(learner: Learner, train: ImageDataset, val: ImageDataset | None, options: Mapping[str, Any]) -> None:
+    def warn(
+        learner: Learner, train: ImageDataset, val: ImageDataset | None, options: Mapping[str, Any]
+    ) -> None:
         rates.append(options["lr"])
         logging.getLogger("vlprompt.learners").warning("raise train.lr")
 

@@ -15,7 +15,7 @@ from tests.commands import Command
 from vlprompt.core.files import path_fingerprint, read_tensors, write_tensors
 from vlprompt.core.paths import local_or_name, looks_like_path, user_path
 from vlprompt.data import load_dataset
-from vlprompt.data.images import read_image
+from vlprompt.data.decoding import read_image
 from vlprompt.diffusion import ViewStore
 from vlprompt.experiments.config import config_path
 from vlprompt.saved.paths import find_prompts, prompt_folder

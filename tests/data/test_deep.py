@@ -16,7 +16,8 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data import read_image
-from vlprompt.data.images import FileReader, decode, read_with_note
+from vlprompt.data.decoding import Decoding, decode, read_with_note
+from vlprompt.data.images import FileReader
 from vlprompt.data.inputs import open_image
 from vlprompt.data.pixels import to_rgb
 from vlprompt.data.zipped import ZipReader
@@ -108,7 +109,7 @@ def test_all_bits_of_a_channel_count(tmp_path: Path, kind: str) -> None:
     assert reader.note("a.png") == "values 0 to 4095 (measured) scaled to 8 bits"
     assert "16 bits a channel: values 0 to 4095 (measured)" in read_with_note(path)[1]
 
-    ranged = FileReader(tmp_path, value_range=(0, 2047))
+    ranged = FileReader(tmp_path, Decoding(value_range=(0, 2047)))
     assert ranged.note("a.png") == "values 0 to 2047 (set) scaled to 8 bits"
     expected = np.minimum(COLOURS[..., :3].astype(int), 2047) * 255 // 2047
     np.testing.assert_array_equal(np.asarray(ranged.read("a.png")), expected)
@@ -192,8 +193,8 @@ def test_archives_have_a_range_too(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(data)
 
     for limits in (None, (0.0, 2047.0)):
-        zipped = ZipReader(tmp_path, value_range=limits)
-        unpacked = FileReader(tmp_path, value_range=limits)
+        zipped = ZipReader(tmp_path, Decoding(value_range=limits))
+        unpacked = FileReader(tmp_path, Decoding(value_range=limits))
         for name in ("colour.png", "grey.png"):
             source = f"a.zip@{name}"
             np.testing.assert_array_equal(np.asarray(zipped.read(source)), np.asarray(unpacked.read(name)))

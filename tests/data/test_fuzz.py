@@ -29,7 +29,8 @@ from vlprompt.core.errors import VLPromptError
 from vlprompt.core.names import check_classnames, class_key, clean_classname, printable
 from vlprompt.data import load_dataset, read_image
 from vlprompt.data.captions import open_captions
-from vlprompt.data.images import FileReader, decode
+from vlprompt.data.decoding import decode
+from vlprompt.data.images import FileReader
 from vlprompt.data.inputs import image_inputs
 from vlprompt.data.overview import look_at
 from vlprompt.data.splits import read_split

@@ -11,7 +11,9 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError
 from vlprompt.data import FileReader, ImageDataset, Sample, load_dataset, read_image, verify
-from vlprompt.data.images import drop_bad, to_rgb
+from vlprompt.data.decoding import Decoding
+from vlprompt.data.images import drop_bad
+from vlprompt.data.pixels import to_rgb
 
 
 def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
@@ -194,12 +196,15 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path, side: int, size: 
     smooth.save(tmp_path / "a.jpg", quality=95, exif=exif)
     smooth.save(tmp_path / "a.png")
 
-    image = read_image(tmp_path / "a.jpg", jpeg_side=side)
+    image = read_image(tmp_path / "a.jpg", Decoding(jpeg_side=side))
     assert image.size == size[::-1]  # a quarter turn
     expected = smooth.rotate(-90, expand=True).resize(image.size, Image.Resampling.BOX)
     difference = np.abs(np.asarray(image, float) - np.asarray(expected, float))
     assert difference.mean() < 2  # of 255; the decoder's scaling and its losses
-    assert read_image(tmp_path / "a.png", jpeg_side=side).size == (800, 600)  # only JPEGs know fractions
+    assert read_image(tmp_path / "a.png", Decoding(jpeg_side=side)).size == (
+        800,
+        600,
+    )  # only JPEGs know fractions
 
 
 def test_how_jpegs_are_decoded_belongs_to_the_key_and_to_load_dataset(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 import vlprompt
 from vlprompt.core.errors import ConfigError, DataError, UnknownNameError
 from vlprompt.data import loading
-from vlprompt.data.images import UndecodableError, read_image
+from vlprompt.data.decoding import UndecodableError, read_image
 from vlprompt.data.loading import Loader, Workers, check_workers, takes_workers, using_workers
 
 COUNTS = (0, 1, 2, 4)

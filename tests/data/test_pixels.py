@@ -16,12 +16,13 @@ from tests.data.folders import fill, image, tree
 from vlprompt.core.errors import DataError
 from vlprompt.data import load_dataset, read_image, verify
 from vlprompt.data.base import Sample
-from vlprompt.data.images import FileReader, ImageDataset, decode
+from vlprompt.data.decoding import Decoding, decode
+from vlprompt.data.images import FileReader, ImageDataset
 from vlprompt.data.pixels import to_rgb
 
 
-def greys(path: Path, **options: object) -> list[int]:
-    return np.asarray(read_image(path, **options))[0, :, 0].tolist()  # type: ignore[arg-type]
+def greys(path: Path, value_range: tuple[float, float] | None = None) -> list[int]:
+    return np.asarray(read_image(path, Decoding(value_range=value_range)))[0, :, 0].tolist()
 
 
 def one(path: Path) -> ImageDataset:
@@ -152,7 +153,7 @@ def test_a_photograph_of_108_megapixels_is_read(tmp_path: Path) -> None:
     assert np.abs(np.array(large.getpixel((3000, 2000))) - (200, 40, 40)).max() < 6
     assert verify(one(path)).bad == ()
     with pytest.raises(DataError, match=r"12032 x 9024 pixels, more than 50,000,000 \(max_pixels\)"):
-        read_image(path, max_pixels=50_000_000)
+        read_image(path, Decoding(max_pixels=50_000_000))
 
 
 def test_the_limit_is_an_option_up_to_pillows_own(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from vlprompt.backbones.lite0 import MAP_CHANNELS, PIXELS, STRIDE
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import write_json
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.images import EXTENSIONS, decode
+from vlprompt.data.decoding import decode
+from vlprompt.data.images import EXTENSIONS
 
 __all__ = ["COMPOSITION", "Photographs", "cached_maps", "composed", "to_pixels", "whole"]
 

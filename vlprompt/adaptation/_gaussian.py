@@ -134,7 +134,9 @@ def neighbour_graph(features: Tensor, count: int = NEIGHBOURS) -> Tensor:
     targets = torch.cat(columns)
     sources = torch.arange(total, device=features.device).repeat_interleave(count)
     indices = torch.stack([torch.cat([sources, targets]), torch.cat([targets, sources])])
-    graph = torch.sparse_coo_tensor(indices, torch.cat([weights, weights]), (total, total), check_invariants=False)
+    graph = torch.sparse_coo_tensor(
+        indices, torch.cat([weights, weights]), (total, total), check_invariants=False
+    )
     return graph.coalesce()
 
 

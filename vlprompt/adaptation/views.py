@@ -28,7 +28,8 @@ from torchvision.transforms.v2 import functional as tvf
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.images import pixel_key, read_image
+from vlprompt.data.decoding import read_image
+from vlprompt.data.images import pixel_key
 from vlprompt.data.inputs import open_image
 from vlprompt.data.transforms import Cut, affine_of, crop_box, cut_views
 

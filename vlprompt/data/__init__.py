@@ -4,8 +4,9 @@ from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.cache import PREFIX_GIB, FeatureCache
 from vlprompt.data.cards import Card, cards_dir, load_card
 from vlprompt.data.catalog import load_dataset
+from vlprompt.data.decoding import Decoding, read_image
 from vlprompt.data.fewshot import base_new, few_shot
-from vlprompt.data.images import FileReader, VerificationReport, read_image, verify
+from vlprompt.data.images import FileReader, VerificationReport, verify
 from vlprompt.data.names import default_root, list_datasets
 from vlprompt.data.segmentation.catalog import load_segmentation
 from vlprompt.data.transforms import AUGMENTATIONS, Augmentation
@@ -15,6 +16,7 @@ __all__ = [
     "PREFIX_GIB",
     "Augmentation",
     "Card",
+    "Decoding",
     "FeatureCache",
     "FileReader",
     "ImageDataset",

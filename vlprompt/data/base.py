@@ -46,7 +46,7 @@ class Reader(ABC):
         """Return a reader that decodes large JPEGs at a fraction of their size; itself where none are read.
 
         Args:
-            side: Pixels that the shorter side keeps at least (see :func:`vlprompt.data.images.read_image`).
+            side: Pixels that the shorter side keeps at least (see :func:`vlprompt.data.decoding.read_image`).
         """
         return self
 

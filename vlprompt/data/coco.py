@@ -22,7 +22,7 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.files import is_regular_file
 from vlprompt.core.names import check_classnames
-from vlprompt.data.images import MAX_PIXELS
+from vlprompt.data.decoding import MAX_PIXELS
 from vlprompt.data.segmentation.pixels import orientation
 from vlprompt.data.splits import is_inside
 

@@ -18,7 +18,8 @@ from typing import Literal
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import listed_names, printable
-from vlprompt.data.images import EXTENSIONS, file_kind
+from vlprompt.data.decoding import file_kind
+from vlprompt.data.images import EXTENSIONS
 
 __all__ = [
     "LINKS",

@@ -12,23 +12,15 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
 from vlprompt.data.base import Reader
-from vlprompt.data.images import (
-    MAX_PIXELS,
-    FileReader,
-    Limits,
-    UndecodableError,
-    decode,
-    file_key,
-    file_stamp,
-    walk_bytes,
-)
+from vlprompt.data.decoding import DEFAULT_DECODING, Decoding, UndecodableError, decode, walk_bytes
+from vlprompt.data.images import FileReader, file_key, file_stamp
 from vlprompt.data.unpack import DAMAGED
 
 __all__ = ["ZipReader"]
 
 _LARGEST = 1 << 29  # bytes of an image in an archive
 
-_verdicts: dict[tuple[str, str, int, Limits], tuple[str, str]] = {}
+_verdicts: dict[tuple[str, str, Decoding], tuple[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -37,19 +29,15 @@ class ZipReader(Reader):
 
     Attributes:
         root: The folder.
-        max_pixels: See :func:`vlprompt.data.images.read_image`.
-        value_range: See :func:`vlprompt.data.images.read_image`.
-        jpeg_side: See :func:`vlprompt.data.images.read_image`.
+        decoding: See :func:`vlprompt.data.decoding.read_image`.
     """
 
     root: Path
-    max_pixels: int = MAX_PIXELS
-    value_range: Limits = None
-    jpeg_side: int = 0
+    decoding: Decoding = DEFAULT_DECODING
 
     def with_jpeg_side(self, side: int) -> ZipReader:
         """See :meth:`Reader.with_jpeg_side`."""
-        return replace(self, jpeg_side=side)
+        return replace(self, decoding=replace(self.decoding, jpeg_side=side))
 
     def read(self, source: str) -> Image.Image:
         """Return the image as RGB."""
@@ -57,7 +45,7 @@ class ZipReader(Reader):
         if not member:
             return self._files.read(source)
         data = self._bytes(archive, member)
-        return decode(data, source, self.max_pixels, self.value_range, self.jpeg_side)
+        return decode(data, source, self.decoding)
 
     def check(self, source: str) -> str:
         """Return why an image can't be decoded, empty if it can."""
@@ -77,7 +65,7 @@ class ZipReader(Reader):
         archive, _, member = source.partition("@")
         if not member:
             return self._files.key(source)
-        return file_key(self._bytes(archive, member), self.value_range, self.jpeg_side)
+        return file_key(self._bytes(archive, member), self.decoding)
 
     def stamp(self, source: str) -> str:
         """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
@@ -90,15 +78,15 @@ class ZipReader(Reader):
 
     @property
     def _files(self) -> FileReader:
-        return FileReader(self.root, self.max_pixels, self.value_range, self.jpeg_side)
+        return FileReader(self.root, self.decoding)
 
     def _verdict(self, archive: str, member: str) -> tuple[str, str]:
         """Return why an image can't be decoded, empty if it can, and what decoding changes; remembered."""
-        key = (str(self.root / archive), self.stamp(f"{archive}@{member}"), self.max_pixels, self.value_range)
+        key = (str(self.root / archive), self.stamp(f"{archive}@{member}"), self.decoding)
         if key not in _verdicts:
             try:
                 data = self._bytes(archive, member)
-                _verdicts[key] = "", walk_bytes(data, member, self.max_pixels, self.value_range)
+                _verdicts[key] = "", walk_bytes(data, member, self.decoding)
             except UndecodableError as error:
                 _verdicts[key] = error.reason, ""
             except DataError as error:

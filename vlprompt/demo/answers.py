@@ -15,7 +15,7 @@ from vlprompt.adaptation import create_adapter
 from vlprompt.classification.predict import for_classes, predict, untaught
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
-from vlprompt.data.images import read_image
+from vlprompt.data.decoding import Decoding, read_image
 from vlprompt.data.thumbnails import data_uri
 from vlprompt.demo.limits import MAX_PIXELS, Limits, check_text_length
 from vlprompt.learners import Learner
@@ -284,7 +284,7 @@ def scan_for_triggers(
 def _open(path: str) -> _Opened:
     title = printable(Path(path).name)
     try:
-        return _Opened(title, read_image(path, MAX_PIXELS))
+        return _Opened(title, read_image(path, Decoding(MAX_PIXELS)))
     except DataError as error:
         # The error names where the upload lies, which means nothing to whoever uploaded it.
         return _Opened(title, None, str(error).replace(path, title))

@@ -17,7 +17,7 @@ from vlprompt.core.files import write_atomic, write_json
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.coco import read_coco_file
-from vlprompt.data.images import read_image
+from vlprompt.data.decoding import read_image
 from vlprompt.detection.boxes import Target
 
 __all__ = ["DetectionData", "ImageObjects", "read_coco", "write_coco"]

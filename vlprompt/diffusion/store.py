@@ -12,7 +12,7 @@ from PIL import Image
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import write_atomic, write_json
 from vlprompt.core.paths import user_path
-from vlprompt.data.images import read_image
+from vlprompt.data.decoding import read_image
 
 __all__ = ["ViewStore"]
 

@@ -17,7 +17,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.files import path_fingerprint, write_atomic, write_json, write_jsonl, write_text
 from vlprompt.core.options import options_model
 from vlprompt.core.paths import user_path
-from vlprompt.data.images import read_image
+from vlprompt.data.decoding import read_image
 from vlprompt.data.listing import list_images
 from vlprompt.data.scenes.concepts import SceneConcept, scene_concepts
 from vlprompt.diffusion.tiny import TinyDiffusion

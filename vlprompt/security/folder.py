@@ -31,7 +31,8 @@ from vlprompt.core.csv_text import csv_line, is_one_line
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.core.paths import user_path
-from vlprompt.data.images import EXTENSIONS, read_image
+from vlprompt.data.decoding import read_image
+from vlprompt.data.images import EXTENSIONS
 from vlprompt.data.listing import HIDDEN, NO_IMAGE, Listing, walk
 from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.learners._scanning import ImageScanner

@@ -20,9 +20,10 @@ from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
-from vlprompt.data.images import read_with_note, to_rgb
+from vlprompt.data.decoding import read_with_note
 from vlprompt.data.listing import list_images
 from vlprompt.data.loading import Loader, Workers, takes_workers
+from vlprompt.data.pixels import to_rgb
 from vlprompt.data.transforms import Preprocess
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner

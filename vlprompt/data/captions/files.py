@@ -11,7 +11,8 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.images import file_stamp, read_image
+from vlprompt.data.decoding import read_image
+from vlprompt.data.images import file_stamp
 from vlprompt.data.listing import list_images, spelled_on_disk
 from vlprompt.data.sources import AbsentError
 from vlprompt.data.tables import Row, Table, inside, read_table

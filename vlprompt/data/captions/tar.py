@@ -12,7 +12,8 @@ from vlprompt.core.errors import DataError
 from vlprompt.data.archives import Archive, find_archives
 from vlprompt.data.base import hash_strings
 from vlprompt.data.captions import CAPTION_SOURCES
-from vlprompt.data.images import decode, file_stamp
+from vlprompt.data.decoding import decode
+from vlprompt.data.images import file_stamp
 from vlprompt.data.webdataset import LeftOut, PackedImage, TarSample, TextMember, scan_tar
 
 __all__ = ["TarCaptions"]

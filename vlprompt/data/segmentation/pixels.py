@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import MAX_PIXELS, UndecodableError
+from vlprompt.data.decoding import MAX_PIXELS, UndecodableError
 
 __all__ = ["open_mask", "orientation", "raw_values", "seen_values"]
 

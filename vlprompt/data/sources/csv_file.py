@@ -15,7 +15,8 @@ from typing import Any
 from vlprompt.core.errors import DataError, nearest
 from vlprompt.core.names import clean_classname, printable
 from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.images import MAX_PIXELS, FileReader
+from vlprompt.data.decoding import MAX_PIXELS, Decoding
+from vlprompt.data.images import FileReader
 from vlprompt.data.listing import LINKS, Links, spelled_on_disk
 from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import AbsentError, Request, local_path, sources
@@ -104,7 +105,7 @@ def build(
     if cut_off:
         info["cut_for_validation"] = cut_off
     limits = check_value_range(value_range, request.name)
-    reader = FileReader(path.parent, check_max_pixels(max_pixels, request.name), limits)
+    reader = FileReader(path.parent, Decoding(check_max_pixels(max_pixels, request.name), limits))
 
     return ImageDataset(request.name, request.split, samples, names, DEFAULT_TEMPLATES, reader, info)
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from vlprompt.core.errors import DataError, UnknownNameError, nearest
 from vlprompt.core.names import listed_names, printable
 from vlprompt.data.base import ImageDataset, Sample
-from vlprompt.data.images import EXTENSIONS, MAX_PIXELS, FileReader
+from vlprompt.data.decoding import MAX_PIXELS, Decoding
+from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import LINKS, Links, list_folder, list_folders
 from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import AbsentError, Request, local_path, sources
@@ -101,7 +102,7 @@ def build(
     content.warn_left_out(folders)
 
     limits = check_value_range(value_range, request.name)
-    reader = FileReader(root, check_max_pixels(max_pixels, request.name), limits)
+    reader = FileReader(root, Decoding(check_max_pixels(max_pixels, request.name), limits))
     names = read_names(root, part.origins)
     info = {"source": "folder", "split_source": part.how, "origins": part.origins, **part.info}
     info["fewshot_key"] = f"folder:{root.resolve().name}"  # the same draw wherever the folder lies

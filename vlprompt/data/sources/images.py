@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.decoding import Decoding
 from vlprompt.data.images import FileReader
 from vlprompt.data.listing import list_images
 from vlprompt.data.pixels import check_value_range
@@ -86,7 +87,9 @@ def build(
     folder = find_folder(request, options)
     parts, names, how = _split(request, options, folder, split_source)
     limits = check_value_range(value_range, request.name)
-    return dataset_from(request, parts, names, how, FileReader(folder / options.images, value_range=limits))
+    return dataset_from(
+        request, parts, names, how, FileReader(folder / options.images, Decoding(value_range=limits))
+    )
 
 
 def _split(

@@ -18,6 +18,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.cards import Card
+from vlprompt.data.decoding import Decoding
 from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._layout import absent, dataset_from, parse_options
@@ -70,7 +71,7 @@ def build(request: Request, *, value_range: Sequence[float] | None = None) -> Im
     if not index.is_file():
         raise DataError(f"{card.name}: the index {index} is missing.")
 
-    reader = ZipReader(folder, value_range=check_value_range(value_range, request.name))
+    reader = ZipReader(folder, Decoding(value_range=check_value_range(value_range, request.name)))
     entries, names = _coco(index) if index.suffix == ".json" else _iris(index, folder / "labels.txt")
     _check_present(card.name, index, reader, entries)
     label_of, order = _labels(card, names)

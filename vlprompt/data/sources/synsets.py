@@ -16,6 +16,7 @@ from pydantic import Field
 
 from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.decoding import Decoding
 from vlprompt.data.imagenet import synset_ids
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import is_hidden
@@ -74,7 +75,7 @@ def build(request: Request, *, value_range: Sequence[float] | None = None) -> Im
         parts = _cut(card.name, card.classnames, tuple(options.shares.items()), groups)
         how = f"{how}; {card.splits.otherwise}"
 
-    reader = FileReader(root, value_range=check_value_range(value_range, request.name))
+    reader = FileReader(root, Decoding(value_range=check_value_range(value_range, request.name)))
     return dataset_from(request, parts, card.classnames, how, reader)
 
 

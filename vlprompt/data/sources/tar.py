@@ -19,15 +19,15 @@ from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import clean_classname, printable
 from vlprompt.data.archives import find_archives
 from vlprompt.data.base import ImageDataset, Reader, Sample
-from vlprompt.data.images import (
+from vlprompt.data.decoding import (
+    DEFAULT_DECODING,
     MAX_PIXELS,
-    Limits,
+    Decoding,
     UndecodableError,
     decode,
-    file_key,
-    file_stamp,
     walk_bytes,
 )
+from vlprompt.data.images import file_key, file_stamp
 from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._packed_labels import LISTS, LabelledImage, Shard, listed_names_of, read_shard
@@ -45,23 +45,19 @@ class TarReader(Reader):
     """Reads images from archives, each at its place.
 
     Attributes:
-        max_pixels: See :func:`vlprompt.data.images.read_image`.
-        value_range: See :func:`vlprompt.data.images.read_image`.
-        jpeg_side: See :func:`vlprompt.data.images.read_image`.
+        decoding: See :func:`vlprompt.data.decoding.read_image`.
     """
 
-    max_pixels: int = MAX_PIXELS
-    value_range: Limits = None
-    jpeg_side: int = 0
+    decoding: Decoding = DEFAULT_DECODING
     _verdicts: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, source: PackedImage) -> Image.Image:
         """Return the image as RGB."""
-        return decode(source.read(), str(source), self.max_pixels, self.value_range, self.jpeg_side)
+        return decode(source.read(), str(source), self.decoding)
 
     def with_jpeg_side(self, side: int) -> TarReader:
         """See :meth:`Reader.with_jpeg_side`."""
-        return replace(self, jpeg_side=side)
+        return replace(self, decoding=replace(self.decoding, jpeg_side=side))
 
     def check(self, source: PackedImage) -> str:
         """Return why an image can't be decoded, empty if it can."""
@@ -73,7 +69,7 @@ class TarReader(Reader):
 
     def key(self, source: PackedImage) -> str:
         """Return ``file:`` and the sha256 of the image's bytes, as if it lay unpacked."""
-        return file_key(source.read(), self.value_range, self.jpeg_side)
+        return file_key(source.read(), self.decoding)
 
     def stamp(self, source: PackedImage) -> str:
         """See :meth:`Reader.stamp`: the archive's, and the name inside it."""
@@ -84,7 +80,7 @@ class TarReader(Reader):
         key = (str(source.archive.path), self.stamp(source))
         if key not in self._verdicts:
             try:
-                note = walk_bytes(source.read(), source.name, self.max_pixels, self.value_range)
+                note = walk_bytes(source.read(), source.name, self.decoding)
                 self._verdicts[key] = "", note
             except UndecodableError as error:
                 self._verdicts[key] = error.reason, ""
@@ -165,7 +161,7 @@ def build(
         info["left_out"] = dict(left_out.counts)
 
     limits = check_value_range(value_range, request.name)
-    reader = TarReader(check_max_pixels(max_pixels, request.name), limits)
+    reader = TarReader(Decoding(check_max_pixels(max_pixels, request.name), limits))
     names = tuple(map(clean_classname, classes.origins))
     return ImageDataset(request.name, request.split, samples, names, DEFAULT_TEMPLATES, reader, info)
 

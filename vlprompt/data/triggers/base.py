@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.images import to_rgb
+from vlprompt.data.pixels import to_rgb
 
 __all__ = ["NATIVE_SIZE", "Composed", "Pixels", "Trigger"]
 
