@@ -30,11 +30,12 @@ from vlprompt.training.batches import Batch, epoch_plan
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["PhotoMaskOptions", "ViewBatches", "pretrain_photo_masks"]
+__all__ = ["MOST_THINGS", "PhotoMaskOptions", "ViewBatches", "pretrain_photo_masks"]
 
 _CHUNK = 25  # views whose states are computed together
 _SENTENCES = ("{}", "{}", "{}.", "a {}", "the {}", "a photo of a {}.", "a photo of the {}.")
-_MOST = 12  # things of a view whose masks are kept
+#: Things of a view whose masks are kept; one beyond them may be asked for as if the view did not show it.
+MOST_THINGS = 12
 _LIKE = 0.7  # deviations above the mean from which a patch counts as like an ImageNet name
 _NAMES = 3  # ImageNet names that a view is asked for
 
@@ -205,12 +206,12 @@ def _chunk(
     """Return the arrays of some views, see :func:`_encoded`."""
     side = options.side
     views = [drawn_view(options.seed, number, side) for number in numbers]
-    things = np.full((len(views), _MOST), -1, np.int16)
-    masks = np.zeros((len(views), _MOST, side, side // 8), np.uint8)
+    things = np.full((len(views), MOST_THINGS), -1, np.int16)
+    masks = np.zeros((len(views), MOST_THINGS, side, side // 8), np.uint8)
 
     for i, view in enumerate(views):
         order = numpy_rng(options.seed, "views", "kept", numbers[i]).permutation(sorted(view.masks))
-        for place, name in enumerate(order[:_MOST]):
+        for place, name in enumerate(order[:MOST_THINGS]):
             things[i, place] = names.index(name)
             masks[i, place] = np.packbits(view.masks[name], axis=1)
 
