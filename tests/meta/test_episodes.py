@@ -39,6 +39,19 @@ def test_within_one_domain_no_pair_is_in_both_halves(make_episodes: MakeEpisodes
         assert not set(episode.support.rows) & set(episode.query.rows)
 
 
+def test_shared_classes_come_again_in_other_pairs(make_episodes: MakeEpisodes, hierarchy: Hierarchy) -> None:
+    episodes = make_episodes(shared_classes=1.0)
+    for number in range(20):
+        episode = episodes.draw(number)
+        assert episode.domains[0] == episode.domains[1]
+        assert set(episode.query.names) == set(episode.support.names)
+        assert not set(episode.support.rows) & set(episode.query.rows)
+
+    some = make_episodes(shared_classes=0.5)
+    shared = [episode.domains[0] == episode.domains[1] for episode in map(some.draw, range(60))]
+    assert 15 < sum(shared) < 45
+
+
 def test_an_episode_is_a_function_of_seed_and_number(make_episodes: MakeEpisodes) -> None:
     first, again, other = make_episodes(), make_episodes(), make_episodes(seed=2)
     first.draw(0)

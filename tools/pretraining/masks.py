@@ -5,7 +5,7 @@ The towers are the embedded ``tiny``'s, frozen: what they say of the images is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from vlprompt.training.callbacks import Callback, TrainingView
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.trainer import Trainer
 
-__all__ = ["MaskBatches", "MaskModule", "MaskOptions", "pretrain_masks"]
+__all__ = ["MaskBatches", "MaskModule", "MaskOptions", "ShipDecoder", "dice", "normalised", "pretrain_masks"]
 
 _CHUNK = 256  # images whose states are computed together
 
@@ -80,7 +80,7 @@ def pretrain_masks(options: MaskOptions, folder: Path, *, resume: bool = False, 
     scenes = PhraseScenes(options.images, options.seed, options.negatives)
     module = MaskModule(segmenter)
     batches = MaskBatches(scenes, segmenter, folder, options.train)
-    ship = _Ship(module, folder / f"{options.segmenter}_tiny.safetensors")
+    ship = ShipDecoder(module, folder / f"{options.segmenter}_tiny.safetensors")
     identity = options.model_dump(mode="json", exclude={"train"})
     Trainer(module, batches, options.train, folder, _Watch(segmenter, options.watch), [ship], identity).run(
         resume
@@ -246,19 +246,35 @@ class _Watch:
         figures = {}
         for name, (pixels, texts, masks) in self.sets.items():
             guess = self.segmenter(pixels, texts)[:, 0] > 0
-            both = (guess & masks).sum((1, 2))
-            either = guess.sum((1, 2)) + masks.sum((1, 2))
-            figures[f"dice_{name}"] = float((2 * both / either.clamp(min=1)).mean())
+            figures[f"dice_{name}"] = float(dice(guess, masks).mean())
 
         return figures
 
 
-class _Ship(Callback):
-    """Writes the packed weights and the history after every epoch."""
+def dice(guess: Tensor, masks: Tensor) -> Tensor:
+    """Return (B,) Dice of (B, H, W) bool."""
+    both = (guess & masks).sum((1, 2))
+    either = guess.sum((1, 2)) + masks.sum((1, 2))
+    return 2 * both / either.clamp(min=1)
 
-    def __init__(self, module: MaskModule, path: Path) -> None:
+
+class ShipDecoder(Callback):
+    """Writes the packed weights and the history after every epoch.
+
+    Args:
+        module: What is trained.
+        path: Of the weights.
+        words: Phrases that it is trained on.
+        pixels: Side of the images it is used on, where that is not the backbone's.
+    """
+
+    def __init__(
+        self, module: MaskModule, path: Path, words: Sequence[str] = (), pixels: int | None = None
+    ) -> None:
         self.module = module
         self.path = path
+        self.words = {"words": sorted(words)} if words else {}
+        self.pixels = {"pixels": pixels} if pixels else {}
 
     def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
         """Write both files and one line."""
@@ -267,8 +283,11 @@ class _Ship(Callback):
         state = {
             n: t.half() if t.is_floating_point() else t for n, t in self.module.trainable_state().items()
         }
-        facts = {"sizes": segmenter.sizes, "backbone": segmenter.backbone.fingerprint["weights"]}
-        write_tensors(self.path, state, {**facts, "history": trainer.progress.history})
+        facts = {
+            "sizes": {**segmenter.sizes, **self.pixels},
+            "backbone": segmenter.backbone.fingerprint["weights"],
+        }
+        write_tensors(self.path, state, {**facts, **self.words, "history": trainer.progress.history})
         print(
             " ".join(f"{k} {v:.4g}" for k, v in record.items()),
             f"{trainer.progress.seconds:.0f} s",

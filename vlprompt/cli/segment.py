@@ -5,6 +5,7 @@ Training, searches and benchmarks are experiments like all others: ``vlprompt ru
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +18,7 @@ from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:
     from vlprompt.data.segmentation import MaskDataset
+    from vlprompt.segmentation import Segmenter
 
 __all__ = ["app"]
 
@@ -51,6 +53,13 @@ def predict(
     ] = None,
     model: Annotated[str, typer.Option(help="Model without --prompt.")] = "clipseg",
     backbone: BackboneChanges = None,
+    adapt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Tune the saved prompts on this image first: name=entropy, steps=4, lr=0.02; repeat it.",
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is inside.")] = 0.5,
     soft: Annotated[
         bool, typer.Option("--soft", help="Write probabilities, 0 to 255, instead of the mask.")
@@ -70,6 +79,14 @@ def predict(
     changes = backbone_changes(backbone)
     pixels = read_image(image)
     segmenter = load_trained(prompt, changes) if prompt else create_segmenter(model, build_from(changes))
+    if unread := segmenter.unread_words(phrase):
+        listed = ", ".join(map(repr, unread))
+        print(
+            f"{segmenter.backbone.name} was taught no word like {listed}: the mask says little of them.",
+            file=sys.stderr,
+        )
+    if adapt:
+        segmenter = _adapted(segmenter, adapt)
     probabilities = predict_mask(segmenter, pixels, phrase)
     inside = probabilities > threshold
 
@@ -157,6 +174,25 @@ def check(
         print(f"{first} and {second} share {len(shared)} images, for example {example}")
         problems += len(shared)
     return 1 if problems else 0
+
+
+def _adapted(segmenter: Segmenter, words: list[str]) -> Segmenter:
+    """Return the segmenter that ``--adapt`` asks for.
+
+    Raises:
+        ConfigError: For an option that the method doesn't have, or a bad value.
+        DataError: If the segmenter has no prompts.
+    """
+    from vlprompt.core.options import options_model
+    from vlprompt.experiments.config import parse_overrides
+    from vlprompt.segmentation.adapters import SEGMENTATION_ADAPTERS, create_segmentation_adapter
+
+    pairs = [word if "=" in word else f"name={word}" for word in words]
+    named = [pair.removeprefix("name=") for pair in pairs if pair.startswith("name=")]
+    name = named[-1] if named else "entropy"
+    own = [pair for pair in pairs if not pair.startswith("name=")]
+    options = parse_overrides(own, options_model(SEGMENTATION_ADAPTERS.get(name).target))
+    return create_segmentation_adapter(name, segmenter, **options)
 
 
 def _check_threshold(threshold: float) -> None:

@@ -1,7 +1,9 @@
 """Episodes: tasks made of pseudo-classes, whose support is of one domain and whose query of another.
 
 Shared prompts know no class, so support and query may hold different classes: the inner step learns from one domain
-what the outer one asks for in another (GRAM's cross-domain tasks; sizes are ours).
+what the outer one asks for in another (GRAM's cross-domain tasks; sizes are ours). Where the gradients of different
+classes have nothing in common, such a step can't help; ``shared_classes`` asks for the support's own classes in other
+images, as MAML does (Finn et al., ICML 2017).
 """
 
 from __future__ import annotations
@@ -92,6 +94,10 @@ class Episodes:
         self.seed = seed
         self.preprocess = preprocess
         self.every_pair = every_pair
+        if every_pair and options.shared_classes:
+            raise DataError(
+                "meta.episodes.shared_classes needs classes of several pairs: meta.clusters.names=phrase or caption."
+            )
 
         domains = sorted({c.domain for c in hierarchy.classes})
         self.classes = {domain: hierarchy.of(domain) for domain in domains}
@@ -112,6 +118,11 @@ class Episodes:
 
         domains = self.held_out if validation and self.held_out else self.training
         first = domains[int(rng.integers(len(domains)))]
+        if self.options.shared_classes and rng.random() < self.options.shared_classes:
+            support = self._side(rng, first, self.options.support)
+            query = self._side(rng, first, self.options.query, avoid=support.rows, only=support.names)
+            return Episode(support, query, (first, first), 1.0)
+
         second = self._other(first, domains, rng) if rng.random() < self.options.cross_domain else first
 
         support = self._side(rng, first, self.options.support)
@@ -133,7 +144,14 @@ class Episodes:
         order = torch.argsort(similarity, descending=True).tolist()  # 0 is the nearest domain, 1 the farthest
         return others[order[round(self.options.hardness * (len(order) - 1))]]
 
-    def _side(self, rng: Rng, domain: int, shots: int, avoid: NDArray[np.int64] | None = None) -> Side:
+    def _side(
+        self,
+        rng: Rng,
+        domain: int,
+        shots: int,
+        avoid: NDArray[np.int64] | None = None,
+        only: Sequence[str] | None = None,
+    ) -> Side:
         """Draw one side of an episode.
 
         Args:
@@ -141,9 +159,12 @@ class Episodes:
             domain: Where its classes are from.
             shots: Pairs per class.
             avoid: Pairs that the other side has.
+            only: Names of the classes to draw; empty for all of the domain.
         """
         used = set() if avoid is None else set(avoid.tolist())
         pools = self._pools(self.classes[domain], used)
+        if only is not None:
+            pools = [pool for pool in pools if pool[0] in only]
 
         chosen: dict[str, tuple[str, NDArray[np.int64]]] = {}
         for number in rng.permutation(len(pools)):  # CLIP's tokenizer knows no case, so neither do names

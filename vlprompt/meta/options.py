@@ -53,6 +53,12 @@ class EpisodeOptions(BaseModel):
     cross_domain: float = Field(
         1.0, ge=0, le=1, description="share of episodes whose query is of another domain"
     )
+    shared_classes: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of episodes whose query holds the support's own classes in other images, of the same domain",
+    )
     hardness: float | None = Field(
         None, ge=0, le=1, description="distance quantile of the query's domain; empty: any domain"
     )

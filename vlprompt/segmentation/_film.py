@@ -5,7 +5,13 @@ Lüddecke and Ecker, CVPR 2022, arXiv 2112.10003, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlprompt.segmentation._fine import FineUpsampling
 
 __all__ = ["FilmDecoder"]
 
@@ -23,6 +29,8 @@ class FilmDecoder(nn.Module):
         hidden: Width of its MLPs.
         refined: Upsample in two steps after a 3 x 3 convolution, instead of in one.
         conditional: At which of the decoder's layers the phrase enters (0: the deepest tap).
+        fine: Channels of the maps of the tower's stem, finest first, if they are read too; the decoder then also sees
+            how like the phrase each patch is.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class FilmDecoder(nn.Module):
         hidden: int = 2048,
         refined: bool = False,
         conditional: int = 0,
+        fine: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.conditional = conditional
@@ -48,27 +57,72 @@ class FilmDecoder(nn.Module):
             nn.TransformerEncoderLayer(reduce, heads, hidden, dropout=0.0, batch_first=True)
             for _ in range(taps)
         )
-        self.upsample = _refined(reduce, patch) if refined else nn.ConvTranspose2d(reduce, 1, patch, patch)
+        self.likeness = nn.Linear(2, reduce) if fine else None
+        self.upsample = _upsampling(reduce, dim, patch, refined, fine)
 
     def reduced(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return (B, R, reduce) tokens of every tap, deepest first, from (B, R, W) states, shallowest first."""
         return tuple(reduce(state) for reduce, state in zip(self.reduces, reversed(states), strict=True))
 
-    def features(self, reduced: tuple[Tensor, ...], condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return (B, reduce, rows, columns) maps; tokens beside the grid's (class token, prompts) are dropped last."""
+    def features(
+        self,
+        reduced: tuple[Tensor, ...],
+        condition: Tensor,
+        grid: tuple[int, int],
+        dense: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, reduce, rows, columns) maps; tokens beside the grid's (class token, prompts) are dropped last.
+
+        Args:
+            reduced: Of :meth:`reduced`.
+            condition: (B, d).
+            grid: (rows, columns) of patches.
+            dense: (B, N, d) unit-length features of the patches; for decoders with fine maps.
+        """
         x = reduced[0]
         for number, layer in enumerate(self.layers):
             x = x + reduced[number] if number else x
             if number == self.conditional:
                 x = self.film_mul(condition)[:, None] * x + self.film_add(condition)[:, None]
+                if self.likeness is not None and dense is not None:
+                    likeness = self.likeness(_likeness(dense, condition))
+                    x = x + F.pad(likeness, (0, 0, 1, x.shape[1] - 1 - likeness.shape[1]))
             x = layer(x)
 
         patches = x[:, 1 : 1 + grid[0] * grid[1]]
         return patches.transpose(1, 2).unflatten(2, grid)
 
+    def paint(self, features: Tensor, condition: Tensor, fine: Sequence[Tensor] = ()) -> Tensor:
+        """Return (B, 1, H, W) logits.
+
+        Args:
+            features: (B, reduce, rows, columns), of :meth:`features`.
+            condition: (B, d).
+            fine: (B, C, h, w) maps of the stem, finest first, if they are read.
+        """
+        if isinstance(self.upsample, FineUpsampling):
+            return self.upsample(features, fine, condition)
+        return self.upsample(features)
+
     def last(self) -> nn.Module:
         """Return the layer that makes logits."""
+        if isinstance(self.upsample, FineUpsampling):
+            return self.upsample.head
         return self.upsample[-1] if isinstance(self.upsample, nn.Sequential) else self.upsample
+
+
+def _likeness(dense: Tensor, condition: Tensor) -> Tensor:
+    """Return (B, N, 2): ten times the cosine between patches and a phrase, and the same in units of its deviation."""
+    cosine = torch.einsum("bnd,bd->bn", dense, F.normalize(condition, dim=-1))
+    centred = cosine - cosine.mean(1, keepdim=True)
+    spread = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.stack([10 * cosine, centred / (spread + 1e-3)], dim=-1)
+
+
+def _upsampling(reduce: int, dim: int, patch: int, refined: bool, fine: Sequence[int]) -> nn.Module:
+    if fine:
+        return FineUpsampling(reduce, dim, fine)
+    return _refined(reduce, patch) if refined else nn.ConvTranspose2d(reduce, 1, patch, patch)
 
 
 def _refined(reduce: int, patch: int) -> nn.Sequential:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Squash"]
+__all__ = ["Sized", "Squash"]
 
 
 class Squash:
@@ -32,3 +35,24 @@ class Squash:
             whole = whole.resize(self.size[::-1], Image.Resampling.BICUBIC)
         # The size is right already, so this resizes and crops nothing.
         return self.inner(whole)
+
+
+class Sized:
+    """The same at another size than the backbone's own: resize and normalise.
+
+    Args:
+        size: (h, w) of what comes out.
+        facts: The backbone's, with ``mean`` and ``std`` of each channel.
+    """
+
+    def __init__(self, size: tuple[int, int], facts: Mapping[str, Any]) -> None:
+        self.size = size
+        self.mean, self.std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return (3, h, w) normalised pixels."""
+        whole = image.convert("RGB")
+        if whole.size != self.size[::-1]:
+            whole = whole.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(whole)).permute(2, 0, 1).float() / 255
+        return (pixels - self.mean) / self.std

@@ -21,8 +21,10 @@ __all__ = ["EMBEDDED", "Decoder", "clipseg_decoder", "cris_decoder", "embedded",
 
 log = logging.getLogger("vlprompt.segmentation")
 
-#: Folder of the decoders of the embedded backbone, as <model>_tiny.safetensors.
+#: Folder of the decoders of embedded backbones, as <model>_<backbone>.safetensors.
 EMBEDDED = Path(str(files("vlprompt.segmentation"))) / "weights"
+#: Architecture and tag of the backbones that have some, and what files call them.
+_BACKBONES = {("tiny", "scenes"): "tiny", ("photo-vit", "imagenet"): "photo_vit"}
 
 _LAYER = {
     "self_attn": "self_attn", "layer_norm1": "norm1", "layer_norm2": "norm2",
@@ -38,27 +40,32 @@ class Decoder:
         source: Where it comes from, for messages; empty for random weights.
         sizes: The model's options that its weights fix.
         state: Tensors by our names.
+        words: Phrases it was trained on, where the file says so.
     """
 
     source: str = ""
     sizes: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
 
 def embedded(model: str, backbone: Backbone) -> Decoder | None:
     """Return the package's decoder of a model for this very backbone, or None."""
     facts = backbone.fingerprint
-    path = EMBEDDED / f"{model}_tiny.safetensors"
-    if (facts.get("architecture"), facts.get("pretrained")) != ("tiny", "scenes") or not path.is_file():
+    name = _BACKBONES.get((str(facts.get("architecture")), str(facts.get("pretrained"))))
+    path = EMBEDDED / f"{model}_{name}.safetensors"
+    if name is None or not path.is_file():
         return None
 
     state, metadata = read_tensors(path)
     if metadata.get("backbone") != facts["weights"]:
-        log.warning("%s was trained on other weights of tiny than these: the decoder is random.", path.name)
+        log.warning(
+            "%s was trained on other weights of %s than these: the decoder is random.", path.name, name
+        )
         return None
 
     weights = {name: tensor.float() for name, tensor in state.items()}
-    return Decoder(path.name, metadata["sizes"], weights)
+    return Decoder(path.name, metadata["sizes"], weights, tuple(metadata.get("words", ())))
 
 
 def clipseg_decoder(backbone: Backbone, weights: str | None) -> Decoder:

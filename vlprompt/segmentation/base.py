@@ -17,7 +17,7 @@ from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.saved.prompts import Kind
 from vlprompt.segmentation._conditions import Conditions
-from vlprompt.segmentation._pixels import Squash
+from vlprompt.segmentation._pixels import Sized, Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
 
 __all__ = ["Frozen", "LastLayer", "Segmenter", "Texts"]
@@ -45,12 +45,14 @@ class Segmenter(nn.Module, Trainable):
         method: Its registry name.
         options: The strategy's name and all options it was built with.
         decoder: What turns tower states and a phrase into logits.
+        words: Phrases that its decoder was trained on, where its weights say so.
     """
 
     kind: Kind = "segmenter"
     method: str = ""
     options: dict[str, Any]
     decoder: nn.Module
+    words: tuple[str, ...] = ()
 
     def __init__(self, backbone: Backbone, strategy: Strategy, words: bool = False) -> None:
         super().__init__()
@@ -114,8 +116,15 @@ class Segmenter(nn.Module, Trainable):
 
     @cached_property
     def preprocess(self) -> Callable[[Image.Image], Tensor]:
-        """PIL image -> (3, h, w) tensor at the backbone's own size and normalisation; the whole image."""
+        """PIL image -> (3, h, w) tensor of :attr:`image_size` in the backbone's normalisation; the whole image."""
+        if self.image_size != self.backbone.image_size:
+            return Sized(self.image_size, self.backbone.fingerprint["preprocess"])
         return Squash(self.backbone.preprocess)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of preprocessed images: the backbone's own."""
+        return self.backbone.image_size
 
     @property
     def static_images(self) -> bool:
@@ -175,6 +184,11 @@ class Segmenter(nn.Module, Trainable):
         """See :meth:`Trainable.load_trainable_state`."""
         super().load_trainable_state(state)
         self._forget()
+
+    def unread_words(self, phrase: str) -> list[str]:
+        """Return words of a phrase that are known to mean nothing here: to the text tower, and to the decoder."""
+        learned = {word for known in self.words for word in known.split()}
+        return [word for word in self.backbone.unplaced_words([phrase]) if word.lower() not in learned]
 
     def title(self) -> str:
         """Return its registry name, or that of its class if it was not built by name."""

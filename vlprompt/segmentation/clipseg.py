@@ -14,8 +14,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
-from vlprompt.backbones.taps import after_block, first_state, grid_of, patch_of, relative_taps, run_taps
-from vlprompt.core.errors import VLPromptError
+from vlprompt.backbones.taps import (
+    after_block,
+    dense_embeddings,
+    fine_widths,
+    first_state,
+    grid_of,
+    patch_of,
+    relative_taps,
+    run_taps,
+    stem_maps,
+)
+from vlprompt.core.errors import BackboneError, VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._film import FilmDecoder
@@ -34,7 +44,7 @@ class CLIPSeg(Segmenter):
     """CLIPSeg on any ViT of the library.
 
     Args:
-        backbone: A ViT backbone. ``tiny`` and ``clipseg`` bring a pretrained decoder with them.
+        backbone: A ViT backbone. ``tiny``, ``photo-vit`` and ``clipseg`` bring a pretrained decoder with them.
         strategy: See :class:`Segmenter`.
         weights: The decoder's: None takes what belongs to the backbone (random where nothing does), ``"random"``,
             or a folder or Hugging Face name in transformers' layout.
@@ -42,6 +52,9 @@ class CLIPSeg(Segmenter):
         reduce: Width of the decoder; None: the weights' own, else 64.
         hidden: Width of its MLPs; None: the weights' own, else 2048.
         refined: Upsampling in two steps; None: the weights' own, else in one.
+        fine: The decoder also reads the maps of a convolutional stem below the patches (``photo-vit``), and how like
+            the phrase each patch is; None: the weights' own, else where the stem has them.
+        pixels: Side of the square that whole images are resized to; None: the weights' own, else the backbone's.
         last_layer: ``new`` blends the last layer with a learned one, ``tuned`` lets the pretrained one learn too.
         keep_prompts: Visual prompts go through the decoder, as in TuneVLSeg's code.
         seed: Of random weights.
@@ -59,6 +72,8 @@ class CLIPSeg(Segmenter):
         reduce: Annotated[int, Field(ge=4)] | None = None,
         hidden: Annotated[int, Field(ge=1)] | None = None,
         refined: bool | None = None,
+        fine: bool | None = None,
+        pixels: Annotated[int, Field(ge=32)] | None = None,
         last_layer: LastLayer = "frozen",
         keep_prompts: bool = False,
         seed: int = 0,
@@ -70,22 +85,41 @@ class CLIPSeg(Segmenter):
         self.last_layer = last_layer
 
         stored = clipseg_decoder(backbone, weights)
-        options = {"reduce": reduce, "hidden": hidden, "refined": refined}
-        size = sizes(stored, options, {"taps": relative_taps(tower.layers)})
+        self.words = stored.words
+        options = {"reduce": reduce, "hidden": hidden, "refined": refined, "fine": fine}
+        widths = fine_widths(tower)
+        default = {"taps": relative_taps(tower.layers), "fine": bool(widths) and not stored.source}
+        size = sizes(stored, options, default)
+        trained_pixels = size.pop("pixels", None)
+        self._pixels = pixels or trained_pixels
         if taps is not None:
             # Other blocks than the weights' own make sense: CLIPSeg was trained with (3, 7, 9), and is used with
             # (3, 6, 9).
             size["taps"] = _as_many(taps, stored)
         self.sizes = dict(size)
         self.taps = _checked_taps(tuple(size.pop("taps")), tower.layers)
+        self.fine = bool(size.pop("fine"))
+        self._coarsest = f"fine{len(widths) - 1}"
+        if self.fine:
+            _check_fine(widths, self.taps, tower.layers)
 
         with seeded_modules(seed, "clipseg decoder"):
             self.decoder = FilmDecoder(
-                tower.width, self.backbone.dim, self.patch, taps=len(self.taps), **size
+                tower.width,
+                self.backbone.dim,
+                self.patch,
+                taps=len(self.taps),
+                fine=widths if self.fine else (),
+                **size,
             )
             self.new_layer = NewLastLayer(self.decoder.width) if last_layer == "new" else None
         fill(self.decoder, stored, "clipseg")
         self.settle()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """See :attr:`Segmenter.image_size`: that of the weights or the option, where they have one."""
+        return (self._pixels, self._pixels) if self._pixels else super().image_size
 
     def tuned_besides(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.tuned_besides`."""
@@ -96,6 +130,8 @@ class CLIPSeg(Segmenter):
 
     def untouched(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.untouched`."""
+        if self.fine:
+            return super().untouched()  # what pools the last block's tokens is read for each of them
         return [*super().untouched(), *after_block(self.backbone.vision, max(self.taps))]
 
     def frozen(self, images: Tensor) -> Frozen:
@@ -108,16 +144,19 @@ class CLIPSeg(Segmenter):
             return {"image": images}
 
         with torch.no_grad():
-            first = first_state(self.backbone.vision, images)
+            states = self._first(images)
             if not self.static_images:
-                return {"hidden": first}
+                return states
 
+            first = states.pop("hidden")
             taps = run_taps(self.backbone.vision, first, self.taps, pooled=self.strategy.reads_image)
             if self.strategy.tunes == "decoder":
-                states = {f"tap{i}": state for i, state in enumerate(taps.states)}
+                states |= {f"tap{i}": state for i, state in enumerate(taps.states)}
             else:
                 reduced = self.decoder.reduced(taps.states)
-                states = {f"reduced{i}": state for i, state in enumerate(reduced)}
+                states |= {f"reduced{i}": state for i, state in enumerate(reduced)}
+                if self.fine:
+                    states["dense"] = self._dense(taps.states[-1], states[self._coarsest])
             if taps.pooled is not None:
                 states["pooled"] = taps.pooled
             return states
@@ -128,27 +167,55 @@ class CLIPSeg(Segmenter):
         rows = self.rows(frozen)
         condition, _ = self.condition(texts, rows, count)
 
+        frozen = self._tapped(frozen, rows.vision)
+        reduced = tuple(frozen[f"reduced{i}"] for i in range(len(self.taps)))
         grid = grid_of(self.backbone.vision, size)
-        features = self.decoder.features(self._reduced(frozen, rows.vision), condition, grid)
-        logits = self.decoder.upsample(features)
+        features = self.decoder.features(reduced, condition, grid, frozen.get("dense"))
+        fine = [frozen[name] for name in sorted(frozen) if name.startswith("fine")]
+        logits = self.decoder.paint(features, condition, fine)
         if self.new_layer is not None:
             logits = self.new_layer(features, logits)
 
         # A grid of whole patches may be larger than the image.
         return logits[..., : size[0], : size[1]].float()
 
-    def _reduced(self, frozen: Frozen, prompts: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the reduced tokens of every tap, from whatever :meth:`frozen` returned."""
-        count = len(self.taps)
-        if "reduced0" in frozen:
-            return tuple(frozen[f"reduced{i}"] for i in range(count))
-        if "tap0" in frozen:
-            return self.decoder.reduced(tuple(frozen[f"tap{i}"] for i in range(count)))
-
+    def _first(self, images: Tensor) -> Frozen:
+        """Return the tower's first state, and the maps of its stem if they are read."""
         tower = self.backbone.vision
-        first = first_state(tower, frozen["image"]) if "image" in frozen else frozen["hidden"]
-        taps = run_taps(tower, first, self.taps, prompts, keep_prompts=self.keep_prompts)
-        return self.decoder.reduced(taps.states)
+        if not self.fine:
+            return {"hidden": first_state(tower, images)}
+
+        *maps, patches = stem_maps(tower, images)
+        states = {f"fine{i}": x.float() for i, x in enumerate(maps)}
+        return {**states, "hidden": first_state(tower, images, patches)}
+
+    def _tapped(self, frozen: Frozen, prompts: Tensor | None) -> Frozen:
+        """Return what the decoder reads, from whatever :meth:`frozen` returned."""
+        if "reduced0" in frozen:
+            return frozen
+
+        count = len(self.taps)
+        states = self._first(frozen["image"]) if "image" in frozen else dict(frozen)
+        if "tap0" in states:
+            taps = tuple(states[f"tap{i}"] for i in range(count))
+        else:
+            taps = run_taps(
+                self.backbone.vision, states["hidden"], self.taps, prompts, keep_prompts=self.keep_prompts
+            ).states
+
+        if self.fine:
+            states["dense"] = self._dense(taps[-1], states[self._coarsest])
+        return states | {f"reduced{i}": state for i, state in enumerate(self.decoder.reduced(taps))}
+
+    def _dense(self, state: Tensor, coarsest: Tensor) -> Tensor:
+        """Return the patches' features in the joint space.
+
+        Args:
+            state: (B, 1 + T, W) tokens of the last block.
+            coarsest: (B, C, 2 h, 2 w) map of the stem before the patches.
+        """
+        patches = (coarsest.shape[-2] // 2) * (coarsest.shape[-1] // 2)
+        return dense_embeddings(self.backbone.vision, state, patches)
 
 
 def _as_many(taps: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
@@ -173,3 +240,17 @@ def _checked_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
     if not taps or not is_ascending or not 0 <= taps[0] <= taps[-1] < layers:
         raise VLPromptError(f"taps={taps}: expected ascending numbers of blocks, 0 to {layers - 1}.")
     return taps
+
+
+def _check_fine(widths: tuple[int, ...], taps: tuple[int, ...], layers: int) -> None:
+    """Raise BackboneError or VLPromptError if fine maps can't be read."""
+    if not widths:
+        raise BackboneError(
+            "fine=true reads the maps of a convolutional stem, and this image tower has none. What works: photo-vit, "
+            "or leave it out."
+        )
+    if taps[-1] != layers - 1:
+        raise VLPromptError(
+            f"taps={taps}: with fine=true the last one must be the last block ({layers - 1}), whose patches are "
+            "compared with the phrase."
+        )

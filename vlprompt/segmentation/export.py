@@ -47,7 +47,7 @@ def export_segmenter(segmenter: Segmenter, path: str | Path, phrases: Sequence[s
         "preprocess": {**segmenter.backbone.fingerprint["preprocess"], "resize_mode": "squash"},
         "backbone": {"name": segmenter.backbone.name, "id": segmenter.backbone.fingerprint["id"]},
     }
-    height, width = segmenter.backbone.image_size
+    height, width = segmenter.image_size
     return export_module(_Phrases(segmenter, phrases), (height, width), path, facts, any_batch=False)
 
 
