@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/backbones/test_tiny.py tests/backbones/test_openclip.py te
     tests/backbones/test_weight_files.py tests/backbones/test_tokenizers.py tests/saved/test_prompts.py \
     tests/learners/test_coop.py tests/diffusion/test_custom_code.py tests/cli/test_saved.py
 
-.PHONY: quickstart test test-slow test-campaign test-lowest lint format docs install clean
+.PHONY: quickstart test test-slow test-slurm test-campaign test-lowest lint format docs install clean
 .DEFAULT_GOAL := test
 
 quickstart: $(INSTALLED)
@@ -22,6 +22,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+# Inside tests/slurm_node.sh, which starts Slurm's daemons.
+test-slurm: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/experiments/test_slurm.py
 
 test-campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -n auto --maxprocesses 4 --dist loadfile

@@ -34,6 +34,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "protocol": {"shots": [1, 2], "seeds": [1, 2]},
         "train": {"epochs": 60, "optimizer": "adamw", "select": "best", **_OFTEN},
     },
+    "short cells": {
+        "task": "classification",
+        "learner": {"name": "coop"},
+        "data": {"name": "scenes/kind", "cache_dir": "features"},
+        "protocol": {"shots": [1, 2], "seeds": [1, 2, 3, 4]},
+        "train": {"epochs": 3, **_OFTEN},
+    },
     "multitask": {
         "task": "classification",
         "learner": {"name": "mvlpt"},
@@ -112,7 +119,7 @@ def test_kills_at_random_moments_change_no_file(kind: str, on: str, tmp_path: Pa
         pytest.skip("one executor is enough for the other kinds")
 
     begin = time.monotonic()
-    assert _start(tmp_path / "whole", kind, "serial").wait() == 0
+    assert start_run(tmp_path / "whole", kind, "serial").wait() == 0
     duration = time.monotonic() - begin
 
     moments = random.Random(f"{kind} {on}")
@@ -134,7 +141,7 @@ def test_kills_at_random_moments_change_no_file(kind: str, on: str, tmp_path: Pa
 
 def _run_for(folder: Path, kind: str, on: str, seconds: float | None) -> int | None:
     """Run until the end or for some seconds; return the exit status, None if it was killed."""
-    running = _start(folder, kind, on)
+    running = start_run(folder, kind, on)
     try:
         return running.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -144,11 +151,14 @@ def _run_for(folder: Path, kind: str, on: str, seconds: float | None) -> int | N
         return None
 
 
-def _start(folder: Path, kind: str, on: str) -> subprocess.Popen[bytes]:
+def start_run(
+    folder: Path, kind: str, on: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a run of a kind in a folder, or go on with one; it gives back its exit status."""
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump({**KINDS[kind], "name": "killed", "output": "runs"}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", _PROGRAM, on], cwd=folder, env=environment)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.Popen([sys.executable, "-c", _PROGRAM, on], cwd=folder, env=variables)
 
 
 def _compare(whole: Path, killed: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,11 @@ class ToyConfig(ExperimentConfig):
     fail: list[str] = Field(default_factory=list, description="cells that raise")
     fail_while: str = Field("", description="they raise only as long as this file exists; empty: always")
     kill: list[str] = Field(default_factory=list, description="cells whose process ends itself")
+    kill_once: str = Field(
+        "", description="a folder that remembers which of them have done so; empty: each time"
+    )
+    seconds: float = Field(0.0, description="that a cell takes")
+    diary: str = Field("", description="a file that gets a line for every attempt")
     interrupt: list[str] = Field(default_factory=list, description="cells during which Ctrl-C is pressed")
     lacks: list[str] = Field(default_factory=list, description="what is missing before it can run")
     note: str = ""
@@ -56,10 +62,15 @@ class Toy(Experiment):
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
         write_text(folder / "attempt.txt", "started")
+        if self.config.diary:
+            with os.fdopen(os.open(self.config.diary, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w") as file:
+                file.write(f"{cell.name} {os.getpid()}\n")
+        print(f"{cell.name} speaks", flush=True)
+        time.sleep(self.config.seconds)
         broken = not self.config.fail_while or Path(self.config.fail_while).exists()
         if cell.name in self.config.fail and broken:
             raise DataError(f"{cell.name} can't be read.")
-        if cell.name in self.config.kill:
+        if cell.name in self.config.kill and self._kills(cell):
             os.kill(os.getpid(), signal.SIGKILL)
         if cell.name in self.config.interrupt:
             raise KeyboardInterrupt
@@ -69,6 +80,14 @@ class Toy(Experiment):
         result.add({"loss": 1.0}, part="train")
         result.timings["training"] = float(os.getpid())
         return result
+
+    def _kills(self, cell: Cell) -> bool:
+        if not self.config.kill_once:
+            return True
+        memory = Path(self.config.kill_once, cell.name)
+        known = memory.exists()
+        memory.touch()
+        return not known
 
     def layout(self) -> Layout:
         baselines = {label: ("one",) for label in self.config.methods if label != "one"}

@@ -38,13 +38,27 @@ def command(
         str | None, typer.Option("--cfg", metavar="CFG", help="The same as the argument CFG.")
     ] = None,
     on: Annotated[
-        str, typer.Option(metavar="EXECUTOR", help="Where cells run: serial, or processes:N.")
+        str,
+        typer.Option(
+            metavar="EXECUTOR",
+            help="Where cells run: serial, processes:N, ray[:ADDRESS][,gpus=1 ...], slurm:partition=NAME,time=4h ...",
+        ),
     ] = "serial",
     restart: Annotated[
         bool, typer.Option("--restart", help="Move an earlier run of the same id aside, and begin anew.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Fail if there is nothing to continue, and say what differs.")
+    ] = False,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join", help="Work on the run beside other commands that do, here or on other machines."
+        ),
+    ] = False,
+    attach: Annotated[
+        bool,
+        typer.Option("--attach", help="Wait for jobs that an earlier command left in a queue; start none."),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -79,7 +93,9 @@ def command(
     from vlprompt.experiments import tasks
 
     with on_interrupt("The same command continues where it stopped."), count_progress() as progress:
-        outcome = tasks.run(words[0], words[1:], on, restart, resume, progress=progress)
+        outcome = tasks.run(
+            words[0], words[1:], on, restart, resume, join=join, attach=attach, progress=progress
+        )
     _print(outcome)
     return outcome.exit_code
 

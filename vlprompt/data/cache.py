@@ -3,11 +3,18 @@
 A row is keyed by what it depends on: the image's bytes, the view, the backbone's fingerprint (which covers
 weights, activation and preprocessing) and the type it is stored in. It depends on nothing else, so it can
 never be out of date.
+
+A folder of rows may be shared by processes of many machines. Who comes first computes a row: he claims the rows of a
+few thousand images (see :mod:`vlprompt.core.claims`), looks once more whether they are there by now, encodes them and
+puts them on the disk before he lets go. The others take the next ones, and wait only when there is nothing else to do.
+Nobody waits while he holds a claim, so no two ever wait for each other; what a dead process had claimed is computed by
+another one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from vlprompt.core.errors import DataError, NonFiniteError
+from vlprompt.core.claims import Claims
+from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.paths import user_path
 from vlprompt.core.shares import share_rows, shares_work
 from vlprompt.data._shards import ShardStore, StoredRows
@@ -35,6 +43,7 @@ _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill lo
 _KEYS_PER_JOB = 256
 _HASHING_THREADS = 4
 _VIEWS_AT_ONCE = 4  # of each image of a batch, in memory
+_LOOK_SECONDS = 0.2  # between two looks at rows that other processes encode
 _PREFIXES = "prefixes"  # folder of the shards of kept prefixes
 _PLAIN = Augmentation()
 PREFIX_GIB = 2.0
@@ -251,24 +260,73 @@ class _Reading:
         workers: Workers | None,
         progress: ProgressCallback | bool,
     ) -> None:
-        """Encode what a store doesn't have."""
+        """Encode what a store doesn't have, but for what another process is encoding: that is waited for."""
         dataset = self.reader.dataset
-        todo = _batches(self.keys, store, batch_size)
         total = len(dataset) * len(self.keys)
-        done = total - sum(len(indices) for group in todo for indices in group.values())
+        todo = _batches(self.keys, store, batch_size)
         with (
-            Loader(self.reader, workers=workers) as loader,
+            Loader(self.reader, workers=workers, expected=len(todo)) as loader,
             _reporter(progress, f"{dataset.name} features") as report,
         ):
-            try:
-                for group, parts in zip(todo, loader.stream(todo), strict=True):
-                    for (view, indices), images in zip(group.items(), parts, strict=True):
-                        rows = _checked(encode(images), indices, dataset).to("cpu", store.dtype)
-                        store.add([self.keys[view][i] for i in indices], rows)
-                        done += len(indices)
-                        report(done, total)
-            finally:  # what was encoded before an error is not encoded again
-                store.flush()
+            while todo:
+                done = total - sum(len(indices) for batch in todo for indices in batch.values())
+                waits = True
+                for portion in _portions(todo, store):
+                    with self._claimed(store, portion) as mine:
+                        if mine:
+                            waits = False
+                            done = self._encode(store, encode, portion, loader, report, done)
+
+                if waits:
+                    time.sleep(_LOOK_SECONDS)
+                store.refresh()
+                todo = _batches(self.keys, store, batch_size)
+
+    @contextmanager
+    def _claimed(self, store: ShardStore, portion: Sequence[Mapping[int, Sequence[int]]]) -> Iterator[bool]:
+        """Own the rows of some batches, unless another process does or has put one of them there by now."""
+        keys = [self.keys[view][i] for batch in portion for view, indices in batch.items() for i in indices]
+        if store.folder is None:
+            yield True
+            return
+
+        try:
+            claim = Claims(store.folder).take([key.hex() for key in keys])
+        except (
+            CheckpointError
+        ):  # a folder that can't be written: rows stay in memory, and nobody else waits for them
+            yield True
+            return
+        if claim is None:
+            yield False
+            return
+
+        with claim:
+            store.refresh()
+            yield not any(key in store for key in keys)
+
+    def _encode(
+        self,
+        store: ShardStore,
+        encode: Encode,
+        portion: Sequence[dict[int, list[int]]],
+        loader: Loader[Mapping[int, Sequence[int]], list[torch.Tensor]],
+        report: ProgressCallback,
+        done: int,
+    ) -> int:
+        """Encode some batches, and put their rows on the disk; return how many rows are there then."""
+        dataset = self.reader.dataset
+        total = len(dataset) * len(self.keys)
+        try:
+            for batch, parts in zip(portion, loader.stream(portion), strict=True):
+                for (view, indices), images in zip(batch.items(), parts, strict=True):
+                    rows = _checked(encode(images), indices, dataset).to("cpu", store.dtype)
+                    store.add([self.keys[view][i] for i in indices], rows)
+                    done += len(indices)
+                    report(done, total)
+        finally:  # what was encoded before an error is not encoded again
+            store.flush()
+        return done
 
 
 @dataclass(frozen=True)
@@ -339,6 +397,23 @@ def _batches(keys: Mapping[int, Sequence[bytes]], store: ShardStore, size: int) 
                 batches.append(batch)
 
     return batches
+
+
+def _portions(
+    batches: Sequence[dict[int, list[int]]], store: ShardStore
+) -> Iterator[list[dict[int, list[int]]]]:
+    """Yield the batches that one process claims together: as many as make a shard; all of them if nobody shares."""
+    portion: list[dict[int, list[int]]] = []
+    rows = 0
+    for batch in batches:
+        portion.append(batch)
+        rows += sum(len(indices) for indices in batch.values())
+        if store.folder is not None and rows >= store.rows_per_shard:
+            yield portion
+            portion = []
+            rows = 0
+    if portion:
+        yield portion
 
 
 def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.slugs import slug
 
-__all__ = ["Cell", "CellResult", "Coordinate", "Failure", "Measurement"]
+__all__ = ["Cell", "CellResult", "Coordinate", "Failure", "Measurement", "Outcome", "Taken"]
 
 Coordinate = str | int | float | None
 """A value of a coordinate: a method's label, a data set's name, a number of shots, a seed ..."""
@@ -164,6 +164,21 @@ class Failure:
         if self.error is not None:
             return self.error
         return VLPromptError(self.message)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A cell that another process works on, which will leave its result in the cell's folder.
+
+    Attributes:
+        holder: Who that is, for people.
+    """
+
+    holder: str
+
+
+Outcome = CellResult | Failure | Taken
+"""What an attempt to run a cell comes to."""
 
 
 def _word(key: str, value: Coordinate) -> str:

@@ -18,9 +18,9 @@ from vlprompt.concepts.search import SearchResult
 from vlprompt.core.files import read_jsonl, write_json, write_jsonl, write_text
 from vlprompt.core.options import describe_problems
 from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.config import STRICT, ExperimentConfig, Seeds
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.experiments.folder import read_timings
 from vlprompt.experiments.layout import Layout, tabulate
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Line, Results
@@ -291,7 +291,7 @@ class ConceptExperiment(Experiment):
         """See :meth:`Experiment.write_files`: ``timings.json`` with the seconds of each search, and their means."""
         seconds: dict[str, list[float]] = {}
         for cell in self.cells():
-            for stage, value in read_timings(folder, cell).items():
+            for stage, value in CellFolder.of(folder, cell).timings().items():
                 row = _row_label(cell["method"], cell.get("images"), SECOND if stage == SECOND else None)
                 seconds.setdefault(row, []).append(value)
         if not seconds:

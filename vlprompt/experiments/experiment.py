@@ -48,6 +48,14 @@ class Experiment(ABC):
                 from. The folders of other cells are its neighbours, by their names.
         """
 
+    def cost(self, cell: Cell) -> float:
+        """Return how long a cell takes beside others of this experiment, in any unit; nothing is read for it.
+
+        An engine with a queue packs cells into jobs by it. It is the number of shots unless an experiment knows better.
+        """
+        shots = cell.get("shots")
+        return float(shots) if isinstance(shots, int) and shots > 0 else 1.0
+
     @abstractmethod
     def layout(self) -> Layout:
         """Return how results are laid out."""

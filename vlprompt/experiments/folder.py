@@ -18,23 +18,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import yaml
 
+from vlprompt.core.claims import Claims
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.files import write_json, write_text
 from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
-from vlprompt.experiments.cell import Cell, CellResult, Failure
+from vlprompt.experiments.cell import Cell
+from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.config import ASIDE, ExperimentConfig
 
-__all__ = ["RunFolder", "environment", "read_timings", "yaml_text"]
+__all__ = ["RunFolder", "environment", "yaml_text"]
 
-_CELL = "cell.json"
-_FAILURE = "failure.json"
-_TIMINGS = "timings.json"
 _DONE = "done.json"
+_ALONE = "alone"
+_JOINED = "joined"
+_RESTART = "restart"
 _RECORDED = (
     "torch",
     "torchvision",
@@ -100,44 +101,9 @@ class RunFolder:
         self.path.rename(moved)
         return moved
 
-    def cell(self, cell: Cell) -> Path:
+    def cell(self, cell: Cell) -> CellFolder:
         """Return the folder of a cell."""
-        return self.path / "cells" / cell.name
-
-    def result(self, cell: Cell) -> CellResult | None:
-        """Return what a finished cell left behind, None if it did not finish.
-
-        Raises:
-            CheckpointError: If the file is damaged.
-        """
-        folder = self.cell(cell)
-        if not (folder / _CELL).is_file():
-            return None
-
-        try:
-            record = json.loads((folder / _CELL).read_text(encoding="utf-8"))
-            timings = {}
-
-            if (folder / _TIMINGS).is_file():
-                timings = json.loads((folder / _TIMINGS).read_text(encoding="utf-8"))
-            return CellResult.from_record(record, timings)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder / _CELL} is damaged ({error}). Delete this file to run the cell again."
-            ) from error
-
-    def keep(self, cell: Cell, result: CellResult) -> None:
-        """Write what a finished cell leaves behind; ``cell.json`` comes last and says that it is finished."""
-        folder = self.cell(cell)
-        if result.timings:
-            write_json(folder / _TIMINGS, result.timings)
-        write_json(folder / _CELL, {"coordinates": cell.where, **result.record()})
-        (folder / _FAILURE).unlink(missing_ok=True)
-
-    def keep_failure(self, cell: Cell, failure: Failure) -> None:
-        """Write why a cell did not finish."""
-        record = {"coordinates": cell.where, "message": failure.message, "stack": failure.stack}
-        write_json(self.cell(cell) / _FAILURE, record)
+        return CellFolder.of(self.path, cell)
 
     def difference(self) -> str:
         """Say what differs from the runs beside this one, for a command that expected to continue one of them."""
@@ -162,42 +128,29 @@ class RunFolder:
         return lines or ["nothing that its files tell"]
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Be the only one that writes this run; a killed process lets go of it by itself.
+    def held(self, *, join: bool = False, restart: bool = False) -> Iterator[None]:
+        """Write this run: alone, or beside the others that joined it. A killed process lets go of it by itself.
+
+        Cells have claims of their own (see :class:`vlprompt.experiments.cell_folder.CellFolder`); this one keeps a
+        second command from being started by mistake, and a run from being moved aside while others work on it.
 
         Raises:
-            CheckpointError: If another process is writing it; says which.
+            CheckpointError: If another process has what excludes this one; says which.
         """
-        self.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.parent / f".{self.path.name}.lock")
+        claims = Claims(self.parent / f".{self.path.name}.holders")
+        keys = {_JOINED} if join else {_ALONE, _RESTART} if restart else {_ALONE}
+        against = {_RESTART} if join else {_ALONE, _JOINED, _RESTART} if restart else {_ALONE, _RESTART}
 
-        holder = self.parent / f".{self.path.name}.holder"
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise CheckpointError(f"{self.path} is being written by {_who(holder)}. Wait until it is done, "
-                                  "or name another folder with output=FOLDER.") from None  # fmt: skip
-
-        try:
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": started})
+        claim = claims.take(keys, against)
+        if claim is None:
+            advice = "Wait until it is done, or name another folder with output=FOLDER."
+            if not join and not restart:
+                advice = f"To work on the same run beside it, add --join. {advice}"
+            raise CheckpointError(
+                f"{self.path} is being written by {claims.holder(against) or 'another process'}. {advice}"
+            )
+        with claim:
             yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
-
-
-def read_timings(folder: Path, cell: Cell) -> dict[str, float]:
-    """Return the seconds that a finished cell of a run took, by name; empty if it measured none.
-
-    Args:
-        folder: The run's.
-        cell: One of its cells.
-    """
-    path = folder / "cells" / cell.name / _TIMINGS
-    if not path.is_file():
-        return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def environment() -> dict[str, str]:
@@ -228,14 +181,6 @@ def _environment_record() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _who(holder: Path) -> str:
-    try:
-        record = json.loads(holder.read_text(encoding="utf-8"))
-        return f"process {record['process']} on {record['host']}, since {record['since']}"
-    except (OSError, ValueError, KeyError):  # it has just started, or just stopped
-        return "another process"
 
 
 def _without_devices(content: Any) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,13 @@ from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.files import write_json, write_text
 from vlprompt.core.processes import fix_products, meet, process_state
 from vlprompt.experiments.cell import Cell, CellResult, Failure
-from vlprompt.experiments.executors import Executor, create_executor
+from vlprompt.experiments.executors import compute_cell, create_executor
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.folder import RunFolder, environment, yaml_text
+from vlprompt.experiments.jobs import queued_on
 from vlprompt.experiments.report import RunRecord, write_report
 from vlprompt.experiments.results import Results
+from vlprompt.experiments.schedule import Progress, Schedule
 from vlprompt.experiments.tables import Table, write_tables
 from vlprompt.training.callbacks import Callback
 from vlprompt.training.trackers import check_trackers, missing_trackers
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["RunOutcome", "describe_plan", "run_experiment", "what_is_missing"]
 
 log = logging.getLogger("vlprompt.run")
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ def run_experiment(
     on: str = "serial",
     restart: bool = False,
     resume: bool = False,
+    join: bool = False,
+    attach: bool = False,
     command: str = "",
     progress: Progress | None = None,
     callbacks: Sequence[Callback] = (),
@@ -90,17 +90,20 @@ def run_experiment(
 
     Args:
         experiment: What to run.
-        on: The executor: ``"serial"`` or ``"processes:N"``.
+        on: The executor: ``"serial"``, ``"processes:N"``, ``"ray"`` or ``"slurm"``, with its options.
         restart: Move an earlier run of the same configuration and data aside, and begin anew.
         resume: Fail if there is nothing to continue.
+        join: Work beside other commands that write the same run, here or on other machines.
+        attach: Wait for jobs that an earlier command left in a queue, and write what they come to; ``on`` is not used.
         command: Shown in the report: what repeats the run.
         progress: Called with (name of the run, cells done, cells).
-        callbacks: Take part in every training (see :class:`Callback`). With ``processes:N`` each process has copies of
+        callbacks: Take part in every training (see :class:`Callback`). In other processes there are copies of
             them; only :meth:`Callback.on_cell` is called on those that were passed.
 
     Raises:
         ConfigError: If a tracker isn't installed.
-        CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
+        CheckpointError: If another process is writing this run, ``resume`` finds nothing, which says what differs, or
+            ``attach`` finds no jobs.
         VLPromptError: If no cell finished, for one reason.
     """
     check_trackers(experiment.config.tracking.trackers)
@@ -112,9 +115,9 @@ def run_experiment(
     if not state.is_main_process:
         return _follow(experiment, folder, cells)
 
-    if restart and resume:
-        raise VLPromptError("restart begins anew and resume continues: give one of them.")
-    with folder.held():
+    if restart and (resume or join or attach):
+        raise VLPromptError("restart begins anew; resume, join and attach continue: give one of them.")
+    with folder.held(join=join, restart=restart):
         if resume and not folder.exists:
             raise CheckpointError(
                 f"there is nothing to continue for this configuration: {folder.difference()}"
@@ -126,13 +129,13 @@ def run_experiment(
             return _finished(experiment, folder, cells)
 
         # Built before the folder, so that a mistake in ``on`` leaves no empty run behind.
-        with create_executor(on, experiment) as executor:
+        with create_executor(queued_on(folder.path) if attach else on, experiment, attach) as executor:
             folder.start()
             finished = _finished_cells(folder, cells)
             if finished:
                 log.info("%s: %d of %d cells are finished already", folder.path, len(finished), len(cells))
             meet()
-            failures = _execute(executor, folder, cells, finished, progress, callbacks)
+            failures = Schedule(executor, folder, cells, finished, progress, callbacks).run()
         return _conclude(experiment, folder, cells, finished, failures, command)
 
 
@@ -143,7 +146,7 @@ def describe_plan(experiment: Experiment) -> str:
     lines = [f"{folder.path}: {len(cells)} cells"]
 
     for cell in cells:
-        finished = " (finished)" if folder.result(cell) is not None else ""
+        finished = " (finished)" if folder.cell(cell).result() is not None else ""
         needs = f"  needs {', '.join(cell.needs)}" if cell.needs else ""
         lines.append(f"  {cell.name}{finished}{needs}")
 
@@ -173,63 +176,6 @@ def _plan(experiment: Experiment) -> list[Cell]:
             )
 
     return cells
-
-
-def _execute(
-    executor: Executor,
-    folder: RunFolder,
-    cells: Sequence[Cell],
-    finished: dict[Cell, CellResult],
-    progress: Progress | None,
-    callbacks: Sequence[Callback],
-) -> dict[Cell, Failure]:
-    """Run what is not finished, each cell behind those it needs; results are written as they come."""
-    waiting = [cell for cell in cells if cell not in finished]
-    done = {cell.name for cell in finished}
-    failures: dict[Cell, Failure] = {}
-    running: dict[Future[CellResult | Failure], Cell] = {}
-
-    if progress is not None:
-        progress(folder.parent.name, len(finished), len(cells))
-
-    while waiting or running:
-        _drop_hopeless(waiting, failures, folder)
-        ready = [cell for cell in waiting if set(cell.needs) <= done]
-        for cell in ready[: executor.slots - len(running)]:
-            waiting.remove(cell)
-            log.info("%s (%d of %d)", cell.name, len(done) + len(failures) + len(running) + 1, len(cells))
-            running[executor.submit(cell, folder.cell(cell))] = cell
-
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            cell = running.pop(future)
-            answer = future.result()
-            if isinstance(answer, Failure):
-                failures[cell] = answer
-                folder.keep_failure(cell, answer)
-                log.error("%s failed: %s", cell.name, answer.message)
-            else:
-                finished[cell] = answer
-                done.add(cell.name)
-                folder.keep(cell, answer)
-                for callback in callbacks:
-                    callback.on_cell(cell.where, answer.numbers())
-
-            if progress is not None:
-                progress(folder.parent.name, len(finished) + len(failures), len(cells))
-
-    return failures
-
-
-def _drop_hopeless(waiting: list[Cell], failures: dict[Cell, Failure], folder: RunFolder) -> None:
-    """Fail the cells that need one that failed, and those that need them in turn."""
-    failed = {cell.name for cell in failures}
-    for cell in list(waiting):
-        lost = [name for name in cell.needs if name in failed]
-        if lost:
-            waiting.remove(cell)
-            failures[cell] = Failure(f"it needs {lost[0]}, which did not finish", mistake=True)
-            folder.keep_failure(cell, failures[cell])
-            failed.add(cell.name)
 
 
 def _conclude(
@@ -304,14 +250,13 @@ def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) ->
     failures: dict[Cell, Failure] = {}
 
     if not folder.finished:
-        with create_executor("serial", experiment) as executor:
-            for cell in cells:
-                if cell not in finished:
-                    answer = executor.submit(cell, folder.cell(cell)).result()
-                    if isinstance(answer, Failure):
-                        failures[cell] = answer
-                    else:
-                        finished[cell] = answer
+        for cell in cells:
+            if cell not in finished:
+                answer = compute_cell(experiment, folder.cell(cell))
+                if isinstance(answer, Failure):
+                    failures[cell] = answer
+                else:
+                    finished[cell] = answer
 
     results = Results.of(finished)
     return RunOutcome(folder.path, {}, experiment.layout().headline, results, failures=_sentences(failures))
@@ -319,7 +264,7 @@ def _follow(experiment: Experiment, folder: RunFolder, cells: Sequence[Cell]) ->
 
 def _finished_cells(folder: RunFolder, cells: Sequence[Cell]) -> dict[Cell, CellResult]:
     """Return the results of the cells that an earlier command finished."""
-    results = {cell: folder.result(cell) for cell in cells}
+    results = {cell: folder.cell(cell).result() for cell in cells}
     return {cell: result for cell, result in results.items() if result is not None}
 
 

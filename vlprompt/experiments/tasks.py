@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.experiments.config import compose, config_path, list_configs
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.experiments.runner import Progress, RunOutcome, run_experiment
+from vlprompt.experiments.runner import RunOutcome, run_experiment
+from vlprompt.experiments.schedule import Progress
 from vlprompt.training.callbacks import Callback
 
 __all__ = ["Build", "describe_tasks", "list_tasks", "read_experiment", "run"]
@@ -54,6 +55,8 @@ def run(
     restart: bool = False,
     resume: bool = False,
     *,
+    join: bool = False,
+    attach: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunOutcome:
@@ -64,17 +67,20 @@ def run(
     Args:
         cfg: A path, or the name of a shipped file, for example ``"coop_tiny.yaml"``.
         overrides: ``dotted.key=value`` strings, for example ``"train.lr=0.01"``.
-        on: Where cells run: ``"serial"`` or ``"processes:N"``.
+        on: Where cells run: ``"serial"``, ``"processes:N"``, ``"ray"`` or ``"slurm"``, with their options.
         restart: Move an earlier run of the same configuration and data aside, and begin anew.
         resume: Fail if there is nothing to continue.
+        join: Work beside other commands that write the same run, here or on other machines.
+        attach: Wait for jobs that an earlier command left in a queue, and write what they come to; ``on`` is not used.
         progress: Called with (name of the run, cells done, cells).
-        callbacks: Take part in every training (see :class:`vlprompt.training.callbacks.Callback`). With ``processes:N``
-            each process has copies of them; only ``on_cell`` is called on those that were passed.
+        callbacks: Take part in every training (see :class:`vlprompt.training.callbacks.Callback`). In other
+            processes there are copies of them; only ``on_cell`` is called on those that were passed.
 
     Raises:
         ConfigError: With every mistake in the configuration at once, or if a tracker isn't installed.
         UnknownNameError: If there is no such file or executor.
-        CheckpointError: If another process is writing this run, or ``resume`` finds nothing; says what differs.
+        CheckpointError: If another process is writing this run, ``resume`` finds nothing, which says what differs, or
+            ``attach`` finds no jobs.
         VLPromptError: If no cell finished, for one reason.
     """
     experiment = read_experiment(cfg, overrides)
@@ -83,6 +89,8 @@ def run(
         on=on,
         restart=restart,
         resume=resume,
+        join=join,
+        attach=attach,
         command=_command(cfg, overrides),
         progress=progress,
         callbacks=callbacks,

@@ -12,46 +12,43 @@ import re
 import threading
 import time
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from loky import ProcessPoolExecutor
 
 from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.processes import divide_threads, set_threads
-from vlprompt.experiments.cell import Cell, CellResult, Failure
-from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell, whole_number
+from vlprompt.experiments.cell import Failure, Outcome
+from vlprompt.experiments.cell_folder import CellFolder
+from vlprompt.experiments.executors import EXECUTORS, Executor, PortableExperiment, whole_number
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.training.callbacks import Callback
 
 __all__ = ["ProcessesExecutor"]
 
 _WATCH_SECONDS = 0.5
-_experiments: dict[str, Experiment] = {}  # of a worker: built once, for all its cells
 
 
 @EXECUTORS.register("processes", summary="processes:N: N cells at the same time on this machine")
 class ProcessesExecutor(Executor):
     """Runs N cells at the same time; each has its share of the machine's threads."""
 
-    def __init__(self, experiment: Experiment, argument: str = "") -> None:
-        super().__init__(experiment, argument)
+    def __init__(self, experiment: Experiment, argument: str = "", attach: bool = False) -> None:
+        super().__init__(experiment, argument, attach)
         self.slots = whole_number(argument, "processes")
         self._free: list[ProcessPoolExecutor | None] = [None] * self.slots
         self._busy: list[ProcessPoolExecutor] = []
 
-    def submit(self, cell: Cell, folder: Path) -> Future[CellResult | Failure]:
+    def submit(self, place: CellFolder) -> Future[Outcome]:
         """See :meth:`Executor.submit`."""
         pool = self._free.pop() or self._start()
         self._busy.append(pool)
 
-        experiment = self.experiment
-        answer = pool.submit(_work, type(experiment), experiment.config, experiment.callbacks, cell, folder)
-        future: Future[CellResult | Failure] = Future()
+        answer = pool.submit(PortableExperiment.of(self.experiment).run, place)
+        future: Future[Outcome] = Future()
         answer.add_done_callback(lambda done: self._finish(pool, done, future))
         return future
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """See :meth:`Executor.close`."""
         for pool in [*self._busy, *self._free]:
             if pool is not None:
@@ -65,7 +62,7 @@ class ProcessesExecutor(Executor):
             max_workers=1, env=environment, initializer=_prepare, initargs=(os.getpid(), threads, level)
         )
 
-    def _finish(self, pool: ProcessPoolExecutor, done: Any, future: Future[CellResult | Failure]) -> None:
+    def _finish(self, pool: ProcessPoolExecutor, done: Any, future: Future[Outcome]) -> None:
         """Hand an answer on, and free the slot; a pool whose worker died is replaced by the next cell's."""
         self._busy.remove(pool)
         error = done.exception()
@@ -91,15 +88,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_WATCH_SECONDS)
     os._exit(1)
-
-
-def _work(
-    kind: type[Experiment], config: Any, callbacks: tuple[Callback, ...], cell: Cell, folder: Path
-) -> CellResult | Failure:
-    key = f"{kind.__module__}.{kind.__qualname__} {config.model_dump_json()}"
-    if key not in _experiments:
-        _experiments.clear()
-        _experiments[key] = kind(config)
-        _experiments[key].callbacks = callbacks
-    answer = run_cell(_experiments[key], cell, folder)
-    return answer.without_error() if isinstance(answer, Failure) else answer

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from pathlib import Path
 
 from vlprompt.core.errors import VLPromptError
-from vlprompt.experiments.cell import Cell, CellResult, Failure
+from vlprompt.experiments.cell import Outcome
+from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell
 from vlprompt.experiments.experiment import Experiment
 
@@ -17,13 +17,13 @@ __all__ = ["SerialExecutor"]
 class SerialExecutor(Executor):
     """Runs a cell while it is submitted."""
 
-    def __init__(self, experiment: Experiment, argument: str = "") -> None:
+    def __init__(self, experiment: Experiment, argument: str = "", attach: bool = False) -> None:
         if argument:
             raise VLPromptError(f"--on serial takes no number; got {argument!r}.")
-        super().__init__(experiment)
+        super().__init__(experiment, argument, attach)
 
-    def submit(self, cell: Cell, folder: Path) -> Future[CellResult | Failure]:
+    def submit(self, place: CellFolder) -> Future[Outcome]:
         """See :meth:`Executor.submit`."""
-        future: Future[CellResult | Failure] = Future()
-        future.set_result(run_cell(self.experiment, cell, folder))
+        future: Future[Outcome] = Future()
+        future.set_result(run_cell(self.experiment, place))
         return future
