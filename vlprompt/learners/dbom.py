@@ -13,7 +13,7 @@ Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,17 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import slot
-from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
+from vlprompt.backbones.shallow import embed_with_statistics
 from vlprompt.core.errors import CheckpointError, ConfigError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.core.trainable import misfits
 from vlprompt.data.compositions import CompositionDataset
-from vlprompt.data.forensics import FORENSICS
-from vlprompt.data.forensics import statistics_width as forensic_width
 from vlprompt.data.transforms import Preprocess
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
+from vlprompt.learners._evidence import Background, evidence_read, most_suspicious, paired_cosines
 from vlprompt.learners._repository import Bank, Lookup, decomposition, diversity, separation, start_at_zero
 from vlprompt.learners._scanning import (
     ImageScanner,
@@ -84,6 +83,8 @@ class DBOM(Learner, ImageScanner):
             mixes them; of an image with several views the most suspicious one (learned as multiple instances are: an
             image is clean if all of its views are). ``"embedding"``: the image embedding (the paper's, as far as is
             known: then f_t = f + D_t(f, p_t)).
+        background: With native evidence, clean images of other kinds (:mod:`vlprompt.data.backgrounds`) that the
+            trigger's side also learns from, each also with two triggers; a fifth is kept for the threshold.
         object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
             taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
@@ -135,6 +136,7 @@ class DBOM(Learner, ImageScanner):
         *,
         triggers: Sequence[str] = DEFAULT_TRIGGERS,
         evidence: Literal["shallow", "native", "embedding"] = "shallow",
+        background: Annotated[int, Field(ge=0)] = 200,
         object_reads: Literal["both", "embedding"] = "both",
         repository: Literal["split", "joint", "none"] = "split",
         prompts: Annotated[int | None, Field(ge=1)] = None,
@@ -157,6 +159,7 @@ class DBOM(Learner, ImageScanner):
         if len(self.triggers) < 2 or len(set(self.triggers)) < len(self.triggers):
             raise ConfigError([f"triggers: needs clean and others, each once, got {list(triggers)}."], "dbom")
         self.evidence = evidence
+        self.background = background if evidence == "native" else 0
         self.object_reads = object_reads
         self.repository = repository
         self.prefix = prefix
@@ -177,6 +180,7 @@ class DBOM(Learner, ImageScanner):
         self.register_buffer("evidence_mean", torch.zeros(width))
         self.register_buffer("evidence_spread", torch.ones(width))
         self.register_buffer("native", torch.zeros(1))
+        self._background: Background | None = None
 
     def _build_text(self, start: Tensor) -> None:
         """Make the learned prefixes and trigger words, and lay out the sentences.
@@ -208,9 +212,7 @@ class DBOM(Learner, ImageScanner):
     def _build_image(self, prompts: int | None, length: int, top: int, hidden: int, dropout: float) -> None:
         """Make the repository, the decomposition and the fusion; arguments as of the class."""
         d = self.backbone.dim
-        widths = {"shallow": statistics_width, "native": lambda _: forensic_width(), "embedding": lambda _: d}
-        self.evidence_width = widths[self.evidence](self.backbone)
-        self.reads = {"shallow": READS, "native": FORENSICS, "embedding": ""}[self.evidence]
+        self.evidence_width, self.reads = evidence_read(self.backbone, self.evidence)
         e = self.evidence_width
         shape = {"length": length, "top": top, "seed": self.seed}
         if self.repository == "split":
@@ -287,10 +289,7 @@ class DBOM(Learner, ImageScanner):
         text_c, text_t, text_o = self._weights().split((counts[0] * counts[1], *counts))
 
         f = F.normalize(embeddings[:, :d], dim=-1)
-        if self.evidence == "native":
-            e = self._most_suspicious(f, embeddings[:, d:], text_t)
-        else:
-            e = self._standardised(embeddings[:, d:] if self.evidence == "shallow" else f)
+        e = self._evidence_of(f, embeddings, text_t)
         lookup, f_t, s_t = self._trigger_side(f, e, text_t)
 
         # The object's side. It is shown what it must see through, without a gradient, so that it teaches the
@@ -311,6 +310,17 @@ class DBOM(Learner, ImageScanner):
             result["object"] = tau * f_o @ text_o.T
         return result
 
+    def _evidence_of(self, f: Tensor, rows: Tensor, text_t: Tensor) -> Tensor:
+        """Return the (B, E) standardised evidence in rows of :meth:`embed_images`."""
+        if self.evidence == "native":
+            views = rows[:, self.backbone.dim :].unflatten(1, (-1, 1 + self.evidence_width))
+
+            def logits(image: Tensor, e: Tensor) -> Tensor:
+                return self._trigger_side(f[image], e, text_t)[2]
+
+            return most_suspicious(self._standardised(views[..., 1:]), views[..., 0] > 0, logits)
+        return self._standardised(rows[:, self.backbone.dim :] if self.evidence == "shallow" else f)
+
     def _standardised(self, raw: Tensor) -> Tensor:
         e = (raw - self.evidence_mean) / self.evidence_spread
         # Pixels of foreign images may lie far from all that was trained on.
@@ -322,27 +332,6 @@ class DBOM(Learner, ImageScanner):
         f_t = self.trigger_part(torch.cat([e, *lookup.trigger], dim=1))
         f_t = F.normalize(f + f_t if self.evidence == "embedding" else f_t, dim=-1)
         return lookup, f_t, self.backbone.logit_scale * f_t @ text_t.T
-
-    def _most_suspicious(self, f: Tensor, views: Tensor, text_t: Tensor) -> Tensor:
-        """Return the (B, E) standardised evidence of the view of each image that is least clean.
-
-        Args:
-            f: (B, d), unit-length image features.
-            views: (B, V (1 + E)): for every view 1 if there is one, then its statistics.
-            text_t: (T, d) features of triggers.
-        """
-        views = views.unflatten(1, (-1, 1 + self.evidence_width))
-        e = self._standardised(views[..., 1:])
-        count = views.shape[1]
-        present = views[..., 0] > 0
-        if count == 1 or not bool(present[:, 1:].any()):
-            return e[:, 0]
-
-        with torch.no_grad():
-            suspicion = torch.full(present.shape, -1.0, device=e.device)
-            _, _, s_t = self._trigger_side(f[:, None].expand(-1, count, -1)[present], e[present], text_t)
-            suspicion[present] = 1 - s_t.float().softmax(-1)[:, 0]
-        return e[torch.arange(len(e), device=e.device), suspicion.argmax(1)]
 
     def _look_up(self, f: Tensor, e: Tensor) -> Lookup:
         """Look prompts up in the repository.
@@ -378,14 +367,10 @@ class DBOM(Learner, ImageScanner):
         for rows in torch.arange(len(f_t)).split(step):
             context = self.context + self.shift(condition[rows])[:, None]
             words = torch.cat([context, self.trigger_words.expand(len(rows), -1, -1)], dim=1)
-            trigger_logits.append(self._logits_of(self.trigger_layout, words, f_t[rows]))
-            object_logits.append(self._logits_of(self.object_layout, words, f_o[rows]))
-        return torch.cat(trigger_logits), torch.cat(object_logits)
-
-    def _logits_of(self, layout: Any, words: Tensor, features: Tensor) -> Tensor:
-        """Return (B, K) tau times cosine of (B, d) features with K sentences whose words differ by image."""
-        texts = F.normalize(self.backbone.text.encode(layout, words), dim=-1)
-        return self.backbone.logit_scale * (texts @ features[..., None])[..., 0]
+            trigger_logits.append(paired_cosines(self.backbone.text, self.trigger_layout, words, f_t[rows]))
+            object_logits.append(paired_cosines(self.backbone.text, self.object_layout, words, f_o[rows]))
+        tau = self.backbone.logit_scale
+        return tau * torch.cat(trigger_logits), tau * torch.cat(object_logits)
 
     def composition_scores(self, embeddings: Tensor) -> Tensor:
         """Return (B, T, C) mixed scores; their softmax over all compositions is the posterior."""
@@ -413,10 +398,22 @@ class DBOM(Learner, ImageScanner):
             "object": F.cross_entropy(parts["object"], label),
             **{name: parts[name] for name in ("separation", "pull") if name in parts},
         }
+        if self._background is not None:
+            losses["background"] = self._background_loss(len(embeddings) // 4 + 1)
         banks = [module for module in self.children() if isinstance(module, Bank)]
         if banks:
             losses["diversity"] = torch.stack([diversity(bank.means) for bank in banks]).sum()
         return {name: self.weights.get(name, 1.0) * value for name, value in losses.items()}
+
+    def _background_loss(self, count: int) -> Tensor:
+        """Return the cross entropy of the trigger's side on some of the background that is learned from."""
+        assert self._background is not None
+        rows, triggers = (part.to(self.backbone.device) for part in self._background.sample(count))
+        f = F.normalize(rows[:, : self.backbone.dim], dim=-1)
+        first = len(self.triggers) * len(self.classnames)
+        text_t = self._weights()[first : first + len(self.triggers)]
+        _, _, s_t = self._trigger_side(f, self._evidence_of(f, rows, text_t), text_t)
+        return F.cross_entropy(s_t, triggers)
 
     @torch.no_grad()
     def judge(self, rows: Tensor) -> Verdicts:
@@ -463,7 +460,9 @@ class DBOM(Learner, ImageScanner):
         for source in sources:
             source.learner.seen.zero_()
 
-        for source, shown_data in zip(sources, data, strict=True):  # one of several tasks appears several times
+        for source, shown_data in zip(
+            sources, data, strict=True
+        ):  # one of several tasks appears several times
             shown = seen_compositions(shown_data).to(source.learner.seen)
             source.learner.seen[:, source.positions] |= shown
 
@@ -473,6 +472,9 @@ class DBOM(Learner, ImageScanner):
             if self.evidence == "native":
                 views = rows.unflatten(1, (-1, 1 + self.evidence_width)).flatten(0, 1)
                 rows = views[views[:, 0] > 0, 1:]
+            if self.background:
+                seed = int(data[0].info["compositions_seed"])
+                self._background = Background.of(self, self.background, seed)
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
 
@@ -496,9 +498,7 @@ class DBOM(Learner, ImageScanner):
             seen = seen_compositions(composed_data(data, self.triggers, self.method))
             embeddings = source.validation_data()[0]
             targets = {name: torch.tensor(values) for name, values in data.targets.items()}
-            batches = [
-                source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(_ROWS)
-            ]
+            batches = [source.learner.parts(r.to(self.backbone.device)) for r in embeddings.split(_ROWS)]
             logits = {}
             for name in ("composition", "trigger", "object"):
                 logits[name] = torch.cat([parts[name].float().cpu() for parts in batches])
@@ -510,6 +510,9 @@ class DBOM(Learner, ImageScanner):
 
         a, b, score = best_mixing(tasks)
         threshold = threshold_at(torch.cat(clean), self.false_alarms)
+        if self._background is not None:  # what is clean of another kind must not be suspected more often
+            of_others = threshold_at(self.judge(self._background.clean).score, self.false_alarms)
+            threshold = max(threshold, min(of_others, 1.0))
         self.calibration.copy_(torch.tensor([a, b, threshold]))
         return {"trigger_weight": a, "object_weight": b, "harmonic_mean": score, "threshold": threshold}
 
