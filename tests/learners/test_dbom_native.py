@@ -15,8 +15,10 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data import load_dataset
+from vlprompt.data.backgrounds import background_images
 from vlprompt.data.forensics import VIEWS, examined, statistics_width
 from vlprompt.learners import create_learner
+from vlprompt.learners._evidence import Background
 from vlprompt.learners.dbom import DBOM
 from vlprompt.metrics.backdoor import verdict_metrics
 
@@ -120,3 +122,49 @@ def test_it_finds_triggers_of_a_few_pixels_that_enlarging_hides(tmp_path: Path) 
     assert learner.native_size is None
     assert figures["native"]["auroc"] > 0.85
     assert figures["native"]["auroc"] > figures["shallow"]["auroc"] + 0.05
+
+
+def test_backgrounds_are_the_same_clean_images_of_many_sizes() -> None:
+    images = background_images(30)
+    again = background_images(12)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(images, again, strict=False))
+    sides = [max(image.size) for image in images]
+    assert min(sides) < 40
+    assert max(sides) > 250
+    assert {image.mode for image in images} == {"RGB"}
+
+
+def test_a_background_comes_clean_and_with_triggers_and_keeps_some_from_learning(backbone: Backbone) -> None:
+    learner = build(backbone)
+    background = Background.of(learner, 10, 1)
+    assert background.triggers.tolist()[::3] == [0] * 10
+    assert sorted(background.triggers.tolist()) == [0] * 10 + [1] * 10 + [2] * 10
+    expected = learner.embed_images(torch.stack([learner.preprocess(i) for i in background_images(10)]))
+    assert torch.equal(background.rows[::3], expected)
+
+    assert background.kept == 6
+    assert torch.equal(background.clean, expected[:2])
+    torch.manual_seed(0)
+    rows, triggers = background.sample(200)
+    learned = {row.numpy().tobytes() for row in background.rows[6:]}
+    assert {row.numpy().tobytes() for row in rows} == learned
+    assert (triggers == 0).float().mean() == pytest.approx(1 / 3, abs=0.12)
+
+
+def test_the_threshold_also_lets_few_of_the_background_be_suspected() -> None:
+    backbone = vlprompt.create_backbone("tiny")
+    options = {"triggers": ["clean", "badnets", "sig"], "unseen": 0.0}
+    train = load_dataset("triggered:digits", "train", **options).subset(range(24))
+    val = load_dataset("triggered:digits", "val", **options).subset(range(24))
+    learner = create_learner(
+        "dbom", backbone, train.classnames, triggers=options["triggers"], evidence="native", background=40
+    )
+    assert isinstance(learner, DBOM)
+    vlprompt.fit(learner, train, val, epochs=2, batch_size=24, optimizer="adamw", lr=3e-3)
+
+    assert learner._background is not None
+    clean = torch.tensor(val.trigger_labels) == 0
+    embedded = learner.embed_images(torch.stack([learner.preprocess(val[i][0]) for i in range(len(val))]))
+    for rows in (learner._background.clean, embedded[clean]):
+        reached = learner.judge(rows).score >= learner.threshold
+        assert float(reached.float().mean()) <= 0.05

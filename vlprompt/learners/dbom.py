@@ -84,7 +84,8 @@ class DBOM(Learner, ImageScanner):
             image is clean if all of its views are). ``"embedding"``: the image embedding (the paper's, as far as is
             known: then f_t = f + D_t(f, p_t)).
         background: With native evidence, clean images of other kinds (:mod:`vlprompt.data.backgrounds`) that the
-            trigger's side also learns from, each also with two triggers; a fifth is kept for the threshold.
+            trigger's side also learns from, each also with two triggers; a fifth is kept for the threshold. 0: none.
+        background_weight: Of the cross entropy on them.
         object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
             taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
@@ -137,6 +138,7 @@ class DBOM(Learner, ImageScanner):
         triggers: Sequence[str] = DEFAULT_TRIGGERS,
         evidence: Literal["shallow", "native", "embedding"] = "shallow",
         background: Annotated[int, Field(ge=0)] = 200,
+        background_weight: Annotated[float, Field(ge=0)] = 0.25,
         object_reads: Literal["both", "embedding"] = "both",
         repository: Literal["split", "joint", "none"] = "split",
         prompts: Annotated[int | None, Field(ge=1)] = None,
@@ -168,6 +170,7 @@ class DBOM(Learner, ImageScanner):
         self.weights = {
             "trigger": primitive_weight, "object": primitive_weight, "separation": separation_weight,
             "diversity": diversity_weight, "pull": pull_weight,
+            "background": background_weight,
         }  # fmt: skip
         self._build_text(initial_context(backbone.text, context_length, init, seed))
         self._build_image(prompts, prompt_length, top, hidden, dropout)
@@ -410,8 +413,7 @@ class DBOM(Learner, ImageScanner):
         assert self._background is not None
         rows, triggers = (part.to(self.backbone.device) for part in self._background.sample(count))
         f = F.normalize(rows[:, : self.backbone.dim], dim=-1)
-        first = len(self.triggers) * len(self.classnames)
-        text_t = self._weights()[first : first + len(self.triggers)]
+        text_t = self._weights()[len(self.triggers) * len(self.classnames) :][: len(self.triggers)]
         _, _, s_t = self._trigger_side(f, self._evidence_of(f, rows, text_t), text_t)
         return F.cross_entropy(s_t, triggers)
 
