@@ -114,6 +114,7 @@ def start_at_zero(layer: Any) -> None:
 
 
 def decomposition(inputs: int, hidden: int, width: int, dropout: float) -> nn.Sequential:
+    """Return a network of one hidden layer that takes one side, trigger or object, out of what it is given."""
     return nn.Sequential(
         nn.Linear(inputs, hidden),
         nn.LayerNorm(hidden),
