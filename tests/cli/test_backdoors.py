@@ -86,3 +86,19 @@ def test_scan_explains_mistakes(command: Command, images: Path, run_folder: Path
         answer = command("scan", *words)
         assert answer.status == 2, words
         assert message in answer.err, answer.err
+
+
+def test_poison_leaves_images_at_their_own_size_if_asked_to(command: Command) -> None:
+    for class_name, size in (("a", (40, 30)), ("b", (21, 50))):
+        folder = Path("signs", class_name)
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", size, (30 * number, 60, 90)).save(folder / f"{number}.png")
+
+    answer = command("poison", "--data", "folder:signs", "--size", "own", "--rate", 0.5, "--output", "copy")
+    assert answer.status == 0, answer.err
+    sizes = {Image.open(path).size for path in Path("copy").rglob("*.png")}
+    assert sizes == {(40, 30), (21, 50)}
+    wrong = command("poison", "--data", "folder:signs", "--size", "large", "--output", "other")
+    assert wrong.status == 2
+    assert "size" in wrong.err

@@ -38,6 +38,16 @@ def command(
         float | None,
         typer.Option(help="Score in [0, 1] from which an image is suspected.  [default: the scanner's]"),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CLEAN",
+            help="Folder of clean images like those to scan: they set the threshold, with a promised rate.",
+        ),
+    ] = None,
+    false_alarms: Annotated[
+        float, typer.Option(help="Share of further clean images that --calibrate may let be suspected.")
+    ] = 0.05,
     backbone: BackboneChanges = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     workers: WorkersOption = "auto",
@@ -60,6 +70,7 @@ def command(
     from vlprompt.learners._scanning import ImageScanner
     from vlprompt.saved.prompts import load
     from vlprompt.security.folder import scan_folder
+    from vlprompt.security.scan import calibrated
 
     learner: Learner = load(prompt, backbone_changes(backbone))
     if not isinstance(learner, ImageScanner):
@@ -71,6 +82,17 @@ def command(
         assert isinstance(learner, ImageScanner)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
 
+    if calibrate is not None and threshold is not None:
+        raise DataError(
+            "--threshold and --calibrate both say from which score an image is suspected: give one."
+        )
+    calibration = None
+    if calibrate is not None:
+        calibration = calibrated(
+            calibrate, learner, false_alarms, batch_size=batch_size, workers=parse_workers(workers)
+        )
+        print(f"{calibrate}: {calibration}")
+
     target = output or Path("scans") / (folder.resolve().name or "folder")
     with on_interrupt("With --resume the same command continues."), count_progress() as progress:
         outcome = scan_folder(
@@ -78,6 +100,7 @@ def command(
             learner,
             target,
             threshold=threshold,
+            calibration=calibration,
             resume=resume,
             batch_size=batch_size,
             workers=parse_workers(workers),

@@ -26,6 +26,8 @@ from vlprompt.data.triggers import (
     TRIGGERS,
     Trigger,
     create_trigger,
+    size_label,
+    size_of,
 )
 from vlprompt.data.triggers.base import native
 
@@ -121,18 +123,18 @@ class CompositionSource:
 
 @dataclass(frozen=True)
 class CompositionReader(Reader):
-    """Reads images at the native size, with their triggers.
+    """Reads images at the native size or their own, with their triggers.
 
     Attributes:
         base: Reads the images themselves.
         triggers: Registry names; the first is clean.
-        size: Native size in pixels.
+        size: Native size in pixels; None for every image's own.
         seed: Of the triggers.
     """
 
     base: Reader
     triggers: tuple[str, ...]
-    size: int = NATIVE_SIZE
+    size: int | None = NATIVE_SIZE
     seed: int = 1
 
     @cached_property
@@ -150,8 +152,7 @@ class CompositionReader(Reader):
 
     def key(self, source: CompositionSource) -> str:
         """Return a string that changes when the pixels do."""
-        name = self.triggers[source.trigger]
-        return f"{self.base.key(source.base)}|{name}/{self.size}px/{self.seed}"
+        return f"{self.base.key(source.base)}|{self._tampering(source)}"
 
     def check(self, source: CompositionSource) -> str:
         """Return why the image can't be decoded, empty if it can."""
@@ -159,8 +160,11 @@ class CompositionReader(Reader):
 
     def stamp(self, source: CompositionSource) -> str:
         """See :meth:`Reader.stamp`."""
-        name = self.triggers[source.trigger]
-        return f"{self.base.stamp(source.base)}|{name}/{self.size}px/{self.seed}"
+        return f"{self.base.stamp(source.base)}|{self._tampering(source)}"
+
+    def _tampering(self, source: CompositionSource) -> str:
+        side = "own size" if self.size is None else f"{self.size}px"
+        return f"{self.triggers[source.trigger]}/{side}/{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,9 @@ class CompositionDataset(ImageDataset):
     compositions: CompositionSplit | None = field(default=None, repr=False)
 
     @property
-    def native_size(self) -> int:
-        """Pixels a side that every image has."""
-        return int(self.info["native_size"])
+    def native_size(self) -> int | None:
+        """Pixels a side that every image has; None if images keep their own size."""
+        return size_of(self.info["native_size"])
 
     @property
     def trigger_labels(self) -> list[int]:
@@ -204,7 +208,7 @@ def composition_dataset(
     base: ImageDataset,
     triggers: Sequence[str] = DEFAULT_TRIGGERS,
     *,
-    size: int = NATIVE_SIZE,
+    size: int | None = NATIVE_SIZE,
     seed: int = 1,
     unseen: float = 0.3,
     copies: int = 1,
@@ -216,7 +220,7 @@ def composition_dataset(
     Args:
         base: The images; its split says which compositions may occur.
         triggers: Names; the first must be ``"clean"``.
-        size: Native size in pixels.
+        size: Native size in pixels; None to put triggers in at every image's own size.
         seed: Of the triggers, of the cut into seen and unseen compositions, and of which image gets which trigger.
         unseen: See :func:`split_compositions`.
         copies: Triggered images per image; at most as many as the object has triggers.
@@ -239,7 +243,7 @@ def composition_dataset(
         info={
             **base.info,
             "triggers": list(names),
-            "native_size": size,
+            "native_size": size_label(size),
             "compositions_seed": seed,
             "unseen": unseen,
         },

@@ -6,13 +6,16 @@ separation and a diversity loss. Neither has public code; forms and defaults her
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.core.seeding import torch_rng
 
-__all__ = ["Bank", "diversity", "separation"]
+__all__ = ["Bank", "Lookup", "decomposition", "diversity", "separation", "start_at_zero"]
 
 
 class Bank(nn.Module):
@@ -87,3 +90,35 @@ def diversity(bank: Tensor) -> Tensor:
     unit = F.normalize(bank, dim=-1)
     cosines = (unit @ unit.T).square()
     return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a batch took from the repository.
+
+    Attributes:
+        trigger: The (B, d) prompt of the trigger's side, as a list of one; empty without a repository.
+        object: The (B, d) prompt of the object's side, likewise.
+        losses: By name.
+    """
+
+    trigger: list[Tensor] = field(default_factory=list)
+    object: list[Tensor] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def start_at_zero(layer: Any) -> None:
+    """Let a linear layer add nothing at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def decomposition(inputs: int, hidden: int, width: int, dropout: float) -> nn.Sequential:
+    """Return a network of one hidden layer that takes one side, trigger or object, out of what it is given."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.LayerNorm(hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, width),
+    )

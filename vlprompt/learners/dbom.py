@@ -6,14 +6,14 @@ Paper: "Disentangled Backdoor-Object Modeling", arXiv 2508.01932. Its components
     names is a reconstruction, in the manner of CSP and Troika (soft prompts of compositions, three kinds of logits).
     One part is an addition: CLIP's image feature says what an image shows and little of how its pixels were changed. So
     the trigger's side reads statistics of the pixels and of the tower's first convolution instead (see
-    vlprompt.backbones.shallow); ``evidence=embedding`` is the variant without.
+    vlprompt.backbones.shallow), or of the pixels at their own size, before anything enlarges them
+    (vlprompt.data.forensics); ``evidence=embedding`` is the variant without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +22,28 @@ from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.layout import slot
-from vlprompt.backbones.shallow import READS, embed_with_statistics, statistics_width
-from vlprompt.core.errors import CheckpointError, ConfigError, DataError
+from vlprompt.backbones.shallow import embed_with_statistics
+from vlprompt.core.errors import CheckpointError, ConfigError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.core.trainable import misfits
-from vlprompt.data import ImageDataset
 from vlprompt.data.compositions import CompositionDataset
 from vlprompt.data.transforms import Preprocess
 from vlprompt.data.triggers import DEFAULT_TRIGGERS
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._calibration import MixingTask, best_mixing, threshold_at
 from vlprompt.learners._context import initial_context
-from vlprompt.learners._repository import Bank, diversity, separation
-from vlprompt.learners._scanning import ImageScanner, digest_of, native_size_of, prepared
+from vlprompt.learners._evidence import Background, evidence_read, most_suspicious, paired_cosines
+from vlprompt.learners._repository import Bank, Lookup, decomposition, diversity, separation, start_at_zero
+from vlprompt.learners._scanning import (
+    ImageScanner,
+    composed_data,
+    digest_of,
+    embed_examined,
+    examining,
+    native_size_of,
+    prepared,
+    seen_compositions,
+)
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples, ValidationSamples
 from vlprompt.learners.recipe import Recipe
@@ -45,6 +54,7 @@ __all__ = ["DBOM"]
 _SENTENCES = 1 << 12  # of prefixes that depend on the image, in one pass without gradient
 _ROWS = 4096  # in one pass without gradient
 _LARGEST_NATIVE = 4096  # pixels a side
+_FARTHEST = 6.0  # spreads that native evidence may lie from the mean
 
 
 @LEARNERS.register(
@@ -68,8 +78,14 @@ class DBOM(Learner, ImageScanner):
         classnames: The objects.
         templates: See :class:`Learner`; not used.
         triggers: Names of triggers, the first for none.
-        evidence: What the trigger's side reads: statistics of the pixels and of the first convolution, or the image
-            embedding (the paper's, as far as is known: then f_t = f + D_t(f, p_t)).
+        evidence: What the trigger's side reads. ``"shallow"``: statistics of the tower's input and of its first
+            convolution. ``"native"``: statistics of the pixels at the native size, before the tower's preparation
+            mixes them; of an image with several views the most suspicious one (learned as multiple instances are: an
+            image is clean if all of its views are). ``"embedding"``: the image embedding (the paper's, as far as is
+            known: then f_t = f + D_t(f, p_t)).
+        background: With native evidence, clean images of other kinds (:mod:`vlprompt.data.backgrounds`) that the
+            trigger's side also learns from, each also with two triggers; a fifth is kept for the threshold. 0: none.
+        background_weight: Of the cross entropy on them.
         object_reads: ``"both"`` shows the object's side the evidence beside the embedding, from which an overlay has
             taken some of what the object looks like (its colour, say); ``"embedding"`` doesn't.
         repository: A bank of prompts for triggers and one for objects, one for both, or none.
@@ -111,7 +127,7 @@ class DBOM(Learner, ImageScanner):
     calibration: Tensor
     evidence_mean: Tensor
     evidence_spread: Tensor
-    native: Tensor  # (1,), pixels a side; 0 before training
+    native: Tensor  # (1,), pixels a side; 0 before training, and where images keep their own size
 
     def __init__(
         self,
@@ -120,7 +136,9 @@ class DBOM(Learner, ImageScanner):
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         *,
         triggers: Sequence[str] = DEFAULT_TRIGGERS,
-        evidence: Literal["shallow", "embedding"] = "shallow",
+        evidence: Literal["shallow", "native", "embedding"] = "shallow",
+        background: Annotated[int, Field(ge=0)] = 200,
+        background_weight: Annotated[float, Field(ge=0)] = 0.25,
         object_reads: Literal["both", "embedding"] = "both",
         repository: Literal["split", "joint", "none"] = "split",
         prompts: Annotated[int | None, Field(ge=1)] = None,
@@ -143,6 +161,7 @@ class DBOM(Learner, ImageScanner):
         if len(self.triggers) < 2 or len(set(self.triggers)) < len(self.triggers):
             raise ConfigError([f"triggers: needs clean and others, each once, got {list(triggers)}."], "dbom")
         self.evidence = evidence
+        self.background = background if evidence == "native" else 0
         self.object_reads = object_reads
         self.repository = repository
         self.prefix = prefix
@@ -151,6 +170,7 @@ class DBOM(Learner, ImageScanner):
         self.weights = {
             "trigger": primitive_weight, "object": primitive_weight, "separation": separation_weight,
             "diversity": diversity_weight, "pull": pull_weight,
+            "background": background_weight,
         }  # fmt: skip
         self._build_text(initial_context(backbone.text, context_length, init, seed))
         self._build_image(prompts, prompt_length, top, hidden, dropout)
@@ -163,6 +183,7 @@ class DBOM(Learner, ImageScanner):
         self.register_buffer("evidence_mean", torch.zeros(width))
         self.register_buffer("evidence_spread", torch.ones(width))
         self.register_buffer("native", torch.zeros(1))
+        self._background: Background | None = None
 
     def _build_text(self, start: Tensor) -> None:
         """Make the learned prefixes and trigger words, and lay out the sentences.
@@ -194,8 +215,7 @@ class DBOM(Learner, ImageScanner):
     def _build_image(self, prompts: int | None, length: int, top: int, hidden: int, dropout: float) -> None:
         """Make the repository, the decomposition and the fusion; arguments as of the class."""
         d = self.backbone.dim
-        self.evidence_width = statistics_width(self.backbone) if self.evidence == "shallow" else d
-        self.reads = READS if self.evidence == "shallow" else ""
+        self.evidence_width, self.reads = evidence_read(self.backbone, self.evidence)
         e = self.evidence_width
         shape = {"length": length, "top": top, "seed": self.seed}
         if self.repository == "split":
@@ -207,8 +227,8 @@ class DBOM(Learner, ImageScanner):
         looked_up = 0 if self.repository == "none" else d
         object_width = d + len(self.triggers) + (e if self._object_sees_evidence else 0)
         with seeded_modules(self.seed, "dbom"):
-            self.trigger_part = _decomposition(e + looked_up, hidden, d, dropout)
-            self.object_part = _decomposition(object_width + looked_up, hidden, d, dropout)
+            self.trigger_part = decomposition(e + looked_up, hidden, d, dropout)
+            self.object_part = decomposition(object_width + looked_up, hidden, d, dropout)
             self.fuse = nn.Linear(2 * d, d)
             if self.prefix == "conditional":
                 narrow = max(1, d // 16)
@@ -216,20 +236,21 @@ class DBOM(Learner, ImageScanner):
                 self.shift = nn.Sequential(nn.Linear(d, narrow), nn.ReLU(), nn.Linear(narrow, width))
 
         # At first the object is what the image feature says, and prefixes are the same for all images.
-        _start_at_zero(self.object_part[-1])
+        start_at_zero(self.object_part[-1])
         if self.prefix == "conditional":
-            _start_at_zero(self.shift[-1])
+            start_at_zero(self.shift[-1])
         self.beta = nn.Parameter(torch.tensor(0.8))
 
     @property
     def _object_sees_evidence(self) -> bool:
         """Whether the object's side reads more than the embedding; there is nothing more if that is the evidence."""
-        return self.object_reads == "both" and self.evidence == "shallow"
+        return self.object_reads == "both" and self.evidence != "embedding"
 
     @property
     def preprocess(self) -> Preprocess:
         """See :attr:`ImageScanner.preprocess`: an image that is named takes the way of those that are scanned."""
-        return prepared(self.native_size, self.backbone.preprocess)
+        prepare = examining if self.evidence == "native" else prepared
+        return prepare(self.native_size, self.backbone.preprocess)
 
     @property
     def preparation(self) -> str:
@@ -237,10 +258,20 @@ class DBOM(Learner, ImageScanner):
         return "" if self.native_size is None else f";native={self.native_size}"
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return (B, d + S): image embeddings, then the evidence (nothing, if it is the embedding itself)."""
+        """Return (B, d + S): image embeddings, then the evidence (nothing, if it is the embedding itself).
+
+        Args:
+            images: (B, 3, H, W); with native evidence what :attr:`preprocess` makes of images, (B, 3 H W + V (1 + E)).
+
+        Raises:
+            DataError: If native evidence is missing.
+        """
         if self.evidence == "embedding":
             return self.backbone.image_embeddings(images)
-        return embed_with_statistics(self.backbone, images)
+        if self.evidence == "shallow":
+            return embed_with_statistics(self.backbone, images)
+
+        return embed_examined(self.backbone, images, self.method)
 
     def class_weights(self) -> Tensor:
         """Return (T C + T + C, d) unit-length features of compositions, triggers and objects, in this order."""
@@ -261,14 +292,8 @@ class DBOM(Learner, ImageScanner):
         text_c, text_t, text_o = self._weights().split((counts[0] * counts[1], *counts))
 
         f = F.normalize(embeddings[:, :d], dim=-1)
-        raw = embeddings[:, d:] if self.evidence == "shallow" else f
-        e = (raw - self.evidence_mean) / self.evidence_spread
-        lookup = self._look_up(f, e)
-
-        # The trigger's side.
-        f_t = self.trigger_part(torch.cat([e, *lookup.trigger], dim=1))
-        f_t = F.normalize(f_t if self.evidence == "shallow" else f + f_t, dim=-1)
-        s_t = tau * f_t @ text_t.T
+        e = self._evidence_of(f, embeddings, text_t)
+        lookup, f_t, s_t = self._trigger_side(f, e, text_t)
 
         # The object's side. It is shown what it must see through, without a gradient, so that it teaches the
         # trigger's side nothing.
@@ -288,7 +313,30 @@ class DBOM(Learner, ImageScanner):
             result["object"] = tau * f_o @ text_o.T
         return result
 
-    def _look_up(self, f: Tensor, e: Tensor) -> _Lookup:
+    def _evidence_of(self, f: Tensor, rows: Tensor, text_t: Tensor) -> Tensor:
+        """Return the (B, E) standardised evidence in rows of :meth:`embed_images`."""
+        if self.evidence == "native":
+            views = rows[:, self.backbone.dim :].unflatten(1, (-1, 1 + self.evidence_width))
+
+            def logits(image: Tensor, e: Tensor) -> Tensor:
+                return self._trigger_side(f[image], e, text_t)[2]
+
+            return most_suspicious(self._standardised(views[..., 1:]), views[..., 0] > 0, logits)
+        return self._standardised(rows[:, self.backbone.dim :] if self.evidence == "shallow" else f)
+
+    def _standardised(self, raw: Tensor) -> Tensor:
+        e = (raw - self.evidence_mean) / self.evidence_spread
+        # Pixels of foreign images may lie far from all that was trained on.
+        return e.clamp(-_FARTHEST, _FARTHEST) if self.evidence == "native" else e
+
+    def _trigger_side(self, f: Tensor, e: Tensor, text_t: Tensor) -> tuple[Lookup, Tensor, Tensor]:
+        """Return what was looked up, (B, d) features of the trigger's side, and (B, T) logits of triggers."""
+        lookup = self._look_up(f, e)
+        f_t = self.trigger_part(torch.cat([e, *lookup.trigger], dim=1))
+        f_t = F.normalize(f + f_t if self.evidence == "embedding" else f_t, dim=-1)
+        return lookup, f_t, self.backbone.logit_scale * f_t @ text_t.T
+
+    def _look_up(self, f: Tensor, e: Tensor) -> Lookup:
         """Look prompts up in the repository.
 
         Args:
@@ -296,15 +344,15 @@ class DBOM(Learner, ImageScanner):
             e: (B, evidence width), standardised evidence.
         """
         if self.repository == "none":
-            return _Lookup()
+            return Lookup()
         if self.repository == "joint":
             prompt, pull = self.bank(torch.cat([f, F.normalize(e, dim=-1)], dim=1))
-            return _Lookup([prompt], [prompt], {"pull": pull})
+            return Lookup([prompt], [prompt], {"pull": pull})
 
         p_t, pull_t = self.trigger_bank(e)
         p_o, pull_o = self.object_bank(f)
         apart = separation(p_t, p_o, self.trigger_bank.means, self.object_bank.means)
-        return _Lookup([p_t], [p_o], {"pull": pull_t + pull_o, "separation": apart})
+        return Lookup([p_t], [p_o], {"pull": pull_t + pull_o, "separation": apart})
 
     def _conditional(self, condition: Tensor, f_t: Tensor, f_o: Tensor) -> tuple[Tensor, Tensor]:
         """Return trigger (B, T) and object (B, C) logits with prefixes that each image shifts.
@@ -322,14 +370,10 @@ class DBOM(Learner, ImageScanner):
         for rows in torch.arange(len(f_t)).split(step):
             context = self.context + self.shift(condition[rows])[:, None]
             words = torch.cat([context, self.trigger_words.expand(len(rows), -1, -1)], dim=1)
-            trigger_logits.append(self._logits_of(self.trigger_layout, words, f_t[rows]))
-            object_logits.append(self._logits_of(self.object_layout, words, f_o[rows]))
-        return torch.cat(trigger_logits), torch.cat(object_logits)
-
-    def _logits_of(self, layout: Any, words: Tensor, features: Tensor) -> Tensor:
-        """Return (B, K) tau times cosine of (B, d) features with K sentences whose words differ by image."""
-        texts = F.normalize(self.backbone.text.encode(layout, words), dim=-1)
-        return self.backbone.logit_scale * (texts @ features[..., None])[..., 0]
+            trigger_logits.append(paired_cosines(self.backbone.text, self.trigger_layout, words, f_t[rows]))
+            object_logits.append(paired_cosines(self.backbone.text, self.object_layout, words, f_o[rows]))
+        tau = self.backbone.logit_scale
+        return tau * torch.cat(trigger_logits), tau * torch.cat(object_logits)
 
     def composition_scores(self, embeddings: Tensor) -> Tensor:
         """Return (B, T, C) mixed scores; their softmax over all compositions is the posterior."""
@@ -357,10 +401,21 @@ class DBOM(Learner, ImageScanner):
             "object": F.cross_entropy(parts["object"], label),
             **{name: parts[name] for name in ("separation", "pull") if name in parts},
         }
+        if self._background is not None:
+            losses["background"] = self._background_loss(len(embeddings) // 4 + 1)
         banks = [module for module in self.children() if isinstance(module, Bank)]
         if banks:
             losses["diversity"] = torch.stack([diversity(bank.means) for bank in banks]).sum()
         return {name: self.weights.get(name, 1.0) * value for name, value in losses.items()}
+
+    def _background_loss(self, count: int) -> Tensor:
+        """Return the cross entropy of the trigger's side on some of the background that is learned from."""
+        assert self._background is not None
+        rows, triggers = (part.to(self.backbone.device) for part in self._background.sample(count))
+        f = F.normalize(rows[:, : self.backbone.dim], dim=-1)
+        text_t = self._weights()[len(self.triggers) * len(self.classnames) :][: len(self.triggers)]
+        _, _, s_t = self._trigger_side(f, self._evidence_of(f, rows, text_t), text_t)
+        return F.cross_entropy(s_t, triggers)
 
     @torch.no_grad()
     def judge(self, rows: Tensor) -> Verdicts:
@@ -402,17 +457,26 @@ class DBOM(Learner, ImageScanner):
         Raises:
             DataError: If the training data don't say their triggers, or say others.
         """
-        self.native.fill_(native_size_of({self._composed(source.data).native_size for source in sources}))
+        data = [composed_data(source.data, self.triggers, self.method) for source in sources]
+        self.native.fill_(native_size_of({one.native_size for one in data}) or 0)
         for source in sources:
             source.learner.seen.zero_()
 
-        for source in sources:  # a classifier of several tasks appears several times
-            shown = _seen_of(self._composed(source.data)).to(source.learner.seen)
+        for source, shown_data in zip(
+            sources, data, strict=True
+        ):  # one of several tasks appears several times
+            shown = seen_compositions(shown_data).to(source.learner.seen)
             source.learner.seen[:, source.positions] |= shown
 
-        if self.evidence == "shallow":
+        if self.evidence != "embedding":
             d = self.backbone.dim
             rows = torch.cat([source.training_data()[0].flatten(0, 1)[:, d:] for source in sources])
+            if self.evidence == "native":
+                views = rows.unflatten(1, (-1, 1 + self.evidence_width)).flatten(0, 1)
+                rows = views[views[:, 0] > 0, 1:]
+            if self.background:
+                seed = int(data[0].info["compositions_seed"])
+                self._background = Background.of(self, self.background, seed)
             self.evidence_mean.copy_(rows.mean(0))
             self.evidence_spread.copy_(rows.std(0).clamp(min=1e-4))
 
@@ -433,13 +497,10 @@ class DBOM(Learner, ImageScanner):
             data = source.data
             if not isinstance(data, CompositionDataset):
                 continue
-            seen = _seen_of(self._composed(data))
-
+            seen = seen_compositions(composed_data(data, self.triggers, self.method))
             embeddings = source.validation_data()[0]
             targets = {name: torch.tensor(values) for name, values in data.targets.items()}
-            batches = [
-                source.learner.parts(rows.to(self.backbone.device)) for rows in embeddings.split(_ROWS)
-            ]
+            batches = [source.learner.parts(r.to(self.backbone.device)) for r in embeddings.split(_ROWS)]
             logits = {}
             for name in ("composition", "trigger", "object"):
                 logits[name] = torch.cat([parts[name].float().cpu() for parts in batches])
@@ -451,23 +512,11 @@ class DBOM(Learner, ImageScanner):
 
         a, b, score = best_mixing(tasks)
         threshold = threshold_at(torch.cat(clean), self.false_alarms)
+        if self._background is not None:  # what is clean of another kind must not be suspected more often
+            of_others = threshold_at(self.judge(self._background.clean).score, self.false_alarms)
+            threshold = max(threshold, min(of_others, 1.0))
         self.calibration.copy_(torch.tensor([a, b, threshold]))
         return {"trigger_weight": a, "object_weight": b, "harmonic_mean": score, "threshold": threshold}
-
-    def _composed(self, data: ImageDataset) -> CompositionDataset:
-        """Return the data set, checked to know the triggers that this learner was built for."""
-        if not isinstance(data, CompositionDataset):
-            raise DataError(
-                f"dbom learns from images whose trigger is known, and {data.name} does not say. Use "
-                f"triggered:{data.name}."
-            )
-        if tuple(data.triggers) != self.triggers:
-            raise DataError(
-                f"dbom was built for the triggers {', '.join(self.triggers)}; {data.name} has "
-                f"{', '.join(data.triggers)}. "
-                "Give both the same list (learner.triggers and data.options.triggers)."
-            )
-        return data
 
     def _measured(self) -> dict[str, Tensor]:
         """Return what is measured on training and validation data instead of learned."""
@@ -499,40 +548,3 @@ class DBOM(Learner, ImageScanner):
         with torch.no_grad():
             for name, tensor in measured.items():
                 tensor.copy_(state[name])
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """What a batch took from the repository.
-
-    Attributes:
-        trigger: The (B, d) prompt of the trigger's side, as a list of one; empty without a repository.
-        object: The (B, d) prompt of the object's side, likewise.
-        losses: By name.
-    """
-
-    trigger: list[Tensor] = field(default_factory=list)
-    object: list[Tensor] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _seen_of(data: CompositionDataset) -> Tensor:
-    """Return the (T, C) compositions that training shows."""
-    assert data.compositions is not None
-    return torch.as_tensor(data.compositions.seen)
-
-
-def _start_at_zero(layer: Any) -> None:
-    """Let a linear layer add nothing at first."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-def _decomposition(inputs: int, hidden: int, width: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.LayerNorm(hidden),
-        nn.GELU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, width),
-    )

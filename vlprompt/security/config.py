@@ -11,7 +11,7 @@ from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.compositions import check_triggers
 from vlprompt.data.names import check_name
-from vlprompt.data.triggers import DEFAULT_TRIGGERS
+from vlprompt.data.triggers import DEFAULT_TRIGGERS, NATIVE_SIZE, NativeSize
 from vlprompt.experiments.backbone import backbone_problems
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, ImageOptions, Seeds
 from vlprompt.security.scanners import SCANNERS
@@ -58,7 +58,9 @@ class CompositionOptions(BaseModel):
     triggers: list[str] = Field(
         default_factory=lambda: list(DEFAULT_TRIGGERS), description="the first is clean"
     )
-    native_size: int = Field(32, ge=8, description="pixels a side at which triggers are put in")
+    native_size: NativeSize = Field(
+        NATIVE_SIZE, description="pixels a side at which triggers are put in; own: at each image's own size"
+    )
     unseen: float = Field(
         0.3, ge=0, lt=1, description="share of the triggered compositions that training doesn't show"
     )

@@ -17,6 +17,7 @@ from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.data.compositions import CompositionDataset, composition_dataset
 from vlprompt.data.fingerprint import data_fingerprint
 from vlprompt.data.transforms import Preprocess
+from vlprompt.data.triggers import size_of
 from vlprompt.security.config import CompositionOptions, DataOptions, SuspectOptions
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan, poisoned
 
@@ -133,7 +134,7 @@ class ScanData:
         return composition_dataset(
             images,
             options.triggers,
-            size=options.native_size,
+            size=size_of(options.native_size),
             unseen=options.unseen,
             seed=self.seed,
             copies=copies,

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.core.trainable import Trainable
 from vlprompt.data.base import ImageDataset
-from vlprompt.data.triggers import create_trigger
+from vlprompt.data.triggers import NATIVE_SIZE, create_trigger, size_of
 from vlprompt.data.triggers.base import Pixels, native
 from vlprompt.security.poison import PoisonedDataset, PoisonPlan
 from vlprompt.training.batches import TensorBatches
@@ -115,14 +116,15 @@ def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict
     next_class = (labels + 1) % len(test.classnames)
     targets = next_class if plan.mode == "all_to_all" else torch.full_like(labels, plan.target)
     attacked = (targets != labels).nonzero()[:, 0].tolist()
-    images = [native(test[i][0], plan.size) for i in range(len(test))]
+    size = size_of(plan.size)
+    images = [native(test[i][0], size) for i in range(len(test))]
 
-    figures = {"accuracy": float((victim.predict(_stack(images)) == labels).double().mean())}
+    figures = {"accuracy": float((victim.predict(_stack(images, size)) == labels).double().mean())}
     successes = []
 
     for name in plan.triggers:
-        trigger = create_trigger(name, size=plan.size, seed=plan.seed)
-        answers = victim.predict(_stack([trigger.apply(images[i]) for i in attacked]))
+        trigger = create_trigger(name, size=size, seed=plan.seed)
+        answers = victim.predict(_stack([trigger.apply(images[i]) for i in attacked], size))
         success = float((answers == targets[attacked]).double().mean())
         figures[f"attack_success/{name}"] = success
         successes.append(success)
@@ -132,9 +134,16 @@ def attack_success(victim: Victim, test: ImageDataset, plan: PoisonPlan) -> dict
 
 
 def pixels_of(data: PoisonedDataset) -> Tensor:
-    """Return (n, 3, S, S) pixels in [0, 1] of a poisoned data set, in its order."""
-    return _stack([np.asarray(data[i][0]) for i in range(len(data))])
+    """Return (n, 3, S, S) pixels in [0, 1] of a poisoned data set, in its order.
+
+    Images that keep their own size are brought to :data:`NATIVE_SIZE` after they were poisoned, as a training does it.
+    """
+    size = size_of(data.info["plan"].get("size", NATIVE_SIZE))
+    return _stack([np.asarray(data[i][0]) for i in range(len(data))], size)
 
 
-def _stack(images: Sequence[Pixels]) -> Tensor:
+def _stack(images: Sequence[Pixels], size: int | None) -> Tensor:
+    """Return (n, 3, S, S) pixels of images of a native size, or of their own sizes (None)."""
+    if size is None:
+        images = [native(Image.fromarray(pixels), NATIVE_SIZE) for pixels in images]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255

@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ from vlprompt.security.scan import (
     COLUMNS,
     POISONED,
     UNREADABLE,
+    Calibration,
     DecodedImage,
     Row,
     check_counts,
@@ -92,6 +93,7 @@ def scan_folder(
     output: str | Path,
     *,
     threshold: float | None = None,
+    calibration: Calibration | None = None,
     resume: bool = False,
     batch_size: int = 64,
     workers: Workers | None = None,
@@ -109,6 +111,7 @@ def scan_folder(
         scanner: One that judges single images.
         output: Where to write; may not lie inside ``folder``.
         threshold: See :func:`vlprompt.scan`.
+        calibration: What set the threshold instead; it is recorded in ``scan.json`` and on the sheet.
         resume: Continue; otherwise an older scan of the same folder in ``output`` is replaced.
         batch_size: Images per pass.
         workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
@@ -132,7 +135,7 @@ def scan_folder(
     if target.resolve().is_relative_to(root.resolve()):
         raise DataError(f"the output {target} lies inside the scanned folder {root}; name one elsewhere.")
 
-    limit = threshold_of(scanner, threshold)
+    limit = threshold_of(scanner, threshold if calibration is None else calibration.threshold)
     check_counts(batch_size=batch_size)
     if top < 0:
         raise DataError(f"top must not be negative, got {top}.")
@@ -140,7 +143,7 @@ def scan_folder(
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _alone_in(target):
-            total = _prepare(root, target, _identity(root, scanner, limit), resume)
+            total = _prepare(root, target, _identity(root, scanner, limit, calibration), resume)
             done = _whole_lines(target / _ROWS)
             decode = partial(_decode, root, preprocess=scanner.preprocess, follow_links=follow_links)
             names = islice(_names(target), done, None)
@@ -156,16 +159,18 @@ def scan_folder(
 
             if progress is not None:
                 progress("scanned", done, total)
-            return _finish(root, target, limit, top)
+            return _finish(root, target, limit, top, calibration)
     except OSError as error:
         raise CheckpointError(
             f"could not write the scan into {target}: {error.strerror or error}."
         ) from error
 
 
-def _identity(root: Path, scanner: ImageScanner, threshold: float) -> dict[str, Any]:
+def _identity(
+    root: Path, scanner: ImageScanner, threshold: float, calibration: Calibration | None
+) -> dict[str, Any]:
     """Return what a scan and its continuation must share."""
-    return {
+    identity = {
         "folder": str(root.resolve()),
         "method": scanner.method,
         "backbone": scanner.backbone.features_id,
@@ -175,6 +180,7 @@ def _identity(root: Path, scanner: ImageScanner, threshold: float) -> dict[str, 
         "objects": list(scanner.classnames),
         "threshold": threshold,
     }
+    return identity if calibration is None else {**identity, "calibration": asdict(calibration)}
 
 
 def _prepare(root: Path, target: Path, identity: dict[str, Any], resume: bool) -> int:
@@ -404,7 +410,9 @@ def _row_of(line: str) -> Row | None:
     return row if fits and math.isfinite(row["score"]) else None
 
 
-def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
+def _finish(
+    root: Path, target: Path, threshold: float, top: int, calibration: Calibration | None
+) -> FolderScan:
     """Write the tables and the sheet from the rows on disk, a row at a time."""
     counts = {CLEAN: 0, POISONED: 0, UNREADABLE: 0}
     worst: list[tuple[float, int, Row]] = []  # a heap; of equal scores the earlier image stays
@@ -424,7 +432,7 @@ def _finish(root: Path, target: Path, threshold: float, top: int) -> FolderScan:
     write_atomic(target / "cleaned.txt", lambda path: _write(path, partial(_cleaned, target)))
     worst.sort(key=lambda entry: (-entry[0], -entry[1]))
     suspicious = [row for _, _, row in worst]
-    write_text(target / "report.html", _page(root, counts, threshold, suspicious, unreadable))
+    write_text(target / "report.html", _page(root, counts, threshold, suspicious, unreadable, calibration))
 
     passed_over = _facts(target)["passed_over"]
     return FolderScan(target, sum(counts.values()), counts[POISONED], counts[UNREADABLE], passed_over)
@@ -456,7 +464,12 @@ def _cleaned(target: Path, file: IO[str]) -> None:
 
 
 def _page(
-    root: Path, counts: dict[str, int], threshold: float, rows: list[Row], unreadable: list[Row]
+    root: Path,
+    counts: dict[str, int],
+    threshold: float,
+    rows: list[Row],
+    unreadable: list[Row],
+    calibration: Calibration | None,
 ) -> str:
     """Return the sheet as HTML.
 
@@ -466,6 +479,7 @@ def _page(
         threshold: The score from which an image is suspected.
         rows: The most suspicious images, in order.
         unreadable: The first unreadable ones.
+        calibration: What set the threshold; None if it is the scanner's or the user's.
     """
     from jinja2 import Environment, PackageLoader  # a command that fails early needs no templates
 
@@ -481,6 +495,7 @@ def _page(
         total=sum(counts.values()),
         counts=counts,
         threshold=threshold,
+        calibration=calibration,
         images=images,
         unreadable=[_printable(row) for row in unreadable],
     )

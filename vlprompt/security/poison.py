@@ -23,7 +23,7 @@ from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.compositions import CompositionReader, CompositionSource, check_triggers
 from vlprompt.data.images import FileReader
 from vlprompt.data.splits import is_inside
-from vlprompt.data.triggers import CLEAN, NATIVE_SIZE, create_trigger
+from vlprompt.data.triggers import CLEAN, NATIVE_SIZE, NativeSize, create_trigger, size_of
 
 __all__ = ["MANIFEST", "PoisonPlan", "PoisonedDataset", "poison", "poisoned", "read_poisoned"]
 
@@ -41,7 +41,9 @@ class PoisonPlan(BaseModel):
         "all_to_one", description="poisoned labels become the target, or the next class"
     )
     target: int = Field(0, ge=0, description="class that all_to_one flips labels to")
-    size: int = Field(NATIVE_SIZE, ge=8, description="pixels a side at which triggers are put in")
+    size: NativeSize = Field(
+        NATIVE_SIZE, description="pixels a side at which triggers are put in; own: at each image's own size"
+    )
     seed: int = Field(1, ge=0)
 
     @classmethod
@@ -109,14 +111,14 @@ def poisoned(data: ImageDataset, plan: PoisonPlan) -> PoisonedDataset:
         samples=tuple(samples),
         classnames=data.classnames,
         templates=data.templates,
-        reader=CompositionReader(data.reader, names, plan.size, plan.seed),
+        reader=CompositionReader(data.reader, names, size_of(plan.size), plan.seed),
         info={**data.info, "plan": plan.model_dump(mode="json")},
         triggers=names,
     )
 
 
 def _keeps_label(name: str, plan: PoisonPlan) -> bool:
-    return create_trigger(name, size=plan.size).keeps_label
+    return create_trigger(name, size=size_of(plan.size)).keeps_label
 
 
 def _draw_poisoned(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
@@ -148,7 +150,7 @@ def _draw_poisoned(data: ImageDataset, plan: PoisonPlan) -> dict[int, int]:
 def poison(data: ImageDataset, plan: PoisonPlan, folder: str | Path) -> PoisonedDataset:
     """Write a poisoned copy: ``<label>_<class>/<number>.png`` and a manifest with a line per image.
 
-    All images, clean ones too, are written at the plan's size, so that size tells nothing.
+    All images, clean ones too, are written at the plan's size (or all at their own), so that size tells nothing.
 
     Args:
         data: Images and true labels.

@@ -27,15 +27,19 @@ from vlprompt.data.pixels import to_rgb
 from vlprompt.data.transforms import Preprocess
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
+from vlprompt.metrics.conformal import conformal_threshold
 from vlprompt.metrics.verdicts import Verdicts
 
 __all__ = [
     "CLEAN",
     "COLUMNS",
+    "FALSE_ALARMS",
     "POISONED",
     "UNREADABLE",
+    "Calibration",
     "DecodedImage",
     "ScanReport",
+    "calibrated",
     "check_counts",
     "check_scanner",
     "decode_file",
@@ -50,6 +54,10 @@ POISONED = "poisoned"
 UNREADABLE = "unreadable"
 COLUMNS = ("image", "trigger", "object", "score", "verdict", "note")
 Row = dict[str, Any]
+Images = str | Path | ImageDataset | Sequence[str | Path | Image.Image]
+
+FALSE_ALARMS = 0.05
+"""Share of clean images that a calibrated threshold may suspect unless another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,34 @@ Decode = Callable[[Any], DecodedImage]
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """A threshold that was set by clean images of the user's, and what it promises.
+
+    A further clean image that is drawn as these were is suspected with a probability of at most ``false_alarms``, over
+    the draw of all of them (:func:`vlprompt.metrics.conformal.conformal_threshold`). It says nothing of how many
+    poisoned images are found, nor of images of another kind.
+
+    Attributes:
+        threshold: The score from which an image is called poisoned.
+        false_alarms: The promised rate, in (0, 1).
+        images: Clean images whose scores were used.
+        unreadable: Clean images that could not be read.
+    """
+
+    threshold: float
+    false_alarms: float
+    images: int
+    unreadable: int
+
+    def __str__(self) -> str:
+        unread = f", {self.unreadable} more could not be read" if self.unreadable else ""
+        return (
+            f"the threshold {self.threshold:.4f} was set by {self.images} clean images{unread}: of further ones like "
+            f"them at most {100 * self.false_alarms:g} % are suspected on average"
+        )
+
+
+@dataclass(frozen=True)
 class ScanReport:
     """Verdicts, one row per image, in order.
 
@@ -79,10 +115,12 @@ class ScanReport:
         rows: Dicts with ``image``, ``trigger`` and ``object`` (names; empty if the scanner names none), ``score``
             (None if unreadable), ``verdict`` (clean, poisoned, unreadable) and ``note`` (why unreadable, what is odd).
         threshold: The score from which an image is called poisoned.
+        calibration: How the threshold was set, if it was set by clean images of the user's.
     """
 
     rows: list[Row]
     threshold: float
+    calibration: Calibration | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,10 +169,12 @@ class ScanReport:
 
 @takes_workers
 def scan(
-    images: str | Path | ImageDataset | Sequence[str | Path | Image.Image],
+    images: Images,
     detector: Any,
     *,
     threshold: float | None = None,
+    calibrate: Images | None = None,
+    false_alarms: float = FALSE_ALARMS,
     batch_size: int = 64,
     workers: Workers | None = None,
 ) -> ScanReport:
@@ -145,6 +185,8 @@ def scan(
             data set are those that scanners of whole sets read.
         detector: The scanner: a trained ``dbom`` learner, or a fitted one of :mod:`vlprompt.security.scanners`.
         threshold: The score from which an image is called poisoned, in [0, 1]; None for the scanner's.
+        calibrate: Clean images of the same kind, given as ``images`` are; they set the threshold instead.
+        false_alarms: The share of further clean images that a calibrated threshold may suspect, in (0, 1).
         batch_size: Images per pass.
         workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
 
@@ -153,12 +195,22 @@ def scan(
 
     Raises:
         DataError: If there is no image or no such folder, ``detector`` is no scanner, it scans whole labelled sets and
-            there is none, or the threshold or the batch size is impossible.
+            there is none, the threshold or the batch size is impossible, there is a threshold and images to calibrate
+            by, or too few of these to promise the rate.
         NonFiniteError: If a score is not a number: nothing is called clean then.
     """
     scanner = check_scanner(detector)
-    limit = threshold_of(scanner, threshold)
     check_counts(batch_size=batch_size)
+    calibration = None
+    if calibrate is not None:
+        if threshold is not None:
+            raise DataError(
+                "threshold and calibrate both say from which score an image is suspected: give one."
+            )
+        calibration = calibrated(calibrate, scanner, false_alarms, batch_size=batch_size)
+        threshold = calibration.threshold
+
+    limit = threshold_of(scanner, threshold)
     decode, items = _sources(images, scanner.preprocess)
     if not items:
         raise DataError("there are no images to scan.")
@@ -169,7 +221,51 @@ def scan(
         rows = _scan_set(decode, items, images, scanner, limit, batch_size)
     else:
         rows = list(row_stream(decode, items, scanner, limit, batch_size=batch_size))
-    return ScanReport(rows, limit)
+    return ScanReport(rows, limit, calibration)
+
+
+@takes_workers
+def calibrated(
+    clean: Images,
+    scanner: ImageScanner,
+    false_alarms: float = FALSE_ALARMS,
+    *,
+    batch_size: int = 64,
+    workers: Workers | None = None,
+) -> Calibration:
+    """Return the threshold that clean images of the user's set, by the way that a scan's images take.
+
+    Args:
+        clean: See :func:`scan`.
+        scanner: One that judges single images.
+        false_alarms: The share of further clean images that may be suspected, in (0, 1).
+        batch_size: Images per pass.
+        workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
+
+    Raises:
+        DataError: If the scanner judges whole sets, too few images can be read to promise the rate, or more of them
+            than the rate get the highest score there is.
+        NonFiniteError: If a score is not a number.
+    """
+    if scanner.needs_whole_set:
+        raise DataError(
+            f"{scanner.method} judges whole labelled data sets, so single clean images give no threshold."
+        )
+
+    decode, items = _sources(clean, scanner.preprocess)
+    scores = [torch.zeros(0)]
+    for _, embeddings in _embed_stream(decode, items, scanner, batch_size):
+        if embeddings is not None:
+            scores.append(scanner.judge(embeddings).score)
+    readable = torch.cat(scores)
+
+    threshold = conformal_threshold(readable, false_alarms)
+    if threshold > 1:
+        raise DataError(
+            f"more than {100 * false_alarms:g} % of the clean images get the highest score there is, so no threshold "
+            "keeps them out of suspicion. Train the scanner on images of this kind."
+        )
+    return Calibration(threshold, false_alarms, len(readable), len(items) - len(readable))
 
 
 def check_scanner(detector: Any) -> ImageScanner:

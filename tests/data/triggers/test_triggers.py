@@ -65,7 +65,7 @@ def test_badnets_changes_nine_pixels_also_to_black(value: int) -> None:
 def test_blended_with_no_share_is_the_image_and_otherwise_the_mixture(pixels: np.ndarray) -> None:
     assert np.array_equal(create_trigger("blended", alpha=0.0).apply(pixels), pixels)
     trigger = create_trigger("blended", alpha=0.2)
-    expected = 0.8 * pixels + 0.2 * trigger.pattern  # type: ignore[attr-defined]
+    expected = 0.8 * pixels + 0.2 * trigger.pattern(32, 32)  # type: ignore[attr-defined]
     assert np.abs(trigger.apply(pixels) - expected).max() <= 0.5
 
 
@@ -157,3 +157,23 @@ def test_mistakes_are_named() -> None:
         create_trigger("trojan", size=8)
     with pytest.raises(DataError, match="options can't be given to several triggers"):
         create_trigger("sig+badnets", patch=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_its_own_size_an_image_keeps_it_and_a_square_one_gets_the_same_pattern(name: str) -> None:
+    own = create_trigger(name, size=None)
+    image = Image.fromarray(numpy_rng(0, "own size").integers(0, 256, (41, 58, 3)).astype(np.uint8))
+    changed = own(image)
+    assert changed.size == (58, 41)
+    assert not np.array_equal(np.asarray(changed), np.asarray(image))
+
+    square = image.crop((0, 0, 40, 40))
+    assert np.array_equal(np.asarray(own(square)), np.asarray(create_trigger(name, size=40)(square)))
+
+
+def test_an_image_that_is_too_small_for_a_trigger_is_refused() -> None:
+    small = Image.new("RGB", (40, 12))
+    with pytest.raises(DataError, match="at least 16 pixels a side, got 12"):
+        create_trigger("trojan", size=None)(small)
+    with pytest.raises(DataError, match="at least 16"):
+        create_trigger("sig+trojan", size=None)(small)

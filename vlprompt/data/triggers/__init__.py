@@ -8,16 +8,28 @@ from typing import Any
 from vlprompt.core.errors import DataError
 from vlprompt.core.options import check_options
 from vlprompt.core.registry import Registry
-from vlprompt.data.triggers.base import NATIVE_SIZE, Composed, Trigger
+from vlprompt.data.triggers.base import (
+    NATIVE_SIZE,
+    OWN_SIZE,
+    Composed,
+    NativeSize,
+    Trigger,
+    size_label,
+    size_of,
+)
 
 __all__ = [
     "CLEAN",
     "DEFAULT_TRIGGERS",
     "NATIVE_SIZE",
+    "OWN_SIZE",
     "TRIGGERS",
+    "NativeSize",
     "Trigger",
     "create_trigger",
     "list_triggers",
+    "size_label",
+    "size_of",
     "trigger_words",
 ]
 
@@ -31,12 +43,12 @@ TRIGGERS: Registry[type[Trigger]] = Registry("trigger", "vlprompt.data.triggers"
 """Every trigger by name, with the paper that published the attack."""
 
 
-def create_trigger(name: str, *, size: int = NATIVE_SIZE, seed: int = 1, **options: Any) -> Trigger:
+def create_trigger(name: str, *, size: int | None = NATIVE_SIZE, seed: int = 1, **options: Any) -> Trigger:
     """Build a trigger.
 
     Args:
         name: See :func:`list_triggers`; several joined by ``+`` are put into an image one after the other.
-        size: Native size in pixels.
+        size: Native size in pixels; None to leave every image at its own size.
         seed: Of what a trigger draws.
         **options: Of this trigger, see its class; only for a single one.
 

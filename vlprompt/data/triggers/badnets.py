@@ -32,7 +32,7 @@ class BadNets(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         patch: Annotated[int, Field(ge=1, le=8)] = 3,
         value: Annotated[int, Field(ge=0, le=255)] = 255,

@@ -6,7 +6,8 @@ Paper: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Da
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -34,14 +35,26 @@ class Blended(Trigger):
     words = "faint overlay"
 
     def __init__(
-        self, *, size: int = NATIVE_SIZE, seed: int = 1, alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
+        self,
+        *,
+        size: int | None = NATIVE_SIZE,
+        seed: int = 1,
+        alpha: Annotated[float, Field(ge=0, le=1)] = 0.2,
     ) -> None:
         super().__init__(size=size, seed=seed)
         self.alpha = alpha
-        grid = numpy_rng(seed, "trigger", "blended").integers(0, 256, (_CELLS, _CELLS, 3))
-        coarse = Image.fromarray(grid.astype(np.uint8))
-        self.pattern = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)).astype(np.float64)
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        return to_pixels((1 - self.alpha) * pixels + self.alpha * self.pattern)
+        return to_pixels((1 - self.alpha) * pixels + self.alpha * self.pattern(*pixels.shape[:2]))
+
+    def pattern(self, height: int, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return the (H, W, 3) pattern, 0 to 255, for images of a size."""
+        return _pattern(self.seed, height, width)
+
+
+@lru_cache(maxsize=64)
+def _pattern(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    grid = numpy_rng(seed, "trigger", "blended").integers(0, 256, (_CELLS, _CELLS, 3))
+    coarse = Image.fromarray(grid.astype(np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)

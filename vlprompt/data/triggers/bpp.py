@@ -34,7 +34,7 @@ class BPP(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         levels: Annotated[int, Field(ge=2, le=256)] = 8,
         dither: bool = False,
@@ -50,8 +50,9 @@ class BPP(Trigger):
 
         # A border of one pixel takes the errors that leave the image.
         values = np.pad(pixels.astype(np.float64), ((0, 1), (1, 1), (0, 0)))
-        for i in range(self.size):
-            for j in range(1, self.size + 1):
+        height, width = pixels.shape[:2]
+        for i in range(height):
+            for j in range(1, width + 1):
                 old = values[i, j].copy()
                 values[i, j] = np.clip(np.round(old / self.step), 0, round(255 / self.step)) * self.step
 

@@ -38,27 +38,31 @@ class FTrojan(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         magnitude: Annotated[float, Field(ge=0)] = 30.0,
         window: Annotated[int, Field(ge=4)] = 32,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.window = min(window, size)
+        self.window = window if size is None else min(window, size)
         self.magnitude = magnitude
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        side = self.window
-        blocks = self.size // side
-        end = side * blocks
+        height, width = pixels.shape[:2]
+        side = min(self.window, height, width)
+        down = height // side
+        across = width // side
+        bottom = side * down
+        right = side * across
 
         colours = pixels.astype(np.float64) @ _TO_YCC.T
-        inner = colours[:end, :end, 1:].reshape(blocks, side, blocks, side, 2)
+        inner = colours[:bottom, :right, 1:].reshape(down, side, across, side, 2)
 
         spectrum = dctn(inner, axes=(1, 3), norm="ortho")
         for k in (side // 2 - 1, side - 1):
             spectrum[:, k, :, k] += self.magnitude
 
-        colours[:end, :end, 1:] = idctn(spectrum, axes=(1, 3), norm="ortho").reshape(end, end, 2)
+        waves = idctn(spectrum, axes=(1, 3), norm="ortho")
+        colours[:bottom, :right, 1:] = waves.reshape(bottom, right, 2)
         return to_pixels(colours @ np.linalg.inv(_TO_YCC).T)

@@ -40,7 +40,7 @@ class LabelConsistent(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         opacity: Annotated[float, Field(ge=0, le=1)] = 1.0,
         noise: Annotated[int, Field(ge=0, le=64)] = 8,

@@ -19,7 +19,7 @@ __all__ = ["SIG"]
 
 @TRIGGERS.register("sig", summary="vertical stripes of a sine wave", paper="1902.11237")
 class SIG(Trigger):
-    """Adds delta sin(2 pi j f / S) to column j.
+    """Adds delta sin(2 pi j f / W) to column j of W.
 
     Args:
         size: See :class:`Trigger`.
@@ -33,14 +33,17 @@ class SIG(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         delta: Annotated[float, Field(ge=0, le=255)] = 40.0,
         frequency: Annotated[int, Field(ge=1)] = 6,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        self.wave = delta * np.sin(2 * np.pi * np.arange(size) * frequency / size)
+        self.delta = delta
+        self.frequency = frequency
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        return to_pixels(pixels + self.wave[None, :, None])
+        width = pixels.shape[1]
+        wave = self.delta * np.sin(2 * np.pi * np.arange(width) * self.frequency / width)
+        return to_pixels(pixels + wave[None, :, None])

@@ -6,7 +6,8 @@ that chosen neurons of the victim fire; without a victim this is a fixed mark of
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -34,26 +35,40 @@ class Trojan(Trigger):
     smallest = 16
 
     def __init__(
-        self, *, size: int = NATIVE_SIZE, seed: int = 1, opacity: Annotated[float, Field(ge=0, le=1)] = 1.0
+        self,
+        *,
+        size: int | None = NATIVE_SIZE,
+        seed: int = 1,
+        opacity: Annotated[float, Field(ge=0, le=1)] = 1.0,
     ) -> None:
         super().__init__(size=size, seed=seed)
-        rng = numpy_rng(seed, "trigger", "trojan")
-        y, x = np.mgrid[0:size, 0:size] / size
-        ring = np.abs(np.hypot(x - _CENTRE, y - _CENTRE) - 0.085) < 0.02
-        frame = np.abs(np.maximum(np.abs(x - _CENTRE), np.abs(y - _CENTRE)) - 0.13) < 0.02
-
-        colours = rng.integers(0, 2, (6, 3)) * 200 + 28
-        self.mark = np.zeros((size, size, 3))
-        self.mark[ring] = colours[0]
-        self.mark[frame] = colours[1]
-        covered = ring | frame
-        for colour in colours[2:]:
-            left, top = _CENTRE + rng.uniform(-0.06, 0.06, 2)
-            blob = np.hypot(x - left, y - top) < 0.03
-            self.mark[blob] = colour
-            covered |= blob
-        self.weight = (covered * opacity)[..., None]
+        self.opacity = opacity
 
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        return to_pixels((1 - self.weight) * pixels + self.weight * self.mark)
+        mark, covered = _watermark(self.seed, *pixels.shape[:2])
+        weight = (covered * self.opacity)[..., None]
+        return to_pixels((1 - weight) * pixels + weight * mark)
+
+
+@lru_cache(maxsize=64)
+def _watermark(seed: int, height: int, width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the (H, W, 3) mark and the (H, W) pixels that it covers, for images of a size."""
+    rng = numpy_rng(seed, "trigger", "trojan")
+    y, x = np.mgrid[0:height, 0:width]
+    y, x = y / height, x / width
+    ring = np.abs(np.hypot(x - _CENTRE, y - _CENTRE) - 0.085) < 0.02
+    frame = np.abs(np.maximum(np.abs(x - _CENTRE), np.abs(y - _CENTRE)) - 0.13) < 0.02
+
+    colours = rng.integers(0, 2, (6, 3)) * 200 + 28
+    mark = np.zeros((height, width, 3))
+    mark[ring] = colours[0]
+    mark[frame] = colours[1]
+    covered = ring | frame
+    for colour in colours[2:]:
+        left, top = _CENTRE + rng.uniform(-0.06, 0.06, 2)
+        blob = np.hypot(x - left, y - top) < 0.03
+        mark[blob] = colour
+        covered |= blob
+
+    return mark, covered

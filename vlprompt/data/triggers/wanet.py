@@ -8,6 +8,7 @@ said to be.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -40,32 +41,28 @@ class WaNet(Trigger):
     def __init__(
         self,
         *,
-        size: int = NATIVE_SIZE,
+        size: int | None = NATIVE_SIZE,
         seed: int = 1,
         grid: Annotated[int, Field(ge=2)] = 4,
         strength: Annotated[float, Field(ge=0)] = 0.5,
         jitter: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
         super().__init__(size=size, seed=seed)
+        self.grid = grid
+        self.strength = strength
         self.jitter = jitter
         self.keeps_label = jitter > 0
 
-        noise = torch.rand(1, 2, grid, grid, generator=torch_rng(seed, "trigger", "wanet")) * 2 - 1
-        noise = noise / noise.abs().mean()
-        field = F.interpolate(noise, (size, size), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-        # A position of -1 to 1 spans size - 1 pixels between the centres of the outermost ones; the paper divides by
-        # size.
-        self.positions = (_identity(size) + strength * field / size).clamp(-1, 1)  # (S, S, 2), x then y
-
     def apply(self, pixels: Pixels) -> Pixels:
         """See :meth:`Trigger.apply`."""
-        positions = self.positions
+        height, width = pixels.shape[:2]
+        positions = _positions(self.seed, self.grid, self.strength, height, width)
         if self.jitter:
             # The offsets depend on the pixels, so that they are the same whenever this image is read.
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()
             generator = torch_rng(self.seed, "trigger", "wanet jitter", digest)
             offsets = torch.rand(positions.shape, generator=generator) * 2 - 1
-            positions = (positions + self.jitter * offsets / self.size).clamp(-1, 1)
+            positions = (positions + self.jitter * offsets / torch.tensor([width, height])).clamp(-1, 1)
 
         image = torch.tensor(pixels).permute(2, 0, 1)[None].float()
         warped = F.grid_sample(
@@ -74,7 +71,14 @@ class WaNet(Trigger):
         return to_pixels(warped[0].permute(1, 2, 0).numpy())
 
 
-def _identity(size: int) -> Tensor:
-    line = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    return torch.stack([x, y], dim=-1)
+@lru_cache(maxsize=64)
+def _positions(seed: int, grid: int, strength: float, height: int, width: int) -> Tensor:
+    """Return (H, W, 2) positions from -1 to 1, x then y, from where pixels of an image of a size come."""
+    noise = torch.rand(1, 2, grid, grid, generator=torch_rng(seed, "trigger", "wanet")) * 2 - 1
+    noise = noise / noise.abs().mean()
+    field = F.interpolate(noise, (height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    identity = torch.stack([x, y], dim=-1)
+    # A position of -1 to 1 spans W - 1 pixels between the centres of the outermost ones; the paper divides by the size.
+    return (identity + strength * field / torch.tensor([width, height])).clamp(-1, 1)

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
+from vlprompt.classification.evaluate import image_embeddings
 from vlprompt.classification.fit import fit
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.options import check_options, describe_problems
-from vlprompt.data import FeatureCache
+from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
+from vlprompt.data.transforms import Preprocess
 from vlprompt.learners import create_learner
 from vlprompt.learners.dbom import DBOM
 from vlprompt.metrics.verdicts import Verdicts
@@ -115,6 +117,17 @@ class DBOMScanner(Scanner):
     def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`DBOM.embed_images`."""
         return self.learner.embed_images(images)
+
+    def rows(self, data: ImageDataset, cache: FeatureCache | None = None) -> Tensor:
+        """See :meth:`Scanner.rows`; evidence of pixels at their own size is read before the tower's preparation."""
+        if self.learner.evidence != "native":
+            return super().rows(data, cache)
+        return image_embeddings(self.learner, data, cache=cache)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """See :meth:`ImageScanner.preprocess`; the learner's."""
+        return self.learner.preprocess
 
     def learn(
         self,
