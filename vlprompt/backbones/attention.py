@@ -3,6 +3,9 @@
 A place is known by what its module has, not by what it is called: one linear layer for all three (``qkv``), or one each
 (``q_proj, k_proj, v_proj``; ``query, key, value``; ``q, k, v``). open_clip's own blocks, which keep one packed matrix
 and no layer, run through :mod:`vlprompt.backbones.packed` instead.
+
+Further keys and values join where such an attention calls torch's fused attention: there its own are projected, normed
+and turned by their places.
 """
 
 from __future__ import annotations
@@ -10,14 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from vlprompt.backbones.edits import AttentionAdapter
+from vlprompt.backbones.edits import AttentionAdapter, BlockEdit, KeysValues
 from vlprompt.backbones.packed import is_packable_block
 
-__all__ = ["Projections", "adapted", "find_projections", "projections_in", "reads_its_layers_weights"]
+__all__ = [
+    "Projections",
+    "adapted",
+    "find_projections",
+    "looking_at",
+    "projections_in",
+    "reads_its_layers_weights",
+    "shows_its_keys",
+]
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 # Modules that gather a tower's tokens into one feature: no part of its blocks.
@@ -130,6 +144,53 @@ def _adder(place: Projections, adapter: AttentionAdapter) -> Callable[[int], Cal
         return lambda _, inputs, output: output + added(inputs[0])[number].to(output.dtype)
 
     return hook
+
+
+def shows_its_keys(block: Any) -> bool:
+    """Tell whether a block of another library has one attention, which calls torch's fused attention."""
+    attention = getattr(block, "attn", None)
+    return find_projections(attention) is not None and bool(getattr(attention, "fused_attn", False))
+
+
+@contextmanager
+def looking_at(blocks: Sequence[Any], edits: Sequence[BlockEdit]) -> Iterator[None]:
+    """While open, blocks that another library runs look at their edits' keys and values, too.
+
+    Args:
+        blocks: Of an image tower (see :func:`shows_its_keys`).
+        edits: One per block.
+    """
+    attentions = []
+    try:
+        for block, edit in zip(blocks, edits, strict=True):
+            if edit.keys_values is None:
+                continue
+            block.attn.forward = partial(_look, block.attn.forward, edit.keys_values)
+            attentions.append(block.attn)
+        yield
+    finally:
+        for attention in attentions:
+            del attention.forward  # the class's own again
+
+
+def _look(forward: Callable[..., Tensor], further: KeysValues, *arguments: Any, **options: Any) -> Tensor:
+    with _KeysInFront(further):
+        return forward(*arguments, **options)
+
+
+class _KeysInFront(TorchFunctionMode):
+    """While open, torch's fused attention has further keys and values in front of those that it is called with."""
+
+    def __init__(self, further: KeysValues) -> None:
+        super().__init__()
+        self.further = further
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        if func is F.scaled_dot_product_attention:
+            query, key, value, *rest = args
+            args = (query, *self.further.in_front(key, value), *rest)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections
-from vlprompt.backbones.edits import Adapter, entered_tokens, norms_of
+from vlprompt.backbones.edits import (
+    Adapter,
+    check_keys_values,
+    edit_of,
+    entered_tokens,
+    keys_values_sets,
+    norms_of,
+)
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
@@ -220,7 +227,7 @@ class TextTower:
                 the blocks (see :class:`vlprompt.backbones.edits.BlockEdit` and :meth:`require_edits`).
 
         Returns:
-            (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
+            (C, d), or (G, C, d) if ``context``, ``deep`` or keys and values of an edit have a group axis. Float32.
 
         In a training step of several processes each encodes its share of the classes, if there are at least 64 for
         every process and no groups, and what they encode is gathered with its gradient.
@@ -304,9 +311,19 @@ class TextTower:
         """
         raise NotImplementedError
 
-    def spread(self, x: Tensor, layout: PromptLayout, deep: DeepPrompts, length: int) -> Tensor:
-        """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings."""
-        groups = max(x.shape[0], *(rows.shape[0] for rows in deep.values())) if deep else x.shape[0]
+    def spread(
+        self, x: Tensor, layout: PromptLayout, deep: DeepPrompts, length: int, groups: int = 1
+    ) -> Tensor:
+        """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings.
+
+        Args:
+            x: The embeddings.
+            layout: The C sentences, padded to T tokens.
+            deep: Deep prompts of chosen blocks, which may have groups.
+            length: T.
+            groups: Of what else enters.
+        """
+        groups = max(groups, x.shape[0], *(rows.shape[0] for rows in deep.values()))
         return x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
     def padded_sources(self, layout: PromptLayout, length: int) -> Tensor:
@@ -359,7 +376,13 @@ class TextTower:
                 f"{self.layers - 1}."
             )
 
-        grouped = any(tensor is not None and tensor.dim() == 3 for tensor in (context, *blocks.values()))
+        edits = [edit_of(adapter) for adapter in adapters or ()]
+        if any(edit.changes_attention for edit in edits):
+            self.require_edits()
+            check_keys_values(edits, self.width)
+        grouped = keys_values_sets(adapters) is not None or any(
+            tensor is not None and tensor.dim() == 3 for tensor in (context, *blocks.values())
+        )
         context = context[None] if context is not None and context.dim() == 2 else context
         blocks = {block: rows if rows.dim() == 3 else rows[None] for block, rows in blocks.items()}
         return context, blocks, grouped

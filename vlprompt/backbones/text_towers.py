@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
-from vlprompt.backbones.edits import Adapter, attention_parts, edit_of, enter_tokens, entered_tokens
+from vlprompt.backbones.edits import (
+    Adapter,
+    attention_parts,
+    edit_of,
+    enter_tokens,
+    entered_tokens,
+    keys_values_sets,
+)
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
 from vlprompt.backbones.packed import encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
@@ -127,12 +135,19 @@ class OwnTower(TextTower):
         x = self.embed(sources, slots, context)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
-    def begin(self, layout: PromptLayout, context: Tensor | None, deep: DeepPrompts, length: int) -> Tensor:
+    def begin(
+        self,
+        layout: PromptLayout,
+        context: Tensor | None,
+        deep: DeepPrompts,
+        length: int,
+        adapters: Sequence[Adapter | None] | None,
+    ) -> Tensor:
         """Return (G * C, T, Dt) states before the first block: embeddings and context with their positions."""
         sources = self.padded_sources(layout, length)
         positions = torch.arange(length).repeat(len(layout))
         x = self.assemble(sources.flatten(), layout.padded_slots(length), positions, context)
-        return self.spread(x, layout, deep, length)
+        return self.spread(x, layout, deep, length, keys_values_sets(adapters) or 1)
 
     def run_plain(
         self,
@@ -143,7 +158,7 @@ class OwnTower(TextTower):
         adapters: Sequence[Adapter | None] | None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
-        x = self.begin(layout, context, deep, length)
+        x = self.begin(layout, context, deep, length, adapters)
 
         mask = None if self.causal_mask is None else self.causal_mask[:length, :length].to(x.dtype)
         x = self.run_blocks(x, mask, layout, deep, adapters)
@@ -180,6 +195,8 @@ class OwnTower(TextTower):
                     mask = torch.full((x.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu(
                         1
                     )
+                if edit.keys_values is not None:
+                    edit = replace(edit, keys_values=edit.keys_values.repeated(len(layout)))
                 x = self._run(block, x, mask, edit if edit.changes_block else None)
         return x
 
@@ -244,7 +261,7 @@ class CoCaTower(OwnTower):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        x = self.begin(layout, context, deep, length)
+        x = self.begin(layout, context, deep, length, adapters)
         groups = x.shape[0] // len(layout)
 
         if self.cls is not None:
