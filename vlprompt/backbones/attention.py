@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vlprompt.backbones.edits import AttentionAdapter, BlockEdit, KeysValues
+from vlprompt.backbones.edits import AttentionAdapter, BlockEdit, KeysValues, norms_of
 from vlprompt.backbones.packed import is_packable_block
 
 __all__ = [
     "Projections",
     "adapted",
     "find_projections",
+    "keys_values_of",
     "looking_at",
     "projections_in",
     "reads_its_layers_weights",
@@ -150,6 +152,36 @@ def shows_its_keys(block: Any) -> bool:
     """Tell whether a block of another library has one attention, which calls torch's fused attention."""
     attention = getattr(block, "attn", None)
     return find_projections(attention) is not None and bool(getattr(attention, "fused_attn", False))
+
+
+def keys_values_of(block: Any, tokens: Tensor) -> KeysValues:
+    """Return the keys and values that a block's own weights make of tokens, as deep prompts have them.
+
+    Args:
+        block: Of a tower whose attention takes further keys (``require_attention_edits``, ``require_edits``).
+        tokens: (M, W), which have no place.
+    """
+    norms = norms_of(block)
+    assert norms is not None  # such blocks begin with one
+    attention = block.attn
+
+    if is_packable_block(block):
+        width = tokens.shape[-1]
+        bias = None if attention.in_proj_bias is None else attention.in_proj_bias[width:]
+        normed = norms[0](tokens.to(attention.in_proj_weight.dtype))
+        key, value = F.linear(normed, attention.in_proj_weight[width:], bias).chunk(2, -1)
+        return KeysValues(key, value)
+
+    place = find_projections(attention)
+    assert place is not None
+    normed = norms[0](tokens.to(place.layers[0].weight.dtype))
+    together = torch.cat([layer(normed) for layer in place.layers], dim=-1)
+    _, key, value = together.split(place.sizes, dim=-1)
+
+    if _adds_bias_itself(attention):
+        key, value = key + attention.k_bias, value + attention.v_bias
+    key = attention.k_norm(key.unflatten(-1, (attention.num_heads, -1))).flatten(-2)
+    return KeysValues(key, value)
 
 
 @contextmanager
