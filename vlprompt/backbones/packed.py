@@ -29,9 +29,11 @@ from vlprompt.backbones.edits import (
 )
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, Tiles, insert_rows
 
-__all__ = ["Adapter", "encode_packed", "is_packable_block", "quick_attention", "run_block"]
+__all__ = ["Adapter", "Offsets", "encode_packed", "is_packable_block", "quick_attention", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
+Offsets = tuple[Slots, Tensor]
+"""Where offsets are added to a list of sources, and all of them: (G or 1, K, W)."""
 Adapters = Sequence[Adapter | None]
 Edits = Sequence[BlockEdit]
 
@@ -51,7 +53,14 @@ class PackableTower(Protocol):
     width: int
     memory: int
 
-    def assemble(self, sources: Tensor, slots: Slots, positions: Tensor, context: Tensor | None) -> Tensor:
+    def assemble(
+        self,
+        sources: Tensor,
+        slots: Slots,
+        positions: Tensor,
+        context: Tensor | None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
         """Return (G or 1, R, W) embeddings plus positions of a flat list of R sources."""
 
     def project(self, x: Tensor) -> Tensor:
@@ -76,6 +85,7 @@ def encode_packed(
     context: Tensor | None,
     deep: DeepPrompts,
     adapters: Adapters | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Compute (G, C, d) features; arguments as in :meth:`vlprompt.backbones.text.TextTower.encode`, with a group axis.
 
@@ -84,9 +94,13 @@ def encode_packed(
     """
     tiles = layout.tiles
     edits = [edit_of(adapter) for adapter in adapters or [None] * tower.layers]
-    prefix = tower.assemble(layout.prefix, layout.prefix_slots, torch.arange(layout.shared), context)
+    places = torch.arange(layout.shared)
+    added = None if offsets is None else (layout.prefix_offsets, offsets)
+    prefix = tower.assemble(layout.prefix, layout.prefix_slots, places, context, added)
     past = _run_prefix(tower, prefix, layout.prefix_slots, deep, edits)
-    remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
+    added = None if offsets is None else (tiles.offsets, offsets)
+    places = tiles.positions.flatten()
+    remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, places, context, added)
     groups = cast(int, torch.sym_max(remainders.shape[0], prefix.shape[0]))
     for rows in (*deep.values(), *(keys for keys, _ in past)):
         groups = cast(int, torch.sym_max(groups, rows.shape[0]))
