@@ -38,8 +38,8 @@ RUN: dict[str, Any] = {"epochs": 1, "batch_size": 16, "lr": 1e-3, "callbacks": [
 
 OF_TRAINER = {name for name, member in vars(Hooks).items() if inspect.isfunction(member)}
 OF_LEARNER = {name for name, member in vars(LearnerHooks).items() if inspect.isfunction(member)}
-# The outer step has losses, groups and clipping of its own, and there are no labelled data to see or to choose on.
-NOT_IN_META = {"parameter_groups", "combine_gradients", "transform_gradients", *OF_LEARNER}
+# The outer step has losses and clipping of its own, and there are no labelled data to see or to choose on.
+NOT_IN_META = {"combine_gradients", "transform_gradients", *(OF_LEARNER - OF_TRAINER)}
 
 Calls = set[str]
 

@@ -40,6 +40,8 @@ PLACES: dict[str, tuple[str, dict[str, Any], int]] = {
     "updates of the upper third": ("clip_lora", {"layers": "up"}, 3),
     "updates of the last two blocks": ("clip_lora", {"layers": "top2", "encoder": "vision"}, 2),
     "bottlenecks beside the last block": ("mma", {"depth": 1}, 3),
+    "what follows attention in the last block": ("apt", {"blocks": [2]}, 3),
+    "keys and values of the last two blocks": ("kv_prompts", {"blocks": [1, 2]}, 2),
     "tokens before the last two blocks": ("mmrl", {"depth": 2}, 2),
     "norms of all blocks": ("two_stage", {}, 1),
     "masks of all blocks": ("amt", {}, 1),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlprompt.core.errors import CheckpointError
-from vlprompt.core.trainable import Hooks, Trainable, TransparentWrapper, Wrapper
+from vlprompt.core.trainable import Hooks, OwnRate, Trainable, TransparentWrapper, Wrapper, groups_by_rate
 
 
 class _Recorder(nn.Module, Trainable):
@@ -96,3 +96,19 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
     with pytest.raises(CheckpointError, match="foreign is unknown; weight is not finite"):
         inner.load_trainable_state(state)
     assert torch.equal(inner.weight, torch.zeros(2))
+
+
+def test_parts_with_a_rate_make_groups() -> None:
+    class Slow(nn.Linear, OwnRate):
+        rate = 0.1
+
+    fast = Slow(2, 2)
+    fast.rate = 3.0
+    model = nn.Sequential(nn.Linear(2, 2), Slow(2, 2), nn.Sequential(fast))
+    model[0].bias.requires_grad_(False)
+    assert groups_by_rate(model) == [
+        {"names": ["0.weight"]},
+        {"names": ["1.weight", "1.bias"], "rate": 0.1},
+        {"names": ["2.0.weight", "2.0.bias"], "rate": 3.0},
+    ]
+    assert groups_by_rate(nn.Linear(2, 2)) == []

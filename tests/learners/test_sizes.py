@@ -17,7 +17,13 @@ def papers_backbone() -> Backbone:
 
 @pytest.mark.parametrize(
     ("name", "numbers", "stages"),
-    [("two_stage", 61_440 + 3 * 512, 1), ("mma", 674_560, 5), ("mmrl", 4_992_256, 6)],
+    [
+        ("two_stage", 61_440 + 3 * 512, 1),
+        ("mma", 674_560, 5),
+        ("mmrl", 4_992_256, 6),
+        ("apt", 12 * (16 * 768 + 2 * 4 * 768 + 1), 1),
+        ("kv_prompts", 147_456, 1),
+    ],
 )
 def test_parameters_of_vit_b16(name: str, numbers: int, stages: int, papers_backbone: Backbone) -> None:
     learner = create_learner(name, papers_backbone, NAMES)

@@ -3,6 +3,9 @@
 A place is known by what its module has, not by what it is called: one linear layer for all three (``qkv``), or one each
 (``q_proj, k_proj, v_proj``; ``query, key, value``; ``q, k, v``). open_clip's own blocks, which keep one packed matrix
 and no layer, run through :mod:`vlprompt.backbones.packed` instead.
+
+Further keys and values join where such an attention calls torch's fused attention: there its own are projected, normed
+and turned by their places.
 """
 
 from __future__ import annotations
@@ -10,14 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from vlprompt.backbones.edits import AttentionAdapter
+from vlprompt.backbones.edits import AttentionAdapter, BlockEdit, KeysValues, norms_of
 from vlprompt.backbones.packed import is_packable_block
 
-__all__ = ["Projections", "adapted", "find_projections", "projections_in", "reads_its_layers_weights"]
+__all__ = [
+    "Projections",
+    "adapted",
+    "find_projections",
+    "keys_values_of",
+    "looking_at",
+    "projections_in",
+    "reads_its_layers_weights",
+    "shows_its_keys",
+]
 
 _SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 # Modules that gather a tower's tokens into one feature: no part of its blocks.
@@ -130,6 +146,83 @@ def _adder(place: Projections, adapter: AttentionAdapter) -> Callable[[int], Cal
         return lambda _, inputs, output: output + added(inputs[0])[number].to(output.dtype)
 
     return hook
+
+
+def shows_its_keys(block: Any) -> bool:
+    """Tell whether a block of another library has one attention, which calls torch's fused attention."""
+    attention = getattr(block, "attn", None)
+    return find_projections(attention) is not None and bool(getattr(attention, "fused_attn", False))
+
+
+def keys_values_of(block: Any, tokens: Tensor) -> KeysValues:
+    """Return the keys and values that a block's own weights make of tokens, as deep prompts have them.
+
+    Args:
+        block: Of a tower whose attention takes further keys (``require_attention_edits``, ``require_edits``).
+        tokens: (M, W), which have no place.
+    """
+    norms = norms_of(block)
+    assert norms is not None  # such blocks begin with one
+    attention = block.attn
+
+    if is_packable_block(block):
+        width = tokens.shape[-1]
+        bias = None if attention.in_proj_bias is None else attention.in_proj_bias[width:]
+        normed = norms[0](tokens.to(attention.in_proj_weight.dtype))
+        key, value = F.linear(normed, attention.in_proj_weight[width:], bias).chunk(2, -1)
+        return KeysValues(key, value)
+
+    place = find_projections(attention)
+    assert place is not None
+    normed = norms[0](tokens.to(place.layers[0].weight.dtype))
+    together = torch.cat([layer(normed) for layer in place.layers], dim=-1)
+    _, key, value = together.split(place.sizes, dim=-1)
+
+    if _adds_bias_itself(attention):
+        key, value = key + attention.k_bias, value + attention.v_bias
+    key = attention.k_norm(key.unflatten(-1, (attention.num_heads, -1))).flatten(-2)
+    return KeysValues(key, value)
+
+
+@contextmanager
+def looking_at(blocks: Sequence[Any], edits: Sequence[BlockEdit]) -> Iterator[None]:
+    """While open, blocks that another library runs look at their edits' keys and values, too.
+
+    Args:
+        blocks: Of an image tower (see :func:`shows_its_keys`).
+        edits: One per block.
+    """
+    attentions = []
+    try:
+        for block, edit in zip(blocks, edits, strict=True):
+            if edit.keys_values is None:
+                continue
+            block.attn.forward = partial(_look, block.attn.forward, edit.keys_values)
+            attentions.append(block.attn)
+        yield
+    finally:
+        for attention in attentions:
+            del attention.forward  # the class's own again
+
+
+def _look(forward: Callable[..., Tensor], further: KeysValues, *arguments: Any, **options: Any) -> Tensor:
+    with _KeysInFront(further):
+        return forward(*arguments, **options)
+
+
+class _KeysInFront(TorchFunctionMode):
+    """While open, torch's fused attention has further keys and values in front of those that it is called with."""
+
+    def __init__(self, further: KeysValues) -> None:
+        super().__init__()
+        self.further = further
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        if func is F.scaled_dot_product_attention:
+            query, key, value, *rest = args
+            args = (query, *self.further.in_front(key, value), *rest)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What is learned inside a tower's blocks, beside their frozen weights.
 
 An adapter of a tower is either a function that joins a block's attention (:data:`AttentionAdapter`), or a
-:class:`BlockEdit`, which can also stand beside the block, shift its norms, and bring tokens along. Where a block has
-none, it runs as it always does, to the bit.
+:class:`BlockEdit`, which can also stand beside the block, follow its attention, shift its norms, and bring keys and
+values or whole tokens along. Where a block has none, it runs as it always does, to the bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,15 @@ __all__ = [
     "Adapter",
     "AttentionAdapter",
     "BlockEdit",
+    "KeysValues",
     "NormDelta",
     "attention_parts",
+    "check_keys_values",
     "edit_of",
     "edited_blocks",
     "enter_tokens",
     "entered_tokens",
+    "keys_values_sets",
     "norms_of",
     "shifted_norms",
 ]
@@ -60,6 +63,32 @@ class NormDelta(nn.Module):
 
 
 @dataclass(frozen=True)
+class KeysValues:
+    """Keys and values that a block's tokens look at beside their own; they ask nothing and go nowhere.
+
+    They stand in front of the block's own keys and values as they are: not projected, normed or turned by a place.
+    Also known as prefix tuning (Li and Liang, ACL 2021, arXiv 2101.00190, section 4).
+
+    Attributes:
+        keys: (M, W) or (B, M, W): one set for all, or one for each image; in a text tower for each of G groups.
+        values: Of the keys' shape.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def in_front(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, H, M + R, dh) keys and values of (B, H, R, dh) ones; B grows from 1 if there are more sets."""
+        return _in_front(self.keys, key), _in_front(self.values, value)
+
+    def repeated(self, count: int) -> KeysValues:
+        """Return every set ``count`` times, one after the other."""
+        if self.keys.dim() == 2:
+            return self
+        return KeysValues(self.keys.repeat_interleave(count, 0), self.values.repeat_interleave(count, 0))
+
+
+@dataclass(frozen=True)
 class BlockEdit:
     """What is learned in one block.
 
@@ -71,6 +100,10 @@ class BlockEdit:
         tokens: (K, W) that stand behind the tower's first token (its class or start token) from this block on. They
             have no positions. Those of a further block take the place of what has become of the earlier ones, so all
             blocks of a tower bring the same number.
+        after_attention: A function of the block's normed input (..., W) and of attention's output (..., W) behind its
+            output projection. Its (..., W) result takes the output's place, before LayerScale and the residual. It
+            sees tokens in any order and number, so it works on each by itself.
+        keys_values: What tokens look at beside each other; in a causal tower every token does.
     """
 
     attention: AttentionAdapter | None = None
@@ -78,6 +111,8 @@ class BlockEdit:
     first_norm: NormDelta | None = None
     second_norm: NormDelta | None = None
     tokens: Tensor | None = None
+    after_attention: Callable[[Tensor, Tensor], Tensor] | None = None
+    keys_values: KeysValues | None = None
 
     def norm_first(self, norm: Any, x: Tensor) -> Tensor:
         """Return what the norm before attention makes of (..., W)."""
@@ -91,12 +126,31 @@ class BlockEdit:
         """Return a block's output (..., W) with what stands beside the block; ``normed`` is its normed input."""
         return x if self.parallel is None else x + self.parallel(normed).to(x.dtype)
 
+    def follow_attention(self, normed: Tensor, attended: Tensor) -> Tensor:
+        """Return what comes of attention's output (..., W); ``normed`` is what attention has read."""
+        if self.after_attention is None:
+            return attended
+        return self.after_attention(normed, attended).to(attended.dtype)
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a block's (B, H, R, dh) keys and values with what stands in front of them."""
+        return (key, value) if self.keys_values is None else self.keys_values.in_front(key, value)
+
+    @property
+    def keys_in_front(self) -> int:
+        """M, keys that stand in front of the block's own."""
+        return 0 if self.keys_values is None else self.keys_values.keys.shape[-2]
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether something enters attention or follows it, other than an adapter of its projections."""
+        return self.after_attention is not None or self.keys_values is not None
+
     @property
     def changes_block(self) -> bool:
         """Whether the block runs otherwise than it would with other tokens alone."""
-        return any(
-            part is not None for part in (self.attention, self.parallel, self.first_norm, self.second_norm)
-        )
+        parts = (self.attention, self.parallel, self.first_norm, self.second_norm)
+        return self.changes_attention or any(part is not None for part in parts)
 
 
 Adapter = AttentionAdapter | BlockEdit
@@ -147,6 +201,52 @@ def enter_tokens(x: Tensor, edit: BlockEdit, at: int, is_first: bool) -> Tensor:
     return torch.cat([x[:, :at], tokens, x[:, rest:]], dim=1)
 
 
+def check_keys_values(edits: Sequence[BlockEdit], width: int, sets: Sequence[int] = ()) -> None:
+    """Refuse keys and values that don't fit a tower.
+
+    Args:
+        edits: One per block.
+        width: W of the tower.
+        sets: How many sets there may be; empty for any number.
+
+    Raises:
+        VLPromptError: If keys and values differ in shape, have another width, or there are as many sets as don't fit.
+    """
+    for number, edit in enumerate(edits):
+        if edit.keys_values is None:
+            continue
+
+        shape = tuple(edit.keys_values.keys.shape)
+        if shape != tuple(edit.keys_values.values.shape) or len(shape) not in (2, 3):
+            raise VLPromptError(
+                f"block {number}: keys of shape {shape}, values of {tuple(edit.keys_values.values.shape)}; both are "
+                "(M, W) or (B, M, W)."
+            )
+        if shape[-1] != width:
+            raise VLPromptError(
+                f"block {number}: keys and values have width {shape[-1]}, the tower has {width}."
+            )
+        if sets and len(shape) == 3 and shape[0] not in sets:
+            raise VLPromptError(
+                f"block {number}: {shape[0]} sets of keys and values for a batch of {sets[-1]} images."
+            )
+
+
+def keys_values_sets(adapters: Sequence[Adapter | None] | None) -> int | None:
+    """Return G, how many sets of keys and values the edits of a tower bring; None if they bring no (G, M, W).
+
+    Raises:
+        VLPromptError: If blocks bring different numbers of sets, other than 1.
+    """
+    brought = [edit_of(adapter).keys_values for adapter in adapters or ()]
+    counts = sorted({len(own.keys) for own in brought if own is not None and own.keys.dim() == 3})
+    if len([count for count in counts if count > 1]) > 1:
+        raise VLPromptError(
+            f"blocks of one tower bring {' and '.join(map(str, counts))} sets of keys and values: give all the same."
+        )
+    return counts[-1] if counts else None
+
+
 def norms_of(block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm] | None:
     """Return the norms before attention and before the MLP of a pre-norm block, or None if it is none."""
     for names in (("ln_1", "ln_2"), ("norm1", "norm2")):
@@ -174,7 +274,7 @@ def shifted_norms(shifts: Sequence[tuple[nn.Module, NormDelta]]) -> Iterator[Non
 
 @contextmanager
 def edited_blocks(blocks: Sequence[Any], edits: Sequence[BlockEdit]) -> Iterator[None]:
-    """While open, blocks that another library runs are edited: their norms, and what stands beside them."""
+    """While open, blocks that another library runs are edited, but for what joins their attention's inside."""
     shifts = []
     with ExitStack() as stack:
         for block, edit in zip(blocks, edits, strict=True):
@@ -189,6 +289,10 @@ def edited_blocks(blocks: Sequence[Any], edits: Sequence[BlockEdit]) -> Iterator
 
         stack.enter_context(shifted_norms(shifts))
         for block, edit in zip(blocks, edits, strict=True):
+            if edit.after_attention is not None:
+                handle = block.attn.register_forward_hook(_following(edit))
+                stack.callback(handle.remove)
+
             norms = norms_of(block)
             if norms is None or edit.parallel is None:
                 continue
@@ -198,8 +302,20 @@ def edited_blocks(blocks: Sequence[Any], edits: Sequence[BlockEdit]) -> Iterator
         yield
 
 
+def _in_front(rows: Tensor, own: Tensor) -> Tensor:
+    """Return (B, H, M + R, dh): (M, W) or (B', M, W) rows, cut into heads, before (B'', H, R, dh)."""
+    rows = rows if rows.dim() == 3 else rows[None]
+    heads = rows.to(own.dtype).unflatten(-1, (own.shape[1], -1)).transpose(1, 2)
+    batch = cast(int, torch.sym_max(heads.shape[0], own.shape[0]))
+    return torch.cat([heads.expand(batch, -1, -1, -1), own.expand(batch, -1, -1, -1)], dim=2)
+
+
 def _shifting(delta: NormDelta) -> Callable[..., Tensor]:
     return lambda norm, inputs, _: delta(norm, inputs[0])
+
+
+def _following(edit: BlockEdit) -> Callable[..., Tensor]:
+    return lambda _, inputs, output: edit.follow_attention(inputs[0], output)
 
 
 def _standing_beside(edit: BlockEdit) -> tuple[Callable[..., None], Callable[..., Tensor]]:

@@ -2,7 +2,8 @@
 
 A sentence is a list of sources: a token id (>= 0) or a learned context slot ``slot(k)`` (< 0). From the
 sentences of all classes a layout finds the longest common beginning, which a causal tower needs to run only
-once, and packs what is left of each sentence into tiles without padding.
+once, and packs what is left of each sentence into tiles without padding. A token may have the number of an offset,
+which is added to its embedding; then two beginnings are the same where their offsets are, too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprompt.core.errors import VLPromptError
 
-__all__ = ["DeepPrompts", "PromptLayout", "Slots", "Tiles", "insert_rows", "is_slot", "slot", "slot_number"]
+__all__ = [
+    "DeepPrompts",
+    "PromptLayout",
+    "Slots",
+    "Tiles",
+    "add_rows",
+    "insert_rows",
+    "is_slot",
+    "slot",
+    "slot_number",
+]
 
 DeepPrompts = Mapping[int, Tensor]
 """Block, from 1, to (G or 1, K, Dt): what replaces before that block the states at the places of slots below K."""
@@ -59,6 +71,12 @@ class Slots:
         pairs = [(place, slot_number(source)) for place, source in enumerate(sources) if is_slot(source)]
         return cls(tuple(place for place, _ in pairs), tuple(number for _, number in pairs))
 
+    @classmethod
+    def numbered(cls, numbers: Iterable[int]) -> Slots:
+        """Find the places of a list of numbers, of which those below 0 stand for none."""
+        pairs = [(place, number) for place, number in enumerate(numbers) if number >= 0]
+        return cls(tuple(place for place, _ in pairs), tuple(number for _, number in pairs))
+
     def window(self, start: int, stop: int) -> Slots:
         """Return the slots of a part of the list, counted from its beginning."""
         pairs = zip(self.places, self.numbers, strict=True)
@@ -94,6 +112,26 @@ def insert_rows(x: Tensor, slots: Slots, rows: Tensor) -> Tensor:
     return x.expand(groups, -1, -1).index_copy(1, places, chosen.expand(groups, -1, -1))
 
 
+def add_rows(x: Tensor, places: Slots, rows: Tensor) -> Tensor:
+    """Add learned vectors at their places.
+
+    Args:
+        x: (G or 1, R, W) embeddings of R tokens.
+        places: The places of the R tokens to which ``rows[:, k]`` is added, by their numbers k.
+        rows: (G or 1, K, W) learned vectors.
+
+    Returns:
+        (G or 1, R, W) of x's type; ``x`` itself if there are no places.
+    """
+    if not places.places:
+        return x
+
+    groups = max(x.shape[0], rows.shape[0])
+    index = torch.tensor(places.places, device=x.device)
+    chosen = rows[:, torch.tensor(places.numbers, device=rows.device)].to(x.dtype)
+    return x.expand(groups, -1, -1).index_add(1, index, chosen.expand(groups, -1, -1))
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The sentences' own parts, packed: R tiles of S tokens each.
@@ -108,6 +146,7 @@ class Tiles:
             block.
         end_slots: (C,) flat index into the R * E end rows, in class order.
         slots: Where the R * S sources refer to learned vectors.
+        offsets: Where offsets are added to them.
     """
 
     sources: Tensor
@@ -117,6 +156,7 @@ class Tiles:
     end_rows: Tensor
     end_slots: Tensor
     slots: Slots
+    offsets: Slots
 
 
 class PromptLayout:
@@ -127,16 +167,21 @@ class PromptLayout:
         context_length: Longest sentence the tower can read, in tokens.
         names: What to call the sentences in error messages.
         share_prefix: Find and share the common beginning; off for towers that aren't causal.
+        offsets: For each sentence the number of every source's offset, -1 for none; None: there are none.
 
     Attributes:
         slots: Number of learned context vectors the sentences refer to (highest + 1).
         shared: P, tokens of the beginning that all sentences share.
         prefix: (P,) sources of that beginning.
         prefix_slots: Its learned places.
+        prefix_offsets: Its places with an offset.
+        offsets: For each sentence the numbers of offsets, or None.
+        offset_count: Number of offsets the sentences refer to (highest + 1).
         shares_prefix: Whether a common beginning is looked for.
 
     Raises:
-        VLPromptError: If there is no sentence, or one is longer than ``context_length``.
+        VLPromptError: If there is no sentence, one is longer than ``context_length``, or a learned vector is to have
+            an offset.
     """
 
     def __init__(
@@ -145,6 +190,7 @@ class PromptLayout:
         context_length: int,
         names: Sequence[str] | None = None,
         share_prefix: bool = True,
+        offsets: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not sentences:
             raise VLPromptError("a text prompt needs at least one class.")
@@ -162,11 +208,20 @@ class PromptLayout:
                     "Shorten the class name or the context."
                 )
 
-        self.shared = _common_prefix(self.sentences) if share_prefix else 0
+        self.offsets = None if offsets is None else _checked_offsets(self.sentences, offsets)
+        self.offset_count = 1 + max((number for row in self.offsets or () for number in row), default=-1)
+
+        # Where there are offsets, what sentences share has equal ones.
+        compared: list[tuple[Any, ...]] = list(self.sentences)
+        if self.offsets is not None:
+            both = zip(self.sentences, self.offsets, strict=True)
+            compared = [tuple(zip(sentence, numbers, strict=True)) for sentence, numbers in both]
+        self.shared = _common_prefix(compared) if share_prefix else 0
         numbers = [slot_number(s) for sentence in self.sentences for s in sentence if is_slot(s)]
         self.slots = 1 + max(numbers, default=-1)
         self.prefix = torch.tensor(self.sentences[0][: self.shared], dtype=torch.long)
         self.prefix_slots = Slots.of(self.sentences[0][: self.shared])
+        self.prefix_offsets = Slots.numbered(self.offsets[0][: self.shared] if self.offsets else ())
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -191,19 +246,46 @@ class PromptLayout:
             numbers += slots.numbers
         return Slots(tuple(places), tuple(numbers))
 
+    def padded_offsets(self, length: int) -> Slots:
+        """Return the places of :meth:`padded` that have an offset, row after row."""
+        rows = self.offsets or [() for _ in self.sentences]
+        return Slots.numbered(number for row in rows for number in (*row, *[-1] * (length - len(row))))
+
+    @cached_property
+    def offset_sources(self) -> Tensor:
+        """(K,) one of the sources that each offset is added to; 0 for a number that none has."""
+        sources = [0] * self.offset_count
+        for sentence, numbers in zip(self.sentences, self.offsets or (), strict=False):
+            for source, number in zip(sentence, numbers, strict=True):
+                if number >= 0:
+                    sources[number] = source
+        return torch.tensor(sources, dtype=torch.long)
+
+    def with_offsets(self, offsets: Sequence[Sequence[int]]) -> PromptLayout:
+        """Return the layout of the same sentences, whose sources have the numbered offsets (-1: none)."""
+        return PromptLayout(
+            self.sentences, self.context_length, share_prefix=self.shares_prefix, offsets=offsets
+        )
+
     def part(self, classes: range) -> PromptLayout:
         """Return the layout of some consecutive classes; made once, since every step asks for it."""
         key = (classes.start, classes.stop)
         if key not in self._parts:
-            sentences = self.sentences[classes.start : classes.stop]
-            self._parts[key] = PromptLayout(sentences, self.context_length, share_prefix=self.shares_prefix)
+            some = slice(*key)
+            self._parts[key] = PromptLayout(
+                self.sentences[some],
+                self.context_length,
+                share_prefix=self.shares_prefix,
+                offsets=None if self.offsets is None else self.offsets[some],
+            )
         return self._parts[key]
 
     @cached_property
     def tiles(self) -> Tiles:
         """The sentences without the shared prefix, packed."""
         remainders = [s[self.shared :] for s in self.sentences]
-        return _pack(remainders, self.shared)
+        offsets = None if self.offsets is None else [row[self.shared :] for row in self.offsets]
+        return _pack(remainders, self.shared, offsets)
 
 
 def _shortened(name: str) -> str:
@@ -211,7 +293,18 @@ def _shortened(name: str) -> str:
     return repr(name if len(name) <= 60 else f"{name[:28]} ... {name[-28:]}")
 
 
-def _common_prefix(sentences: Sequence[tuple[int, ...]]) -> int:
+def _checked_offsets(
+    sentences: Sequence[tuple[int, ...]], offsets: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """Return the offsets of sentences, as long as these."""
+    for sentence, numbers in zip(sentences, offsets, strict=True):
+        for source, number in zip(sentence, numbers, strict=True):
+            if number >= 0 and is_slot(source):
+                raise VLPromptError("an offset is added to a token's embedding, not to a learned vector.")
+    return [tuple(numbers) for numbers in offsets]
+
+
+def _common_prefix(sentences: Sequence[tuple[Any, ...]]) -> int:
     """Return how many first sources all sentences share, leaving each at least one of its own."""
     limit = min(len(s) for s in sentences) - 1
     first = sentences[0]
@@ -221,7 +314,7 @@ def _common_prefix(sentences: Sequence[tuple[int, ...]]) -> int:
     return limit
 
 
-def _pack(remainders: Sequence[Sequence[int]], offset: int) -> Tiles:
+def _pack(remainders: Sequence[Sequence[int]], offset: int, offsets: Sequence[Sequence[int]] | None) -> Tiles:
     """Pack sentences into equal tiles, of the size near ``_TILE`` that leaves the fewest places unused."""
     total = sum(map(len, remainders))
     longest = max(map(len, remainders))
@@ -230,7 +323,7 @@ def _pack(remainders: Sequence[Sequence[int]], offset: int) -> Tiles:
     packed = [(_fill(remainders, size), size) for size in sizes]
     rows, size = min(packed, key=lambda p: len(p[0]) * p[1])
 
-    return _tensors(remainders, rows, size, offset)
+    return _tensors(remainders, rows, size, offset, offsets)
 
 
 def _fill(remainders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -256,8 +349,15 @@ def _fill(remainders: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return rows
 
 
-def _tensors(remainders: Sequence[Sequence[int]], rows: list[list[int]], size: int, offset: int) -> Tiles:
+def _tensors(
+    remainders: Sequence[Sequence[int]],
+    rows: list[list[int]],
+    size: int,
+    offset: int,
+    offsets: Sequence[Sequence[int]] | None,
+) -> Tiles:
     sources = torch.zeros(len(rows), size, dtype=torch.long)
+    numbers = torch.full((len(rows), size), -1)
     positions = torch.zeros(len(rows), size, dtype=torch.long)
     owner = torch.full((len(rows), size), -1)
     most = max(map(len, rows))
@@ -271,6 +371,8 @@ def _tensors(remainders: Sequence[Sequence[int]], rows: list[list[int]], size: i
             length = len(remainders[c])
             sources[r, at : at + length] = torch.tensor(remainders[c])
             positions[r, at : at + length] = torch.arange(offset, offset + length)
+            if offsets is not None:
+                numbers[r, at : at + length] = torch.tensor(offsets[c], dtype=torch.long)
             owner[r, at : at + length] = c
             at += length
             end_rows[r, e] = at - 1
@@ -281,4 +383,5 @@ def _tensors(remainders: Sequence[Sequence[int]], rows: list[list[int]], size: i
     inside = (owner[:, :, None] == owner[:, None, :]) & causal
     mask = torch.cat([torch.ones(len(rows), size, offset, dtype=torch.bool), inside], dim=-1)
     slots = Slots.of(sources.flatten().tolist())
-    return Tiles(sources, positions, mask[:, None], ends, end_rows, end_slots, slots)
+    added = Slots.numbered(numbers.flatten().tolist()) if offsets is not None else Slots((), ())
+    return Tiles(sources, positions, mask[:, None], ends, end_rows, end_slots, slots, added)

@@ -29,9 +29,11 @@ from vlprompt.backbones.edits import (
 )
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, Tiles, insert_rows
 
-__all__ = ["Adapter", "encode_packed", "is_packable_block", "quick_attention", "run_block"]
+__all__ = ["Adapter", "Offsets", "encode_packed", "is_packable_block", "quick_attention", "run_block"]
 
 KeyValue = tuple[Tensor, Tensor]
+Offsets = tuple[Slots, Tensor]
+"""Where offsets are added to a list of sources, and all of them: (G or 1, K, W)."""
 Adapters = Sequence[Adapter | None]
 Edits = Sequence[BlockEdit]
 
@@ -51,7 +53,14 @@ class PackableTower(Protocol):
     width: int
     memory: int
 
-    def assemble(self, sources: Tensor, slots: Slots, positions: Tensor, context: Tensor | None) -> Tensor:
+    def assemble(
+        self,
+        sources: Tensor,
+        slots: Slots,
+        positions: Tensor,
+        context: Tensor | None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
         """Return (G or 1, R, W) embeddings plus positions of a flat list of R sources."""
 
     def project(self, x: Tensor) -> Tensor:
@@ -76,6 +85,7 @@ def encode_packed(
     context: Tensor | None,
     deep: DeepPrompts,
     adapters: Adapters | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Compute (G, C, d) features; arguments as in :meth:`vlprompt.backbones.text.TextTower.encode`, with a group axis.
 
@@ -84,11 +94,15 @@ def encode_packed(
     """
     tiles = layout.tiles
     edits = [edit_of(adapter) for adapter in adapters or [None] * tower.layers]
-    prefix = tower.assemble(layout.prefix, layout.prefix_slots, torch.arange(layout.shared), context)
+    places = torch.arange(layout.shared)
+    added = None if offsets is None else (layout.prefix_offsets, offsets)
+    prefix = tower.assemble(layout.prefix, layout.prefix_slots, places, context, added)
     past = _run_prefix(tower, prefix, layout.prefix_slots, deep, edits)
-    remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, tiles.positions.flatten(), context)
+    added = None if offsets is None else (tiles.offsets, offsets)
+    places = tiles.positions.flatten()
+    remainders = tower.assemble(tiles.sources.flatten(), tiles.slots, places, context, added)
     groups = cast(int, torch.sym_max(remainders.shape[0], prefix.shape[0]))
-    for rows in deep.values():
+    for rows in (*deep.values(), *(keys for keys, _ in past)):
         groups = cast(int, torch.sym_max(groups, rows.shape[0]))
     group_slices, row_slices = _chunks(tower, groups, tiles)
     keep_graph = torch.is_grad_enabled() and len(group_slices) * len(row_slices) > 1
@@ -126,6 +140,9 @@ def run_block(block: Any, x: Tensor, adapter: Adapter | None, mask: Tensor | Non
     edit = edit_of(adapter)
     normed = edit.norm_first(block.ln_1, x)
     query, key, value = _heads(block.attn, normed, edit.attention)
+    key, value = edit.extend(key, value)
+    if mask is not None and edit.keys_in_front:
+        mask = F.pad(mask, (edit.keys_in_front, 0))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return _finish(block, x, attended.transpose(1, 2).flatten(2), edit, normed)
 
@@ -172,6 +189,7 @@ def _run_prefix(
     """Run the shared beginning through all blocks; return every block's keys and values, each (G, H, P, dh).
 
     Tokens that edits bring along stand in this beginning: behind its first token, so every sentence looks at them.
+    So do a block's further keys and values, in front of it all.
     """
     past: list[KeyValue] = []
     has_tokens = False
@@ -182,15 +200,27 @@ def _run_prefix(
 
         if i == tower.layers - 1:  # nobody reads its output, only its keys and values
             _, key, value = _heads(block.attn, normed, edit.attention, query=False)
-            past.append((key, value))
+            past.append(edit.extend(key, value))
             break
 
         query, key, value = _heads(block.attn, normed, edit.attention)
+        key, value = edit.extend(key, value)
         past.append((key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True) if x.shape[1] else query
+        attended = _look_back(query, key, value, edit.keys_in_front) if x.shape[1] else query
         x = _finish(block, x, attended.transpose(1, 2).flatten(2), edit, normed)
 
     return past
+
+
+def _look_back(query: Tensor, key: Tensor, value: Tensor, in_front: int) -> Tensor:
+    """Causal attention of (G or 1, H, P, dh) queries over (G, H, M + P, dh) keys; all see the M in front."""
+    if not in_front:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    tokens = query.shape[2]
+    mask = torch.ones(tokens, in_front + tokens, dtype=torch.bool, device=query.device).tril(in_front)
+    query = query.expand(key.shape[0], -1, -1, -1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _run_tiles(
@@ -225,14 +255,12 @@ def _run_tiles(
 
 
 def _grown_masks(mask: Tensor, edits: Edits) -> list[Tensor]:
-    """Return every block's mask: the beginning is longer by tokens that were brought along, and all look at them."""
+    """Return every block's mask: the beginning is longer by what was brought along, and all look at it."""
     count = entered_tokens(edits)
-    if not count:
-        return [mask] * len(edits)
-
-    first = next(i for i, edit in enumerate(edits) if edit.tokens is not None)
-    grown = F.pad(mask, (count, 0), value=True)
-    return [mask if i < first else grown for i in range(len(edits))]
+    first = next((i for i, edit in enumerate(edits) if edit.tokens is not None), len(edits))
+    further = [edit.keys_in_front + (count if i >= first else 0) for i, edit in enumerate(edits)]
+    grown = {more: F.pad(mask, (more, 0), value=True) if more else mask for more in set(further)}
+    return [grown[more] for more in further]
 
 
 def _last_block(
@@ -331,7 +359,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 def _finish(block: Any, x: Tensor, attended: Tensor, edit: BlockEdit, normed: Tensor) -> Tensor:
     """Attention's output projection, residuals, MLP, and what stands beside the block."""
-    x = x + block.ls_1(block.attn.out_proj(attended))
+    x = x + block.ls_1(edit.follow_attention(normed, block.attn.out_proj(attended)))
     x = x + block.ls_2(_mlp(block.mlp, edit.norm_second(block.ln_2, x)))
     return edit.add_parallel(x, normed)
 

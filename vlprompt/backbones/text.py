@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import Projections
-from vlprompt.backbones.edits import Adapter, entered_tokens, norms_of
-from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
+from vlprompt.backbones.edits import (
+    Adapter,
+    check_keys_values,
+    edit_of,
+    entered_tokens,
+    keys_values_sets,
+    norms_of,
+)
+from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, add_rows, insert_rows
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, VLPromptError
 from vlprompt.core.shares import Division, division
@@ -204,6 +211,7 @@ class TextTower:
         context: Tensor | None = None,
         deep: Tensor | Mapping[int, Tensor] | None = None,
         adapters: Sequence[Adapter | None] | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Return text features of every class, not normalised.
 
@@ -218,9 +226,12 @@ class TextTower:
             adapters: One per entry of ``attention``, or None where there is none: functions of what its attention
                 reads, whose result is added to queries, keys and values (see :meth:`require_adapters`); or edits of
                 the blocks (see :class:`vlprompt.backbones.edits.BlockEdit` and :meth:`require_edits`).
+            offsets: (K, Dt) or (G, K, Dt), added to the frozen embeddings of the tokens that have their numbers in the
+                layout, before positions; K >= layout.offset_count.
 
         Returns:
-            (C, d), or (G, C, d) if ``context`` or ``deep`` has a group axis. Float32.
+            (C, d), or (G, C, d) if ``context``, ``deep``, ``offsets`` or keys and values of an edit have a group axis.
+            Float32.
 
         In a training step of several processes each encodes its share of the classes, if there are at least 64 for
         every process and no groups, and what they encode is gathered with its gradient.
@@ -228,16 +239,18 @@ class TextTower:
         Raises:
             VLPromptError: If context or deep prompts don't fit the layout or the tower.
         """
-        context, blocks, grouped = self._check(layout, context, deep, adapters)
+        context, blocks, grouped = self._check(layout, context, deep, adapters, offsets)
+        offsets = offsets[None] if offsets is not None and offsets.dim() == 2 else offsets
         # A traced graph belongs to one process.
         divided = None if torch.compiler.is_compiling() else division()
 
-        if divided is None or grouped or not _is_worth_dividing(divided, layout, context, blocks, adapters):
-            features = self.run(layout, context, blocks, adapters)
+        learned = (context, offsets, *blocks.values())
+        if divided is None or grouped or not _is_worth_dividing(divided, layout, learned, adapters):
+            features = self.run(layout, context, blocks, adapters, offsets)
             return features if grouped else features[0]
 
         own = layout.part(divided.part(len(layout)))
-        return divided.gather(self.run(own, context, blocks, adapters)[0], len(layout))
+        return divided.gather(self.run(own, context, blocks, adapters, offsets)[0], len(layout))
 
     def encode_plain(
         self,
@@ -246,10 +259,14 @@ class TextTower:
         deep: Tensor | Mapping[int, Tensor] | None = None,
         length: int | None = None,
         adapters: Sequence[Adapter | None] | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Compute :meth:`encode` by a full pass over every sentence, padded to ``length`` (default: what is exact)."""
-        context, blocks, grouped = self._check(layout, context, deep, adapters)
-        pooled, _ = self.run_plain(layout, context, blocks, length or self.shortest(layout), adapters)
+        context, blocks, grouped = self._check(layout, context, deep, adapters, offsets)
+        offsets = offsets[None] if offsets is not None and offsets.dim() == 2 else offsets
+        pooled, _ = self.run_plain(
+            layout, context, blocks, length or self.shortest(layout), adapters, offsets
+        )
         features = self.project(pooled).unflatten(0, (-1, len(layout)))
         return features if grouped else features[0]
 
@@ -279,9 +296,10 @@ class TextTower:
         context: Tensor | None,
         deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Return (G, C, d) features in the fastest way that is exact; arguments as of :meth:`encode`, with groups."""
-        pooled, _ = self.run_plain(layout, context, deep, self.shortest(layout), adapters)
+        pooled, _ = self.run_plain(layout, context, deep, self.shortest(layout), adapters, offsets)
         return self.project(pooled).unflatten(0, (-1, len(layout)))
 
     def shortest(self, layout: PromptLayout) -> int:
@@ -295,6 +313,7 @@ class TextTower:
         deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run every sentence, padded to ``length`` tokens, through every block; arguments as of :meth:`encode`.
 
@@ -304,19 +323,37 @@ class TextTower:
         """
         raise NotImplementedError
 
-    def spread(self, x: Tensor, layout: PromptLayout, deep: DeepPrompts, length: int) -> Tensor:
-        """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings."""
-        groups = max(x.shape[0], *(rows.shape[0] for rows in deep.values())) if deep else x.shape[0]
+    def spread(
+        self, x: Tensor, layout: PromptLayout, deep: DeepPrompts, length: int, groups: int = 1
+    ) -> Tensor:
+        """Return (G * C, T, Dt) states, one row for each group and sentence, of (G or 1, C * T, Dt) embeddings.
+
+        Args:
+            x: The embeddings.
+            layout: The C sentences, padded to T tokens.
+            deep: Deep prompts of chosen blocks, which may have groups.
+            length: T.
+            groups: Of what else enters.
+        """
+        groups = max(groups, x.shape[0], *(rows.shape[0] for rows in deep.values()))
         return x.expand(groups, -1, -1).reshape(groups * len(layout), length, self.width)
 
     def padded_sources(self, layout: PromptLayout, length: int) -> Tensor:
         """Return (C, T) sources of the sentences, padded as the tokenizer pads."""
         return layout.padded(length, self.tokenizer.pad if self.tokenizer is not None else 0)
 
-    def embed(self, sources: Tensor, slots: Slots, context: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        sources: Tensor,
+        slots: Slots,
+        context: Tensor | None,
+        offsets: tuple[Slots, Tensor] | None = None,
+    ) -> Tensor:
         """Return (G or 1, R, Dt) embeddings of a flat list of R sources and its slots, without positions."""
         sources = sources.to(self.embedding.weight.device)
         x = self.embedding(sources.clamp(min=0))[None].to(self.dtype)
+        if offsets is not None:
+            x = add_rows(x, *offsets)
         return x if context is None else insert_rows(x, slots, context)
 
     def project(self, x: Tensor) -> Tensor:
@@ -332,6 +369,7 @@ class TextTower:
         context: Tensor | None,
         deep: Tensor | Mapping[int, Tensor] | None,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor | None, DeepPrompts, bool]:
         """Return context and deep prompts with a group axis, and whether one of them came with it."""
         self.require_prompts()
@@ -341,8 +379,15 @@ class TextTower:
         if slots > available:
             raise VLPromptError(f"the sentences refer to {slots} context vectors, {available} were given.")
 
+        available = 0 if offsets is None else offsets.shape[-2]
+        if layout.offset_count > available:
+            raise VLPromptError(
+                f"the sentences refer to {layout.offset_count} offsets, {available} were given."
+            )
+
         blocks = _by_block(deep)
-        for what, tensor in [("context", context), *(("deep prompts", rows) for rows in blocks.values())]:
+        deep_rows = [("deep prompts", rows) for rows in blocks.values()]
+        for what, tensor in [("context", context), ("offsets", offsets), *deep_rows]:
             if tensor is not None and tensor.shape[-1] != self.width:
                 raise VLPromptError(f"{what} have width {tensor.shape[-1]}, the text tower has {self.width}.")
 
@@ -359,7 +404,13 @@ class TextTower:
                 f"{self.layers - 1}."
             )
 
-        grouped = any(tensor is not None and tensor.dim() == 3 for tensor in (context, *blocks.values()))
+        edits = [edit_of(adapter) for adapter in adapters or ()]
+        if any(edit.changes_attention for edit in edits):
+            self.require_edits()
+            check_keys_values(edits, self.width)
+        grouped = keys_values_sets(adapters) is not None or any(
+            tensor is not None and tensor.dim() == 3 for tensor in (context, offsets, *blocks.values())
+        )
         context = context[None] if context is not None and context.dim() == 2 else context
         blocks = {block: rows if rows.dim() == 3 else rows[None] for block, rows in blocks.items()}
         return context, blocks, grouped
@@ -377,10 +428,9 @@ def _by_block(deep: Tensor | Mapping[int, Tensor] | None) -> dict[int, Tensor]:
 def _is_worth_dividing(
     divided: Division,
     layout: PromptLayout,
-    context: Tensor | None,
-    deep: DeepPrompts,
+    learned: Sequence[Tensor | None],
     adapters: Sequence[Adapter | None] | None,
 ) -> bool:
     """Return whether the classes of a pass that learns are many enough to be divided among processes."""
-    learns = adapters is not None or any(t is not None and t.requires_grad for t in (context, *deep.values()))
+    learns = adapters is not None or any(t is not None and t.requires_grad for t in learned)
     return learns and torch.is_grad_enabled() and len(layout) >= _FEWEST_CLASSES * divided.count

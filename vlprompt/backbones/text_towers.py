@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -13,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.attention import adapted, projections_in
-from vlprompt.backbones.edits import Adapter, attention_parts, edit_of, enter_tokens, entered_tokens
+from vlprompt.backbones.edits import (
+    Adapter,
+    attention_parts,
+    edit_of,
+    enter_tokens,
+    entered_tokens,
+    keys_values_sets,
+)
 from vlprompt.backbones.layout import DeepPrompts, PromptLayout, Slots, insert_rows
-from vlprompt.backbones.packed import encode_packed, is_packable_block, run_block
+from vlprompt.backbones.packed import Offsets, encode_packed, is_packable_block, run_block
 from vlprompt.backbones.text import TextTower
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.vision import weights_dtype
@@ -94,12 +102,13 @@ class OwnTower(TextTower):
         context: Tensor | None,
         deep: DeepPrompts,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`TextTower.run`."""
         # Tokens that are brought along stand in the shared beginning, if there is one.
         if self.packable and (layout.shared or not entered_tokens(adapters)):
-            return encode_packed(self, layout, context, deep, adapters)
-        return super().run(layout, context, deep, adapters)
+            return encode_packed(self, layout, context, deep, adapters, offsets)
+        return super().run(layout, context, deep, adapters, offsets)
 
     def require_edits(self) -> None:
         """See :meth:`TextTower.require_edits`."""
@@ -122,17 +131,33 @@ class OwnTower(TextTower):
         exact_when_cut = self.causal and self.pooling in ("argmax", "eos")
         return max(layout.lengths) if exact_when_cut else self.context_length
 
-    def assemble(self, sources: Tensor, slots: Slots, positions: Tensor, context: Tensor | None) -> Tensor:
-        """Return (G or 1, R, Dt) embeddings plus positions of a flat list of R sources and its slots."""
-        x = self.embed(sources, slots, context)
+    def assemble(
+        self,
+        sources: Tensor,
+        slots: Slots,
+        positions: Tensor,
+        context: Tensor | None,
+        offsets: Offsets | None = None,
+    ) -> Tensor:
+        """Return (G or 1, R, Dt) embeddings, with offsets, plus positions of a flat list of R sources and its slots."""
+        x = self.embed(sources, slots, context, offsets)
         return x + self.positions[positions.to(x.device)].to(x.dtype)
 
-    def begin(self, layout: PromptLayout, context: Tensor | None, deep: DeepPrompts, length: int) -> Tensor:
+    def begin(
+        self,
+        layout: PromptLayout,
+        context: Tensor | None,
+        deep: DeepPrompts,
+        length: int,
+        adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
         """Return (G * C, T, Dt) states before the first block: embeddings and context with their positions."""
         sources = self.padded_sources(layout, length)
         positions = torch.arange(length).repeat(len(layout))
-        x = self.assemble(sources.flatten(), layout.padded_slots(length), positions, context)
-        return self.spread(x, layout, deep, length)
+        added = None if offsets is None else (layout.padded_offsets(length), offsets)
+        x = self.assemble(sources.flatten(), layout.padded_slots(length), positions, context, added)
+        return self.spread(x, layout, deep, length, keys_values_sets(adapters) or 1)
 
     def run_plain(
         self,
@@ -141,9 +166,10 @@ class OwnTower(TextTower):
         deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
-        x = self.begin(layout, context, deep, length)
+        x = self.begin(layout, context, deep, length, adapters, offsets)
 
         mask = None if self.causal_mask is None else self.causal_mask[:length, :length].to(x.dtype)
         x = self.run_blocks(x, mask, layout, deep, adapters)
@@ -180,6 +206,8 @@ class OwnTower(TextTower):
                     mask = torch.full((x.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu(
                         1
                     )
+                if edit.keys_values is not None:
+                    edit = replace(edit, keys_values=edit.keys_values.repeated(len(layout)))
                 x = self._run(block, x, mask, edit if edit.changes_block else None)
         return x
 
@@ -241,10 +269,11 @@ class CoCaTower(OwnTower):
         deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
-        x = self.begin(layout, context, deep, length)
+        x = self.begin(layout, context, deep, length, adapters, offsets)
         groups = x.shape[0] // len(layout)
 
         if self.cls is not None:
@@ -324,11 +353,13 @@ class HuggingFaceTower(TextTower):
         deep: DeepPrompts,
         length: int,
         adapters: Sequence[Adapter | None] | None,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`TextTower.run_plain`."""
         sources = self.padded_sources(layout, length)
         slots = layout.padded_slots(length)
-        x = self.spread(self.embed(sources.flatten(), slots, context), layout, deep, length)
+        added = None if offsets is None else (layout.padded_offsets(length), offsets)
+        x = self.spread(self.embed(sources.flatten(), slots, context, added), layout, deep, length)
         groups = x.shape[0] // len(layout)
         mask = (sources != self.pad).long().to(x.device).repeat(groups, 1)
 

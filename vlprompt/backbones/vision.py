@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.backbones.attention import Projections, adapted, projections_in
+from vlprompt.backbones.attention import Projections, adapted, looking_at, projections_in, shows_its_keys
 from vlprompt.backbones.edits import (
     Adapter,
     BlockEdit,
     attention_parts,
+    check_keys_values,
     edit_of,
     edited_blocks,
     enter_tokens,
@@ -181,6 +182,18 @@ class VisionTower:
             "leave the image tower alone (coop, clip_adapter, tip_adapter, linear_probe)."
         )
 
+    def require_attention_edits(self) -> None:
+        """Raise BackboneError with the reason if nothing can follow attention, or stand in front of its keys."""
+        self.require_edits()
+        if all(is_packable_block(block) or shows_its_keys(block) for block in self.blocks):
+            return
+
+        kinds = sorted({type(block).__name__ for block in self.blocks})
+        raise BackboneError(
+            f"keys, values and what follows attention can't enter this backbone's image tower: its blocks "
+            f"({', '.join(kinds)}) don't run torch's fused attention. What works here: vpt and maple."
+        )
+
     def require_entering_tokens(self) -> None:
         """Raise BackboneError with the reason if no token can enter between this tower's blocks."""
         self.require_edits()
@@ -282,6 +295,11 @@ class VisionTower:
         self, images: Images, prompts: VisualPrompts | None, adapters: Sequence[Adapter | None]
     ) -> tuple[Tensor, Tensor]:
         """Run the tower with adapters; return features and the states of tokens that came with them."""
+        edits = [edit_of(adapter) for adapter in adapters]
+        if any(edit.changes_attention for edit in edits):
+            self.require_attention_edits()
+            check_keys_values(edits, self.width, (1, len(images)))
+
         attention = attention_parts(adapters)
         joins = any(part is not None for part in attention)
         if joins or not self.layers:
@@ -291,13 +309,13 @@ class VisionTower:
                 features = self._features(images, prompts)
             return features, features.new_empty(len(features), 0, 0)
 
-        edits = [edit_of(adapter) for adapter in adapters]
         if all(is_packable_block(block) for block in self.blocks):  # open_clip's own blocks
             with quick_attention(self.blocks):
                 return self._run(images, prompts, edits, own=True)
         with (
             adapted(self.attention, attention) if joins else nullcontext(),
             edited_blocks(self.blocks, edits),
+            looking_at(self.blocks, edits),
         ):
             return self._run(images, prompts, edits, own=False)
 

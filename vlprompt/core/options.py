@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
 
 from vlprompt.core.errors import ConfigError, nearest
 
@@ -18,7 +20,11 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 
 def options_model(target: Callable[..., Any]) -> type[BaseModel]:
-    """Return a pydantic model of a callable's keyword-only parameters (types, defaults, ``Annotated`` bounds)."""
+    """Return a pydantic model of a callable's keyword-only parameters (types, defaults, ``Annotated`` bounds).
+
+    Keywords that several callables share may be one parameter, ``**options: Unpack[Options]`` of a ``TypedDict`` whose
+    fields are ``Annotated[..., Field(default, ...)]``.
+    """
     function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
@@ -29,9 +35,25 @@ def options_model(target: Callable[..., Any]) -> type[BaseModel]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            fields |= _shared_fields(hints.get(name))
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     return create_model(getattr(target, "__name__", "Options"), __config__=config, **fields)
+
+
+def _shared_fields(hint: Any) -> dict[str, Any]:
+    """Return the fields of ``Unpack[Options]``; none of any other hint."""
+    (options,) = get_args(hint) or (None,)
+    if not is_typeddict(options):
+        return {}
+
+    fields = {}
+    for name, kind in get_type_hints(options, include_extras=True).items():
+        default = next(part.default for part in get_args(kind) if isinstance(part, FieldInfo))
+        fields[name] = (kind, default)
+    return fields
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], source: str) -> dict[str, Any]:

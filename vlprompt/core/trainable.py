@@ -23,11 +23,13 @@ from vlprompt.core.precision import Precision
 __all__ = [
     "Batch",
     "Hooks",
+    "OwnRate",
     "ParameterGroup",
     "Phase",
     "Trainable",
     "TransparentWrapper",
     "Wrapper",
+    "groups_by_rate",
     "misfits",
 ]
 
@@ -47,6 +49,36 @@ class ParameterGroup(TypedDict, total=False):
     names: list[str]
     rate: float
     weight_decay: float
+
+
+class OwnRate:
+    """A part of a learner, a module, whose parameters learn at a multiple of the run's learning rate.
+
+    Attributes:
+        rate: The multiple.
+    """
+
+    rate: float = 1.0
+
+
+def groups_by_rate(module: nn.Module) -> list[ParameterGroup]:
+    """Return the groups of a module whose parts have rates of their own; empty if none has."""
+    rates = {
+        f"{name}." if name else "": part.rate
+        for name, part in module.named_modules()
+        if isinstance(part, OwnRate)
+    }
+    if not rates:
+        return []
+
+    groups: dict[float, list[str]] = {1.0: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault(rate, []).append(name)
+    plain: list[ParameterGroup] = [{"names": groups.pop(1.0)}]
+    with_rate: list[ParameterGroup] = [{"names": names, "rate": rate} for rate, names in groups.items()]
+    return [group for group in plain + with_rate if group["names"]]
 
 
 @dataclass(frozen=True)

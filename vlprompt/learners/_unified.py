@@ -16,6 +16,7 @@ from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import seeded_modules, torch_rng
 from vlprompt.learners._context import NO_ATTRIBUTES, Attributes, initial_context
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 
 __all__ = [
@@ -159,7 +160,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return F.silu(1.702 * x) / 1.702
 
 
-class DualPrompts(PromptedImages):
+class DualPrompts(OffsetSentences, PromptedImages):
     """Base of learners with independent deep prompts in both towers; visual ones are appended.
 
     Args:
@@ -173,6 +174,7 @@ class DualPrompts(PromptedImages):
         init: See :func:`phrase_context`.
         attributes: See :class:`Attributes`.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: See :class:`OffsetOptions`.
         seed: Of all random starts.
     """
 
@@ -191,6 +193,7 @@ class DualPrompts(PromptedImages):
         init: str,
         attributes: Sequence[str] = (),
         attribute_length: int = 2,
+        offsets: OffsetOptions,
         seed: int,
     ) -> None:
         super().__init__(backbone, classnames, templates)
@@ -201,6 +204,7 @@ class DualPrompts(PromptedImages):
 
         words = Attributes(attributes, attribute_length)
         start, self.layout = phrase_context(text, self.classnames, context_length, init, seed, words)
+        self._begin_offsets(offsets, seed)
         self.context = nn.Parameter(start)  # (M, Dt), then those of the attributes
         depth = possible_depth(text_depth, text.layers)
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
@@ -215,4 +219,4 @@ class DualPrompts(PromptedImages):
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context, self.deep_context)
+        return self._encode(self.context, self.deep_context)

@@ -14,7 +14,7 @@ from vlprompt.backbones.vision import Images, Insertion, Prompts, VisionTower
 from vlprompt.core.seeding import torch_rng
 from vlprompt.learners.base import Learner
 
-__all__ = ["PromptedImages", "initial_visual_prompts", "possible_depth", "upper_blocks"]
+__all__ = ["ComputedOnce", "PromptedImages", "initial_visual_prompts", "possible_depth", "upper_blocks"]
 
 log = logging.getLogger("vlprompt.learners")
 
@@ -79,38 +79,12 @@ def initial_visual_prompts(
     return bound * (2 * torch.rand(shape, generator=generator) - 1)
 
 
-class PromptedImages(Learner):
-    """Base of learners whose prompts enter the image tower.
+class ComputedOnce(Learner):
+    """Base of learners that make something of their parameters alone, which is computed once per evaluation."""
 
-    A method defines :meth:`visual_prompts`. What depends on parameters alone is computed once per step while
-    training and once per evaluation otherwise.
-
-    Attributes:
-        visual_dropout: Share of prompt values that are dropped in training, drawn per image and layer.
-    """
-
-    static_images: bool = False
-    visual_dropout: float = 0.0
     _constants: dict[str, Any]
 
-    def visual_prompts(self) -> Prompts:
-        """Return the prompts of the image tower: (J, M, W) tokens, or pixels."""
-        raise NotImplementedError
-
-    def frozen_stages(self) -> int:
-        """See :meth:`Learner.frozen_stages`: tokens enter after the stem."""
-        return 1
-
-    def embed_images(self, images: Images) -> Tensor:
-        """See :meth:`Learner.embed_images`."""
-        prompts = self._once("visual", self.visual_prompts)
-
-        if self.training and self.visual_dropout > 0:
-            prompts = prompts.dropped(self.visual_dropout, len(images))
-
-        return self.backbone.image_embeddings(images, prompts)
-
-    def train(self, mode: bool = True) -> PromptedImages:
+    def train(self, mode: bool = True) -> ComputedOnce:
         """See :meth:`Learner.train`."""
         self._constants = {}
         super().train(mode)
@@ -130,3 +104,34 @@ class PromptedImages(Learner):
         if name not in constants:
             constants[name] = compute()
         return constants[name]
+
+
+class PromptedImages(ComputedOnce):
+    """Base of learners whose prompts enter the image tower.
+
+    A method defines :meth:`visual_prompts`. What depends on parameters alone is computed once per step while
+    training and once per evaluation otherwise.
+
+    Attributes:
+        visual_dropout: Share of prompt values that are dropped in training, drawn per image and layer.
+    """
+
+    static_images: bool = False
+    visual_dropout: float = 0.0
+
+    def visual_prompts(self) -> Prompts:
+        """Return the prompts of the image tower: (J, M, W) tokens, or pixels."""
+        raise NotImplementedError
+
+    def frozen_stages(self) -> int:
+        """See :meth:`Learner.frozen_stages`: tokens enter after the stem."""
+        return 1
+
+    def embed_images(self, images: Images) -> Tensor:
+        """See :meth:`Learner.embed_images`."""
+        prompts = self._once("visual", self.visual_prompts)
+
+        if self.training and self.visual_dropout > 0:
+            prompts = prompts.dropped(self.visual_dropout, len(images))
+
+        return self.backbone.image_embeddings(images, prompts)

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout, initial_context
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["CoCoOp"]
@@ -37,7 +39,7 @@ _FULL_SENTENCES = 1 << 9  # where the tower can't share an image's context among
     paper="2203.05557",
     needs=("text",),
 )
-class CoCoOp(Learner):
+class CoCoOp(OffsetSentences):
     """Sentences [start | M context vectors + h(f) | class name . end], where f is the unit-length image embedding.
 
     h is linear, ReLU, linear: d -> d / reduction -> Dt; it shifts all context vectors of an image alike. Only
@@ -54,6 +56,7 @@ class CoCoOp(Learner):
         reduction: How many times narrower the network's hidden layer is than the joint space.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -75,6 +78,7 @@ class CoCoOp(Learner):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         start = initial_context(backbone.text, context_length, init, seed)
@@ -93,6 +97,7 @@ class CoCoOp(Learner):
             )
 
         self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
+        self._begin_offsets(offsets, seed)
 
     def class_weights(self) -> Tensor:
         """Refuse: there is one set of weights per image, see :meth:`weights_for`."""
@@ -107,7 +112,7 @@ class CoCoOp(Learner):
         if len(self.context) > self.shifted:  # the attributes' own vectors are the same for all images
             still = self.context[self.shifted :].expand(len(embeddings), -1, -1)
             context = torch.cat([context, still], dim=1)
-        return F.normalize(self.backbone.text.encode(self.layout, context), dim=-1)
+        return F.normalize(self._encode(context), dim=-1)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits of (B, d) image embeddings; without gradient a few images at a time."""

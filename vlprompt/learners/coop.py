@@ -12,11 +12,13 @@ from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["CoOp"]
@@ -25,7 +27,7 @@ __all__ = ["CoOp"]
 @LEARNERS.register(
     "coop", summary="learned context words around the class name", paper="2109.01134", needs=("text",)
 )
-class CoOp(Learner):
+class CoOp(OffsetSentences):
     """Sentences [start | context and class name | . end] with M learned context vectors.
 
     Args:
@@ -40,6 +42,7 @@ class CoOp(Learner):
             0.02^2).
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -62,6 +65,7 @@ class CoOp(Learner):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.class_bound = class_specific
@@ -81,7 +85,8 @@ class CoOp(Learner):
             class_specific,
             attributes=words,
         )
+        self._begin_offsets(offsets, seed)
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context)
+        return self._encode(self.context)

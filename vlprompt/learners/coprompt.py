@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.clip_adapter import embedding_adapter
 from vlprompt.learners.maple import MaPLe
@@ -53,6 +55,7 @@ class CoPrompt(MaPLe):
         reduction: How many times narrower the adapters' hidden layers are than the joint space.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -83,6 +86,7 @@ class CoPrompt(MaPLe):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(
             backbone,
@@ -94,6 +98,7 @@ class CoPrompt(MaPLe):
             attributes=attributes,
             attribute_length=attribute_length,
             seed=seed,
+            **offsets,
         )
         self.weight = weight
         self.distance = distance

@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlprompt.core.trainable import Batch, Hooks
+from vlprompt.core.trainable import Batch, Hooks, ParameterGroup, groups_by_rate
 from vlprompt.data import ImageDataset
 
 __all__ = ["LearnerHooks", "Samples", "TrainingSamples", "ValidationSamples", "overridden_hooks"]
@@ -63,6 +63,14 @@ class LearnerHooks(Hooks):
 
     prepares: bool = False
     solves: bool = False
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """See :meth:`Hooks.parameter_groups`: a part that is an :class:`OwnRate` learns at its own rate.
+
+        A learner with two rates makes such a part a module of its own, or overrides this method where weight decay
+        differs, too.
+        """
+        return groups_by_rate(self) if isinstance(self, nn.Module) else []
 
     @property
     def needs_survey(self) -> bool:
@@ -132,6 +140,7 @@ def overridden_hooks(kind: type[LearnerHooks]) -> list[str]:
     names = []
     for base in (Hooks, LearnerHooks):
         for name, member in vars(base).items():
-            if inspect.isfunction(member) and inspect.getattr_static(kind, name) is not member:
+            does_nothing = inspect.getattr_static(LearnerHooks, name)
+            if inspect.isfunction(member) and inspect.getattr_static(kind, name) is not does_nothing:
                 names.append(name)
-    return names
+    return list(dict.fromkeys(names))

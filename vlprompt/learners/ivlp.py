@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners._unified import DualPrompts
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
@@ -37,6 +39,7 @@ class IVLP(DualPrompts):
         init: The phrase before the class name; tokens after ``context_length`` stay as written. Empty: random.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -61,6 +64,7 @@ class IVLP(DualPrompts):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(
             backbone,
@@ -73,5 +77,6 @@ class IVLP(DualPrompts):
             init=init,
             attributes=attributes,
             attribute_length=attribute_length,
+            offsets=offsets,
             seed=seed,
         )

@@ -12,11 +12,13 @@ from typing import Annotated
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout, initial_context
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["KgCoOp"]
@@ -28,7 +30,7 @@ __all__ = ["KgCoOp"]
     paper="2303.13283",
     needs=("text", "teacher"),
 )
-class KgCoOp(Learner):
+class KgCoOp(OffsetSentences):
     """Sentences [start | M context vectors | class name . end]; cross entropy + weight * (1 - mean cosine).
 
     The cosine is between a class's learned weight and its zero-shot weight, averaged over classes. For unit
@@ -44,6 +46,7 @@ class KgCoOp(Learner):
         weight: Of the regulariser (the paper's lambda); 0 is CoOp.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -67,6 +70,7 @@ class KgCoOp(Learner):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.weight = weight
@@ -75,13 +79,14 @@ class KgCoOp(Learner):
         words = Attributes(attributes, attribute_length)
         self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
         self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
+        self._begin_offsets(offsets, seed)
 
         frozen = backbone.class_weights(self.classnames, self.templates)  # (C, d)
         self.register_buffer("zero_shot", frozen, persistent=False)
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context)
+        return self._encode(self.context)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``knowledge``, the weighted regulariser."""

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images
 from vlprompt.core.names import clean_classname
-from vlprompt.core.trainable import ParameterGroup
+from vlprompt.core.trainable import OwnRate
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout, initial_context
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
 from vlprompt.learners.two_stage import TowerNorms
 
@@ -67,13 +69,19 @@ LASP_TEXTS = (
 )
 
 
+class _SlowNorms(TowerNorms, OwnRate):
+    """Norms of the image tower, which learn at a tenth of the rate."""
+
+    rate = 0.1
+
+
 @LEARNERS.register(
     "lasp",
     summary="learned context that classifies hand-written sentences too",
     paper="2210.01115",
     needs=("text", "teacher"),
 )
-class LASP(Learner):
+class LASP(OffsetSentences):
     """Sentences [start | M context vectors | class name . end] and one learned offset, trained on images and on texts.
 
     The embedding of class c is t_c + b, with b (d,) learned (the paper's correction of what prompts do to the alignment
@@ -100,6 +108,7 @@ class LASP(Learner):
             shift to zero, where the authors' pulls the scale.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -127,6 +136,7 @@ class LASP(Learner):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.weight = weight
@@ -142,14 +152,17 @@ class LASP(Learner):
         extra = dict.fromkeys(map(clean_classname, extra_names))
         self.all_names = (*self.classnames, *(name for name in extra if name not in self.classnames))
         self.layout = context_layout(backbone.text, self.classnames, len(start), attributes=words)
+        self._begin_offsets(offsets, seed)
         self.all_layout = self.layout
         if len(self.all_names) > len(self.classnames):
             self.all_layout = context_layout(backbone.text, self.all_names, len(start), attributes=words)
+            if self.offsets is not None:
+                self.all_layout = self.offsets.arrange(self.all_layout, self.all_names)
 
         self.norms: TowerNorms | None = None
         if image_norms:
             backbone.vision.require_edits()
-            self.norms = TowerNorms(backbone.vision.block_norms(), ())
+            self.norms = _SlowNorms(backbone.vision.block_norms(), ())
             self.static_images = False
 
         self._text_features: Tensor | None = None
@@ -163,22 +176,14 @@ class LASP(Learner):
         edits = None if self.norms is None else self.norms.edits()
         return self.backbone.image_embeddings(images, adapters=edits)
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """See :meth:`Hooks.parameter_groups`: the image tower's norms learn at a tenth of the rate."""
-        names = list(self.learned_parameters())
-        norms = [name for name in names if name.startswith("norms.")]
-        if not norms:
-            return []
-        return [{"names": [name for name in names if name not in norms]}, {"names": norms, "rate": 0.1}]
-
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context) + self.offset
+        return self._encode(self.context) + self.offset
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``text_to_text``, the weighted loss of the hand-written sentences."""
         embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
-        named = self.backbone.text.encode(self.all_layout, self.context) + self.offset
+        named = self._encode(self.context, layout=self.all_layout) + self.offset
         weights = F.normalize(named, dim=-1)  # one text pass serves both losses
 
         features = F.normalize(embeddings, dim=-1)

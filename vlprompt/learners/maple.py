@@ -12,12 +12,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import VisualPrompts
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
 from vlprompt.learners._unified import initial_deep_context, phrase_context
 from vlprompt.learners._visual import PromptedImages, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -32,7 +34,7 @@ __all__ = ["MaPLe"]
     paper="2210.03117",
     needs=("text", "vision"),
 )
-class MaPLe(PromptedImages):
+class MaPLe(OffsetSentences, PromptedImages):
     """M learned tokens in each of the first J text layers; a Linear per layer makes the image tower's from them.
 
     Args:
@@ -45,6 +47,7 @@ class MaPLe(PromptedImages):
         init: The phrase before the class name; its tokens after the first M stay as written. Empty: random.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -69,6 +72,7 @@ class MaPLe(PromptedImages):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         text = backbone.text
@@ -79,6 +83,7 @@ class MaPLe(PromptedImages):
 
         words = Attributes(attributes, attribute_length)
         start, self.layout = phrase_context(text, self.classnames, context_length, init, seed, words)
+        self._begin_offsets(offsets, seed)
         self.context = nn.Parameter(start)  # (M, Dt), then those of the attributes
         self.length = context_length
         deep = nn.Parameter(initial_deep_context(text, depth, context_length, seed))  # (J - 1, M, Dt)
@@ -99,4 +104,4 @@ class MaPLe(PromptedImages):
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context, self.deep_context)
+        return self._encode(self.context, self.deep_context)

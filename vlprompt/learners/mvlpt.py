@@ -14,11 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images, VisualPrompts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
 from vlprompt.learners._unified import Mixing, PromptMixer
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -36,7 +38,7 @@ _LENGTHS: dict[str, tuple[int, int]] = {"coop": (16, 0), "vpt": (0, 16), "upt": 
     paper="2211.11720",
     needs=("text", "vision"),
 )
-class MVLPT(PromptedImages):
+class MVLPT(OffsetSentences, PromptedImages):
     """Prompts of one family, the same for every class, so that tasks with different classes can share them.
 
     Args:
@@ -56,6 +58,7 @@ class MVLPT(PromptedImages):
         dropout: Share of visual prompt values that are dropped in training.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -87,6 +90,7 @@ class MVLPT(PromptedImages):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         text = backbone.text
@@ -101,7 +105,9 @@ class MVLPT(PromptedImages):
             anchors = Attributes(attributes, attribute_length)
             context = nn.Parameter(anchors.joined(start, seed))  # (M, Dt), then those of the attributes
             self.layout = context_layout(text, self.classnames, len(start), position, attributes=anchors)
+            self._begin_offsets(offsets, seed)
         else:
+            self._refuse_offsets(offsets, "the family vpt learns nothing in its sentences.")
             weights = backbone.class_weights(self.classnames, self.templates)
             self.register_buffer("zero_shot", weights, persistent=False)
 
@@ -141,6 +147,5 @@ class MVLPT(PromptedImages):
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`; constant in the family ``vpt``."""
-        if self.context is None:
-            return self.get_buffer("zero_shot")
-        return self.backbone.text.encode(self.layout, self.prompts()[0])
+        context = self.prompts()[0]
+        return self.get_buffer("zero_shot") if context is None else self._encode(context)

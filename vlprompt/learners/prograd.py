@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.text import TextTower
 from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout, initial_context
-from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
+from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.recipe import Recipe
 
 __all__ = ["ProGrad", "class_last", "project_conflict"]
@@ -30,7 +32,7 @@ __all__ = ["ProGrad", "class_last", "project_conflict"]
     paper="2205.14865",
     needs=("text", "teacher"),
 )
-class ProGrad(Learner):
+class ProGrad(OffsetSentences):
     """Sentences [start | M context vectors | class name . end]; two losses, of which one only steers.
 
     ``kl`` compares the predictions with zero-shot ones (it differs from their Kullback-Leibler divergence by
@@ -53,6 +55,7 @@ class ProGrad(Learner):
             nine logits on Oxford Pets.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -80,6 +83,7 @@ class ProGrad(Learner):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         self.strength = strength
@@ -94,6 +98,7 @@ class ProGrad(Learner):
         words = Attributes(attributes, attribute_length)
         self.context = nn.Parameter(words.joined(start, seed))  # (M, Dt), then those of the attributes
         self.layout = context_layout(backbone.text, self.classnames, context_length, attributes=words)
+        self._begin_offsets(offsets, seed)
 
         sentences = self.templates
         if teacher == "class_last":
@@ -103,7 +108,7 @@ class ProGrad(Learner):
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.context)
+        return self._encode(self.context)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``kl`` = -T^2 sum_c p0_c log p_c, both means over the batch."""

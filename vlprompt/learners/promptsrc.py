@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners._templates import IMAGENET_TEMPLATES
 from vlprompt.learners._unified import DualPrompts
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -61,6 +63,7 @@ class PromptSRC(DualPrompts):
         average_std: In epochs.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -95,6 +98,7 @@ class PromptSRC(DualPrompts):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(
             backbone,
@@ -107,6 +111,7 @@ class PromptSRC(DualPrompts):
             init=init,
             attributes=attributes,
             attribute_length=attribute_length,
+            offsets=offsets,
             seed=seed,
         )
         self.text_weight = text_weight

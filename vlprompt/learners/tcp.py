@@ -15,12 +15,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, context_layout
+from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.kgcoop import KgCoOp
 from vlprompt.learners.recipe import Recipe
@@ -65,6 +67,7 @@ class TCP(KgCoOp):
             instead of a full stop alone, as in the authors' code for some data sets.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of the random initialisation.
 
     Raises:
@@ -91,6 +94,7 @@ class TCP(KgCoOp):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(
             backbone,
@@ -102,6 +106,7 @@ class TCP(KgCoOp):
             attributes=attributes,
             attribute_length=attribute_length,
             seed=seed,
+            **offsets,
         )
         text = backbone.text
         self.block = _deep_block(block, text.layers)
@@ -113,6 +118,7 @@ class TCP(KgCoOp):
         self.layout = context_layout(
             text, self.classnames, self.length, class_specific=True, suffix=suffix, attributes=words
         )
+        self._begin_offsets(offsets, seed)
 
         hidden = max(1, backbone.dim // reduction)
         with seeded_modules(seed, "class tokens"):
@@ -133,7 +139,7 @@ class TCP(KgCoOp):
         own = self.context[: self.length].repeat(len(self.classnames), 1)  # (C * M, Dt)
         context = torch.cat([own, self.context[self.length :]])
         tokens = self.class_tokens().flatten(0, 1)
-        return self.backbone.text.encode(self.layout, context, {self.block: tokens})
+        return self._encode(context, {self.block: tokens})
 
 
 def _deep_block(asked: int | None, layers: int) -> int:

@@ -11,11 +11,13 @@ from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Insertion, VisualPrompts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Attributes, Position, context_layout, initial_context
+from vlprompt.learners._offsets import OffsetOptions, OffsetSentences
 from vlprompt.learners._unified import Mixing, PromptMixer
 from vlprompt.learners._visual import PromptedImages, initial_visual_prompts, possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -30,7 +32,7 @@ __all__ = ["UPT"]
     paper="2210.07225",
     needs=("text", "vision"),
 )
-class UPT(PromptedImages):
+class UPT(OffsetSentences, PromptedImages):
     """Learned context and visual prompts pass through one :class:`PromptMixer` before they enter their towers.
 
     Args:
@@ -50,6 +52,7 @@ class UPT(PromptedImages):
         dropout: Share of visual prompt values that are dropped in training.
         attributes: Attribute words that stand in front of the sentence, see :class:`Attributes`; empty: none.
         attribute_length: Learned vectors in front of each attribute word.
+        offsets: Low-rank offsets of the frozen words, see :class:`OffsetOptions`.
         seed: Of all random starts.
 
     Raises:
@@ -79,6 +82,7 @@ class UPT(PromptedImages):
         attributes: Sequence[str] = (),
         attribute_length: Annotated[int, Field(ge=1, le=64)] = 2,
         seed: int = 1,
+        **offsets: Unpack[OffsetOptions],
     ) -> None:
         super().__init__(backbone, classnames, templates)
         text = backbone.text
@@ -97,6 +101,7 @@ class UPT(PromptedImages):
         self.layout = context_layout(
             text, self.classnames, len(start) // copies, position, class_specific, attributes=words
         )
+        self._begin_offsets(offsets, seed)
 
         depth = possible_depth(visual_depth, vision.layers)
         self.visual = nn.Parameter(initial_visual_prompts(vision, depth, visual_length, insertion, seed))
@@ -115,4 +120,4 @@ class UPT(PromptedImages):
 
     def class_embeddings(self) -> Tensor:
         """See :meth:`Learner.class_embeddings`."""
-        return self.backbone.text.encode(self.layout, self.prompts()[0])
+        return self._encode(self.prompts()[0])

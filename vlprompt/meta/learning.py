@@ -212,12 +212,13 @@ class MetaPrompts(nn.Module, Wrapper):
     # --- hooks
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Give the regulator a different learning rate and no weight decay."""
-        names = list(self.learned_parameters())
-        regulator = [name for name in names if name.startswith("regulator.")]
-        prompts = [name for name in names if name not in regulator]
+        """Give the regulator a different learning rate and no weight decay; the learner's groups stay as they are."""
+        own = self.learner.parameter_groups() or [{"names": list(self.learner.learned_parameters())}]
+        groups: list[ParameterGroup] = [
+            {**group, "names": [f"learner.{name}" for name in group["names"]]} for group in own
+        ]
 
-        groups: list[ParameterGroup] = [{"names": prompts}]
+        regulator = [name for name in self.learned_parameters() if name.startswith("regulator.")]
         if regulator:
             groups.append({"names": regulator, "rate": self.options.regulator_lr, "weight_decay": 0.0})
         return groups
