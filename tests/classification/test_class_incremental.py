@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
 
 from tests.classification.studies import run
@@ -38,7 +37,7 @@ train: {{epochs: 2, lr: 0.01, optimizer: adam, batch_size: 8, checkpoint_seconds
 """
 
 
-class Killed(RuntimeError):
+class KilledError(RuntimeError):
     """Stands for a kill."""
 
 
@@ -52,7 +51,7 @@ class Killer(Callback):
         """See :meth:`Callback.on_step`."""
         self.steps -= 1
         if self.steps == 0:
-            raise Killed
+            raise KilledError
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +70,17 @@ def written(folder: Path, **values: Any) -> Path:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Return what a run left, but for what clocks wrote; the library that writes tensors does not order their header."""
+    """Return what a run left, but for what clocks wrote; headers of files of tensors are in no order."""
     names = ("results.jsonl", "metrics.json", "scores.jsonl", "history.jsonl")
-    files: dict[str, object] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.name in names}
+    files: dict[str, object] = {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.name in names
+    }
     for path in folder.rglob("prompt.safetensors"):
         tensors, metadata = read_tensors(path)
-        files[str(path.relative_to(folder))] = ({k: t.numpy().tobytes() for k, t in tensors.items()}, metadata)
+        files[str(path.relative_to(folder))] = (
+            {k: t.numpy().tobytes() for k, t in tensors.items()},
+            metadata,
+        )
     return files
 
 
@@ -150,11 +154,16 @@ def test_figures_are_those_of_brute_force(voc: Path, tmp_path: Path) -> None:
         everything = np.zeros((len(test), len(whole)))
         everything[growing] = logits
         score = mean_ap(everything, growing, list(range(len(seen))), seen)
-        assert value("score", session=number) == value("map", session=number) == pytest.approx(score, abs=1e-6)
+        assert (
+            value("score", session=number) == value("map", session=number) == pytest.approx(score, abs=1e-6)
+        )
         row = [
-            mean_ap(everything, growing, [seen.index(c) for c in part], list(part)) for part in sessions[:number]
+            mean_ap(everything, growing, [seen.index(c) for c in part], list(part))
+            for part in sessions[:number]
         ]
-        assert [value("score", session=number, of=s) for s in range(1, number + 1)] == pytest.approx(row, abs=1e-6)
+        assert [value("score", session=number, of=s) for s in range(1, number + 1)] == pytest.approx(
+            row, abs=1e-6
+        )
         reached.append(row)
 
     assert value("last") == value("score", session=3)
@@ -173,7 +182,7 @@ def test_a_course_that_was_killed_ends_with_the_same_files(voc: Path, tmp_path: 
     path = written(tmp_path / "killed", **values)
     steps = sum(1 for _ in load_dataset(VOC, "train", root=voc).samples) // 8
     for kill_after in (3, steps + 2):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(path, callbacks=[Killer(kill_after)])
     again = run(path)
     assert content(again.folder) == content(whole.folder)

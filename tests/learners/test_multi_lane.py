@@ -27,7 +27,10 @@ def lanes_of(backbone: Backbone, count: int, prompted: int = 2) -> list[Lane]:
     generator = torch.Generator().manual_seed(count)
     width = backbone.vision.width
     return [
-        Lane(torch.randn(4, width, generator=generator), torch.randn(prompted, 2, 3, width, generator=generator))
+        Lane(
+            torch.randn(4, width, generator=generator),
+            torch.randn(prompted, 2, 3, width, generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -130,7 +133,8 @@ def test_a_session_starts_from_the_one_before_and_touches_none(first: MultiLane,
     assert second.classnames == SECOND
     assert second.sessions == (FIRST, SECOND)
     assert set(second.learned_parameters()) == {
-        f"lanes.1.{name}" for name in ("selectors", "prompts", "log_scale", "bias")
+        *(f"lanes.1.{name}" for name in ("selectors", "prompts")),
+        *(f"heads.1.{name}" for name in ("log_scale", "bias")),
     }
     assert torch.equal(second.lane(1).prompts, first.lane(0).prompts)
 
@@ -163,15 +167,15 @@ def test_lanes_are_asked_by_class_in_any_order(first: MultiLane, images: Tensor)
 
 
 @pytest.mark.parametrize("head", ["text", "linear"])
-def test_one_artefact_holds_all_lanes(
-    head: str, backbone: Backbone, images: Tensor, tmp_path: Path
-) -> None:
+def test_one_artefact_holds_all_lanes(head: str, backbone: Backbone, images: Tensor, tmp_path: Path) -> None:
     learner = create_learner("multi_lane", backbone, FIRST, head=head, selectors=2, prompts=2)
     learner = learner.extend(SECOND).with_classes([*FIRST, *SECOND]).eval()
     save(learner, tmp_path / "prompt")
     again = load(tmp_path / "prompt", backbone).eval()
     assert torch.equal(again(images), learner(images))
-    assert again.extend(THIRD).learned_parameters().keys() == learner.extend(THIRD).learned_parameters().keys()
+    assert (
+        again.extend(THIRD).learned_parameters().keys() == learner.extend(THIRD).learned_parameters().keys()
+    )
 
 
 def test_the_bias_starts_where_the_mean_logit_is_zero() -> None:
@@ -181,7 +185,7 @@ def test_the_bias_starts_where_the_mean_logit_is_zero() -> None:
     fit(learner, data, **{**QUICK, "epochs": 0})
     pixels = torch.stack([tiny.preprocess(data[i][0]) for i in range(32)])
     assert isinstance(learner, MultiLane)
-    assert abs(float(learner.lane(0).bias.detach())) > 1
+    assert abs(float(learner.heads[0].bias.detach())) > 1
     assert float(learner(pixels).detach().mean()) == pytest.approx(0, abs=1e-4)
 
 
@@ -193,7 +197,9 @@ def test_labels_of_other_sessions_leave_the_loss_alone(backbone: Backbone) -> No
     def without_others(data: ImageDataset) -> ImageDataset:
         kept = [tuple(c for c in s.classes if c in session) or s.classes for s in data.samples]
         samples = [type(s)(s.source, labels) for s, labels in zip(data.samples, kept, strict=True)]
-        return ImageDataset(data.name, data.split, tuple(samples), data.classnames, data.templates, data.reader)
+        return ImageDataset(
+            data.name, data.split, tuple(samples), data.classnames, data.templates, data.reader
+        )
 
     losses = []
     for data in (whole, without_others(whole)):
@@ -204,9 +210,13 @@ def test_labels_of_other_sessions_leave_the_loss_alone(backbone: Backbone) -> No
 
 
 def test_towers_that_have_no_lanes_say_why(make_backbone: Callable[..., Backbone]) -> None:
-    pooled = make_backbone(vision={"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2})
-    with pytest.raises(BackboneError, match="lanes can't run beside .* pooled by attention"):
+    pooled = make_backbone(
+        vision={"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+    )
+    with pytest.raises(BackboneError, match=r"lanes can't run beside .* pooled by attention"):
         create_learner("multi_lane", pooled, FIRST)
     convolutions = make_backbone(vision={"layers": [1, 1, 1, 1], "width": 8})
-    with pytest.raises(BackboneError, match="lanes can't run beside .* not a sequence of tokens.*session_probe"):
+    with pytest.raises(
+        BackboneError, match=r"lanes can't run beside .* not a sequence of tokens.*session_probe"
+    ):
         create_learner("multi_lane", convolutions, FIRST)

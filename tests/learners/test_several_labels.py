@@ -40,7 +40,9 @@ def test_parts_of_a_batch_add_up() -> None:
     logits = torch.randn(6, 5, generator=generator)
     target = torch.randint(-1, 2, (6, 5), generator=generator)
     whole = binary_cross_entropy(logits, target)
-    parts = 4 / 6 * binary_cross_entropy(logits[:4], target[:4]) + 2 / 6 * binary_cross_entropy(logits[4:], target[4:])
+    parts = 4 / 6 * binary_cross_entropy(logits[:4], target[:4]) + 2 / 6 * binary_cross_entropy(
+        logits[4:], target[4:]
+    )
     torch.testing.assert_close(whole, parts)
 
 
@@ -61,7 +63,8 @@ def test_unknown_labels_follow_the_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "samples"), [({}, 24), ({"several_labels": "split"}, None), ({"several_labels": "together"}, 24)]
+    ("options", "samples"),
+    [({}, 24), ({"several_labels": "split"}, None), ({"several_labels": "together"}, 24)],
 )
 def test_fit_asks_the_loss_how(
     backbone: Backbone, several: ImageDataset, options: dict[str, str], samples: int | None
@@ -76,10 +79,14 @@ def test_fit_asks_the_loss_how(
     assert all(("target" in batch) == (samples is not None) for batch in seen)
 
 
-def test_a_loss_over_single_labels_gets_single_labels_or_refuses(backbone: Backbone, several: ImageDataset) -> None:
+def test_a_loss_over_single_labels_gets_single_labels_or_refuses(
+    backbone: Backbone, several: ImageDataset
+) -> None:
     learner = create_learner("kgcoop", backbone, several.classnames)
     fit(learner, several, **QUICK)
-    with pytest.raises(ConfigError, match="several_labels: kgcoop has a loss over single labels; write split"):
+    with pytest.raises(
+        ConfigError, match="several_labels: kgcoop has a loss over single labels; write split"
+    ):
         fit(learner, several, several_labels="together", **QUICK)
 
 

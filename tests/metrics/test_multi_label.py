@@ -35,7 +35,9 @@ def test_a_class_that_no_image_shows_is_left_out(scored: tuple[Tensor, Tensor]) 
     logits, truth = scored
     truth[:, 2] = 0
     others = [0, 1, 3, 4, 5]
-    assert mean_average_precision(logits, truth) == mean_average_precision(logits[:, others], truth[:, others])
+    assert mean_average_precision(logits, truth) == mean_average_precision(
+        logits[:, others], truth[:, others]
+    )
     with pytest.raises(DataError, match="map needs at least one positive"):
         compute(logits, torch.zeros_like(truth), ["map"])
 
@@ -53,7 +55,13 @@ def test_f1_by_hand() -> None:
     """Five images, four classes; the last class is shown by none, the third is never predicted."""
     truth = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]])
     probability = torch.tensor(
-        [[0.9, 0.9, 0.1, 0.9], [0.9, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.1]]
+        [
+            [0.9, 0.9, 0.1, 0.9],
+            [0.9, 0.9, 0.1, 0.1],
+            [0.9, 0.1, 0.1, 0.1],
+            [0.1, 0.1, 0.7, 0.1],
+            [0.1, 0.1, 0.1, 0.1],
+        ]
     )
     logits = torch.logit(probability.double())
     # Class 0: 2 of 3 predictions right, 2 of 3 images found; class 1: 1 of 2 and 1 of 2; class 2: none.
