@@ -232,14 +232,7 @@ def _tasks() -> dict[str, Task]:
             ("a photo of a {}.", "a {}."),
             _draw_relation,
         ),
-        "several": Task(
-            tuple(_first_word("shape", s) for s in shapes),
-            ("a photo of a {}.", "a {}.", "a {} among other shapes."),
-            lambda c, rng, style: draw_scene(
-                rng, draw_set(rng, shapes, several_classes(c, rng)), style=style
-            ),
-            several=several_classes,
-        ),
+        "several": _several(shapes),
         "larger": Task(
             _LARGER, ("the larger object is {}.", "a photo in which the larger object is {}."), _draw_larger
         ),
@@ -274,6 +267,18 @@ def _one(classnames: Iterable[str], templates: tuple[str, ...], **varied: Any) -
         return draw_scene(rng, [_item(rng, **constant, **{attribute: values[label]})], style=style)
 
     return Task(names, templates, draw)
+
+
+def _several(shapes: tuple[str, ...]) -> Task:
+    """Which shapes an image shows; the only task of several labels."""
+
+    def draw(label: int, rng: Rng, style: str) -> SceneSpec:
+        return draw_scene(rng, draw_set(rng, shapes, several_classes(label, rng)), style=style)
+
+    names = tuple(_first_word("shape", s) for s in shapes)
+    return Task(
+        names, ("a photo of a {}.", "a {}.", "a {} among other shapes."), draw, several=several_classes
+    )
 
 
 def _pairs_task(other: str, pairs: tuple[tuple[str, str], ...], unseen: tuple[int, ...]) -> Task:
