@@ -174,7 +174,13 @@ def test_figures_are_those_of_brute_force(voc: Path, tmp_path: Path) -> None:
     assert value("forgetting", part="fixed") == value("backward_transfer", part="fixed") == 0
 
 
-@pytest.mark.parametrize("learner", ["multi_lane, selectors: 2, prompts: 2", "vpt, visual_length: 2"])
+@pytest.mark.parametrize(
+    "learner",
+    [
+        "multi_lane, selectors: 2, prompts: 2",
+        pytest.param("vpt, visual_length: 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_course_that_was_killed_ends_with_the_same_files(voc: Path, tmp_path: Path, learner: str) -> None:
     """Killed inside the first session, then inside the second, where one session is finished."""
     values = {"learner": learner, "data": VOC, "root": voc, "split": "B0-C10"}
@@ -189,6 +195,7 @@ def test_a_course_that_was_killed_ends_with_the_same_files(voc: Path, tmp_path: 
     assert len(content(whole.folder)) >= 8
 
 
+@pytest.mark.slow
 def test_single_labels_compete_against_all_classes_so_far(tmp_path: Path) -> None:
     """Accuracy of digits, by a learner of no session: only the classes seen so far are asked for."""
     outcome = run(written(tmp_path, learner="zero_shot", data="digits", root="", split="B0-C5"))

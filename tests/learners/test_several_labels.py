@@ -90,6 +90,7 @@ def test_a_loss_over_single_labels_gets_single_labels_or_refuses(
         fit(learner, several, several_labels="together", **QUICK)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_found_by_mean_average_precision(backbone: Backbone, several: ImageDataset) -> None:
     learner = create_learner("clip_adapter", backbone, several.classnames)
     result = fit(learner, several, seed=2, epochs=1, recipe="auto")
