@@ -78,7 +78,7 @@ def voc(root: Path) -> None:
 
 
 @WHOLE
-def test_several_labels_train_one_by_one_and_test_together(tmp_path: Path) -> None:
+def test_several_labels_are_one_sample_that_can_be_split(tmp_path: Path) -> None:
     voc(tmp_path)
     name = "elevater_voc-2007-classification"
     test = load_dataset(name, "test", root=tmp_path)
@@ -87,7 +87,10 @@ def test_several_labels_train_one_by_one_and_test_together(tmp_path: Path) -> No
     assert test.labels[0] == 0
     assert test.multi_hot().shape == (40, 20)
     assert test.multi_hot()[0].tolist() == [1, 1, *[0] * 18]
-    train = load_dataset(name, "train", root=tmp_path)
+    whole = load_dataset(name, "train", root=tmp_path)
+    assert whole.multi_label
+    assert len(whole) == 60
+    train = whole.one_label_each()
     assert not train.multi_label
     assert len(train) == 60 + 57  # 3 images of each class; all but the last class's have a second label
     assert np.bincount(train.labels).tolist() == [3, *[6] * 19]

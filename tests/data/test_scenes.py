@@ -137,6 +137,25 @@ def test_labels_are_what_is_drawn(task: str, attribute: str) -> None:
     assert len(set.union(*drawn.values())) == len(data.classnames)
 
 
+def test_several_labels_are_the_set_of_shapes_that_is_drawn() -> None:
+    data = scenes.build("several", "train")
+    shapes = tuple(SHAPES)
+    counts = []
+    for sample in data.samples[:60]:
+        objects = task_spec(sample.source).objects
+        assert {shapes.index(item.shape) for item in objects} == set(sample.classes)
+        assert sample.classes[0] == sample.source.index % 20
+        counts.append(len(objects))
+        gaps = [
+            np.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius
+            for a in objects
+            for b in objects
+            if a is not b
+        ]
+        assert min(gaps, default=1) > 0
+    assert set(counts) == {1, 2, 3, 4}
+
+
 def test_every_task_exists_in_every_style_with_the_same_scenes() -> None:
     for style in STYLES:
         data = scenes.build("count", "test", style)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from typing_extensions import Self
 
-from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection, TargetOptions
+from vlprompt.classification.options import (
+    MultiTaskOptions,
+    ProtocolOptions,
+    StudyTrainSection,
+    TargetOptions,
+)
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.names import checked_names
 from vlprompt.core.options import check_options, describe_problems
@@ -19,11 +24,9 @@ from vlprompt.data.names import check_name
 from vlprompt.data.transforms import Augmentation
 from vlprompt.experiments.backbone import backbone_problems
 from vlprompt.experiments.config import (
-    STRICT,
     BackboneOptions,
     ExperimentConfig,
     ImageOptions,
-    Seeds,
     compose,
     merge,
 )
@@ -59,6 +62,11 @@ class DataOptions(ImageOptions):
     strict_shots: bool = False
     augmentation: str = Field(
         "none", description="none, flip, crop_flip, or crop_flip:SHARE (the least a crop keeps)"
+    )
+    several_labels: Literal["auto", "together", "split"] = Field(
+        "auto",
+        description="images with several labels; together: one sample, binary cross entropy; split: a sample for each "
+        "label; auto: together where the learner's loss can, but split as ELEVATER draws",
     )
     views: int = Field(
         1, ge=0, description="fixed augmented views per image; 0: new ones every epoch, no caching"
@@ -124,32 +132,6 @@ class DataOptions(ImageOptions):
         return {**self.model_dump(include=set(_ARGUMENTS)), **self.options}
 
 
-class ProtocolOptions(BaseModel):
-    """The ``protocol:`` section: which cells make up the result."""
-
-    model_config = STRICT
-
-    name: Literal[
-        "coop-fewshot",
-        "base-to-new",
-        "cross-dataset",
-        "domain-generalisation",
-        "elevater",
-        "multitask",
-        "transfer",
-        "meta",
-    ] = "coop-fewshot"
-    shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
-    seeds: Seeds = Field(default_factory=lambda: [1])
-    targets: list[str] = Field(
-        default_factory=list,
-        description="cross-dataset, domain-generalisation: data sets to score what data.name taught",
-    )
-    baseline: str | dict[str, str | list[str]] | None = Field(
-        None, description="method that the others' paired gains are over, or one or several for each method"
-    )
-
-
 @dataclass(frozen=True)
 class Study:
     """One learner under one protocol: a part of a configuration.
@@ -205,7 +187,10 @@ class ClassificationConfig(ExperimentConfig):
         content = dict(raw)
         protocol = merge(content, overrides).get("protocol")
         name = protocol.get("name") if isinstance(protocol, Mapping) else None
-        automatic = "train" not in merge(content, overrides) and name not in _SEVERAL_STAGES
+        automatic = "train" not in merge(content, overrides) and name not in (
+            *_SEVERAL_STAGES,
+            "class-incremental",
+        )
 
         rows = content.get("methods")
         if isinstance(rows, Mapping):
@@ -438,6 +423,7 @@ def _stage_problems(config: ClassificationConfig) -> list[str]:
     names = config.data.names
     problems = _multitask_problems(config)
 
+    problems += _incremental_problems(config) if protocol == "class-incremental" else []
     if protocol in _SEVERAL_STAGES and config.train.recipe != "none":
         problems.append(f"train.recipe: {protocol} trains several tasks together; write the options.")
 
@@ -462,6 +448,19 @@ def _stage_problems(config: ClassificationConfig) -> list[str]:
     if protocol in _ACROSS and len(targets) == 1 and names == targets:
         problems.append(f"protocol.targets: {names[0]} is what {protocol} trains on; name another data set.")
     return problems
+
+
+def _incremental_problems(config: ClassificationConfig) -> list[str]:
+    used = {
+        "train.recipe": config.train.recipe != "none",  # of few-shot tasks
+        "train.init": config.train.init,
+        "protocol.shots": config.protocol.shots != ProtocolOptions().shots,  # a session has all of its images
+        "data.also_test": config.data.also_test,
+        "target.compare_scratch": config.target.compare_scratch,
+    }
+    return [
+        f"{key}: class-incremental does not use it; leave it out." for key, value in used.items() if value
+    ]
 
 
 def _multitask_problems(config: ClassificationConfig) -> list[str]:

@@ -20,7 +20,7 @@ from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.metrics.backdoor import verdict_metrics
-from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_METRICS, compute
+from vlprompt.metrics.classification import DEFAULT_METRICS, MULTI_LABEL_DEFAULTS, compute
 
 __all__ = ["ImageReader", "encoder_of", "evaluate", "image_embeddings", "predict_logits"]
 
@@ -63,7 +63,7 @@ def evaluate(
     headline = str(data.info.get("metric", "accuracy"))
     names = metrics
     if names is None:
-        names = MULTI_LABEL_METRICS if data.multi_label else DEFAULT_METRICS
+        names = MULTI_LABEL_DEFAULTS if data.multi_label else DEFAULT_METRICS
     numbers = compute(logits, labels, list(dict.fromkeys([*names, headline])))
 
     if metrics is None and isinstance(data, CompositionDataset) and isinstance(learner, ImageScanner):

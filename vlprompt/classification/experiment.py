@@ -11,6 +11,7 @@ from typing import Any
 from vlprompt.backbones import Backbone
 from vlprompt.classification import page
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
+from vlprompt.classification.incremental import IncrementalCell
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.classification.protocols.transfer import matrix_of
 from vlprompt.classification.study_cell import StudyCell, sketch
@@ -185,7 +186,8 @@ class ClassificationExperiment(Experiment):
         config = study.config
         start = self._start_cell(study, cell)
 
-        return StudyCell(
+        kind = IncrementalCell if config.protocol.name == "class-incremental" else StudyCell
+        return kind(
             config,
             cell,
             folder,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 
 from vlprompt.classification.evaluate import evaluate
@@ -34,6 +35,7 @@ __all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_id
 
 log = logging.getLogger(__name__)
 
+SeveralLabels = Literal["auto", "together", "split"]
 _LENGTHS = {"epochs", "steps", "steps_per_shot"}  # each says how long a run is
 
 
@@ -70,6 +72,7 @@ def fit(
     cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
     recipe: Literal["auto", "paper"] | None = None,
+    several_labels: SeveralLabels = "auto",
     workers: Workers | None = None,
     **options: Any,
 ) -> RunResult:
@@ -101,6 +104,9 @@ def fit(
             :class:`vlprompt.training.trackers.Tracker` is one too.
         recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
             on any backbone. None: ``"auto"`` without options, none with options.
+        several_labels: How images with several labels are learned from. ``"together"``: one sample, whose loss is over
+            all its labels (binary cross entropy); ``"split"``: one sample for each label; ``"auto"``: together where
+            the learner's loss can, but split as ELEVATER draws.
         workers: Processes that read and augment images; ``"auto"``, the default, chooses by the cores and the cost of
             a sample. No result depends on it.
         **options: See :class:`TrainOptions`.
@@ -112,7 +118,7 @@ def fit(
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
     parse_options(options)
-    train = _in_order(learner, dataset_for(learner, train, "train"))
+    train = _with_labels(learner, _in_order(learner, dataset_for(learner, train, "train")), several_labels)
     val = None if val is None else dataset_for(learner, val, "val")
     _check_samples(learner, train)
     started = time.monotonic()
@@ -234,10 +240,29 @@ def _solve(source: TrainingSource, held_out: ValidationSource | None) -> dict[st
     """Let a learner find all parameters at once; return the one record of its history."""
     samples = None if held_out is None else held_out.validation_data()
     views, labels = source.training_data()
-    train = (views.flatten(0, 1), labels.repeat(len(views)))
+    train = (views.flatten(0, 1), torch.cat([labels] * len(views)))
 
     solution = source.learner.solve(train, samples, seed=source.options.seed, views=len(views))
     return {"epoch": 0, **{name: value for name, value in solution.items() if value is not None}}
+
+
+def _with_labels(learner: Learner, train: ImageDataset, several_labels: SeveralLabels) -> ImageDataset:
+    """Return training data whose samples have as many labels as the loss reads."""
+    if not train.multi_label or several_labels == "split":
+        return train.one_label_each()
+
+    if several_labels == "together" and not learner.takes_several_labels:
+        raise ConfigError(
+            [
+                f"several_labels: {learner.title()} has a loss over single labels; write split, which makes one sample "
+                "of each label of an image."
+            ],
+            train.name,
+        )
+    is_elevaters = train.info.get("sampling") == "elevater"
+    if several_labels == "auto" and (is_elevaters or not learner.takes_several_labels):
+        return train.one_label_each()
+    return train
 
 
 def _in_order(learner: Learner, train: ImageDataset) -> ImageDataset:
@@ -260,7 +285,7 @@ def _check_samples(learner: Learner, train: ImageDataset) -> None:
 
 def run_identity(learner: Learner, train: ImageDataset, augmentation: str, views: int) -> dict[str, Any]:
     """Return facts that a run and its continuation must share."""
-    samples = (f"{train.key(i)}={label}" for i, label in enumerate(train.labels))
+    samples = (f"{train.key(i)}={sample.label}" for i, sample in enumerate(train.samples))
     return {
         "learner": learner.method,
         "learner_options": {k: str(v) for k, v in learner.options.items()},

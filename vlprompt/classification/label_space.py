@@ -111,4 +111,5 @@ def check_fitting(learner: Learner, data: ImageDataset) -> None:
 
 def _moved(sample: Sample, positions: Sequence[int]) -> Sample:
     labels = tuple(positions[label] for label in sample.classes)
-    return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
+    unknown = tuple(positions[label] for label in sample.unknown)
+    return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0], unknown)

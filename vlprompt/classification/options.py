@@ -1,16 +1,52 @@
-"""What a user may set of training, on one task or several: sections of a configuration."""
+"""What a user may set of protocols and training, on one task or several: sections of a configuration."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlprompt.experiments.config import STRICT, Seeds
 from vlprompt.training.options import TrainSection
 
-__all__ = ["LabelSpace", "MultiTaskOptions", "StudyTrainSection", "TargetOptions"]
+__all__ = ["LabelSpace", "MultiTaskOptions", "ProtocolOptions", "StudyTrainSection", "TargetOptions"]
 
 LabelSpace = Literal["per_task", "joint", "joint_dedup"]
+
+
+class ProtocolOptions(BaseModel):
+    """The ``protocol:`` section: which cells make up the result."""
+
+    model_config = STRICT
+
+    name: Literal[
+        "coop-fewshot",
+        "base-to-new",
+        "cross-dataset",
+        "domain-generalisation",
+        "elevater",
+        "multitask",
+        "transfer",
+        "meta",
+        "class-incremental",
+    ] = "coop-fewshot"
+    shots: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [16], min_length=1)
+    seeds: Seeds = Field(default_factory=lambda: [1])
+    targets: list[str] = Field(
+        default_factory=list,
+        description="cross-dataset, domain-generalisation: data sets to score what data.name taught",
+    )
+    split: str = Field(
+        "B0-C4",
+        pattern=r"^(B(0|[2-9]|[1-9]\d+)-C([2-9]|[1-9]\d+)|joint)$",
+        description="class-incremental: Bb-Ck, b classes in the first session (0: k), then k each; joint: all at once",
+    )
+    order: Literal["seeded", "alphabetical"] = Field(
+        "seeded", description="class-incremental: of the classes; seeded: a permutation for each seed"
+    )
+    baseline: str | dict[str, str | list[str]] | None = Field(
+        None, description="method that the others' paired gains are over, or one or several for each method"
+    )
 
 
 class StudyTrainSection(TrainSection):

@@ -32,6 +32,9 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         "shots": protocol.shots,
         "seeds": protocol.seeds,
     }
+    if protocol.name == "class-incremental":
+        del facts["shots"]  # all images of a session are learned from
+        facts |= {"split": protocol.split, "order": protocol.order}
 
     if protocol.targets or config.target.names:
         facts["targets"] = protocol.targets or config.target.names
@@ -54,12 +57,12 @@ def describe(
     single = studies[0].config
     data = single.meta.pairs if single.protocol.name == "meta" else ", ".join(single.data.names)
     record.title = f"{single.learner_name} on {data}"
-    shots = "/".join(map(str, single.protocol.shots))
+    shots = f"{'/'.join(map(str, single.protocol.shots))} shots per class"
+    if single.protocol.name == "class-incremental":
+        shots = single.protocol.split
     seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
-    record.summary = (
-        f"{single.backbone.name}, {single.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
-    )
+    record.summary = f"{single.backbone.name}, {single.protocol.name}, {shots}, {seeds} seed{plural}."
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {
         "zero-shot": record.metrics.get(f"{base}zero_shot_accuracy"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,19 +29,17 @@ class KeptStates:
 
     Attributes:
         rows: Flat states.
-        shape: (special + N, W) of an image's.
-        blocks: See :class:`TokenStates`.
+        example: Those of one image, whose shape and kind they have.
     """
 
     rows: StoredRows
-    shape: tuple[int, int]
-    blocks: int
+    example: TokenStates
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor) -> TokenStates:
-        return TokenStates(self.rows[index].unflatten(1, self.shape), self.blocks)
+        return replace(self.example, tokens=self.rows[index].unflatten(1, self.example.tokens.shape[1:]))
 
 
 def kept_states(
@@ -74,16 +72,15 @@ def kept_states(
 
     augmentation = augmentation or Augmentation()
     backbone = learner.backbone
-    blocks = stages - 1
-    probe = backbone.image_states(torch.zeros(1, 3, *backbone.image_size), 0).tokens[0]
-    shape = (probe.shape[0], probe.shape[1])
-    row_bytes = probe.numel() * probe.element_size()
+    example = learner.frozen_states(torch.zeros(1, 3, *backbone.image_size))
+    kind = "" if type(example) is TokenStates else f"{type(example).__name__} "
+    row_bytes = example.tokens.numel() * example.tokens.element_size()
 
     def encode(images: Tensor) -> Tensor:
         count = len(images)
         if full_passes and count < size:
             images = torch.cat([images, images[-1:].expand(size - count, -1, -1, -1)])
-        return backbone.image_states(images, blocks).tokens[:count].flatten(1)
+        return learner.frozen_states(images).tokens[:count].flatten(1)
 
     kept = []
     for view in range(views):
@@ -91,18 +88,18 @@ def kept_states(
             data,
             encode,
             learner.preprocess,
-            fingerprint=f"{backbone.features_id}{learner.preparation}/{blocks} blocks/{size}",
+            fingerprint=f"{backbone.features_id}{learner.preparation}/{kind}{stages - 1} blocks/{size}",
             row_bytes=row_bytes,
             augmentation=augmentation,
             seed=seed,
             view=view,
-            dtype=probe.dtype,
+            dtype=example.tokens.dtype,
             batch_size=size,
         )
         if rows is None:
             _say_too_large(data, views, row_bytes, cache)
             return []
-        kept.append(KeptStates(rows, shape, blocks))
+        kept.append(KeptStates(rows, example))
 
     return kept
 

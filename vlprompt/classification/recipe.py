@@ -196,9 +196,14 @@ class _Search:
         log.debug("%s: rate %g reaches %s on held-back shots", trial.title(), rate, scores)
 
     def _ranked(self) -> list[float]:
-        """Return the rates, the best first: highest accuracy, then lowest negative log likelihood."""
+        """Return the rates, the best first: by accuracy, then negative log likelihood; several labels: by mean AP."""
         return sorted(
-            self.scores, key=lambda rate: (-self.scores[rate]["accuracy"], self.scores[rate]["nll"])
+            self.scores,
+            key=lambda rate: [
+                -self.scores[rate].get("map", 0.0),
+                -self.scores[rate]["accuracy"],
+                self.scores[rate].get("nll", 0.0),
+            ],
         )
 
 

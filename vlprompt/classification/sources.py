@@ -173,8 +173,8 @@ class TrainingSource:
             yield batches.fetch(part, 0)
 
     def training_data(self) -> tuple[Tensor, Tensor]:
-        """Return (V, n, d) embeddings of every view of the training samples, and their (n,) labels."""
-        return torch.stack(self._embeddings()), torch.tensor(self.data.labels)
+        """See :meth:`vlprompt.learners.hooks.TrainingSamples.training_data`."""
+        return torch.stack(self._embeddings()), _truth(self.data)
 
     def _frozen(self) -> list[Tensor]:
         """Return for every fixed view the embeddings that the frozen tower makes of it, or of the next view."""
@@ -212,4 +212,11 @@ class ValidationSource:
 
     def validation_data(self) -> tuple[Tensor, Tensor]:
         """See :meth:`vlprompt.learners.hooks.ValidationSamples.validation_data`."""
-        return image_embeddings(self.learner, self.data, cache=self.cache), torch.tensor(self.data.labels)
+        embeddings = image_embeddings(self.learner, self.data, cache=self.cache)
+        several = self.learner.takes_several_labels
+        return embeddings, _truth(self.data) if several else torch.tensor(self.data.labels)
+
+
+def _truth(data: ImageDataset) -> Tensor:
+    """Return (n,) labels; (n, C) of all labels where an image can have several."""
+    return torch.from_numpy(data.multi_hot()) if data.multi_label else torch.tensor(data.labels)

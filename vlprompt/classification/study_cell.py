@@ -45,6 +45,14 @@ log = logging.getLogger("vlprompt.run")
 
 _SCORES = ("accuracy", "mean_per_class", "nll", "score", "zero_shot_accuracy", "zero_shot_score")
 _META_SCORES = ("accuracy", "plain_accuracy", "unadapted_accuracy", "zero_shot_accuracy", "loss")
+_INCREMENTAL_SCORES = (
+    "last",
+    "average",
+    "forgetting",
+    "backward_transfer",
+    "zero_shot_last",
+    "zero_shot_average",
+)
 _ANY_CLASSES = ("one", "another")  # meta-training names the classes of every episode anew
 
 
@@ -136,6 +144,7 @@ class StudyCell:
 
         options = self._fit_options()
         options.pop("recipe")  # of one task; the configuration refuses one here
+        options.pop("several_labels")  # tasks mix samples of one label each
         trained, together = fit_multitask(learner, tasks, self.config.multitask, **options)
         self._keep(trained)
         self._save(learner)
@@ -204,6 +213,7 @@ class StudyCell:
             "resume": True,
             "augmentation": data.augmentation,
             "views": data.views,
+            "several_labels": data.several_labels,
             "cache_dir": data.cache_dir,
             "prefix_gib": data.prefix_gib,
         }
@@ -322,7 +332,9 @@ def sketch(config: ClassificationConfig, cell: Cell) -> CellResult:
     """Return the metrics of a cell on data that are scored by accuracy (see :meth:`Experiment.sketch`)."""
     result = CellResult()
 
-    if config.protocol.name == "meta":
+    if config.protocol.name == "class-incremental":
+        result.sketch(_INCREMENTAL_SCORES)
+    elif config.protocol.name == "meta":
         result.sketch(_META_SCORES)
     elif cell.get("stage") == SOURCE:
         result.sketch(_SCORES)

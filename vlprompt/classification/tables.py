@@ -77,7 +77,8 @@ def _note(studies: Sequence[Study], results: Results) -> str:
     shots = "/".join(map(str, config.protocol.shots))
     seeds = len(config.protocol.seeds)
     repeated = f"{seeds} seeds (mean ± 95 % interval)" if seeds > 1 else "1 seed"
-    parts = [config.protocol.name, f"{shots} shots", repeated, f"backbone {', '.join(backbones)}"]
+    what = config.protocol.split if config.protocol.name == "class-incremental" else f"{shots} shots"
+    parts = [config.protocol.name, what, repeated, f"backbone {', '.join(backbones)}"]
 
     for line in results.select("score", measure=lambda measure: measure is not None).lines:
         name = line.where.get("target") or line.where.get("data")

@@ -68,10 +68,17 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its class, or its classes: ``source`` means something to the reader only."""
+    """One image and its class, or its classes: ``source`` means something to the reader only.
+
+    Attributes:
+        source: Of the image.
+        label: Its class; a tuple in multi-label data sets.
+        unknown: Further classes of which nobody can say whether the image shows them (objects marked difficult).
+    """
 
     source: Any
     label: int | tuple[int, ...]
+    unknown: tuple[int, ...] = ()
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -118,9 +125,12 @@ class ImageDataset:
         return [s.classes[0] for s in self.samples]
 
     @property
-    def targets(self) -> dict[str, list[int]]:
-        """What is known of every sample, by the key that a learner's batch has for it."""
-        return {"label": self.labels}
+    def targets(self) -> dict[str, Any]:
+        """What is known of every sample, by the key that a learner's batch has for it.
+
+        Where images can have several labels, ``"target"`` holds all of them (see :meth:`multi_hot`).
+        """
+        return {"label": self.labels, **({"target": self.multi_hot().tolist()} if self.multi_label else {})}
 
     @property
     def strata(self) -> tuple[list[int], Sequence[str]]:
@@ -133,9 +143,10 @@ class ImageDataset:
         return any(isinstance(s.label, tuple) for s in self.samples)
 
     def multi_hot(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return ones where an image shows a class and zeros elsewhere, (n, C)."""
+        """Return 1 where an image shows a class, 0 where it does not, -1 where nobody can say, (n, C)."""
         truth = np.zeros((len(self), len(self.classnames)), dtype=np.int64)
         for row, sample in zip(truth, self.samples, strict=True):
+            row[list(sample.unknown)] = -1
             row[list(sample.classes)] = 1
         return truth
 
@@ -173,7 +184,8 @@ class ImageDataset:
 
         def relabel(sample: Sample) -> Sample:
             labels = tuple(new_label[c] for c in sample.classes if c in new_label)
-            return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0])
+            unknown = tuple(new_label[c] for c in sample.unknown if c in new_label)
+            return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0], unknown)
 
         remaining = [i for i, s in enumerate(self.samples) if not new_label.keys().isdisjoint(s.classes)]
         part = self.subset(remaining, **info)

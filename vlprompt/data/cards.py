@@ -131,7 +131,7 @@ class Card(_Strict):
     source: SourceSpec
     splits: SplitSpec = SplitSpec()
     metric: Literal[
-        "accuracy", "mean_per_class", "roc_auc", "map_11_point", "map_11_point_elevater", "dice"
+        "accuracy", "mean_per_class", "roc_auc", "map", "map_11_point", "map_11_point_elevater", "dice"
     ] = "accuracy"
     paper: str
     licence: str

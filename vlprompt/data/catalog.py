@@ -115,8 +115,6 @@ def load_dataset(
     else:
         dataset = loader.draw(split, shots, seed, sampling, strict_shots)
 
-    if split == "train":
-        dataset = dataset.one_label_each()
     if jpeg_side:
         dataset = replace(dataset, reader=dataset.reader.with_jpeg_side(jpeg_side))
     dataset = base_new(dataset, classes)

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.vision import TokenStates
 from vlprompt.core.errors import DataError, VLPromptError
 from vlprompt.core.names import check_classnames, check_templates, listed_names, match_classes
 from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
 from vlprompt.data.transforms import Preprocess
+from vlprompt.learners._losses import binary_cross_entropy
 from vlprompt.learners.hooks import LearnerHooks
 from vlprompt.learners.recipe import Recipe
 
@@ -135,6 +137,10 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         """
         return 0
 
+    def frozen_states(self, images: Tensor) -> TokenStates:
+        """Return what is kept of (B, 3, H, W) images: the tokens after :meth:`frozen_stages`, without a graph."""
+        return self.backbone.image_states(images, self.frozen_stages() - 1)
+
     def class_embeddings(self) -> Tensor:
         """Return (C, d) embeddings of the classes, not normalised: what the text side says.
 
@@ -152,12 +158,56 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         return self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ self._weights().T
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return named losses of a batch with ``"label"`` (B,) and either ``"image"`` or cached ``"embedding"``."""
-        return {"cross_entropy": F.cross_entropy(self.batch_logits(batch), batch["label"])}
+        """Return named losses of a batch with ``"label"`` (B,) and either ``"image"`` or cached ``"embedding"``.
+
+        Where images have several labels, ``"target"`` (B, C) holds them all, and the loss is binary cross entropy.
+        """
+        logits = self.batch_logits(batch)
+        if "target" not in batch:
+            return {"cross_entropy": F.cross_entropy(logits, batch["label"])}
+        return {"binary_cross_entropy": binary_cross_entropy(self.label_logits(logits), batch["target"])}
 
     def batch_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return (B, C) logits of a batch of pixels or of cached image embeddings."""
         return self.logits(batch["embedding"]) if "embedding" in batch else self(batch["image"])
+
+    # --- images with several labels
+
+    @property
+    def takes_several_labels(self) -> bool:
+        """Whether the loss reads all labels of an image, ``batch["target"]``; else it sees one sample for each label.
+
+        True where a method has no loss of its own. One that reads them in its own loss, or in ``solve``, says so.
+        """
+        return type(self).loss is Learner.loss and not self.prepares and not self.solves
+
+    def label_logits(self, logits: Tensor) -> Tensor:
+        """Return (B, C) logits of which each alone tells by its sigmoid how likely a class is there.
+
+        Logits tau * cosine compete and are all positive. Here those of an image are counted from their mean, which
+        takes no part in the gradient; a learner with a bias of its own returns them as they are.
+
+        Args:
+            logits: (B, C), of :meth:`logits`.
+        """
+        return logits - logits.detach().mean(1, keepdim=True)
+
+    # --- incremental learning
+
+    def extend(self, classnames: Sequence[str], templates: Sequence[str] | None = None) -> Learner:
+        """Return what learns the next classes, after these: a learner of the next classes alone, ready to be trained.
+
+        Its :meth:`with_classes` then names the classes of all sessions. Here: the same parameters, which go on
+        learning, for other classes.
+
+        Args:
+            classnames: The classes of the next session.
+            templates: Their hand-written sentences; None keeps those of this learner.
+
+        Raises:
+            DataError: If the learned parameters belong to the class list.
+        """
+        return self.with_classes(classnames, templates)
 
     # --- a head that belongs to some classes
 

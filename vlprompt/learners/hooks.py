@@ -42,14 +42,17 @@ class TrainingSamples(Samples, Protocol):
         """Yield the batches of the first epoch, with labels of ``data``."""
 
     def training_data(self) -> tuple[Tensor, Tensor]:
-        """Return (V, n, d) embeddings of V augmented views of each image, and (n,) labels."""
+        """Return (V, n, d) embeddings of V augmented views of each image, and (n,) labels.
+
+        A learner that takes several labels gets (n, C) of 1, 0 and -1 (unknown) where images can have several.
+        """
 
 
 class ValidationSamples(Samples, Protocol):
     """Samples to choose settings on."""
 
     def validation_data(self) -> tuple[Tensor, Tensor]:
-        """Return (n, d) image embeddings and (n,) labels."""
+        """Return (n, d) image embeddings and (n,) labels; (n, C) as in :meth:`TrainingSamples.training_data`."""
 
 
 class LearnerHooks(Hooks):
@@ -101,7 +104,8 @@ class LearnerHooks(Hooks):
 
         Args:
             train: (V n, d) image embeddings and (V n,) labels: the n images' first view, then their second, and so on.
-            val: (m, d) and (m,) of validation data, if there are any.
+                (V n, C) where images can have several, and the learner takes them.
+            val: (m, d) and (m,) or (m, C) of validation data, if there are any.
             seed: The run's seed.
             views: V. Views of an image are no independent samples, so what counts samples needs their number.
 

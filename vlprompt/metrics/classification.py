@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlprompt.core.errors import DataError, NonFiniteError, UnknownNameError
+from vlprompt.metrics.multi_label import cf1, mean_average_precision, mean_over_classes, of1
 
 __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
+    "MULTI_LABEL_DEFAULTS",
     "MULTI_LABEL_METRICS",
     "accuracy",
     "brier",
@@ -136,7 +138,7 @@ def map_11_point(logits: Tensor, labels: Tensor) -> float:
     Raises:
         DataError: If no class has a positive sample.
     """
-    return _mean_over_classes(_average_precision, logits, labels, "map_11_point")
+    return mean_over_classes(_average_precision, logits, labels, "map_11_point")
 
 
 def map_11_point_elevater(logits: Tensor, labels: Tensor) -> float:
@@ -152,7 +154,7 @@ def map_11_point_elevater(logits: Tensor, labels: Tensor) -> float:
     Raises:
         DataError: If no class has a positive sample.
     """
-    return _mean_over_classes(_elevater_precision, logits, labels, "map_11_point_elevater")
+    return mean_over_classes(_elevater_precision, logits, labels, "map_11_point_elevater")
 
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -164,11 +166,15 @@ METRICS: dict[str, Metric] = {
     "ece_20": ece_20,
     "brier": brier,
     "roc_auc": roc_auc,
+    "map": mean_average_precision,
+    "cf1": cf1,
+    "of1": of1,
     "map_11_point": map_11_point,
     "map_11_point_elevater": map_11_point_elevater,
 }
 DEFAULT_METRICS = ("accuracy", "mean_per_class", "nll", "ece")
-MULTI_LABEL_METRICS = ("accuracy", "map_11_point", "map_11_point_elevater")
+MULTI_LABEL_DEFAULTS = ("accuracy", "map", "map_11_point", "map_11_point_elevater")
+MULTI_LABEL_METRICS = (*MULTI_LABEL_DEFAULTS, "cf1", "of1")
 
 
 def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRICS) -> dict[str, float]:
@@ -176,7 +182,7 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
 
     Args:
         logits: Scores, (n, C), any float type and device.
-        labels: True classes, (n,); (n, C) of zeros and ones for a multi-label metric.
+        labels: True classes, (n,); for a multi-label metric (n, C) of ones, zeros, and -1 where nobody can say.
         names: Keys of :data:`METRICS`.
 
     Returns:
@@ -198,17 +204,6 @@ def compute(logits: Tensor, labels: Tensor, names: Sequence[str] = DEFAULT_METRI
     if truth.ndim == 2 and (single := [n for n in names if n not in MULTI_LABEL_METRICS]):
         raise DataError(f"{', '.join(single)} need one label per sample; these labels are multi-label.")
     return {name: METRICS[name](scores, truth) for name in names}
-
-
-def _mean_over_classes(
-    score: Callable[[Tensor, Tensor], float], logits: Tensor, labels: Tensor, name: str
-) -> float:
-    """Return the mean score of the classes with at least one positive."""
-    truth = labels if labels.ndim == 2 else F.one_hot(labels, logits.shape[1])
-    scores = [score(logits[:, c], truth[:, c]) for c in range(truth.shape[1]) if truth[:, c].any()]
-    if not scores:
-        raise DataError(f"{name} needs at least one positive label; every label is 0.")
-    return float(np.mean(scores))
 
 
 def _average_precision(scores: Tensor, truth: Tensor) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from vlprompt.classification.protocols.across import Across
 from vlprompt.classification.protocols.base import Protocol
 from vlprompt.classification.protocols.base_to_new import BaseToNew
+from vlprompt.classification.protocols.class_incremental import ClassIncremental
 from vlprompt.classification.protocols.few_shot import Elevater, FewShot
 from vlprompt.classification.protocols.meta import MetaTraining
 from vlprompt.classification.protocols.multitask import MultiTaskProtocol
@@ -24,6 +25,7 @@ _PROTOCOLS: dict[str, Protocol] = {
     "multitask": MultiTaskProtocol(),
     "transfer": Transfer(),
     "meta": MetaTraining(),
+    "class-incremental": ClassIncremental(),
 }
 
 

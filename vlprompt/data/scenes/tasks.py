@@ -27,6 +27,7 @@ from vlprompt.data.scenes.attributes import (
 )
 from vlprompt.data.scenes.pairs import draw_pair, draw_several
 from vlprompt.data.scenes.render import render
+from vlprompt.data.scenes.several import draw_set, several_classes
 from vlprompt.data.scenes.shapes import GLYPHS, SHAPES
 from vlprompt.data.scenes.spec import SceneObject, SceneSpec, draw_object, draw_scene
 from vlprompt.data.scenes.wording import words
@@ -61,12 +62,15 @@ class Task:
         templates: Sentences with one ``{}``.
         draw: From (class index, generator, style) to a scene of that class.
         held_out: Classes that pretraining never saw.
+        several: From (class index, generator) to all classes of an image, that class first; None where there is one.
+            :attr:`draw` draws them first.
     """
 
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     draw: Callable[[int, Rng, str], SceneSpec]
     held_out: tuple[int, ...] = ()
+    several: Callable[[int, Rng], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,8 @@ def build(task: str, split: str, style: str = "plain", size: int = 64) -> ImageD
 
     entry = _tasks()[task]
     count = SPLITS[split] * len(entry.classnames)
-    samples = tuple(
-        Sample(SceneSource(task, split, style, i), i % len(entry.classnames)) for i in range(count)
-    )
+    sources = [SceneSource(task, split, style, i) for i in range(count)]
+    samples = tuple(Sample(source, _label(entry, source)) for source in sources)
 
     return ImageDataset(
         name=f"scenes/{task}" + ("" if style == "plain" else f"@{style}"),
@@ -140,6 +143,7 @@ def build(task: str, split: str, style: str = "plain", size: int = 64) -> ImageD
             "style": style,
             "size": size,
             "style_held_out": style in HELD_OUT_STYLES,
+            **({} if entry.several is None else {"metric": "map"}),
         },
     )
 
@@ -153,8 +157,18 @@ def held_out_classes(task: str) -> tuple[int, ...]:
 def task_spec(source: SceneSource) -> SceneSpec:
     """Return the scene of one sample; in another style it has the same objects and ground."""
     entry = _tasks()[source.task]
-    rng = numpy_rng(_SEED, GENERATOR, source.task, source.split, source.index)
-    return entry.draw(source.index % len(entry.classnames), rng, source.style)
+    return entry.draw(source.index % len(entry.classnames), _rng(source), source.style)
+
+
+def _label(entry: Task, source: SceneSource) -> int | tuple[int, ...]:
+    """Return the class of a sample, or all of them where there are several."""
+    label = source.index % len(entry.classnames)
+    return label if entry.several is None else entry.several(label, _rng(source))
+
+
+def _rng(source: SceneSource) -> Rng:
+    """Return the generator of a sample, the same in every style."""
+    return numpy_rng(_SEED, GENERATOR, source.task, source.split, source.index)
 
 
 @lru_cache(maxsize=1)
@@ -218,6 +232,7 @@ def _tasks() -> dict[str, Task]:
             ("a photo of a {}.", "a {}."),
             _draw_relation,
         ),
+        "several": _several(shapes),
         "larger": Task(
             _LARGER, ("the larger object is {}.", "a photo in which the larger object is {}."), _draw_larger
         ),
@@ -252,6 +267,18 @@ def _one(classnames: Iterable[str], templates: tuple[str, ...], **varied: Any) -
         return draw_scene(rng, [_item(rng, **constant, **{attribute: values[label]})], style=style)
 
     return Task(names, templates, draw)
+
+
+def _several(shapes: tuple[str, ...]) -> Task:
+    """Which shapes an image shows; the only task of several labels."""
+
+    def draw(label: int, rng: Rng, style: str) -> SceneSpec:
+        return draw_scene(rng, draw_set(rng, shapes, several_classes(label, rng)), style=style)
+
+    names = tuple(_first_word("shape", s) for s in shapes)
+    return Task(
+        names, ("a photo of a {}.", "a {}.", "a {} among other shapes."), draw, several=several_classes
+    )
 
 
 def _pairs_task(other: str, pairs: tuple[tuple[str, str], ...], unseen: tuple[int, ...]) -> Task:

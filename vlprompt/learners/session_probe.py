@@ -1,0 +1,183 @@
+"""A probe for each session: logistic regression on frozen image embeddings, fixed when the session is over.
+
+What every incremental method with a frozen tower has to beat, since it forgets nothing either. The regression is that
+of Radford et al., arXiv 2103.00020, appendix A.3: L-BFGS, the strength of L2 chosen on held-back images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlprompt.backbones import Backbone
+from vlprompt.core.errors import DataError
+from vlprompt.core.seeding import numpy_rng
+from vlprompt.learners import LEARNERS
+from vlprompt.learners._sessions import SessionLearner
+from vlprompt.learners.base import DEFAULT_TEMPLATES
+from vlprompt.metrics.classification import compute
+
+__all__ = ["SessionProbe"]
+
+_STRENGTHS = tuple(range(-2, 6))  # log10 of C
+_HELD_BACK = 4  # one of so many images, where there are no validation images
+
+
+class _Probe(nn.Module):
+    """The regression of one session: (C_t, d) and (C_t,)."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, width))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+
+@LEARNERS.register(
+    "session_probe",
+    summary="incremental: logistic regression on image embeddings, one per session",
+    paper="2103.00020",
+)
+class SessionProbe(SessionLearner):
+    """Unit-length embeddings, and in each session one regression over its classes, or one per class for several labels.
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: See :class:`Learner`; not used.
+        max_iter: L-BFGS iterations.
+        sessions: Classes by session, see :class:`SessionLearner`.
+    """
+
+    class_bound = True
+    solves = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        max_iter: Annotated[int, Field(ge=1)] = 1000,
+        sessions: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(backbone, classnames, templates, sessions)
+        self.max_iter = max_iter
+        self.probes = nn.ModuleList([_Probe(len(names), backbone.dim) for names in self.sessions])
+        self.freeze_earlier(list(self.probes))
+        self.places = [place for place in self.session_places() if place is not None]
+
+    def class_weights(self) -> Tensor:
+        """See :meth:`Learner.class_weights`: (C, d + 1), the biases last; not of unit length."""
+        rows = [torch.cat([self._probe(s).weight[c], self._probe(s).bias[c : c + 1]]) for s, c in self.places]
+        return torch.stack(rows)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return (B, C) logits of (B, d) embeddings, of each class by the probe of its session."""
+        weights = self._weights()
+        return nn.functional.normalize(embeddings, dim=-1) @ weights[:, :-1].T + weights[:, -1]
+
+    def solve(
+        self,
+        train: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor] | None,
+        seed: int = 1,
+        views: int = 1,
+    ) -> dict[str, Any]:
+        """See :meth:`LearnerHooks.solve`; returns the chosen C and what it reached on the held-back images.
+
+        Raises:
+            DataError: If the training images show fewer than two classes.
+        """
+        features = nn.functional.normalize(train[0], dim=-1).cpu().double()
+        truth = train[1].cpu()
+        if truth.ndim == 1 and len(truth.unique()) < 2:
+            raise DataError("session_probe needs training images of at least two classes.")
+
+        kept, held = _parts(len(truth), views, seed)
+        if val is not None and len(val[1]):
+            kept = np.arange(len(truth))
+            held_features = nn.functional.normalize(val[0], dim=-1).cpu().double()
+            held_truth = val[1].cpu()
+        else:
+            held_features, held_truth = features[held], truth[held]
+
+        scores = {}
+        for strength in _STRENGTHS:
+            weight, bias = self._regress(features[kept], truth[kept], strength)
+            scores[strength] = _score(held_features @ weight.T + bias, held_truth)
+
+        best = max(scores, key=lambda strength: (scores[strength], -abs(strength)))
+        weight, bias = self._regress(features, truth, best)
+        newest = self._probe(len(self.sessions) - 1)
+        with torch.no_grad():
+            newest.weight.copy_(weight)
+            newest.bias.copy_(bias)
+        self._cached_weights = None
+        return {"C": 10.0**best, "val_score": scores[best]}
+
+    def _probe(self, session: int) -> _Probe:
+        probe = self.probes[session]
+        assert isinstance(probe, _Probe)
+        return probe
+
+    def _regress(self, features: Tensor, truth: Tensor, strength: int) -> tuple[Tensor, Tensor]:
+        """Return (C, d) weights and (C,) biases; a class without an image has a bias that never wins."""
+        classes = len(self.sessions[-1])
+        weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
+        bias = torch.full((classes,), -1e4, dtype=torch.float64)
+
+        if truth.ndim == 1:
+            rows, coefficients, offsets = self._model(features, truth, strength)
+            weight[rows], bias[rows] = coefficients, offsets
+            return weight, bias
+
+        for c in range(classes):
+            known = truth[:, c] >= 0
+            if len(truth[known, c].unique()) == 2:
+                _, coefficients, offsets = self._model(features[known], truth[known, c], strength)
+                # Two classes come as opposite halves.
+                weight[c], bias[c] = 2 * coefficients[1], 2 * offsets[1]
+        return weight, bias
+
+    def _model(self, features: Tensor, labels: Tensor, strength: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the classes that occur, their weights and their biases."""
+        # Here, not above: importing scikit-learn takes half a second, and every learner is imported with this one.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=10.0**strength, max_iter=self.max_iter)
+            model.fit(features.numpy(), labels.numpy())
+        weight = torch.from_numpy(model.coef_)
+        bias = torch.from_numpy(model.intercept_)
+        if len(model.classes_) == 2:  # scikit-learn returns one row for two classes
+            weight = torch.cat([-weight / 2, weight / 2])
+            bias = torch.cat([-bias / 2, bias / 2])
+        return torch.from_numpy(model.classes_).long(), weight, bias
+
+
+def _parts(count: int, views: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which samples to try on and which to choose on; the views of an image stay together."""
+    images = count // views
+    order = numpy_rng(seed, "held-back images").permutation(images)
+    cut = max(1, images // _HELD_BACK)
+
+    def with_views(chosen: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.sort(chosen) + view * images for view in range(views)])
+
+    return with_views(order[cut:]), with_views(order[:cut])
+
+
+def _score(logits: Tensor, truth: Tensor) -> float:
+    """Return mean average precision of several labels, accuracy of single ones; 0 where nothing can be said."""
+    if truth.ndim == 2 and not bool((truth > 0).any()):
+        return 0.0
+    metric = "map" if truth.ndim == 2 else "accuracy"
+    return compute(logits, truth, [metric])[metric]
