@@ -22,7 +22,7 @@ TEMPLATES = ("a photo of a {}.", "{}.", "a blurry drawing of the {} on a white b
 
 def test_a_score_is_what_zero_shot_classification_reaches() -> None:
     tiny = create_backbone("tiny")
-    data = load_dataset("scenes/shape@sketch", "val", shots=2, seed=1)
+    data = load_dataset("scenes/pattern@sketch", "val", shots=2, seed=1)
     learner = create_learner("zero_shot", tiny, data.classnames, [TEMPLATES[2]])
     scorer = EmbeddingScorer(
         tiny, data.classnames, image_embeddings(learner, data), torch.tensor(data.labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +74,10 @@ class EmbeddingScorer(Scorer):
             self._memo.add(template, self._score(weights, self.rules.tokens(template)))
             self.scored += 1
         return [self._memo.scores[template] for template in templates]
+
+    def remember(self, scores: Mapping[str, Score]) -> None:
+        """See :meth:`Scorer.remember`."""
+        self._memo.scores |= scores
 
     def score_together(self, templates: Sequence[str]) -> Score:
         """Return the score of several templates as one: the mean of their unit-length features."""

@@ -157,6 +157,7 @@ class _Search:
         recorded = self.transcript.steps or self.proposer.recorded(self.scorer.identity)
         for step in recorded:
             self._take(step)
+            self.scorer.remember(step.scores)
             if not self.transcript.steps:  # a replay writes a transcript of its own
                 self.transcript.step(step)
 

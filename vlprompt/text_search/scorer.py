@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -73,6 +73,9 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, templates: Sequence[str]) -> list[Score]:
         """Return the score of each template."""
+
+    def remember(self, scores: Mapping[str, Score]) -> None:
+        """Take in scores that this very scorer gave before a kill, so that they are not computed in other company."""
 
     def shortlist(self, templates: Sequence[str], objective: Objective) -> list[str]:
         """Return the templates that are worth a full score, in order; all of them, where scores are cheap."""
