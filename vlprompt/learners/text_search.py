@@ -71,8 +71,9 @@ class TextSearch(Learner):
         templates: Where the search starts.
         proposer: Who proposes: ``grammar`` (offline), ``chat``, ``local``, ``clusters``, ``retrieval``, ``replay``.
         proposer_options: Its own options.
-        objective: What is maximised: minus the ``cross_entropy``, the ``accuracy``, or the ``gap`` between the true
-            class and the strongest other.
+        objective: What is maximised: the ``accuracy`` (of equals the lower cross-entropy, then the shorter), minus the
+            ``cross_entropy``, or the ``gap`` between the true class and the strongest other. The last two also pay
+            for confidence, which templates change by much.
         steps: The most.
         proposals: Templates in a step.
         patience: Steps without a better objective after which it stops.
@@ -100,7 +101,7 @@ class TextSearch(Learner):
         *,
         proposer: str = "grammar",
         proposer_options: Mapping[str, Any] | None = None,
-        objective: Objective = "cross_entropy",
+        objective: Objective = "accuracy",
         steps: Annotated[int, Field(ge=0)] = 30,
         proposals: Annotated[int, Field(ge=1)] = 8,
         patience: Annotated[int, Field(ge=1)] = 10,

@@ -3,8 +3,8 @@
 Paper: Du et al., "IPO: Interpretable Prompt Optimization for Vision-Language Models", NeurIPS 2024, arXiv 2410.15397.
 
 Where this differs from the paper: one request brings all templates of a step, validation samples choose (the paper
-takes the most accurate on the training samples), the loss steers by default, and a reply without a template is asked
-for again. The published code carries no licence; nothing is taken from it.
+takes the most accurate on the training samples), and a reply without a template is asked for again. The published code
+carries no licence; nothing is taken from it.
 """
 
 from __future__ import annotations
