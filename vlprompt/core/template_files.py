@@ -31,7 +31,7 @@ def read_templates(path: str | Path) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file} is no readable text in UTF-8: {error}.") from None
 
-    templates = []
+    templates: list[str] = []
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text or text.startswith("#"):
