@@ -68,7 +68,7 @@ def _build(name: str, backbone: Backbone, data: ImageDataset, calls: Calls) -> L
 
 
 def _expected(learner: Learner) -> Calls:
-    hooks = {"survey", "calibrate", "figures"}
+    hooks = {"enter_folder", "survey", "calibrate", "figures"}
     if learner.prepares:
         hooks.add("prepare")
     if learner.solves:

@@ -15,6 +15,7 @@ FLOORS = [
     ["concepts"],
     ["data"],
     ["metrics"],
+    ["text_search"],
     ["learners"],
     ["saved"],
     ["training"],

@@ -166,6 +166,8 @@ def test_a_step_lowers_the_loss_as_much_as_its_gradient_says(
 @pytest.mark.parametrize("name", [n for n in ALL if LEARNERS.get(n).target.solves])
 def test_a_solver_fits_what_it_saw(name: str, build: Build, images: Tensor) -> None:
     learner = build(name)
+    if not learnable(learner):
+        pytest.skip("what it finds is text, which can't fit images at will")
     generator = torch.Generator().manual_seed(0)
     labels = LABELS.repeat(5)
     views = images.repeat(5, 1, 1, 1) + 0.1 * torch.randn(30, *images.shape[1:], generator=generator)

@@ -18,7 +18,14 @@ from vlprompt.data.corruptions import expand_corruptions
 from vlprompt.data.names import check_name
 from vlprompt.diffusion import GENERATORS
 from vlprompt.experiments.backbone import backbone_problems
-from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, ImageOptions, Seeds
+from vlprompt.experiments.config import (
+    STRICT,
+    BackboneOptions,
+    ExperimentConfig,
+    ImageOptions,
+    Seeds,
+    Templates,
+)
 
 __all__ = [
     "AdaptationConfig",
@@ -68,7 +75,7 @@ class StreamOptions(ImageOptions):
     classnames: list[str] | dict[str, str] | None = Field(
         None, description="replace class names, all or by old name"
     )
-    templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    templates: Templates = Field(None, description="replace the hand-written templates")
     on_bad_embedding: Literal["error", "skip"] = Field(
         "error",
         description="an image whose embedding is NaN or infinite stops the run, or is refused and counted",

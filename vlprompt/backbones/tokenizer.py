@@ -9,9 +9,11 @@ import torch
 from open_clip.tokenizer import basic_clean, canonicalize_text
 from torch import Tensor
 
-__all__ = ["TextTokenizer", "irregularity", "wrap_tokenizer"]
+__all__ = ["TextTokenizer", "irregularity", "whole_words", "wrap_tokenizer"]
 
 _PROBE = "a dog"
+_END_OF_WORD = "</w>"  # in CLIP's byte pairs
+_BEGINNINGS = ("\u0120", "\u2581")  # of a word, in the vocabularies of transformers
 _MODE_WITH_CLASS_TOKEN = "clips"  # open_clip's name of it
 
 
@@ -58,6 +60,11 @@ class _BytePair:
     def rows(self, texts: Sequence[str], length: int) -> Tensor:
         return self._tokenizer(list(texts), context_length=length)
 
+    def words(self) -> list[str]:
+        """Return the words that are one token, in the order of their ids: those of early merges are frequent."""
+        ordered = sorted(self._tokenizer.encoder.items(), key=lambda pair: pair[1])
+        return [token.removesuffix(_END_OF_WORD) for token, _ in ordered if token.endswith(_END_OF_WORD)]
+
 
 class _HuggingFace:
     """A tokenizer of transformers (SigLIP, mT5, BERT towers), by itself or inside open_clip's HFTokenizer.
@@ -102,6 +109,11 @@ class _HuggingFace:
     def rows(self, texts: Sequence[str], length: int) -> Tensor:
         return torch.as_tensor(self._rows(list(texts), length))
 
+    def words(self) -> list[str]:
+        """Return the words that are one token, in the order of their ids."""
+        ordered = sorted(self._inner.get_vocab().items(), key=lambda pair: pair[1])
+        return [token[1:] for token, _ in ordered if token.startswith(_BEGINNINGS)]
+
     def _seen(self, ids: list[int]) -> list[int]:
         """Return ids as the model sees them."""
         return [0 if i == self._strip else int(i) for i in ids]
@@ -134,6 +146,11 @@ def wrap_tokenizer(tokenizer: Any) -> TextTokenizer:
 def irregularity(tokenizer: TextTokenizer | None) -> str:
     """Return why a row is not always start, words, end and padding, as a sentence; empty if it is."""
     return tokenizer.irregular if isinstance(tokenizer, (_BytePair, _HuggingFace)) else ""
+
+
+def whole_words(tokenizer: TextTokenizer) -> list[str]:
+    """Return the words that a tokenizer reads as one token, the most frequent first; empty if it does not say."""
+    return tokenizer.words() if isinstance(tokenizer, (_BytePair, _HuggingFace)) else []
 
 
 def _wrap_open_clip(tokenizer: Any) -> TextTokenizer:

@@ -27,6 +27,7 @@ from vlprompt.experiments.config import (
     BackboneOptions,
     ExperimentConfig,
     ImageOptions,
+    Templates,
     compose,
     merge,
 )
@@ -76,7 +77,7 @@ class DataOptions(ImageOptions):
     classnames: list[str] | dict[str, str] | None = Field(
         None, description="replace class names, all or by old name"
     )
-    templates: list[str] | None = Field(None, description="replace the hand-written templates")
+    templates: Templates = Field(None, description="replace the hand-written templates")
     options: dict[str, Any] = Field(
         default_factory=dict, description="what only this kind of data set takes, for example {size: 64}"
     )

@@ -156,6 +156,7 @@ class ClassificationExperiment(Experiment):
         if len(self.studies) == 1:
             page.add_curves(record, self.studies[0], results)
 
+        page.add_templates(record, [cell for cell in finished if cell.get("target") is None], results, folder)
         trained = [cell for cell in finished if (folder / "cells" / cell.name / "history.jsonl").is_file()]
         if trained:
             last = trained[-1]

@@ -135,6 +135,7 @@ def fit(
     source = TrainingSource(learner, train, Augmentation.parse(augmentation), views, checked, cache)
     held_out = None if val is None else ValidationSource(learner, val, cache)
 
+    learner.enter_folder(folder, resume)
     start = start_learner(learner, checked.init)
     if learner.prepares:
         learner.prepare(*source.training_data())

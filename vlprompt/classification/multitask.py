@@ -303,6 +303,7 @@ def fit_multitask(
     folder = None if folder is None else user_path(folder)
     cache = FeatureCache(cache_dir, prefix_gib=prefix_gib)
 
+    learner.enter_folder(folder, resume)
     start = start_learner(learner, checked.init)
     lists = {name: (data.train.classnames, data.train.templates) for name, data in tasks.items()}
     module = MultiTask(learner, lists, sharing.label_space)

@@ -14,12 +14,25 @@ from vlprompt.classification.label_space import fitting
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.classification.protocols.transfer import matrix_of
 from vlprompt.core.files import read_jsonl
+from vlprompt.core.template_files import read_templates
 from vlprompt.data import FeatureCache, ImageDataset
+from vlprompt.experiments.cell import Cell
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
 from vlprompt.learners import Learner
 
-__all__ = ["add_curves", "add_history", "add_predictions", "describe", "study_facts"]
+__all__ = [
+    "TEMPLATES",
+    "add_curves",
+    "add_history",
+    "add_predictions",
+    "add_templates",
+    "describe",
+    "study_facts",
+]
+
+TEMPLATES = "templates.txt"
+"""The file of a cell that holds the templates that its learner found."""
 
 
 def study_facts(config: ClassificationConfig) -> dict[str, Any]:
@@ -106,6 +119,43 @@ def add_curves(record: RunRecord, study: Study, results: Results) -> None:
 def add_history(record: RunRecord, folder: Path) -> None:
     """Add the learning curves of a cell."""
     record.history = read_jsonl(folder / "history.jsonl")
+
+
+def add_templates(record: RunRecord, cells: Sequence[Cell], results: Results, folder: Path) -> None:
+    """List the templates that cells found, with what they reach on the images that chose them and on others."""
+    lines = []
+    for cell in cells:
+        path = folder / "cells" / cell.name / TEMPLATES
+        if not path.is_file():
+            continue
+
+        where = ", ".join(f"{key} {value}" for key, value in cell.coordinates)
+        figures = _figures_of(results.select(**cell.where))
+        lines.append(f"{where}: {' | '.join(read_templates(path))} ({figures})")
+
+    if lines:
+        text = (
+            "What was found. The best of many candidates looks better on the images that chose it than it is; "
+            "compare the three accuracies."
+        )
+        record.listings = {**record.listings, "Templates": (text, lines)}
+
+
+def _figures_of(results: Results) -> str:
+    """Return accuracies on training, validation and test images, and their differences, in words."""
+    train = results.select("learned/train_accuracy").values()
+    val = results.select("learned/val_accuracy").values()
+    test = results.select("accuracy", part=None).values() or results.select("accuracy", part="base").values()
+
+    parts = {"train": train, "validation": val, "test": test}
+    numbers = {name: values[0] for name, values in parts.items() if values}
+    text = ", ".join(f"{name} {100 * value:.1f} %" for name, value in numbers.items())
+    if "test" in numbers and len(numbers) > 1:
+        gaps = [f"{name} - test {100 * (value - numbers['test']):+.1f}" for name, value in numbers.items()][
+            :-1
+        ]
+        text = f"{text}; {', '.join(gaps)}"
+    return text
 
 
 def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cache: FeatureCache) -> None:

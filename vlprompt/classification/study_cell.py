@@ -21,6 +21,7 @@ from vlprompt.classification.multitask import (
     mean_over_tasks,
     union_of_classes,
 )
+from vlprompt.classification.page import TEMPLATES
 from vlprompt.classification.protocols.base import SCRATCH
 from vlprompt.classification.protocols.base_to_new import split_base_new
 from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_of
@@ -28,6 +29,7 @@ from vlprompt.classification.transfer import start_from
 from vlprompt.core.files import write_json, write_jsonl
 from vlprompt.core.options import options_model
 from vlprompt.core.processes import meet, process_state
+from vlprompt.core.template_files import write_templates
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.statistics import harmonic_mean
@@ -219,9 +221,15 @@ class StudyCell:
         }
 
     def _keep(self, trained: RunResult) -> None:
-        """Write the history, which the report shows."""
+        """Write the history and the templates that were found, which the report shows."""
+        templates = trained.learner.found_templates()
+        if templates:
+            self.result.facts[f"{self.cell.name}/templates"] = list(templates)
+
         if process_state().is_main_process:
             write_jsonl(self.folder / "history.jsonl", trained.history)
+            if templates:
+                write_templates(self.folder / TEMPLATES, templates, [f"found by {trained.learner.method}"])
 
     def _save(self, learner: Learner) -> None:
         """Save the prompt with the figures that it reached so far."""

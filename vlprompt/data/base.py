@@ -42,6 +42,10 @@ class Reader(ABC):
         """Return what decoding changes of an image and a user should know, empty if nothing."""
         return ""
 
+    def caption(self, source: Any) -> str:
+        """Return a sentence about the image that was made without its label; empty, where there is none."""
+        return ""
+
     def with_jpeg_side(self, side: int) -> Reader:
         """Return a reader that decodes large JPEGs at a fraction of their size; itself where none are read.
 

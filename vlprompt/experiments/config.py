@@ -14,7 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from typing_extensions import Self
 from yaml import YAMLError
 
@@ -23,6 +31,7 @@ from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
+from vlprompt.core.template_files import listed_templates
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.training.options import TrackerName
 
@@ -34,6 +43,7 @@ __all__ = [
     "ImageOptions",
     "LoadingOptions",
     "Seeds",
+    "Templates",
     "TrackingOptions",
     "compose",
     "config_path",
@@ -61,6 +71,9 @@ def _each_once(seeds: list[int]) -> list[int]:
 
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_each_once)]
 """Seeds of a protocol; each is a repetition of its own."""
+
+Templates = Annotated[str | list[str] | None, BeforeValidator(listed_templates)]
+"""Sentences with one ``{}``, or ``file:PATH`` with one on each line; once it is read, always a list or None."""
 
 # Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.
 _NAMED_SECTIONS = ("learner", "detector", "segmenter")

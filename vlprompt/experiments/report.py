@@ -38,6 +38,7 @@ class RunRecord:
         image: Returns the i-th test image; it is asked for the few samples shown.
         curves: Method to (shots, accuracy, half-width of the 95 % interval or None).
         tables: Of results.
+        listings: Title to (what it shows, lines of text).
         drawings: Title to (what it shows, SVG), for what only some protocols have.
         failures: What went wrong in cells of a protocol, one sentence each.
         config: The resolved configuration, YAML.
@@ -56,6 +57,7 @@ class RunRecord:
     image: ImageSource | None = None
     curves: Mapping[str, Sequence[tuple[int, float, float | None]]] = field(default_factory=dict)
     tables: Sequence[Table] = ()
+    listings: Mapping[str, tuple[str, Sequence[str]]] = field(default_factory=dict)
     drawings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     failures: Sequence[str] = ()
     config: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -85,6 +86,14 @@ class LearnerHooks(Hooks):
         """Names of what :meth:`calibrate` chooses; a run without validation data warns that these stay as they are."""
         return ()
 
+    def enter_folder(self, folder: Path | None, resume: bool) -> None:
+        """Learn where the run keeps its files, before anything else is asked; only one process may write there.
+
+        Args:
+            folder: Of the run; None if nothing is to be written.
+            resume: Whether an earlier, unfinished run in the folder is to go on.
+        """
+
     def prepare(self, views: Tensor, labels: Tensor) -> None:
         """Make parameters out of the training samples, before anything is trained; only called if ``prepares``.
 
@@ -133,6 +142,13 @@ class LearnerHooks(Hooks):
             The choices; they become the metrics ``chosen/...``.
         """
         return {}
+
+    def found_templates(self) -> tuple[str, ...]:
+        """Return templates that were found for the class names; a run writes them down, and others can read them.
+
+        Empty, for a learner that finds none.
+        """
+        return ()
 
     def figures(self) -> dict[str, float]:
         """Return numbers that describe what was learned; they become the metrics ``learned/...``."""

@@ -25,6 +25,7 @@ from vlprompt.data.scenes.attributes import (
     check,
     held_out_pairs,
 )
+from vlprompt.data.scenes.captions import caption
 from vlprompt.data.scenes.pairs import draw_pair, draw_several
 from vlprompt.data.scenes.render import render
 from vlprompt.data.scenes.several import draw_set, several_classes
@@ -96,6 +97,11 @@ class SceneReader(Reader):
     def read(self, source: SceneSource) -> Image.Image:
         """Return the image; a pure function of the source and the size."""
         return Image.fromarray(render(task_spec(source), self.size).image)
+
+    def caption(self, source: SceneSource) -> str:
+        """See :meth:`Reader.caption`: one true sentence, the same in every style."""
+        rng = numpy_rng(_SEED, "caption", source.task, source.split, source.index)
+        return caption(task_spec(source), rng, balanced=True).text
 
     def key(self, source: SceneSource) -> str:
         """Return a name of the image's content."""
