@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from typing_extensions import Self
 
+from vlprompt.classification.learner_section import learner_problems
 from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.names import checked_names
@@ -172,7 +173,9 @@ class ClassificationConfig(ExperimentConfig):
 
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     learner: dict[str, Any] = Field(
-        default_factory=dict, description="name and the method's options; coop unless there are methods"
+        default_factory=dict,
+        description="name and the method's options; with: plug-ins around it, each with its name and options; coop "
+        "unless there are methods",
     )
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -229,7 +232,7 @@ class ClassificationConfig(ExperimentConfig):
         """See :meth:`ExperimentConfig.raw_problems`: names and options of learners, backbones and data sets."""
         problems = super().raw_problems(content)
         if not content.get("methods"):
-            problems += _learner_problems(content.get("learner", {}))
+            problems += learner_problems(content.get("learner", {}))
         elif content.get("learner"):
             problems.append("learner: a file has one learner or several methods, not both.")
         return [*problems, *_name_problems(content)]
@@ -241,7 +244,7 @@ class ClassificationConfig(ExperimentConfig):
 
     @property
     def learner_options(self) -> dict[str, Any]:
-        """The learner's own options."""
+        """The learner's own options, and ``with``."""
         return {key: value for key, value in self.learner.items() if key != "name"}
 
     def studies(self) -> list[Study]:
@@ -413,23 +416,6 @@ def _with_method(content: Mapping[str, Any], label: str, row: Mapping[str, Any])
     learner = {key: value for key, value in row.items() if key not in _OF_A_METHOD}
     whole = {key: value for key, value in content.items() if key != "learner"}
     return {**merge(whole, sections), "learner": {"name": label, **learner}}
-
-
-def _learner_problems(section: Any) -> list[str]:
-    if not isinstance(section, Mapping):
-        return []
-    if "name" not in section:
-        return ["learner.name: required, but missing."] if section else []
-
-    try:
-        target = LEARNERS.get(str(section["name"])).target
-        check_options(target, {key: value for key, value in section.items() if key != "name"}, "learner")
-    except UnknownNameError as error:
-        return [f"learner.name: {error}"]
-    except ConfigError as error:
-        return [f"learner.{problem}" for problem in error.problems]
-
-    return []
 
 
 def _stage_problems(config: ClassificationConfig) -> list[str]:

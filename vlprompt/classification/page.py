@@ -33,6 +33,8 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         "seeds": protocol.seeds,
     }
 
+    if plugins := config.learner.get("with"):
+        facts["with"] = [row if isinstance(row, str) else row["name"] for row in plugins]
     if protocol.targets or config.target.names:
         facts["targets"] = protocol.targets or config.target.names
     if config.target.names:

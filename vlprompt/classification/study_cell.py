@@ -13,6 +13,7 @@ from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
 from vlprompt.classification.label_space import check_fitting, fitting
+from vlprompt.classification.learner_section import learner_arguments
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -26,7 +27,6 @@ from vlprompt.classification.protocols.base_to_new import split_base_new
 from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_of
 from vlprompt.classification.transfer import start_from
 from vlprompt.core.files import write_json, write_jsonl
-from vlprompt.core.options import options_model
 from vlprompt.core.processes import meet, process_state
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
 from vlprompt.experiments.cell import Cell, CellResult
@@ -311,10 +311,7 @@ class StudyCell:
         return self.test_cache(test.name, part)
 
     def _learner(self, classnames: Sequence[str], templates: Sequence[str]) -> Learner:
-        options = dict(self.config.learner_options)
-        fields = options_model(LEARNERS.get(self.config.learner_name).target).model_fields
-        if "seed" in fields and "seed" not in options:
-            options["seed"] = self.cell["seed"]
+        options = learner_arguments(self.config.learner, self.cell["seed"])
         return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
 
 

@@ -177,6 +177,7 @@ class DualPrompts(PromptedImages):
     """
 
     deep_context: nn.Parameter | None
+    learns_texts = True
 
     def __init__(
         self,

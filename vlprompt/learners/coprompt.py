@@ -116,7 +116,7 @@ class CoPrompt(MaPLe):
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy``, ``consistency_text`` and ``consistency_image`` of a batch of pixels."""
         weights = self.class_weights()
-        features = F.normalize(self.embed_images(batch["image"]), dim=-1)
+        features = F.normalize(self.batch_embeddings(batch), dim=-1)
         logits = self.backbone.logit_scale * features @ weights.T
 
         frozen = batch.get("frozen")

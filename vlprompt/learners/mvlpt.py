@@ -94,6 +94,7 @@ class MVLPT(PromptedImages):
         words, tokens = _LENGTHS[family]
         self.visual_dropout = dropout
         self.static_images = family == "coop"
+        self.learns_texts = family != "vpt"
 
         context = None
         if family != "vpt":

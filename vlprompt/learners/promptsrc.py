@@ -126,7 +126,7 @@ class PromptSRC(DualPrompts):
         tau = self.backbone.logit_scale
 
         weights = self.class_weights()
-        features = F.normalize(self.embed_images(batch["image"]), dim=-1)
+        features = F.normalize(self.batch_embeddings(batch), dim=-1)
         logits = tau * features @ weights.T
 
         frozen_weights = self.teacher_weights()
