@@ -229,8 +229,8 @@ class ClassificationExperiment(Experiment):
         return [study for study in self.studies if study.setting != BEFORE] or self.studies
 
     def _paths(self, config: ClassificationConfig) -> list[str]:
-        """Return the saved prompts that a study starts from."""
-        paths = [*config.target.patterns]
+        """Return the saved prompts that a study starts from, and its file of descriptions."""
+        paths = [*config.target.patterns, *config.data.described()]
 
         init = config.train.init.removeprefix(_GRAM)
         if init and init not in self.config.before:

@@ -51,15 +51,15 @@ class Learner(nn.Module, LearnerHooks, Trainable):
             no head of this kind, or it belongs to no class list.
         head_rule: ``"all"``: the head is used where it knows every class; ``"each"``: for the classes it knows.
         head_bound: True if the head is one set of parameters per class, so that tasks can't share it.
-        learns_texts: True if each class is named by one vector that a text tower with something learned in it makes, and
-            the losses read it through :meth:`class_weights` or :meth:`refined`: what plug-ins stand on.
+        learns_texts: True if each class is named by one vector that a text tower with something learned in it makes,
+            and the losses read it through :meth:`class_weights` or :meth:`refined`: what plug-ins stand on.
         smooth: False if losses are a step function of the parameters (binary masks), so that a small step changes
             nothing.
         method: Its registry name.
         recipe: How it is trained where nobody says how.
         options: The options it was built with.
-        refiners: What changes, or only reads, the class embeddings before they are made unit-length: functions of (C, d)
-            that plug-ins put here.
+        refiners: What changes, or only reads, the class embeddings before they are made unit-length: functions of
+            (C, d) that plug-ins put here.
     """
 
     divides_classes = True

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images
+from vlprompt.core.descriptions import class_texts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.learners.clip_adapter import embedding_adapter
@@ -131,9 +132,11 @@ class CoPrompt(MaPLe):
     def sentence_features(self) -> Tensor:
         """Return (S, C, d) unit-length frozen features of all sentences; computed when training first asks."""
         if self._sentences is None:
-            texts = [template.format(name) for template in self.templates for name in self.classnames]
-            shape = (len(self.templates), len(self.classnames))
-            self._sentences = self.backbone.encode_text(texts).unflatten(0, shape)
+            of_class = [class_texts(name, self.templates) for name in self.classnames]
+            count = max(len(texts) for texts in of_class)
+            # A class with fewer sentences than others begins again with its first.
+            texts = [texts[number % len(texts)] for number in range(count) for texts in of_class]
+            self._sentences = self.backbone.encode_text(texts).unflatten(0, (count, len(of_class)))
         return self._sentences
 
     def _drawn_sentence(self) -> Tensor:

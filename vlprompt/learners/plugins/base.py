@@ -39,8 +39,8 @@ class Plugin(_Around):
     """Base of all plug-ins: does what the learner inside does, and learns what it learns.
 
     A plug-in overrides :meth:`loss`, :meth:`logits` or :meth:`class_embeddings`, adds parameters of its own, and may
-    put a function into ``refiners``, which reads or changes the class embeddings inside. Keyword-only constructor arguments
-    are its options. Learned tensors of the learner inside have ``inner.`` before their names.
+    put a function into ``refiners``, which reads or changes the class embeddings inside. Keyword-only constructor
+    arguments are its options. Learned tensors of the learner inside have ``inner.`` before their names.
 
     Args:
         inner: The learner inside; it belongs to the plug-in from here on.
