@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from typing_extensions import Self
 
+from vlprompt.classification.distil import distil_problems
 from vlprompt.classification.learner_section import learner_problems
-from vlprompt.classification.options import MultiTaskOptions, StudyTrainSection, TargetOptions
+from vlprompt.classification.options import DistilOptions, MultiTaskOptions, StudyTrainSection, TargetOptions
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.names import checked_names
 from vlprompt.core.options import check_options, describe_problems
@@ -39,7 +40,15 @@ BEFORE = "before"
 
 # Of load_dataset.
 _ARGUMENTS = (*ImageOptions.model_fields, "sampling", "strict_shots", "classnames", "templates")
-_OF_A_METHOD = ("backbone", "learner", "train", "data", "meta", "target")  # sections that a row may change
+_OF_A_METHOD = (
+    "backbone",
+    "learner",
+    "train",
+    "data",
+    "meta",
+    "target",
+    "distil",
+)  # sections that a row may change
 _OF_A_METHODS_DATA = ("augmentation", "views")
 _OF_A_SETTING = frozenset({"data", "protocol"})
 _SEVERAL_STAGES = ("multitask", "transfer", "meta")  # their stages share one training, which no search covers
@@ -181,13 +190,14 @@ class ClassificationConfig(ExperimentConfig):
         default_factory=dict,
         description="several learners in place of one: label to a learner's options; name is the label unless it is "
         "set; a label with * stands for all learners whose names match and that have no row of their own. "
-        "cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
+        "cfg: a file whose learner is taken. backbone, train, data, distil, meta, target: what differs for this method",
     )
     data: DataOptions = Field(default_factory=DataOptions)
     train: StudyTrainSection = Field(default_factory=StudyTrainSection)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
+    distil: DistilOptions = Field(default_factory=DistilOptions)
     meta: MetaOptions = Field(default_factory=MetaOptions)
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -196,7 +206,8 @@ class ClassificationConfig(ExperimentConfig):
     before: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="label to a run that comes first and is no method, for example a meta-training; cfg: its file, "
-        "other keys: what differs. A method starts from it by train.init=gram:LABEL",
+        "other keys: what differs. A method starts from it by train.init=gram:LABEL, or learns from it by "
+        "distil.teacher=LABEL",
     )
 
     @classmethod
@@ -330,7 +341,8 @@ class ClassificationConfig(ExperimentConfig):
                 yield title, label, _with_method(content, label, row)
 
     def _own_problems(self) -> list[str]:
-        return [*_stage_problems(self), *_meta_problems(self), *_validation_problems(self)]
+        problems = distil_problems(self.distil, self.learner_name, self.protocol.name, self.train)
+        return [*_stage_problems(self), *_meta_problems(self), *_validation_problems(self), *problems]
 
 
 def _validation_problems(config: ClassificationConfig) -> list[str]:

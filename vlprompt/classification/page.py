@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlprompt.classification.config import ClassificationConfig, Study
+from vlprompt.classification.distil import TRANSDUCTIVE
 from vlprompt.classification.evaluate import predict_logits
 from vlprompt.classification.label_space import fitting
 from vlprompt.classification.protocols import protocol_of
@@ -26,7 +27,7 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
     """Return what the figures of a study were measured under."""
     protocol = config.protocol
     facts: dict[str, Any] = {
-        "protocol": protocol.name,
+        "protocol": _protocol(config),
         "learner": config.learner_name,
         "data": config.meta.pairs if protocol.name == "meta" else config.data.name,
         "shots": protocol.shots,
@@ -40,6 +41,12 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
     if config.target.names:
         facts["target_start"] = f"{config.target.start} of the source prompts of this run"
     return facts
+
+
+def _protocol(config: ClassificationConfig) -> str:
+    """Return what a protocol is called: one with a teacher and unlabelled images is transductive."""
+    name = config.protocol.name
+    return f"{name}, {TRANSDUCTIVE}" if config.distil.teacher else name
 
 
 def describe(
@@ -60,7 +67,7 @@ def describe(
     seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
     record.summary = (
-        f"{single.backbone.name}, {single.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
+        f"{single.backbone.name}, {_protocol(single)}, {shots} shots per class, {seeds} seed{plural}."
     )
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {

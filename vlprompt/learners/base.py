@@ -176,6 +176,27 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         """Return what :meth:`embed_images` makes of a batch, or what the batch has of it already."""
         return batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
 
+    # --- a teacher
+
+    @property
+    def teacher(self) -> Learner | None:
+        """A frozen learner, perhaps on another backbone, whose embedding of each training image the loss reads.
+
+        ``batch["teacher"]`` holds them, as its own :meth:`embed_images` gives them. None: there is none.
+        """
+        return None
+
+    def learn_from(self, teacher: Learner) -> None:
+        """Take a teacher.
+
+        Args:
+            teacher: Frozen from here on; it is asked for this learner's classes.
+
+        Raises:
+            DataError: If nothing here learns from one, or not from this one.
+        """
+        raise DataError(f"{self.title()} learns from labels, not from a teacher. Use promptkd.")
+
     # --- a head that belongs to some classes
 
     def keep_head(self, names: Sequence[str] | None) -> None:

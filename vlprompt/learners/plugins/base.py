@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlprompt.backbones.vision import Images
 from vlprompt.core.errors import CheckpointError, DataError
-from vlprompt.core.trainable import Batch, Hooks, ParameterGroup, Phase, forward_all, misfits
+from vlprompt.core.trainable import Hooks, ParameterGroup, Phase, forward_all, misfits
 from vlprompt.data.transforms import Preprocess
 from vlprompt.learners.base import Learner, tell_of_head
 from vlprompt.learners.hooks import LearnerHooks
@@ -114,7 +113,7 @@ class Plugin(_Around):
         """See :attr:`Learner.preparation`."""
         return self.inner.preparation
 
-    def embed_images(self, images: Images) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         return self.inner.embed_images(images)
 
@@ -256,6 +255,6 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return inside, {name: t for name, t in tensors.items() if not name.startswith(_INNER)}
 
 
-def with_embeddings(learner: Learner, batch: Batch) -> Batch:
+def with_embeddings(learner: Learner, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a batch with the image embeddings, so that a plug-in and the learner inside share one pass."""
     return {**batch, "embedding": learner.batch_embeddings(batch)}

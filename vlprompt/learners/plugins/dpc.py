@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from vlprompt.backbones.vision import Images
 from vlprompt.core.errors import DataError
 from vlprompt.core.trainable import Phase
 from vlprompt.learners.base import Learner
@@ -129,7 +128,7 @@ class DPC(Plugin):
             self._mixed.append(self._mixture())
         return self._mixed[0]
 
-    def embed_images(self, images: Images) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.embed_images`."""
         return self.judge().embed_images(images)
 
