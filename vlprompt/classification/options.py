@@ -84,7 +84,7 @@ class TargetOptions(BaseModel):
 
 
 class DistilOptions(BaseModel):
-    """The ``distil:`` section of a configuration: a teacher, and images without labels. Its figures are transductive."""
+    """The ``distil:`` section of a configuration: a teacher, and images without labels; figures are transductive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -4,8 +4,8 @@ Paper: Li et al., "PromptKD: Unsupervised Prompt Distillation for Vision-Languag
 section 3.
 
 It is transductive where the unlabelled images show the classes that are tested: such figures belong beside others of
-the kind only. Unlike the authors' code: no validation, and so no test, label chooses an epoch; the teacher's classes are
-encoded once; learned values are float32.
+the kind only. Unlike the authors' code: no label of a validation or test image chooses an epoch; the teacher's classes
+are encoded once; learned values are float32.
 """
 
 from __future__ import annotations
@@ -221,8 +221,9 @@ class PromptKD(PromptedImages):
         unknown = [name for name, place in zip(self.classnames, places, strict=True) if place is None]
         if unknown:
             raise DataError(
-                f"promptkd has its teacher's weights of {len(taught)} classes, and none of {listed_names(unknown)}. Its "
-                "file holds no teacher: give it that one again (learner.learn_from(teacher)), or train with all names."
+                f"promptkd has its teacher's weights of {len(taught)} classes, and none of {listed_names(unknown)}. "
+                "Its file holds no teacher: give it that one again (learner.learn_from(teacher)), or train with all "
+                "names."
             )
         return [place for place in places if place is not None]
 
