@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.classification.studies import run
+from tests.data.folders import tree
 from vlprompt.classification.config import ClassificationConfig
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.files import read_jsonl
@@ -14,9 +15,9 @@ from vlprompt.core.files import read_jsonl
 RUN = """
 task: classification
 name: small
-data: {name: digits, validate_on: none, options: {size: 32}}
+data: {name: "DATA", validate_on: none}
 protocol: {name: base-to-new, shots: [1], seeds: [1, 2]}
-before: {teacher: {learner: {name: coop, context_length: 4}, data: {name: digits, validate_on: none},
+before: {teacher: {learner: {name: coop, context_length: 4}, data: {name: "DATA", validate_on: none},
   protocol: {name: base-to-new, shots: [1], seeds: [1, 2]}, train: {epochs: 1, lr: 0.01}}}
 methods:
   coop: {context_length: 4, train: {epochs: 1, lr: 0.01}}
@@ -24,20 +25,20 @@ methods:
 """
 
 
-@pytest.mark.slow
 def test_a_run_whose_student_learns_from_a_run_before(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
-    path.write_text(RUN + f"output: {tmp_path / 'runs'}\n", encoding="utf-8")
+    data = tree(tmp_path / "data", "dog", "red circle", "hummingbird", "tulip", count=6)
+    path.write_text(RUN.replace("DATA", data) + f"output: {tmp_path / 'runs'}\n", encoding="utf-8")
     outcome = run(path)
-    assert not outcome.failed
+    assert not outcome.failures
     table = (outcome.folder / "table.md").read_text(encoding="utf-8")
     assert "| student (transductive) |" in table
     assert "| coop |" in table
     assert "student: transductive, learned from all training images without labels" in table
 
-    facts = (outcome.folder / "environment.json").read_text(encoding="utf-8")
-    assert "base-to-new, transductive" in facts
-    assert "unlabelled images" in facts
+    record = (outcome.folder / "metrics.json").read_text(encoding="utf-8")
+    assert "base-to-new, transductive" in record
+    assert "20 unlabelled images" in record
     cell = next((outcome.folder / "cells").glob("student*seed2"))
     assert len(read_jsonl(cell / "history.jsonl")) == 1
 

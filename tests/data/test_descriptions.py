@@ -21,6 +21,7 @@ from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data.cards import load_card
 from vlprompt.data.descriptions import descriptor_sentence, waffle_sentences
 from vlprompt.data.prepare import explain
+from vlprompt.experiments.config import ImageOptions
 from vlprompt.learners import LEARNERS
 
 NAMES = ["dog", "red circle", "hummingbird"]
@@ -131,6 +132,14 @@ def test_unmatched_ones_are_counted(
         "2 classes without descriptions have the templates; texts of 1 other names are left out"
         in caplog.text
     )
+
+
+def test_a_configuration_passes_all_options_on(animals: list[Any]) -> None:
+    for options in ({"source": "waffle", "seed": 2}, {"source": "grammar", "with_templates": True}):
+        section = ImageOptions(descriptions=options)  # type: ignore[arg-type]
+        data = load_dataset(animals, classnames=NAMES, **section.image_arguments())
+        assert data.templates == load_dataset(animals, classnames=NAMES, descriptions=options).templates
+    assert ImageOptions(descriptions={"source": "own.json"}).described() == ["own.json"]  # type: ignore[arg-type]
 
 
 def test_options_that_have_no_effect_are_refused(animals: list[Any]) -> None:

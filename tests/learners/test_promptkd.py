@@ -75,7 +75,11 @@ def test_no_label_is_read(backbone: Backbone, digits: ImageDataset) -> None:
 
 
 def test_a_teacher_with_prompts_in_its_images_on_another_backbone(
-    make_backbone: Callable[..., Backbone], backbone: Backbone, digits: ImageDataset, images: Tensor, tmp_path: Path
+    make_backbone: Callable[..., Backbone],
+    backbone: Backbone,
+    digits: ImageDataset,
+    images: Tensor,
+    tmp_path: Path,
 ) -> None:
     """What the student trains on is what the teacher says of the same pictures, as that prepares them."""
     other = make_backbone(seed=5, vision={"image_size": 32, "layers": 2, "width": 96})
@@ -104,7 +108,9 @@ def test_which_classes_it_names(backbone: Backbone, images: Tensor, tmp_path: Pa
     with torch.no_grad():
         fewer = alone.with_classes(["Hummingbird", "dog"])
         torch.testing.assert_close(fewer(images), student(images)[:, [2, 0]])
-        with pytest.raises(DataError, match="weights of 3 classes, and none of 'tulip'. Its file holds no teacher"):
+        with pytest.raises(
+            DataError, match="weights of 3 classes, and none of 'tulip'. Its file holds no teacher"
+        ):
             alone.with_classes(["tulip", "dog"])
         more = student.with_classes(["tulip", "dog"])
         torch.testing.assert_close(more(images)[:, 1], student(images)[:, 0])
@@ -115,7 +121,9 @@ def test_which_classes_it_names(backbone: Backbone, images: Tensor, tmp_path: Pa
 def test_who_can_teach_and_who_can_learn(backbone: Backbone) -> None:
     student = create_learner("promptkd", backbone, NAMES)
     head = create_learner("coop", backbone, NAMES, plugins=["dept"])
-    with pytest.raises(DataError, match="coop with dept can't teach promptkd: its logits are more than cosines"):
+    with pytest.raises(
+        DataError, match="coop with dept can't teach promptkd: its logits are more than cosines"
+    ):
         student.learn_from(head)
     with pytest.raises(DataError, match="coop learns from labels, not from a teacher. Use promptkd"):
         create_learner("coop", backbone, NAMES).learn_from(student)

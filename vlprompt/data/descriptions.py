@@ -83,8 +83,11 @@ class DescriptionOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_used(self) -> Self:
-        drawn = {"pairs", "seed"} & self.model_fields_set
-        read = {"form", "unmatched"} & self.model_fields_set
+        fields = type(self).model_fields
+        values = self.model_dump()
+        changed = {name for name, field in fields.items() if values[name] != field.default}
+        drawn = {"pairs", "seed"} & changed
+        read = {"form", "unmatched"} & changed
         if drawn and self.source != _WAFFLE:
             raise ValueError(f"{sorted(drawn)[0]!r} is of source waffle only.")
         if read and self.source in (_WAFFLE, _GRAMMAR):
