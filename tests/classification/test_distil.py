@@ -65,5 +65,5 @@ def test_what_contradicts_a_teacher(student: str, reason: str, tmp_path: Path) -
 def test_data_without_a_teacher_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("task: classification\nname: wrong\ndistil: {data: digits}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="without distil.teacher nothing reads it"):
+    with pytest.raises(ConfigError, match=r"without distil\.teacher nothing reads it"):
         ClassificationConfig.read(path, [])

@@ -135,7 +135,7 @@ def test_unmatched_ones_are_counted(
 
 
 def test_a_configuration_passes_all_options_on(animals: list[Any]) -> None:
-    for options in ({"source": "waffle", "seed": 2}, {"source": "grammar", "with_templates": True}):
+    for options in ({"source": "waffle", "draw": 2}, {"source": "grammar", "with_templates": True}):
         section = ImageOptions(descriptions=options)  # type: ignore[arg-type]
         data = load_dataset(animals, classnames=NAMES, **section.image_arguments())
         assert data.templates == load_dataset(animals, classnames=NAMES, descriptions=options).templates
@@ -146,7 +146,7 @@ def test_options_that_have_no_effect_are_refused(animals: list[Any]) -> None:
     for options, reason in (
         ({"source": "waffle", "form": "descriptor"}, "'form' is of files only"),
         ({"source": "own.json", "pairs": 3}, "'pairs' is of source waffle only"),
-        ({"source": "waffle", "sed": 3}, "did you mean 'seed'"),
+        ({"source": "waffle", "drw": 3}, "did you mean 'draw'"),
     ):
         with pytest.raises(ConfigError, match=reason):
             load_dataset(animals, classnames=NAMES, descriptions=options)

@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.golden.text_learners import close, read_golden, small_clip
+from tests.golden.trajectories import check_trajectory, golden_images
+from tests.golden.visual_learners import check_gradients
+from tests.golden.weights import filled
 from vlprompt import create_learner, fit, load, load_dataset, save
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.classification.distil import without_labels
 from vlprompt.core.errors import DataError
 from vlprompt.data import ImageDataset, Sample
@@ -25,6 +30,55 @@ NAMES = ("dog", "red circle", "hummingbird")
 @pytest.fixture(scope="module")
 def digits() -> ImageDataset:
     return load_dataset("digits", "train", shots=2, seed=1)
+
+
+GOLDEN = read_golden("promptkd_small")
+
+
+class GoldenTeacher(Learner):
+    """A teacher that answers as the recipe's: 40 times cosines, of embeddings that batches bring."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, GOLDEN["classnames"])
+
+    def class_embeddings(self) -> Tensor:
+        return filled("teacher weights", (6, 768), 1.0)
+
+
+class Scaled(Backbone):
+    """The recipe's student with the scale of its teacher's logits."""
+
+    logit_scale = 40.0  # type: ignore[assignment]
+
+
+def test_equals_the_authors_code(tokenizer: TextTokenizer) -> None:
+    """Loss, gradients, twenty steps; the tower's text side plays no part."""
+    backbone = small_clip(GOLDEN, tokenizer)
+    teaching = small_clip(GOLDEN, tokenizer)
+    teaching.__class__ = Scaled
+    learner: Any = create_learner(
+        "promptkd", backbone, GOLDEN["classnames"], visual_length=3, visual_depth=2, temperature=2.0
+    )
+    learner.learn_from(GoldenTeacher(teaching))
+    state = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
+    for name in learner.learned_parameters():
+        mean = 1.0 if name == "projector.1.weight" else 0.0
+        state[name] = filled(name, state[name].shape, 0.02 if name == "visual" else 0.04, mean)
+    learner.load_trainable_state(state)
+
+    close(filled("images", (4,), 1.0), GOLDEN["first_image_values"])
+    teacher = filled("teacher images", (3, 768), 1.0)
+    batch = {"image": golden_images(learner), "teacher": teacher, "label": torch.zeros(3, dtype=torch.long)}
+    loss = learner.train().loss(batch)["distillation"]
+    loss.backward()
+    assert loss.item() == pytest.approx(GOLDEN["loss"], rel=1e-4)
+    gradients = dict(GOLDEN["gradients"])
+    before_norm = gradients.pop("projector.0.bias")  # batch norm takes it away: rounding alone is left
+    assert before_norm["norm"] < 1e-3 * gradients["projector.0.weight"]["norm"]
+    check_gradients(gradients, learner)
+
+    learner.load_trainable_state(state)  # what batch norm measured begins anew, too
+    check_trajectory(GOLDEN["trajectory"], learner, batch, lr=1e-6)
 
 
 def taught(backbone: Backbone, teacher: Learner, **options: Any) -> Any:
@@ -109,7 +163,7 @@ def test_which_classes_it_names(backbone: Backbone, images: Tensor, tmp_path: Pa
         fewer = alone.with_classes(["Hummingbird", "dog"])
         torch.testing.assert_close(fewer(images), student(images)[:, [2, 0]])
         with pytest.raises(
-            DataError, match="weights of 3 classes, and none of 'tulip'. Its file holds no teacher"
+            DataError, match=r"weights of 3 classes, and none of 'tulip'\. Its file holds no teacher"
         ):
             alone.with_classes(["tulip", "dog"])
         more = student.with_classes(["tulip", "dog"])
@@ -125,7 +179,7 @@ def test_who_can_teach_and_who_can_learn(backbone: Backbone) -> None:
         DataError, match="coop with dept can't teach promptkd: its logits are more than cosines"
     ):
         student.learn_from(head)
-    with pytest.raises(DataError, match="coop learns from labels, not from a teacher. Use promptkd"):
+    with pytest.raises(DataError, match=r"coop learns from labels, not from a teacher\. Use promptkd"):
         create_learner("coop", backbone, NAMES).learn_from(student)
 
 

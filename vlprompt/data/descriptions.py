@@ -79,14 +79,14 @@ class DescriptionOptions(BaseModel):
         "refuse", description="skip: classes without texts have the templates, texts of no class are left out"
     )
     pairs: int = Field(15, ge=1, description="waffle: words and characters, so many of each")
-    seed: int = Field(1, ge=0, description="waffle: of the draw")
+    draw: int = Field(1, ge=0, description="waffle: which draw of the words; several show the spread")
 
     @model_validator(mode="after")
     def _check_used(self) -> Self:
         fields = type(self).model_fields
         values = self.model_dump()
         changed = {name for name, field in fields.items() if values[name] != field.default}
-        drawn = {"pairs", "seed"} & changed
+        drawn = {"pairs", "draw"} & changed
         read = {"form", "unmatched"} & changed
         if drawn and self.source != _WAFFLE:
             raise ValueError(f"{sorted(drawn)[0]!r} is of source waffle only.")
@@ -130,7 +130,7 @@ def with_descriptions(
         DataError: If the file is not what it should be; or if classes, or keys of the file, match nothing; names them.
     """
     if options.source == _WAFFLE:
-        sentences = waffle_sentences(classnames, options.pairs, options.seed)
+        sentences = waffle_sentences(classnames, options.pairs, options.draw)
     elif options.source == _GRAMMAR:
         sentences = {classname: _about(classname) for classname in classnames}
     else:
