@@ -225,8 +225,8 @@ def _matched(
 ) -> dict[str, list[str]]:
     """Return the sentences of every class of a data set."""
     by_key: dict[str, list[str]] = {}
-    for key, texts in content.items():
-        by_key.setdefault(class_key(key), []).extend(texts)
+    for key, of_key in content.items():
+        by_key.setdefault(class_key(key), []).extend(of_key)
 
     missing = [classname for classname in classnames if class_key(classname) not in by_key]
     known = {class_key(classname) for classname in classnames}
@@ -251,8 +251,8 @@ def _matched(
 
     sentences = {}
     for classname in classnames:
-        texts = by_key.get(class_key(classname))
-        if texts is None:
+        texts = by_key.get(class_key(classname), [])
+        if not texts:
             sentences[classname] = [template.format(classname) for template in templates]
         elif options.form == "descriptor":
             sentences[classname] = [descriptor_sentence(classname, text) for text in texts]
