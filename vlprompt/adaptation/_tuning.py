@@ -275,7 +275,7 @@ def require_prompts(learner: Learner) -> None:
         if prompted & set(entry.needs) and entry.target.logits is Learner.logits:
             suitable.append(entry.name)
     raise DataError(
-        f"{learner.method or type(learner).__name__} has no prompts that test-time tuning could move. "
+        f"{learner.title()} has no prompts that test-time tuning could move. "
         f"Start from a backbone, or from one of: {', '.join(suitable)}."
     )
 

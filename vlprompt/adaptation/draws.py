@@ -48,7 +48,7 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
             options.intruders.name or name,
             options.split,
             classes=options.intruders.classes,
-            **options.image_arguments(),
+            **{**options.image_arguments(), "descriptions": None},  # they are of the known classes
         )
         subset = mix(subset, intruders)
 
@@ -79,7 +79,7 @@ def describe_stream(config: AdaptationConfig, data: ImageDataset, seed: int, num
 
 def read_paths(config: AdaptationConfig) -> list[str]:
     """Return the files and folders beside data and backbone that figures depend on."""
-    paths = []
+    paths = config.data.described()
     if config.prompt is not None:
         try:
             paths += find_prompts([config.prompt])

@@ -17,6 +17,7 @@ from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
+from vlprompt.core.descriptions import class_texts
 from vlprompt.core.devices import DTYPES, precision_of
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
@@ -218,14 +219,34 @@ class Backbone(nn.Module):
         return list(dict.fromkeys(words))
 
     def class_weights(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over templates.
+        """Return (C, d) unit-length zero-shot weights: per class, the normalised mean over its sentences.
 
-        Each template's feature is normalised, then averaged, then normalised again (Radford et al. 2021,
+        Each sentence's feature is normalised, then averaged, then normalised again (Radford et al. 2021,
         section 3.1.4). Names are read as learners read them: underscores are spaces.
+
+        Args:
+            classnames: C names.
+            templates: Filled for every class; or :class:`vlprompt.core.descriptions.Descriptions`, which have sentences
+                of each.
+
+        Raises:
+            DataError: If a class has no description.
         """
-        texts = [t.format(clean_classname(c)) for c in classnames for t in templates]
-        features = self.encode_text(texts).unflatten(0, (len(classnames), len(templates)))
-        return F.normalize(features.mean(1), dim=-1)
+        texts = [class_texts(name, templates) for name in classnames]
+        features = self.encode_text([text for of_class in texts for text in of_class])
+        return F.normalize(means_of(features, [len(of_class) for of_class in texts]), dim=-1)
+
+
+def means_of(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return (C, d) means of (n, d) consecutive rows, so many for each class.
+
+    Args:
+        rows: Of class 0, then of class 1, and so on.
+        counts: C numbers, at least 1; n in all.
+    """
+    if len(set(counts)) == 1:
+        return rows.unflatten(0, (len(counts), -1)).mean(1)
+    return torch.stack([part.mean(0) for part in rows.split(list(counts))])
 
 
 def content_id(fingerprint: Mapping[str, Any]) -> str:

@@ -10,7 +10,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator
 from typing_extensions import Self
 
+from vlprompt.classification.distil import distil_problems
+from vlprompt.classification.learner_section import learner_problems
 from vlprompt.classification.options import (
+    DistilOptions,
     MultiTaskOptions,
     ProtocolOptions,
     StudyTrainSection,
@@ -42,7 +45,15 @@ BEFORE = "before"
 
 # Of load_dataset.
 _ARGUMENTS = (*ImageOptions.model_fields, "sampling", "strict_shots", "classnames", "templates")
-_OF_A_METHOD = ("backbone", "learner", "train", "data", "meta", "target")  # sections that a row may change
+_OF_A_METHOD = (
+    "backbone",
+    "learner",
+    "train",
+    "data",
+    "meta",
+    "target",
+    "distil",
+)  # sections that a row may change
 _OF_A_METHODS_DATA = ("augmentation", "views")
 _OF_A_SETTING = frozenset({"data", "protocol"})
 _SEVERAL_STAGES = ("multitask", "transfer", "meta")  # their stages share one training, which no search covers
@@ -155,19 +166,22 @@ class ClassificationConfig(ExperimentConfig):
 
     backbone: BackboneOptions = Field(default_factory=BackboneOptions)
     learner: dict[str, Any] = Field(
-        default_factory=dict, description="name and the method's options; coop unless there are methods"
+        default_factory=dict,
+        description="name and the method's options; with: plug-ins around it, each with its name and options; coop "
+        "unless there are methods",
     )
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="several learners in place of one: label to a learner's options; name is the label unless it is "
         "set; a label with * stands for all learners whose names match and that have no row of their own. "
-        "cfg: a file whose learner is taken. backbone, train, data, meta, target: what differs for this method",
+        "cfg: a file whose learner is taken. backbone, train, data, distil, meta, target: what differs for this method",
     )
     data: DataOptions = Field(default_factory=DataOptions)
     train: StudyTrainSection = Field(default_factory=StudyTrainSection)
     protocol: ProtocolOptions = Field(default_factory=ProtocolOptions)
     multitask: MultiTaskOptions = Field(default_factory=MultiTaskOptions)
     target: TargetOptions = Field(default_factory=TargetOptions)
+    distil: DistilOptions = Field(default_factory=DistilOptions)
     meta: MetaOptions = Field(default_factory=MetaOptions)
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
@@ -176,7 +190,8 @@ class ClassificationConfig(ExperimentConfig):
     before: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="label to a run that comes first and is no method, for example a meta-training; cfg: its file, "
-        "other keys: what differs. A method starts from it by train.init=gram:LABEL",
+        "other keys: what differs. A method starts from it by train.init=gram:LABEL, or learns from it by "
+        "distil.teacher=LABEL",
     )
 
     @classmethod
@@ -215,7 +230,7 @@ class ClassificationConfig(ExperimentConfig):
         """See :meth:`ExperimentConfig.raw_problems`: names and options of learners, backbones and data sets."""
         problems = super().raw_problems(content)
         if not content.get("methods"):
-            problems += _learner_problems(content.get("learner", {}))
+            problems += learner_problems(content.get("learner", {}))
         elif content.get("learner"):
             problems.append("learner: a file has one learner or several methods, not both.")
         return [*problems, *_name_problems(content)]
@@ -227,7 +242,7 @@ class ClassificationConfig(ExperimentConfig):
 
     @property
     def learner_options(self) -> dict[str, Any]:
-        """The learner's own options."""
+        """The learner's own options, and ``with``."""
         return {key: value for key, value in self.learner.items() if key != "name"}
 
     def studies(self) -> list[Study]:
@@ -313,7 +328,8 @@ class ClassificationConfig(ExperimentConfig):
                 yield title, label, _with_method(content, label, row)
 
     def _own_problems(self) -> list[str]:
-        return [*_stage_problems(self), *_meta_problems(self), *_validation_problems(self)]
+        problems = distil_problems(self.distil, self.learner_name, self.protocol.name, self.train)
+        return [*_stage_problems(self), *_meta_problems(self), *_validation_problems(self), *problems]
 
 
 def _validation_problems(config: ClassificationConfig) -> list[str]:
@@ -399,23 +415,6 @@ def _with_method(content: Mapping[str, Any], label: str, row: Mapping[str, Any])
     learner = {key: value for key, value in row.items() if key not in _OF_A_METHOD}
     whole = {key: value for key, value in content.items() if key != "learner"}
     return {**merge(whole, sections), "learner": {"name": label, **learner}}
-
-
-def _learner_problems(section: Any) -> list[str]:
-    if not isinstance(section, Mapping):
-        return []
-    if "name" not in section:
-        return ["learner.name: required, but missing."] if section else []
-
-    try:
-        target = LEARNERS.get(str(section["name"])).target
-        check_options(target, {key: value for key, value in section.items() if key != "name"}, "learner")
-    except UnknownNameError as error:
-        return [f"learner.name: {error}"]
-    except ConfigError as error:
-        return [f"learner.{problem}" for problem in error.problems]
-
-    return []
 
 
 def _stage_problems(config: ClassificationConfig) -> list[str]:

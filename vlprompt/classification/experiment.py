@@ -65,9 +65,11 @@ class ClassificationExperiment(Experiment):
         cells = []
         for study in self.studies:
             for cell in protocol_of(study.config.protocol.name).planned(study):
-                start = self._start_cell(study, cell)
-                needs = cell.needs if start is None else (*cell.needs, start.name)
-                cells.append(Cell(cell.coordinates, needs))
+                needed = [*cell.needs]
+                for stage in (study.config.train.init.removeprefix(_GRAM), study.config.distil.teacher):
+                    start = self._stage_cell(study, cell, stage)
+                    needed += [] if start is None else [start.name]
+                cells.append(Cell(cell.coordinates, tuple(needed)))
 
         return cells
 
@@ -185,7 +187,8 @@ class ClassificationExperiment(Experiment):
         """Return a cell with what it needs of the experiment."""
         study = self._study(cell)
         config = study.config
-        start = self._start_cell(study, cell)
+        start = self._stage_cell(study, cell, config.train.init.removeprefix(_GRAM))
+        lesson = self._stage_cell(study, cell, config.distil.teacher)
 
         kind = IncrementalCell if config.protocol.name == "class-incremental" else StudyCell
         return kind(
@@ -194,6 +197,7 @@ class ClassificationExperiment(Experiment):
             folder,
             backbone=self.backbone(config),
             init=config.train.init if start is None else f"{_GRAM}{folder.parent / start.name}",
+            teacher=config.distil.teacher if lesson is None else str(folder.parent / lesson.name / "prompt"),
             fact_prefix=f"{_label(study)}/" if len(self.studies) > 1 else "",
             test_cache=lambda data, part: self._test_cache(config, data, part),
         )
@@ -209,15 +213,16 @@ class ClassificationExperiment(Experiment):
         cache = FeatureCache(config.data.cache_dir, prefix_gib=prefix_gib)
         return self._test_caches.setdefault((data, part), cache)
 
-    def _start_cell(self, study: Study, cell: Cell) -> Cell | None:
-        """Return the cell of ``before`` that a study's learner starts from, if it starts from one."""
-        label = study.config.train.init.removeprefix(_GRAM)
+    def _stage_cell(self, study: Study, cell: Cell, label: str) -> Cell | None:
+        """Return the cell of ``before`` with a label that a study's cell needs: of its data and its seed."""
         if study.setting == BEFORE or label not in self.config.before:
             return None
 
         stage = next(s for s in self.studies if (s.setting, s.method) == (BEFORE, label))
         starts = protocol_of(stage.config.protocol.name).cells(stage)
 
+        if any(start.get("data") == cell.get("data") for start in starts):
+            starts = [start for start in starts if start.get("data") == cell.get("data")]
         same_seed = [start for start in starts if start["seed"] == cell["seed"]]
         if len(starts) == 1 or same_seed:
             return starts[0] if len(starts) == 1 else same_seed[0]
@@ -232,12 +237,14 @@ class ClassificationExperiment(Experiment):
         return [study for study in self.studies if study.setting != BEFORE] or self.studies
 
     def _paths(self, config: ClassificationConfig) -> list[str]:
-        """Return the saved prompts that a study starts from."""
-        paths = [*config.target.patterns]
+        """Return the saved prompts that a study starts from, and its file of descriptions."""
+        paths = [*config.target.patterns, *config.data.described()]
 
         init = config.train.init.removeprefix(_GRAM)
         if init and init not in self.config.before:
             paths.append(init)
+        if config.distil.teacher and config.distil.teacher not in self.config.before:
+            paths.append(config.distil.teacher)
         return paths
 
 
@@ -259,5 +266,6 @@ def _data_names(config: ClassificationConfig) -> list[str]:
         *config.data.also_test.values(),
         *config.target.names,
         *config.protocol.targets,
+        *([config.distil.data] if config.distil.data else []),
     ]
     return list(dict.fromkeys(names))

@@ -32,7 +32,7 @@ from vlprompt.classification.options import LabelSpace, MultiTaskOptions
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.classification.task_batches import MultiTaskBatches
 from vlprompt.core.errors import DataError
-from vlprompt.core.names import check_classnames
+from vlprompt.core.names import check_classnames, check_templates
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import Trainable, TransparentWrapper
@@ -94,8 +94,8 @@ def union_of_classes(
 
 def common_templates(templates: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Return the templates all tasks share, or "a photo of a {}." if they differ."""
-    first = tuple(templates[0])
-    return first if all(tuple(t) == first for t in templates) else DEFAULT_TEMPLATES
+    first = check_templates(templates[0])
+    return first if all(check_templates(t) == first for t in templates) else DEFAULT_TEMPLATES
 
 
 class MultiTask(TransparentWrapper):

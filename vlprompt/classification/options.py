@@ -9,7 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from vlprompt.experiments.config import STRICT, Seeds
 from vlprompt.training.options import TrainSection
 
-__all__ = ["LabelSpace", "MultiTaskOptions", "ProtocolOptions", "StudyTrainSection", "TargetOptions"]
+__all__ = [
+    "DistilOptions",
+    "LabelSpace",
+    "MultiTaskOptions",
+    "ProtocolOptions",
+    "StudyTrainSection",
+    "TargetOptions",
+]
 
 LabelSpace = Literal["per_task", "joint", "joint_dedup"]
 
@@ -117,3 +124,23 @@ class TargetOptions(BaseModel):
     def patterns(self) -> list[str]:
         """``init_from`` as a list."""
         return [self.init_from] if isinstance(self.init_from, str) else list(self.init_from)
+
+
+class DistilOptions(BaseModel):
+    """The ``distil:`` section of a configuration: a teacher, and images without labels; figures are transductive."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    teacher: str = Field(
+        "",
+        description="saved prompts, or the label of a run in before, whose learner answers in the place of labels",
+    )
+    backbone: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what replaces what the teacher's file records of its backbone, such as {pretrained: PATH}",
+    )
+    data: str | None = Field(
+        None,
+        description="images that the student sees, without labels; empty: all training images of the data set, base "
+        "and new classes alike, whatever the shots",
+    )

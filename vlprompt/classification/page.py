@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlprompt.classification.config import ClassificationConfig, Study
+from vlprompt.classification.distil import TRANSDUCTIVE
 from vlprompt.classification.evaluate import predict_logits
 from vlprompt.classification.label_space import fitting
 from vlprompt.classification.protocols import protocol_of
@@ -39,7 +40,7 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
     """Return what the figures of a study were measured under."""
     protocol = config.protocol
     facts: dict[str, Any] = {
-        "protocol": protocol.name,
+        "protocol": _protocol(config),
         "learner": config.learner_name,
         "data": config.meta.pairs if protocol.name == "meta" else config.data.name,
         "shots": protocol.shots,
@@ -49,11 +50,19 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         del facts["shots"]  # all images of a session are learned from
         facts |= {"split": protocol.split, "order": protocol.order}
 
+    if plugins := config.learner.get("with"):
+        facts["with"] = [row if isinstance(row, str) else row["name"] for row in plugins]
     if protocol.targets or config.target.names:
         facts["targets"] = protocol.targets or config.target.names
     if config.target.names:
         facts["target_start"] = f"{config.target.start} of the source prompts of this run"
     return facts
+
+
+def _protocol(config: ClassificationConfig) -> str:
+    """Return what a protocol is called: one with a teacher and unlabelled images is transductive."""
+    name = config.protocol.name
+    return f"{name}, {TRANSDUCTIVE}" if config.distil.teacher else name
 
 
 def describe(
@@ -75,7 +84,7 @@ def describe(
         shots = single.protocol.split
     seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
-    record.summary = f"{single.backbone.name}, {single.protocol.name}, {shots}, {seeds} seed{plural}."
+    record.summary = f"{single.backbone.name}, {_protocol(single)}, {shots}, {seeds} seed{plural}."
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {
         "zero-shot": record.metrics.get(f"{base}zero_shot_accuracy"),

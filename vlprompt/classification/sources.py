@@ -12,10 +12,12 @@ from torch import Tensor
 
 from vlprompt.classification.evaluate import encoder_of, image_embeddings
 from vlprompt.classification.prefixes import KeptStates, kept_states, pass_size
+from vlprompt.core.errors import DataError
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import Batch
 from vlprompt.data import Augmentation, FeatureCache, ImageDataset
 from vlprompt.learners import Learner
+from vlprompt.saved.card import tensors_digest
 from vlprompt.training.batches import Batches, ReadBatches, Rows, TensorBatches, epoch_plan
 from vlprompt.training.options import TrainOptions
 
@@ -31,8 +33,8 @@ class ImageBatches(ReadBatches):
         augmentation: What makes a view of an image.
         options: ``batch_size``, ``seed`` and ``drop_last`` are read.
         views: Number of fixed views per image; 0 draws a new one every epoch.
-        frozen: The frozen tower's (n, d) embeddings of every fixed view, which batches carry as ``"frozen"``; empty
-            if the learner doesn't read them.
+        known: What is known of every fixed view by name, (n, d) embeddings of each: ``"frozen"``, the frozen tower's,
+            ``"teacher"``, a teacher's. Batches carry what there is.
         pairs: Whether batches carry the pixels of each image's next view, as ``"second"``.
     """
 
@@ -43,7 +45,7 @@ class ImageBatches(ReadBatches):
         augmentation: Augmentation,
         options: TrainOptions,
         views: int,
-        frozen: Sequence[Tensor] = (),
+        known: Mapping[str, Sequence[Tensor]] | None = None,
         pairs: bool = False,
     ) -> None:
         self.data = data
@@ -51,7 +53,7 @@ class ImageBatches(ReadBatches):
         self.augmentation = augmentation
         self.options = options
         self.views = views
-        self.frozen = list(frozen)
+        self.known = known or {}
         self.pairs = pairs
         self.targets = {name: torch.tensor(values) for name, values in data.targets.items()}
 
@@ -69,8 +71,8 @@ class ImageBatches(ReadBatches):
         batch |= {name: values[index] for name, values in self.targets.items()}
         batch["index"] = index
 
-        if self.frozen:
-            batch["frozen"] = self.frozen[view % len(self.frozen)][index]
+        for name, of_views in self.known.items():
+            batch[name] = of_views[view % len(of_views)][index]
         if self.pairs:
             batch["second"] = torch.stack([self._view(int(i), view + 1) for i in indices])
         return batch
@@ -142,20 +144,22 @@ class TrainingSource:
             states: What :meth:`states` returned, or nothing to read pixels; None: what it returns.
         """
         learner = self.learner
+        known = self._of_teacher()
         if learner.static_images and self.repeats:
-            return self._stored({"embedding": self._embeddings()})
+            return self._stored({"embedding": self._embeddings(), **known})
 
-        frozen = self._frozen() if learner.reads_frozen and self.repeats else []
+        if learner.reads_frozen and self.repeats and learner.teacher is None:
+            known["frozen"] = self._frozen()
         states = self.states() if states is None else states
         if states:
-            return self._stored({"image": states, **({"frozen": frozen} if frozen else {})})
+            return self._stored({"image": states, **known})
         return ImageBatches(
             self.data,
             learner.preprocess,
             self.augmentation,
             self.options,
             self.views,
-            frozen,
+            known,
             pairs=learner.pairs_views and not self.repeats,
         )
 
@@ -175,6 +179,39 @@ class TrainingSource:
     def training_data(self) -> tuple[Tensor, Tensor]:
         """See :meth:`vlprompt.learners.hooks.TrainingSamples.training_data`."""
         return torch.stack(self._embeddings()), _truth(self.data)
+
+    def _of_teacher(self) -> dict[str, Sequence[Tensor]]:
+        """Return ``"teacher"``: what a teacher's image tower makes of every fixed view; nothing where there is none.
+
+        Raises:
+            DataError: If views come once only.
+        """
+        teacher = self.learner.teacher
+        if teacher is None:
+            return {}
+        if not self.repeats:
+            raise DataError(
+                f"{self.learner.title()} has a teacher, which sees every view once: give fixed views (data.views=1 or "
+                "more), or no augmentation."
+            )
+
+        encode, fingerprint = encoder_of(teacher)
+        if not teacher.static_images:  # its prompts are in the image tower
+            encode = teacher.embed_images
+            fingerprint += tensors_digest(
+                {k: t.cpu().contiguous() for k, t in teacher.trainable_state().items()}
+            )
+        with torch.no_grad():
+            rows = self.cache.view_features(
+                self.data,
+                encode,
+                teacher.preprocess,
+                fingerprint=fingerprint,
+                augmentation=self.augmentation,
+                seed=self.options.seed,
+                views=range(self._fixed_views),
+            )
+        return {"teacher": rows}
 
     def _frozen(self) -> list[Tensor]:
         """Return for every fixed view the embeddings that the frozen tower makes of it, or of the next view."""

@@ -10,9 +10,11 @@ from typing import Any
 
 from vlprompt.backbones import Backbone
 from vlprompt.classification.config import ClassificationConfig
+from vlprompt.classification.distil import TRANSDUCTIVE, without_labels
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.fit import RunResult, fit
 from vlprompt.classification.label_space import check_fitting, fitting
+from vlprompt.classification.learner_section import learner_arguments
 from vlprompt.classification.meta import meta_train
 from vlprompt.classification.multitask import (
     TaskData,
@@ -27,7 +29,6 @@ from vlprompt.classification.protocols.base_to_new import split_base_new
 from vlprompt.classification.protocols.multitask import SOURCE, TARGET, groups_of
 from vlprompt.classification.transfer import start_from
 from vlprompt.core.files import write_json, write_jsonl
-from vlprompt.core.options import options_model
 from vlprompt.core.processes import meet, process_state
 from vlprompt.core.template_files import write_templates
 from vlprompt.data import FeatureCache, ImageDataset, load_dataset
@@ -68,6 +69,7 @@ class StudyCell:
         folder: Where its files lie.
         backbone: What the learner stands on.
         init: ``train.init``, with the label of a stage that ran before replaced by its folder.
+        teacher: ``distil.teacher`` alike; empty: none.
         fact_prefix: Put before facts of the learner, so that those of several learners keep apart.
         test_cache: Returns the cache of (data set, part of its test set).
     """
@@ -77,6 +79,7 @@ class StudyCell:
     folder: Path
     backbone: Backbone
     init: str
+    teacher: str
     fact_prefix: str
     test_cache: Callable[[str, str], FeatureCache]
     result: CellResult = field(default_factory=CellResult)
@@ -113,14 +116,16 @@ class StudyCell:
     def _run_task(self) -> None:
         """Train on one data set and score what was learned."""
         name = self.cell["data"]
-        train = self._part(name, "train")
-        val = self._validation(name)
+        train = self._unlabelled(name) if self.teacher else self._part(name, "train")
+        val = None if self.teacher else self._validation(name)
         tests = self._tests(name)  # damaged or missing test data are found before training, not after it
         _say_cut(train)
         learner = self._learner(train.classnames, train.templates)
         for test in [*tests.values(), *self._targets(learner)]:
             check_fitting(learner, test)
         self._start(learner)
+        if self.teacher:
+            learner.learn_from(self._teacher())
         log.info("%s on %d samples of %d classes", learner.method, len(train), len(train.classnames))
 
         trained = fit(learner, train, val, **self._fit_options())
@@ -318,6 +323,22 @@ class StudyCell:
     def _validation(self, name: str) -> ImageDataset | None:
         return self._part(name, "val") if self.config.data.validate_on == "val" else None
 
+    def _unlabelled(self, name: str) -> ImageDataset:
+        """Return all training images that a student sees, of base and new classes, without their labels."""
+        data = without_labels(self._load(self.config.distil.data or name, "train"))
+        self.result.facts |= {f"{self.fact_prefix}{TRANSDUCTIVE}": f"{len(data)} unlabelled images"}
+        return data
+
+    def _teacher(self) -> Learner:
+        """Return the teacher, on the backbone that its file records."""
+        path = find_prompts([self.teacher])[0]
+        teacher = load(path, self.config.distil.backbone or None)
+        self.result.facts |= {
+            f"{self.fact_prefix}teacher": teacher.title(),
+            f"{self.fact_prefix}teacher_backbone": teacher.backbone.name,
+        }
+        return teacher
+
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         arguments = self.config.data.arguments()
         arguments["validation"] = self.config.data.validate_on == "val"
@@ -329,10 +350,7 @@ class StudyCell:
         return self.test_cache(test.name, part)
 
     def _learner(self, classnames: Sequence[str], templates: Sequence[str]) -> Learner:
-        options = dict(self.config.learner_options)
-        fields = options_model(LEARNERS.get(self.config.learner_name).target).model_fields
-        if "seed" in fields and "seed" not in options:
-            options["seed"] = self.cell["seed"]
+        options = learner_arguments(self.config.learner, self.cell["seed"])
         return create_learner(self.config.learner_name, self.backbone, classnames, templates, **options)
 
 

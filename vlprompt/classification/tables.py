@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vlprompt.classification.config import Study
+from vlprompt.classification.distil import TRANSDUCTIVE
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.experiments.layout import AVERAGE, Layout, gain_tables
 from vlprompt.experiments.results import Results
@@ -39,7 +40,7 @@ def protocol_tables(
     for study in studies:
         for row in protocol.rows(results.select(method=study.method), study):
             # Zero-shot on one backbone is the same whatever is learned: it is said once.
-            name = _zero_shot_name(row, study, studies)
+            name = _row_name(row, study, studies)
             if name not in [other.method for other in rows]:
                 rows.append(Row(name, row.values))
 
@@ -59,11 +60,16 @@ def protocol_tables(
     return tables
 
 
-def _zero_shot_name(row: Row, study: Study, studies: Sequence[Study]) -> str:
-    """Return the name of a row; where backbones differ, zero-shot rows say on which they are."""
+def _row_name(row: Row, study: Study, studies: Sequence[Study]) -> str:
+    """Return the name of a row.
+
+    Where backbones differ, zero-shot rows say on which they are; a learner that saw unlabelled images says so.
+    """
     backbones = {other.config.backbone.name for other in studies}
     if row.method == "zero-shot" and len(backbones) > 1:
         return f"zero-shot ({study.config.backbone.name})"
+    if row.method == study.method and study.config.distil.teacher:
+        return f"{row.method} ({TRANSDUCTIVE})"
     return row.method
 
 
@@ -83,6 +89,12 @@ def _note(studies: Sequence[Study], results: Results) -> str:
     for line in results.select("score", measure=lambda measure: measure is not None).lines:
         name = line.where.get("target") or line.where.get("data")
         parts.append(f"{name} by {line.where['measure']}")
+
+    students = [study.method for study in studies if study.config.distil.teacher]
+    if students:
+        parts.append(
+            f"{', '.join(students)}: {TRANSDUCTIVE}, learned from all training images without labels"
+        )
 
     if lost := _count_lost(studies, results):
         parts.append(f"{lost} cells failed and are missing")

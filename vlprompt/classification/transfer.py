@@ -17,7 +17,7 @@ from torch import Tensor
 from vlprompt.core.errors import CheckpointError
 from vlprompt.core.options import options_model
 from vlprompt.core.trainable import misfits
-from vlprompt.learners import Learner
+from vlprompt.learners import LEARNERS, Learner
 from vlprompt.saved.prompts import check_backbone, read
 
 __all__ = ["start_from"]
@@ -78,13 +78,24 @@ def _differences(learner: Learner, method: str, options: Mapping[str, Any]) -> l
     if method != learner.method:
         return [f"it holds prompts of {method}"]
 
-    defaults = {name: field.default for name, field in options_model(type(learner)).model_fields.items()}
-    theirs = {**defaults, **options}
-    ours = {**defaults, **learner.options}
-
+    kind = LEARNERS.get(method).target if method in LEARNERS else type(learner)
+    defaults = {name: field.default for name, field in options_model(kind).model_fields.items()}
     meaningless = {"seed"} if learner.head_bound else {"seed", "head_classes"}
+    theirs = {**defaults, **_comparable(options, meaningless)}
+    ours = {**defaults, **_comparable(learner.options, meaningless)}
+
     differences = []
     for name in sorted({*theirs, *ours} - meaningless):
         if str(theirs.get(name)) != str(ours.get(name)):
             differences.append(f"option {name} is {theirs.get(name)!r} there and {ours.get(name)!r} here")
     return differences
+
+
+def _comparable(options: Mapping[str, Any], meaningless: set[str]) -> dict[str, Any]:
+    """Return options with those of plug-ins stripped of what does not decide what tensors mean."""
+    plugins = [
+        {name: value for name, value in row.items() if name not in meaningless}
+        for row in options.get("plugins", ())
+        if isinstance(row, Mapping)
+    ]
+    return {**options, "plugins": plugins} if plugins else dict(options)

@@ -161,7 +161,9 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         DataError: If there is none, or one has not exactly one ``{}`` and no other brace.
     """
-    sentences = (templates,) if isinstance(templates, str) else tuple(templates)
+    sentences = (templates,) if isinstance(templates, str) else templates
+    if not isinstance(sentences, tuple):  # descriptions are tuples of a kind of their own, and stay so
+        sentences = tuple(sentences)
     if not sentences:
         raise DataError("at least one template is needed, for example 'a photo of a {}.'.")
 

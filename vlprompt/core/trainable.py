@@ -29,6 +29,7 @@ __all__ = [
     "Trainable",
     "TransparentWrapper",
     "Wrapper",
+    "forward_all",
     "groups_by_rate",
     "misfits",
 ]
@@ -260,15 +261,15 @@ def _forwarding(name: str, member: object) -> Any:
     return forward
 
 
-def _forward_all(wrapper: type[Wrapper], base: type) -> None:
-    """Let a wrapper ask the wrapped trainable for everything that a base class defines."""
+def forward_all(wrapper: type, base: type) -> None:
+    """Let a class with a property ``wrapped`` ask the wrapped one for everything public that a base class defines."""
     for name, member in vars(base).items():
         if not name.startswith("_"):
             setattr(wrapper, name, _forwarding(name, member))
 
 
-_forward_all(Wrapper, Hooks)
-_forward_all(TransparentWrapper, Trainable)
+forward_all(Wrapper, Hooks)
+forward_all(TransparentWrapper, Trainable)
 
 
 def misfits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

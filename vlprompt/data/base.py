@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vlprompt.core.descriptions import Descriptions, class_texts
 from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:  # readers of names and labels need no torch
@@ -199,9 +200,12 @@ class ImageDataset:
 
     def fingerprint(self) -> dict[str, str]:
         """Return short hashes of the class names and templates, recorded with every result."""
+        texts = [text for name in self.classnames for text in class_texts(name, self.templates)]
+        described = isinstance(self.templates, Descriptions)
         return {
             "classnames_hash": hash_strings(self.classnames),
             "templates_hash": hash_strings(self.templates),
+            **({"descriptions_hash": hash_strings(texts)} if described else {}),
         }
 
 

@@ -12,6 +12,7 @@ from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import check_classnames, check_templates, check_text, clean_classname, printable
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
+from vlprompt.data.descriptions import DescriptionOptions, with_descriptions
 from vlprompt.data.elevater import elevater_draw
 from vlprompt.data.fewshot import base_new, few_shot
 from vlprompt.data.images import BadImagePolicy, SkipLimits, drop_bad
@@ -49,6 +50,7 @@ def load_dataset(
     validation: bool = True,
     classnames: Names | None = None,
     templates: Sequence[str] | None = None,
+    descriptions: str | os.PathLike[str] | Mapping[str, Any] | DescriptionOptions | None = None,
     **options: Any,
 ) -> ImageDataset:
     """Load one split of a data set.
@@ -85,6 +87,9 @@ def load_dataset(
         classnames: Other class names, all in order, or a mapping of some old names (or folder names) to new
             ones.
         templates: Other templates, each with one ``{}``.
+        descriptions: Sentences of each class, which stand in the place of filled templates wherever these are averaged:
+            a JSON file, ``"waffle"``, ``"grammar"``, or a mapping with ``source`` and more, see
+            :class:`vlprompt.data.descriptions.DescriptionOptions`.
         options: Options of the data set's source, for example ``size=64``.
 
     Returns:
@@ -98,15 +103,16 @@ def load_dataset(
     loader: _Loader | _ObjectLoader
     title = name if isinstance(name, str) else type(name).__name__
     limits = SkipLimits(max_bad_share, max_bad_images)
+    described = None if descriptions is None else DescriptionOptions.of(descriptions)
     if is_foreign(name):
         split = check_split(title, split)
-        loader = _ObjectLoader(name, options, classnames, templates, on_bad_image, limits)
+        loader = _ObjectLoader(name, options, classnames, templates, described, on_bad_image, limits)
     else:
         parsed = parse_name(name, "classification")
         split = check_split(name, split) if split != "all" else _check_all(parsed)
         ways = image_ways(parsed, split, _root(root), validation)
         ways.check_options(options, load_dataset)
-        loader = _Loader(ways, options, download, classnames, templates, on_bad_image, limits)
+        loader = _Loader(ways, options, download, classnames, templates, described, on_bad_image, limits)
     _check_choices(title, on_bad_image, classes, sampling)
     _check_numbers(title, max_bad_share, seed=seed, max_bad_images=max_bad_images, jpeg_side=jpeg_side)
 
@@ -182,6 +188,7 @@ class _Loader:
     download: bool
     classnames: Names | None
     templates: Sequence[str] | None
+    descriptions: DescriptionOptions | None
     on_bad_image: BadImagePolicy
     limits: SkipLimits
 
@@ -195,7 +202,7 @@ class _Loader:
                 f"name for each of the labels 0 to {len(dataset.classnames) - 1}, or put them into classnames.txt "
                 "beside the archives, one a line."
             )
-        return _finished(dataset, ways.request, self.classnames, self.templates)
+        return _finished(dataset, ways.request, self.classnames, self.templates, self.descriptions)
 
     def draw(self, split: str, shots: int, seed: int, sampling: Sampling, strict_shots: bool) -> ImageDataset:
         """Return a few-shot subset of a split."""
@@ -236,6 +243,7 @@ class _ObjectLoader:
     options: Mapping[str, Any]
     classnames: Names | None
     templates: Sequence[str] | None
+    descriptions: DescriptionOptions | None
     on_bad_image: BadImagePolicy
     limits: SkipLimits
 
@@ -244,7 +252,9 @@ class _ObjectLoader:
         names = None if isinstance(self.classnames, Mapping) else self.classnames
         dataset = dataset_of(self.data, split, classnames=names, **self._options())
         renamed = self.classnames if isinstance(self.classnames, Mapping) else None
-        return _finished(dataset, Request(dataset.name, "", split, Path()), renamed, self.templates)
+        return _finished(
+            dataset, Request(dataset.name, "", split, Path()), renamed, self.templates, self.descriptions
+        )
 
     def draw(self, split: str, shots: int, seed: int, sampling: Sampling, strict_shots: bool) -> ImageDataset:
         """Return a few-shot subset of it."""
@@ -270,7 +280,11 @@ class _ObjectLoader:
 
 
 def _finished(
-    dataset: ImageDataset, request: Request, classnames: Names | None, templates: Sequence[str] | None
+    dataset: ImageDataset,
+    request: Request,
+    classnames: Names | None,
+    templates: Sequence[str] | None,
+    descriptions: DescriptionOptions | None = None,
 ) -> ImageDataset:
     """Return a whole split with its final names and templates.
 
@@ -296,6 +310,9 @@ def _finished(
             )
         check_templates(templates)
         dataset = replace(dataset, templates=tuple(templates))
+    if descriptions is not None:
+        described = with_descriptions(dataset.templates, names, descriptions, name)
+        dataset = replace(dataset, templates=described)
     if not len(dataset):
         raise DataError(f"{name}: the split {request.split!r} is empty.")
 

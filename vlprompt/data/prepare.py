@@ -11,6 +11,7 @@ from vlprompt.core.errors import DataError
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.cards import Card
 from vlprompt.data.catalog import open_split
+from vlprompt.data.descriptions import PUBLIC_DESCRIPTIONS
 from vlprompt.data.download import Progress
 from vlprompt.data.fetch import fetch_files, one_line, split_path
 from vlprompt.data.images import verify
@@ -114,6 +115,9 @@ def explain(card: Card) -> str:
         lines.append(f"  split: {card.splits.file} from {card.splits.mirror or card.splits.url}")
     if card.splits.otherwise:
         lines.append(f"  otherwise: {card.splits.otherwise}")
+
+    if card.task == "classification":
+        lines += [f"  descriptions of classes: {line}" for line in PUBLIC_DESCRIPTIONS]
 
     lines += [f"  trap: {trap}" for trap in card.traps]
     lines += [f"  checked: {fact}" for fact in card.verified]

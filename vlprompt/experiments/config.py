@@ -32,6 +32,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.core.template_files import listed_templates
+from vlprompt.data.descriptions import DescriptionOptions
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.training.options import TrackerName
 
@@ -99,6 +100,17 @@ class ImageOptions(BaseModel):
         ge=0,
         description="JPEGs are decoded at 1/2, 1/4 or 1/8 while their shorter side keeps so many pixels; 0: whole",
     )
+
+    descriptions: str | DescriptionOptions | None = Field(
+        None,
+        description="sentences of each class in the place of filled templates: a JSON file, waffle or grammar; or "
+        "source and more",
+    )
+
+    def described(self) -> list[str]:
+        """Return the file of descriptions, if there is one."""
+        path = None if self.descriptions is None else DescriptionOptions.of(self.descriptions).path
+        return [] if path is None else [path]
 
     def image_arguments(self) -> dict[str, Any]:
         """Return these keys as arguments of :func:`vlprompt.load_dataset`."""

@@ -179,6 +179,7 @@ class DualPrompts(OffsetSentences, PromptedImages):
     """
 
     deep_context: nn.Parameter | None
+    learns_texts = True
 
     def __init__(
         self,

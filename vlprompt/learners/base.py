@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +21,7 @@ from vlprompt.learners._losses import binary_cross_entropy
 from vlprompt.learners.hooks import LearnerHooks
 from vlprompt.learners.recipe import Recipe
 
-__all__ = ["DEFAULT_TEMPLATES", "Learner"]
+__all__ = ["DEFAULT_TEMPLATES", "Learner", "tell_of_head"]
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,15 @@ class Learner(nn.Module, LearnerHooks, Trainable):
             no head of this kind, or it belongs to no class list.
         head_rule: ``"all"``: the head is used where it knows every class; ``"each"``: for the classes it knows.
         head_bound: True if the head is one set of parameters per class, so that tasks can't share it.
+        learns_texts: True if each class is named by one vector that a text tower with something learned in it makes,
+            and the losses read it through :meth:`class_weights` or :meth:`refined`: what plug-ins stand on.
         smooth: False if losses are a step function of the parameters (binary masks), so that a small step changes
             nothing.
         method: Its registry name.
         recipe: How it is trained where nobody says how.
         options: The options it was built with.
+        refiners: What changes, or only reads, the class embeddings before they are made unit-length: functions of
+            (C, d) that plug-ins put here.
     """
 
     divides_classes = True
@@ -70,11 +74,13 @@ class Learner(nn.Module, LearnerHooks, Trainable):
     head_classes: tuple[str, ...] = ()
     head_rule: ClassVar[Literal["all", "each"]] = "all"
     head_bound: ClassVar[bool] = False
+    learns_texts: bool = False
     smooth: bool = True
     method: str = ""
-    recipe: ClassVar[Recipe] = Recipe()
+    recipe: Recipe = Recipe()
 
     options: dict[str, Any]
+    refiners: list[Callable[[Tensor], Tensor]]
 
     def __new__(cls, *_: Any, **keywords: Any) -> Learner:
         """Remember the options, so that the same learner can be built again for other classes or from a file."""
@@ -94,6 +100,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         self.classnames = _check_classes(classnames)
         self.templates = check_templates(templates)
         _check_tokens(backbone, self.classnames, self.templates)
+        self.refiners = []
         self._cached_weights: Tensor | None = None
 
     # --- the classifier
@@ -151,7 +158,13 @@ class Learner(nn.Module, LearnerHooks, Trainable):
 
     def class_weights(self) -> Tensor:
         """Return (C, d) unit-length class weights; called once per step, and once per evaluation."""
-        return F.normalize(self.class_embeddings(), dim=-1)
+        return F.normalize(self.refined(self.class_embeddings()), dim=-1)
+
+    def refined(self, embeddings: Tensor) -> Tensor:
+        """Return (C, d) class embeddings after all refiners; as they are where there are none."""
+        for refine in self.refiners:
+            embeddings = refine(embeddings)
+        return embeddings
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return (B, C) logits tau * <f, w> of (B, d) image embeddings, normalised here."""
@@ -169,7 +182,32 @@ class Learner(nn.Module, LearnerHooks, Trainable):
 
     def batch_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return (B, C) logits of a batch of pixels or of cached image embeddings."""
-        return self.logits(batch["embedding"]) if "embedding" in batch else self(batch["image"])
+        return self.logits(self.batch_embeddings(batch))
+
+    def batch_embeddings(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what :meth:`embed_images` makes of a batch, or what the batch has of it already."""
+        return batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
+
+    # --- a teacher
+
+    @property
+    def teacher(self) -> Learner | None:
+        """A frozen learner, perhaps on another backbone, whose embedding of each training image the loss reads.
+
+        ``batch["teacher"]`` holds them, as its own :meth:`embed_images` gives them. None: there is none.
+        """
+        return None
+
+    def learn_from(self, teacher: Learner) -> None:
+        """Take a teacher.
+
+        Args:
+            teacher: Frozen from here on; it is asked for this learner's classes.
+
+        Raises:
+            DataError: If nothing here learns from one, or not from this one.
+        """
+        raise DataError(f"{self.title()} learns from labels, not from a teacher. Use promptkd.")
 
     # --- images with several labels
 
@@ -253,7 +291,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         other.method = self.method
         other.to(self.backbone.device).load_trainable_state(self.trainable_state())
         if other.head_classes and other.classnames != self.classnames:
-            _tell_of_head(other)
+            tell_of_head(other)
         return other.train(self.training)
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -282,7 +320,7 @@ class Learner(nn.Module, LearnerHooks, Trainable):
         return self._cached_weights
 
 
-def _tell_of_head(learner: Learner) -> None:
+def tell_of_head(learner: Learner) -> None:
     """Say which classes a learner's head names."""
     places = learner.head_places
     others = [name for name, place in zip(learner.classnames, places, strict=True) if place is None]

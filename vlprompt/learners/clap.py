@@ -21,6 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.base import means_of
+from vlprompt.core.descriptions import class_texts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.hooks import TrainingSamples
@@ -60,9 +62,9 @@ class ZeroShotLinearProbe(Learner):
     ) -> None:
         super().__init__(backbone, classnames, templates)
 
-        texts = [template.format(name) for name in self.classnames for template in self.templates]
-        embeddings = backbone.text.encode_strings(texts)
-        start = embeddings.unflatten(0, (len(self.classnames), len(self.templates))).mean(1)
+        texts = [class_texts(name, self.templates) for name in self.classnames]
+        embeddings = backbone.text.encode_strings([text for of_class in texts for text in of_class])
+        start = means_of(embeddings, [len(of_class) for of_class in texts])
         if normalise_start:
             start = F.normalize(start, dim=-1)
 

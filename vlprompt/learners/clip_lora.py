@@ -169,6 +169,7 @@ class ClipLora(Learner):
         self.text = nn.ModuleDict()
         self.vision = nn.ModuleDict()
         self.static_images = encoder == "text"
+        self.learns_texts = encoder != "vision"
 
         def updates(tower: str, places: Sequence[Projections]) -> nn.ModuleDict:
             """Build the updates of a tower's chosen blocks."""

@@ -51,6 +51,7 @@ class CoOp(OffsetSentences):
     """
 
     recipe = Recipe({"lr": 0.002, "batch_size": 32}, epochs_by_shots=((1, 50), (2, 100), (8, 200)))
+    learns_texts = True
 
     def __init__(
         self,

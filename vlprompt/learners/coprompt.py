@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.backbones.vision import Images
+from vlprompt.core.descriptions import class_texts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -121,7 +122,7 @@ class CoPrompt(MaPLe):
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy``, ``consistency_text`` and ``consistency_image`` of a batch of pixels."""
         weights = self.class_weights()
-        features = F.normalize(self.embed_images(batch["image"]), dim=-1)
+        features = F.normalize(self.batch_embeddings(batch), dim=-1)
         logits = self.backbone.logit_scale * features @ weights.T
 
         frozen = batch.get("frozen")
@@ -136,9 +137,11 @@ class CoPrompt(MaPLe):
     def sentence_features(self) -> Tensor:
         """Return (S, C, d) unit-length frozen features of all sentences; computed when training first asks."""
         if self._sentences is None:
-            texts = [template.format(name) for template in self.templates for name in self.classnames]
-            shape = (len(self.templates), len(self.classnames))
-            self._sentences = self.backbone.encode_text(texts).unflatten(0, shape)
+            of_class = [class_texts(name, self.templates) for name in self.classnames]
+            count = max(len(texts) for texts in of_class)
+            # A class with fewer sentences than others begins again with its first.
+            texts = [texts[number % len(texts)] for number in range(count) for texts in of_class]
+            self._sentences = self.backbone.encode_text(texts).unflatten(0, (count, len(of_class)))
         return self._sentences
 
     def _drawn_sentence(self) -> Tensor:

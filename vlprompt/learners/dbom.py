@@ -389,7 +389,7 @@ class DBOM(Learner, ImageScanner):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses; a batch without ``"trigger"`` is of clean images. Only seen compositions compete."""
-        embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
+        embeddings = self.batch_embeddings(batch)
         label = batch["label"]
         trigger = batch.get("trigger", torch.zeros_like(label))
         parts = self.parts(embeddings)

@@ -57,6 +57,7 @@ class KgCoOp(OffsetSentences):
     recipe = Recipe({"lr": 0.002, "batch_size": 128, "epochs": 100})
 
     zero_shot: Tensor
+    learns_texts = True
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class KgCoOp(OffsetSentences):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``knowledge``, the weighted regulariser."""
-        embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
+        embeddings = self.batch_embeddings(batch)
         weights = self.class_weights()  # one text pass serves both losses
         logits = self.backbone.logit_scale * F.normalize(embeddings, dim=-1) @ weights.T
 

@@ -118,6 +118,7 @@ class LASP(OffsetSentences):
     """
 
     recipe = Recipe({"lr": 0.032, "batch_size": 32, "epochs": 25, "warmup_epochs": 3, "grad_clip": 1.0})
+    learns_texts = True
 
     def __init__(
         self,
@@ -182,9 +183,9 @@ class LASP(OffsetSentences):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``text_to_text``, the weighted loss of the hand-written sentences."""
-        embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
+        embeddings = self.batch_embeddings(batch)
         named = self._encode(self.context, layout=self.all_layout) + self.offset
-        weights = F.normalize(named, dim=-1)  # one text pass serves both losses
+        weights = F.normalize(self.refined(named), dim=-1)  # one text pass serves both losses
 
         features = F.normalize(embeddings, dim=-1)
         logits = self.backbone.logit_scale * features @ weights[: len(self.classnames)].T

@@ -59,6 +59,7 @@ class MaPLe(OffsetSentences, PromptedImages):
     recipe = Recipe({"lr": 0.0035, "batch_size": 4, "epochs": 5}, steps=100, trial_steps=30)
 
     deep_context: nn.Parameter | None
+    learns_texts = True
 
     def __init__(
         self,

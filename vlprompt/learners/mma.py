@@ -92,6 +92,7 @@ class MMA(Learner):
     )
 
     static_images = False
+    learns_texts = True
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class MMRL(Learner):
 
     static_images = False
     reads_frozen = True
+    learns_texts = True
 
     def __init__(
         self,
@@ -137,14 +138,13 @@ class MMRL(Learner):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the cross entropies of both features, weighted, and distances to the frozen towers (equation 9)."""
-        images = batch["image"]
-        embeddings = self.embed_images(images)
+        embeddings = self.batch_embeddings(batch)
         weights = self.class_weights()
         own, of_tokens = self._both(embeddings, weights)
 
         frozen = batch.get("frozen")
         if frozen is None:
-            frozen = self.backbone.image_embeddings(images)
+            frozen = self.backbone.image_embeddings(batch["image"])
         features = embeddings[:, : self.backbone.dim]
 
         return {

@@ -98,6 +98,7 @@ class MVLPT(OffsetSentences, PromptedImages):
         words, tokens = _LENGTHS[family]
         self.visual_dropout = dropout
         self.static_images = family == "coop"
+        self.learns_texts = family != "vpt"
 
         context = None
         if family != "vpt":

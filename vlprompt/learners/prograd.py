@@ -68,6 +68,7 @@ class ProGrad(OffsetSentences):
 
     combines_gradients = True
     zero_shot: Tensor
+    learns_texts = True
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class ProGrad(OffsetSentences):
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``cross_entropy`` and ``kl`` = -T^2 sum_c p0_c log p_c, both means over the batch."""
-        embeddings = batch["embedding"] if "embedding" in batch else self.embed_images(batch["image"])
+        embeddings = self.batch_embeddings(batch)
         logits = self.logits(embeddings)
 
         with torch.no_grad():

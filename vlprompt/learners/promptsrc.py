@@ -17,6 +17,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.base import means_of
+from vlprompt.core.descriptions import class_texts
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._offsets import OffsetOptions
 from vlprompt.learners._templates import IMAGENET_TEMPLATES
@@ -131,7 +133,7 @@ class PromptSRC(DualPrompts):
         tau = self.backbone.logit_scale
 
         weights = self.class_weights()
-        features = F.normalize(self.embed_images(batch["image"]), dim=-1)
+        features = F.normalize(self.batch_embeddings(batch), dim=-1)
         logits = tau * features @ weights.T
 
         frozen_weights = self.teacher_weights()
@@ -156,12 +158,11 @@ class PromptSRC(DualPrompts):
         if self._teacher_weights is not None:
             return self._teacher_weights
 
-        texts = [t.format(name) for name in self.classnames for t in self.teacher_templates]
-        features = self.backbone.text.encode_strings(texts)
-        features = features.unflatten(0, (len(self.classnames), -1))
+        texts = [class_texts(name, self.teacher_templates) for name in self.classnames]
+        features = self.backbone.text.encode_strings([text for of_class in texts for text in of_class])
         if self.normalise_first:
             features = F.normalize(features, dim=-1)
-        self._teacher_weights = F.normalize(features.mean(1), dim=-1)
+        self._teacher_weights = F.normalize(means_of(features, [len(t) for t in texts]), dim=-1)
         return self._teacher_weights
 
     def after_epoch(self, epoch: int, epochs: int) -> None:

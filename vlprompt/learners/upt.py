@@ -61,6 +61,7 @@ class UPT(OffsetSentences, PromptedImages):
     """
 
     recipe = Recipe({"lr": 0.002, "batch_size": 32, "epochs": 200}, steps=100, trial_steps=30)
+    learns_texts = True
 
     def __init__(
         self,

@@ -83,6 +83,8 @@ class MetaPrompts(nn.Module, Wrapper):
                 f"{learner.method} must look at labelled training images first, and captioned pairs are none. Use a "
                 "learner of prompts (coop, vpt, upt, maple, ivlp, mvlpt ...)."
             )
+        if learner.phases():
+            raise DataError(f"{learner.title()} is trained in phases, which an episode has none of.")
         if learner.combines_gradients:
             log.warning(
                 "%s combines the gradients of its losses; meta-training adds its losses up.", learner.method

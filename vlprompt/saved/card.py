@@ -40,6 +40,15 @@ _ARGUMENTS = {
 }  # of create_learner, beside a method's own options
 
 
+class CardDescriptions(BaseModel):
+    """What a card holds of :class:`vlprompt.core.descriptions.Descriptions`, beside the templates."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sentences: dict[str, list[str]]
+    with_templates: bool = False
+
+
 class PromptCard(BaseModel):
     """What ``prompt.json`` holds: all that is needed to use the tensors again, and their checksum.
 
@@ -47,6 +56,7 @@ class PromptCard(BaseModel):
         backbone: The fingerprint of the backbone, which says what it is.
         origin: How it was built (see :mod:`vlprompt.saved.rebuild`).
         precision: What it was learned in; it can be used in any.
+        descriptions: Sentences of single classes beside the templates, if there are any.
         training: What it was trained on, as a run names it: data set, shots, seed.
     """
 
@@ -58,6 +68,7 @@ class PromptCard(BaseModel):
     options: dict[str, Any]
     classnames: list[str]
     templates: list[str]
+    descriptions: CardDescriptions | None = None
     backbone: dict[str, Any]
     origin: dict[str, Any] = Field(default_factory=dict)
     precision: Precision = "fp32"

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
+from vlprompt.core.descriptions import Descriptions
 from vlprompt.core.files import write_json, write_tensors
 from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
-from vlprompt.saved.card import FORMAT, Kind, PromptCard, check_backbone, check_kind, read, tensors_digest
+from vlprompt.saved.card import (
+    FORMAT,
+    CardDescriptions,
+    Kind,
+    PromptCard,
+    check_backbone,
+    check_kind,
+    read,
+    tensors_digest,
+)
 from vlprompt.saved.paths import PROMPT_FILE
 from vlprompt.saved.rebuild import rebuild, written_origin
 
@@ -79,6 +89,7 @@ def save(
         options=learner.options,
         classnames=list(learner.classnames) if isinstance(learner, Learner) else [],
         templates=list(learner.templates) if isinstance(learner, Learner) else [],
+        descriptions=_card_descriptions(learner.templates) if isinstance(learner, Learner) else None,
         backbone=learner.backbone.fingerprint,
         origin=written_origin(learner.backbone.origin, folder),
         precision=learner.backbone.precision,
@@ -88,6 +99,8 @@ def save(
         tensors=tensors_digest(state),
     )
     card = content.model_dump()
+    if content.descriptions is None:  # a key that older versions don't know
+        del card["descriptions"]
 
     # The tensors carry the card too: if a crash falls between the two renames, the pair is still told apart.
     write_tensors(folder / PROMPT_FILE, state, {"card": card})
@@ -123,7 +136,12 @@ def build_learner(
     """Return the learner that :func:`read` found the parts of; arguments and errors as :func:`load`."""
     check_kind(path, card, "learner")
     backbone = backbone_of(path, card, backbone)
-    learner = create_learner(card.method, backbone, card.classnames, card.templates, **card.options)
+    templates: Sequence[str] = card.templates
+    if card.descriptions is not None:
+        templates = Descriptions(
+            card.templates, card.descriptions.sentences, card.descriptions.with_templates
+        )
+    learner = create_learner(card.method, backbone, card.classnames, templates, **card.options)
     learner.load_trainable_state(tensors)
     return learner.eval()
 
@@ -147,3 +165,11 @@ def backbone_of(
         backbone = rebuild(path, card, backbone or {})
     check_backbone(path, card, backbone)
     return backbone
+
+
+def _card_descriptions(templates: Sequence[str]) -> CardDescriptions | None:
+    """Return what a card holds of a learner's descriptions; None if it has none."""
+    if not isinstance(templates, Descriptions):
+        return None
+    sentences = {name: list(texts) for name, texts in templates.sentences.items()}
+    return CardDescriptions(sentences=sentences, with_templates=templates.with_templates)
