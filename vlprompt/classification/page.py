@@ -29,6 +29,7 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         "protocol": protocol.name,
         "learner": config.learner_name,
         "data": config.meta.pairs if protocol.name == "meta" else config.data.name,
+        "split": config.data.split,
         "shots": protocol.shots,
         "seeds": protocol.seeds,
     }
@@ -55,11 +56,11 @@ def describe(
     data = single.meta.pairs if single.protocol.name == "meta" else ", ".join(single.data.names)
     record.title = f"{single.learner_name} on {data}"
     shots = "/".join(map(str, single.protocol.shots))
+    scored = "" if single.data.split == "test" else ", on val"
     seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
-    record.summary = (
-        f"{single.backbone.name}, {single.protocol.name}, {shots} shots per class, {seeds} seed{plural}."
-    )
+    drawn = f"{shots} shots per class, {seeds} seed{plural}{scored}"
+    record.summary = f"{single.backbone.name}, {single.protocol.name}, {drawn}."
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {
         "zero-shot": record.metrics.get(f"{base}zero_shot_accuracy"),

@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "build", "main"]
 
 COMMANDS = (
     "run",
+    "search",
     "predict",
     "evaluate",
     "report",

@@ -24,6 +24,7 @@ from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.experiments.expectation import Expectation
+from vlprompt.experiments.search.options import SearchOptions
 from vlprompt.training.options import TrackerName
 
 __all__ = [
@@ -47,7 +48,7 @@ __all__ = [
 STRICT = ConfigDict(extra="forbid", frozen=True)
 """Every section: an unknown key is a mistake, and nothing changes once it is read."""
 
-ASIDE = frozenset({"loading", "tracking"})
+ASIDE = frozenset({"loading", "search", "tracking"})
 """Sections that no result depends on, so they are no part of what a run is."""
 
 
@@ -196,6 +197,9 @@ class ExperimentConfig(BaseModel):
     output: str = Field("runs", description="folder that runs are written below")
     loading: LoadingOptions = Field(default_factory=LoadingOptions)
     tracking: TrackingOptions = Field(default_factory=TrackingOptions)
+    search: SearchOptions | None = Field(
+        None, description="what `vlprompt search` varies; `vlprompt run` leaves it alone"
+    )
     expect: list[Expectation] = Field(
         default_factory=list,
         description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "
