@@ -22,7 +22,7 @@ from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 
-__all__ = ["Classifier", "PredictionTable", "accuracy", "for_classes", "predict", "untaught"]
+__all__ = ["Classifier", "PredictionTable", "accuracy", "for_classes", "predict", "predict_batch", "untaught"]
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def predict(
     batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])
     with Loader(_InputReader(classifier.preprocess), pin=classifier.device.type == "cuda") as loader:
         for names, pixels, errors in loader.stream(batches):
-            rows += _predict_batch(classifier, names, pixels, errors, topk)
+            rows += predict_batch(classifier, names, pixels, errors, topk)
     return PredictionTable(rows)
 
 
@@ -216,14 +216,22 @@ def _sendable(image: ImageInput) -> ImageInput | _Unreadable:
 
 
 @torch.no_grad()
-def _predict_batch(
+def predict_batch(
     classifier: Classifier,
     names: Sequence[str],
     pixels: Mapping[int, torch.Tensor],
     errors: Mapping[int, str],
     topk: int,
 ) -> list[dict[str, Any]]:
-    """Return one row per image; arguments as :class:`_InputReader` returns them."""
+    """Return one row per image (see :class:`PredictionTable`).
+
+    Args:
+        classifier: Names them.
+        names: Of n images.
+        pixels: Number in the batch to (3, H, W), of those that can be read.
+        errors: Number to the reason, of those that can't.
+        topk: Names per image.
+    """
     labels: dict[int, list[str]] = {}
     probabilities: dict[int, list[float]] = {}
     if pixels:

@@ -23,6 +23,7 @@ COMMANDS = (
     "search",
     "predict",
     "evaluate",
+    "encode",
     "report",
     "check",
     "push",
