@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+from vlprompt.cli._errors import on_interrupt
+from vlprompt.cli._progress import count_progress
 from vlprompt.cli._shards import ColumnOption, OnOption, run_shards
 from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:
-    from vlprompt.classification.predict import Classifier
+    from vlprompt.classification.predict import Classifier, Ranker
+    from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
@@ -42,6 +45,17 @@ def command(
     ] = None,
     backbone: BackboneChanges = None,
     workers: WorkersOption = "auto",
+    names_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--names",
+            metavar="FILE",
+            help="Very many class names to choose from, a line each; encoded once, into the folder FILE.names.",
+        ),
+    ] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Of --names, look at near ones only, by an index of faiss.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Of shards, where to write a Parquet file for each; needed there.")
@@ -64,12 +78,14 @@ def command(
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    classifier: Classifier
+    classifier: Classifier | Ranker
     if prompt.endswith(".onnx"):
         classifier = _exported(prompt, names, backbone)
     else:
         learner = load(prompt, backbone_changes(backbone))
         classifier = predicting.for_classes(learner, names) if names else learner
+        if names_file is not None:
+            classifier = _listed(learner, names_file, nearest)
     count = parse_workers(workers)
     tables = [predicting.predict(classifier, image, topk, workers=count) for image in images]
     rows = [row for table in tables for row in table]
@@ -83,6 +99,19 @@ def command(
     if unreadable:
         print(f"{unreadable} of {len(rows)} images could not be read.", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _listed(learner: Learner, names: Path, nearest: bool) -> Ranker:
+    """Return what names images by a long list, which is encoded first if it isn't yet."""
+    import torch
+
+    from vlprompt.classification.name_list import NameList, build_name_list
+
+    learner.to("cuda" if torch.cuda.is_available() else "cpu")
+    folder = names.with_name(f"{names.name}.names")
+    with on_interrupt("The same command goes on."), count_progress() as progress:
+        build_name_list(learner, names, folder, progress=progress)
+    return NameList(learner, folder, nearest=nearest)
 
 
 def _predict_shards(

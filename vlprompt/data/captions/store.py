@@ -175,7 +175,7 @@ def _encoded_store(folder: Path, source: EncodedCaptions, backbone: Backbone) ->
     """
     if source.backbone != backbone.features_id:
         raise CheckpointError(
-            f"{source.folder} holds features of another backbone, {source.backbone}, not {backbone.features_id}: encode "
+            f"{source.folder} has features of another backbone, {source.backbone}, not {backbone.features_id}: encode "
             "with this one, into another folder."
         )
     index = torch.arange(len(source))
