@@ -108,7 +108,7 @@ class NameList(Ranker):
         numbers = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
         total = torch.full((len(rows),), float("-inf"), device=rows.device)
 
-        for start, weights, _ in self._chunks():
+        for start, weights, _ in self.chunks():
             logits = self.learner.backbone.logit_scale * rows @ weights.to(rows.device).T
             total = torch.logaddexp(total, logits.logsumexp(1))
             values, places = logits.topk(min(topk, logits.shape[1]), dim=1)
@@ -129,7 +129,7 @@ class NameList(Ranker):
         logits = logits.masked_fill(torch.from_numpy(numbers) < 0, float("-inf"))
         return logits, torch.from_numpy(numbers).clamp(min=0), logits.logsumexp(1)
 
-    def _chunks(self) -> Iterator[tuple[int, Tensor, list[str]]]:
+    def chunks(self) -> Iterator[tuple[int, Tensor, list[str]]]:
         """Yield the number of the first name, the (n, d) unit-length weights and the n names of every chunk."""
         for start in range(0, self.count, self.chunk):
             yield (start, *_read_chunk(_path(self.folder, start // self.chunk)))
@@ -152,7 +152,7 @@ class NameList(Ranker):
 
     def _built_index(self, faiss: Any) -> Any:
         """Return an index: of inner products with all names, or with those of the nearest cells if there are many."""
-        width = next(self._chunks())[1].shape[1]
+        width = next(self.chunks())[1].shape[1]
         if self.count <= _FLAT:
             index = faiss.IndexFlatIP(width)
         else:
@@ -160,11 +160,11 @@ class NameList(Ranker):
             index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
             share = min(1.0, _TRAINED_ON * cells / self.count)
             generator = torch_rng(0, "index of names")
-            drawn = [w[torch.rand(len(w), generator=generator) < share] for _, w, _ in self._chunks()]
+            drawn = [w[torch.rand(len(w), generator=generator) < share] for _, w, _ in self.chunks()]
             index.train(torch.cat(drawn).numpy())
             index.nprobe = _PROBED
 
-        for _, weights, _ in self._chunks():
+        for _, weights, _ in self.chunks():
             index.add(weights.numpy())
         return index
 

@@ -171,7 +171,7 @@ def run_job(job: Job, on: str = "serial", progress: Progress | None = None) -> J
     if progress is not None:
         progress("shards", before, len(shards))
 
-    for part in _spread(job, work, waiting, on):
+    for part in _spread(job, work, {name: shards[name] for name in waiting}, on):
         parts[part.shard] = part
         if part.error:
             log.error("%s: %s", part.shard, part.error)
@@ -222,16 +222,16 @@ def build_work(job: Job) -> Work:
     return Scanning(learner, threshold_of(learner, job.threshold))
 
 
-def process_shard(job: Job, work: Work, name: str) -> Part:
+def process_shard(job: Job, work: Work, name: str, path: Path) -> Part:
     """Do the work on one shard, and write its results; a shard that is damaged has none, and says why.
 
     Args:
         job: What to do.
         work: What :func:`build_work` made of it.
         name: Of the shard.
+        path: Its file.
     """
     folder = Path(job.folder)
-    path = find_shards(job.data)[name]
     done = read_part(folder, name, path)
     if done is not None:
         return done
@@ -305,28 +305,34 @@ class _Shards(Experiment):
         """What is done."""
         return build_work(self.config)
 
+    @cached_property
+    def shards(self) -> dict[str, Path]:
+        """Name to file; listed once in every process."""
+        return find_shards(self.config.data)
+
     def cells(self) -> list[Cell]:
         """See :meth:`Experiment.cells`."""
-        return [Cell.at(shard=name) for name in find_shards(self.config.data)]
+        return [Cell.at(shard=name) for name in self.shards]
 
     def run(self, cell: Cell, folder: Path) -> CellResult:
         """See :meth:`Experiment.run`."""
-        return CellResult(facts=asdict(process_shard(self.config, self.work, cell["shard"])))
+        name = cell["shard"]
+        return CellResult(facts=asdict(process_shard(self.config, self.work, name, self.shards[name])))
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
         return Layout("")
 
 
-def _spread(job: Job, work: Work, names: list[str], on: str) -> Iterator[Part]:
+def _spread(job: Job, work: Work, shards: dict[str, Path], on: str) -> Iterator[Part]:
     """Yield what becomes of shards as they end."""
     if on == "serial":  # the learner is loaded already
-        yield from (process_shard(job, work, name) for name in names)
+        yield from (process_shard(job, work, name, path) for name, path in shards.items())
     elif on.partition(":")[0].partition(",")[0] == "ray":
-        for record in spread(RayShards, (job.model_dump_json(),), names, on):
+        for record in spread(RayShards, (job.model_dump_json(),), list(shards), on):
             yield Part(**record)
     else:
-        cells = [Cell.at(shard=name) for name in names]
+        cells = [Cell.at(shard=name) for name in shards]
         for cell, answer in run_apart(on, _Shards(job), cells, Path(job.folder) / "cells"):
             if isinstance(answer, Failure):
                 yield Part(cell["shard"], error=answer.message)
@@ -344,10 +350,11 @@ class RayShards:
     def __init__(self, job: str) -> None:
         self.job = Job.model_validate_json(job)
         self.work = build_work(self.job)
+        self.shards = find_shards(self.job.data)
 
     def __call__(self, name: str) -> dict[str, Any]:
         """Return what became of a shard."""
-        return asdict(process_shard(self.job, self.work, name))
+        return asdict(process_shard(self.job, self.work, name, self.shards[name]))
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
