@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 
 import vlprompt
 from tests.data.folders import image
+from tests.shards.archives import png, write_tar
 from vlprompt.classification.predict import predict
 from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.data.captions.store import build_store
@@ -25,22 +24,6 @@ from vlprompt.shards.reading import find_shards, read_shard
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-
-def png(seed: object) -> bytes:
-    out = io.BytesIO()
-    image(seed, (32, 32)).save(out, "PNG")
-    return out.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
