@@ -44,7 +44,7 @@ def postgres_server() -> Iterator[str]:
                 env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
             )
 
-        call("initdb", "-D", str(data), "-U", "tester", "-A", "trust", "--no-sync")
+        call("initdb", "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync")
         settings = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
         call("pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log"), "-o", settings, "start")
         try:

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -288,19 +289,20 @@ def run_workers(storage: str, count: int) -> None:
     command = [sys.executable, "-c", WORKER, storage]
     root = Path(__file__).parents[2]
     workers = [subprocess.Popen(command, cwd=root) for _ in range(count)]
-    while not tried(Study(storage, "study", options())):
-        pass
+    watched = Study(storage, "study", options())
+    while not tried(watched):
+        time.sleep(0.2)
     workers[0].kill()
     workers[0].wait()
     workers[0] = subprocess.Popen(command, cwd=root)
-    assert [worker.wait(timeout=120) for worker in workers] == [0] * count
+    assert [worker.wait(timeout=600) for worker in workers] == [0] * count
 
 
 @pytest.mark.slow
 def test_several_workers_of_one_file_try_what_one_does(tmp_path: Path) -> None:
     alone = work(study_at(tmp_path, "alone"))
     storage = f"sqlite:///{tmp_path / 'together.db'}"
-    run_workers(storage, 3)
+    run_workers(storage, 2)
     assert tried(Study(storage, "study", options())) == alone
 
 
@@ -308,7 +310,7 @@ def test_several_workers_of_one_file_try_what_one_does(tmp_path: Path) -> None:
 def test_several_workers_of_a_postgresql_server_try_what_one_does(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     with postgres_server() as storage:
-        run_workers(storage, 3)
+        run_workers(storage, 2)
         assert tried(Study(storage, "study", options())) == work(study_at(tmp_path, "alone"))
 
 

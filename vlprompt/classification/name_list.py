@@ -39,6 +39,7 @@ _FLAT = 20_000  # names, up to which faiss compares all
 _TRAINED_ON = 64  # names for each cell of an index
 _PROBED = 32  # cells that are looked into
 _LEAST = 2  # names of a learner
+_NO_TENSOR = "none of them"  # a beginning that no tensor's name has
 
 Progress = Callable[[str, int, int], None]
 
@@ -100,7 +101,7 @@ class NameList(Ranker):
         topk = min(topk, self.count)
         scores, numbers, total = self._all(rows, topk) if self._index is None else self._near(rows, topk)
         probabilities = (scores - total[:, None]).exp()
-        return [self._names(line) for line in numbers.tolist()], probabilities.tolist()
+        return self._names(numbers.tolist()), probabilities.tolist()
 
     def _all(self, rows: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
         """Compare with every chunk; return the best logits (B, k), their numbers, and the logarithm of the sum (B,)."""
@@ -134,12 +135,11 @@ class NameList(Ranker):
         for start in range(0, self.count, self.chunk):
             yield (start, *_read_chunk(_path(self.folder, start // self.chunk)))
 
-    def _names(self, numbers: Sequence[int]) -> list[str]:
-        names = []
-        for number in numbers:
-            _, of_chunk = _read_chunk(_path(self.folder, number // self.chunk))
-            names.append(of_chunk[number % self.chunk])
-        return names
+    def _names(self, numbers: Sequence[Sequence[int]]) -> list[list[str]]:
+        """Return the names of numbers; of a chunk's file the header alone is read."""
+        asked = sorted({number // self.chunk for line in numbers for number in line})
+        names = {chunk: read_tensors(_path(self.folder, chunk), (_NO_TENSOR,))[1]["names"] for chunk in asked}
+        return [[names[number // self.chunk][number % self.chunk] for number in line] for line in numbers]
 
     def _opened_index(self) -> Any:
         """Return faiss's index of all names, built if there is none yet."""
