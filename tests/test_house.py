@@ -24,6 +24,7 @@ FLOORS = [
     ["experiments"],
     ["classification"],  # its fit and evaluate serve every learner
     ["adaptation", "detection", "generation", "security", "segmentation"],
+    ["shards"],
     ["demo"],
     ["cli"],
 ]

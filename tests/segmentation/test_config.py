@@ -12,7 +12,6 @@ from vlprompt.experiments.config import configs_dir
 from vlprompt.experiments.tasks import read_experiment
 from vlprompt.segmentation.protocols.benchmark import BenchmarkExperiment
 from vlprompt.segmentation.protocols.concepts import ConceptMaskExperiment
-from vlprompt.segmentation.protocols.search import SearchExperiment
 
 SHIPPED = sorted((configs_dir() / "segmentation").glob("*.yaml"))
 
@@ -51,7 +50,7 @@ def test_every_mistake_of_a_configuration_at_once(cfg: Path) -> None:
         ("data.name=[]", "name at least one data set"),
         ("data.options={split: test}", "'split' is no option"),
         ("methods={zero_shot: null, vpt: null}", "methods"),
-        ("search={trials: 2}", "search: unknown key"),
+        ("search={trials: 2}", "search.objective: required"),
         ("task=detection", "not of 'segmentation'"),
     ],
 )
@@ -61,39 +60,20 @@ def test_a_mistake_says_what_is_allowed(cfg: Path, override: str, message: str) 
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "search.space={depth: {low: 3}}",
-            "search.space.depth: give low and high with low < high, or choices",
-        ),
-        ("search.own={vtp: {}}", "Did you mean 'vpt'"),
-        ("search.space={train.lrr: {low: 1, high: 2}}", "Did you mean 'train.lr'"),
-        ("protocol.depths=[1]", "protocol.depths: unknown key"),
-    ],
-)
-def test_mistakes_of_a_search(cfg: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read(cfg, "protocol.name=search", override)
-    assert message in str(caught.value)
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_file_is_valid(path: Path) -> None:
     experiment = read_experiment(path.name)
     assert experiment.cells()
     assert experiment.layout().headline
     assert f"vlprompt run {path.name}" in path.read_text()
-    kinds = {"search": SearchExperiment, "concepts": ConceptMaskExperiment, "benchmark": BenchmarkExperiment}
+    kinds = {"concepts": ConceptMaskExperiment, "benchmark": BenchmarkExperiment}
     assert type(experiment) is kinds[experiment.config.protocol.name]  # type: ignore[attr-defined]
 
 
 def test_the_resolved_configuration_is_a_configuration(cfg: Path, tmp_path: Path) -> None:
     from vlprompt.experiments.folder import yaml_text
 
-    for override in ("protocol.name=benchmark", "protocol.name=search"):
-        experiment = read(cfg, override)
-        again = tmp_path / "again.yaml"
-        again.write_text(yaml_text(experiment.config))
-        assert read(again).config == experiment.config
+    experiment = read(cfg)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml_text(experiment.config))
+    assert read(again).config == experiment.config

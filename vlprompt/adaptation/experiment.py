@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlprompt.adaptation import ADAPTERS, Adapter, Predictions, create_adapter, page
 from vlprompt.adaptation.attack import AttackedData, attack_dataset
@@ -89,6 +89,7 @@ class AdaptationExperiment(Experiment):
     """
 
     config: AdaptationConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
 
     def cells(self) -> list[Cell]:
         """See :meth:`Experiment.cells`."""

@@ -69,6 +69,7 @@ class DataOptions(ImageOptions):
     also_test: dict[str, str] = Field(
         default_factory=dict, description="label to a name with the same classes"
     )
+    split: Literal["val", "test"] = Field("test", description="what is scored; val while anything is chosen")
     validate_on: Literal["val", "none"] = Field("val", description="split for curves and select=best")
     sampling: Literal["auto", "private", "coop_compat", "elevater"] = "auto"
     strict_shots: bool = False

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlprompt.backbones import Backbone
 from vlprompt.classification import page
@@ -47,6 +47,7 @@ class ClassificationExperiment(Experiment):
     """One learner or several, on the same data under the same protocol."""
 
     config: ClassificationConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
 
     def __init__(self, config: ClassificationConfig) -> None:
         super().__init__(config)

@@ -43,6 +43,7 @@ def study_facts(config: ClassificationConfig) -> dict[str, Any]:
         "protocol": _protocol(config),
         "learner": config.learner_name,
         "data": config.meta.pairs if protocol.name == "meta" else config.data.name,
+        "split": config.data.split,
         "shots": protocol.shots,
         "seeds": protocol.seeds,
     }
@@ -82,9 +83,11 @@ def describe(
     shots = f"{'/'.join(map(str, single.protocol.shots))} shots per class"
     if single.protocol.name == "class-incremental":
         shots = single.protocol.split
+    scored = "" if single.data.split == "test" else ", on val"
     seeds = len(single.protocol.seeds)
     plural = "s" if seeds > 1 else ""
-    record.summary = f"{single.backbone.name}, {_protocol(single)}, {shots}, {seeds} seed{plural}."
+    drawn = f"{shots}, {seeds} seed{plural}{scored}"
+    record.summary = f"{single.backbone.name}, {_protocol(single)}, {drawn}."
     base = "base/" if "base/accuracy" in record.metrics else ""
     headline = {
         "zero-shot": record.metrics.get(f"{base}zero_shot_accuracy"),

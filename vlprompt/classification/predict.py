@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,16 @@ from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
 from vlprompt.learners import Learner
 
-__all__ = ["Classifier", "PredictionTable", "accuracy", "for_classes", "predict", "untaught"]
+__all__ = [
+    "Classifier",
+    "PredictionTable",
+    "Ranker",
+    "accuracy",
+    "for_classes",
+    "predict",
+    "predict_batch",
+    "untaught",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +54,24 @@ class Classifier(Protocol):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return (B, C) logits of (B, 3, H, W) preprocessed images."""
+
+
+class Ranker(ABC):
+    """What names images among so many classes that there is no row of logits."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it wants images."""
+
+    @property
+    @abstractmethod
+    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        """What makes (3, H, W) of an image of any size."""
+
+    @abstractmethod
+    def rank(self, images: torch.Tensor, topk: int) -> tuple[list[list[str]], list[list[float]]]:
+        """Return the likeliest names of (B, 3, H, W) images and their probabilities, best first."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ class PredictionTable:
 
 @takes_workers
 def predict(
-    classifier: Classifier,
+    classifier: Classifier | Ranker,
     images: Any,
     topk: int = 5,
     *,
@@ -94,7 +122,8 @@ def predict(
 
     Args:
         classifier: A learner, see :func:`vlprompt.load`, or a file that was exported
-            (:class:`vlprompt.saved.exported.ExportedClassifier`).
+            (:class:`vlprompt.saved.exported.ExportedClassifier`), or a list of very many names
+            (:class:`vlprompt.classification.name_list.NameList`).
         images: One image or many, in any form that :func:`vlprompt.data.inputs.image_inputs` takes: a folder, a file, a
             PIL image, bytes, an open file, pixels, or an iterable of these, which is read a batch at a time. Addresses
             are refused.
@@ -121,7 +150,7 @@ def predict(
     batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])
     with Loader(_InputReader(classifier.preprocess), pin=classifier.device.type == "cuda") as loader:
         for names, pixels, errors in loader.stream(batches):
-            rows += _predict_batch(classifier, names, pixels, errors, topk)
+            rows += predict_batch(classifier, names, pixels, errors, topk)
     return PredictionTable(rows)
 
 
@@ -216,22 +245,31 @@ def _sendable(image: ImageInput) -> ImageInput | _Unreadable:
 
 
 @torch.no_grad()
-def _predict_batch(
-    classifier: Classifier,
+def predict_batch(
+    classifier: Classifier | Ranker,
     names: Sequence[str],
     pixels: Mapping[int, torch.Tensor],
     errors: Mapping[int, str],
     topk: int,
 ) -> list[dict[str, Any]]:
-    """Return one row per image; arguments as :class:`_InputReader` returns them."""
+    """Return one row per image (see :class:`PredictionTable`).
+
+    Args:
+        classifier: Names them.
+        names: Of n images.
+        pixels: Number in the batch to (3, H, W), of those that can be read.
+        errors: Number to the reason, of those that can't.
+        topk: Names per image.
+    """
     labels: dict[int, list[str]] = {}
     probabilities: dict[int, list[float]] = {}
     if pixels:
-        logits = classifier(torch.stack(list(pixels.values())).to(classifier.device))
-        best = logits.softmax(-1).topk(min(topk, len(classifier.classnames)), dim=-1)
-        for i, values, classes in zip(pixels, best.values.tolist(), best.indices.tolist(), strict=True):
-            labels[i] = [classifier.classnames[number] for number in classes]
-            probabilities[i] = values
+        batch = torch.stack(list(pixels.values())).to(classifier.device)
+        ranked = (
+            classifier.rank(batch, topk) if isinstance(classifier, Ranker) else _rank(classifier, batch, topk)
+        )
+        labels = dict(zip(pixels, ranked[0], strict=True))
+        probabilities = dict(zip(pixels, ranked[1], strict=True))
 
     rows = []
     for i, name in enumerate(names):
@@ -243,6 +281,15 @@ def _predict_batch(
         }
         rows.append(row)
     return rows
+
+
+def _rank(
+    classifier: Classifier, images: torch.Tensor, topk: int
+) -> tuple[list[list[str]], list[list[float]]]:
+    """Return what :meth:`Ranker.rank` does, from logits of all classes."""
+    names = classifier.classnames
+    best = classifier(images).softmax(-1).topk(min(topk, len(names)), dim=-1)
+    return [[names[number] for number in classes] for classes in best.indices.tolist()], best.values.tolist()
 
 
 def _named(row: dict[str, Any]) -> str:

@@ -182,7 +182,7 @@ class StudyCell:
         meet()  # the source's files are written by one process
         source = self.cell.sibling(target=None)
         learner = load(self.folder.parent / source.name / "prompt", self.backbone)
-        test = self._load(self.cell["target"], "test")
+        test = self._scored(self.cell["target"])
         self._add_scores(self._scores(learner, test, ""), test, {})
 
     def _start(self, learner: Learner) -> None:
@@ -296,27 +296,27 @@ class StudyCell:
 
     def _tests(self, name: str) -> dict[str, ImageDataset]:
         """Return the test sets by part: the whole ("") and further data sets, or the base and the new classes."""
-        test = self._load(name, "test")
+        test = self._scored(name)
         if self.config.protocol.name == "base-to-new":
             base, new = split_base_new(len(test.classnames))
             return {"base": test.keep_classes(base), "new": test.keep_classes(new)}
 
         tests = {"": test}
         for label, other in self.config.data.also_test.items():
-            tests[label] = self._load(other, "test")
+            tests[label] = self._scored(other)
         return tests
 
     def _targets(self, learner: Learner) -> list[ImageDataset]:
         """Return the other data sets that later cells score this learner on, if it may not fit them."""
         if not learner.class_bound:
             return []
-        return [self._load(name, "test") for name in self.config.protocol.targets]
+        return [self._scored(name) for name in self.config.protocol.targets]
 
     def _part(self, name: str, split: str) -> ImageDataset:
         """Return the samples of one split that the cell draws."""
         data = self._load(name, split, shots=self.cell["shots"], seed=self.cell["seed"])
         if self.config.protocol.name == "base-to-new":
-            base, _ = split_base_new(len(self._load(name, "test").classnames))
+            base, _ = split_base_new(len(self._scored(name).classnames))
             return data.keep_classes(base)
         return data
 
@@ -339,9 +339,13 @@ class StudyCell:
         }
         return teacher
 
+    def _scored(self, name: str) -> ImageDataset:
+        """Return the split of a data set that figures are of: all of its images, whatever is trained on."""
+        return self._load(name, self.config.data.split)
+
     def _load(self, name: str, split: str, **draw: Any) -> ImageDataset:
         arguments = self.config.data.arguments()
-        arguments["validation"] = self.config.data.validate_on == "val"
+        arguments["validation"] = "val" in (self.config.data.validate_on, self.config.data.split)
         if self.config.protocol.name == "elevater":
             arguments["sampling"] = "elevater"
         return load_dataset(name, split, **draw, **arguments)

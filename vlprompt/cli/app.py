@@ -20,8 +20,10 @@ __all__ = ["COMMANDS", "build", "main"]
 
 COMMANDS = (
     "run",
+    "search",
     "predict",
     "evaluate",
+    "encode",
     "report",
     "check",
     "push",

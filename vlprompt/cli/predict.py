@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
+from vlprompt.cli._errors import on_interrupt
+from vlprompt.cli._progress import count_progress
+from vlprompt.cli._shards import ColumnOption, OnOption, run_shards
 from vlprompt.cli._workers import WorkersOption, parse_workers
+from vlprompt.core.errors import DataError
 
 if TYPE_CHECKING:
-    from vlprompt.classification.predict import Classifier
+    from vlprompt.classification.predict import Classifier, Ranker
+    from vlprompt.learners import Learner
 
 __all__ = ["command"]
 
@@ -25,7 +30,10 @@ def command(
             help="A learner: its folder, its run's, its name on the Hub, or an exported .onnx file."
         ),
     ],
-    images: Annotated[list[str], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, or folders of them; or tar:PATTERN or parquet:PATTERN, shards."),
+    ],
     topk: Annotated[int, typer.Option(min=1, help="Names per image.")] = 5,
     names: Annotated[
         list[str] | None,
@@ -37,22 +45,47 @@ def command(
     ] = None,
     backbone: BackboneChanges = None,
     workers: WorkersOption = "auto",
+    names_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--names",
+            metavar="FILE",
+            help="Very many class names to choose from, a line each; encoded once, into the folder FILE.names.",
+        ),
+    ] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Of --names, look at near ones only, by an index of faiss.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Of shards, where to write a Parquet file for each; needed there.")
+    ] = None,
+    on: OnOption = "serial",
+    column: ColumnOption = "image",
 ) -> int:
     """Name images: a line per image with the likeliest classes.
 
     Exit status: 0; 1 if an image could not be read; 2 after a mistake.
     """
+    if images[0].startswith(("tar:", "parquet:")):
+        return _predict_shards(prompt, images, output, names, topk, backbone, workers, on, column)
+    if output is not None or on != "serial":
+        raise DataError(
+            "--output and --on are for shards, tar:PATTERN or parquet:PATTERN; a table goes to --csv."
+        )
+
     from vlprompt.classification import predict as predicting
     from vlprompt.core.files import write_text
     from vlprompt.saved.prompts import load
 
-    classifier: Classifier
+    classifier: Classifier | Ranker
     if prompt.endswith(".onnx"):
         classifier = _exported(prompt, names, backbone)
     else:
         learner = load(prompt, backbone_changes(backbone))
         classifier = predicting.for_classes(learner, names) if names else learner
+        if names_file is not None:
+            classifier = _listed(learner, names_file, nearest)
     count = parse_workers(workers)
     tables = [predicting.predict(classifier, image, topk, workers=count) for image in images]
     rows = [row for table in tables for row in table]
@@ -66,6 +99,54 @@ def command(
     if unreadable:
         print(f"{unreadable} of {len(rows)} images could not be read.", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _listed(learner: Learner, names: Path, nearest: bool) -> Ranker:
+    """Return what names images by a long list, which is encoded first if it isn't yet."""
+    import torch
+
+    from vlprompt.classification.name_list import NameList, build_name_list
+
+    learner.to("cuda" if torch.cuda.is_available() else "cpu")
+    folder = names.with_name(f"{names.name}.names")
+    with on_interrupt("The same command goes on."), count_progress() as progress:
+        build_name_list(learner, names, folder, progress=progress)
+    return NameList(learner, folder, nearest=nearest)
+
+
+def _predict_shards(
+    prompt: str,
+    images: Sequence[str],
+    output: Path | None,
+    names: list[str] | None,
+    topk: int,
+    backbone: list[str] | None,
+    workers: str,
+    on: str,
+    column: str,
+) -> int:
+    """Name the images of shards, and return the exit status."""
+    from vlprompt.shards.job import Job
+
+    if len(images) > 1:
+        raise DataError("shards are named by one pattern; write {0000..0099} or *, in quotation marks.")
+    if output is None:
+        raise DataError("--output FOLDER: say where the results of shards are to be written.")
+
+    job = Job(
+        kind="predict",
+        data=images[0],
+        folder=str(output),
+        prompt=prompt,
+        backbone=backbone_changes(backbone),
+        classnames=names,
+        topk=topk,
+        column=column,
+        workers=parse_workers(workers),
+    )
+    outcome, status = run_shards(job, on)
+    print(outcome.folder / "parts")
+    return status
 
 
 def _exported(path: str, names: Sequence[str] | None, backbone: Sequence[str] | None) -> Classifier:

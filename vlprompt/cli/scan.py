@@ -10,6 +10,7 @@ import typer
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
+from vlprompt.cli._shards import ColumnOption, OnOption, run_shards
 from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
@@ -20,7 +21,13 @@ SUSPECTED = 3
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Folder of images, searched at any depth.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of images, searched at any depth; or tar:PATTERN or parquet:PATTERN, shards.",
+        ),
+    ],
     prompt: Annotated[
         str, typer.Option("--detector", help="The scanner: folder of a saved dbom learner, or of its run.")
     ],
@@ -56,14 +63,40 @@ def command(
         bool, typer.Option("--links/--no-links", help="Follow links to files outside the folder.")
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue behind the last verdict.")] = False,
+    on: OnOption = "serial",
+    column: ColumnOption = "image",
 ) -> int:
-    """Look for backdoor triggers in a folder of images.
+    """Look for backdoor triggers in a folder of images, or in shards.
 
-    Writes a table, a list of clean files and a sheet to look at.
+    Of a folder, writes a table, a list of clean files and a sheet to look at; of shards, a Parquet file of verdicts for
+    each, and the same command continues with the shards that have none.
 
     Exit status: 0 if nothing is suspected; 3 if something is; 1 if nothing is, but some images could not be read;
     2 after a mistake.
     """
+    if data.startswith(("tar:", "parquet:")):
+        from vlprompt.shards.job import Job
+
+        job = Job(
+            kind="scan",
+            data=data,
+            folder=str(output or Path("scans") / "shards"),
+            prompt=prompt,
+            backbone=backbone_changes(backbone),
+            classnames=objects,
+            threshold=threshold,
+            column=column,
+            batch_size=batch_size,
+            workers=parse_workers(workers),
+        )
+        scanned, status = run_shards(job, on)
+        print(f"{scanned.suspected} suspected: {scanned.folder / 'parts'}")
+        return SUSPECTED if scanned.suspected else status
+    if on != "serial":
+        raise DataError(
+            f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
+        )
+
     import torch
 
     from vlprompt.learners import Learner
@@ -80,6 +113,7 @@ def command(
     if objects:
         learner = learner.with_classes(objects)
         assert isinstance(learner, ImageScanner)
+    folder = Path(data)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
 
     if calibrate is not None and threshold is not None:

@@ -12,7 +12,7 @@ from vlprompt.core.options import describe_problems, options_model
 from vlprompt.core.paths import user_path
 from vlprompt.detection import DETECTORS
 from vlprompt.detection.sources import check_boxes_name, has_splits
-from vlprompt.experiments.concept_study import OWN_TEST, ConceptConfig, ConceptData
+from vlprompt.experiments.concept_study import ConceptConfig, ConceptData
 from vlprompt.experiments.config import STRICT
 
 __all__ = ["BoxData", "ConceptOptions", "DetectionConfig"]
@@ -70,8 +70,8 @@ class DetectionConfig(ConceptConfig):
         return {key: value for key, value in self.detector.items() if key != "name"}
 
     def test_names(self) -> dict[str, str]:
-        """Return label to name of every test set; a data set without splits has no test split of its own."""
-        tests = {OWN_TEST: self.data.name} if has_splits(self.data.name) else {}
+        """Return label to name of every test set; a data set without splits has none of its own."""
+        tests = {self.data.split: self.data.name} if has_splits(self.data.name) else {}
         return {**tests, **self.data.also_test}
 
     def weight_paths(self) -> list[str]:
@@ -92,6 +92,13 @@ class DetectionConfig(ConceptConfig):
             if self.data.validate_on == "val":
                 problems.append(
                     f"data.validate_on: {name!r} is one file and has no validation split; {advice}."
+                )
+
+        for label, other in self.data.also_test.items():
+            if self.data.split == "val" and not has_splits(other):
+                problems.append(
+                    f"data.also_test.{label}: {other!r} is one file and has no validation split, which data.split asks "
+                    "for; name one file for each split: coco:{split}.json:images, or leave it out."
                 )
 
         return problems

@@ -72,7 +72,8 @@ class DetectionExperiment(ConceptExperiment):
         Raises:
             DataError: If one has other classes than the training images.
         """
-        tests = {label: load_boxes(name, "test") for label, name in self.test_names().items()}
+        split = self.config.data.split
+        tests = {label: load_boxes(name, split) for label, name in self.test_names().items()}
         for label, test in tests.items():
             if test.classnames != self.train.classnames:
                 raise DataError(
@@ -173,4 +174,5 @@ class DetectionExperiment(ConceptExperiment):
         files = [(name, "train")]
         if self.config.data.validate_on == "val":
             files.append((name, "val"))
-        return files + [(test, "test") for test in self.test_names().values()]
+        files += [(test, self.config.data.split) for test in self.test_names().values()]
+        return list(dict.fromkeys(files))

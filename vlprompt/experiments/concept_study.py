@@ -31,7 +31,6 @@ from vlprompt.training.options import TrainOptions, TrainSection
 __all__ = [
     "CLASS_NAMES",
     "CONCEPTS",
-    "OWN_TEST",
     "ConceptConfig",
     "ConceptData",
     "ConceptExperiment",
@@ -45,9 +44,6 @@ CONCEPTS = "concepts"
 
 CLASS_NAMES = "class names"
 """The baseline: text features of the class names, nothing is learned."""
-
-OWN_TEST = "test"
-"""Label of the test split of the data set that concepts are searched on."""
 
 SECOND = "second"
 """The stage in which parameters of the host learn too."""
@@ -64,7 +60,10 @@ class ConceptData(BaseModel):
     name: str
     also_test: dict[str, str] = Field(
         default_factory=dict,
-        description="label to a data set with the same classes, beside the test split of name",
+        description="label to a data set with the same classes, beside the scored split of name",
+    )
+    split: Literal["val", "test"] = Field(
+        "test", description="what is scored; val while anything is being chosen"
     )
     validate_on: Literal["val", "none"] = Field("none", description="split for curves and select=best")
 
@@ -109,9 +108,9 @@ class ConceptConfig(ExperimentConfig):
     def problems(self) -> list[str]:
         """See :meth:`ExperimentConfig.problems`: labels of test sets, the second stage, validation."""
         problems = super().problems()
-        if OWN_TEST in self.data.also_test:
+        if self.data.split in self.data.also_test:
             problems.append(
-                f"data.also_test: {OWN_TEST!r} is the label of the test split of data.name; choose another."
+                f"data.also_test: {self.data.split!r} is the label of that split of data.name; choose another."
             )
         if self.train.init:
             problems.append("train.init: a search of concepts starts where concepts.init says; leave it out.")
@@ -145,6 +144,7 @@ class ConceptExperiment(Experiment):
     """
 
     config: ConceptConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
     baselines: ClassVar[tuple[str, ...]] = (CLASS_NAMES,)
     metrics: ClassVar[tuple[str, ...]]
     headline_metric: ClassVar[str]
@@ -160,7 +160,10 @@ class ConceptExperiment(Experiment):
 
     @abstractmethod
     def test_names(self) -> dict[str, str]:
-        """Return label to name of every test set, in order; nothing is read for it."""
+        """Return label to name of every set that is scored, in order; nothing is read for it.
+
+        The scored split of the data set that concepts are searched on has that split's name.
+        """
 
     @abstractmethod
     def score_baseline(self, method: str) -> Scores:
@@ -244,6 +247,7 @@ class ConceptExperiment(Experiment):
         return {
             "protocol": config.protocol.name,
             "data": config.data.name,
+            "split": config.data.split,
             "images": config.protocol.images,
             "seeds": config.protocol.seeds,
         }

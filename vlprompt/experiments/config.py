@@ -34,6 +34,7 @@ from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
 from vlprompt.core.template_files import listed_templates
 from vlprompt.data.descriptions import DescriptionOptions
 from vlprompt.experiments.expectation import Expectation
+from vlprompt.experiments.search.options import SearchOptions
 from vlprompt.training.options import TrackerName
 
 __all__ = [
@@ -58,7 +59,7 @@ __all__ = [
 STRICT = ConfigDict(extra="forbid", frozen=True)
 """Every section: an unknown key is a mistake, and nothing changes once it is read."""
 
-ASIDE = frozenset({"loading", "tracking"})
+ASIDE = frozenset({"loading", "search", "tracking"})
 """Sections that no result depends on, so they are no part of what a run is."""
 
 
@@ -221,6 +222,9 @@ class ExperimentConfig(BaseModel):
     output: str = Field("runs", description="folder that runs are written below")
     loading: LoadingOptions = Field(default_factory=LoadingOptions)
     tracking: TrackingOptions = Field(default_factory=TrackingOptions)
+    search: SearchOptions | None = Field(
+        None, description="what `vlprompt search` varies; `vlprompt run` leaves it alone"
+    )
     expect: list[Expectation] = Field(
         default_factory=list,
         description="figures that a run of this file should reach; `vlprompt check RUN` compares. A file that is based "

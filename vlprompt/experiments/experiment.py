@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import ExperimentConfig
@@ -28,6 +28,8 @@ class Experiment(ABC):
     """
 
     config: ExperimentConfig
+    on_validation: ClassVar[tuple[str, ...]] = ()
+    """Overrides with which every score is one of validation data; empty: its scores are of test data, always."""
     callbacks: tuple[Callback, ...] = ()
     """What :func:`vlprompt.run` was given: takes part in every training of every cell."""
 

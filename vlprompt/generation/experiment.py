@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -73,6 +73,7 @@ class GenerationExperiment(Experiment):
     """
 
     config: GenerationConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
 
     @cached_property
     def host(self) -> Host:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,6 +53,7 @@ class SecurityExperiment(Experiment):
     """
 
     config: SecurityConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
 
     def __init__(self, config: SecurityConfig) -> None:
         super().__init__(config)

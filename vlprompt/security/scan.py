@@ -38,6 +38,7 @@ __all__ = [
     "UNREADABLE",
     "Calibration",
     "DecodedImage",
+    "LookedAt",
     "ScanReport",
     "calibrated",
     "check_counts",
@@ -47,6 +48,7 @@ __all__ = [
     "row_stream",
     "scan",
     "threshold_of",
+    "verdict_rows",
 ]
 
 CLEAN = "clean"
@@ -340,7 +342,7 @@ def row_stream(
     """
     for images, embeddings in _embed_stream(decode, items, scanner, batch_size):
         verdicts = None if embeddings is None else scanner.judge(embeddings)
-        yield from _make_rows(images, verdicts, scanner, threshold)
+        yield from verdict_rows(images, verdicts, scanner, threshold)
 
 
 def decode_file(path: Path, name: str, preprocess: Preprocess) -> DecodedImage:
@@ -371,16 +373,16 @@ class _BatchReader:
 
     decode: Decode
 
-    def __call__(self, items: Sequence[Any]) -> tuple[list[_Looked], Tensor | None]:
+    def __call__(self, items: Sequence[Any]) -> tuple[list[LookedAt], Tensor | None]:
         """Return what was looked at, and (n, 3, H, W) pixels of the readable ones, None if there is none."""
         images = [self.decode(item) for item in items]
         pixels = [image.pixels for image in images if image.pixels is not None]
-        looked = [_Looked(image.name, image.pixels is not None, image.note) for image in images]
+        looked = [LookedAt(image.name, image.pixels is not None, image.note) for image in images]
         return looked, torch.stack(pixels) if pixels else None
 
 
 @dataclass(frozen=True)
-class _Looked:
+class LookedAt:
     """An image that was decoded, without its pixels, or why it could not be (see :class:`DecodedImage`)."""
 
     name: str
@@ -390,7 +392,7 @@ class _Looked:
 
 def _embed_stream(
     decode: Decode, items: Iterable[Any], scanner: ImageScanner, batch_size: int
-) -> Iterator[tuple[list[_Looked], Tensor | None]]:
+) -> Iterator[tuple[list[LookedAt], Tensor | None]]:
     """Yield batches of images with the rows of the readable ones; the next batches are decoded meanwhile."""
     source = iter(items)
     batches = iter(lambda: list(islice(source, batch_size)), [])
@@ -401,8 +403,8 @@ def _embed_stream(
                 yield images, None if pixels is None else scanner.embed_images(pixels)
 
 
-def _make_rows(
-    images: Sequence[_Looked], verdicts: Verdicts | None, scanner: ImageScanner, threshold: float
+def verdict_rows(
+    images: Sequence[LookedAt], verdicts: Verdicts | None, scanner: ImageScanner, threshold: float
 ) -> Iterator[Row]:
     """Turn verdicts into rows.
 
@@ -454,7 +456,7 @@ def _scan_set(
     batch_size: int,
 ) -> list[Row]:
     """Scan a labelled set as a whole."""
-    images: list[_Looked] = []
+    images: list[LookedAt] = []
     parts: list[Tensor] = []
     for batch, embeddings in _embed_stream(decode, items, scanner, batch_size):
         images += batch
@@ -463,7 +465,7 @@ def _scan_set(
 
     labels = [label for label, image in zip(data.labels, images, strict=True) if image.readable]
     verdicts = scanner.judge_set(torch.cat(parts), torch.tensor(labels)) if parts else None
-    return list(_make_rows(images, verdicts, scanner, threshold))
+    return list(verdict_rows(images, verdicts, scanner, threshold))
 
 
 def _sources(images: Any, preprocess: Preprocess) -> tuple[Decode, Sequence[Any]]:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from vlprompt.backbones import unknown_backbone
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
-from vlprompt.core.options import check_options, describe_problems, options_model
+from vlprompt.core.options import check_options, describe_problems
 from vlprompt.data.names import check_name
 from vlprompt.data.segmentation.augment import JointAugmentation
 from vlprompt.experiments.config import STRICT, BackboneOptions, ExperimentConfig, Seeds, merge
@@ -23,12 +23,8 @@ from vlprompt.segmentation.losses import LossName
 __all__ = [
     "BenchmarkProtocol",
     "DataOptions",
-    "Dimension",
     "MethodSpec",
     "ModelSpec",
-    "SearchConfig",
-    "SearchOptions",
-    "SearchProtocol",
     "SegmentationConfig",
     "backbone_problems",
     "name_problems",
@@ -59,6 +55,9 @@ class DataOptions(BaseModel):
     name: str | list[str] = Field(
         "scenes/masks",
         description="catalogue name(s), scenes/masks@STYLE, pairs:PATH, prompts:PATH or per_class:PATH",
+    )
+    split: Literal["val", "test"] = Field(
+        "test", description="what is scored in the end; val while anything is being chosen"
     )
     val_images: int | None = Field(None, ge=1, description="validation images that are drawn; empty: all")
     test_images: int | None = Field(None, ge=1, description="test images that are drawn, for a quick look")
@@ -118,71 +117,20 @@ class DataOptions(BaseModel):
         return {**{key: getattr(self, key) for key in _ARGUMENTS}, **self.options}
 
 
-class SharedProtocol(BaseModel):
-    """What the protocols of this task share."""
+class BenchmarkProtocol(BaseModel):
+    """The ``protocol:`` section: every method of every model on every data set."""
 
     model_config = STRICT
 
+    name: Literal["benchmark"] = "benchmark"
     images: ImageCounts = Field(
         default=[None], description="training images drawn in all, one number or several; null: all"
     )
     seeds: Seeds = Field(default_factory=lambda: [1])
     baseline: str | None = Field("zero_shot", description="method that gains are counted from")
-
-
-class BenchmarkProtocol(SharedProtocol):
-    """The ``protocol:`` section: every method of every model on every data set."""
-
-    name: Literal["benchmark"] = "benchmark"
     depths: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=list,
         description="prompt depths to compare, for methods that have one; drawn as a figure",
-    )
-
-
-class SearchProtocol(SharedProtocol):
-    """The ``protocol:`` section: options are searched; the first seed draws images and starts."""
-
-    name: Literal["search"] = "search"
-
-
-class Dimension(BaseModel):
-    """One searched option: a range of numbers or a choice."""
-
-    model_config = STRICT
-
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    choices: list[Any] | None = Field(None, min_length=1)
-
-    @property
-    def is_range(self) -> bool:
-        """Whether it has two ends in the right order."""
-        return self.low is not None and self.high is not None and self.low < self.high
-
-
-class SearchOptions(BaseModel):
-    """The ``search:`` section: TuneVLSeg's, 20 trials of which 10 are random, the least validation loss wins."""
-
-    model_config = STRICT
-
-    trials: int = Field(20, ge=1)
-    startup: int = Field(10, ge=1, description="random trials before the sampler learns from them")
-    seed: int = Field(12345, ge=0)
-    pruned: bool = Field(
-        True, description="end trials that are worse than the median of the others at that epoch"
-    )
-    space: dict[str, Dimension] = Field(
-        default_factory=lambda: {
-            "train.lr": Dimension(low=1e-5, high=5e-3, log=True),
-            "train.weight_decay": Dimension(low=1e-5, high=1e-2, log=True),
-            "depth": Dimension(low=1, high=11),
-        },
-        description="train.KEY, or an option of model or method; what a method lacks is left out for it",
-    )
-    own: dict[str, dict[str, Dimension]] = Field(
-        default_factory=dict, description="method label to further dimensions"
     )
 
 
@@ -221,7 +169,7 @@ class MethodSpec:
 
 
 class SegmentationConfig(ExperimentConfig):
-    """Models and methods, and what they are trained and tested on: a benchmark, and the base of a search."""
+    """Models and methods, and what they are trained and tested on."""
 
     expected_task: ClassVar[str] = "segmentation"
 
@@ -337,45 +285,6 @@ class SegmentationConfig(ExperimentConfig):
                 problems.append(f"methods.{label}.train.init: {_NO_INIT}")
 
         return problems
-
-
-class SearchConfig(SegmentationConfig):
-    """What a benchmark has, and which options are varied."""
-
-    protocol: SearchProtocol = Field(default_factory=SearchProtocol)  # type: ignore[assignment]
-    search: SearchOptions = Field(default_factory=SearchOptions)
-
-    def problems(self) -> list[str]:
-        """See :meth:`ExperimentConfig.problems`: dimensions that nothing has, ranges without two ends."""
-        problems = super().problems()
-        if problems:
-            return problems
-
-        for label in self.search.own:
-            if label not in self.methods:
-                problems.append(f"search.own: {UnknownNameError('method', label, self.methods)}")
-
-        options = self._searchable_options()
-        spaces = {"search.space": self.search.space}
-
-        spaces |= {f"search.own.{label}": space for label, space in self.search.own.items()}
-        for where, space in spaces.items():
-            for key, dimension in space.items():
-                # The depth is searched for those methods that have one; a file may have none of them.
-                if key not in options and not (where == "search.space" and key == "depth"):
-                    problems.append(f"{where}: {UnknownNameError('option', key, options)}")
-                if dimension.is_range == (dimension.choices is not None):
-                    problems.append(f"{where}.{key}: give low and high with low < high, or choices.")
-
-        return problems
-
-    def _searchable_options(self) -> set[str]:
-        options = {f"train.{key}" for key in SegmentTrainSection.model_fields}
-        for label in self.models:
-            options |= options_model(SEGMENTERS.get(self.model(label).name).target).model_fields.keys()
-        for label in self.methods:
-            options |= options_model(STRATEGIES.get(self.method(label).name).target).model_fields.keys()
-        return options
 
 
 def _backbone_section(value: Any) -> BackboneOptions:

@@ -8,15 +8,14 @@ from typing import Any
 from vlprompt.core.errors import ConfigError, UnknownNameError
 from vlprompt.experiments.config import merge, parse_overrides
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.segmentation.config import SearchConfig, SegmentationConfig
+from vlprompt.segmentation.config import SegmentationConfig
 from vlprompt.segmentation.protocols.benchmark import BenchmarkExperiment
 from vlprompt.segmentation.protocols.concepts import ConceptMaskConfig, ConceptMaskExperiment
-from vlprompt.segmentation.protocols.search import SearchExperiment
 
 __all__ = ["build"]
 
 _BENCHMARK = "benchmark"
-_PROTOCOLS = (_BENCHMARK, "search", "concepts")
+_PROTOCOLS = (_BENCHMARK, "concepts")
 
 
 def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Experiment:
@@ -25,10 +24,6 @@ def build(raw: Mapping[str, Any], overrides: Sequence[str], source: str) -> Expe
     protocol = content.get("protocol")
 
     name = protocol.get("name", _BENCHMARK) if isinstance(protocol, Mapping) else _BENCHMARK
-    if name == "search":
-        changes = parse_overrides(overrides, SearchConfig)
-        return SearchExperiment(SearchConfig.parse(raw, changes, source))
-
     if name == "concepts":
         changes = parse_overrides(overrides, ConceptMaskConfig)
         return ConceptMaskExperiment(ConceptMaskConfig.parse(raw, changes, source))

@@ -165,8 +165,8 @@ def _heading(config: SegmentationConfig) -> str:
     counts = "/".join(str(images or "all") for images in config.protocol.images)
     asked = "the classes they show" if config.data.queries == "present" else "every class"
     return (
-        f"Dice per pair at the masks' own size on test, {counts} training images, seeds {seeds}; mean and 95 % "
-        f"interval over seeds. Images are asked for {asked}."
+        f"Dice per pair at the masks' own size on {config.data.split}, {counts} training images, seeds {seeds}; "
+        f"mean and 95 % interval over seeds. Images are asked for {asked}."
     )
 
 

@@ -22,6 +22,7 @@ from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_json, write_tensors
 from vlprompt.core.paths import user_path
 from vlprompt.data.captions import CaptionSource, open_captions
+from vlprompt.data.captions.encoded import EncodedCaptions
 from vlprompt.data.loading import Loader, Workers
 
 __all__ = ["CaptionStore", "Rows", "build_store"]
@@ -136,6 +137,9 @@ def build_store(
         "shard": shard,
     }
     _claim(folder, facts)
+    if isinstance(source, EncodedCaptions):
+        return _encoded_store(folder, source, backbone)
+
     parts: list[dict[str, Tensor]] = []
     skipped: dict[int, str] = {}
     reader = _ImageReader(source, backbone.preprocess)
@@ -161,6 +165,21 @@ def build_store(
 
     image, text = (Rows([part[side] for part in parts]) for side in ("image", "text"))
     return CaptionStore(folder, source, index, image, text, skipped)
+
+
+def _encoded_store(folder: Path, source: EncodedCaptions, backbone: Backbone) -> CaptionStore:
+    """Return the store of features that were computed elsewhere.
+
+    Raises:
+        CheckpointError: If another backbone computed them.
+    """
+    if source.backbone != backbone.features_id:
+        raise CheckpointError(
+            f"{source.folder} has features of another backbone, {source.backbone}, not {backbone.features_id}: encode "
+            "with this one, into another folder."
+        )
+    index = torch.arange(len(source))
+    return CaptionStore(folder, source, index, Rows(source.image_rows), Rows(source.text_rows), {})
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class SegmentationExperiment(Experiment):
 
     config_type: ClassVar[type[SegmentationConfig]] = SegmentationConfig
     config: SegmentationConfig
+    on_validation: ClassVar[tuple[str, ...]] = ("data.split=val",)
 
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__(config)
@@ -70,6 +71,7 @@ class SegmentationExperiment(Experiment):
         return {
             "protocol": config.protocol.name,
             "data": config.data.names,
+            "split": config.data.split,
             "images": config.protocol.images,
             "queries": config.data.queries,
             "seeds": config.protocol.seeds,
@@ -104,6 +106,10 @@ class SegmentationExperiment(Experiment):
             self._data[key] = data
 
         return self._data[key]
+
+    def scored(self, cell: Cell) -> MaskDataset:
+        """Return the pairs that a cell's figures are of."""
+        return self.data(cell, self.config.data.split)
 
     def segmenter(self, cell: Cell, **changes: Any) -> Segmenter:
         """Build a cell's model, with other options than the configuration's if some are given."""

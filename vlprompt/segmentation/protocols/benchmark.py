@@ -68,7 +68,7 @@ class BenchmarkExperiment(SegmentationExperiment):
         result = CellResult()
         segmenter = self.segmenter(cell)
         result.facts[f"backbone/{cell['model']}"] = self.backbone(cell["model"]).fingerprint
-        test = self.data(cell, "test")
+        test = self.scored(cell)
         result.facts |= data_facts(cell["data"], test)
         check_phrases(segmenter, test)
 
@@ -207,7 +207,7 @@ class BenchmarkExperiment(SegmentationExperiment):
 
     def _readable_pairs(self, cell: Cell) -> list[MaskedImage]:
         try:
-            test = self.data(cell, "test")
+            test = self.scored(cell)
             return [test[index] for index in self._shown_pairs(test)]
         except DataError as error:  # images that went missing since must not cost the tables
             log.warning("no overlays of %s: %s", cell["data"], error)

@@ -23,7 +23,6 @@ from vlprompt.data.segmentation import MaskDataset
 from vlprompt.experiments.backbone import build_backbone
 from vlprompt.experiments.concept_study import (
     CLASS_NAMES,
-    OWN_TEST,
     ConceptConfig,
     ConceptData,
     ConceptExperiment,
@@ -128,11 +127,11 @@ class ConceptMaskExperiment(ConceptExperiment):
 
     def test_names(self) -> dict[str, str]:
         """See :meth:`ConceptExperiment.test_names`."""
-        return {OWN_TEST: self.config.data.name, **self.config.data.also_test}
+        return {self.config.data.split: self.config.data.name, **self.config.data.also_test}
 
     def classnames(self) -> tuple[str, ...]:
         """See :meth:`ConceptExperiment.classnames`."""
-        return self._tests[OWN_TEST].classnames
+        return self._tests[self.config.data.split].classnames
 
     def sources(self) -> dict[str, str]:
         """See :meth:`Experiment.sources`."""
@@ -204,9 +203,10 @@ class ConceptMaskExperiment(ConceptExperiment):
     @cached_property
     def _tests(self) -> dict[str, MaskDataset]:
         """Label to test set; all have the same classes."""
-        tests = {label: self._load(name, "test") for label, name in self.test_names().items()}
+        split = self.config.data.split
+        tests = {label: self._load(name, split) for label, name in self.test_names().items()}
         for label, test in tests.items():
-            if test.classnames != tests[OWN_TEST].classnames:
+            if test.classnames != tests[split].classnames:
                 raise DataError(
                     f"data.also_test.{label}: {test.name} has other classes than {self.config.data.name}."
                 )
