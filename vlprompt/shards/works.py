@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.backbones import Backbone
 from vlprompt.classification.predict import Classifier, predict_batch
 from vlprompt.core.errors import DataError, NonFiniteError
-from vlprompt.data.images import decode
+from vlprompt.data.decoding import decode
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
 from vlprompt.security.scan import POISONED, LookedAt, verdict_rows
