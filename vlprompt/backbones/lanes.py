@@ -161,16 +161,16 @@ def run_lanes(tower: VisionTower, images: Images, lanes: Sequence[Lane], start: 
     selectors = torch.stack([lane.selectors for lane in lanes]).to(dtype)
     prompts = torch.stack([lane.prompts for lane in lanes]).to(dtype)  # (T, J, 2, M, W)
     token = None if start is None else start.to(dtype).expand(len(images), len(lanes), -1)
-    kept = isinstance(images, BlockInputs)
+    kept = images if isinstance(images, BlockInputs) else None
 
-    if not kept:
+    if kept is None:
         stream = _stream(tower)
         x = stream.norm_before(stream.embed(images.to(dtype))[0])  # type: ignore[arg-type]
 
     for number, block in enumerate(map(_Block, tower.blocks)):
         is_last = number == tower.layers - 1
-        if kept:
-            normed = images.tokens[:, number].to(dtype)
+        if kept is not None:
+            normed = kept.tokens[:, number].to(dtype)
             frozen = None
         else:
             normed = block.first_norm(x)
