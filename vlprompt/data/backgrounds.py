@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from vlprompt.core.seeding import numpy_rng
@@ -53,7 +55,7 @@ def _image(photographs: Sequence[Image.Image], rng: np.random.Generator) -> Imag
     else:
         image = _cut(photographs[int(rng.integers(len(photographs)))], rng, width, height, way)
 
-    values = np.asarray(image).astype(np.float32)
+    values: NDArray[np.floating[Any]] = np.asarray(image).astype(np.float32)
     if rng.random() < 0.4:
         values = 128 + (values - 128) * rng.uniform(0.3, 1.3) + rng.uniform(-70, 50)
     if rng.random() < 0.3:

@@ -71,7 +71,9 @@ class DetectionConfig(ConceptConfig):
 
     def test_names(self) -> dict[str, str]:
         """Return label to name of every test set; a data set without splits has none of its own."""
-        tests = {self.data.split: self.data.name} if has_splits(self.data.name) else {}
+        tests: dict[str, str] = {}
+        if has_splits(self.data.name):
+            tests[self.data.split] = self.data.name
         return {**tests, **self.data.also_test}
 
     def weight_paths(self) -> list[str]:

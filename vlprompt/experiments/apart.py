@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from vlprompt.experiments.cell import Cell, CellResult, Failure
+from vlprompt.experiments.cell import Cell, CellResult, Failure, Outcome, Taken
+from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.executors import create_executor
 from vlprompt.experiments.experiment import Experiment
 
@@ -25,18 +27,29 @@ def run_apart(
         on: An executor, for example ``"processes:4"``.
         experiment: Whose cells they are.
         cells: What to run.
-        folder: Each cell has a folder of its own below it; it is made by whoever writes into it.
+        folder: Where cells have folders while they run.
 
     Raises:
         UnknownNameError: For an unknown executor.
         VLPromptError: If what stands behind its colon is not what it takes.
     """
-    waiting = deque(cells)
-    running: dict[Future[CellResult | Failure], Cell] = {}
-    with create_executor(on, experiment) as executor:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        create_executor(on, experiment) as executor,
+        # Cells leave results behind, which would count as done in the next command.
+        tempfile.TemporaryDirectory(prefix="command-", dir=folder) as own,
+    ):
+        waiting = deque(CellFolder(Path(own) / cell.name, cell) for cell in cells)
+        running: dict[Future[Outcome], Cell] = {}
         while waiting or running:
             while waiting and len(running) < executor.slots:
-                cell = waiting.popleft()
-                running[executor.submit(cell, folder / cell.name)] = cell
+                place = waiting.popleft()
+                running[executor.submit(place)] = place.cell
+
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                outcome = future.result()
+                if isinstance(
+                    outcome, Taken
+                ):  # nobody else knows the folder: the claim was lost by a process that slept
+                    outcome = Failure(f"it was stopped for so long that {outcome.holder} took it over")
+                yield running.pop(future), outcome

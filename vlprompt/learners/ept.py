@@ -221,4 +221,5 @@ class EPT(DePT):
         state = {name: t for name, t in self.trainable_state().items() if not name.startswith("fusion.")}
         state["context"] = self.fused_context().detach()
         folded.to(self.backbone.device).load_trainable_state(state)
-        return folded.train(self.training)
+        folded.train(self.training)
+        return folded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from vlprompt.core.seeding import numpy_rng
 
 __all__ = ["Canvas", "Colour", "Points", "Texture", "mixed", "noise"]
 
-Colour = Sequence[float]
+Colour = Sequence[float] | NDArray[np.floating[Any]]
 Points = Sequence[tuple[float, float]]
 
 _TILE = 512  # pixels of a tile of noise
@@ -99,7 +100,7 @@ class Canvas:
     def __init__(self, side: int, rng: np.random.Generator) -> None:
         self.side = side
         self.rng = rng
-        self.pixels = np.zeros((side, side, 3), np.float32)
+        self.pixels: NDArray[np.floating[Any]] = np.zeros((side, side, 3), np.float32)
         self.masks: dict[str, NDArray[np.bool_]] = {}
 
     def polygon(self, points: Points) -> NDArray[np.bool_]:

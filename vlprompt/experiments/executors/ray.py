@@ -219,7 +219,7 @@ def _work(description: PortableExperiment, place: CellFolder, surroundings: _Sur
             "install the same.",
             mistake=True,
         )
-    if not (place.path.parent.parent / "config.yaml").is_file():
+    if not place.path.parent.parent.is_dir():
         return Failure(
             f"the node {socket.gethostname()} does not see {place.path.parent.parent}: output must name a folder that "
             "all nodes share.",
