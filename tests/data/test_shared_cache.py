@@ -89,7 +89,9 @@ def test_what_a_killed_process_had_claimed_is_computed_by_another(
     tmp_path: Path, image_data: ImageDataset
 ) -> None:
     diary, cache = tmp_path / "diary", tmp_path / "cache"
-    victim = start(cache, image_data, diary, tmp_path / "never", seconds=0.2)
+    victim = start(
+        cache, image_data, diary, tmp_path / "never", seconds=5.0
+    )  # it is killed within the first image
     deadline = time.monotonic() + 60
     while not diary.exists() and time.monotonic() < deadline:
         time.sleep(0.005)

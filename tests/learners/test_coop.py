@@ -87,7 +87,9 @@ def test_class_weights_are_computed_once_per_evaluation(
     learner = create_learner("coop", backbone, NAMES, context_length=4).eval()
     calls: list[int] = []
     encode = backbone.text.encode
-    monkeypatch.setattr(backbone.text, "encode", lambda *args: (calls.append(1), encode(*args))[1])
+    monkeypatch.setattr(
+        backbone.text, "encode", lambda *args, **more: (calls.append(1), encode(*args, **more))[1]
+    )
     with torch.no_grad():
         first = learner(images)
         learner(images)

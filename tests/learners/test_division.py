@@ -24,7 +24,7 @@ def test_the_sentences_of_a_step_do_not_depend_on_its_samples(
     seen: list[tuple[tuple[tuple[int, ...], ...], int]] = []
     encode = backbone.text.encode
 
-    def watched(layout, context=None, deep=None, adapters=None):  # type: ignore[no-untyped-def]
+    def watched(layout, context=None, deep=None, adapters=None, offsets=None):  # type: ignore[no-untyped-def]
         rows = (
             [deep] if isinstance(deep, Tensor) else list((deep or {}).values())
         )  # prompts of blocks by number
@@ -33,7 +33,7 @@ def test_the_sentences_of_a_step_do_not_depend_on_its_samples(
         )
         if torch.is_grad_enabled() and not groups:
             seen.append((tuple(layout.sentences), -1 if context is None else len(context)))
-        return encode(layout, context, deep, adapters)
+        return encode(layout, context, deep, adapters, offsets)
 
     monkeypatch.setattr(backbone.text, "encode", watched)
     steps = []

@@ -27,6 +27,8 @@ STANDS_ON = [
     "clip_lora",
     "coop",
     "coprompt",
+    "dept",
+    "ept",
     "ivlp",
     "kgcoop",
     "lasp",

@@ -51,7 +51,9 @@ def naive_towers(
     class_weights = learner.class_weights
     template = learner.templates[0]
 
-    def encode(layout: Any, context: Any = None, deep: Any = None, adapters: Any = None) -> Tensor:
+    def encode(
+        layout: Any, context: Any = None, deep: Any = None, adapters: Any = None, offsets: Any = None
+    ) -> Tensor:
         nonlocal left
         groups = max(
             [
@@ -66,14 +68,14 @@ def naive_towers(
         need = naive_text_bytes(tower, groups * len(layout))
         if not torch.is_grad_enabled() or need <= left:
             left -= need if torch.is_grad_enabled() else 0
-            return tower.encode_plain(layout, context, deep, tower.context_length, adapters)
+            return tower.encode_plain(layout, context, deep, tower.context_length, adapters, offsets)
 
         size = max(1, len(layout) * memory // (2 * need))
         parts = []
         with aside.running():
             for start in range(0, len(layout), size):
                 part = layout.part(range(start, min(start + size, len(layout))))
-                arguments = (part, context, deep, tower.context_length, adapters)
+                arguments = (part, context, deep, tower.context_length, adapters, offsets)
                 parts.append(checkpoint(tower.encode_plain, *arguments, use_reentrant=False))
         return torch.cat(parts, dim=-2)
 

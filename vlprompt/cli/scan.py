@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,10 +75,8 @@ def command(
     2 after a mistake.
     """
     if data.startswith(("tar:", "parquet:")):
-        from vlprompt.shards.job import Job
-
-        job = Job(
-            kind="scan",
+        return _scan_shards(
+            on,
             data=data,
             folder=str(output or Path("scans") / "shards"),
             prompt=prompt,
@@ -89,9 +87,6 @@ def command(
             batch_size=batch_size,
             workers=parse_workers(workers),
         )
-        scanned, status = run_shards(job, on)
-        print(f"{scanned.suspected} suspected: {scanned.folder / 'parts'}")
-        return SUSPECTED if scanned.suspected else status
     if on != "serial":
         raise DataError(
             f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
@@ -116,12 +111,9 @@ def command(
     folder = Path(data)
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    if calibrate is not None and threshold is not None:
-        raise DataError(
-            "--threshold and --calibrate both say from which score an image is suspected: give one."
-        )
     calibration = None
     if calibrate is not None:
+        _refuse_both(threshold)
         calibration = calibrated(
             calibrate, learner, false_alarms, batch_size=batch_size, workers=parse_workers(workers)
         )
@@ -152,3 +144,19 @@ def command(
     if outcome.poisoned:
         return SUSPECTED
     return 1 if outcome.unreadable else 0
+
+
+def _scan_shards(on: str, **options: Any) -> int:
+    """Scan shards, say where the verdicts lie, and return the exit status."""
+    from vlprompt.shards.job import Job
+
+    scanned, status = run_shards(Job(kind="scan", **options), on)
+    print(f"{scanned.suspected} suspected: {scanned.folder / 'parts'}")
+    return SUSPECTED if scanned.suspected else status
+
+
+def _refuse_both(threshold: float | None) -> None:
+    if threshold is not None:
+        raise DataError(
+            "--threshold and --calibrate both say from which score an image is suspected: give one."
+        )

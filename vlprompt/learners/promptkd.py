@@ -230,5 +230,17 @@ class PromptKD(PromptedImages):
     def _new_projector(self, width: int) -> nn.Sequential:
         with seeded_modules(self.seed, "promptkd projector"):
             return nn.Sequential(
-                nn.Linear(self.backbone.dim, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
+                nn.Linear(self.backbone.dim, width), _BatchNorm(width), nn.ReLU(), nn.Linear(width, width)
             )
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Batch norm that takes what it measured before where a batch is one image, such as the rest of an epoch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, D) normalised rows."""
+        if self.training and len(input) == 1:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+            )
+        return super().forward(input)

@@ -83,6 +83,12 @@ class MetaPrompts(nn.Module, Wrapper):
                 f"{learner.method} must look at labelled training images first, and captioned pairs are none. Use a "
                 "learner of prompts (coop, vpt, upt, maple, ivlp, mvlpt ...)."
             )
+        measured = set(learner.trainable_state()) - {name for name, _ in learner.named_parameters()}
+        if measured:
+            raise DataError(
+                f"{learner.title()} keeps what it measures on a data set, which tasks can't share: "
+                f"{', '.join(sorted(measured))}."
+            )
         if learner.phases():
             raise DataError(f"{learner.title()} is trained in phases, which an episode has none of.")
         if learner.combines_gradients:

@@ -124,7 +124,7 @@ def test_a_run_resumes_and_ships_what_the_segmenter_loads(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretraining.masks._Ship.on_step", stop, raising=False)
+        patch.setattr("pretraining.masks.ShipDecoder.on_step", stop, raising=False)
         short = OPTIONS.model_copy(
             update={"train": OPTIONS.train.model_copy(update={"checkpoint_seconds": 0.0})}
         )
