@@ -150,9 +150,10 @@ def test_jobs_give_the_files_of_one_process_though_one_is_killed_and_a_cell_fail
 
 @pytest.mark.slow
 def test_a_job_that_is_preempted_is_queued_again_and_goes_on(tmp_path: Path) -> None:
-    options = {"methods": {"one": 0.1}, "seeds": [1], "seconds": 1.0, "diary": str(tmp_path / "diary")}
+    options = {"methods": {"one": 0.1}, "seeds": [1], "seconds": 4.0, "diary": str(tmp_path / "diary")}
     run = run_of(tmp_path, **options)
     command = start({"output": str(tmp_path), **options}, on="slurm:local,jobs=1,retries=0")
+    wait_for((tmp_path / "diary").exists, "a cell that has begun")
     ((cell, process),) = wait_for(lambda: owners(run).items(), "a job")
     os.kill(process, signal.SIGUSR2)  # what Slurm sends before it takes a job off its node
     assert command.wait() == 0

@@ -334,7 +334,7 @@ def test_adaptation_and_segmentation_are_searched_by_the_same_command(tmp_path: 
         "data": {"name": "scenes/shape@sketch", "test_images": 12},
         "methods": {"tda": {}},
         "search": {
-            "objective": "tda/accuracy",
+            "objective": "tda/scenes/shape@sketch/accuracy",
             "space": {"methods.tda.alpha": {"low": 0.5, "high": 4.0}},
             "trials": 2,
         },

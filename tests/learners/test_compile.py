@@ -73,7 +73,7 @@ def test_losses_are_one_graph(name: str, backbone: Backbone, images: Tensor) -> 
     states = learner.frozen_stages()
     if states and not learner.static_images:
         torch.manual_seed(0)
-        losses = compiled({**batch, "image": backbone.image_states(images, states - 1)})
+        losses = compiled({**batch, "image": learner.frozen_states(images)})
         for key, value in losses.items():
             torch.testing.assert_close(value, expected.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-5)
 

@@ -93,8 +93,10 @@ class _Block:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return (..., Q, W) behind the output projection, for (..., Q, W) and (..., K, W)."""
+        sets = query.shape[:-2]
         parts = [t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in (query, key, value)]
-        attended = F.scaled_dot_product_attention(*parts).transpose(-2, -3).flatten(-2)
+        parts = [t.flatten(0, -4) for t in parts]  # ONNX knows fused attention of four axes alone
+        attended = F.scaled_dot_product_attention(*parts).transpose(-2, -3).flatten(-2).unflatten(0, sets)
         return self.first_scale(self.project(self.inner(attended)))
 
     def after_attention(self, x: Tensor) -> Tensor:
@@ -160,8 +162,9 @@ def run_lanes(tower: VisionTower, images: Images, lanes: Sequence[Lane], start: 
     dtype = tower.dtype
     selectors = torch.stack([lane.selectors for lane in lanes]).to(dtype)
     prompts = torch.stack([lane.prompts for lane in lanes]).to(dtype)  # (T, J, 2, M, W)
-    token = None if start is None else start.to(dtype).expand(len(images), len(lanes), -1)
     kept = images if isinstance(images, BlockInputs) else None
+    batch = images.shape[0] if kept is None else kept.tokens.shape[0]  # type: ignore[union-attr]
+    token = None if start is None else start.to(dtype).expand(batch, len(lanes), -1)
 
     if kept is None:
         stream = _stream(tower)
@@ -237,8 +240,8 @@ def _step(
     keys = [own_key, key]
     values = [own_value, value]
     if prompts is not None:
-        keys.insert(0, prompts[:, 0].expand(len(token), -1, -1, -1))
-        values.insert(0, prompts[:, 1].expand(len(token), -1, -1, -1))
+        keys.insert(0, prompts[:, 0].expand(token.shape[0], -1, -1, -1))
+        values.insert(0, prompts[:, 1].expand(token.shape[0], -1, -1, -1))
 
     attended = block.attend(query, torch.cat(keys, dim=2), torch.cat(values, dim=2)).squeeze(2)
     return block.after_attention(token + attended)

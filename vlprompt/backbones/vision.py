@@ -298,7 +298,8 @@ class VisionTower:
         edits = [edit_of(adapter) for adapter in adapters]
         if any(edit.changes_attention for edit in edits):
             self.require_attention_edits()
-            check_keys_values(edits, self.width, (1, len(images)))
+            tokens = images if isinstance(images, Tensor) else images.tokens
+            check_keys_values(edits, self.width, (1, tokens.shape[0]))
 
         attention = attention_parts(adapters)
         joins = any(part is not None for part in attention)

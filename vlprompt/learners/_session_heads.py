@@ -114,7 +114,7 @@ class HeadedSessions(SessionLearner):
 
         part_of = self.get_buffer("part_of")
         which = part_of if features.shape[1] > 1 else torch.zeros_like(part_of)
-        cosines = cosines.gather(1, which.expand(len(cosines), 1, -1)).squeeze(1)
+        cosines = cosines.gather(1, which.expand(cosines.shape[0], 1, -1)).squeeze(1)
         scales = torch.cat([self._head(number).log_scale for number in self.read_sessions]).exp()
         return scales[part_of] * cosines + self._biases()
 

@@ -101,7 +101,7 @@ class DualPrompt(QueriedPrompts):
         for block, (keys, values) in enumerate(() if self.shared is None else self.shared):
             picked[block] = KeysValues(keys, values)
 
-        chosen = torch.full((len(query),), self.newest, device=query.device)
+        chosen = torch.full((query.shape[0],), self.newest, device=query.device)
         if not learning:
             chosen = (query @ self._keys().T).argmax(1)
         prompts = torch.stack([self._expert(number).prompts for number in range(len(self.sessions))])[chosen]
