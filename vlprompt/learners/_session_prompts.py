@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.backbones import Backbone
 from vlprompt.backbones.edits import BlockEdit, KeysValues
 from vlprompt.backbones.vision import Images
-from vlprompt.learners._losses import binary_cross_entropy
-from vlprompt.learners._session_heads import HeadedSessions
+from vlprompt.learners._session_heads import HeadedSessions, HeadKind
+from vlprompt.learners.recipe import Recipe
 
 __all__ = ["QueriedPrompts"]
 
@@ -22,10 +23,34 @@ class QueriedPrompts(HeadedSessions):
 
     The query is the frozen tower's feature of unit length, (B, d), which costs a second pass. A subclass makes
     :meth:`keys_values` of it, and may add a loss of its keys (:meth:`key_loss`).
+
+    Args:
+        backbone: See :class:`Learner`.
+        classnames: See :class:`Learner`.
+        templates: See :class:`HeadedSessions`.
+        sessions: See :class:`SessionLearner`.
+        head: See :class:`HeadedSessions`.
+        seed: See :class:`HeadedSessions`.
+
+    Raises:
+        BackboneError: If keys and values can't enter the backbone's image tower.
     """
 
+    recipe = Recipe({"lr": 0.001, "batch_size": 128, "epochs": 50, "optimizer": "adam", "weight_decay": 0.0})
     static_images = False
     reads_frozen = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        templates: Sequence[str],
+        sessions: Sequence[Sequence[str]] | None,
+        head: HeadKind,
+        seed: int,
+    ) -> None:
+        backbone.vision.require_attention_edits()
+        super().__init__(backbone, classnames, templates, sessions, head, backbone.dim, seed)
 
     @abstractmethod
     def keys_values(self, query: Tensor, learning: bool) -> Mapping[int, KeysValues]:
@@ -55,10 +80,7 @@ class QueriedPrompts(HeadedSessions):
         query = self._query(images) if frozen is None else F.normalize(frozen, dim=-1)
         logits = self.logits(self._embed(images, query, learning=True))
 
-        if "target" in batch:
-            losses = {"binary_cross_entropy": binary_cross_entropy(logits, batch["target"])}
-        else:
-            losses = {"cross_entropy": F.cross_entropy(logits, batch["label"])}
+        losses = self.classification_loss(logits, batch)
         keys = self.key_loss(query)
         return losses if keys is None else {**losses, "keys": keys}
 

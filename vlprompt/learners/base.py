@@ -175,7 +175,10 @@ class Learner(nn.Module, LearnerHooks, Trainable):
 
         Where images have several labels, ``"target"`` (B, C) holds them all, and the loss is binary cross entropy.
         """
-        logits = self.batch_logits(batch)
+        return self.classification_loss(self.batch_logits(batch), batch)
+
+    def classification_loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``cross_entropy`` of (B, C) logits, or ``binary_cross_entropy`` where the batch has several labels."""
         if "target" not in batch:
             return {"cross_entropy": F.cross_entropy(logits, batch["label"])}
         return {"binary_cross_entropy": binary_cross_entropy(self.label_logits(logits), batch["target"])}

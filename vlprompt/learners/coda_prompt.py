@@ -23,7 +23,6 @@ from vlprompt.learners._session_heads import HeadKind
 from vlprompt.learners._session_prompts import QueriedPrompts
 from vlprompt.learners._visual import possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.learners.recipe import Recipe
 
 __all__ = ["CodaPrompt"]
 
@@ -72,8 +71,6 @@ class CodaPrompt(QueriedPrompts):
         BackboneError: If keys and values can't enter the backbone's image tower.
     """
 
-    recipe = Recipe({"lr": 0.001, "batch_size": 128, "epochs": 50, "optimizer": "adam", "weight_decay": 0.0})
-
     def __init__(
         self,
         backbone: Backbone,
@@ -87,8 +84,7 @@ class CodaPrompt(QueriedPrompts):
         sessions: Sequence[Sequence[str]] | None = None,
         seed: int = 1,
     ) -> None:
-        backbone.vision.require_attention_edits()
-        super().__init__(backbone, classnames, templates, sessions, head, backbone.dim, seed)
+        super().__init__(backbone, classnames, templates, sessions, head, seed)
         layers = possible_depth(depth, backbone.vision.layers)
         shape = (layers, components, 2, length // 2, backbone.vision.width)
         parts = [

@@ -22,7 +22,6 @@ from vlprompt.learners._session_heads import HeadKind
 from vlprompt.learners._session_prompts import QueriedPrompts
 from vlprompt.learners._visual import possible_depth
 from vlprompt.learners.base import DEFAULT_TEMPLATES
-from vlprompt.learners.recipe import Recipe
 
 __all__ = ["DualPrompt"]
 
@@ -61,8 +60,6 @@ class DualPrompt(QueriedPrompts):
         BackboneError: If keys and values can't enter the backbone's image tower.
     """
 
-    recipe = Recipe({"lr": 0.001, "batch_size": 128, "epochs": 50, "optimizer": "adam", "weight_decay": 0.0})
-
     def __init__(
         self,
         backbone: Backbone,
@@ -77,8 +74,7 @@ class DualPrompt(QueriedPrompts):
         sessions: Sequence[Sequence[str]] | None = None,
         seed: int = 1,
     ) -> None:
-        backbone.vision.require_attention_edits()
-        super().__init__(backbone, classnames, templates, sessions, head, backbone.dim, seed)
+        super().__init__(backbone, classnames, templates, sessions, head, seed)
         width = backbone.vision.width
         end = possible_depth(general_blocks + expert_blocks, backbone.vision.layers)
         self.first = min(general_blocks, end - 1)

@@ -8,8 +8,6 @@ storage and the sign of life of a worker; rounds and places make a search the sa
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlprompt.core.errors import VLPromptError
+from vlprompt.core.process_marks import ProcessMark
 from vlprompt.core.seeding import derive_seed
 from vlprompt.experiments.search.options import Dimension, SearchOptions
 
@@ -196,7 +195,7 @@ class Study:
 
         for trial in self.study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
             key = (self.name, trial.number)
-            if _is_gone(trial.user_attrs.get(_WORKER, ""), key in _present):
+            if _is_gone(trial.user_attrs.get(_WORKER, {}), key in _present):
                 with contextlib.suppress(self.optuna.exceptions.UpdateFinishedTrialError, ValueError):
                     self.study.tell(trial.number, state=self._states.FAIL)
 
@@ -262,7 +261,7 @@ class Study:
         key = (self.name, trial.number)
         _present.add(key)
         try:
-            trial.set_user_attr(_WORKER, _this_worker())
+            trial.set_user_attr(_WORKER, ProcessMark.here().record())
             params = {name: self._suggested(trial, name) for name in self.options.space}
             attempt = Attempt(self, trial, place, params)
             attempt.take_over(self._reported(place, trials))
@@ -377,24 +376,15 @@ def _record(place: int, trial: Any, states: Any) -> TrialRecord:
     return TrialRecord(place, names[trial.state], dict(trial.params), value, trial.user_attrs.get(_ERROR))
 
 
-def _this_worker() -> str:
-    return f"{socket.gethostname()} {os.getpid()}"
-
-
-def _is_gone(worker: str, is_present: bool) -> bool:
+def _is_gone(worker: Mapping[str, Any], is_present: bool) -> bool:
     """Return whether the process that ran a trial ended; one of another machine is known by its signs of life alone."""
-    host, _, process = worker.rpartition(" ")
-    if host != socket.gethostname() or not process.isdigit():
-        return False
-    if int(process) == os.getpid():
-        return not is_present
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it runs as another user
+        mark = ProcessMark.from_record(worker)
+    except (KeyError, TypeError, ValueError):
         return False
-    return False
+    if mark == ProcessMark.here():
+        return not is_present
+    return mark.runs() is False
 
 
 def best_first(records: Sequence[TrialRecord], direction: str) -> list[TrialRecord]:
