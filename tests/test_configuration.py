@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vlprompt.experiments.check import unknown_figures
 from vlprompt.experiments.config import configs_dir, list_configs
 from vlprompt.experiments.tasks import list_tasks, read_experiment
 
@@ -59,10 +60,16 @@ def test_shipped_files_lie_with_their_task_and_have_names_of_their_own() -> None
 @pytest.mark.parametrize(
     "name", [n for n, path in list_configs().items() if path.parent.name != "pretraining"]
 )
-def test_every_shipped_file_is_valid_and_opens_with_its_command(name: str) -> None:
+def test_every_shipped_file_is_valid_opens_with_its_command_and_expects_figures_that_its_runs_have(
+    name: str,
+) -> None:
     path = list_configs()[name]
-    head = path.read_text(encoding="utf-8").partition("\ntask:")[0]
-    assert f"vlprompt run {name}" in head
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#")
+    assert f"vlprompt run {name}" in text.partition("\ntask:")[0]
     experiment = read_experiment(name)
     assert experiment.config.task == path.parent.name
+    assert experiment.config.name == path.stem
+    assert experiment.config.expect
     assert experiment.cells()
+    assert unknown_figures(name) == []

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vlprompt.data.cards import load_card
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +67,7 @@ def test_the_learner_of_the_guide_plugs_in_and_learns(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_experiment_of_the_guide_runs_as_a_plug_in(tmp_path: Path) -> None:
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "__init__.py").touch()

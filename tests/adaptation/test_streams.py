@@ -85,6 +85,7 @@ def test_a_stream_through_several_sets_goes_on_where_the_one_before_ended(tmp_pa
     assert outcome.metrics["stream"] == {"kind": "temporal"}
 
 
+@pytest.mark.slow
 def test_a_killed_stream_of_several_sets_goes_on_in_the_second(tmp_path: Path) -> None:
     methods = {**TEMPORAL["methods"], "tent": {**TEMPORAL["methods"]["tent"], "reset_scope": "never"}}
     asked = experiment(tmp_path, "data.batch_size=3", **{**TEMPORAL, "methods": methods})

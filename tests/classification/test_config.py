@@ -6,7 +6,7 @@ import pytest
 
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError, UnknownNameError
-from vlprompt.experiments.config import config_path, configs_dir
+from vlprompt.experiments.config import config_path
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
@@ -119,18 +119,6 @@ def test_missing_file_names_the_nearest() -> None:
         UnknownNameError, match=r"unknown configuration 'coop_tny\.yaml'\. Did you mean 'coop_tiny\.yaml'"
     ):
         config_path("coop_tny.yaml")
-
-
-@pytest.mark.parametrize("path", sorted(configs_dir().glob("classification/*.yaml")), ids=lambda p: p.name)
-def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    text = path.read_text()
-    assert text.startswith("#")
-    assert f"vlprompt run {path.name}" in text.partition("\ntask:")[0], (
-        "a configuration opens with its command"
-    )
-    config = load_config(path)
-    assert config.name == path.stem
-    assert config.studies()
 
 
 @pytest.mark.parametrize(

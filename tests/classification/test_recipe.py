@@ -190,6 +190,7 @@ def test_the_shipped_comparison_has_every_learner_without_any_option() -> None:
         assert all(study.config.data.validate_on == "none" for study in studies)
 
 
+@pytest.mark.slow
 def test_the_comparison_in_small_shows_learners_above_zero_shot(tmp_path: Path) -> None:
     content = {
         **compose("compare_defaults_tiny.yaml"),

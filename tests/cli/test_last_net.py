@@ -142,7 +142,10 @@ def test_data_check_of_what_is_none(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
-@pytest.mark.parametrize(("words", "status"), [("list learners", 0), ("data check nowhere", 2)])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("data check nowhere", 2), pytest.param("list learners", 0, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-"])
 def test_output_that_a_shell_closed(words: str, status: int, closed: str) -> None:
     command = f"{sys.executable} -m vlprompt {words} {closed}"

@@ -12,8 +12,7 @@ import yaml
 from tests.commands import Command
 from vlprompt.core.errors import CheckpointError, ConfigError
 from vlprompt.data import load_dataset
-from vlprompt.experiments.check import check_run, unknown_figures
-from vlprompt.experiments.config import compose, list_configs
+from vlprompt.experiments.check import check_run
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.tasks import read_experiment
 
@@ -153,12 +152,3 @@ def test_the_place_of_a_folder_is_no_setting_but_its_name_is(tmp_path: Path) -> 
     cfg.write_text(yaml.safe_dump({**content, "data": {**data, "root": str(tmp_path / "other")}}))
     (verdict,) = check_run(folder, str(cfg))
     assert "folder:photos instead of folder:other" in verdict.reason
-
-
-SHIPPED = [name for name, path in list_configs().items() if path.parent.name != "pretraining"]
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_says_what_to_expect_in_figures_that_its_runs_have(name: str) -> None:
-    assert compose(name).get("expect")
-    assert unknown_figures(name) == []

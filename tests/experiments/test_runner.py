@@ -122,7 +122,7 @@ def test_nothing_finished_for_one_reason_raises_it(tmp_path: Path) -> None:
         run_experiment(toy(tmp_path, methods={"one": 0.1}, seeds=[1], fail=names))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_processes_give_the_very_files_of_one(tmp_path: Path, processes: int) -> None:
     serial = run_experiment(toy(tmp_path / "serial"))
     several = run_experiment(toy(tmp_path / "several"), on=f"processes:{processes}")

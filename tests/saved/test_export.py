@@ -122,6 +122,7 @@ def test_images_are_prepared_as_the_learner_prepares_them(tiny: Backbone, coop_f
     assert torch.equal(exported.preprocess(image), tiny.preprocess(image))
 
 
+@pytest.mark.slow
 def test_eight_bits_are_smaller_and_near(
     coop: Learner, coop_file: Path, images: Tensor, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_eight_bits_are_smaller_and_near(
     assert float(difference.abs().max()) < 0.05
 
 
+@pytest.mark.slow
 def test_the_command_exports_measures_and_predicts(tiny: Backbone, tmp_path: Path, command: Command) -> None:
     digits = vlprompt.load_dataset("digits", split="train", shots=2, seed=1)
     learner = vlprompt.create_learner("coop", tiny, classnames=digits.classnames)

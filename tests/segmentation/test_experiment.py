@@ -136,6 +136,7 @@ def test_several_numbers_of_images_are_compared(cfg: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_accepted_key_changes_something(cfg: Path) -> None:
     few = ["protocol.seeds=[1]", "train.epochs=1"]
     metrics = run(cfg, *few).metrics

@@ -12,6 +12,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+from vlprompt.core.process_marks import ProcessMark
+
 __all__ = ["remove_left_behind", "temporary_neighbour"]
 
 _NAME = re.compile(r"\.[0-9a-f]{8}\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.part")
@@ -41,7 +43,7 @@ def remove_left_behind(folder: Path) -> None:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = _NAME.fullmatch(entry.name)
-            if match and match["machine"] == _machine() and not _runs(int(match["process"])):
+            if match and match["machine"] == _machine() and _gone(int(match["process"])):
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)
 
@@ -59,14 +61,6 @@ def _machine() -> str:
     return hashlib.sha256(f"{socket.gethostname()}/{processes}".encode()).hexdigest()[:8]
 
 
-def _runs(process: int) -> bool:
-    """Return whether a process runs on this machine; True where nobody can say."""
-    if os.name != "posix":  # elsewhere a signal of 0 would end the process
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+def _gone(process: int) -> bool:
+    """Return whether no process of this machine has the number; False where nobody can say."""
+    return ProcessMark.of(process).runs() is False

@@ -7,11 +7,9 @@ Paper: Radford et al., arXiv 2103.00020, appendix A.3 (the protocol: L-BFGS, the
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._regression import Regression, regress
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 
 __all__ = ["LinearProbe"]
@@ -75,30 +74,28 @@ class LinearProbe(Learner):
         Raises:
             DataError: If the training samples show fewer than two classes.
         """
-        features, labels = (tensor.cpu().numpy() for tensor in train)
-        if len(np.unique(labels)) < 2:
+        features, labels = (tensor.cpu() for tensor in train)
+        if len(labels.unique()) < 2:
             raise DataError("linear_probe needs training samples of at least two classes.")
 
         strength = 0.0
         score = None
         if val is not None and len(val[1]):
-            val_features, val_labels = (tensor.cpu().numpy() for tensor in val)
-            strength, score = self._search(features, labels, val_features, val_labels)
+            strength, score = self._search((features, labels), (val[0].cpu(), val[1].cpu()))
         else:
             log.warning("linear_probe: there are no validation data, C stays 1.")
 
-        self._copy_solution(self._regress(features, labels, strength))
+        self._copy_solution(regress(features, labels, strength, self.max_iter))
         return {"C": 10.0**strength, "val_accuracy": score}
 
-    def _search(
-        self, x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray
-    ) -> tuple[float, float]:
+    def _search(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Return log10 of the best C and its validation accuracy; of equally good ones the nearest to C = 1."""
         scores: dict[float, float] = {}
 
         def score(strength: float) -> float:
             if strength not in scores:
-                scores[strength] = float(self._regress(x, y, strength).score(val_x, val_y))
+                right = regress(*train, strength, self.max_iter).predict(val[0]) == val[1]
+                scores[strength] = float(right.double().mean())
             return scores[strength]
 
         best = max(range(-6, 7, 2), key=lambda strength: (score(float(strength)), -abs(strength)))
@@ -114,27 +111,11 @@ class LinearProbe(Learner):
         chosen = max(scores, key=lambda strength: (scores[strength], -abs(strength)))
         return chosen, scores[chosen]
 
-    def _regress(self, x: np.ndarray, y: np.ndarray, strength: float) -> Any:
-        # Here, not above: importing scikit-learn takes half a second, and every learner is imported with this one.
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the published protocol
-            return LogisticRegression(C=10.0**strength, max_iter=self.max_iter).fit(x, y)
-
-    def _copy_solution(self, model: Any) -> None:
+    def _copy_solution(self, solution: Regression) -> None:
         """Copy the solution; a class without samples gets a bias that never wins."""
-        weight = torch.from_numpy(model.coef_).float()
-        bias = torch.from_numpy(model.intercept_).float()
-        classes = torch.from_numpy(model.classes_).long()
-        if len(classes) == 2:  # scikit-learn returns one row for two classes
-            weight = torch.cat([-weight / 2, weight / 2])
-            bias = torch.cat([-bias / 2, bias / 2])
-
         with torch.no_grad():
             self.weight.zero_()
             self.bias.fill_(-1e4)
-            self.weight[classes] = weight.to(self.weight.device)
-            self.bias[classes] = bias.to(self.bias.device)
+            self.weight[solution.classes] = solution.weight.float().to(self.weight.device)
+            self.bias[solution.classes] = solution.bias.float().to(self.bias.device)
         self._cached_weights = None

@@ -6,7 +6,6 @@ of Radford et al., arXiv 2103.00020, appendix A.3: L-BFGS, the strength of L2 ch
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.learners import LEARNERS
+from vlprompt.learners._regression import regress
 from vlprompt.learners._sessions import SessionLearner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
 from vlprompt.metrics.classification import compute
@@ -133,34 +133,18 @@ class SessionProbe(SessionLearner):
         bias = torch.full((classes,), -1e4, dtype=torch.float64)
 
         if truth.ndim == 1:
-            rows, coefficients, offsets = self._model(features, truth, strength)
-            weight[rows], bias[rows] = coefficients, offsets
+            solution = regress(features, truth, strength, self.max_iter)
+            weight[solution.classes] = solution.weight
+            bias[solution.classes] = solution.bias
             return weight, bias
 
         for c in range(classes):
             known = truth[:, c] >= 0
             if len(truth[known, c].unique()) == 2:
-                _, coefficients, offsets = self._model(features[known], truth[known, c], strength)
-                # Two classes come as opposite halves.
-                weight[c], bias[c] = 2 * coefficients[1], 2 * offsets[1]
+                solution = regress(features[known], truth[known, c], strength, self.max_iter)
+                weight[c] = 2 * solution.weight[1]  # two classes come as opposite halves
+                bias[c] = 2 * solution.bias[1]
         return weight, bias
-
-    def _model(self, features: Tensor, labels: Tensor, strength: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the classes that occur, their weights and their biases."""
-        # Here, not above: importing scikit-learn takes half a second, and every learner is imported with this one.
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model = LogisticRegression(C=10.0**strength, max_iter=self.max_iter)
-            model.fit(features.numpy(), labels.numpy())
-        weight = torch.from_numpy(model.coef_)
-        bias = torch.from_numpy(model.intercept_)
-        if len(model.classes_) == 2:  # scikit-learn returns one row for two classes
-            weight = torch.cat([-weight / 2, weight / 2])
-            bias = torch.cat([-bias / 2, bias / 2])
-        return torch.from_numpy(model.classes_).long(), weight, bias
 
 
 def _parts(count: int, views: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import BENCHMARKS
 
 
+@pytest.mark.slow
 def test_both_are_trained_and_measured(tmp_path: Path) -> None:
     for name in ("coop", "cones"):
         text = f"learner: {{name: {name}}}\ntrain: {{epochs: 2, batch_size: 8, warmup_epochs: 0, lr: 0.01}}\n"

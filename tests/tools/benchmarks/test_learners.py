@@ -29,7 +29,9 @@ def bench(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 def test_both_ways_take_the_same_step(backbone: Backbone, bench: Callable[..., dict[str, Any]]) -> None:
     rows = bench(classes=5, batch=3, repeats=1)["learners"]
     learners = {name: create_learner(name, backbone, NAMES) for name in list_learners()}
-    stepping = {name for name, learner in learners.items() if learner.learned_parameters() and not learner.solves}
+    stepping = {
+        name for name, learner in learners.items() if learner.learned_parameters() and not learner.solves
+    }
     assert {"coop", "maple", "multi_lane"} <= stepping
     assert stepping.isdisjoint({"zero_shot", "linear_probe", "session_probe", "text_search"})
     assert {name.split(" (")[0] for name in rows} == stepping

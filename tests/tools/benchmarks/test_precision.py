@@ -30,6 +30,7 @@ def test_text() -> None:
     assert half["over_fp32"] > 0
 
 
+@pytest.mark.slow
 def test_test_time_tuning() -> None:
     options = {"classes": 5, "views": 10, "images": 2, "repeats": 1, "precision": "bf16"}
     half = BENCHMARKS.get("tta").target(**options)["bf16"]
@@ -45,6 +46,7 @@ def test_learners() -> None:
     assert row["bf16"]["speedup"] == pytest.approx(row["naive_s"] / row["bf16"]["seconds"])
 
 
+@pytest.mark.slow
 def test_masks() -> None:
     result = BENCHMARKS.get("masks").target(classes=3, batch=2, precision="bf16")
     ratio = result["port"]["cpu_seconds"] / result["bf16"]["cpu_seconds"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import BENCHMARKS
 
 
+@pytest.mark.slow
 def test_all_take_steps_of_equal_length() -> None:
     result = BENCHMARKS.get("prompts").target(backbone="tiny", length=3, batch=2, classes=5, repeats=1)
     rows = result["learners"]

@@ -121,6 +121,7 @@ def test_the_shipped_model_computes_what_was_trained(corpus: Corpus, tmp_path: P
     assert torch.allclose(ours, shipped, atol=5e-3)  # float16 weights
 
 
+@pytest.mark.slow
 def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     train = TrainOptions(
         epochs=2, batch_size=32, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0

@@ -172,6 +172,7 @@ def test_only_the_denoiser_learns_and_the_average_follows() -> None:
     assert torch.equal(other.average["unet.conv_in.bias"], module.average["unet.conv_in.bias"])
 
 
+@pytest.mark.slow
 def test_pretraining_runs_resumes_and_packs(tmp_path: Path) -> None:
     train = TrainOptions(
         epochs=2, batch_size=8, optimizer="adamw", lr=1e-3, schedule="cosine", warmup_epochs=0

@@ -111,6 +111,7 @@ def test_batch_statistics_move_in_pretraining_only() -> None:
     assert any("running_mean" in name for name in module.trainable_state())
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_ships_what_the_segmenter_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
