@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.toys import Toy, ToyConfig
+from vlprompt.core.engine_options import read_options
 from vlprompt.core.errors import ConfigError
+from vlprompt.core.ray_cluster import RayOptions
 from vlprompt.experiments.cell import Cell
-from vlprompt.experiments.executors._options import read_options
-from vlprompt.experiments.executors.ray import RayOptions
 from vlprompt.experiments.executors.slurm import SlurmOptions
 from vlprompt.experiments.packing import expected_costs, pack
 from vlprompt.experiments.runner import run_experiment

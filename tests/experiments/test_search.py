@@ -315,11 +315,12 @@ def test_several_workers_of_a_postgresql_server_try_what_one_does(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_trials_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", ["processes:2", "ray:cores=2", "slurm:local,jobs=2"])
+def test_trials_in_two_places_are_those_of_one(tmp_path: Path, on: str) -> None:
     cfg = write_config(tmp_path)
     changes = ["search.trials=4", "search.together=2", "search.monitor=val/accuracy"]
     serial = search(cfg, [*changes, f"output={tmp_path / 'serial'}"])
-    parallel = search(cfg, [*changes, f"output={tmp_path / 'parallel'}"], on="processes:2")
+    parallel = search(cfg, [*changes, f"output={tmp_path / 'parallel'}"], on=on)
     assert parallel.trials == serial.trials
     assert (parallel.folder / "trials.jsonl").read_bytes() == (serial.folder / "trials.jsonl").read_bytes()
 

@@ -176,10 +176,11 @@ def test_mistakes(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on", ["processes:2", "ray:cpus=1,workers=2"])
+@pytest.mark.parametrize(
+    "on", ["processes:2", "ray:cores=2,memory=1GiB,retries=1,workers=2", "slurm:local,jobs=2"]
+)
 def test_results_are_the_same_bytes_wherever_they_are_made(shards: Path, tmp_path: Path, on: str) -> None:
-    if on.startswith("ray"):
-        pytest.importorskip("ray")
+    pytest.importorskip({"ray": "ray", "slurm": "submitit"}.get(on.partition(":")[0], "pyarrow"))
     encode(shards, tmp_path / "serial")
     encode(shards, tmp_path / "spread", on)
     assert parts(tmp_path / "spread") == parts(tmp_path / "serial")

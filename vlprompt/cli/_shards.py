@@ -19,7 +19,7 @@ OnOption = Annotated[
     str,
     typer.Option(
         metavar="EXECUTOR",
-        help="Of shards, where the work is done: serial, processes:N, or ray[:ADDRESS][,cpus=1,gpus=0,workers=N].",
+        help="Of shards, where it is done: serial, processes:N, or ray[:ADDRESS][,gpus=1,memory=8GiB,workers=N ...].",
     ),
 ]
 

@@ -35,11 +35,13 @@ def run_apart(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        create_executor(on, experiment) as executor,
         # Cells leave results behind, which would count as done in the next command.
         tempfile.TemporaryDirectory(prefix="command-", dir=folder) as own,
+        create_executor(on, experiment) as executor,  # ends, and what it started, before the folder does
     ):
-        waiting = deque(CellFolder(Path(own) / cell.name, cell) for cell in cells)
+        run = Path(own)
+        waiting = deque(CellFolder.of(run, cell) for cell in cells)
+        executor.begin(run, cells, kept=False)
         running: dict[Future[Outcome], Cell] = {}
         while waiting or running:
             while waiting and len(running) < executor.slots:

@@ -145,8 +145,8 @@ def run_job(job: Job, on: str = "serial", progress: Progress | None = None) -> J
 
     Args:
         job: What to do.
-        on: ``"serial"``, ``"processes:N"`` or another executor, or ``"ray[:ADDRESS][,cpus=1,gpus=0,workers=N]"``: then
-            Ray Data spreads shards over actors, one learner each.
+        on: ``"serial"``, ``"processes:N"`` or another executor, or ``"ray[:ADDRESS][,workers=N ...]"``: then Ray Data
+            spreads shards over actors, one learner each.
         progress: Called with ("shards", done, total).
 
     Raises:

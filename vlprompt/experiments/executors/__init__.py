@@ -61,12 +61,13 @@ class Executor(ABC):
         if attach and not self.outlives_command:
             raise VLPromptError("--attach waits for jobs in a queue: those of --on slurm.")
 
-    def begin(self, run: Path, cells: Sequence[Cell]) -> None:
+    def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """Called once before the first cell is submitted; does nothing by default.
 
         Args:
             run: The run's folder.
             cells: All that are not finished yet, in order.
+            kept: Whether the folder stays when the command ends. If not, nothing may go on without the command.
         """
 
     @abstractmethod

@@ -10,46 +10,27 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
-
-from vlprompt.core.errors import VLPromptError, first_line
+from vlprompt.core.errors import first_line
 from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.processes import set_threads
+from vlprompt.core.ray_cluster import RayCluster, RayOptions, read_ray_options
 from vlprompt.core.version import package_version
 from vlprompt.experiments.cell import Cell, Failure, Outcome
 from vlprompt.experiments.cell_folder import CellFolder
-from vlprompt.experiments.config import STRICT
 from vlprompt.experiments.executors import EXECUTORS, Executor, PortableExperiment
-from vlprompt.experiments.executors._options import Gibibytes, read_options
 from vlprompt.experiments.experiment import Experiment
 
-__all__ = ["RayExecutor", "RayOptions"]
+__all__ = ["RayExecutor"]
 
 log = logging.getLogger("vlprompt.run")
 
-_STORE_BYTES = 128 << 20  # of a cluster that is started here; only the experiment's description lies in it
 _PASSED_ON = ("MKL_CBWR",)  # what results depend on, from this process's environment
-
-
-class RayOptions(BaseModel):
-    """What stands behind ``ray:``, beside the address."""
-
-    model_config = STRICT
-
-    cores: int | None = Field(
-        None, ge=1, description="cores of a cluster that is started here; without it all of the machine"
-    )
-    cpus: float = Field(1, gt=0, description="cores of a cell")
-    gpus: float = Field(0, ge=0, description="GPUs of a cell; 0.5: two cells share one")
-    memory: Gibibytes | None = Field(None, description="memory of a cell, for example 8GiB")
-    retries: int = Field(3, ge=0, description="how often a cell is started again whose worker died")
 
 
 @EXECUTORS.register(
@@ -63,35 +44,24 @@ class RayExecutor(Executor):
 
     def __init__(self, experiment: Experiment, argument: str = "", attach: bool = False) -> None:
         super().__init__(experiment, argument, attach)
-        words, self.options = read_options("ray", argument, RayOptions)
-        if len(words) > 1:
-            raise VLPromptError(f"--on ray takes one address; got {' and '.join(words)}.")
-
-        if words and self.options.cores is not None:
-            raise VLPromptError(
-                f"--on ray:{argument}: cores= is for a cluster that is started here; the one at {words[0]} has its own."
-            )
-
-        self._ray = _import_ray()
+        address, self.options = read_ray_options(argument, RayOptions)
+        self._cluster = RayCluster(address, self.options.cores)
+        self._ray = self._cluster.ray
         self._pending: dict[Future[Outcome], Any] = {}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._connected = False
-        self._connect(words[0] if words else "")
 
         self._description = self._ray.put(PortableExperiment.of(experiment))
         self._surroundings = _Surroundings(
             package_version(),
             os.getcwd(),
-            max(1, int(self.options.cpus)),
+            self.options.threads,
             {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
         )
-        needs: dict[str, Any] = {"num_cpus": self.options.cpus, "num_gpus": self.options.gpus}
-        if self.options.memory is not None:
-            needs["memory"] = int(self.options.memory * 2**30)
         # With max_calls=0 a worker keeps the backbone for its next cell, on a GPU too.
-        self._task = self._ray.remote(max_retries=self.options.retries, max_calls=0, **needs)(_work)
+        self._task = self._ray.remote(max_retries=self.options.retries, max_calls=0, **self.options.needs())(
+            _work
+        )
 
-    def begin(self, run: Path, cells: Sequence[Cell]) -> None:
+    def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """See :meth:`Executor.begin`."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cores = sum(node.get("CPU", 0.0) for node in nodes)
@@ -120,44 +90,7 @@ class RayExecutor(Executor):
         """See :meth:`Executor.close`: cancels what runs or waits, and leaves the cluster."""
         for reference in list(self._pending.values()):
             self._ray.cancel(reference, force=True)
-        if self._connected:
-            self._connected = False
-            self._ray.shutdown()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-
-    def _connect(self, address: str) -> None:
-        """Join a cluster, or start one on this machine.
-
-        Raises:
-            VLPromptError: If there is no cluster at the address.
-        """
-        if self._ray.is_initialized():  # by the program that called vlprompt.run: it stays in its hands
-            return
-
-        # Ray reports its use to its makers unless it is told not to.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if address:
-            options["address"] = address
-        else:
-            self._scratch = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            options |= {
-                "address": "local",
-                "include_dashboard": False,
-                "num_cpus": self.options.cores,
-                "object_store_memory": _STORE_BYTES,
-                "_temp_dir": self._scratch.name,
-            }
-
-        try:
-            self._ray.init(**options)
-        except Exception as error:  # Ray raises many kinds for a cluster that isn't there
-            where = f"at {address}" if address else "on this machine"
-            raise VLPromptError(
-                f"there is no Ray cluster {where}: {first_line(error)} Start one with: ray start --head"
-            ) from error
-        self._connected = True
+        self._cluster.leave()
 
     def _finish(self, done: Any, place: CellFolder, future: Future[Outcome]) -> None:
         """Hand an answer on, or say why a task has none."""
@@ -184,14 +117,6 @@ class RayExecutor(Executor):
         else:
             text = f"Ray: {first_line(error) if isinstance(error, Exception) else type(error).__name__}"
         future.set_result(Failure(text))
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise VLPromptError("--on ray needs Ray: pip install 'vlprompt[ray]'.") from None
-    return ray
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from vlprompt.core.engine_options import Gibibytes, Minutes, read_options
 from vlprompt.core.errors import VLPromptError, first_line
 from vlprompt.core.process_marks import ProcessMark
 from vlprompt.experiments.cell import Cell, Failure, Outcome
 from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.config import STRICT
 from vlprompt.experiments.executors import EXECUTORS, Executor, PortableExperiment
-from vlprompt.experiments.executors._options import Gibibytes, Minutes, read_options
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.jobs import Jobs, JobWork
 from vlprompt.experiments.packing import expected_costs, pack
@@ -83,6 +83,7 @@ class SlurmExecutor(Executor):
         self.local = _LOCAL in words
         self._submitit = _import_submitit()
         self._run = Path()
+        self._kept = True
         self._cells: Sequence[Cell] = []
         self._jobs: Jobs | None = None
         self._retries = self.options.retries
@@ -90,9 +91,10 @@ class SlurmExecutor(Executor):
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
-    def begin(self, run: Path, cells: Sequence[Cell]) -> None:
+    def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """See :meth:`Executor.begin`."""
         self._run = run.absolute()
+        self._kept = kept
         self._cells = cells
         self._jobs = Jobs.read(run)
         runs = self._jobs is not None and self._jobs.run()
@@ -121,7 +123,7 @@ class SlurmExecutor(Executor):
 
         if error is None:
             self._let_end(self._jobs)
-        elif self.local and isinstance(error, KeyboardInterrupt):
+        elif not self._kept or (self.local and isinstance(error, KeyboardInterrupt)):
             _stop(self._jobs)
         elif self.local:
             log.warning("the jobs go on; the same command with --attach waits for them.")
@@ -230,8 +232,7 @@ class SlurmExecutor(Executor):
     def _let_end(self, jobs: Jobs) -> None:
         """Take the jobs that wait out of the queue; those that run find nothing left to do."""
         if not self.local:
-            with contextlib.suppress(OSError):
-                subprocess.run(["scancel", "--state=PENDING", *jobs.arrays], capture_output=True)
+            _cancel(jobs, "--state=PENDING")
             return
 
         limit = time.monotonic() + _PATIENCE_SECONDS
@@ -241,11 +242,18 @@ class SlurmExecutor(Executor):
 
 
 def _stop(jobs: Jobs) -> None:
-    """End jobs on this machine."""
+    """End jobs, those that run too."""
+    if not jobs.controllers:
+        _cancel(jobs)
     for mark in jobs.controllers:
         if mark.runs():
             with contextlib.suppress(OSError):
                 os.kill(mark.process, signal.SIGINT)
+
+
+def _cancel(jobs: Jobs, *options: str) -> None:
+    with contextlib.suppress(OSError):
+        subprocess.run(["scancel", *options, *jobs.arrays], capture_output=True)
 
 
 def _what_came_of(place: CellFolder) -> Outcome | None:
