@@ -6,8 +6,8 @@ Tuning", AAAI 2025, arXiv 2412.08176.
 Unlike the authors' code: the refined embedding and the local tokens have length 1 where they are compared
 (``lengths: published`` for theirs, of any length); the memory is a part of what is learned, and is written once per
 optimiser step, with the tokens of all parts and processes of a batch; the width is the backbone's, not 512; around a
-learner whose prompts enter the image tower, local tokens are those of the frozen tower. In a tower that pools the mean of its
-patches no class token looks at any: those nearest to the mean are classified.
+learner whose prompts enter the image tower, local tokens are those of the frozen tower. In a tower that pools the mean
+of its patches no class token looks at any: those nearest to the mean are classified.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class TextRefiner(Plugin):
     # --- the classifier
 
     def frozen_stages(self) -> int:
-        """See :meth:`Learner.frozen_stages`: at most the stem and all blocks but the last, which shows what it looks at."""
+        """See :meth:`Learner.frozen_stages`: at most the stem and all blocks but the last, which is read."""
         layers = self.backbone.vision.layers
         return layers if self.inner.static_images else min(layers, self.inner.frozen_stages())
 
