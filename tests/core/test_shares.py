@@ -75,11 +75,10 @@ def test_a_whole_fit_is_shared(both: Callable[[str], Work]) -> None:
 
 def test_all_processes_have_one_memory(both: Callable[[str], Work]) -> None:
     """Batch norm sees each part alone, so it is not what one process learns; but every process has the same."""
-    one, two = WORKS["memories"](), both("memories")
-    assert two["memory"].shape == (2, *one["memory"].shape[1:])
-    for name, tensor in two.items():
+    learned = both("memories")
+    assert len(learned["memory"]) == 2
+    for name, tensor in learned.items():
         assert torch.equal(tensor[0], tensor[1]), name
-    torch.testing.assert_close(two["memory"][:1], one["memory"], rtol=0, atol=0.05)
 
 
 @pytest.mark.slow

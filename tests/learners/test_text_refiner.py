@@ -24,7 +24,12 @@ from vlprompt.classification.multitask import TaskData, fit_multitask
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.learners import Learner
 from vlprompt.learners.plugins.text_refiner import TextRefiner, written
+from vlprompt.meta.regulated import Regulated
+from vlprompt.meta.regulators import create_regulator
 from vlprompt.saved.exported import ExportedClassifier
+from vlprompt.training.batches import TensorBatches
+from vlprompt.training.options import TrainOptions
+from vlprompt.training.trainer import Trainer
 
 GOLDEN = read_golden("plugin_text_refiner_small")
 NAMES = ("dog", "red circle", "hummingbird")
@@ -225,8 +230,18 @@ def test_it_is_trained_inside_other_plug_ins(backbone: Backbone) -> None:
     assert not torch.equal(learner.trainable_state()[key], before)
 
 
-def test_tasks_can_t_share_its_memory(backbone: Backbone) -> None:
-    data = {name: TaskData(load_dataset(name, "train", shots=1)) for name in ("scenes/shape", "digits")}
+def test_its_memory_is_written_under_a_regulator(backbone: Backbone, batch: dict[str, Tensor]) -> None:
+    learner = refiner(backbone)
+    before = learner.memory.clone()
+    steps = TensorBatches({name: [tensor] for name, tensor in batch.items()}, 6, seed=1)
+    regulator = create_regulator("identity", {}, backbone.dim)
+    Trainer(Regulated(learner, regulator), steps, TrainOptions(epochs=1, batch_size=6, lr=0.01)).run()
+    assert not torch.equal(learner.memory, before)
+
+
+@pytest.mark.parametrize("names", [("scenes/shape", "digits"), ("digits",)])
+def test_tasks_can_t_share_its_memory(names: tuple[str, ...], backbone: Backbone) -> None:
+    data = {name: TaskData(load_dataset(name, "train", shots=1)) for name in names}
     learner: Learner = refiner(backbone)
     with pytest.raises(DataError, match="keeps the local tokens of one task"):
         fit_multitask(learner, data, epochs=1)

@@ -177,12 +177,13 @@ class TextRefiner(Plugin):
         """See :meth:`LearnerHooks.survey`.
 
         Raises:
-            DataError: If there is more than one task.
+            DataError: In multitask training.
         """
         self.inner.survey(sources)
-        if len(sources) > 1:
+        # A task of multitask training has a twin of its own, whose tokens would not come here.
+        if len(sources) > 1 or all(part is not self for part in sources[0].learner.modules()):
             raise DataError(
-                f"{self.title()} keeps the local tokens of one task; {len(sources)} share this training."
+                f"{self.title()} keeps the local tokens of one task, so it can't learn several together."
             )
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
