@@ -224,8 +224,21 @@ def trained() -> Work:
     return {"context": learner.trainable_state()["context"].clone(), "figures": torch.tensor(figures)}
 
 
+def memories() -> Work:
+    """What every process has learned with a memory of image tokens, one row for each."""
+    backbone = create_backbone("tiny", "random")
+    generator = torch_rng(0, "memories")
+    images = torch.randn(10, 3, *backbone.image_size, generator=generator)
+    names = [f"red {word}" for word in _WORDS[:4]]
+    learner = create_learner("coop", backbone, names, context_length=2, plugins=["text_refiner"])
+    learned = _trained(learner, images, torch.arange(10) % 4, [])
+    with shared_work():
+        rows = share_rows(process_count(), 1, lambda _: [tensor[None] for tensor in learned.values()])
+    return dict(zip(learned, rows, strict=True))
+
+
 WORKS: dict[str, Callable[[], Work]] = {
-    work.__name__: work for work in (rows, classes, scores, adapted, trained)
+    work.__name__: work for work in (rows, classes, scores, adapted, trained, memories)
 }
 
 

@@ -73,6 +73,14 @@ def test_a_whole_fit_is_shared(both: Callable[[str], Work]) -> None:
     torch.testing.assert_close(two["figures"], one["figures"], rtol=0, atol=1e-6)
 
 
+def test_all_processes_have_one_memory(both: Callable[[str], Work]) -> None:
+    """Batch norm sees each part alone, so it is not what one process learns; but every process has the same."""
+    learned = both("memories")
+    assert len(learned["memory"]) == 2
+    for name, tensor in learned.items():
+        assert torch.equal(tensor[0], tensor[1]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_killed_process_ends_the_run_with_a_sentence(gone: int, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.backbones.test_edits import TIMM
+from tests.golden.session_learners import check_all_sessions, plain_vit, second_session, session_batch
+from tests.golden.text_learners import read_golden
+from tests.golden.trajectories import check_start, check_trajectory
 from vlprompt import fit, load, load_dataset, save
 from vlprompt.backbones import Backbone, create_backbone
 from vlprompt.backbones.lanes import Lane, block_inputs, class_token, lane_features, run_lanes
+from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.data import ImageDataset
 from vlprompt.learners import create_learner
 from vlprompt.learners.multi_lane import MultiLane
 
+GOLDEN = read_golden("multi_lane_small")
 QUICK = {"epochs": 1, "batch_size": 16, "lr": 0.01, "optimizer": "adam", "callbacks": []}
 FIRST, SECOND, THIRD = ("dog", "cat", "bird"), ("red circle", "star"), ("boat", "tulip")
 
@@ -108,6 +114,22 @@ def test_a_lane_ends_in_the_joint_space(make_backbone: Callable[..., Backbone], 
             x = stream.run(number, x, None)
         features = lane_features(tower.vision, x[:, :1], projected=True)[:, 0]
         torch.testing.assert_close(features, tower.image_embeddings(images), rtol=0, atol=1e-4)
+
+
+def test_equals_the_authors_code(tokenizer: TextTokenizer) -> None:
+    options = {"selectors": 3, "prompts": 2, "depth": 2, "lane_start": "raw"}
+    learner = second_session("multi_lane", GOLDEN, plain_vit(GOLDEN, tokenizer), **options)
+    batch = session_batch(GOLDEN, learner)
+    check_all_sessions(GOLDEN, GOLDEN, learner)
+    check_start(GOLDEN, learner, batch)
+
+    # Their mean goes over the columns of all sessions too, which are 0 and count log 2 each.
+    target = torch.zeros(3, 4)
+    for image, labels in enumerate(GOLDEN["target"]):
+        target[image, labels] = 1
+    own = learner.train().loss({**batch, "target": target})["binary_cross_entropy"].item()
+    assert GOLDEN["all_columns"] == pytest.approx((4 * own + 3 * math.log(2)) / 7, rel=1e-4)
+    check_trajectory(GOLDEN["trajectory"], learner, batch, lr=0.01, optimizer="adam", weight_decay=0.0)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_over_every_learner_it_can_stand_on(
         new = learner.with_classes(NEW)
         assert new(images).shape == (6, 2)
         inside = learner.inner.with_classes(NEW)
-        if plugin != "textrefiner":  # which has no head: what it learned names new classes too
+        if plugin != "text_refiner":  # which has no head: what it learned names new classes too
             torch.testing.assert_close(new(images), inside(images), rtol=0, atol=1e-4)
         back = new.with_classes(NAMES)
         assert torch.equal(back(images), logits)

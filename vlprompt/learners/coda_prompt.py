@@ -2,7 +2,9 @@
 
 Paper: Smith et al., "CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual
 Learning", CVPR 2023, arXiv 2211.13218, section 4. Differs: components are so many for each session, where the authors
-divide a fixed number among sessions whose number must be known; without their optional loss of orthogonality.
+divide a fixed number among sessions whose number must be known; new components stand at right angles to all that the
+earlier ones span, where the authors' code takes away their part along each of them alone, which is the same only while
+those are at right angles themselves.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class CodaPrompt(QueriedPrompts):
         components: n, components of each session.
         length: Rows of a component: half of them keys, half values.
         depth: J, blocks with prompts, the first ones.
+        orthogonality: Weight of a loss that keeps the components of all sessions, their keys and their attention
+            vectors at right angles and of unit length; 0, as in the authors' runs.
         head: See :class:`HeadedSessions`.
         sessions: Classes by session, see :class:`SessionLearner`.
         seed: Of the random start.
@@ -80,11 +84,13 @@ class CodaPrompt(QueriedPrompts):
         components: Annotated[int, Field(ge=1)] = 10,
         length: Annotated[int, Field(ge=2, multiple_of=2)] = 8,
         depth: Annotated[int, Field(ge=1)] = 5,
+        orthogonality: Annotated[float, Field(ge=0)] = 0.0,
         head: HeadKind = "text",
         sessions: Sequence[Sequence[str]] | None = None,
         seed: int = 1,
     ) -> None:
         super().__init__(backbone, classnames, templates, sessions, head, seed)
+        self.orthogonality = orthogonality
         layers = possible_depth(depth, backbone.vision.layers)
         shape = (layers, components, 2, length // 2, backbone.vision.width)
         parts = [
@@ -113,6 +119,22 @@ class CodaPrompt(QueriedPrompts):
                     newest.attention[block], [part.attention[block] for part in earlier]
                 )
 
+    def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`QueriedPrompts.loss`; with ``orthogonality``, if it has a weight."""
+        losses = super().loss(batch)
+        if not self.orthogonality:
+            return losses
+
+        parts = [self._part(number) for number in range(len(self.sessions))]
+        total = torch.zeros((), device=self.device)
+        for name in ("prompts", "keys", "attention"):
+            rows = torch.cat([part.get_parameter(name) for part in parts], dim=1).flatten(2)  # (J, all n, D)
+            products = rows @ rows.transpose(1, 2)
+            total = (
+                total + (products - torch.eye(rows.shape[1], device=rows.device)).square().mean((1, 2)).sum()
+            )
+        return {**losses, "orthogonality": self.orthogonality * total}
+
     def keys_values(self, query: Tensor, learning: bool) -> Mapping[int, KeysValues]:
         """See :meth:`QueriedPrompts.keys_values`."""
         parts = [self._part(number) for number in range(len(self.sessions))]
@@ -134,17 +156,23 @@ class CodaPrompt(QueriedPrompts):
 def _at_right_angles(rows: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Return (n, D) unit rows at right angles to each other and to further rows, as far as D directions go.
 
-    Gram-Schmidt in order; a row for which no direction is left keeps the one that it was drawn with.
+    Gram-Schmidt in order, first of the further rows among themselves; a row for which no direction is left keeps the
+    one that it was drawn with.
     """
-    basis = [F.normalize(row, dim=0) for part in others for row in part]
-    result = []
-    for row in rows:
+    basis: list[Tensor] = []
+
+    def at_right_angles(row: Tensor) -> Tensor:
         rest = row.clone()
         for _ in range(2):  # once more, for what rounding left
             for other in basis:
                 rest = rest - (rest @ other) * other
-        has_room = len(basis) < rows.shape[1] and bool(rest.norm() > 1e-4 * row.norm())
-        unit = F.normalize(rest if has_room else row, dim=0)
-        basis += [unit] if has_room else []
-        result.append(unit)
-    return torch.stack(result)
+
+        if len(basis) == len(row) or bool(rest.norm() <= 1e-4 * row.norm()):
+            return F.normalize(row, dim=0)
+        basis.append(F.normalize(rest, dim=0))
+        return basis[-1]
+
+    for part in others:
+        for row in part:
+            at_right_angles(row)
+    return torch.stack([at_right_angles(row) for row in rows])

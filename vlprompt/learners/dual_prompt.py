@@ -1,7 +1,8 @@
 """DualPrompt: prompts that all sessions share, and one of each session, picked by the nearest key.
 
 Paper: Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022, arXiv
-2204.04799, section 4; sizes and blocks as in Smith et al., arXiv 2211.13218, section 5.
+2204.04799, section 4; sizes and blocks as in Smith et al., arXiv 2211.13218, section 5. A session has one key, as in
+the paper; Smith et al.'s code has one in each block, and adds their losses up over images and blocks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Paper: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, arXiv 2112.08654, section 4. As "L2P++" of
 Smith et al., "CODA-Prompt", CVPR 2023, arXiv 2211.13218, section 5: prompts are keys and values in front of a block's
-own. The choice is each image's own; the authors' first code lets a batch vote, which gives its session away.
+own. The choice is each image's own; the authors' first code lets a batch vote, which gives its session away. So is the
+pull on the keys; in Smith et al.'s code an image also pulls the keys that others of its batch have chosen.
 """
 
 from __future__ import annotations

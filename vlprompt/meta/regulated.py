@@ -88,9 +88,10 @@ class Regulated(TransparentWrapper):
         return self.module.combine_gradients(rest)
 
     def transform_gradients(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Regulate what the optimiser is about to read."""
+        """Regulate what the optimiser is about to read, after what the module itself makes of it."""
+        changed = {**gradients, **self.module.transform_gradients(gradients)}
         with torch.no_grad():
-            return self.regulator(gradients, Situation(self.features, self._general or None))
+            return self.regulator(changed, Situation(self.features, self._general or None))
 
 
 def regulated(
