@@ -17,7 +17,10 @@ from tests.experiments.clusters import ENVIRONMENT, kill, lives, owners, ray_clu
 from tests.experiments.toys import Toy, ToyConfig
 from vlprompt.core.claims import Claims
 from vlprompt.core.errors import CheckpointError, VLPromptError
+from vlprompt.experiments.apart import run_apart
+from vlprompt.experiments.cell import CellResult
 from vlprompt.experiments.folder import RunFolder
+from vlprompt.experiments.jobs import Jobs
 from vlprompt.experiments.runner import run_experiment
 
 TABLES = ("metrics.json", "results.jsonl", "report.html", "table.md", "table.csv", "table.tex")
@@ -38,6 +41,20 @@ def tables(run: Path) -> dict[str, bytes]:
 
 def finished(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.glob("cells/*/cell.json")}
+
+
+def check_that_work_apart_ends(on: str, folder: Path) -> None:
+    """What is no run is not left to jobs whose folder goes with the command."""
+    experiment = toy(folder, seeds=[1], seconds=6.0)
+    answers = run_apart(on, experiment, experiment.cells(), folder / "own")
+    assert isinstance(next(answers)[1], CellResult)
+    (jobs,) = [jobs for own in (folder / "own").iterdir() if (jobs := Jobs.read(own))]
+    assert jobs.run()
+
+    with pytest.raises(KeyboardInterrupt):
+        answers.throw(KeyboardInterrupt())
+    wait_for(lambda: not jobs.run(), "the end of the jobs")
+    assert not list((folder / "own").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +196,11 @@ def test_jobs_go_on_when_the_command_is_killed_and_another_one_collects(tmp_path
     assert tables(run) == tables(run_experiment(toy(tmp_path / "whole", **options)).folder)
     with pytest.raises(VLPromptError, match="nothing to attach to"):
         run_experiment(toy(tmp_path, seconds=0.1), attach=True)
+
+
+@pytest.mark.slow
+def test_jobs_of_work_that_is_no_run_end_with_the_command(tmp_path: Path) -> None:
+    check_that_work_apart_ends("slurm:local,jobs=2", tmp_path)
 
 
 # --- Ray, two nodes
