@@ -14,21 +14,22 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from vlprompt.backbones import create_backbone
 from vlprompt.core.errors import DataError, NonFiniteError
-from vlprompt.data import Augmentation, FeatureCache, FileReader, ImageDataset, Sample
+from vlprompt.data import Augmentation, FeatureCache, FileReader, ImageDataset, Sample, load_dataset
 
 PREPROCESS = v2.Compose([v2.Resize((8, 8)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 WEIGHT = torch.randn(3 * 8 * 8, 5, generator=torch.Generator().manual_seed(0))
 
 
 class Tower:
-    """A linear image tower that counts what it is shown."""
+    """A linear image tower that counts the different images that it is shown; batches are filled up by repetition."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.batches.append(len(images))
+        self.batches.append(len(images.unique(dim=0)))
         return images.flatten(1) @ WEIGHT
 
     @property
@@ -49,7 +50,9 @@ def image_data(tmp_path: Path) -> ImageDataset:
 
 def direct(dataset: ImageDataset, size: int = 4) -> torch.Tensor:
     images = [PREPROCESS(image) for image, _ in dataset]
-    return torch.cat([Tower()(torch.stack(images[i : i + size])) for i in range(0, len(images), size)])
+    filled = [*images, *images[: -len(images) % size]]
+    rows = [Tower()(torch.stack(filled[i : i + size])) for i in range(0, len(filled), size)]
+    return torch.cat(rows)[: len(images)]
 
 
 def run(
@@ -80,6 +83,20 @@ def test_only_misses_are_encoded_in_any_order(tmp_path: Path, image_data: ImageD
     shuffled = image_data.subset(reversed(range(23)))
     assert torch.allclose(run(cache, shuffled, tower), direct(image_data).flip(0))
     assert tower.seen == 13
+
+
+@pytest.mark.parametrize("name", ["tiny", "photo-vit"])
+def test_a_row_has_the_same_bits_whatever_is_stored_already(tmp_path: Path, name: str) -> None:
+    backbone = create_backbone(name)
+    data = load_dataset("digits", "train").subset(range(23))
+    options = {"fingerprint": name, "progress": False}
+    encode, preprocess = backbone.encode_image, backbone.preprocess
+    whole = FeatureCache().features(data, encode, preprocess, **options)  # type: ignore[arg-type]
+
+    cache = FeatureCache(tmp_path)
+    for rows in ([3], [5, 6], [9, 3, 11, 10, 20], range(23)):
+        found = cache.features(data.subset(rows), encode, preprocess, **options)  # type: ignore[arg-type]
+        assert torch.equal(found, whole[list(rows)])
 
 
 def test_equal_images_are_encoded_once(image_data: ImageDataset) -> None:
@@ -169,8 +186,6 @@ while True:
 
 @pytest.mark.filterwarnings("error")
 def test_kill_while_writing_leaves_whole_shards(tmp_path: Path) -> None:
-    from vlprompt.data import load_dataset
-
     script = textwrap.dedent(WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

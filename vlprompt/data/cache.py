@@ -40,6 +40,7 @@ __all__ = ["PREFIX_GIB", "FeatureCache"]
 Encode = Callable[[torch.Tensor], torch.Tensor]
 ProgressCallback = Callable[[int, int], None]
 _ROWS_PER_SHARD = 4096  # at d = 512 and float32 a shard is 8 MiB, and a kill loses at most this many rows
+_ROWS_PER_BLOCK = 16  # from here on, a row has the same bits whatever the size of its batch
 _KEYS_PER_JOB = 256
 _HASHING_THREADS = 4
 _VIEWS_AT_ONCE = 4  # of each image of a batch, in memory
@@ -96,9 +97,10 @@ class FeatureCache:
     ) -> list[torch.Tensor]:
         """Return the features of some views of every image, encoding only those that are not stored yet.
 
-        Batches are runs of consecutive samples, without those that are stored already: a run that was killed
-        between two batches and started again makes the same batches again, hence the same bits. Where several
-        processes share work, each encodes and stores a part, and all get the whole.
+        Batches are runs of consecutive samples, without those that are stored already, and are filled up to whole
+        blocks of 16 (of ``batch_size``, if that is less): on a CPU a row has the same bits whoever computes it, after
+        any kill, and beside any other rows. Where several processes share work, each encodes and stores a part, and all
+        get the whole.
 
         Args:
             dataset: n images.
@@ -263,6 +265,7 @@ class _Reading:
         """Encode what a store doesn't have, but for what another process is encoding: that is waited for."""
         dataset = self.reader.dataset
         total = len(dataset) * len(self.keys)
+        blocks = _InBlocks(encode, min(_ROWS_PER_BLOCK, batch_size))
         todo = _batches(self.keys, store, batch_size)
         with (
             Loader(self.reader, workers=workers, expected=len(todo)) as loader,
@@ -275,7 +278,7 @@ class _Reading:
                     with self._claimed(store, portion) as mine:
                         if mine:
                             waits = False
-                            done = self._encode(store, encode, portion, loader, report, done)
+                            done = self._encode(store, blocks, portion, loader, report, done)
 
                 if waits:
                     time.sleep(_LOOK_SECONDS)
@@ -414,6 +417,28 @@ def _portions(
             rows = 0
     if portion:
         yield portion
+
+
+@dataclass(frozen=True)
+class _InBlocks:
+    """Encodes images in whole blocks.
+
+    Libraries of matrix products and convolutions choose their way by the size of a batch, and ways differ in the last
+    bits. Which images lie in a batch depends on what is stored already, so on kills and on other processes.
+
+    Attributes:
+        encode: (B, 3, H, W) to (B, D).
+        size: Of a block; from 16 on, the number of blocks makes no difference either.
+    """
+
+    encode: Encode
+    size: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (B, D) rows of any number of images."""
+        missing = -len(images) % self.size
+        filled = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+        return self.encode(filled)[: len(images)]
 
 
 def _checked(features: torch.Tensor, indices: list[int], dataset: ImageDataset) -> torch.Tensor:
