@@ -74,6 +74,7 @@ def spread(
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
+        cluster.check_room(options, "an actor")
         workers = min(options.workers or _room(ray, options), len(items))
         ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = min(len(items), _BLOCKS_EACH * workers)
