@@ -124,6 +124,8 @@ class RayCluster:
             return
 
         most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in needs}
+        if not options.memory:
+            del needs["memory"], most["memory"]
         asked, there = _in_words(needs), _in_words(most)
         if self._scratch is not None:
             self.leave()
@@ -164,5 +166,5 @@ class RayCluster:
 
 
 def _in_words(resources: Mapping[str, float]) -> str:
-    memory = f", {resources['memory'] / 2**30:.3g} GiB of memory" if resources["memory"] else ""
+    memory = f", {resources['memory'] / 2**30:.3g} GiB of memory" if "memory" in resources else ""
     return f"{resources['CPU']:g} cores, {resources['GPU']:g} GPUs{memory}"
