@@ -60,8 +60,9 @@ def check_sessions(data: Mapping[str, ImageDataset], sessions: Sequence[tuple[in
             if shown.isdisjoint(session):
                 names = listed_names(images.classnames[c] for c in session)
                 raise DataError(
-                    f"{images.name}: no image of {split} shows a class of session {number} ({names}). Give these classes "
-                    "images there, or cut the sessions otherwise with protocol.split, protocol.order or protocol.seeds."
+                    f"{images.name}: no image of {split} shows a class of session {number} ({names}). Give these "
+                    "classes images there, or cut the sessions otherwise: protocol.split, protocol.order, "
+                    "protocol.seeds."
                 )
 
 

@@ -154,7 +154,9 @@ class NameList(Ranker):
         try:
             return faiss.read_index(str(path))
         except RuntimeError as error:
-            raise CheckpointError(f"{path} is damaged: {first_line(error)} Remove it: it is built again.") from error
+            raise CheckpointError(
+                f"{path} is damaged: {first_line(error)} Remove it: it is built again."
+            ) from error
 
     def _built_index(self, faiss: Any) -> Any:
         """Return an index: of inner products with all names, or with those of the nearest cells if there are many."""
@@ -316,7 +318,12 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = dict(json.loads((folder / _FACTS).read_text(encoding="utf-8")))
-        return {**facts, "count": int(facts["count"]), "chunk": int(facts["chunk"]), "learner": facts["learner"]}
+        return {
+            **facts,
+            "count": int(facts["count"]),
+            "chunk": int(facts["chunk"]),
+            "learner": facts["learner"],
+        }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no list of names: {error}.") from error
 

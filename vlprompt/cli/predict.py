@@ -77,7 +77,9 @@ def command(
         )
 
     refuse_given({"--column": column != "image"}, "is for parquet:PATTERN; a folder has none.", "predict")
-    refuse_given({"--nearest": nearest and names_file is None}, "is for --names FILE, which is missing.", "predict")
+    refuse_given(
+        {"--nearest": nearest and names_file is None}, "is for --names FILE, which is missing.", "predict"
+    )
     both = names_file is not None and bool(names)
     refuse_given({"--class": both}, "--names FILE says the names already: give one of them.", "predict")
 
@@ -168,7 +170,10 @@ def _exported(path: str, names: Sequence[str] | Path | None, backbone: Sequence[
 
     problems = [
         f"{option}: an exported file has its own {what}; export the learner again to change them."
-        for option, what, asked in (("--class, --names", "classes", names), ("--backbone", "weights", backbone))
+        for option, what, asked in (
+            ("--class, --names", "classes", names),
+            ("--backbone", "weights", backbone),
+        )
         if asked
     ]
     if problems:

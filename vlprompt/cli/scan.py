@@ -78,13 +78,7 @@ def command(
     2 after a mistake.
     """
     if data.startswith(("tar:", "parquet:")):
-        given = {
-            "--calibrate": calibrate is not None,
-            "--false-alarms": false_alarms != _FALSE_ALARMS,
-            "--top": top != _TOP,
-            "--no-links": not links,
-        }
-        refuse_given(given, "is for a folder; shards have no sheet, and a threshold by --threshold.", "scan")
+        _check_for_shards(calibrate, false_alarms, top, links)
         return _scan_shards(
             on,
             data=data,
@@ -97,13 +91,7 @@ def command(
             batch_size=batch_size,
             workers=parse_workers(workers),
         )
-    if on != "serial":
-        raise DataError(
-            f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
-        )
-    refuse_given({"--column": column != "image"}, "is for parquet:PATTERN; a folder has none.", "scan")
-    given = {"--false-alarms": calibrate is None and false_alarms != _FALSE_ALARMS}
-    refuse_given(given, "is a promise of --calibrate CLEAN, which is missing.", "scan")
+    _check_for_folder(on, column, calibrate, false_alarms)
 
     import torch
 
@@ -166,6 +154,28 @@ def _scan_shards(on: str, **options: Any) -> int:
     scanned, status = run_shards(Job(kind="scan", **options), on)
     print(f"{scanned.suspected} suspected: {scanned.folder / 'parts'}")
     return SUSPECTED if scanned.suspected else status
+
+
+def _check_for_shards(calibrate: Path | None, false_alarms: float, top: int, links: bool) -> None:
+    """Refuse what has an effect on folders alone."""
+    given = {
+        "--calibrate": calibrate is not None,
+        "--false-alarms": false_alarms != _FALSE_ALARMS,
+        "--top": top != _TOP,
+        "--no-links": not links,
+    }
+    refuse_given(given, "is for a folder; shards have no sheet, and a threshold by --threshold.", "scan")
+
+
+def _check_for_folder(on: str, column: str, calibrate: Path | None, false_alarms: float) -> None:
+    """Refuse what has an effect on shards alone."""
+    if on != "serial":
+        raise DataError(
+            f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
+        )
+    refuse_given({"--column": column != "image"}, "is for parquet:PATTERN; a folder has none.", "scan")
+    given = {"--false-alarms": calibrate is None and false_alarms != _FALSE_ALARMS}
+    refuse_given(given, "is a promise of --calibrate CLEAN, which is missing.", "scan")
 
 
 def _refuse_both(threshold: float | None) -> None:

@@ -36,7 +36,7 @@ def run_apart(
     folder.mkdir(parents=True, exist_ok=True)
     with (
         # Cells leave results behind, which would count as done in the next command.
-        tempfile.TemporaryDirectory(prefix="command-", dir=folder) as own,
+        tempfile.TemporaryDirectory(prefix="command-", dir=folder, ignore_cleanup_errors=True) as own,
         create_executor(on, experiment) as executor,  # ends, and what it started, before the folder does
     ):
         run = Path(own)

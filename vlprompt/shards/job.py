@@ -21,7 +21,7 @@ from pydantic import Field
 
 from vlprompt.backbones import create_backbone
 from vlprompt.classification.predict import Classifier, for_classes
-from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import write_atomic, write_json
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import hash_strings

@@ -69,7 +69,9 @@ class ChatEndpoint:
             is_address = False
         if not is_address or re.search(r"\s", self.base_url):
             raise ConfigError(
-                [f"base_url: {self.base_url!r} is no address of a server, for example http://localhost:11434/v1."],
+                [
+                    f"base_url: {self.base_url!r} is no address of a server, for example http://localhost:11434/v1."
+                ],
                 "endpoint",
             )
         if parts.username or parts.password or parts.query:
@@ -205,7 +207,10 @@ class _Client:
             http = openai.DefaultHttpxClient(event_hooks={"request": [count]}, follow_redirects=False)
             http.send = _in_time(http.send, timeout)
             self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, http_client=http)
-        except (ValueError, openai.OpenAIError) as error:  # for example a proxy in the environment that is none
+        except (
+            ValueError,
+            openai.OpenAIError,
+        ) as error:  # for example a proxy in the environment that is none
             raise VLPromptError(f"no connection can be made: {first_line(error)}") from None
 
     def send(self, endpoint: ChatEndpoint, messages: Sequence[Message], seed: int, retries: int) -> Any:

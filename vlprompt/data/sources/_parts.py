@@ -200,7 +200,9 @@ class VocPart(Part):
             for number, line in enumerate(read_text(path).splitlines(), 1):
                 words = line.split()
                 if words and (len(words) != 2 or words[1] not in ("-1", "0", "1")):
-                    raise DataError(f"{path}, line {number}: expected '<image> <-1, 0 or 1>', got {line[:80]!r}.")
+                    raise DataError(
+                        f"{path}, line {number}: expected '<image> <-1, 0 or 1>', got {line[:80]!r}."
+                    )
                 if words and words[1] != "-1":
                     labels_of.setdefault(words[0], []).append(label)
 
