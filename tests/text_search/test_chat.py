@@ -132,6 +132,16 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up(rules: Rules) -> No
     assert time.monotonic() - began < 20
 
 
+def test_half_a_character_is_no_template(rules: Rules, tmp_path: Path) -> None:
+    reply = 'half: \ud800 ["a sketch \ud83d of a <CLASS>", "a \\ud800 sketch of a <CLASS>", "a sketch of a <CLASS>"]'
+    with serve(reply) as endpoint:
+        outcome = _run(endpoint, rules, tmp_path / "t", steps=1)
+    templates = [candidate.template for candidate in outcome.candidates]
+    assert "a sketch of a {}." in templates
+    assert all(template.isprintable() for template in templates)
+    "".join(templates).encode()
+
+
 def test_nobody_is_sent_elsewhere(rules: Rules) -> None:
     refusal = pytest.raises(VLPromptError, match="307")
     with serve("elsewhere") as endpoint, refusal:

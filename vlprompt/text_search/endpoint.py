@@ -284,7 +284,11 @@ def _content(response: Any) -> str:
         content = response.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
         return ""
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, str):
+        return ""
+    return content.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # JSON may hold half a character, which no file takes
 
 
 def _counts(response: Any) -> tuple[int, int] | None:

@@ -296,6 +296,7 @@ def _stop(jobs: Jobs) -> None:
 @contextlib.contextmanager
 def _apart_from_terminal(folder: Path) -> Iterator[None]:
     """Let processes that are started meanwhile write errors into a file: controllers end with a stack after Ctrl-C."""
+    folder.mkdir(parents=True, exist_ok=True)
     terminal = os.dup(2)
     try:
         with (folder / "controllers.log").open("ab") as file:
