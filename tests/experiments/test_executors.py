@@ -187,6 +187,11 @@ def test_jobs_go_on_when_the_command_is_killed_and_another_one_collects(tmp_path
         run_experiment(toy(tmp_path, seconds=0.1), attach=True)
 
 
+def test_attach_starts_nothing_anywhere(tmp_path: Path) -> None:
+    with pytest.raises(VLPromptError, match="leave out --on processes:2"):
+        run_experiment(toy(tmp_path), on="processes:2", attach=True)
+
+
 def jobs_of_a_cluster(run: Path) -> None:
     Jobs("slurm:", ("7_0",)).write(run)
 
