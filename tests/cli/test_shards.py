@@ -60,6 +60,7 @@ def test_shards_are_encoded_and_named(command: Command, tmp_path: Path, prompt: 
         (("scan", "images", "--detector", "PROMPT", "--column", "picture"), "--column"),
         (("scan", "images", "--detector", "PROMPT", "--false-alarms", "0.1"), "--false-alarms"),
         (("encode", "tar:*.tar", "--output", "o", "--on", "processes:²"), "processes:N takes a number"),
+        (("predict", "PROMPT", "a.png", "tar:*.tar", "--output", "o"), "one pattern"),
     ],
 )
 def test_options_without_effect_are_refused(

@@ -67,7 +67,7 @@ def command(
 
     Exit status: 0; 1 if an image could not be read; 2 after a mistake.
     """
-    if images[0].startswith(("tar:", "parquet:")):
+    if any(image.startswith(("tar:", "parquet:")) for image in images):
         given = {"--names": names_file is not None, "--nearest": nearest, "--csv": csv is not None}
         refuse_given(given, "is for single images and folders; shards have --class and --output.", "predict")
         return _predict_shards(prompt, images, output, names, topk, backbone, workers, on, column)

@@ -78,7 +78,7 @@ def spread(
         workers = min(options.workers or _room(ray, options), len(items))
         ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = min(len(items), _BLOCKS_EACH * workers)
-        stream = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
+        stream: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
         stream = stream.map_batches(
             _Actor,
             fn_constructor_args=(kind, arguments, options.threads),
