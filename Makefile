@@ -18,10 +18,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/vlprompt run quickstart.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile || [ $$? -eq 5 ]  # 5: no test is marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile --durations 40 || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 # Inside tests/slurm_node.sh, which starts Slurm's daemons.
 test-slurm: $(INSTALLED)

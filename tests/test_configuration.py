@@ -72,4 +72,5 @@ def test_every_shipped_file_is_valid_opens_with_its_command_and_expects_figures_
     assert experiment.config.name == path.stem
     assert experiment.config.expect
     assert experiment.cells()
+    assert experiment.layout().headline in experiment.figures()
     assert unknown_figures(name) == []

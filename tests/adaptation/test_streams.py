@@ -105,6 +105,14 @@ def test_several_orders_of_a_stream_of_sets(tmp_path: Path) -> None:
     spread = outcome.results.select("accuracy_over_orders", method="bca")
     assert spread.coordinates("data") == [FOG, SNOW]
     assert len(outcome.results.select("accuracy_over_orders", method="zero")) == 0
+
+    mean = sum(spread.values()) / 2
+    assert outcome.metrics["bca/average/accuracy_over_orders"] == pytest.approx(mean)
+    before = outcome.metrics["bca/average/before_accuracy"]
+    assert outcome.metrics["bca/average/accuracy_over_orders_gain"] == pytest.approx(mean - before)
+    assert "Mean accuracy over 3 orders of the stream" in outcome.text
+    assert "Mean accuracy in the worst tenth of 3 orders" in outcome.text
+
     (records,) = (outcome.folder / "cells").glob("*/records.json")
     rows = [row for row in json.loads(records.read_text()) if row["method"] == "bca"]
     assert [(row["data"], row["stream"]["order"]) for row in rows] == [

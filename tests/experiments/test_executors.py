@@ -19,7 +19,8 @@ from tests.experiments.toys import Toy, ToyConfig
 from vlprompt.core.claims import Claims
 from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.process_marks import ProcessMark
-from vlprompt.experiments.cell import Failure
+from vlprompt.experiments.apart import run_apart
+from vlprompt.experiments.cell import CellResult, Failure
 from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.executors import create_executor
 from vlprompt.experiments.folder import RunFolder
@@ -44,6 +45,20 @@ def tables(run: Path) -> dict[str, bytes]:
 
 def finished(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.glob("cells/*/cell.json")}
+
+
+def check_that_work_apart_ends(on: str, folder: Path) -> None:
+    """What is no run is not left to jobs whose folder goes with the command."""
+    experiment = toy(folder, seeds=[1], seconds=6.0)
+    answers = run_apart(on, experiment, experiment.cells(), folder / "own")
+    assert isinstance(next(answers)[1], CellResult)
+    (jobs,) = [jobs for own in (folder / "own").iterdir() if (jobs := Jobs.read(own))]
+    assert jobs.run()
+
+    with pytest.raises(KeyboardInterrupt):
+        answers.throw(KeyboardInterrupt())
+    wait_for(lambda: not jobs.run(), "the end of the jobs")
+    assert not list((folder / "own").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +253,11 @@ def test_jobs_of_a_machine_that_was_started_again_are_gone() -> None:
     assert elsewhere.may_run()
     assert Jobs("slurm:local", ("1",), (elsewhere,)).foreign_hosts() == ["another"]
     assert not Jobs("slurm:local", ("1",), (replace(here, machine="before"),)).run()
+
+
+@pytest.mark.slow
+def test_jobs_of_work_that_is_no_run_end_with_the_command(tmp_path: Path) -> None:
+    check_that_work_apart_ends("slurm:local,jobs=2", tmp_path)
 
 
 # --- Ray, two nodes

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.clusters import kill, owners, start, wait_for
-from tests.experiments.test_executors import finished, run_of, tables, toy
+from tests.experiments.test_executors import check_that_work_apart_ends, finished, run_of, tables, toy
 from vlprompt.core.errors import VLPromptError
 from vlprompt.experiments.jobs import Jobs
 from vlprompt.experiments.runner import run_experiment
@@ -76,6 +76,10 @@ def test_cells_whose_job_was_killed_are_submitted_again(tmp_path: Path) -> None:
     wait_for(lambda: not queue(second.arrays[0]), "an empty queue")
     assert not second.run()
     assert tables(run) == tables(run_experiment(toy(tmp_path / "whole", **options)).folder)
+
+
+def test_jobs_of_work_that_is_no_run_end_with_the_command(tmp_path: Path) -> None:
+    check_that_work_apart_ends(f"slurm:partition={PARTITION},jobs=2", tmp_path)
 
 
 def test_what_slurm_does_not_take_is_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.data.captions.store import build_store
 from vlprompt.saved.prompts import save
 from vlprompt.shards.job import Job, JobOutcome, run_job
+from vlprompt.shards.on_ray import spread
 from vlprompt.shards.reading import find_shards, read_shard
 
 arrow = pytest.importorskip("pyarrow")
@@ -268,3 +270,20 @@ def test_results_are_the_same_bytes_wherever_they_are_made(shards: Path, tmp_pat
     encode(shards, tmp_path / "serial")
     encode(shards, tmp_path / "spread", on)
     assert parts(tmp_path / "spread") == parts(tmp_path / "serial")
+
+
+class Dies:
+    """Ends its own process over one item."""
+
+    def __call__(self, item: str) -> dict[str, Any]:
+        if item == "deadly":
+            os._exit(1)
+        return {"item": item}
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_its_actor_is_not_tried_for_ever() -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(VLPromptError, match=r"Ray gave up: .* started again 1 times \(retries=\)"):
+        list(spread(Dies, (), ["deadly"], "ray:cores=1,retries=1"))
+    assert list(spread(Dies, (), ["harmless"], "ray:cores=1,retries=1")) == [{"item": "harmless"}]

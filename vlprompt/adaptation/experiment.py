@@ -31,6 +31,7 @@ from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
 from vlprompt.adaptation.summary import (
     METRICS,
     OF_MIXED_STREAMS,
+    OVER_ORDERS,
     ROBUST,
     adaptation_tables,
     headline,
@@ -145,6 +146,8 @@ class AdaptationExperiment(Experiment):
         paired = [*metrics, *(f"before_{metric}" for metric in metrics)]
         if self.config.protocol.stream.kind == "mixed":
             paired += OF_MIXED_STREAMS
+        if self.config.protocol.orders > 1:
+            paired += OVER_ORDERS
 
         for label in self.config.methods:
             for name in [cell["data"]] if "data" in cell.where else self.config.data.names:

@@ -14,6 +14,7 @@ from vlprompt.experiments.tables import Table
 __all__ = [
     "METRICS",
     "OF_MIXED_STREAMS",
+    "OVER_ORDERS",
     "ROBUST",
     "adaptation_tables",
     "headline",
@@ -26,6 +27,11 @@ ROBUST = "robust_accuracy"
 """The accuracy on attacked images."""
 OF_MIXED_STREAMS = ("ood_auroc_msp", "ood_fpr95_msp", "ood_aupr_msp", "ood_oscr_msp", "accuracy_alone")
 """What every method has for a mixed stream; methods that answer by similarities have more."""
+OVER_ORDERS = {
+    "accuracy_over_orders": "Mean accuracy over {orders} orders of the stream",
+    "accuracy_worst_tenth": "Mean accuracy in the worst tenth of {orders} orders",
+}
+"""What methods that depend on the order have where there are several; without adaptation all orders are alike."""
 _BEFORE = "before_"
 _OOD = "ood_"  # before the metrics of telling intruders apart
 _OF_MIXED = ("accuracy_alone", "intruders_accuracy")
@@ -65,9 +71,9 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
     of_mixed = [metric for metric in results.metrics() if metric.startswith(_OOD) or metric in _OF_MIXED]
     for label in config.methods:
         for data in _columns(config):
-            for metric in (*METRICS, ROBUST, *of_mixed):
+            for metric in (*METRICS, ROBUST, *OVER_ORDERS, *of_mixed):
                 after = _by_seed(results.select(metric, method=label), data, config)
-                before = _by_seed(results.select(_BEFORE + metric, method=label), data, config)
+                before = _by_seed(results.select(_before(metric), method=label), data, config)
                 if not after:
                     continue
                 figures |= summarise(list(after.values())).flat(f"{label}/{data}/{metric}")
@@ -88,8 +94,8 @@ def summary(results: Results, config: AdaptationConfig) -> dict[str, float]:
 def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:
     """Return accuracies, a row for each method and one for each classifier without adaptation, and paired gains.
 
-    Of mixed streams also how well intruders are told apart, and accuracies without them; with an attack the same tables
-    for attacked images.
+    Of several orders also what they give together; of mixed streams how well intruders are told apart, and accuracies
+    without them; with an attack the same tables for attacked images.
 
     Args:
         results: The long table.
@@ -97,6 +103,14 @@ def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout
         layout: Without baselines: which classifier a method starts from is read from the results.
     """
     tables = _tables_of("accuracy", results, config, layout)
+    for metric, title in OVER_ORDERS.items():
+        if len(results.select(metric)):
+            said = title.format(orders=config.protocol.orders)
+            tables += [
+                replace(t, title=f"{said}: {t.title}" if t.title else said)
+                for t in _tables_of(metric, results, config, layout)
+            ]
+
     for metric, title in _OOD_TABLES.items():
         if len(results.select(metric)):
             values, *_ = _tables_of(metric, results, config, layout)
@@ -115,7 +129,7 @@ def _tables_of(metric: str, results: Results, config: AdaptationConfig, layout: 
     baselines: dict[str, tuple[str, ...]] = {}
     before: dict[tuple[Coordinate, ...], Line] = {}
     for label in config.methods:
-        for line in results.select(f"{_BEFORE}{metric}", method=label).lines:
+        for line in results.select(_before(metric), method=label).lines:
             row = f"without adaptation ({line.where['start']})"
             baselines[label] = (row,)
             # Methods that start from the same classifier share its row.
@@ -125,6 +139,11 @@ def _tables_of(metric: str, results: Results, config: AdaptationConfig, layout: 
     after = results.select(metric, method=set(config.methods))
     rows = Results([*before.values(), *after.lines])
     return tabulate(rows, replace(layout, metric=metric, baselines=baselines))
+
+
+def _before(metric: str) -> str:
+    """Return what a metric is called without adaptation."""
+    return f"{_BEFORE}accuracy" if metric in OVER_ORDERS else f"{_BEFORE}{metric}"
 
 
 def _columns(config: AdaptationConfig) -> list[str]:

@@ -87,7 +87,7 @@ class ClassificationExperiment(Experiment):
         study = self._shown_studies[0]
         protocol = protocol_of(study.config.protocol.name)
         headline = protocol.headline
-        if len(self._shown_studies) > 1:
+        if len(self.studies) > 1:
             headline = f"{_label(self._shown_studies[-1])}/{headline}"
         return Layout(headline, protocol.metric)
 

@@ -36,7 +36,7 @@ def command(
         str,
         typer.Option(
             metavar="EXECUTOR",
-            help="Where trials run, in turn at each place: serial, processes:N, ray, slurm:partition=NAME ...",
+            help="Where trials run, one by one in each place: serial, processes:N, ray, slurm:partition=NAME ...",
         ),
     ] = "serial",
     storage: Annotated[

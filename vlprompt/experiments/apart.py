@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
@@ -18,7 +18,7 @@ __all__ = ["run_apart"]
 
 def run_apart(
     on: str, experiment: Experiment, cells: Sequence[Cell], folder: Path
-) -> Iterator[tuple[Cell, CellResult | Failure]]:
+) -> Generator[tuple[Cell, CellResult | Failure], None, None]:
     """Run cells wherever ``on`` says, and yield what becomes of each as it ends; they need no other.
 
     Nothing is kept: what a cell does has to be safe to be done again.

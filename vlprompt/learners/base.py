@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -346,6 +347,17 @@ def _check_classes(classnames: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+@cache
+def warn_of_words_alike(backbone: str, first: str, second: str) -> None:
+    """Say, once in a process, that a backbone's words for two classes mean the same to it."""
+    log.warning(
+        "%s reads %r and %r alike, so the text alone can't tell these classes apart; training images can.",
+        backbone,
+        first,
+        second,
+    )
+
+
 def _check_tokens(backbone: Backbone, classnames: Sequence[str], templates: Sequence[str]) -> None:
     """Refuse classes whose sentences a text tower can't tell apart: equal tokens, or equal up to where it cuts.
 
@@ -371,12 +383,7 @@ def _check_tokens(backbone: Backbone, classnames: Sequence[str], templates: Sequ
 
         other = first_with.setdefault(key, name)
         if other is not name and backbone.lexicon is not None and backbone.lexicon.differ(name, other):
-            log.warning(
-                "%s reads %r and %r alike, so the text alone can't tell these classes apart; training images can.",
-                backbone.name,
-                other,
-                name,
-            )
+            warn_of_words_alike(backbone.name, other, name)
         elif other is not name:
             raise DataError(
                 f"the learner: the classes {other!r} and {name!r} are the same to the text tower, which reads "

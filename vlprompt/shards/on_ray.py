@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pydantic import Field
 
+from vlprompt.core.errors import VLPromptError, first_line
 from vlprompt.core.processes import set_threads
 from vlprompt.core.ray_cluster import RayCluster, RayOptions, read_ray_options
 
@@ -64,7 +66,8 @@ def spread(
             and ended behind the work.
 
     Raises:
-        VLPromptError: If ray isn't installed, there is no cluster at the address, or an option is none.
+        VLPromptError: If ray isn't installed, there is no cluster at the address, an option is none, or a worker died
+            more often than ``retries``.
     """
     if not items:
         return
@@ -79,17 +82,25 @@ def spread(
         ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = min(len(items), _BLOCKS_EACH * workers)
         stream: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
-        stream = stream.map_batches(
-            _Actor,
-            fn_constructor_args=(kind, arguments, options.threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            max_restarts=options.retries,
-            max_task_retries=options.retries,
-            **options.needs(),
-        )
+        with warnings.catch_warnings():
+            # Ray has no other way yet to bound restarts: without one a shard that kills its actor does so for ever.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            stream = stream.map_batches(
+                _Actor,
+                fn_constructor_args=(kind, arguments, options.threads),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+                max_restarts=options.retries,
+                max_task_retries=options.retries,
+                **options.needs(),
+            )
         for row in stream.iter_rows():
             yield json.loads(row["record"])
+    except ray.exceptions.RayError as error:
+        raise VLPromptError(
+            f"Ray gave up: {first_line(error)} A worker may be killed for want of memory (memory=), and is started "
+            f"again {options.retries} times (retries=). What is done stays; the same command goes on."
+        ) from error
     finally:
         cluster.leave()
 

@@ -134,7 +134,10 @@ class SlurmExecutor(Executor):
 
         if error is None:
             self._let_end(self._jobs)
-        elif not self._kept or (self.local and isinstance(error, KeyboardInterrupt)):
+        elif not self._kept:
+            _stop(self._jobs)
+            self._wait_for_end(self._jobs)  # they write into a folder that is about to go
+        elif self.local and isinstance(error, KeyboardInterrupt):
             _stop(self._jobs)
         elif self.local:
             log.warning("the jobs go on; the same command with --attach waits for them.")
@@ -273,10 +276,15 @@ class SlurmExecutor(Executor):
             _cancel(jobs, "--state=PENDING")
             return
 
+        self._wait_for_end(jobs)
+        _stop(jobs)
+
+    def _wait_for_end(self, jobs: Jobs) -> None:
+        """Wait for jobs that have nothing left to do, but not for ever."""
+        pause = _LOCAL_LOOK_SECONDS if self.local else _LOOK_SECONDS
         limit = time.monotonic() + _PATIENCE_SECONDS
         while jobs.run() and time.monotonic() < limit:
-            time.sleep(_LOCAL_LOOK_SECONDS)
-        _stop(jobs)
+            time.sleep(pause)
 
 
 def _stop(jobs: Jobs) -> None:
