@@ -17,6 +17,7 @@ from vlprompt import load, load_dataset
 from vlprompt.backbones import create_backbone
 from vlprompt.classification.config import ClassificationConfig
 from vlprompt.classification.evaluate import predict_logits
+from vlprompt.classification.incremental import check_sessions
 from vlprompt.classification.protocols.class_incremental import session_classes
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.files import read_tensors
@@ -98,6 +99,21 @@ def test_sessions_are_cut_as_the_papers_cut_them() -> None:
         sizes("B0-C5", 11)
     with pytest.raises(DataError, match="x has 12 classes, so that B12-C2 leaves none"):
         sizes("B12-C2")
+    with pytest.raises(DataError, match="x has 3 classes, so that B0-C4 leaves none"):
+        sizes("B0-C4", 3)
+
+
+def test_a_session_that_no_image_shows_is_refused_before_anything_is_learned() -> None:
+    data = {split: load_dataset("digits", split) for split in ("train", "test")}
+    sessions = [(0, 1), (2, 3), (4, 5)]
+    check_sessions(data, sessions)
+    data["test"] = data["test"].subset(
+        i for i, label in enumerate(data["test"].labels) if label not in (2, 3)
+    )
+    with pytest.raises(
+        DataError, match=r"digits: no image of test shows a class of session 2 \('two', 'three'\)"
+    ):
+        check_sessions(data, sessions)
 
 
 def test_every_seed_has_an_order_of_its_own() -> None:

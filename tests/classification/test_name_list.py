@@ -70,8 +70,14 @@ def test_an_index_finds_the_same_names(learner: Learner, tmp_path: Path) -> None
 
 
 def test_lists_that_can_not_be(learner: Learner, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'Big red cat' twice"):
+    equal = (
+        f"'big red cat' .number {NAMES.index('big red cat') + 1}. and 'Big red cat' .number {len(NAMES) + 1}."
+    )
+    with pytest.raises(DataError, match=f"can't tell apart: {equal}"):
         build_name_list(learner, [*NAMES, "Big red cat"], tmp_path / "list")
+    (tmp_path / "names.txt").write_text("\ufeffcat\r\n\r\n\uff43\uff41\uff54\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"'cat' \(line 1\) and '\uff43\uff41\uff54' \(line 3\)"):
+        build_name_list(learner, tmp_path / "names.txt", tmp_path / "list")
     with pytest.raises(DataError, match="at least 2 names, got 1"):
         build_name_list(learner, ["one"], tmp_path / "list")
     cocoop = vlprompt.create_learner("cocoop", learner.backbone, NAMES)
@@ -84,3 +90,27 @@ def test_lists_that_can_not_be(learner: Learner, tmp_path: Path) -> None:
     other = vlprompt.create_learner("zero_shot", learner.backbone, NAMES)
     with pytest.raises(CheckpointError, match="another learner"):
         NameList(other, tmp_path / "list")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(learner: Learner, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfred cat\r\n\r\n  \r\nblue dog\r\n")
+    assert build_name_list(learner, tmp_path / "names.txt", tmp_path / "list") == 2
+    assert [names for _, _, names in NameList(learner, tmp_path / "list").chunks()] == [
+        ["red cat", "blue dog"]
+    ]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"count": "x"}', "nonsense"])
+def test_damaged_facts_are_named(learner: Learner, tmp_path: Path, content: str) -> None:
+    build_name_list(learner, NAMES, tmp_path / "list")
+    (tmp_path / "list" / "names.json").write_text(content)
+    with pytest.raises(CheckpointError, match="holds no list of names"):
+        NameList(learner, tmp_path / "list")
+
+
+def test_a_damaged_index_is_named(learner: Learner, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    build_name_list(learner, NAMES, tmp_path / "list")
+    (tmp_path / "list" / "index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"index\.faiss is damaged"):
+        NameList(learner, tmp_path / "list", nearest=True)

@@ -46,6 +46,33 @@ def test_shards_are_encoded_and_named(command: Command, tmp_path: Path, prompt: 
     assert "--on ray is for shards" in answer.err
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("predict", "PROMPT", "tar:*.tar", "--output", "o", "--names", "names.txt"), "--names"),
+        (("predict", "PROMPT", "tar:*.tar", "--output", "o", "--csv", "t.csv"), "--csv"),
+        (("predict", "PROMPT", "a.png", "--nearest"), "--nearest"),
+        (("predict", "PROMPT", "a.png", "--names", "names.txt", "--class", "a"), "--class"),
+        (("predict", "PROMPT", "a.png", "--column", "picture"), "--column"),
+        (("predict", "model.onnx", "a.png", "--names", "names.txt"), "--names"),
+        (("scan", "tar:*.tar", "--detector", "PROMPT", "--calibrate", "clean"), "--calibrate"),
+        (("scan", "tar:*.tar", "--detector", "PROMPT", "--top", "3"), "--top"),
+        (("scan", "images", "--detector", "PROMPT", "--column", "picture"), "--column"),
+        (("scan", "images", "--detector", "PROMPT", "--false-alarms", "0.1"), "--false-alarms"),
+        (("encode", "tar:*.tar", "--output", "o", "--on", "processes:²"), "processes:N takes a number"),
+        (("predict", "PROMPT", "a.png", "tar:*.tar", "--output", "o"), "one pattern"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    command: Command, tmp_path: Path, prompt: str, words: tuple[str, ...], option: str
+) -> None:
+    write_tar(tmp_path / "0.tar", {"0.png": png(0)})
+    places = {"PROMPT": prompt, "tar:*.tar": f"tar:{tmp_path}/*.tar", "o": str(tmp_path / "o")}
+    answer = command(*(places.get(word, word) for word in words))
+    assert answer.status == 2
+    assert option in answer.err
+
+
 def test_a_list_of_names(command: Command, tmp_path: Path, prompt: str) -> None:
     (tmp_path / "names.txt").write_text("a red circle\na blue star\na green square\n")
     (tmp_path / "0.png").write_bytes(png(0))

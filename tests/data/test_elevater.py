@@ -121,3 +121,16 @@ def test_cards_of_the_benchmark_are_drawn_its_way_unless_told(tmp_path: Path) ->
     assert load_dataset("digits", shots=2).info["sampling"] == "private"
     with pytest.raises(DataError, match=r"has no split 'val', only train, test\. Few-shot draws"):
         load_dataset("elevater_mnist", "val", root=tmp_path)
+
+
+def test_marks_that_are_none_are_refused(tmp_path: Path) -> None:
+    voc(tmp_path)
+    lists = sorted(tmp_path.rglob("aeroplane_train.txt"))
+    assert lists
+    content = lists[0].read_text()
+    lists[0].write_text(content.replace(" ", "\t"))
+    assert len(load_dataset("elevater_voc-2007-classification", "train", root=tmp_path)) == 60
+
+    lists[0].write_text(f"{content}\n000001 2\n")
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line \d+: expected '<image> <-1, 0 or 1>'"):
+        load_dataset("elevater_voc-2007-classification", "train", root=tmp_path)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from tests.experiments.clusters import ENVIRONMENT, kill, lives, owners, ray_clu
 from tests.experiments.toys import Toy, ToyConfig
 from vlprompt.core.claims import Claims
 from vlprompt.core.errors import CheckpointError, VLPromptError
+from vlprompt.core.process_marks import ProcessMark
 from vlprompt.experiments.apart import run_apart
-from vlprompt.experiments.cell import CellResult
+from vlprompt.experiments.cell import CellResult, Failure
+from vlprompt.experiments.cell_folder import CellFolder
+from vlprompt.experiments.executors import create_executor
 from vlprompt.experiments.folder import RunFolder
 from vlprompt.experiments.jobs import Jobs
 from vlprompt.experiments.runner import run_experiment
@@ -196,6 +200,59 @@ def test_jobs_go_on_when_the_command_is_killed_and_another_one_collects(tmp_path
     assert tables(run) == tables(run_experiment(toy(tmp_path / "whole", **options)).folder)
     with pytest.raises(VLPromptError, match="nothing to attach to"):
         run_experiment(toy(tmp_path, seconds=0.1), attach=True)
+
+
+def test_attach_starts_nothing_anywhere(tmp_path: Path) -> None:
+    with pytest.raises(VLPromptError, match="leave out --on processes:2"):
+        run_experiment(toy(tmp_path), on="processes:2", attach=True)
+
+
+def jobs_of_a_cluster(run: Path) -> None:
+    Jobs("slurm:", ("7_0",)).write(run)
+
+
+def test_jobs_of_a_cluster_are_waited_for_where_somebody_can_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    jobs_of_a_cluster(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    experiment = toy(tmp_path)
+    refusal = pytest.raises(VLPromptError, match=r"this machine has no squeue.*delete .*jobs\.json")
+    with create_executor("slurm:", experiment, attach=True) as executor, refusal:
+        executor.begin(tmp_path, experiment.cells())
+
+
+@pytest.mark.slow
+def test_an_error_while_jobs_are_watched_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    jobs_of_a_cluster(tmp_path)
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 7_0\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    experiment = toy(tmp_path)
+    cells = experiment.cells()
+    place = CellFolder.of(tmp_path, cells[0])
+    place.path.mkdir(parents=True)
+    (place.path / "cell.json").write_text("[" * 200_000)  # which no reader of JSON can end
+    with create_executor("slurm:", experiment, attach=True) as executor:
+        executor.begin(tmp_path, cells)
+        first = executor.submit(place).result(60)
+        assert isinstance(first, Failure)
+        assert "recursion" in first.message
+        assert executor.submit(CellFolder.of(tmp_path, cells[1])).result(1) == first
+
+
+def test_jobs_of_a_machine_that_was_started_again_are_gone() -> None:
+    here = ProcessMark.here()
+    assert here.may_run()
+    assert not replace(here, machine="before/the/start").may_run()
+    elsewhere = replace(here, machine="another/machine", host="another")
+    assert elsewhere.may_run()
+    assert Jobs("slurm:local", ("1",), (elsewhere,)).foreign_hosts() == ["another"]
+    assert not Jobs("slurm:local", ("1",), (replace(here, machine="before"),)).run()
 
 
 @pytest.mark.slow

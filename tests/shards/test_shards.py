@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -175,6 +176,89 @@ def test_mistakes(shards: Path, tmp_path: Path) -> None:
     assert "no readable tar file" in outcome.failed[0].error
     assert outcome.images == 7  # the others have their results
     assert "0000.tar" in json.loads((tmp_path / "out" / "summary.json").read_text())["failed"]
+
+
+def damage(path: Path, how: str) -> Path:
+    """Write an archive of twenty images that is damaged behind the first of them."""
+    whole = write_tar(path, {f"{i}.png": png(i) for i in range(20)}).read_bytes()
+    half = len(whole) // 2 // 512 * 512
+    packed = gzip.compress(whole, mtime=0)
+    middle = len(packed) // 2
+    header = next(i for i in range(half, len(whole), 512) if whole[i + 257 : i + 262] == b"ustar")
+    content = {
+        "cut inside a member": whole[: half + 100],
+        "a header": whole[:header] + b"?" + whole[header + 1 :],
+        "a packed byte": packed[:middle] + bytes([packed[middle] ^ 255]) + packed[middle + 1 :],
+        "cut while packed": packed[:middle],
+    }
+    path.write_bytes(content[how])
+    return path
+
+
+@pytest.mark.parametrize("how", ["cut inside a member", "a header", "a packed byte", "cut while packed"])
+@pytest.mark.parametrize("captions", [False, True])
+def test_no_damaged_archive_passes_for_a_shorter_one(tmp_path: Path, how: str, captions: bool) -> None:
+    path = damage(tmp_path / "a.tar", how)
+    with pytest.raises(DataError, match="no readable tar file"):
+        list(read_shard(path, "tar", Counter(), captions=captions))
+
+
+def test_what_may_be_missing_behind_the_end_of_an_archive_is_counted(tmp_path: Path) -> None:
+    one = write_tar(tmp_path / "one.tar", {"a.png": png(0)}).read_bytes()
+    cases = {
+        one: {},
+        one.rstrip(b"\0") + b"\0" * (-len(one.rstrip(b"\0")) % 512): "no end mark",
+        one + one: "behind their end mark",
+    }
+    for content, reason in cases.items():
+        (tmp_path / "a.tar").write_bytes(content)
+        left_out: Counter[str] = Counter()
+        assert len(list(read_shard(tmp_path / "a.tar", "tar", left_out))) == 1
+        assert bool(left_out) == bool(reason)
+        assert all(reason in sentence for sentence in left_out)
+
+
+def test_a_damaged_list_costs_its_own_shard(tmp_path: Path) -> None:
+    data = tmp_path / "lists [old]"
+    data.mkdir()
+    offsets = arrow.py_buffer(np.array([0, 2], dtype=np.int32).tobytes())
+    no_text = arrow.Array.from_buffers(arrow.string(), 1, [None, offsets, arrow.py_buffer(b"\xff\xfe")])
+    images = arrow.array([png(0)])
+    parquet.write_table(arrow.table({"image": images, "name": no_text}), data / "a.parquet")
+    parquet.write_table(arrow.table([images, images], names=["image", "image"]), data / "b.parquet")
+    named = {"image": [png(0), png(1)], "name": ["x", None]}
+    parquet.write_table(arrow.table(named), data / "c.parquet")
+
+    job = Job(kind="encode", data=f"parquet:{data}/*.parquet", folder=str(tmp_path / "out"))
+    outcome = run_job(job)
+    assert [part.shard for part in outcome.failed] == ["a.parquet", "b.parquet"]
+    assert "2 columns called 'image'" in outcome.failed[1].error
+    names = parquet.read_table(tmp_path / "out" / "parts" / "c.parquet.parquet").column("image")
+    assert names.to_pylist() == ["x", "c.parquet:1"]
+
+    with pytest.raises(CheckpointError, match="another work \\(column\\)"):
+        run_job(job.model_copy(update={"column": "picture"}))
+    strange = next(read_shard(data / "c.parquet", "parquet", Counter(), column="name"))
+    assert "is no file of an image" in strange.error
+
+
+def test_a_shard_that_comes_by_anothers_name_is_done_itself(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "b" / "0.tar", {"b.png": png(0)})
+    job = Job(kind="encode", data=f"tar:{tmp_path}/data/*/0.tar", folder=str(tmp_path / "out"))
+    run_job(job)
+    write_tar(
+        tmp_path / "data" / "a" / "0.tar", {"a.png": png(1)}
+    )  # of the same size, and first in the order
+    run_job(job)
+    table = parquet.read_table(tmp_path / "out" / "parts" / "0.tar.parquet")
+    assert table.column("image").to_pylist() == ["a.png"]
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_started_here_refuses_what_it_has_no_room_for(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(VLPromptError, match="needs 500 cores, 0 GPUs, and this machine has 1 cores"):
+        encode(shards, tmp_path / "out", "ray:cores=1,cpus=500")
 
 
 @pytest.mark.slow

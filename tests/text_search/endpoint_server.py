@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -15,7 +16,8 @@ class Endpoint:
     """What the server answers, one after the other, and what it was asked.
 
     A plan is a list of: text (the content of a good reply), a number (an HTTP status), ``"raw:..."`` (a body that is
-    no completion), ``"slow"`` (nothing, for two seconds) or ``"drop"`` (the connection is closed).
+    no completion), ``"slow"`` (nothing, for two seconds), ``"drip"`` (a byte now and then, for ever), ``"elsewhere"``
+    (a redirection to itself) or ``"drop"`` (the connection is closed).
     """
 
     def __init__(self, plan: Sequence[str | int], usage: dict[str, int] | None) -> None:
@@ -41,6 +43,16 @@ def serve(*plan: str | int, usage: dict[str, int] | None = None) -> Iterator[End
             if answer == "slow":
                 time.sleep(2)
                 return
+            if answer == "drip":
+                with contextlib.suppress(OSError):  # until nobody reads any more
+                    self._drip()
+                return
+            if answer == "elsewhere":
+                self.send_response(307)
+                self.send_header("Location", self.path)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if answer == "drop":
                 self.connection.close()
                 return
@@ -50,6 +62,12 @@ def serve(*plan: str | int, usage: dict[str, int] | None = None) -> Iterator[End
                 self._send(200, answer.removeprefix("raw:"))
             else:
                 self._send(200, json.dumps(_completion(answer, endpoint.usage)))
+
+        def _drip(self) -> None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.02)
 
         def _send(self, status: int, text: str) -> None:
             data = text.encode()

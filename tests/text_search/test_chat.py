@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,64 @@ def test_a_slow_server_is_given_up_in_time_and_asked_again(rules: Rules) -> None
     assert outcome.usage.estimated  # it does not say what it read
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(rules: Rules) -> None:
+    began = time.monotonic()
+    with serve("drip", GOOD) as endpoint:
+        outcome = _run(endpoint, rules, steps=1, timeout=0.5)
+    assert outcome.usage.requests == 2
+    assert time.monotonic() - began < 20
+
+
+def test_half_a_character_is_no_template(rules: Rules, tmp_path: Path) -> None:
+    reply = 'half: \ud800 ["a sketch \ud83d of a <CLASS>", "a \\ud800 sketch of a <CLASS>", "a sketch of a <CLASS>"]'
+    with serve(reply) as endpoint:
+        outcome = _run(endpoint, rules, tmp_path / "t", steps=1)
+    templates = [candidate.template for candidate in outcome.candidates]
+    assert "a sketch of a {}." in templates
+    assert all(template.isprintable() for template in templates)
+    "".join(templates).encode()
+
+
+def test_nobody_is_sent_elsewhere(rules: Rules) -> None:
+    refusal = pytest.raises(VLPromptError, match="307")
+    with serve("elsewhere") as endpoint, refusal:
+        _run(endpoint, rules, budget=Budget(max_requests=3))
+    assert len(endpoint.bodies) == 1
+
+
+def test_a_failure_says_its_cause(rules: Rules) -> None:
+    with serve(GOOD) as endpoint:
+        pass
+    with pytest.raises(VLPromptError, match="refused"):
+        _run(endpoint, rules, max_retries=0)
+
+
 @pytest.mark.parametrize(
-    "nonsense", ["I would rather not.", 'raw:{"hello": 1}', "raw:not json at all", "[1, 2]", '["a <CLA']
+    "address", ["localhost:11434/v1", "http://", "ftp://a/v1", "http://a:99999", "http://[::1", "http://a b"]
+)
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(ConfigError, match="no address of a server"):
+        create_proposer("chat", {"model": "m", "base_url": address, "key_variable": ""})
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", "schlüssel", "two words"])
+def test_keys_that_are_none(key: str, rules: Rules, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", key)
+    with serve(GOOD) as endpoint, pytest.raises(VLPromptError, match="TEST_KEY holds no key") as caught:
+        _run(endpoint, rules)
+    assert key.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        "I would rather not.",
+        'raw:{"hello": 1}',
+        "raw:not json at all",
+        f"raw:{'[' * 200_000}",
+        "[1, 2]",
+        '["a <CLA',
+    ],
 )
 def test_nonsense_is_asked_again(nonsense: str, rules: Rules, tmp_path: Path) -> None:
     with serve(nonsense, GOOD, usage=USAGE) as endpoint:

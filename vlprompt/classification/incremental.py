@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from vlprompt.classification.evaluate import predict_logits
 from vlprompt.classification.fit import fit
 from vlprompt.classification.protocols.class_incremental import FIXED, session_classes
 from vlprompt.classification.study_cell import StudyCell
+from vlprompt.core.errors import DataError
 from vlprompt.core.files import read_jsonl, write_jsonl
+from vlprompt.core.names import listed_names
 from vlprompt.core.processes import process_state
 from vlprompt.data import ImageDataset, Sample
 from vlprompt.experiments.cell import Measurement
@@ -24,7 +26,7 @@ from vlprompt.metrics.incremental import backward_transfer, forgetting
 from vlprompt.metrics.multi_label import best_cut, cf1, of1
 from vlprompt.saved.prompts import load, save
 
-__all__ = ["IncrementalCell", "hidden_labels"]
+__all__ = ["IncrementalCell", "check_sessions", "hidden_labels"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -40,6 +42,28 @@ def hidden_labels(data: ImageDataset, session: Sequence[int]) -> ImageDataset:
         session: Its classes among those of the data.
     """
     return data.keep_classes(session)
+
+
+def check_sessions(data: Mapping[str, ImageDataset], sessions: Sequence[tuple[int, ...]]) -> None:
+    """Refuse, before anything is learned, a session that nothing can be learned from or scored on.
+
+    Args:
+        data: The splits.
+        sessions: Classes of every session.
+
+    Raises:
+        DataError: If no image of a split shows a class of a session.
+    """
+    for split, images in data.items():
+        shown = {c for sample in images.samples for c in sample.classes}
+        for number, session in enumerate(sessions, 1):
+            if shown.isdisjoint(session):
+                names = listed_names(images.classnames[c] for c in session)
+                raise DataError(
+                    f"{images.name}: no image of {split} shows a class of session {number} ({names}). Give these "
+                    "classes images there, or cut the sessions otherwise: protocol.split, protocol.order, "
+                    "protocol.seeds."
+                )
 
 
 @dataclass
@@ -60,6 +84,7 @@ class IncrementalCell(StudyCell):
         sessions = session_classes(
             data["train"].classnames, protocol.split, protocol.order, self.cell["seed"], name
         )
+        check_sessions(data, sessions)
         self.result.facts[f"{name}/metric"] = data["train"].info.get("metric", "accuracy")
 
         learner: Learner | None = None

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.classification.predict import Ranker
-from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
+from vlprompt.core.errors import CheckpointError, DataError, VLPromptError, first_line
 from vlprompt.core.files import read_tensors, write_atomic, write_json, write_tensors
-from vlprompt.core.names import clean_classname
+from vlprompt.core.names import class_key, clean_classname, printable
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import meet, process_state
 from vlprompt.core.seeding import torch_rng
@@ -39,6 +40,8 @@ _FLAT = 20_000  # names, up to which faiss compares all
 _TRAINED_ON = 64  # names for each cell of an index
 _PROBED = 32  # cells that are looked into
 _LEAST = 2  # names of a learner
+_SHOWN = 5  # of equal names
+_SHOWN_LENGTH = 60  # characters of one
 _NO_TENSOR = "none of them"  # a beginning that no tensor's name has
 
 Progress = Callable[[str, int, int], None]
@@ -64,11 +67,11 @@ class NameList(Ranker):
         facts = _read_facts(self.folder)
         if facts["learner"] != _identity(learner):
             raise CheckpointError(
-                f"{self.folder} holds names that another learner encoded. Name another folder."
+                f"{self.folder} holds names that another learner encoded. Remove it, or name another folder."
             )
 
-        self.count = int(facts["count"])
-        self.chunk = int(facts["chunk"])
+        self.count = facts["count"]
+        self.chunk = facts["chunk"]
         self._index = self._opened_index() if nearest else None
 
     @property
@@ -148,7 +151,12 @@ class NameList(Ranker):
         if not path.is_file():
             index = self._built_index(faiss)
             write_atomic(path, lambda temporary: faiss.write_index(index, str(temporary)))
-        return faiss.read_index(str(path))
+        try:
+            return faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} is damaged: {first_line(error)} Remove it: it is built again."
+            ) from error
 
     def _built_index(self, faiss: Any) -> Any:
         """Return an index: of inner products with all names, or with those of the nearest cells if there are many."""
@@ -247,7 +255,7 @@ def _each(names: str | Path | Sequence[str]) -> Iterator[str]:
         return
     path = user_path(names)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from (clean_classname(line) for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read: {error}.") from error
@@ -259,14 +267,29 @@ def _survey(names: str | Path | Sequence[str]) -> tuple[int, str]:
     seen: set[bytes] = set()
     for name in _each(names):
         state.update(f"{name}\n".encode())
-        key = hashlib.blake2b(name.casefold().encode(), digest_size=8).digest()
+        key = hashlib.blake2b(class_key(name).encode(), digest_size=8).digest()
         if key in seen:
-            raise DataError(f"the list has the name {name!r} twice, up to capitals. Leave one out.")
+            equal = _equal_names(names, class_key(name))
+            raise DataError(f"the list has names that a text tower can't tell apart: {equal}. Leave one out.")
         seen.add(key)
 
     if len(seen) < _LEAST:
         raise DataError(f"a list needs at least {_LEAST} names, got {len(seen)}.")
     return len(seen), state.hexdigest()[:16]
+
+
+def _equal_names(names: str | Path | Sequence[str], key: str) -> str:
+    """Return the names of a list that are equal to a text tower, each with its line or its number."""
+    if isinstance(names, str | Path):
+        with user_path(names).open(encoding="utf-8-sig") as file:
+            equal = [f"{_shown(line)} (line {n})" for n, line in enumerate(file, 1) if class_key(line) == key]
+    else:
+        equal = [f"{_shown(name)} (number {n})" for n, name in enumerate(names, 1) if class_key(name) == key]
+    return " and ".join(equal[:_SHOWN])
+
+
+def _shown(name: str) -> str:
+    return repr(printable(shorten(clean_classname(name), _SHOWN_LENGTH, placeholder=" ...")))
 
 
 def _identity(learner: Learner) -> dict[str, Any]:
@@ -287,14 +310,21 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     if other != facts:
         different = sorted(key for key in facts if facts[key] != other.get(key))
         raise CheckpointError(
-            f"{folder} holds another list of names ({', '.join(different)}). Name another folder."
+            f"{folder} holds another list of names, or what another learner made of it ({', '.join(different)} differs)"
+            ". Remove that folder, or name another."
         )
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / _FACTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        facts = dict(json.loads((folder / _FACTS).read_text(encoding="utf-8")))
+        return {
+            **facts,
+            "count": int(facts["count"]),
+            "chunk": int(facts["chunk"]),
+            "learner": facts["learner"],
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no list of names: {error}.") from error
 
 

@@ -182,7 +182,7 @@ def _is_launched() -> bool:
 def _rank() -> int:
     """Return the number of this process in a ``torchrun``; 0 outside one."""
     rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _speaker() -> str:

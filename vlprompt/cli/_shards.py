@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
+from vlprompt.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlprompt.shards.job import Job, JobOutcome
 
-__all__ = ["ColumnOption", "OnOption", "run_shards"]
+__all__ = ["ColumnOption", "OnOption", "refuse_given", "run_shards"]
 
 OnOption = Annotated[
     str,
@@ -31,6 +33,22 @@ ColumnOption = Annotated[
 ]
 
 
+def refuse_given(given: Mapping[str, bool], why: str, command: str) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        given: Name of an option to whether it was given.
+        why: Ends a sentence that begins with the name.
+        command: Name of the command.
+
+    Raises:
+        ConfigError: With all of them at once.
+    """
+    problems = [f"{option}: {why}" for option, is_given in given.items() if is_given]
+    if problems:
+        raise ConfigError(problems, f"vlprompt {command}")
+
+
 def run_shards(job: Job, on: str) -> tuple[JobOutcome, int]:
     """Do a job and say what came of it; return it, and the exit status: 1 if a shard or an image has no result."""
     from vlprompt.shards.job import run_job
@@ -43,7 +61,9 @@ def run_shards(job: Job, on: str) -> tuple[JobOutcome, int]:
 
     for part in outcome.failed:
         print(f"failed: {part.shard}: {part.error}", file=sys.stderr)
-    for ending, count in outcome.left_out.items():
-        print(f"{count} members with the ending {ending or 'of none'} were not looked at")
+    for reason, count in outcome.left_out.items():
+        is_ending = not reason or reason.startswith(".")
+        print(f"{count} members {f'with the ending {reason}' if reason else 'without an ending'} were not looked at"
+              if is_ending else f"{count} {reason}")  # fmt: skip
     print(f"{outcome.images} images in {len(outcome.parts)} shards: {outcome.unreadable} unreadable")
     return outcome, 1 if outcome.failed or outcome.unreadable else 0

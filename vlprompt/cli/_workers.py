@@ -23,6 +23,6 @@ def parse_workers(text: str) -> int | Literal["auto"]:
     """
     if text == "auto":
         return "auto"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise DataError(f"--workers takes auto or a whole number from 0 on, got {text!r}.")
     return int(text)

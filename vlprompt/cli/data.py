@@ -244,7 +244,7 @@ def _numbers(classes: Sequence[str]) -> dict[str, int]:
     numbers = {}
     for text in classes:
         name, _, number = text.rpartition("=")
-        if not name or not number.isdigit():
+        if not name or not number.isdecimal():
             raise VLPromptError(
                 f"--class takes NAME=NUMBER with a whole number, for example cat=3; got {text!r}."
             )

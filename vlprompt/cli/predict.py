@@ -12,7 +12,7 @@ import typer
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
-from vlprompt.cli._shards import ColumnOption, OnOption, run_shards
+from vlprompt.cli._shards import ColumnOption, OnOption, refuse_given, run_shards
 from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
@@ -67,12 +67,21 @@ def command(
 
     Exit status: 0; 1 if an image could not be read; 2 after a mistake.
     """
-    if images[0].startswith(("tar:", "parquet:")):
+    if any(image.startswith(("tar:", "parquet:")) for image in images):
+        given = {"--names": names_file is not None, "--nearest": nearest, "--csv": csv is not None}
+        refuse_given(given, "is for single images and folders; shards have --class and --output.", "predict")
         return _predict_shards(prompt, images, output, names, topk, backbone, workers, on, column)
     if output is not None or on != "serial":
         raise DataError(
             "--output and --on are for shards, tar:PATTERN or parquet:PATTERN; a table goes to --csv."
         )
+
+    refuse_given({"--column": column != "image"}, "is for parquet:PATTERN; a folder has none.", "predict")
+    refuse_given(
+        {"--nearest": nearest and names_file is None}, "is for --names FILE, which is missing.", "predict"
+    )
+    both = names_file is not None and bool(names)
+    refuse_given({"--class": both}, "--names FILE says the names already: give one of them.", "predict")
 
     from vlprompt.classification import predict as predicting
     from vlprompt.core.files import write_text
@@ -80,7 +89,7 @@ def command(
 
     classifier: Classifier | Ranker
     if prompt.endswith(".onnx"):
-        classifier = _exported(prompt, names, backbone)
+        classifier = _exported(prompt, names or names_file, backbone)
     else:
         learner = load(prompt, backbone_changes(backbone))
         classifier = predicting.for_classes(learner, names) if names else learner
@@ -149,7 +158,7 @@ def _predict_shards(
     return status
 
 
-def _exported(path: str, names: Sequence[str] | None, backbone: Sequence[str] | None) -> Classifier:
+def _exported(path: str, names: Sequence[str] | Path | None, backbone: Sequence[str] | None) -> Classifier:
     """Return a classifier from a file, whose classes and weights are what they are.
 
     Raises:
@@ -161,7 +170,10 @@ def _exported(path: str, names: Sequence[str] | None, backbone: Sequence[str] | 
 
     problems = [
         f"{option}: an exported file has its own {what}; export the learner again to change them."
-        for option, what, asked in (("--class", "classes", names), ("--backbone", "weights", backbone))
+        for option, what, asked in (
+            ("--class, --names", "classes", names),
+            ("--backbone", "weights", backbone),
+        )
         if asked
     ]
     if problems:

@@ -10,7 +10,7 @@ import typer
 from vlprompt.cli._backbone import BackboneChanges, backbone_changes
 from vlprompt.cli._errors import on_interrupt
 from vlprompt.cli._progress import count_progress
-from vlprompt.cli._shards import ColumnOption, OnOption, run_shards
+from vlprompt.cli._shards import ColumnOption, OnOption, refuse_given, run_shards
 from vlprompt.cli._workers import WorkersOption, parse_workers
 from vlprompt.core.errors import DataError
 
@@ -18,6 +18,9 @@ __all__ = ["SUSPECTED", "command"]
 
 SUSPECTED = 3
 """Exit status if an image is suspected: scripts tell it from all went well and from an error."""
+
+_FALSE_ALARMS = 0.05
+_TOP = 200
 
 
 def command(
@@ -54,11 +57,11 @@ def command(
     ] = None,
     false_alarms: Annotated[
         float, typer.Option(help="Share of further clean images that --calibrate may let be suspected.")
-    ] = 0.05,
+    ] = _FALSE_ALARMS,
     backbone: BackboneChanges = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 64,
     workers: WorkersOption = "auto",
-    top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = 200,
+    top: Annotated[int, typer.Option(min=0, help="Images on the sheet.")] = _TOP,
     links: Annotated[
         bool, typer.Option("--links/--no-links", help="Follow links to files outside the folder.")
     ] = True,
@@ -75,6 +78,7 @@ def command(
     2 after a mistake.
     """
     if data.startswith(("tar:", "parquet:")):
+        _check_for_shards(calibrate, false_alarms, top, links)
         return _scan_shards(
             on,
             data=data,
@@ -87,10 +91,7 @@ def command(
             batch_size=batch_size,
             workers=parse_workers(workers),
         )
-    if on != "serial":
-        raise DataError(
-            f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
-        )
+    _check_for_folder(on, column, calibrate, false_alarms)
 
     import torch
 
@@ -153,6 +154,28 @@ def _scan_shards(on: str, **options: Any) -> int:
     scanned, status = run_shards(Job(kind="scan", **options), on)
     print(f"{scanned.suspected} suspected: {scanned.folder / 'parts'}")
     return SUSPECTED if scanned.suspected else status
+
+
+def _check_for_shards(calibrate: Path | None, false_alarms: float, top: int, links: bool) -> None:
+    """Refuse what has an effect on folders alone."""
+    given = {
+        "--calibrate": calibrate is not None,
+        "--false-alarms": false_alarms != _FALSE_ALARMS,
+        "--top": top != _TOP,
+        "--no-links": not links,
+    }
+    refuse_given(given, "is for a folder; shards have no sheet, and a threshold by --threshold.", "scan")
+
+
+def _check_for_folder(on: str, column: str, calibrate: Path | None, false_alarms: float) -> None:
+    """Refuse what has an effect on shards alone."""
+    if on != "serial":
+        raise DataError(
+            f"--on {on} is for shards, tar:PATTERN or parquet:PATTERN; a folder is scanned by --workers."
+        )
+    refuse_given({"--column": column != "image"}, "is for parquet:PATTERN; a folder has none.", "scan")
+    given = {"--false-alarms": calibrate is None and false_alarms != _FALSE_ALARMS}
+    refuse_given(given, "is a promise of --calibrate CLEAN, which is missing.", "scan")
 
 
 def _refuse_both(threshold: float | None) -> None:

@@ -60,9 +60,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         else:
             _replace(target, write)
     except OSError as error:
-        raise CheckpointError(
-            f"could not write {path}: {error.strerror or error}. The old file is kept."
-        ) from error
+        kept = " The old file is kept." if is_regular_file(path) else ""
+        raise CheckpointError(f"could not write {path}: {error.strerror or error}.{kept}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -70,6 +70,12 @@ class ProcessMark:
             return None
         return None  # the number may have been given to another process
 
+    def may_run(self) -> bool:
+        """Return whether the process may still run: not if its machine, which names tell apart, was started again."""
+        if self.machine != _machine() and self.host == socket.gethostname():
+            return False
+        return self.runs() is not False
+
 
 @cache
 def _machine() -> str:

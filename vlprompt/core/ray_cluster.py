@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,8 @@ from vlprompt.core.engine_options import Gibibytes, read_options
 from vlprompt.core.errors import VLPromptError, first_line
 
 __all__ = ["RayCluster", "RayOptions", "read_ray_options"]
+
+log = logging.getLogger("vlprompt.run")
 
 _STORE_BYTES = 128 << 20  # of a cluster that is started here: names, counts and descriptions lie in it
 
@@ -105,6 +108,36 @@ class RayCluster:
         if self._scratch is not None:
             self._scratch.cleanup()
 
+    def check_room(self, options: RayOptions, what: str) -> None:
+        """Refuse what the cluster has no room for; one that runs elsewhere may grow, so that a warning has to do.
+
+        Args:
+            options: What a worker needs.
+            what: What a worker does, for the message.
+
+        Raises:
+            VLPromptError: If the cluster was started here, and no worker would ever begin; the cluster is ended.
+        """
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        needs = {"CPU": options.cpus, "GPU": options.gpus, "memory": (options.memory or 0) * 2**30}
+        if any(all(node.get(kind, 0.0) >= need for kind, need in needs.items()) for node in nodes):
+            return
+
+        most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in needs}
+        if not options.memory:
+            del needs["memory"], most["memory"]
+        asked, there = _in_words(needs), _in_words(most)
+        if self._scratch is not None:
+            self.leave()
+            raise VLPromptError(
+                f"--on ray: {what} needs {asked}, and this machine has {there}. Ask for less with cpus=, gpus= and "
+                "memory=, or name the address of a cluster."
+            )
+        log.warning(
+            "no node of the Ray cluster has %s, which %s needs (the most is %s): it waits until such a node joins",
+            asked, what, there,
+        )  # fmt: skip
+
     def _connect(self, address: str, cores: int | None) -> None:
         # Ray reports its use to its makers unless it is told not to.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -130,3 +163,8 @@ class RayCluster:
                 f"there is no Ray cluster {where}: {first_line(error)} Start one with: ray start --head"
             ) from error
         self._connected = True
+
+
+def _in_words(resources: Mapping[str, float]) -> str:
+    memory = f", {resources['memory'] / 2**30:.3g} GiB of memory" if "memory" in resources else ""
+    return f"{resources['CPU']:g} cores, {resources['GPU']:g} GPUs{memory}"

@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import re
+import tarfile
 import tempfile
 import threading
 import zlib
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
+from typing_extensions import Self
+
 from vlprompt.core.errors import DataError
 from vlprompt.core.paths import user_path
 from vlprompt.data.sources import AbsentError
 
-__all__ = ["Archive", "find_archives"]
+__all__ = ["Archive", "WholeMember", "find_archives", "open_unpacked"]
 
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -61,14 +64,8 @@ class Archive:
         if not path.is_file():
             raise DataError(f"{path} is no regular file.")
         try:
-            with path.open("rb") as file:
-                start = file.read(6)
-            for magic, opener in _OPENERS.items():
-                if start.startswith(magic):
-                    return cls._compressed(path, opener)
-            if start.startswith(_ZSTANDARD):
-                raise DataError(f"{path} is compressed by zstd, which can't be read here. Run: unzstd {path}")
-            return cls(path, path.stat().st_size)
+            opener = _opener(path)
+            return cls(path, path.stat().st_size) if opener is None else cls._compressed(path, opener)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{path} is no readable tar file: {error}.") from None
 
@@ -138,6 +135,49 @@ class _View(io.RawIOBase):
         return len(data)
 
 
+class WholeMember(tarfile.TarInfo):
+    """A member of an archive; tarfile takes a damaged header for the end, which would drop all that is behind it."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Read the next header.
+
+        Raises:
+            tarfile.ReadError: If it is damaged.
+            tarfile.HeaderError: If it is the end.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except _ENDS:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
+
+
+_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """Return a file's unpacked bytes, which are read once and forwards; checksums are compared at the end.
+
+    Raises:
+        DataError: If it can't be unpacked here.
+        OSError: If it can't be read.
+    """
+    opener = _opener(path) or Path.open
+    file: IO[bytes] = opener(path, "rb")
+    return file
+
+
+def _opener(path: Path) -> Callable[..., Any] | None:
+    """Return what opens a compressed file; None for one that isn't."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start.startswith(_ZSTANDARD):
+        raise DataError(f"{path} is compressed by zstd, which can't be read here. Run: unzstd {path}")
+    return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+
+
 def find_archives(argument: str, title: str) -> list[Path]:
     """Return the archives that a path, a pattern or a ``file:`` address means, in the order of their names.
 
@@ -152,10 +192,17 @@ def find_archives(argument: str, title: str) -> list[Path]:
     text = _local(argument, title)
     names: list[str] = []
     for name in _expanded(str(user_path(text)), title):
-        names += [name] if Path(name).exists() else sorted(glob.glob(name))
+        names += [name] if Path(name).exists() else sorted(glob.glob(_escaped(name)))
     if not names:
         raise AbsentError(f"{title}: no archive matches.")
     return [Path(name) for name in dict.fromkeys(names)]
+
+
+def _escaped(pattern: str) -> str:
+    """Return a pattern whose folders that exist are taken as written, brackets and all."""
+    path = Path(pattern)
+    literal = next((parent for parent in path.parents if parent.is_dir()), Path())
+    return str(Path(glob.escape(str(literal)), path.relative_to(literal)))
 
 
 def _local(argument: str, title: str) -> str:

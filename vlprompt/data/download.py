@@ -138,7 +138,7 @@ def _one_connection(url: str, part: Path, have: int, timeout: float, progress: P
             )
 
         length = answer.headers.get("Content-Length")
-        total = have + int(length) if length and length.isdigit() else None
+        total = have + int(length) if length and length.isdecimal() else None
         _need_space(part, (total or 0) - have)
 
         with part.open("ab" if have else "wb") as file:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.archives import Archive
+from vlprompt.data.archives import Archive, WholeMember
 from vlprompt.data.images import EXTENSIONS
 
 __all__ = ["LeftOut", "PackedImage", "TarSample", "TextMember", "scan_tar"]
@@ -123,7 +123,7 @@ def scan_tar(
     samples: dict[str, TarSample] = {}
     other = f"members are no images and no {expected} and are left out"
     try:
-        with archive.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with archive.open() as file, tarfile.open(fileobj=file, mode="r:", tarinfo=WholeMember) as tar:
             last = -1
             for member in tar:
                 if member.offset <= last:  # a size that leads back would be read for ever

@@ -100,7 +100,7 @@ class Guard:
 
         if path.rstrip("/") == _UPLOAD and method == "POST":
             length = headers.get(b"content-length", "")
-            if not length.isdigit():
+            if not length.isdecimal():
                 return 411, "An upload must say how long it is."
             if int(length) > self.upload_bytes:
                 return 413, f"At most {self.upload_bytes / 1e6:.0f} MB can be uploaded at once."

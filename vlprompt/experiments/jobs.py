@@ -20,11 +20,13 @@ from vlprompt.experiments.cell import Cell, Taken
 from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.executors import PortableExperiment
 
-__all__ = ["JobWork", "Jobs", "queued_on"]
+__all__ = ["JOBS_FILE", "JobWork", "Jobs", "queued_on"]
 
 log = logging.getLogger("vlprompt.run")
 
-_FILE = "jobs.json"
+JOBS_FILE = "jobs.json"
+"""What tells later commands of a run's jobs."""
+
 _LOOK_SECONDS = 1.0  # between two looks at cells that other jobs have
 _ASKING_SECONDS = 60  # squeue may take long where a cluster is busy
 
@@ -51,7 +53,7 @@ class Jobs:
     @classmethod
     def read(cls, run: Path) -> Jobs | None:
         """Return the jobs that were submitted last for a run; None if there were none."""
-        path = cls.folder(run) / _FILE
+        path = cls.folder(run) / JOBS_FILE
         if not path.is_file():
             return None
 
@@ -68,12 +70,16 @@ class Jobs:
         """Let later commands know of the jobs."""
         controllers = [mark.record() for mark in self.controllers]
         record = {"on": self.on, "names": list(self.names), "controllers": controllers}
-        write_json(self.folder(run) / _FILE, record)
+        write_json(self.folder(run) / JOBS_FILE, record)
 
     @property
     def arrays(self) -> list[str]:
         """The ids that the cluster's commands take: of an array one for all its jobs."""
         return sorted({name.partition("_")[0] for name in self.names})
+
+    def foreign_hosts(self) -> list[str]:
+        """Return the machines whose processes nobody here can see, so that these jobs would be waited for for ever."""
+        return sorted({mark.host for mark in self.controllers if mark.runs() is None and mark.may_run()})
 
     def run(self) -> bool:
         """Return whether one of them runs or waits; True where nobody can say.
@@ -81,7 +87,7 @@ class Jobs:
         ``squeue`` is asked: it knows without a database of accounts, which small clusters lack.
         """
         if self.controllers:
-            return any(mark.runs() is not False for mark in self.controllers)
+            return any(mark.may_run() for mark in self.controllers)
 
         for array in self.arrays:
             try:
@@ -89,6 +95,7 @@ class Jobs:
                     ["squeue", "--noheader", "--format=%i", f"--jobs={array}"],
                     capture_output=True,
                     text=True,
+                    errors="replace",
                     timeout=_ASKING_SECONDS,
                 )
             except (OSError, subprocess.TimeoutExpired):

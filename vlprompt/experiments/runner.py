@@ -17,7 +17,7 @@ from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.files import write_json, write_text
 from vlprompt.core.processes import fix_products, meet, process_state
 from vlprompt.experiments.cell import Cell, CellResult, Failure
-from vlprompt.experiments.executors import compute_cell, create_executor
+from vlprompt.experiments.executors import EXECUTORS, compute_cell, create_executor
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.folder import RunFolder, environment, yaml_text
 from vlprompt.experiments.jobs import queued_on
@@ -117,6 +117,8 @@ def run_experiment(
 
     if restart and (resume or join or attach):
         raise VLPromptError("restart begins anew; resume, join and attach continue: give one of them.")
+    if attach and on != "serial" and not EXECUTORS.get(on.partition(":")[0]).target.outlives_command:
+        raise VLPromptError(f"--attach waits for the jobs that an earlier command left: leave out --on {on}.")
     with folder.held(join=join, restart=restart):
         if resume and not folder.exists:
             raise CheckpointError(

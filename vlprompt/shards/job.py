@@ -21,7 +21,7 @@ from pydantic import Field
 
 from vlprompt.backbones import create_backbone
 from vlprompt.classification.predict import Classifier, for_classes
-from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
+from vlprompt.core.errors import CheckpointError, DataError
 from vlprompt.core.files import write_atomic, write_json
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import hash_strings
@@ -159,7 +159,8 @@ def run_job(job: Job, on: str = "serial", progress: Progress | None = None) -> J
     folder = user_path(job.folder).absolute()
     job = job.model_copy(update={"folder": str(folder)})
     work = build_work(job)
-    _claim(folder, {"kind": job.kind, **work.identity()})
+    listed = {"column": job.column} if job.data.startswith("parquet:") else {}
+    _claim(folder, {"kind": job.kind, **listed, **work.identity()})
 
     parts = {
         name: part for name, path in shards.items() if (part := read_part(folder, name, path)) is not None
@@ -238,8 +239,11 @@ def process_shard(job: Job, work: Work, name: str, path: Path) -> Part:
 
     try:
         return _write_part(folder, name, path, job, work)
-    except (VLPromptError, OSError) as error:
-        return Part(name, error=str(error))
+    except Exception as error:  # the shards behind it must survive whatever one of them does
+        failure = Failure.of(error)
+        if not failure.mistake:
+            log.debug("%s", failure.stack)
+        return Part(name, error=failure.message)
 
 
 def read_part(folder: Path, name: str, path: Path) -> Part | None:
@@ -248,10 +252,16 @@ def read_part(folder: Path, name: str, path: Path) -> Part | None:
     try:
         metadata = arrow.parquet.read_metadata(_part(folder, name)).metadata or {}
         record = json.loads(metadata[_COUNTS])
-        size = record.pop("bytes")
-        return Part(shard=name, **record) if size == path.stat().st_size else None
+        made_of = {key: record.pop(key) for key in ("bytes", "place")}
+        return Part(shard=name, **record) if made_of == _origin(path) else None
     except (OSError, KeyError, ValueError, TypeError, arrow.ArrowException):
         return None
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    """Return what tells a shard's file from another: with further shards, another may come to have its name."""
+    absolute = path.absolute()
+    return {"bytes": path.stat().st_size, "place": f"{absolute.parent.name}/{absolute.name}"}
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -262,7 +272,7 @@ def _write_part(folder: Path, name: str, path: Path, job: Job, work: Work) -> Pa
     arrow = import_pyarrow()
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    size = path.stat().st_size
+    origin = _origin(path)
 
     def write(target: Path) -> None:
         with arrow.parquet.ParquetWriter(target, work.schema(), compression="zstd") as writer:
@@ -273,7 +283,7 @@ def _write_part(folder: Path, name: str, path: Path, job: Job, work: Work) -> Pa
                 **{key: counts[key] for key in ("images", "unreadable", "suspected")},
                 "left_out": dict(left_out),
             }
-            writer.add_key_value_metadata({_COUNTS.decode(): json.dumps({**record, "bytes": size})})
+            writer.add_key_value_metadata({_COUNTS.decode(): json.dumps({**record, **origin})})
 
     write_atomic(_part(folder, name), write)
     return Part(name, counts["images"], counts["unreadable"], counts["suspected"], dict(left_out))
@@ -365,8 +375,8 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         return
 
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        other = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         raise CheckpointError(f"{path} is damaged. Name another output folder.") from None
     if other != identity:
         different = [key for key in {**identity, **other} if other.get(key) != identity.get(key)]

@@ -77,10 +77,11 @@ def spread(
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
+        cluster.check_room(options, "an actor")
         workers = min(options.workers or _room(ray, options), len(items))
         ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = min(len(items), _BLOCKS_EACH * workers)
-        stream = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
+        stream: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=blocks)
         with warnings.catch_warnings():
             # Ray has no other way yet to bound restarts: without one a shard that kills its actor does so for ever.
             warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")

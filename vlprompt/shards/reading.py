@@ -10,8 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlprompt.core.errors import DataError, UnknownNameError, VLPromptError
-from vlprompt.data.archives import find_archives
+from vlprompt.core.files import is_regular_file
+from vlprompt.core.names import printable
+from vlprompt.data.archives import WholeMember, find_archives, open_unpacked
 from vlprompt.data.images import EXTENSIONS
+from vlprompt.data.unpack import DAMAGED
 
 __all__ = ["KINDS", "ShardImage", "find_shards", "import_pyarrow", "is_sharded", "read_shard"]
 
@@ -21,6 +24,7 @@ KINDS = ("tar", "parquet")
 _CAPTIONS = (".txt", ".caption")
 _LONGEST = 256 << 20  # bytes of an image; a longer member is none
 _LONGEST_CAPTION = 1 << 20
+_PIECE = 1 << 20  # bytes that are read at once behind the end
 _ROWS = 64  # of a list in memory
 _NAMES = ("name", "key", "path", "url", "id")  # columns that name an image, the first of them that there is
 
@@ -88,10 +92,17 @@ def read_shard(
     Raises:
         DataError: If the shard is damaged, or a list has no such column.
     """
-    if kind == "tar":
-        yield from _read_captioned_tar(path, left_out) if captions else _read_tar(path, left_out)
-    else:
-        yield from _read_list(path, column, captions)
+    damaged = DAMAGED if kind == "tar" else (import_pyarrow().ArrowException, ValueError)
+    try:
+        if kind == "tar":
+            yield from _read_captioned_tar(path, left_out) if captions else _read_tar(path, left_out)
+        else:
+            yield from _read_list(path, column, captions)
+    except VLPromptError:
+        raise
+    except (OSError, *damaged) as error:  # in a header, in a member, or in a column
+        title = "tar" if kind == "tar" else "Parquet"
+        raise DataError(f"{path} is no readable {title} file: {printable(str(error))}.") from None
 
 
 def import_pyarrow() -> Any:
@@ -108,15 +119,26 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _members(path: Path, left_out: Counter[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yield the files of an archive, read forwards; of a compressed one too, which is never unpacked as a whole."""
-    try:
-        with tarfile.open(path, mode="r|*") as tar:
-            for member in tar:  # headers stay in memory, about a KiB an image, until the archive is done
-                if member.isreg() and not member.issparse() and not _is_hidden(member.name):
-                    yield tar, member
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is no readable tar file: {error}.") from None
+    with (
+        open_unpacked(path) as file,
+        tarfile.open(fileobj=file, mode="r|", tarinfo=WholeMember) as tar,
+    ):
+        for member in tar:  # headers stay in memory, about a KiB an image, until the archive is done
+            if member.isreg() and not member.issparse() and not _is_hidden(member.name):
+                yield tar, member
+
+        stream = tar.fileobj
+        assert stream is not None
+        if (
+            stream.tell() == tar.offset
+        ):  # no block of zeros was read; tarfile takes the end of the file for one
+            left_out["archives have no end mark and may be cut short"] += 1
+        while rest := stream.read(_PIECE):
+            if rest.strip(b"\0"):
+                left_out["archives go on behind their end mark, where nothing is read"] += 1
+                return
 
 
 def _is_hidden(name: str) -> bool:
@@ -125,7 +147,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _read_tar(path: Path, left_out: Counter[str]) -> Iterator[ShardImage]:
-    for tar, member in _members(path):
+    for tar, member in _members(path, left_out):
         ending = PurePosixPath(member.name).suffix.lower()
         if ending in EXTENSIONS:
             yield _image_of(tar, member)
@@ -138,7 +160,7 @@ def _read_captioned_tar(path: Path, left_out: Counter[str]) -> Iterator[ShardIma
     key = ""
     image: ShardImage | None = None
     caption = ""
-    for tar, member in _members(path):
+    for tar, member in _members(path, left_out):
         name = PurePosixPath(member.name)
         ending = name.suffix.lower()
         if str(name.with_suffix("")) != key:
@@ -176,25 +198,25 @@ def _image_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> ShardImage:
 
 def _read_list(path: Path, column: str, captions: bool) -> Iterator[ShardImage]:
     arrow = import_pyarrow()
-    try:
-        file = arrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        wanted = [column, *(["caption"] if captions else [])]
-        for name in wanted:
-            if name not in columns:
-                raise DataError(f"{path}: {UnknownNameError('column', name, columns)}")
-        named = next((name for name in _NAMES if name in columns and name != column), None)
-        rows = [*wanted, *([named] if named else [])]
+    file = arrow.parquet.ParquetFile(path)
+    columns = file.schema_arrow.names
+    wanted = [column, *(["caption"] if captions else [])]
+    for name in wanted:
+        if name not in columns:
+            raise DataError(f"{path}: {UnknownNameError('column', name, columns)}")
+        if columns.count(name) > 1:
+            raise DataError(f"{path} has {columns.count(name)} columns called {name!r}. Rename all but one.")
+    named = next((name for name in _NAMES if columns.count(name) == 1 and name != column), None)
+    rows = [*wanted, *([named] if named else [])]
 
-        number = 0
-        for batch in file.iter_batches(batch_size=_ROWS, columns=rows):
-            for row in batch.to_pylist():
-                name = str(row[named]) if named else f"{path.name}:{number}"
-                caption = str(row["caption"] or "") if captions else ""
-                yield _listed(path, name, row[column], caption, bool(named))
-                number += 1
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}.") from None
+    number = 0
+    for batch in file.iter_batches(batch_size=_ROWS, columns=rows):
+        for row in batch.to_pylist():
+            has_name = named is not None and row[named] is not None
+            name = str(row[named]) if has_name else f"{path.name}:{number}"
+            caption = str(row["caption"] or "") if captions else ""
+            yield _listed(path, name, row[column], caption, has_name)
+            number += 1
 
 
 def _listed(path: Path, name: str, value: Any, caption: str, has_name: bool) -> ShardImage:
@@ -209,8 +231,9 @@ def _listed(path: Path, name: str, value: Any, caption: str, has_name: bool) -> 
 
     place = path.parent / value
     try:
-        if not place.is_file() or place.stat().st_size > _LONGEST:
-            return ShardImage(name if has_name else value, None, f"{place} is no file of an image.", caption)
+        if not is_regular_file(place) or place.stat().st_size > _LONGEST:
+            reason = f"{printable(str(place))} is no file of an image."
+            return ShardImage(name if has_name else value, None, reason, caption)
         return ShardImage(name if has_name else value, place.read_bytes(), caption=caption)
     except OSError as error:
         return ShardImage(name, None, f"{place} can't be read: {error.strerror}.", caption)

@@ -7,8 +7,11 @@ growing pauses. The key is read from an environment variable and is never writte
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +27,7 @@ Message = dict[str, Any]
 _NO_KEY = "none"  # local servers ask for no key, but the client sends one
 _CHARACTERS = 2  # at least so many make a token of ordinary text
 _MILLION = 1_000_000
+_MOST_TOKENS = 10**12  # of one request; what a server counts beyond is no count
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ChatEndpoint:
         prices: Of a million tokens that are read, and that are written.
 
     Raises:
-        ConfigError: If the address holds a password or a query, in which keys may stand.
+        ConfigError: If the address is none, or holds a password or a query, in which keys may stand.
     """
 
     model: str
@@ -56,7 +60,20 @@ class ChatEndpoint:
     prices: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+            is_address = not self.base_url or (
+                parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            )
+        except ValueError:  # a port or an address in brackets that can't be
+            is_address = False
+        if not is_address or re.search(r"\s", self.base_url):
+            raise ConfigError(
+                [
+                    f"base_url: {self.base_url!r} is no address of a server, for example http://localhost:11434/v1."
+                ],
+                "endpoint",
+            )
         if parts.username or parts.password or parts.query:
             raise ConfigError(
                 ["base_url: it holds a user or a query, which may be a key, and configurations are written. Put the "
@@ -120,7 +137,7 @@ class ChatEndpoint:
             out_of_requests = retries < self.max_retries and budget.requests_left == 0
             if out_of_requests and not client.is_refusal(failure):
                 raise BudgetSpentError(f"{budget.max_requests} requests") from None
-            raise VLPromptError(self._failure(client.clean(first_line(failure)), client.sent)) from None
+            raise VLPromptError(self._failure(client.clean(_reason(failure)), client.sent)) from None
         return exchange
 
     def _client(self) -> _Client:
@@ -138,6 +155,11 @@ class ChatEndpoint:
                 raise VLPromptError(
                     f"the environment variable {self.key_variable} holds no key for {self.identity}. Set it, or write "
                     "key_variable='' for a server that asks for none."
+                )
+            if not re.fullmatch(r"[!-~]+", key):
+                raise VLPromptError(
+                    f"the environment variable {self.key_variable} holds no key: keys have no spaces, line breaks or "
+                    "letters beyond ASCII."
                 )
         return _Client(openai, key, self.base_url or None, self.timeout)
 
@@ -168,7 +190,11 @@ class _Client:
 
     def __init__(self, openai: Any, key: str, base_url: str | None, timeout: float) -> None:
         self.sent = 0
-        self.garbage: tuple[type[Exception], ...] = (ValueError, openai.APIResponseValidationError)
+        self.garbage: tuple[type[Exception], ...] = (
+            ValueError,
+            RecursionError,
+            openai.APIResponseValidationError,
+        )
         self.errors: tuple[type[Exception], ...] = (openai.OpenAIError,)
         self._key = key
         self._openai = openai
@@ -176,8 +202,16 @@ class _Client:
         def count(_: Any) -> None:
             self.sent += 1
 
-        http = openai.DefaultHttpxClient(event_hooks={"request": [count]})
-        self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, http_client=http)
+        try:
+            # A request that is sent elsewhere would be one more than was admitted.
+            http = openai.DefaultHttpxClient(event_hooks={"request": [count]}, follow_redirects=False)
+            http.send = _in_time(http.send, timeout)
+            self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, http_client=http)
+        except (
+            ValueError,
+            openai.OpenAIError,
+        ) as error:  # for example a proxy in the environment that is none
+            raise VLPromptError(f"no connection can be made: {first_line(error)}") from None
 
     def send(self, endpoint: ChatEndpoint, messages: Sequence[Message], seed: int, retries: int) -> Any:
         """Return the server's response."""
@@ -206,13 +240,55 @@ class _Client:
         return text if self._key == _NO_KEY else text.replace(self._key, "[key]")
 
 
+def _in_time(send: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """Return what sends a request and gives it up after some seconds, also where a byte comes now and then.
+
+    The client's own limit is for the wait until the next byte: a server that sends one in each second holds it for
+    ever. What was given up ends with the client, which closes its connections.
+    """
+    import httpx  # of openai's package
+
+    def send_in_time(request: Any, **options: Any) -> Any:
+        answers: Queue[Any] = Queue()
+
+        def work() -> None:
+            try:
+                answers.put(send(request, **options))
+            except Exception as error:  # goes on in the thread that waits
+                answers.put(error)
+
+        Thread(target=work, daemon=True).start()
+        try:
+            answer = answers.get(timeout=seconds)
+        except Empty:
+            raise httpx.ReadTimeout(f"no whole answer in {seconds:g} s", request=request) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return send_in_time
+
+
+def _reason(error: Exception) -> str:
+    """Return why a request failed; a client's own sentence may say no more than that it did."""
+    text = first_line(error)
+    if error.__cause__ is None:
+        return text
+    cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else ""
+    return f"{text.rstrip('.')} ({cause})." if cause else text
+
+
 def _content(response: Any) -> str:
     """Return the text of a reply; empty if what came back is no chat completion."""
     try:
         content = response.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
         return ""
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, str):
+        return ""
+    return content.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # JSON may hold half a character, which no file takes
 
 
 def _counts(response: Any) -> tuple[int, int] | None:
@@ -221,4 +297,4 @@ def _counts(response: Any) -> tuple[int, int] | None:
         counts = (response.usage.prompt_tokens, response.usage.completion_tokens)
     except AttributeError:
         return None
-    return counts if all(isinstance(count, int) and count >= 0 for count in counts) else None
+    return counts if all(type(count) is int and 0 <= count < _MOST_TOKENS for count in counts) else None

@@ -175,8 +175,8 @@ class _Search:
 
         if self.steps and not self.answers:
             raise VLPromptError(
-                f"{self.proposer.identity}: in {self.steps} steps there was not one template that could be scored. The "
-                "reasons stand in the transcript, at each step's rejected."
+                f"{self.proposer.identity}: in {self.steps} steps there was not one template that could be scored. "
+                "What was answered stands in the transcript, and at each step's rejected why it was refused."
             )
         return Outcome(tuple(self.candidates), stopped, self.steps, self.budget.spent)
 

@@ -64,6 +64,10 @@ class Rules:
             return "the class name stands in it twice"
         if set(template.replace("{}", "")) & set("{}<>"):
             return "it holds a brace or a tag"
+        if not template.isprintable():
+            return "it holds a sign that is not seen: half a character, a control character, a change of direction"
+        if template.startswith("#"):
+            return "it begins with #, which stands for a remark in a file of templates"
         if len(template) > LONGEST:
             return f"longer than {LONGEST} characters"
 

@@ -51,7 +51,7 @@ def session_classes(
         return [tuple(places)]
 
     base, step = (int(number) for number in re.fullmatch(r"B(\d+)-C(\d+)", split).groups())  # type: ignore[union-attr]
-    if base >= count:
+    if (base or step) >= count:
         raise DataError(f"{name} has {count} classes, so that {split} leaves none for a second session.")
 
     borders = [*([base] if base else []), *range(base + step, count, step), count]

@@ -197,10 +197,14 @@ class VocPart(Part):
         labels_of: dict[str, list[int]] = {}
         for label, name in enumerate(own_names):
             path = need(folder / self.path / f"{name}_{self.part}.txt")
-            for line in read_text(path).splitlines():
-                image, _, mark = line.strip().partition(" ")
-                if mark.strip() in ("0", "1"):
-                    labels_of.setdefault(image, []).append(label)
+            for number, line in enumerate(read_text(path).splitlines(), 1):
+                words = line.split()
+                if words and (len(words) != 2 or words[1] not in ("-1", "0", "1")):
+                    raise DataError(
+                        f"{path}, line {number}: expected '<image> <-1, 0 or 1>', got {line[:80]!r}."
+                    )
+                if words and words[1] != "-1":
+                    labels_of.setdefault(words[0], []).append(label)
 
         return [Sample(f"{self.prefix}{p}{self.suffix}", tuple(labels_of[p])) for p in sorted(labels_of)]
 

@@ -8,6 +8,7 @@ Reference: microsoft/vision-datasets IRIS_DATA_FORMAT.md and COCO_DATA_FORMAT.md
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -76,13 +77,26 @@ def build(request: Request, *, value_range: Sequence[float] | None = None) -> Im
     _check_present(card.name, index, reader, entries)
     label_of, order = _labels(card, names)
     samples = tuple(_sample(card, index, e, label_of) for e in entries if e[1])
+    _warn_unlabelled(card.name, index, [source for source, numbers in entries if not numbers])
     how = f"the benchmark's {index.name}; {order}"
 
     return dataset_from(request, {request.split: samples}, card.classnames, how, reader)
 
 
+def _warn_unlabelled(name: str, index: Path, sources: Sequence[str]) -> None:
+    """Say how many images an index lists without a label; nothing can be learned or scored on them."""
+    if sources:
+        warnings.warn(
+            f"{name}: {len(sources)} images of {index.name} have no label and are left out, first {sources[0]}.",
+            stacklevel=4,
+        )
+
+
 def _sample(card: Card, index: Path, entry: _Entry, label_of: list[int]) -> Sample:
-    source, numbers = entry
+    source, numbers = (
+        entry[0],
+        tuple(dict.fromkeys(entry[1])),
+    )  # an object each in COCO, of which two may be alike
     if max(numbers) >= len(label_of) or (len(numbers) > 1 and not card.multi_label):
         raise DataError(
             f"{index}: {source} has the labels {numbers}; {card.name} has {len(label_of)} classes."

@@ -213,6 +213,6 @@ def whole_number(argument: str, executor: str) -> int:
     Raises:
         VLPromptError: If it is no whole number above 0.
     """
-    if not argument.isdigit() or int(argument) < 1:
+    if not argument.isdecimal() or int(argument) < 1:
         raise VLPromptError(f"--on {executor}:N takes a number of processes above 0; got {argument!r}.")
     return int(argument)

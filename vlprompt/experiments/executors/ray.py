@@ -46,6 +46,7 @@ class RayExecutor(Executor):
         super().__init__(experiment, argument, attach)
         address, self.options = read_ray_options(argument, RayOptions)
         self._cluster = RayCluster(address, self.options.cores)
+        self._cluster.check_room(self.options, "a cell")
         self._ray = self._cluster.ray
         self._pending: dict[Future[Outcome], Any] = {}
 
@@ -67,14 +68,6 @@ class RayExecutor(Executor):
         cores = sum(node.get("CPU", 0.0) for node in nodes)
         gpus = sum(node.get("GPU", 0.0) for node in nodes)
         log.info("Ray: %d nodes with %g cores and %g GPUs", len(nodes), cores, gpus)
-
-        needed = {"CPU": self.options.cpus, "GPU": self.options.gpus}
-        if not any(all(node.get(kind, 0.0) >= count for kind, count in needed.items()) for node in nodes):
-            log.warning(
-                "no node of the Ray cluster has %g cores and %g GPUs, which a cell needs: cells wait until one joins",
-                self.options.cpus,
-                self.options.gpus,
-            )
 
     def submit(self, place: CellFolder) -> Future[Outcome]:
         """See :meth:`Executor.submit`."""

@@ -11,11 +11,12 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.config import STRICT
 from vlprompt.experiments.executors import EXECUTORS, Executor, PortableExperiment
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.experiments.jobs import Jobs, JobWork
+from vlprompt.experiments.jobs import JOBS_FILE, Jobs, JobWork
 from vlprompt.experiments.packing import expected_costs, pack
 
 __all__ = ["SlurmExecutor", "SlurmOptions"]
@@ -38,8 +39,10 @@ __all__ = ["SlurmExecutor", "SlurmOptions"]
 log = logging.getLogger("vlprompt.run")
 
 _LOCAL = "local"
+_OF_A_CLUSTER = ("partition", "account", "qos", "constraint", "memory", "parallel")
 _LOOK_SECONDS = 5.0  # between two looks at a cluster's queue
 _LOCAL_LOOK_SECONDS = 0.2
+_STOPPING_SECONDS = 5.0  # for controllers of this machine to end their jobs
 _PATIENCE_SECONDS = 60.0  # for jobs of this machine to see that nothing is left
 
 
@@ -81,6 +84,9 @@ class SlurmExecutor(Executor):
             raise VLPromptError(f"--on slurm takes key=value, or the word local; got {' and '.join(words)}.")
 
         self.local = _LOCAL in words
+        idle = [name for name in _OF_A_CLUSTER if self.local and name in self.options.model_fields_set]
+        if idle:
+            log.warning("--on slurm:local: %s: of a cluster alone, without effect here", ", ".join(idle))
         self._submitit = _import_submitit()
         self._run = Path()
         self._kept = True
@@ -90,6 +96,7 @@ class SlurmExecutor(Executor):
         self._waiting: dict[Future[Outcome], CellFolder] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._broken: Failure | None = None  # why nobody watches the cells any more
 
     def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """See :meth:`Executor.begin`."""
@@ -100,6 +107,7 @@ class SlurmExecutor(Executor):
         runs = self._jobs is not None and self._jobs.run()
 
         if self._jobs is not None and runs:
+            self._check_seen(self._jobs)
             log.info("waiting for jobs that an earlier command submitted: %s", ", ".join(self._jobs.arrays))
         elif not self.attach:
             for cell in cells:
@@ -112,7 +120,10 @@ class SlurmExecutor(Executor):
         """See :meth:`Executor.submit`: the jobs have the cell already, and the future tells what comes of it."""
         future: Future[Outcome] = Future()
         with self._lock:
-            self._waiting[future] = place
+            if self._broken is None:
+                self._waiting[future] = place
+            else:
+                future.set_result(self._broken)
         return future
 
     def close(self, error: BaseException | None = None) -> None:
@@ -136,6 +147,21 @@ class SlurmExecutor(Executor):
                 "the jobs go on; the same command with --attach waits for them, and `scancel %s` stops them.",
                 arrays,
             )
+
+    def _check_seen(self, jobs: Jobs) -> None:
+        """Refuse, or say, that nobody here can tell whether jobs still run.
+
+        Raises:
+            VLPromptError: If they are of a cluster, and its commands aren't here.
+        """
+        advice = f"If none of them is left, delete {Jobs.folder(self._run) / JOBS_FILE}."
+        if not jobs.controllers and shutil.which("squeue") is None:
+            raise VLPromptError(
+                f"jobs of a cluster work on this run ({', '.join(jobs.arrays)}), and this machine has no squeue, which "
+                f"tells whether they still do. Use a machine of the cluster. {advice}"
+            )
+        if hosts := jobs.foreign_hosts():
+            log.warning("whether the jobs still run is known on %s alone. %s", " and ".join(hosts), advice)
 
     def _submit_jobs(self, cells: Sequence[Cell]) -> None:
         """Submit an array of jobs.
@@ -164,7 +190,8 @@ class SlurmExecutor(Executor):
                 **({} if options.memory is None else {"mem_gb": options.memory}),
                 **({} if self.local else self._slurm_parameters()),
             )
-            jobs = executor.map_array(work, packs)
+            with _apart_from_terminal(Jobs.folder(self._run)) if self.local else contextlib.nullcontext():
+                jobs = executor.map_array(work, packs)
         except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
             raise VLPromptError(f"Slurm did not take the jobs: {first_line(error)}") from error
 
@@ -188,7 +215,18 @@ class SlurmExecutor(Executor):
         }
 
     def _watch(self) -> None:
-        """Tell what cells come to, until the run ends."""
+        """Tell what cells come to, until the run ends; an error is told too, else the run would wait for ever."""
+        try:
+            self._look()
+        except Exception as error:
+            with self._lock:
+                self._broken = Failure.of(error)
+                waiting, self._waiting = self._waiting, {}
+            for future in waiting:
+                future.set_result(self._broken)
+
+    def _look(self) -> None:
+        """Look at the folders of the cells, and at the jobs, until the run ends."""
         pause = _LOCAL_LOOK_SECONDS if self.local else _LOOK_SECONDS
         while not self._ended.wait(pause):
             runs = (
@@ -257,6 +295,24 @@ def _stop(jobs: Jobs) -> None:
         if mark.runs():
             with contextlib.suppress(OSError):
                 os.kill(mark.process, signal.SIGINT)
+
+    limit = time.monotonic() + _STOPPING_SECONDS
+    while jobs.controllers and jobs.run() and time.monotonic() < limit:
+        time.sleep(_LOCAL_LOOK_SECONDS)
+
+
+@contextlib.contextmanager
+def _apart_from_terminal(folder: Path) -> Iterator[None]:
+    """Let processes that are started meanwhile write errors into a file: controllers end with a stack after Ctrl-C."""
+    folder.mkdir(parents=True, exist_ok=True)
+    terminal = os.dup(2)
+    try:
+        with (folder / "controllers.log").open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _cancel(jobs: Jobs, *options: str) -> None:
