@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlprompt import create_adapter, create_backbone, create_learner, load_dataset
 from vlprompt.adaptation.stream import adapt_dataset
+from vlprompt.backbones.vision import Images
 from vlprompt.classification.evaluate import predict_logits
 from vlprompt.classification.fit import fit
 from vlprompt.core.errors import DataError, VLPromptError
@@ -184,7 +186,13 @@ def scores() -> Work:
     data = load_dataset("digits", "test").subset(range(23))
     seen: list[int] = []
     encode = backbone.vision.encode
-    backbone.vision.encode = lambda x, *rest: seen.append(len(x.unique(dim=0))) or encode(x, *rest)  # type: ignore
+
+    def watched(x: Images, *rest: Any) -> Tensor:
+        rows = x if isinstance(x, Tensor) else x.tokens
+        seen.append(len(rows.unique(dim=0)))  # a batch is filled up with images that are in it already
+        return encode(x, *rest)
+
+    backbone.vision.encode = watched  # type: ignore[method-assign]
 
     found = {}
     for name in ("zero_shot", "vpt"):

@@ -44,7 +44,7 @@ class Diary:
         self.seconds = seconds
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        lines = "".join(f"{image.double().sum().item()!r}\n" for image in images)
+        lines = "".join(f"{image.double().sum().item()!r}\n" for image in images.unique(dim=0))
         with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w") as file:
             file.write(lines)
         time.sleep(self.seconds)
@@ -81,7 +81,7 @@ def test_processes_that_want_rows_in_common_compute_each_once(
     assert len(seen) == len(set(seen)) == 23
     for name, part in parts.items():
         made = torch.load(tmp_path / name, weights_only=True)
-        torch.testing.assert_close(made, direct(part))
+        assert torch.equal(made, direct(part))
     assert not list((tmp_path / "cache").rglob("*.claim"))
 
 
