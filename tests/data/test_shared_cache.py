@@ -81,7 +81,7 @@ def test_processes_that_want_rows_in_common_compute_each_once(
     assert len(seen) == len(set(seen)) == 23
     for name, part in parts.items():
         made = torch.load(tmp_path / name, weights_only=True)
-        assert torch.equal(made, direct(part))
+        torch.testing.assert_close(made, direct(part))
     assert not list((tmp_path / "cache").rglob("*.claim"))
 
 
