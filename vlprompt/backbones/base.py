@@ -19,6 +19,7 @@ from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.descriptions import class_texts
 from vlprompt.core.devices import DTYPES, precision_of
+from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
 from vlprompt.core.weights import weights_id
@@ -170,7 +171,11 @@ class Backbone(nn.Module):
         return 0.0 if bias is None else float(bias)
 
     def encode_image(self, images: Images, prompts: Prompts | None = None) -> Tensor:
-        """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
+        """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images.
+
+        Raises:
+            DataError: If the images are no such tensor.
+        """
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
     def image_embeddings(
@@ -179,7 +184,12 @@ class Backbone(nn.Module):
         prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
-        """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph."""
+        """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph.
+
+        Raises:
+            DataError: If the images are no such tensor.
+        """
+        self._check_images(images)
         images = images.to(self.device)
         if prompts is None and adapters is None:
             with torch.no_grad():
@@ -208,8 +218,43 @@ class Backbone(nn.Module):
 
         Raises:
             BackboneError: If the tokenizer could not be fetched.
+            DataError: If there is no text, or something else than text.
         """
-        return F.normalize(self.text.encode_strings([texts] if isinstance(texts, str) else texts), dim=-1)
+        sentences = [texts] if isinstance(texts, str) else list(texts)
+        if not sentences:
+            raise DataError("no texts to encode.")
+        for text in sentences:
+            if not isinstance(text, str):
+                raise DataError(
+                    f"a text to encode is a string; got {type(text).__name__} {str(text)[:60]!r}."
+                )
+        return F.normalize(self.text.encode_strings(sentences), dim=-1)
+
+    def _check_images(self, images: Images) -> None:
+        """Refuse what was not preprocessed: its features would mean nothing, where they can be computed at all."""
+        if isinstance(images, TokenStates):
+            return
+        if not isinstance(images, Tensor):
+            raise DataError(
+                f"images are a tensor (B, 3, H, W), made by backbone.preprocess of a PIL image; got "
+                f"{type(images).__name__}. vlprompt.predict(learner, ...) takes pictures of any kind."
+            )
+
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != 3:
+            raise DataError(
+                f"images are (B, 3, H, W), as backbone.preprocess makes them and torch.stack joins them; got {shape}."
+            )
+        if self.vision.layers and shape[2:] != self.image_size:
+            raise DataError(
+                f"{self.name} reads images of {self.image_size[0]} x {self.image_size[1]} (H x W) pixels; got "
+                f"{shape[2]} x {shape[3]}. backbone.preprocess makes them of a PIL image."
+            )
+        if not images.is_floating_point():
+            raise DataError(
+                f"images are floats, as backbone.preprocess makes them; got {str(images.dtype).partition('.')[2]}, raw "
+                "pixels. vlprompt.predict(learner, ...) takes these."
+            )
 
     def unplaced_words(self, classnames: Sequence[str]) -> list[str]:
         """Return words of class names that are known to mean nothing to the text tower; most towers know of none."""
