@@ -312,7 +312,7 @@ def test_any_mode_is_prepared_as_its_file_would_be_read(small: Backbone) -> None
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got uint8, raw pixels"),
         (torch.zeros(3, 32, 32), r"got \(3, 32, 32\)"),
         (torch.zeros(1, 32, 32, 3), r"got \(1, 32, 32, 3\)"),
-        (torch.zeros(1, 3, 48, 32), "reads images of 32 x 32 .* got 48 x 32"),
+        (torch.zeros(1, 3, 48, 32), "reads 32 x 32 .* got 48 x 32"),
         (Image.new("RGB", (32, 32)), "got Image. vlprompt.predict"),
     ],
 )

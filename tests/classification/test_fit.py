@@ -30,3 +30,10 @@ def test_a_name_or_a_set_of_splits_is_no_data_set(backbone: Backbone) -> None:
         vlprompt.evaluate(learner, "folder:photos")
     with pytest.raises(DataError, match=r"'train', 'test'.*data\['train'\]"):
         vlprompt.fit(learner, {"train": PAIRS, "test": PAIRS})
+
+
+def test_a_segmentation_model_is_no_learner(backbone: Backbone) -> None:
+    segmenter = vlprompt.create_segmenter("dense", backbone, strategy="decoder")
+    for function in (vlprompt.fit, vlprompt.evaluate):
+        with pytest.raises(DataError, match=r"got .*vlprompt\.fit_segmenter"):
+            function(segmenter, PAIRS)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones.edits import Adapter
+from vlprompt.backbones.inputs import check_images
 from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
@@ -189,7 +190,8 @@ class Backbone(nn.Module):
         Raises:
             DataError: If the images are no such tensor.
         """
-        self._check_images(images)
+        if not isinstance(images, TokenStates):
+            check_images(images, self.image_size if self.vision.layers else None)
         images = images.to(self.device)
         if prompts is None and adapters is None:
             with torch.no_grad():
@@ -229,32 +231,6 @@ class Backbone(nn.Module):
                     f"a text to encode is a string; got {type(text).__name__} {str(text)[:60]!r}."
                 )
         return F.normalize(self.text.encode_strings(sentences), dim=-1)
-
-    def _check_images(self, images: Images) -> None:
-        """Refuse what was not preprocessed: its features would mean nothing, where they can be computed at all."""
-        if isinstance(images, TokenStates):
-            return
-        if not isinstance(images, Tensor):
-            raise DataError(
-                f"images are a tensor (B, 3, H, W), made by backbone.preprocess of a PIL image; got "
-                f"{type(images).__name__}. vlprompt.predict(learner, ...) takes pictures of any kind."
-            )
-
-        shape = tuple(images.shape)
-        if images.ndim != 4 or shape[1] != 3:
-            raise DataError(
-                f"images are (B, 3, H, W), as backbone.preprocess makes them and torch.stack joins them; got {shape}."
-            )
-        if self.vision.layers and shape[2:] != self.image_size:
-            raise DataError(
-                f"{self.name} reads images of {self.image_size[0]} x {self.image_size[1]} (H x W) pixels; got "
-                f"{shape[2]} x {shape[3]}. backbone.preprocess makes them of a PIL image."
-            )
-        if not images.is_floating_point():
-            raise DataError(
-                f"images are floats, as backbone.preprocess makes them; got {str(images.dtype).partition('.')[2]}, raw "
-                "pixels. vlprompt.predict(learner, ...) takes these."
-            )
 
     def unplaced_words(self, classnames: Sequence[str]) -> list[str]:
         """Return words of class names that are known to mean nothing to the text tower; most towers know of none."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from vlprompt.classification.evaluate import evaluate
-from vlprompt.classification.label_space import dataset_for, in_learner_space, known_classes
+from vlprompt.classification.label_space import check_learner, dataset_for, in_learner_space, known_classes
 from vlprompt.classification.recipe import AutomaticRecipe, find_recipe, paper_options
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
@@ -117,6 +117,7 @@ def fit(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
+    check_learner(learner)
     _check_arguments(recipe=recipe, several_labels=several_labels, views=views, prefix_gib=prefix_gib)
     parse_options(options)
     train = _with_labels(learner, _in_order(learner, dataset_for(learner, train, "train")), several_labels)
