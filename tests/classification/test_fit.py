@@ -36,4 +36,4 @@ def test_a_segmentation_model_is_no_learner(backbone: Backbone) -> None:
     segmenter = vlprompt.create_segmenter("dense", backbone, strategy="decoder")
     for function in (vlprompt.fit, vlprompt.evaluate):
         with pytest.raises(DataError, match=r"got .*vlprompt\.fit_segmenter"):
-            function(segmenter, PAIRS)
+            function(segmenter, PAIRS)  # type: ignore[arg-type]
