@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone, VisualPrompts, create_backbone, list_backbones
 from vlprompt.backbones.openclip import _weights_arguments, wrap_open_clip
-from vlprompt.core.errors import BackboneError, UnknownNameError
+from vlprompt.core.errors import BackboneError, DataError, UnknownNameError
 from vlprompt.learners import create_learner
 
 SMALL = "test-of-vlprompt"
@@ -286,3 +286,42 @@ def test_families_of_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_text_tower_of_a_package_that_is_missing() -> None:
     with pytest.raises(BackboneError, match=r"xlm-roberta-base-ViT-B-32 can't be built: .*transformers"):
         create_backbone("xlm-roberta-base-ViT-B-32")
+
+
+def test_random_weights_are_said(small: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    """A beginner who names no weights would take chance for the method's accuracy."""
+    assert "weights are random" in small.describe()
+    create_backbone(SMALL)
+    assert f"{SMALL}: Its weights are random" in caplog.text
+
+
+def test_any_mode_is_prepared_as_its_file_would_be_read(small: Backbone) -> None:
+    greys = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
+    deep = Image.fromarray(greys.astype(np.uint16) * 257)
+    assert torch.equal(small.preprocess(deep), small.preprocess(Image.fromarray(greys)))
+
+    clear = Image.new("RGBA", (40, 50), (0, 0, 0, 0))
+    assert torch.equal(small.preprocess(clear), small.preprocess(Image.new("RGB", (40, 50), "white")))
+    with pytest.raises(DataError, match="takes a PIL image; got ndarray"):
+        small.preprocess(greys)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got uint8, raw pixels"),
+        (torch.zeros(3, 32, 32), r"got \(3, 32, 32\)"),
+        (torch.zeros(1, 32, 32, 3), r"got \(1, 32, 32, 3\)"),
+        (torch.zeros(1, 3, 48, 32), "reads 32 x 32 .* got 48 x 32"),
+        (Image.new("RGB", (32, 32)), "got Image. vlprompt.predict"),
+    ],
+)
+def test_images_that_were_not_prepared_are_refused(small: Backbone, images: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        small.encode_image(images)
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "no texts"), (["a", None], "a string; got NoneType")])
+def test_texts_that_are_none_are_refused(small: Backbone, texts: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        small.encode_text(texts)

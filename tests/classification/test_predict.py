@@ -109,7 +109,7 @@ def test_as_many_names_as_there_are(learner: Learner) -> None:
     assert len(predict(learner, [make_image(0)], topk=99)[0]["labels"]) == 3
     assert len(predict(learner, [make_image(0)], topk=1)[0]["labels"]) == 1
     for impossible in (0, -1):
-        with pytest.raises(DataError, match=f"topk must be at least 1, got {impossible}"):
+        with pytest.raises(DataError, match=f"topk must be a whole number of at least 1, got {impossible}"):
             predict(learner, [make_image(0)], topk=impossible)
 
 
@@ -273,3 +273,18 @@ def test_the_table_is_safe_in_a_spreadsheet(backbone: Backbone, tmp_path: Path) 
     assert [float(row[3]) for row in rows[1:] if row[3]] == pytest.approx(
         [p for row in table for p in row["probs"]], abs=1e-6
     )
+
+
+def test_what_is_not_finite_is_no_prediction(backbone: Backbone) -> None:
+    """The first class among NaN would be named with confidence."""
+    learner = create_learner("taskres", backbone, NAMES)
+    torch.nn.init.constant_(learner.get_parameter("residual"), float("nan"))
+    row = predict(learner, make_image(0))[0]
+    assert (row["labels"], row["probs"]) == ([], [])
+    assert "NaN" in row["error"]
+
+
+def test_whole_numbers_of_numpy(learner: Learner) -> None:
+    assert len(predict(learner, make_image(0), topk=np.int64(2))[0]["labels"]) == 2
+    with pytest.raises(DataError, match=r"topk must be a whole number of at least 1, got 2\.5"):
+        predict(learner, make_image(0), topk=2.5)  # type: ignore[arg-type]

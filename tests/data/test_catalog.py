@@ -136,3 +136,10 @@ def test_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pa
         load_dataset("eurosat")
     monkeypatch.delenv("VLPROMPT_DATA")
     assert default_root() == Path.home() / ".cache" / "vlprompt" / "data"
+
+
+def test_whole_numbers_of_numpy_draw_the_same() -> None:
+    plain = load_dataset("scenes/shape", shots=2, seed=3)
+    assert load_dataset("scenes/shape", shots=np.int64(2), seed=np.uint8(3)).samples == plain.samples
+    with pytest.raises(DataError, match="shots must be a whole number"):
+        load_dataset("scenes/shape", shots=True)

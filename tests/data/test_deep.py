@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data import read_image
 from vlprompt.data.decoding import Decoding, decode, read_with_note
 from vlprompt.data.images import FileReader
 from vlprompt.data.inputs import open_image
-from vlprompt.data.pixels import to_rgb
 from vlprompt.data.zipped import ZipReader
 
 Array = np.ndarray[Any, Any]

@@ -213,3 +213,12 @@ def test_prepare_says_where_public_ones_are() -> None:
     text = explain(load_card("eurosat"))
     assert "github.com/sarahpratt/CuPL" in text
     assert "neither repository has a licence" in text
+
+
+def test_a_file_with_a_byte_order_mark(animals: list[Any], tmp_path: Path) -> None:
+    """As editors of Windows write it."""
+    path = tmp_path / "own.json"
+    content = json.dumps({name: [f"a {name}."] for name in NAMES})
+    path.write_text(content, encoding="utf-8-sig")
+    data = load_dataset(animals, classnames=NAMES, descriptions=path)
+    assert list(class_texts("dog", data.templates)) == ["a dog."]

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data import FileReader, ImageDataset, Sample, load_dataset, read_image, verify
 from vlprompt.data.decoding import Decoding
 from vlprompt.data.images import drop_bad
-from vlprompt.data.pixels import to_rgb
 
 
 def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:

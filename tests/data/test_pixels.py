@@ -14,11 +14,11 @@ from PIL import Image
 
 from tests.data.folders import fill, image, tree
 from vlprompt.core.errors import DataError
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data import load_dataset, read_image, verify
 from vlprompt.data.base import Sample
 from vlprompt.data.decoding import Decoding, decode
 from vlprompt.data.images import FileReader, ImageDataset
-from vlprompt.data.pixels import to_rgb
 
 
 def greys(path: Path, value_range: tuple[float, float] | None = None) -> list[int]:

@@ -12,7 +12,7 @@ from PIL import Image
 import vlprompt
 from tests.data.segmentation import pairs_layouts as lay
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import DataError
+from vlprompt.core.errors import DataError, NonFiniteError
 from vlprompt.data import load_segmentation
 from vlprompt.segmentation import Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter, predict_mask
@@ -130,3 +130,25 @@ def test_nothing_of_an_image_is_cropped(segmenter: Segmenter) -> None:
     columns = pixels.abs().sum((0, 1)).nonzero()[:, 0]
     assert columns.min() == 0
     assert columns.max() <= 8  # 24 of 256 pixels are 6 of 64
+
+
+def test_logits_that_are_nan_are_no_empty_mask(tiny: Backbone, folder: Path) -> None:
+    """Compared with a threshold they would look as if nothing were there, and score 0."""
+    broken = vlprompt.create_segmenter("clipseg", tiny, weights="random", reduce=8, hidden=16, seed=5)
+    for parameter in broken.decoder.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    with pytest.raises(NonFiniteError, match="logits of a mask are NaN"):
+        predict_mask(broken, Image.new("RGB", (20, 30)), "a red circle")
+    with pytest.raises(NonFiniteError, match="logits of a mask are NaN"):
+        evaluate_segmenter(broken, load_segmentation(f"per_class:{folder}", "test"))
+
+
+def test_what_is_no_image_no_phrase_and_no_pair_is_refused(segmenter: Segmenter) -> None:
+    with pytest.raises(DataError, match="got uint8, raw pixels"):
+        segmenter(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a red circle"])
+    with pytest.raises(DataError, match="phrase number 0 is no text; got NoneType"):
+        segmenter(torch.zeros(1, 3, 32, 32), [None])
+    with pytest.raises(DataError, match=r"load_segmentation.* got str 'pairs:masks'"):
+        evaluate_segmenter(segmenter, "pairs:masks")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"load_segmentation.* got list"):
+        vlprompt.fit_segmenter(segmenter, [])  # type: ignore[arg-type]

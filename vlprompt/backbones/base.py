@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones.edits import Adapter
+from vlprompt.backbones.inputs import check_images
 from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.text_towers import build_text_tower
 from vlprompt.backbones.tokenizer import TextTokenizer, irregularity
 from vlprompt.backbones.vision import Images, Prompts, TokenStates, VisionTower
 from vlprompt.core.descriptions import class_texts
 from vlprompt.core.devices import DTYPES, precision_of
+from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
 from vlprompt.core.precision import Precision
 from vlprompt.core.weights import weights_id
@@ -170,7 +172,11 @@ class Backbone(nn.Module):
         return 0.0 if bias is None else float(bias)
 
     def encode_image(self, images: Images, prompts: Prompts | None = None) -> Tensor:
-        """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images."""
+        """Return (B, d) unit-length float32 features of (B, 3, H, W) preprocessed images.
+
+        Raises:
+            DataError: If the images are no such tensor.
+        """
         return F.normalize(self.image_embeddings(images, prompts), dim=-1)
 
     def image_embeddings(
@@ -179,7 +185,13 @@ class Backbone(nn.Module):
         prompts: Prompts | None = None,
         adapters: Sequence[Adapter | None] | None = None,
     ) -> Tensor:
-        """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph."""
+        """Return :meth:`encode_image` before normalisation; without prompts and adapters, without a graph.
+
+        Raises:
+            DataError: If the images are no such tensor.
+        """
+        if not isinstance(images, TokenStates):
+            check_images(images, self.image_size if self.vision.layers else None)
         images = images.to(self.device)
         if prompts is None and adapters is None:
             with torch.no_grad():
@@ -208,8 +220,17 @@ class Backbone(nn.Module):
 
         Raises:
             BackboneError: If the tokenizer could not be fetched.
+            DataError: If there is no text, or something else than text.
         """
-        return F.normalize(self.text.encode_strings([texts] if isinstance(texts, str) else texts), dim=-1)
+        sentences = [texts] if isinstance(texts, str) else list(texts)
+        if not sentences:
+            raise DataError("no texts to encode.")
+        for text in sentences:
+            if not isinstance(text, str):
+                raise DataError(
+                    f"a text to encode is a string; got {type(text).__name__} {str(text)[:60]!r}."
+                )
+        return F.normalize(self.text.encode_strings(sentences), dim=-1)
 
     def unplaced_words(self, classnames: Sequence[str]) -> list[str]:
         """Return words of class names that are known to mean nothing to the text tower; most towers know of none."""

@@ -44,6 +44,7 @@ log = logging.getLogger("vlprompt.backbones")
 
 LOCAL = "local-dir:"
 
+_RANDOM = "Its weights are random, so it knows neither images nor words. Name weights: pretrained=..., a tag or a file."
 _OFFLINE = "What works offline: create_backbone('tiny'), whose weights are in the package, or pretrained=None (random)."
 _BYTE_PAIRS = 49408  # size of CLIP's own vocabulary
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -95,9 +96,13 @@ def build_open_clip(
         tokenizer = _named_tokenizer(tokenizer, loaded, cache_dir)
 
     fields = {**loaded.preprocess, **wanted, "size": loaded.model.visual.image_size}
-    return wrap_open_clip(
+    backbone = wrap_open_clip(
         loaded.model, fields, wrap_tokenizer(tokenizer) if tokenizer else None, facts, missing
     )
+    if facts["pretrained"] is None:
+        backbone.about = _RANDOM
+        log.warning("%s: %s", name, _RANDOM)
+    return backbone
 
 
 def wrap_open_clip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones.base import Backbone, content_id
+from vlprompt.core.errors import DataError
+from vlprompt.core.pixels import to_rgb
 
 __all__ = ["change_preprocessing", "preprocessing_facts", "transform_of"]
 
@@ -29,8 +32,31 @@ def preprocessing_facts(config: PreprocessCfg) -> dict[str, Any]:
 
 
 def transform_of(config: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
-    """Return the function from a PIL image to a (3, H, W) tensor."""
-    return image_transform_v2(config, is_train=False)
+    """Return the function from a PIL image of any mode to a (3, H, W) tensor."""
+    return _AnyMode(image_transform_v2(config, is_train=False))
+
+
+@dataclass(frozen=True)
+class _AnyMode:
+    """Prepares an image of any mode as its file would be read.
+
+    open_clip's own transform cuts more than 8 bits off, and puts black under transparency.
+    """
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return (3, H, W).
+
+        Raises:
+            DataError: If it is no PIL image.
+        """
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"backbone.preprocess takes a PIL image; got {type(image).__name__}. vlprompt.predict(learner, ...) "
+                "takes paths and arrays, too."
+            )
+        return self.transform(to_rgb(image))
 
 
 def change_preprocessing(backbone: Backbone, changes: Mapping[str, Any]) -> None:

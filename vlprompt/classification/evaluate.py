@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones.vision import Images
-from vlprompt.classification.label_space import dataset_for, in_learner_space
+from vlprompt.classification.label_space import check_learner, dataset_for, in_learner_space
 from vlprompt.classification.prefixes import KeptStates, kept_states
 from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
@@ -54,6 +54,7 @@ def evaluate(
     Raises:
         DataError: If the learner doesn't know a class.
     """
+    check_learner(learner)
     data = in_learner_space(learner, dataset_for(learner, data, "test"))
     cache = FeatureCache(prefix_gib=0) if cache is None else cache  # for features that are read twice here
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)

@@ -7,17 +7,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from vlprompt.classification.evaluate import evaluate
-from vlprompt.classification.label_space import dataset_for, in_learner_space, known_classes
+from vlprompt.classification.label_space import check_learner, dataset_for, in_learner_space, known_classes
 from vlprompt.classification.recipe import AutomaticRecipe, find_recipe, paper_options
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.core.options import describe_problems
+from vlprompt.core.options import check_options, describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.data import PREFIX_GIB, Augmentation, FeatureCache, ImageDataset
@@ -117,6 +117,8 @@ def fit(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
+    check_learner(learner)
+    _check_arguments(recipe=recipe, several_labels=several_labels, views=views, prefix_gib=prefix_gib)
     parse_options(options)
     train = _with_labels(learner, _in_order(learner, dataset_for(learner, train, "train")), several_labels)
     val = None if val is None else dataset_for(learner, val, "val")
@@ -164,6 +166,23 @@ def fit(
     metrics |= describe(learner) | automatic.figures
 
     return RunResult({"seconds": time.monotonic() - started, **metrics}, history, folder, learner)
+
+
+def _check_arguments(
+    *,
+    recipe: Literal["auto", "paper"] | None,
+    several_labels: SeveralLabels,
+    views: Annotated[int, Field(ge=0)],
+    prefix_gib: Annotated[float, Field(ge=0)],
+) -> None:
+    """Check the arguments of :func:`fit` that are no training options."""
+    values = {
+        "recipe": recipe,
+        "several_labels": several_labels,
+        "views": views,
+        "prefix_gib": prefix_gib,
+    }
+    check_options(_check_arguments, values, source="vlprompt.fit")
 
 
 def _without_length(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,15 @@ from vlprompt.data import ImageDataset, Sample
 from vlprompt.data.objects import dataset_of
 from vlprompt.learners import Learner
 
-__all__ = ["Named", "check_fitting", "dataset_for", "fitting", "in_learner_space", "known_classes"]
+__all__ = [
+    "Named",
+    "check_fitting",
+    "check_learner",
+    "dataset_for",
+    "fitting",
+    "in_learner_space",
+    "known_classes",
+]
 
 
 class Named(Protocol):
@@ -55,6 +63,20 @@ def in_learner_space(learner: Named, data: ImageDataset) -> ImageDataset:
 
     samples = tuple(_moved(sample, known) for sample in data.samples)
     return replace(data, samples=samples, classnames=tuple(learner.classnames))
+
+
+def check_learner(learner: Any) -> None:
+    """Refuse what does not classify.
+
+    Raises:
+        DataError: Says what it is instead, and what is for segmentation models.
+    """
+    if not isinstance(learner, Learner):
+        raise DataError(
+            "a learner is what vlprompt.create_learner(...) or vlprompt.load(...) returns; got "
+            f"{type(learner).__name__}. For segmentation models there are vlprompt.fit_segmenter and "
+            "vlprompt.evaluate_segmenter."
+        )
 
 
 def dataset_for(learner: Named, data: Any, split: str) -> ImageDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import match_classes
+from vlprompt.core.options import as_whole
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
@@ -35,6 +37,11 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+_NOT_FINITE = (
+    "the logits are NaN or infinite. What was learned is damaged, or the precision (fp16) is too small for this "
+    "backbone: train again, or use bf16 or fp32."
+)
 
 
 class Classifier(Protocol):
@@ -132,14 +139,15 @@ def predict(
         workers: Processes that decode; see :data:`vlprompt.data.loading.Workers`.
 
     Returns:
-        A table; an image that can't be read has its reason in ``error`` and stops nothing.
+        A table; an image that can't be read, or whose logits are NaN, has its reason in ``error`` and stops nothing.
 
     Raises:
         DataError: If there is no image, something is none, or ``topk`` is below 1.
     """
+    topk, batch_size = as_whole(topk), as_whole(batch_size)
     for name, value in (("topk", topk), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(f"{name} must be at least 1, got {value}.")
+            raise DataError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
     if isinstance(classifier, Learner):
         classifier.eval()
@@ -270,6 +278,12 @@ def predict_batch(
         )
         labels = dict(zip(pixels, ranked[0], strict=True))
         probabilities = dict(zip(pixels, ranked[1], strict=True))
+
+    # A name that is chosen among NaN means nothing, so it is not said.
+    undecided = [i for i, values in probabilities.items() if not all(map(math.isfinite, values))]
+    for i in undecided:
+        del labels[i], probabilities[i]
+    errors = {**errors, **dict.fromkeys(undecided, _NOT_FINITE)}
 
     rows = []
     for i, name in enumerate(names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -13,7 +14,7 @@ from typing_extensions import is_typeddict
 
 from vlprompt.core.errors import ConfigError, nearest
 
-__all__ = ["check_options", "describe_options", "describe_problems", "options_model"]
+__all__ = ["as_whole", "check_options", "describe_options", "describe_problems", "options_model"]
 
 _SHORT = reprlib.Repr()  # what was given may be a whole hostile file
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -68,6 +69,12 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], source
     except ValidationError as error:
         raise ConfigError(describe_problems(error, model), source) from error
     return {name: getattr(checked, name) for name in options}
+
+
+def as_whole(value: Any) -> Any:
+    """Return a whole number of any library (numpy's, say) as Python's; all else as it is, for a check to refuse."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if is_whole else value
 
 
 def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import check_classnames, check_templates, check_text, clean_classname, printable
+from vlprompt.core.options import as_whole
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.descriptions import DescriptionOptions, with_descriptions
@@ -102,6 +103,9 @@ def load_dataset(
     """
     loader: _Loader | _ObjectLoader
     title = name if isinstance(name, str) else type(name).__name__
+    shots, seed = as_whole(shots), as_whole(seed)
+    max_bad_images, jpeg_side = as_whole(max_bad_images), as_whole(jpeg_side)
+
     limits = SkipLimits(max_bad_share, max_bad_images)
     described = None if descriptions is None else DescriptionOptions.of(descriptions)
     if is_foreign(name):

@@ -18,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
 from vlprompt.core.paths import user_path
+from vlprompt.core.pixels import is_deep, orientation, range_of, to_rgb
 from vlprompt.data.deep import DeepColours, deep_colours
-from vlprompt.data.pixels import is_deep, orientation, range_of, to_rgb
 
 __all__ = [
     "DEFAULT_DECODING",
@@ -89,7 +89,7 @@ def read_image(path: str | os.PathLike[str], decoding: Decoding = DEFAULT_DECODI
     """Decode an image file to 8-bit RGB, upright.
 
     EXIF orientation is applied, the first frame of an animation is taken, transparency is laid on white,
-    greys of more than 8 bits are scaled (see :func:`vlprompt.data.pixels.range_of`), CMYK and palettes are converted.
+    greys of more than 8 bits are scaled (see :func:`vlprompt.core.pixels.range_of`), CMYK and palettes are converted.
     A JPEG of more than 89 megapixels is decoded at half its width and height.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from vlprompt.data.pixels import ValueRange, range_of_values, scaled, turned
+from vlprompt.core.pixels import ValueRange, range_of_values, scaled, turned
 
 __all__ = ["DeepColours", "deep_colours"]
 
@@ -43,11 +43,11 @@ class DeepColours:
     alpha: Values | None
 
     def range(self, value_range: tuple[float, float] | None = None) -> ValueRange:
-        """See :func:`vlprompt.data.pixels.range_of`; one range for all channels."""
+        """See :func:`vlprompt.core.pixels.range_of`; one range for all channels."""
         return range_of_values(self.image, self.values, value_range)
 
     def to_rgb(self, value_range: tuple[float, float] | None = None) -> Image.Image:
-        """Return 8-bit RGB, upright and on white; see :func:`vlprompt.data.pixels.to_rgb`."""
+        """Return 8-bit RGB, upright and on white; see :func:`vlprompt.core.pixels.to_rgb`."""
         colours = Image.fromarray(scaled(self.values, self.range(value_range))).convert("RGB")
         if self.alpha is not None:
             white = Image.new("RGB", colours.size, "white")

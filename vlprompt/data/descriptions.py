@@ -194,7 +194,7 @@ def _read(source: str) -> dict[str, list[str]]:
     """
     path = user_path(source)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"descriptions: {source} can't be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

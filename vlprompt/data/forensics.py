@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.fft import dctn
 
-from vlprompt.data.pixels import to_rgb
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data.triggers.base import Pixels
 
 __all__ = ["FORENSICS", "SIDE", "VIEWS", "examined", "pixel_statistics", "statistics_width"]

@@ -15,11 +15,11 @@ from PIL import Image
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import printable
 from vlprompt.core.paths import user_path
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.decoding import decode, read_image, upright
 from vlprompt.data.images import EXTENSIONS
 from vlprompt.data.listing import list_images
-from vlprompt.data.pixels import to_rgb
 
 __all__ = ["ImageInput", "image_inputs", "open_image"]
 

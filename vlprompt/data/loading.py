@@ -37,6 +37,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.options import as_whole
 
 __all__ = ["Loader", "Workers", "check_workers", "takes_workers", "using_workers"]
 
@@ -67,6 +68,7 @@ def check_workers(workers: Any) -> Workers:
     """
     if workers == "auto":
         return "auto"
+    workers = as_whole(workers)
     if isinstance(workers, int) and not isinstance(workers, bool) and workers >= 0:
         return workers
     raise DataError(f"workers must be 'auto' or a whole number from 0 on, got {workers!r}.")

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from vlprompt.core.errors import DataError
-from vlprompt.core.names import check_classnames, clean_classname
+from vlprompt.core.names import check_classnames, clean_classname, listed_names
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.inputs import image_inputs
 
@@ -146,12 +147,25 @@ def dataset_of(
 
 def _check_length(data: Any, title: str) -> None:
     """Refuse what can't be read at any place."""
+    if isinstance(data, Path):
+        data = str(data)
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise DataError(
             f"{title} is no data set that can be read at any place: it needs a length and data[i]. Of a stream, make a "
             "list: list(data)."
         )
-    if isinstance(data, (str, bytes, Mapping, torch.Tensor, np.ndarray)):
+    if isinstance(data, str):
+        raise DataError(
+            f"a data set has items (image, label); got the text {data[:80]!r}. vlprompt.load_dataset(...) reads a data "
+            "set by its name."
+        )
+    if isinstance(data, Mapping) and data:
+        parts = listed_names([str(key) for key in data])
+        raise DataError(
+            f"a data set has items (image, label); got a {title} with {parts}. Pass one of its parts: "
+            f"data[{next(iter(data))!r}]."
+        )
+    if isinstance(data, (bytes, Mapping, torch.Tensor, np.ndarray)):
         raise DataError(f"a data set has items (image, label); got {title}.")
     if not len(data):
         raise DataError(f"{title} is empty.")

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.paths import local_or_name
+from vlprompt.core.pixels import to_rgb
 from vlprompt.core.precision import Precision
 from vlprompt.core.weights import weights_id
 from vlprompt.detection import DETECTORS
@@ -94,7 +95,7 @@ class GroundingDino(Detector):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """See :meth:`Detector.preprocess`."""
-        pixels = tvf.to_dtype(tvf.to_image(image.convert("RGB")), torch.float32, scale=True)
+        pixels = tvf.to_dtype(tvf.to_image(to_rgb(image)), torch.float32, scale=True)
         resized = tvf.resize(pixels, [self.size, self.size], InterpolationMode.BILINEAR, antialias=True)
         return tvf.normalize(resized, list(_MEAN), list(_STD))
 

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones.tokenizer import wrap_tokenizer
 from vlprompt.core.errors import BackboneError
+from vlprompt.core.pixels import to_rgb
 from vlprompt.core.precision import Precision
 from vlprompt.core.weights import weights_id
 from vlprompt.detection import DETECTORS
@@ -78,7 +79,7 @@ class OwlViT(Detector):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """See :meth:`Detector.preprocess`."""
-        pixels = tvf.to_dtype(tvf.to_image(image.convert("RGB")), torch.float32, scale=True)
+        pixels = tvf.to_dtype(tvf.to_image(to_rgb(image)), torch.float32, scale=True)
         resized = tvf.resize(pixels, [self.size, self.size], InterpolationMode.BICUBIC, antialias=True)
         return tvf.normalize(resized.clamp(0, 1), list(_MEAN), list(_STD))
 

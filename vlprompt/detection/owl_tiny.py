@@ -21,6 +21,7 @@ from vlprompt.backbones.taps import first_state, run_taps
 from vlprompt.core.errors import BackboneError
 from vlprompt.core.files import read_tensors
 from vlprompt.core.paths import user_path
+from vlprompt.core.pixels import to_rgb
 from vlprompt.core.precision import Precision
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.core.weights import weights_id
@@ -128,7 +129,7 @@ class OwlTiny(Detector):
     def preprocess(self, image: Image.Image) -> Tensor:
         """See :meth:`Detector.preprocess`."""
         side = self.backbone.image_size[0]
-        return self.backbone.preprocess(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+        return self.backbone.preprocess(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from vlprompt.metrics.classification import compute
 __all__ = ["SessionProbe"]
 
 _STRENGTHS = tuple(range(-2, 6))  # log10 of C
+_PLAIN = 0  # log10 of C where no image can be held back to choose it
 _HELD_BACK = 4  # one of so many images, where there are no validation images
 
 
@@ -89,7 +90,7 @@ class SessionProbe(SessionLearner):
         seed: int = 1,
         views: int = 1,
     ) -> dict[str, Any]:
-        """See :meth:`LearnerHooks.solve`; returns the chosen C and what it reached on the held-back images.
+        """See :meth:`LearnerHooks.solve`; returns the chosen C and what it reached on held-back images, or None.
 
         Raises:
             DataError: If the training images show fewer than two classes.
@@ -99,7 +100,7 @@ class SessionProbe(SessionLearner):
         if truth.ndim == 1 and len(truth.unique()) < 2:
             raise DataError("session_probe needs training images of at least two classes.")
 
-        kept, held = _parts(len(truth), views, seed)
+        kept, held = _parts(truth, views, seed)
         if val is not None and len(val[1]):
             kept = np.arange(len(truth))
             held_features = nn.functional.normalize(val[0], dim=-1).cpu().double()
@@ -108,18 +109,18 @@ class SessionProbe(SessionLearner):
             held_features, held_truth = features[held], truth[held]
 
         scores = {}
-        for strength in _STRENGTHS:
+        for strength in _STRENGTHS if len(held_truth) else ():
             weight, bias = self._regress(features[kept], truth[kept], strength)
             scores[strength] = _score(held_features @ weight.T + bias, held_truth)
 
-        best = max(scores, key=lambda strength: (scores[strength], -abs(strength)))
+        best = max(scores, key=lambda strength: (scores[strength], -abs(strength)), default=_PLAIN)
         weight, bias = self._regress(features, truth, best)
         newest = self._probe(len(self.sessions) - 1)
         with torch.no_grad():
             newest.weight.copy_(weight)
             newest.bias.copy_(bias)
         self._cached_weights = None
-        return {"C": 10.0**best, "val_score": scores[best]}
+        return {"C": 10.0**best, "val_score": scores.get(best)}
 
     def _probe(self, session: int) -> _Probe:
         probe = self.probes[session]
@@ -147,16 +148,28 @@ class SessionProbe(SessionLearner):
         return weight, bias
 
 
-def _parts(count: int, views: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which samples to try on and which to choose on; the views of an image stay together."""
-    images = count // views
+def _parts(truth: Tensor, views: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which samples to try on and which to choose on; the views of an image stay together.
+
+    Of several labels aside, every class keeps an image to try on, so of one image per class none is held back.
+    """
+    images = len(truth) // views
     order = numpy_rng(seed, "held-back images").permutation(images)
     cut = max(1, images // _HELD_BACK)
+    held, kept = list(order[:cut]), list(order[cut:])
 
-    def with_views(chosen: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.sort(chosen) + view * images for view in range(views)])
+    if truth.ndim == 1:
+        tried = set(truth[kept].tolist())
+        for image in tuple(held):
+            if int(truth[image]) not in tried:
+                tried.add(int(truth[image]))
+                held.remove(image)
+                kept.append(image)
 
-    return with_views(order[cut:]), with_views(order[:cut])
+    def with_views(chosen: list[int]) -> np.ndarray:
+        return np.concatenate([np.sort(np.array(chosen, dtype=int)) + view * images for view in range(views)])
+
+    return with_views(kept), with_views(held)
 
 
 def _score(logits: Tensor, truth: Tensor) -> float:

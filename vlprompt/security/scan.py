@@ -16,14 +16,15 @@ from torch import Tensor
 
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError, NonFiniteError
+from vlprompt.core.options import as_whole
 from vlprompt.core.paths import user_path
+from vlprompt.core.pixels import to_rgb
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import Sample
 from vlprompt.data.compositions import CompositionSource
 from vlprompt.data.decoding import read_with_note
 from vlprompt.data.listing import list_images
 from vlprompt.data.loading import Loader, Workers, takes_workers
-from vlprompt.data.pixels import to_rgb
 from vlprompt.data.transforms import Preprocess
 from vlprompt.learners import Learner
 from vlprompt.learners._scanning import ImageScanner
@@ -316,7 +317,8 @@ def check_counts(**counts: int) -> None:
         DataError: Names the first that is no whole number from 1 on.
     """
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        whole = as_whole(count)
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
             raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
 
 

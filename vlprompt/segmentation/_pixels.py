@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.core.pixels import to_rgb
+
 __all__ = ["Sized", "Squash"]
 
 
@@ -30,7 +32,7 @@ class Squash:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return (3, h, w) normalised pixels."""
-        whole = image.convert("RGB")
+        whole = to_rgb(image)
         if whole.size != self.size[::-1]:
             whole = whole.resize(self.size[::-1], Image.Resampling.BICUBIC)
         # The size is right already, so this resizes and crops nothing.
@@ -51,7 +53,7 @@ class Sized:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return (3, h, w) normalised pixels."""
-        whole = image.convert("RGB")
+        whole = to_rgb(image)
         if whole.size != self.size[::-1]:
             whole = whole.resize(self.size[::-1], Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(whole)).permute(2, 0, 1).float() / 255

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlprompt.backbones import Backbone
+from vlprompt.backbones.inputs import check_images
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.precision import Precision
 from vlprompt.core.trainable import Trainable
@@ -99,9 +100,10 @@ class Segmenter(nn.Module, Trainable):
             texts: B phrases, or (B, d) features instead of them.
 
         Raises:
-            DataError: If there isn't one phrase per image.
+            DataError: If there isn't one phrase per image, or the images were not preprocessed.
             VLPromptError: If a phrase is longer than the text tower reads; names it.
         """
+        check_images(images)
         images = images.to(self.backbone.device)
         size = (int(images.shape[-2]), int(images.shape[-1]))
         return self.decode(self.frozen(images), texts, size)
@@ -158,6 +160,10 @@ class Segmenter(nn.Module, Trainable):
             return texts.to(self.backbone.device), None
 
         for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"phrase number {number} is no text; got {type(text).__name__} {str(text)[:60]!r}."
+                )
             if not text.strip():
                 raise DataError(f"phrase number {number} is empty; say what to segment.")
         return self.conditions(texts, rows.text, remember=self._static_texts(rows))

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError
-from vlprompt.data.segmentation.base import IGNORE, MaskDataset
+from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.data.segmentation.base import IGNORE, MaskDataset, check_pairs
 from vlprompt.metrics.masks import PairScore, mean_iou_of_maps, score_pair, summarise_pairs
 from vlprompt.saved.prompts import PromptCard, backbone_of, check_kind, read
 from vlprompt.segmentation import create_segmenter
@@ -77,8 +77,10 @@ def evaluate_segmenter(
         states: Frozen states from an earlier call with the same model and data.
 
     Raises:
-        DataError: For ``argmax`` where images aren't asked for all classes.
+        DataError: For ``argmax`` where images aren't asked for all classes; if the data are no pairs.
+        NonFiniteError: If a logit is NaN.
     """
+    check_pairs(data)
     if argmax and data.info.get("queries") != "all":
         raise DataError(
             f"{data.name}: argmax needs every class asked of every image: load it with queries='all'."
@@ -124,8 +126,16 @@ def probabilities(logits: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
     Args:
         logits: (1, h, w); they are resized bilinearly before the sigmoid.
         size: (H, W).
+
+    Raises:
+        NonFiniteError: If a logit is NaN: a mask of it would look as if nothing were there.
     """
     batch = logits.float()[None]
+    if bool(batch.isnan().any()):
+        raise NonFiniteError(
+            "the logits of a mask are NaN. What was learned is damaged, or the precision (fp16) is too small for this "
+            "backbone: train again, or use bf16 or fp32."
+        )
     if tuple(batch.shape[-2:]) != tuple(size):
         batch = F.interpolate(batch, size=tuple(size), mode="bilinear", align_corners=False)
     return np.asarray(batch[0, 0].sigmoid().cpu().numpy(), np.float32)

@@ -21,7 +21,7 @@ from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
 from vlprompt.data.base import hash_strings
 from vlprompt.data.loading import Workers, takes_workers
 from vlprompt.data.segmentation.augment import JointAugmentation
-from vlprompt.data.segmentation.base import MaskDataset
+from vlprompt.data.segmentation.base import MaskDataset, check_pairs
 from vlprompt.data.segmentation.reading import resize_mask
 from vlprompt.segmentation.base import Frozen, Segmenter
 from vlprompt.segmentation.evaluate import evaluate_segmenter
@@ -214,6 +214,8 @@ def fit_segmenter(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
+    for data in (train,) if val is None else (train, val):
+        check_pairs(data)
     started = time.monotonic()
     processes = accelerator()
     segmenter.to(segmenter.backbone.device_or(processes.device))

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlprompt.core.errors import DataError
 from vlprompt.data.base import Reader, hash_strings
 
-__all__ = ["IGNORE", "MaskDataset", "MaskReader", "MaskSample", "MaskedImage"]
+__all__ = ["IGNORE", "MaskDataset", "MaskReader", "MaskSample", "MaskedImage", "check_pairs"]
 
 IGNORE = 255
 """Value of pixels that count neither for nor against a prediction; 0 is ground, 1 is what the phrase means."""
@@ -131,3 +132,16 @@ class MaskDataset:
         """Return short hashes of the class names, and of all pairs with their phrases."""
         pairs = (f"{s.record}\x1e{s.phrase}" for s in self.samples)
         return {"classnames_hash": hash_strings(self.classnames), "phrases_hash": hash_strings(pairs)}
+
+
+def check_pairs(data: Any) -> None:
+    """Refuse what is no segmentation data set.
+
+    Raises:
+        DataError: Says what it is instead.
+    """
+    if not isinstance(data, MaskDataset):
+        raise DataError(
+            "pairs of images and phrases are what vlprompt.load_segmentation(...) returns; got "
+            f"{type(data).__name__} {str(data)[:60]!r}."
+        )

@@ -14,11 +14,11 @@ from typing import Any
 
 from vlprompt.core.errors import DataError, nearest
 from vlprompt.core.names import clean_classname, printable
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.decoding import MAX_PIXELS, Decoding
 from vlprompt.data.images import FileReader
 from vlprompt.data.listing import LINKS, Links, spelled_on_disk
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import AbsentError, Request, local_path, sources
 from vlprompt.data.sources.folder import DEFAULT_TEMPLATES, check_max_pixels
 from vlprompt.data.splits import cut_validation, cut_whole, normal_split

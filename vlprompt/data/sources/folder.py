@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError, nearest
 from vlprompt.core.names import listed_names, printable
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.decoding import MAX_PIXELS, Decoding
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import LINKS, Links, list_folder, list_folders
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import AbsentError, Request, local_path, sources
 from vlprompt.data.sources._names_file import read_names
 from vlprompt.data.sources._structure import Top, find_splits, tops_of

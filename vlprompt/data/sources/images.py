@@ -14,11 +14,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.decoding import Decoding
 from vlprompt.data.images import FileReader
 from vlprompt.data.listing import list_images
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import (
     Layout,

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import clean_classname
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.cards import Card
 from vlprompt.data.decoding import Decoding
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._layout import absent, dataset_from, parse_options
 from vlprompt.data.splits import is_inside

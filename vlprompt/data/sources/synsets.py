@@ -15,12 +15,12 @@ from typing import Literal
 from pydantic import Field
 
 from vlprompt.core.errors import DataError
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
 from vlprompt.data.decoding import Decoding
 from vlprompt.data.imagenet import synset_ids
 from vlprompt.data.images import EXTENSIONS, FileReader
 from vlprompt.data.listing import is_hidden
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, sources
 from vlprompt.data.sources._layout import Layout, Parts, absent, dataset_from, parse_options
 from vlprompt.data.splits import cut

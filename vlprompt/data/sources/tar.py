@@ -17,6 +17,7 @@ from PIL import Image
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import clean_classname, printable
+from vlprompt.core.pixels import check_value_range
 from vlprompt.data.archives import find_archives
 from vlprompt.data.base import ImageDataset, Reader, Sample
 from vlprompt.data.decoding import (
@@ -28,7 +29,6 @@ from vlprompt.data.decoding import (
     walk_bytes,
 )
 from vlprompt.data.images import file_key, file_stamp
-from vlprompt.data.pixels import check_value_range
 from vlprompt.data.sources import Request, read_text, sources
 from vlprompt.data.sources._packed_labels import LISTS, LabelledImage, Shard, listed_names_of, read_shard
 from vlprompt.data.sources.folder import DEFAULT_TEMPLATES, check_max_pixels

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import Field
 
 from vlprompt.core.errors import DataError
-from vlprompt.data.pixels import to_rgb
+from vlprompt.core.pixels import to_rgb
 
 __all__ = [
     "NATIVE_SIZE",

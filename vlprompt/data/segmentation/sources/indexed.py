@@ -113,7 +113,7 @@ def _names(request: Request, folder: Path, options: IndexedOptions, part: _Part)
         path = folder / part.list
         if not path.is_file():
             raise absent(request, [f"{folder.name}/{part.list}"])
-        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
     part_folder = folder / options.images / part.folder
     if not part_folder.is_dir():
