@@ -10,7 +10,7 @@ from vlprompt.adaptation.predictions import Predictions
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.names import check_classnames
-from vlprompt.core.options import check_options
+from vlprompt.core.options import check_options, check_type
 from vlprompt.core.registry import Registry
 from vlprompt.learners import Learner
 from vlprompt.learners.base import DEFAULT_TEMPLATES
@@ -47,6 +47,8 @@ def create_adapter(
     """
     entry = ADAPTERS.get(name)
     source = f"adapter {name!r}"
+    made_by = "vlprompt.create_backbone(...) or vlprompt.create_learner(...)"
+    check_type(backbone_or_learner, (Backbone, Learner), "a backbone or a learner", made_by)
     checked = check_options(entry.target, options, source=source)
 
     if isinstance(backbone_or_learner, Learner):

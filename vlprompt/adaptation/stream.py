@@ -16,6 +16,7 @@ from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.views import OpenedImage, ViewPlan, open_images
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.core.options import check_type
 from vlprompt.core.shares import process_count, share_rows
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
@@ -148,6 +149,7 @@ def adapt_stream(
         DataError: If an image can't be read; says which.
         NonFiniteError: If an embedding is NaN or infinite; says which, from 0.
     """
+    check_type(adapter, Adapter, "an adapter", "vlprompt.create_adapter(...)")
     collector = Collector(adapter)
     for number, image in enumerate(images):
         try:

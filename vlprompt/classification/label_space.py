@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import listed_names, match_classes
+from vlprompt.core.options import check_type
 from vlprompt.data import ImageDataset, Sample
 from vlprompt.data.objects import dataset_of
 from vlprompt.learners import Learner
@@ -71,12 +72,9 @@ def check_learner(learner: Any) -> None:
     Raises:
         DataError: Says what it is instead, and what is for segmentation models.
     """
-    if not isinstance(learner, Learner):
-        raise DataError(
-            "a learner is what vlprompt.create_learner(...) or vlprompt.load(...) returns; got "
-            f"{type(learner).__name__}. For segmentation models there are vlprompt.fit_segmenter and "
-            "vlprompt.evaluate_segmenter."
-        )
+    made_by = "vlprompt.create_learner(...) or vlprompt.load(...)"
+    hint = "For segmentation models there are vlprompt.fit_segmenter and vlprompt.evaluate_segmenter."
+    check_type(learner, Learner, "a learner", made_by, hint)
 
 
 def dataset_for(learner: Named, data: Any, split: str) -> ImageDataset:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import match_classes
-from vlprompt.core.options import as_whole
+from vlprompt.core.options import as_whole, check_type
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
@@ -44,6 +44,7 @@ _NOT_FINITE = (
 )
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """What names images."""
 
@@ -144,6 +145,8 @@ def predict(
     Raises:
         DataError: If there is no image, something is none, or ``topk`` is below 1.
     """
+    made_by = "vlprompt.create_learner(...) or vlprompt.load(...)"
+    check_type(classifier, (Classifier, Ranker), "a classifier", made_by)
     topk, batch_size = as_whole(topk), as_whole(batch_size)
     for name, value in (("topk", topk), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

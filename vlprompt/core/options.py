@@ -6,15 +6,23 @@ import inspect
 import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Integral
+from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
-from vlprompt.core.errors import ConfigError, nearest
+from vlprompt.core.errors import ConfigError, DataError, nearest
 
-__all__ = ["as_whole", "check_options", "describe_options", "describe_problems", "options_model"]
+__all__ = [
+    "as_whole",
+    "check_options",
+    "check_type",
+    "describe_options",
+    "describe_problems",
+    "options_model",
+]
 
 _SHORT = reprlib.Repr()  # what was given may be a whole hostile file
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -75,6 +83,28 @@ def as_whole(value: Any) -> Any:
     """Return a whole number of any library (numpy's, say) as Python's; all else as it is, for a check to refuse."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     return int(value) if is_whole else value
+
+
+def check_type(
+    value: object, kinds: type | tuple[type, ...], what: str, made_by: str, hint: str = ""
+) -> None:
+    """Refuse an argument of another kind than a function takes.
+
+    Args:
+        value: The argument.
+        kinds: What it may be.
+        what: What is asked for, with its article: ``"a backbone"``.
+        made_by: What returns one: ``"vlprompt.create_backbone(...)"``.
+        hint: A sentence to add.
+
+    Raises:
+        DataError: Says what was given in its place.
+    """
+    if not isinstance(value, kinds):
+        shown = f" {_SHORT.repr(value)}" if isinstance(value, str | int | float | PathLike) else ""
+        raise DataError(
+            f"{what} is what {made_by} returns; got {type(value).__name__}{shown}. {hint}".rstrip()
+        )
 
 
 def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:

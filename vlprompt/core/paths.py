@@ -5,6 +5,8 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+from vlprompt.core.errors import DataError
+
 __all__ = ["local_or_name", "looks_like_path", "user_path"]
 
 
@@ -13,6 +15,8 @@ def user_path(text: str | PathLike[str]) -> Path:
 
     Every option that takes a path goes through here. A home folder that is unknown leaves the path as it is written.
     """
+    if not isinstance(text, str | PathLike):
+        raise DataError(f"a path is a text or a Path; got {type(text).__name__}.")
     path = Path(text)
     try:
         return path.expanduser()

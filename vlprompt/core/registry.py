@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from vlprompt.core.errors import UnknownNameError, VLPromptError
+from vlprompt.core.errors import DataError, UnknownNameError, VLPromptError
 
 __all__ = ["Entry", "Registry"]
 
@@ -91,6 +91,8 @@ class Registry(Generic[T]):
         Raises:
             UnknownNameError: With the nearest valid names.
         """
+        if not isinstance(name, str):
+            raise DataError(f"the name of a {self.kind} is a text; got {type(name).__name__}.")
         self._discover()
         if name not in self._entries:
             raise UnknownNameError(self.kind, name, self._entries)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.options import check_options
+from vlprompt.core.options import check_options, check_type
 from vlprompt.core.registry import Registry
 from vlprompt.learners.base import DEFAULT_TEMPLATES, Learner
 from vlprompt.learners.plugins import check_plugins
@@ -43,9 +43,10 @@ def create_learner(
         DataError: If a plug-in can't stand on it; says why.
         ConfigError: For options the method doesn't have or values it doesn't take, all at once.
         BackboneError: If the method can't work on this backbone; says why.
-        DataError: For class names that are empty, repeated or too long.
+        DataError: For class names that are empty, repeated or too long, or something else in the backbone's place.
     """
     entry = LEARNERS.get(name)
+    check_type(backbone, Backbone, "a backbone", "vlprompt.create_backbone(...)")
     checked = check_options(entry.target, options, source=f"learner {name!r}")
     around = check_plugins(plugins, source=f"learner {name!r}")
 

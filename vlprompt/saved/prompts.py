@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.descriptions import Descriptions
 from vlprompt.core.files import write_json, write_tensors
+from vlprompt.core.options import check_type
 from vlprompt.core.paths import user_path
 from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Prompted(Protocol):
     """What can be saved beside a learner: a model with learned prompts that says of which kind it is.
 
@@ -79,7 +81,10 @@ def save(
 
     Raises:
         CheckpointError: If it can't be written; an older artefact in the folder stays usable.
+        DataError: If it is neither a learner nor a segmentation model.
     """
+    made_by = "vlprompt.create_learner(...) or vlprompt.create_segmenter(...)"
+    check_type(learner, (Learner, Prompted), "a learner or a segmentation model", made_by)
     folder = user_path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.trainable_state().items()}
     content = PromptCard(

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError, nearest
-from vlprompt.core.options import check_options, options_model
+from vlprompt.core.options import check_options, check_type, options_model
 from vlprompt.core.registry import Registry
 from vlprompt.segmentation.base import Segmenter
 from vlprompt.segmentation.strategies import STRATEGIES
@@ -30,8 +30,10 @@ def create_segmenter(name: str, backbone: Backbone, strategy: str = "zero_shot",
         UnknownNameError: For an unknown model or strategy.
         ConfigError: For options that neither has or values they don't take, all at once.
         BackboneError: If model or strategy can't work on this backbone; says why.
+        DataError: If something else is given in the backbone's place.
         VLPromptError: If the strategy can't work on this model; says why.
     """
+    check_type(backbone, Backbone, "a backbone", "vlprompt.create_backbone(...)")
     model_type = SEGMENTERS.get(name).target
     strategy_type = STRATEGIES.get(strategy).target
     model_fields = options_model(model_type).model_fields
