@@ -24,7 +24,7 @@ def check_images(images: Any, size: tuple[int, int] | None = None) -> None:
     if not isinstance(images, Tensor):
         raise DataError(
             "images are a tensor (B, 3, H, W), made by backbone.preprocess of a PIL image; got "
-            f"{type(images).__name__}. vlprompt.predict(learner, ...) takes pictures of any kind."
+            f"{type(images).__name__}. vlprompt.predict(learner, ...) takes images of any kind."
         )
 
     shape = tuple(images.shape)

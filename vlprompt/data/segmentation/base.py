@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlprompt.core.errors import DataError
+from vlprompt.core.options import check_type
 from vlprompt.data.base import Reader, hash_strings
 
 __all__ = ["IGNORE", "MaskDataset", "MaskReader", "MaskSample", "MaskedImage", "check_pairs"]
@@ -140,8 +140,6 @@ def check_pairs(data: Any) -> None:
     Raises:
         DataError: Says what it is instead.
     """
-    if not isinstance(data, MaskDataset):
-        raise DataError(
-            "pairs of images and phrases are what vlprompt.load_segmentation(...) returns; got "
-            f"{type(data).__name__} {str(data)[:60]!r}."
-        )
+    check_type(
+        data, MaskDataset, "a data set of images, phrases and masks", "vlprompt.load_segmentation(...)"
+    )
