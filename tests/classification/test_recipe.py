@@ -177,7 +177,7 @@ def test_a_file_without_a_train_section_has_the_recipe() -> None:
 
     stated = ClassificationConfig.parse({**raw, "train": {"lr": 0.1}}, {}, "here").train.options()
     assert stated["lr"] == 0.1
-    assert stated["recipe"] is None
+    assert stated["recipe"] == "none"
     assert stated["epochs"] == 50
 
 

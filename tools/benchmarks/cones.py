@@ -76,7 +76,7 @@ def _cell(
     folder: str,
     score: Callable[[Learner], dict[str, float]],
 ) -> dict[str, float]:
-    options = {**config.train.model_dump(), "seed": seed}
+    options = {**config.train.options(), "seed": seed}
     trained: list[Learner] = []
 
     def work() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from vlprompt.classification.evaluate import evaluate
 from vlprompt.classification.label_space import check_learner, dataset_for, in_learner_space, known_classes
-from vlprompt.classification.recipe import AutomaticRecipe, find_recipe, paper_options
+from vlprompt.classification.recipe import AutomaticRecipe, RecipeName, find_recipe, paper_options
 from vlprompt.classification.sources import TrainingSource, ValidationSource
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.core.options import check_options, describe_problems
@@ -71,7 +71,7 @@ def fit(
     prefix_gib: float = PREFIX_GIB,
     cache: FeatureCache | None = None,
     callbacks: Sequence[Callback] | None = None,
-    recipe: Literal["auto", "paper"] | None = None,
+    recipe: RecipeName | None = None,
     several_labels: SeveralLabels = "auto",
     workers: Workers | None = None,
     **options: Any,
@@ -103,7 +103,8 @@ def fit(
         callbacks: Replaces the default one, :class:`vlprompt.training.callbacks.ProgressBar`. A
             :class:`vlprompt.training.trackers.Tracker` is one too.
         recipe: ``"auto"``: as without options; options that are given take precedence. ``"paper"``: the paper's options
-            on any backbone. None: ``"auto"`` without options, none with options.
+            on any backbone. ``"none"``: the defaults of :class:`TrainOptions`. None: ``"auto"`` without options,
+            ``"none"`` with options.
         several_labels: How images with several labels are learned from. ``"together"``: one sample, whose loss is over
             all its labels (binary cross entropy); ``"split"``: one sample for each label; ``"auto"``: together where
             the learner's loss can, but split as ELEVATER draws.
@@ -170,7 +171,7 @@ def fit(
 
 def _check_arguments(
     *,
-    recipe: Literal["auto", "paper"] | None,
+    recipe: RecipeName | None,
     several_labels: SeveralLabels,
     views: Annotated[int, Field(ge=0)],
     prefix_gib: Annotated[float, Field(ge=0)],
@@ -194,12 +195,12 @@ def _recipe(
     learner: Learner,
     train: ImageDataset,
     val: ImageDataset | None,
-    recipe: Literal["auto", "paper"] | None,
+    recipe: RecipeName | None,
     options: Mapping[str, Any],
     cache: FeatureCache,
 ) -> AutomaticRecipe:
     """Return what to train on, and the options that nobody gave."""
-    if recipe is None and options.keys() - {"seed"}:
+    if recipe == "none" or (recipe is None and options.keys() - {"seed"}):
         return AutomaticRecipe({}, train, val, {})
 
     if recipe == "paper":

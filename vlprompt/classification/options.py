@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlprompt.classification.recipe import RecipeName
 from vlprompt.experiments.config import STRICT, Seeds
 from vlprompt.training.options import TrainSection
 
@@ -59,7 +60,7 @@ class ProtocolOptions(BaseModel):
 class StudyTrainSection(TrainSection):
     """The ``train:`` section of a configuration of classification."""
 
-    recipe: Literal["auto", "paper", "none"] = Field(
+    recipe: RecipeName = Field(
         "none",
         description="auto: keys that keep their default are the paper's on the paper's backbones, and searched on "
         "held-back shots elsewhere; paper: the paper's; none: the defaults above. A file without train: has auto",
@@ -68,7 +69,7 @@ class StudyTrainSection(TrainSection):
     def options(self) -> dict[str, Any]:
         """Return training options of :func:`vlprompt.fit`, with ``recipe``."""
         if self.recipe == "none":
-            return {**self.model_dump(exclude={"recipe"}), "recipe": None}
+            return self.model_dump()
         return self.model_dump(exclude_defaults=True)
 
 

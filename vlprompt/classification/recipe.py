@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.learners import Learner, create_learner
 from vlprompt.learners.recipe import PAPER_BACKBONES
 
-__all__ = ["AutomaticRecipe", "find_recipe", "hold_back", "paper_options"]
+__all__ = ["AutomaticRecipe", "RecipeName", "find_recipe", "hold_back", "paper_options"]
+
+RecipeName = Literal["auto", "paper", "none"]
 
 log = logging.getLogger("vlprompt.run")
 

@@ -89,7 +89,7 @@ def command(
 
     classifier: Classifier | Ranker
     if prompt.endswith(".onnx"):
-        classifier = _exported(prompt, names or names_file, backbone)
+        classifier = _exported(prompt, names, names_file, backbone)
     else:
         learner = load(prompt, backbone_changes(backbone))
         classifier = predicting.for_classes(learner, names) if names else learner
@@ -158,7 +158,9 @@ def _predict_shards(
     return status
 
 
-def _exported(path: str, names: Sequence[str] | Path | None, backbone: Sequence[str] | None) -> Classifier:
+def _exported(
+    path: str, names: Sequence[str] | None, names_file: Path | None, backbone: Sequence[str] | None
+) -> Classifier:
     """Return a classifier from a file, whose classes and weights are what they are.
 
     Raises:
@@ -171,7 +173,8 @@ def _exported(path: str, names: Sequence[str] | Path | None, backbone: Sequence[
     problems = [
         f"{option}: an exported file has its own {what}; export the learner again to change them."
         for option, what, asked in (
-            ("--class, --names", "classes", names),
+            ("--class", "classes", names),
+            ("--names", "classes", names_file),
             ("--backbone", "weights", backbone),
         )
         if asked
