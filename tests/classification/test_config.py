@@ -187,17 +187,19 @@ def test_a_method_is_trained_as_its_file_or_row_says_and_by_its_recipe_where_nob
     rows = f"methods: {{own: {{cfg: {tmp_path}/own.yaml}}, coop: {{train: {{lr: 0.3}}}}, gda: {{}}}}\n"
     config = load_config(_write(tmp_path, "c.yaml", rows))
     options = {study.method: study.config.train.options() for study in config.studies()}
-    assert (options["own"]["recipe"], options["own"]["epochs"], options["own"]["lr"]) == (None, 7, 0.002)
-    assert (options["coop"]["recipe"], options["coop"]["lr"]) == (None, 0.3)
+    assert (options["own"]["recipe"], options["own"]["epochs"], options["own"]["lr"]) == ("none", 7, 0.002)
+    assert (options["coop"]["recipe"], options["coop"]["lr"]) == ("none", 0.3)
     assert options["gda"] == {"recipe": "auto"}
 
     for study in load_config(tmp_path / "c.yaml", ["train.epochs=3"]).studies():
         changed = study.config.train.options()
-        assert (changed["recipe"], changed["epochs"]) == (None, 3)
+        assert (changed["recipe"], changed["epochs"]) == ("none", 3)
 
 
 @pytest.mark.parametrize(
     "name", ["compare_base_to_new_tiny.yaml", "compare_heads_tiny.yaml", "compare_masks_tiny.yaml"]
 )
 def test_no_rate_of_a_shipped_comparison_of_files_is_searched(name: str) -> None:
-    assert [s.method for s in load_config(name).studies() if s.config.train.options()["recipe"]] == []
+    assert [
+        s.method for s in load_config(name).studies() if s.config.train.options()["recipe"] != "none"
+    ] == []
