@@ -191,7 +191,7 @@ class Backbone(nn.Module):
             DataError: If the images are no such tensor.
         """
         if not isinstance(images, TokenStates):
-            check_images(images, self.image_size if self.vision.layers else None)
+            check_images(images, self.image_size if self.vision.kind == "vit" else None)
         images = images.to(self.device)
         if prompts is None and adapters is None:
             with torch.no_grad():

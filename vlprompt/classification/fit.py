@@ -118,9 +118,9 @@ def fit(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
-    check_learner(learner)
     _check_arguments(recipe=recipe, several_labels=several_labels, views=views, prefix_gib=prefix_gib)
     parse_options(options)
+    check_learner(learner)
     train = _with_labels(learner, _in_order(learner, dataset_for(learner, train, "train")), several_labels)
     val = None if val is None else dataset_for(learner, val, "val")
     _check_samples(learner, train)

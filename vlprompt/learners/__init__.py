@@ -46,9 +46,9 @@ def create_learner(
         DataError: For class names that are empty, repeated or too long, or something else in the backbone's place.
     """
     entry = LEARNERS.get(name)
-    check_type(backbone, Backbone, "a backbone", "vlprompt.create_backbone(...)")
     checked = check_options(entry.target, options, source=f"learner {name!r}")
     around = check_plugins(plugins, source=f"learner {name!r}")
+    check_type(backbone, Backbone, "a backbone", "vlprompt.create_backbone(...)")
 
     learner = entry.target(backbone, classnames, templates, **checked)
     learner.method = name
