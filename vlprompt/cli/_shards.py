@@ -62,8 +62,11 @@ def run_shards(job: Job, on: str) -> tuple[JobOutcome, int]:
     for part in outcome.failed:
         print(f"failed: {part.shard}: {part.error}", file=sys.stderr)
     for reason, count in outcome.left_out.items():
-        is_ending = not reason or reason.startswith(".")
-        print(f"{count} members {f'with the ending {reason}' if reason else 'without an ending'} were not looked at"
-              if is_ending else f"{count} {reason}")  # fmt: skip
+        if not reason:
+            print(f"{count} members without an ending were not looked at")
+        elif reason.startswith("."):
+            print(f"{count} members with the ending {reason} were not looked at")
+        else:
+            print(f"{count} {reason}")
     print(f"{outcome.images} images in {len(outcome.parts)} shards: {outcome.unreadable} unreadable")
     return outcome, 1 if outcome.failed or outcome.unreadable else 0

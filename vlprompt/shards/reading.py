@@ -131,9 +131,8 @@ def _members(path: Path, left_out: Counter[str]) -> Iterator[tuple[tarfile.TarFi
 
         stream = tar.fileobj
         assert stream is not None
-        if (
-            stream.tell() == tar.offset
-        ):  # no block of zeros was read; tarfile takes the end of the file for one
+        # No block of zeros was read: tarfile takes the end of the file for one.
+        if stream.tell() == tar.offset:
             left_out["archives have no end mark and may be cut short"] += 1
         while rest := stream.read(_PIECE):
             if rest.strip(b"\0"):

@@ -93,10 +93,8 @@ def _warn_unlabelled(name: str, index: Path, sources: Sequence[str]) -> None:
 
 
 def _sample(card: Card, index: Path, entry: _Entry, label_of: list[int]) -> Sample:
-    source, numbers = (
-        entry[0],
-        tuple(dict.fromkeys(entry[1])),
-    )  # an object each in COCO, of which two may be alike
+    source, listed = entry
+    numbers = tuple(dict.fromkeys(listed))  # in COCO there is one for each object, and two may be alike
     if max(numbers) >= len(label_of) or (len(numbers) > 1 and not card.multi_label):
         raise DataError(
             f"{index}: {source} has the labels {numbers}; {card.name} has {len(label_of)} classes."
