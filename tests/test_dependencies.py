@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import metadata, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
@@ -107,3 +108,22 @@ def test_every_extra_is_in_the_readme_and_on_the_first_page() -> None:
     for page in ("README.md", "docs/index.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert [name for name in EXTRAS if not re.search(rf"\b{name}\b", text)] == [], page
+
+
+def test_every_pin_can_be_installed_on_the_lowest_python():
+    """A pin that needs a newer Python says so by a marker; without it nothing installs on the lowest one."""
+    lowest = PROJECT["requires-python"].removeprefix(">=")
+    lines = (ROOT / "requirements-ci.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(text) for text in (line.split("#")[0].strip() for line in lines) if text]
+
+    wrong = []
+    for pin in pins:
+        if pin.marker is not None:
+            continue
+
+        needed = metadata(pin.name).get("Requires-Python") or ""
+        if not SpecifierSet(needed).contains(f"{lowest}.0"):
+            wrong.append(f"{pin}: needs Python {needed}")
+
+    assert len(pins) > 40
+    assert not wrong
