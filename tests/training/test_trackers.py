@@ -27,6 +27,7 @@ from vlprompt.training.trackers import Tracker, check_trackers
 from vlprompt.training.trainer import Trainer
 
 Curve = list[tuple[int, float]]
+RESULT = {"accuracy": 0.75, "new/accuracy": 0.5}
 
 
 class Interrupt(Callback):
@@ -49,10 +50,12 @@ def train(name: Any, folder: Path, *more: Callback, resume: bool = False) -> lis
 
 
 def interrupted(name: Any, folder: Path) -> list[dict[str, Any]]:
-    """Train with a tracker, stop behind the second epoch's checkpoint, and go on."""
+    """Train with a tracker, stop behind the second epoch's checkpoint, and go on; then log a test figure."""
     with pytest.raises(InterruptedError):
         train(name, folder, Interrupt(2))
-    return train(name, folder, resume=True)
+    history = train(name, folder, resume=True)
+    Tracker(name, "a project", folder).log_result(RESULT)
+    return history
 
 
 def curve(history: list[dict[str, Any]], key: str = "loss") -> Curve:
@@ -81,7 +84,10 @@ def test_tensorboard_events_are_one_curve_after_an_interruption(offline: Path) -
     history = interrupted("tensorboard", offline / "cell")
     events = EventAccumulator(str(offline / "cell"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "fit", "size", "lr"}
+    results = {f"result/{name}" for name in RESULT}
+    assert set(events.Tags()["scalars"]) == {"loss", "fit", "size", "lr", *results}
+    for name, value in RESULT.items():
+        assert [event.value for event in events.Scalars(f"result/{name}")] == [value]
     for key in ("loss", "lr"):
         assert [(event.step, event.value) for event in events.Scalars(key)] == curve(history, key)
     left = {path.name.partition(".")[0] for path in (offline / "cell").iterdir()}
@@ -93,13 +99,16 @@ def test_wandb_offline_holds_every_number(offline: Path) -> None:
     pytest.importorskip("wandb")
     history = interrupted("wandb", offline / "runs" / "a" / "0123" / "cells" / "one")
     folders = sorted((offline / "wandb").glob("offline-run-*"))
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # one run, in two sittings
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # one run, in three sittings
 
     points: dict[int, float] = {}
+    results: list[float] = []
     for folder in folders:
         (file,) = folder.glob("run-*.wandb")
         points |= wandb_points(file, "loss")
+        results += wandb_points(file, "result/new/accuracy").values()
     assert sorted(points.items()) == curve(history)
+    assert results == [0.5]
 
 
 def wandb_points(file: Path, key: str) -> dict[int, float]:
@@ -146,6 +155,8 @@ def test_mlflow_in_a_local_database_holds_every_number_and_the_options(offline: 
     assert run.data.params["lr"] == "0.05"
     points = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
     assert sorted(points.items()) == curve(history)
+    assert run.info.status == "FINISHED"
+    assert {name: run.data.metrics[f"result/{name}"] for name in RESULT} == RESULT
 
 
 @pytest.mark.slow
@@ -169,6 +180,7 @@ print(json.dumps([history, runs, logs]))
     assert runs == ["a/0123/one"]
     points = {entry["step"]: entry["loss"] for entry in logs if "loss" in entry}
     assert sorted(points.items()) == curve(history)
+    assert [entry["result/accuracy"] for entry in logs if "result/accuracy" in entry] == [0.75]
 
 
 CONFIG = """
@@ -192,9 +204,36 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_a_run_is_tracked_where_its_configuration_says_so(config: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    text = config.read_text()
+    learner = "learner: {name: coop, context_length: 2}"
+    assert learner in text
+    config.write_text(text.replace(learner, "methods: {coop: {context_length: 2}, zero_shot: {}}"))
     outcome = vlprompt.run(config, ["tracking.trackers=[tensorboard]"])
-    (cell,) = (outcome.folder / "cells").iterdir()
-    assert list(cell.glob("events.out.tfevents.*"))
+    frame = outcome.frame()
+    cells = {path.name.partition("_digits")[0]: path for path in (outcome.folder / "cells").iterdir()}
+    assert sorted(cells) == ["coop", "zero_shot"]
+    for method, cell in cells.items():
+        events = EventAccumulator(str(cell))
+        events.Reload()
+        assert ("loss" in events.Tags()["scalars"]) == (method == "coop")
+
+        (tracked,) = events.Scalars("result/accuracy")
+        (value,) = frame[(frame.method == method) & (frame.metric == "accuracy")].value
+        assert tracked.value == pytest.approx(value)
+
+
+def test_a_tracker_that_cannot_take_a_result_loses_no_cell(
+    config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    config.write_text(config.read_text().replace("{name: coop, context_length: 2}", "{name: zero_shot}"))
+    outcome = vlprompt.run(config, ["tracking.trackers=[mlflow]"])
+    assert outcome.failures == []
+    assert "the tracker mlflow can't start" in caplog.text
+    assert "The results of the cell are kept." in caplog.text
 
 
 def test_trackers_are_no_part_of_what_a_run_is(config: Path) -> None:

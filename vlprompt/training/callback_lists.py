@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlprompt.core.errors import VLPromptError
 from vlprompt.training.callbacks import Callback, ProgressBar
 from vlprompt.training.options import TrackerName
 from vlprompt.training.trackers import Tracker
 
-__all__ = ["default_callbacks", "run_callbacks", "using_callbacks"]
+__all__ = ["default_callbacks", "run_callbacks", "track_result", "using_callbacks"]
+
+log = logging.getLogger("vlprompt.training")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,23 @@ def run_callbacks(folder: Path | None) -> list[Callback]:
     if folder is None:
         return list(run.callbacks)
     return [*(Tracker(name, run.project, folder) for name in run.trackers), *run.callbacks]
+
+
+def track_result(folder: Path, numbers: Mapping[str, float]) -> None:
+    """Hand what a cell measured to the trackers of the present run; outside of a run, nothing is done.
+
+    The numbers are kept without trackers too, so one that can't take them is a warning.
+
+    Args:
+        folder: The cell's.
+        numbers: Metric to value.
+    """
+    run = _present.get()
+    for name in run.trackers:
+        try:
+            Tracker(name, run.project, folder).log_result(numbers)
+        except VLPromptError as error:
+            log.warning("%s: %s The results of the cell are kept.", folder.name, error)
 
 
 def default_callbacks(title: str = "train", folder: Path | None = None) -> list[Callback]:

@@ -1,4 +1,4 @@
-"""Trackers: every number of every epoch goes to TensorBoard, Weights & Biases, MLflow or Trackio, by accelerate.
+"""Trackers: numbers of epochs and results of cells go to TensorBoard, W&B, MLflow or Trackio, by accelerate.
 
 No tracker is a dependency. Where one writes, and whether it uses a network, its own settings say
 (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_DIR`` ...); TensorBoard's events go into the training's
@@ -64,8 +64,50 @@ class Tracker(Callback):
     def on_start(self, trainer: TrainingView) -> None:
         """Begin the tracker's run, or go on with the one that a resumed training had."""
         progress = trainer.progress
-        earlier = self._earlier() if progress.epoch or progress.step else None
-        arguments = self._kind.arguments(self._title(), earlier, progress.epoch)
+        resumed = progress.epoch > 0 or progress.step > 0
+        self._begin(trainer.options.model_dump(mode="json"), progress.epoch, resumed)
+
+    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
+        """Hand on the numbers of a record."""
+        assert self._tracker is not None
+        numbers = {
+            key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "epoch"
+        }
+        self._tracker.log(numbers, step=record["epoch"])
+
+    def on_end(self, trainer: TrainingView) -> None:
+        """Close the tracker's run."""
+        self._finish()
+
+    def log_result(self, numbers: Mapping[str, float]) -> None:
+        """Add what a cell measured, each number once and called ``result/NAME``, to the run of its training.
+
+        A cell that trained nothing gets a run for it.
+
+        Args:
+            numbers: Metric to value, test figures among them.
+
+        Raises:
+            VLPromptError: If the tracker can't start.
+        """
+        self._begin({}, None, resumed=True)
+        assert self._tracker is not None
+
+        try:
+            self._tracker.log({f"result/{name}": value for name, value in numbers.items()}, step=None)
+        finally:
+            self._finish()
+
+    def _begin(self, options: Mapping[str, Any], epoch: int | None, resumed: bool) -> None:
+        """Begin the tracker's run.
+
+        Args:
+            options: Of the training; stored at the start.
+            epoch: The first that will be logged; None if no epoch will be.
+            resumed: Go on with the folder's earlier run, if there is one.
+        """
+        earlier = self._earlier() if resumed else None
+        arguments = self._kind.arguments(self._title(), earlier, epoch)
         handle = accelerator(
             log_with=self.name, project_dir=None if self.folder is None else str(self.folder)
         )
@@ -74,7 +116,7 @@ class Tracker(Callback):
             with redirect_stdout(sys.stderr):  # standard output is the caller's
                 handle.init_trackers(
                     self._kind.project(self.project),
-                    config=self._kind.config(trainer.options.model_dump(mode="json")),
+                    config=self._kind.config(options),
                     init_kwargs={self.name: arguments},
                 )
         except Exception as error:  # each of these packages raises kinds of its own
@@ -87,16 +129,8 @@ class Tracker(Callback):
         if identifier and self.folder is not None:
             write_json(self.folder / _FILE, {**self._identifiers(), self.name: identifier})
 
-    def on_epoch(self, trainer: TrainingView, record: dict[str, Any]) -> None:
-        """Hand on the numbers of a record."""
-        assert self._tracker is not None
-        numbers = {
-            key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "epoch"
-        }
-        self._tracker.log(numbers, step=record["epoch"])
-
-    def on_end(self, trainer: TrainingView) -> None:
-        """Close the tracker's run."""
+    def _finish(self) -> None:
+        """End the tracker's run, if one has begun."""
         if self._tracker is not None:
             tracker, self._tracker = self._tracker, None
             with redirect_stdout(sys.stderr):
@@ -171,13 +205,13 @@ class _Kind(ABC):
         return dict(options)
 
     @abstractmethod
-    def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
+    def arguments(self, title: str | None, earlier: str | None, epoch: int | None) -> dict[str, Any]:
         """Return the arguments of the package's own beginning of a run.
 
         Args:
             title: What to call the run.
             earlier: What :meth:`identifier` returned before the training was interrupted.
-            epoch: The first that will be logged.
+            epoch: The first that will be logged; None if no epoch will be.
         """
 
     def identifier(self, tracker: GeneralTracker) -> str:
@@ -199,15 +233,17 @@ class _TensorBoard(_Kind):
     def config(self, options: Mapping[str, Any]) -> None:
         """Store nothing: accelerate would add a folder with the time in its name at every start."""
 
-    def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
-        return {"purge_step": epoch}  # hides what a killed run wrote past its last checkpoint
+    def arguments(self, title: str | None, earlier: str | None, epoch: int | None) -> dict[str, Any]:
+        return (
+            {} if epoch is None else {"purge_step": epoch}
+        )  # hides what a killed run wrote past its last checkpoint
 
 
 class _Wandb(_Kind):
     distributions = ("wandb",)
     advice = "Run `wandb login`, or set WANDB_MODE=offline."
 
-    def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
+    def arguments(self, title: str | None, earlier: str | None, epoch: int | None) -> dict[str, Any]:
         return {"name": title, "id": earlier, "resume": "allow"}
 
     def identifier(self, tracker: GeneralTracker) -> str:
@@ -218,7 +254,7 @@ class _MLflow(_Kind):
     distributions = ("mlflow", "mlflow-skinny")
     advice = "MLFLOW_TRACKING_URI says where it writes."
 
-    def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
+    def arguments(self, title: str | None, earlier: str | None, epoch: int | None) -> dict[str, Any]:
         return {"run_name": title, "run_id": earlier}
 
     def identifier(self, tracker: GeneralTracker) -> str:
@@ -229,7 +265,7 @@ class _Trackio(_Kind):
     distributions = ("trackio",)
     advice = "TRACKIO_DIR says where it writes."
 
-    def arguments(self, title: str | None, earlier: str | None, epoch: int) -> dict[str, Any]:
+    def arguments(self, title: str | None, earlier: str | None, epoch: int | None) -> dict[str, Any]:
         return {"name": earlier or title, "resume": "allow" if earlier else "never", "embed": False}
 
     def identifier(self, tracker: GeneralTracker) -> str:

@@ -16,13 +16,14 @@ from types import TracebackType
 from typing import Any
 
 from vlprompt.core.errors import CheckpointError, VLPromptError
+from vlprompt.core.processes import process_state
 from vlprompt.core.registry import Registry
 from vlprompt.core.shares import lost_process, process_count, shared_work
 from vlprompt.data.loading import using_workers
 from vlprompt.experiments.cell import Cell, CellResult, Failure, Outcome, Taken
 from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.experiment import Experiment
-from vlprompt.training.callback_lists import using_callbacks
+from vlprompt.training.callback_lists import track_result, using_callbacks
 from vlprompt.training.callbacks import Callback
 
 __all__ = [
@@ -199,7 +200,10 @@ def compute_cell(experiment: Experiment, place: CellFolder) -> CellResult | Fail
             using_workers(experiment.config.loading.workers),
             using_callbacks(tracking.trackers, tracking.project, experiment.callbacks),
         ):
-            return experiment.run(place.cell, place.path)
+            result = experiment.run(place.cell, place.path)
+            if process_state().is_main_process:
+                track_result(place.path, result.numbers())
+            return result
     except Exception as error:  # hours of finished cells must survive whatever one of them does
         lost = lost_process(error)
         if lost is not None:
