@@ -250,9 +250,18 @@ def test_labels_that_differ_in_signs_alone_have_folders_of_their_own(tmp_path: P
         ("serial:2", r"--on serial takes no number; got '2'"),
     ],
 )
-def test_executors_that_do_not_exist(tmp_path: Path, spec: str, message: str) -> None:
+def test_executors_that_do_not_exist_are_said_before_anything_is_read(
+    tmp_path: Path, spec: str, message: str
+) -> None:
+    class Unreadable(Toy):
+        def sources(self) -> dict[str, str]:
+            raise DataError("the data were read first")
+
+    experiment = Unreadable(toy(tmp_path).config)
     with pytest.raises((UnknownNameError, VLPromptError), match=message):
-        run_experiment(toy(tmp_path), on=spec)
+        run_experiment(experiment, on=spec)
+    with pytest.raises(DataError, match="read first"):
+        run_experiment(experiment)
 
 
 def test_a_damaged_cell_says_which_file_to_delete(tmp_path: Path) -> None:

@@ -249,6 +249,21 @@ def test_infinite_gradient_names_the_parameter() -> None:
         Trainer(Cliff(), toy_batches(options), options).run()
 
 
+def test_what_the_last_step_has_made_infinite_is_refused(tmp_path: Path) -> None:
+    class Steep(ToyModule):
+        def loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"line": (self.second * 1e10).sum()}  # finite, and so is its slope
+
+    options = TrainOptions(epochs=1, batch_size=100, lr=1e30, optimizer="sgd", warmup_epochs=0)
+    batches = toy_batches(options)
+    assert len(batches.plan(0)) == 1
+    with pytest.raises(
+        NonFiniteError, match=r"what 'second' has learned by the end of epoch 0 is not finite"
+    ):
+        Trainer(Steep(), batches, options, tmp_path).run()
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_best_selection_keeps_the_earlier_of_ties() -> None:
     options = TrainOptions(epochs=4, batch_size=8, select="best", lr=0.1)
     scores = iter([0.2, 0.7, 0.7, 0.1])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -140,7 +140,7 @@ def on_interrupt(sentence: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-class _CurrentStderr(logging.StreamHandler[TextIO]):
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]  # takes none in Python 3.10
     """Writes to whatever ``sys.stderr`` is at the moment: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:

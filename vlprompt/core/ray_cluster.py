@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vlprompt.core.engine_options import Gibibytes, read_options
 from vlprompt.core.errors import VLPromptError, first_line
 
-__all__ = ["RayCluster", "RayOptions", "read_ray_options"]
+__all__ = ["RayCluster", "RayOptions", "import_ray", "read_ray_options"]
 
 log = logging.getLogger("vlprompt.run")
 
@@ -74,6 +74,19 @@ def read_ray_options(argument: str, model: type[Options]) -> tuple[str, Options]
     return (words[0] if words else ""), options
 
 
+def import_ray() -> Any:
+    """Return the module.
+
+    Raises:
+        VLPromptError: If it isn't installed; says how.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise VLPromptError("--on ray needs Ray: pip install 'vlprompt[ray]'.") from None
+    return ray
+
+
 class RayCluster:
     """A cluster that this process is connected to, until :meth:`leave`.
 
@@ -89,11 +102,7 @@ class RayCluster:
     """
 
     def __init__(self, address: str = "", cores: int | None = None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise VLPromptError("--on ray needs Ray: pip install 'vlprompt[ray]'.") from None
-
+        ray = import_ray()
         self.ray: Any = ray
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._connected = False

@@ -17,7 +17,7 @@ from vlprompt.core.errors import CheckpointError, VLPromptError
 from vlprompt.core.files import write_json, write_text
 from vlprompt.core.processes import fix_products, meet, process_state
 from vlprompt.experiments.cell import Cell, CellResult, Failure
-from vlprompt.experiments.executors import EXECUTORS, compute_cell, create_executor
+from vlprompt.experiments.executors import EXECUTORS, check_executor, compute_cell, create_executor
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.folder import RunFolder, environment, yaml_text
 from vlprompt.experiments.jobs import queued_on
@@ -101,12 +101,15 @@ def run_experiment(
             them; only :meth:`Callback.on_cell` is called on those that were passed.
 
     Raises:
-        ConfigError: If a tracker isn't installed.
+        ConfigError: If a tracker isn't installed, or an option of ``on`` is none.
+        UnknownNameError: For an unknown executor.
         CheckpointError: If another process is writing this run, ``resume`` finds nothing, which says what differs, or
             ``attach`` finds no jobs.
         VLPromptError: If no cell finished, for one reason.
     """
     check_trackers(experiment.config.tracking.trackers)
+    if not attach:
+        check_executor(on)
     experiment.callbacks = tuple(callbacks)
     fix_products()
     folder = RunFolder(experiment.config, experiment.sources())

@@ -29,6 +29,7 @@ from vlprompt.data.loading import Loader
 from vlprompt.experiments.apart import run_apart
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.config import ExperimentConfig
+from vlprompt.experiments.executors import check_executor
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.layout import Layout
 from vlprompt.learners import Learner
@@ -36,7 +37,7 @@ from vlprompt.learners._scanning import ImageScanner, digest_of
 from vlprompt.saved.exported import ExportedClassifier
 from vlprompt.saved.prompts import load
 from vlprompt.security.scan import threshold_of
-from vlprompt.shards.on_ray import spread
+from vlprompt.shards.on_ray import check_ray, spread
 from vlprompt.shards.reading import find_shards, import_pyarrow, read_shard
 from vlprompt.shards.works import BatchReader, Encoding, Naming, Pairs, Scanning, Work
 
@@ -155,6 +156,11 @@ def run_job(job: Job, on: str = "serial", progress: Progress | None = None) -> J
         VLPromptError: If pyarrow or ray isn't installed, or ``on`` is none.
     """
     import_pyarrow()
+    if _means_ray(on):
+        check_ray(on)
+    else:
+        check_executor(on)
+
     shards = find_shards(job.data)
     folder = user_path(job.folder).absolute()
     job = job.model_copy(update={"folder": str(folder)})
@@ -338,7 +344,7 @@ def _spread(job: Job, work: Work, shards: dict[str, Path], on: str) -> Iterator[
     """Yield what becomes of shards as they end."""
     if on == "serial":  # the learner is loaded already
         yield from (process_shard(job, work, name, path) for name, path in shards.items())
-    elif on.partition(":")[0].partition(",")[0] == "ray":
+    elif _means_ray(on):
         for record in spread(RayShards, (job.model_dump_json(),), list(shards), on):
             yield Part(**record)
     else:
@@ -348,6 +354,10 @@ def _spread(job: Job, work: Work, shards: dict[str, Path], on: str) -> Iterator[
                 yield Part(cell["shard"], error=answer.message)
             else:
                 yield Part(**answer.facts)
+
+
+def _means_ray(on: str) -> bool:
+    return on.partition(":")[0].partition(",")[0] == "ray"
 
 
 class RayShards:

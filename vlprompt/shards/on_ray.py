@@ -18,9 +18,9 @@ from pydantic import Field
 
 from vlprompt.core.errors import VLPromptError, first_line
 from vlprompt.core.processes import set_threads
-from vlprompt.core.ray_cluster import RayCluster, RayOptions, read_ray_options
+from vlprompt.core.ray_cluster import RayCluster, RayOptions, import_ray, read_ray_options
 
-__all__ = ["spread"]
+__all__ = ["check_ray", "spread"]
 
 Does = Callable[[str], dict[str, Any]]
 
@@ -53,6 +53,12 @@ class _Actor:
         return {"record": [json.dumps(self.does(str(item))) for item in batch["item"]]}
 
 
+def check_ray(on: str) -> None:
+    """Refuse what ``on`` can't mean, at once; arguments and errors as of :func:`spread`."""
+    _read(on)
+    import_ray()
+
+
 def spread(
     kind: Callable[..., Does], arguments: tuple[Any, ...], items: Sequence[str], on: str
 ) -> Iterator[dict[str, Any]]:
@@ -71,7 +77,7 @@ def spread(
     """
     if not items:
         return
-    address, options = read_ray_options(on.removeprefix("ray").lstrip(":,"), _Options)
+    address, options = _read(on)
     cluster = RayCluster(address, options.cores)
     import ray.data  # after the connection has said whether Ray is there
 
@@ -103,6 +109,10 @@ def spread(
         ) from error
     finally:
         cluster.leave()
+
+
+def _read(on: str) -> tuple[str, _Options]:
+    return read_ray_options(on.removeprefix("ray").lstrip(":,"), _Options)
 
 
 def _room(ray: Any, options: _Options) -> int:

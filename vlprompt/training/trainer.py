@@ -222,6 +222,7 @@ class Trainer:
         samples = progress.sums.pop("samples", 0.0) or 1.0
         means = {name: value / samples for name, value in progress.sums.items()}
         record: dict[str, Any] = {"epoch": epoch, "lr": lr, **means}
+        self._check_learned(epoch, lr)
 
         # Before validation, which then sees what the hook has changed.
         self.module.after_epoch(epoch, self.options.epochs)
@@ -415,6 +416,16 @@ class Trainer:
             name = list(gradients)[int((~torch.isfinite(norms)).nonzero()[0])]
             raise NonFiniteError(
                 f"the gradient of {name!r} is not finite {where}. The last checkpoint is kept."
+            )
+
+    def _check_learned(self, epoch: int, lr: float) -> None:
+        """Refuse a parameter that is NaN or infinite: after the last step, no loss comes that would show it."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters.values()])
+        if not bool(finite.all()):
+            name = list(self.parameters)[int((~finite).nonzero()[0])]
+            raise NonFiniteError(
+                f"what {name!r} has learned by the end of epoch {epoch} is not finite (lr {lr:.3g}). The last "
+                "checkpoint is kept. A lower train.lr or train.grad_clip usually helps."
             )
 
     def _check_watched(self, record: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "EXECUTORS",
     "Executor",
     "PortableExperiment",
+    "check_executor",
     "compute_cell",
     "create_executor",
     "run_cell",
@@ -61,6 +62,18 @@ class Executor(ABC):
         self.attach = attach
         if attach and not self.outlives_command:
             raise VLPromptError("--attach waits for jobs in a queue: those of --on slurm.")
+
+    @classmethod
+    @abstractmethod
+    def check(cls, argument: str) -> None:
+        """Refuse an argument at once, before anything is loaded for the run.
+
+        Args:
+            argument: See :class:`Executor`.
+
+        Raises:
+            VLPromptError: If the executor doesn't take it, or its package isn't installed.
+        """
 
     def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """Called once before the first cell is submitted; does nothing by default.
@@ -98,6 +111,12 @@ EXECUTORS: Registry[type[Executor]] = Registry("executor", "vlprompt.experiments
 """Every executor by name."""
 
 
+def check_executor(spec: str) -> None:
+    """Refuse what ``--on`` can't mean, at once; arguments and errors as of :func:`create_executor`."""
+    name, _, argument = spec.partition(":")
+    EXECUTORS.get(name).target.check(argument)
+
+
 def create_executor(spec: str, experiment: Experiment, attach: bool = False) -> Executor:
     """Build what ``--on`` names, for example ``"serial"`` or ``"processes:4"``.
 
@@ -105,6 +124,7 @@ def create_executor(spec: str, experiment: Experiment, attach: bool = False) -> 
         UnknownNameError: For an unknown executor.
         VLPromptError: If the part behind the colon is not what the executor takes, or its package isn't installed.
     """
+    check_executor(spec)
     name, _, argument = spec.partition(":")
     return EXECUTORS.get(name).target(experiment, argument, attach)
 

@@ -38,6 +38,11 @@ class ProcessesExecutor(Executor):
         self._free: list[ProcessPoolExecutor | None] = [None] * self.slots
         self._busy: list[ProcessPoolExecutor] = []
 
+    @classmethod
+    def check(cls, argument: str) -> None:
+        """See :meth:`Executor.check`."""
+        whole_number(argument, "processes")
+
     def submit(self, place: CellFolder) -> Future[Outcome]:
         """See :meth:`Executor.submit`."""
         pool = self._free.pop() or self._start()

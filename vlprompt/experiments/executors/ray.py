@@ -19,7 +19,7 @@ from typing import Any
 from vlprompt.core.errors import first_line
 from vlprompt.core.memory import keep_freed_memory
 from vlprompt.core.processes import set_threads
-from vlprompt.core.ray_cluster import RayCluster, RayOptions, read_ray_options
+from vlprompt.core.ray_cluster import RayCluster, RayOptions, import_ray, read_ray_options
 from vlprompt.core.version import package_version
 from vlprompt.experiments.cell import Cell, Failure, Outcome
 from vlprompt.experiments.cell_folder import CellFolder
@@ -61,6 +61,12 @@ class RayExecutor(Executor):
         self._task = self._ray.remote(max_retries=self.options.retries, max_calls=0, **self.options.needs())(
             _work
         )
+
+    @classmethod
+    def check(cls, argument: str) -> None:
+        """See :meth:`Executor.check`."""
+        read_ray_options(argument, RayOptions)
+        import_ray()
 
     def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """See :meth:`Executor.begin`."""

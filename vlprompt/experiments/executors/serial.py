@@ -8,7 +8,6 @@ from vlprompt.core.errors import VLPromptError
 from vlprompt.experiments.cell import Outcome
 from vlprompt.experiments.cell_folder import CellFolder
 from vlprompt.experiments.executors import EXECUTORS, Executor, run_cell
-from vlprompt.experiments.experiment import Experiment
 
 __all__ = ["SerialExecutor"]
 
@@ -17,10 +16,11 @@ __all__ = ["SerialExecutor"]
 class SerialExecutor(Executor):
     """Runs a cell while it is submitted."""
 
-    def __init__(self, experiment: Experiment, argument: str = "", attach: bool = False) -> None:
+    @classmethod
+    def check(cls, argument: str) -> None:
+        """See :meth:`Executor.check`."""
         if argument:
             raise VLPromptError(f"--on serial takes no number; got {argument!r}.")
-        super().__init__(experiment, argument, attach)
 
     def submit(self, place: CellFolder) -> Future[Outcome]:
         """See :meth:`Executor.submit`."""

@@ -79,11 +79,7 @@ class SlurmExecutor(Executor):
 
     def __init__(self, experiment: Experiment, argument: str = "", attach: bool = False) -> None:
         super().__init__(experiment, argument, attach)
-        words, self.options = read_options("slurm", argument, SlurmOptions)
-        if set(words) - {_LOCAL}:
-            raise VLPromptError(f"--on slurm takes key=value, or the word local; got {' and '.join(words)}.")
-
-        self.local = _LOCAL in words
+        self.local, self.options = _read(argument)
         idle = [name for name in _OF_A_CLUSTER if self.local and name in self.options.model_fields_set]
         if idle:
             log.warning("--on slurm:local: %s: of a cluster alone, without effect here", ", ".join(idle))
@@ -97,6 +93,12 @@ class SlurmExecutor(Executor):
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._broken: Failure | None = None  # why nobody watches the cells any more
+
+    @classmethod
+    def check(cls, argument: str) -> None:
+        """See :meth:`Executor.check`."""
+        _read(argument)
+        _import_submitit()
 
     def begin(self, run: Path, cells: Sequence[Cell], kept: bool = True) -> None:
         """See :meth:`Executor.begin`."""
@@ -326,6 +328,14 @@ def _what_came_of(place: CellFolder) -> Outcome | None:
         return place.result() or place.failure()
     except VLPromptError as error:  # a damaged file
         return Failure.of(error)
+
+
+def _read(argument: str) -> tuple[bool, SlurmOptions]:
+    """Return whether jobs are to run on this machine, and the options."""
+    words, options = read_options("slurm", argument, SlurmOptions)
+    if set(words) - {_LOCAL}:
+        raise VLPromptError(f"--on slurm takes key=value, or the word local; got {' and '.join(words)}.")
+    return _LOCAL in words, options
 
 
 def _import_submitit() -> Any:

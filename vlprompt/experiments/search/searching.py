@@ -14,6 +14,7 @@ from vlprompt.core.processes import process_state
 from vlprompt.experiments.apart import run_apart
 from vlprompt.experiments.cell import Cell, CellResult, Failure
 from vlprompt.experiments.config import ExperimentConfig, config_path
+from vlprompt.experiments.executors import check_executor
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.folder import RunFolder, yaml_text
 from vlprompt.experiments.layout import Layout
@@ -92,6 +93,7 @@ def search(
             "vlprompt search runs without torchrun: start it several times, or add --on processes:N."
         )
     import_optuna()
+    check_executor(on)
 
     path = str(config_path(cfg).resolve())
     plain = read_experiment(path, overrides)
