@@ -140,7 +140,7 @@ def on_interrupt(sentence: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]  # takes none in Python 3.10
+class _CurrentStderr(logging.StreamHandler):  # no type parameter: Python 3.10 takes none
     """Writes to whatever ``sys.stderr`` is at the moment: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
