@@ -19,7 +19,12 @@ from vlprompt.backbones import Backbone
 from vlprompt.core.descriptions import Descriptions, class_texts
 from vlprompt.core.errors import ConfigError, DataError
 from vlprompt.data.cards import load_card
-from vlprompt.data.descriptions import descriptor_sentence, waffle_sentences
+from vlprompt.data.descriptions import (
+    DescriptionOptions,
+    descriptor_sentence,
+    waffle_sentences,
+    with_descriptions,
+)
 from vlprompt.data.prepare import explain
 from vlprompt.experiments.config import ImageOptions
 from vlprompt.learners import LEARNERS
@@ -195,7 +200,25 @@ def test_the_grammar_knows_other_words_for_what_scenes_name() -> None:
     data = load_dataset("scenes/shape", "test", descriptions="grammar")
     assert "a photo of a plus sign." in class_texts("cross", data.templates)
     own = load_dataset("scenes/shape_colour", "test", descriptions="grammar")
-    assert class_texts(own.classnames[0], own.templates)[0].startswith("a photo of a ")
+    assert [class_texts(name, own.templates)[0] for name in own.classnames[:2]] == [
+        "a photo of a purple cloud.",
+        "a photo of an orange arrow.",
+    ]
+
+
+def test_the_grammar_says_a_foreign_name_once() -> None:
+    names = ["stop sign", "oil_painting"]
+    described = with_descriptions(["a photo of a {}."], names, DescriptionOptions.of("grammar"), "mine")
+    assert list(described.texts("stop sign")) == [
+        "a photo of a stop sign.",
+        "a picture of a stop sign.",
+        "an image of a stop sign.",
+        "a stop sign.",
+        "this is a stop sign.",
+        "there is a stop sign.",
+    ]
+    assert described.texts("oil_painting")[0] == "a photo of an oil painting."
+    assert waffle_sentences(names, 2, 1)["oil_painting"][0].startswith("oil painting, which has ")
 
 
 def test_descriptions_survive_processes_and_name_what_is_missing() -> None:

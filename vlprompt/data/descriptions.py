@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 from vlprompt.core.descriptions import Descriptions
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.core.names import class_key, listed_names
+from vlprompt.core.names import class_key, clean_classname, listed_names
 from vlprompt.core.options import describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
@@ -163,7 +163,7 @@ def waffle_sentences(classnames: Sequence[str], pairs: int, seed: int) -> dict[s
         pairs: So many with words, and so many with characters.
         seed: Of the draw.
     """
-    words = [name.split() for name in classnames]
+    words = [clean_classname(name).split() for name in classnames]
     count = max(1, round(float(np.mean([len(parts) for parts in words]))))
     length = max(1, round(float(np.mean([len(word) for parts in words for word in parts]))))
 
@@ -174,7 +174,7 @@ def waffle_sentences(classnames: Sequence[str], pairs: int, seed: int) -> dict[s
         texts.append(
             " ".join("".join(rng.choice(list(string.ascii_lowercase), length)) for _ in range(count))
         )
-    return {name: [f"{name}, which has {text}." for text in texts] for name in classnames}
+    return {name: [f"{clean_classname(name)}, which has {text}." for text in texts] for name in classnames}
 
 
 def _about(classname: str) -> list[str]:
@@ -183,7 +183,8 @@ def _about(classname: str) -> list[str]:
         for fact, texts in by_fact.items():
             if class_key(fact.partition("=")[2]) == class_key(classname):
                 return texts
-    return [mend_articles(prefix.format(f"{article(classname)} {classname}")) for prefix in PREFIXES]
+    named = article(clean_classname(classname))
+    return [mend_articles(prefix.format(named)) for prefix in PREFIXES]
 
 
 def _read(source: str) -> dict[str, list[str]]:
@@ -253,9 +254,10 @@ def _matched(
     for classname in classnames:
         texts = by_key.get(class_key(classname), [])
         if not texts:
-            sentences[classname] = [template.format(classname) for template in templates]
+            sentences[classname] = [template.format(clean_classname(classname)) for template in templates]
         elif options.form == "descriptor":
-            sentences[classname] = [descriptor_sentence(classname, text) for text in texts]
+            named = clean_classname(classname)
+            sentences[classname] = [descriptor_sentence(named, text) for text in texts]
         else:
             sentences[classname] = [text.strip() for text in texts]
 
