@@ -133,6 +133,20 @@ def test_hugging_face_in_memory() -> None:
     assert data.labels == [0, 1, 2] * 4
     assert data[5][0].tobytes() == pairs[5][0].tobytes()
 
+    encoded = vlprompt.load_dataset(foreign.cast_column("img", datasets.Image(decode=False)))
+    assert encoded[5][0].tobytes() == pairs[5][0].tobytes()
+
+
+def test_hugging_face_with_files_that_are_not_decoded(folder: Path) -> None:
+    files = sorted(map(str, folder.rglob("*.png")))
+    columns = {"image": files, "label": [Path(file).parent.name for file in files]}
+    foreign = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    assert foreign[0]["image"] == {"bytes": None, "path": files[0]}
+
+    data = vlprompt.load_dataset(foreign)
+    with Image.open(files[3]) as image:
+        assert data[3][0].tobytes() == image.convert("RGB").tobytes()
+
 
 @pytest.fixture
 def hub_folder(folder: Path, tmp_path: Path) -> str:

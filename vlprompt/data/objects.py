@@ -43,9 +43,12 @@ class _ObjectReader(Reader):
 
     def read(self, source: int) -> Image.Image:
         """Return the image as RGB."""
-        item = _item(self.data, source)
+        value = _part(_item(self.data, source), self.image, source)
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:  # datasets.Image(decode=False)
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+
         try:
-            (image,) = image_inputs([_part(item, self.image, source)])
+            (image,) = image_inputs([value])
         except ValueError as error:
             raise DataError(f"image {source}: {error}{_hint(self.data)}") from None
         return image.open()
@@ -85,7 +88,8 @@ def dataset_of(
     """Return a data set of another library as one of ours; one of ours stays as it is.
 
     Its items are ``(image, label)``, or mappings with an image and a label. Images are PIL images, pixels (bytes, or
-    floats in [0, 1]) or encoded bytes. Labels are whole numbers from 0, or names.
+    floats in [0, 1]), encoded bytes, files, or what ``datasets.Image(decode=False)`` gives. Labels are whole numbers
+    from 0, or names.
 
     Args:
         data: Anything with a length and items: a torch ``Dataset``, one of torchvision, one of the package datasets, a
