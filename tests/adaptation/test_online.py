@@ -293,12 +293,18 @@ def test_what_dmn_and_oga_keep_beside_their_caches_is_what_the_caches_give(backb
     means = state["keys"].mean(1)
     residuals = (state["keys"] - means[:, None]).flatten(0, 1)
     torch.testing.assert_close(state["means"], means)
-    torch.testing.assert_close(state["scatter"], residuals.T @ residuals, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state["residual"], residuals.sum(0), rtol=0, atol=1e-5)
     centred = (residuals - residuals.mean(0)).double()
     covariance = centred.T @ centred
+    torch.testing.assert_close(state["spread"].double(), covariance.trace(), rtol=1e-5, atol=0)
     shrunk = covariance + covariance.trace() / 27 * torch.eye(64)
-    expected = means.double() @ torch.linalg.inv(shrunk) * 64
-    torch.testing.assert_close(state["directions"].double(), expected, rtol=1e-3, atol=1e-2)
+    inverse = torch.linalg.inv(shrunk)
+    assert float(state["base"] + state["excess"]) == pytest.approx(float(covariance.trace()) / 27, rel=1e-5)
+    followed = torch.linalg.inv(covariance + float(state["base"]) * torch.eye(64))
+    torch.testing.assert_close(state["inverse"].double(), followed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state["once"].double(), means.double() @ followed, rtol=1e-4, atol=1e-4)
+    expected = -0.5 * 64 * ((means.double() @ inverse) * means).sum(1)
+    torch.testing.assert_close(state["offsets"].double(), expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("alignment", [0.0, 0.5])

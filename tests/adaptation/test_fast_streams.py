@@ -1,0 +1,114 @@
+"""Methods that follow a stream by small steps give what obvious loops in float64 give, which compute all anew."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.adaptation.test_online_golden import encoded, with_texts
+from vlprompt import create_adapter
+from vlprompt.adaptation._features import FeatureAdapter
+from vlprompt.adaptation.oga import OnlineGaussian
+from vlprompt.backbones import Backbone
+
+CLASSES = 9
+WIDTH = 32
+SEEN = CLASSES - 1  # the last class is never seen
+
+
+def class_weights(classes: int = CLASSES, width: int = WIDTH) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return F.normalize(torch.randn(classes, width, generator=generator), dim=1)
+
+
+def stream(count: int, noise: float, decay: float = 0, views: int = 1) -> Tensor:
+    """Return (N, V, d) features around class weights; noise falls off over dimensions, and images come twice."""
+    generator = torch.Generator().manual_seed(12)
+    labels = torch.randint(0, SEEN, (count,), generator=generator)
+    # Rare classes, too: their number falls off.
+    labels = torch.minimum(labels, torch.randint(0, SEEN, (count,), generator=generator))
+    spread = torch.arange(1.0, WIDTH + 1) ** -decay
+    features = noise * spread * torch.randn(count, views, WIDTH, generator=generator)
+    features = F.normalize(class_weights()[labels][:, None] + features, dim=-1)
+    # Every seventh image is the one before it.
+    repeated = torch.arange(7, count, 7)
+    features[repeated] = features[repeated - 1]
+    return features
+
+
+def build(name: str, backbone: Backbone, scale: float = 30.0, **options: Any) -> FeatureAdapter:
+    names = [f"class {number}" for number in range(CLASSES)]
+    return with_texts(create_adapter(name, backbone, names, **options), class_weights(), scale)
+
+
+def slow_oga(features: Tensor, slots: int, mean: str, scale: float, tau: float) -> Tensor:
+    """Return (N, C) probabilities by section 3 of the paper: after each image the covariance is inverted."""
+    weights = class_weights().double()
+    cache: list[list[tuple[float, Tensor]]] = [[] for _ in weights]
+    answers = []
+    for image in features[:, 0].double():
+        logits = scale * weights @ image
+        probs = logits.softmax(0)
+        uncertainty = -float((probs * probs.log()).sum())
+        own = cache[int(logits.argmax())]
+        if uncertainty < math.log(len(weights)):
+            if len(own) < slots:
+                own.append((uncertainty, image))
+            else:
+                worst = max(range(slots), key=lambda number: own[number][0])
+                if uncertainty < own[worst][0]:
+                    own[worst] = (uncertainty, image)
+
+        means = weights.clone()
+        for label, kept in enumerate(cache):
+            if len(kept) >= 2:
+                total = torch.stack([key for _, key in kept]).sum(0)
+                means[label] = total / (len(kept) if mean == "counts" else slots)
+        precision = WIDTH * torch.eye(WIDTH).double()
+        if max(map(len, cache)) >= 3:
+            residuals = torch.stack([key - means[c] for c, kept in enumerate(cache) for _, key in kept])
+            count = len(residuals)
+            residuals = residuals - residuals.mean(0)
+            scatter = residuals.T @ residuals
+            if count > 4 * WIDTH:
+                precision = torch.linalg.pinv(scatter / (count - 1))
+            else:
+                shrunk = scatter + scatter.trace() / (count - 1) * torch.eye(WIDTH)
+                precision = WIDTH * torch.linalg.pinv(shrunk)
+        differences = image - means
+        likelihoods = -0.5 * ((differences @ precision) * differences).sum(1)
+        answers.append((probs.log() + tau * likelihoods).softmax(0))
+    return torch.stack(answers)
+
+
+@pytest.mark.parametrize("mean", ["counts", "slots"])
+@pytest.mark.parametrize(
+    ("slots", "noise", "decay"), [(1, 0.2, 0), (4, 0.2, 0), (8, 0.15, 0.5), (40, 0.3, 0), (40, 0.3, 1)]
+)
+def test_oga_inverts_nothing_anew_and_gives_the_same(
+    slots: int, noise: float, decay: float, mean: str, backbone: Backbone
+) -> None:
+    features = stream(400, noise, decay)
+    adapter = build("oga", backbone, views=1, slots=slots, mean=mean)
+    got = torch.cat([adapter.adapt(encoded(part)).probs for part in features.split(16)])
+    expected = slow_oga(features, slots, mean, 30.0, 0.05)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_oga_computes_the_inverse_from_its_cache_now_and_then(
+    backbone: Backbone,
+) -> None:
+    adapter = build("oga", backbone, views=1, slots=12)
+    assert isinstance(adapter, OnlineGaussian)
+    ages = []
+    for part in stream(400, 0.2).split(1):
+        adapter.adapt(encoded(part))
+        ages.append(int(adapter.memory["age"]))
+    anew = sum(age == 0 for age, before in zip(ages[1:], ages, strict=False) if before)
+    assert max(ages) > 16  # most images are followed
+    assert anew > 2
