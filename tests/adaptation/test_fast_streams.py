@@ -26,8 +26,8 @@ def class_weights(classes: int = CLASSES, width: int = WIDTH) -> Tensor:
     return F.normalize(torch.randn(classes, width, generator=generator), dim=1)
 
 
-def stream(count: int, noise: float, decay: float = 0, views: int = 1) -> Tensor:
-    """Return (N, V, d) features around class weights; noise falls off over dimensions, and images come twice."""
+def stream(count: int, noise: float, decay: float = 0, views: int = 1, repeats: bool = True) -> Tensor:
+    """Return (N, V, d) features around class weights; noise falls off over dimensions, and images may come twice."""
     generator = torch.Generator().manual_seed(12)
     labels = torch.randint(0, SEEN, (count,), generator=generator)
     # Rare classes, too: their number falls off.
@@ -35,9 +35,10 @@ def stream(count: int, noise: float, decay: float = 0, views: int = 1) -> Tensor
     spread = torch.arange(1.0, WIDTH + 1) ** -decay
     features = noise * spread * torch.randn(count, views, WIDTH, generator=generator)
     features = F.normalize(class_weights()[labels][:, None] + features, dim=-1)
-    # Every seventh image is the one before it.
-    repeated = torch.arange(7, count, 7)
-    features[repeated] = features[repeated - 1]
+    if repeats:
+        # Every seventh image is the one before it.
+        repeated = torch.arange(7, count, 7)
+        features[repeated] = features[repeated - 1]
     return features
 
 
@@ -112,3 +113,69 @@ def test_oga_computes_the_inverse_from_its_cache_now_and_then(
     anew = sum(age == 0 for age, before in zip(ages[1:], ages, strict=False) if before)
     assert max(ages) > 16  # most images are followed
     assert anew > 2
+
+
+def slow_ecalp(features: Tensor, neighbours: int, power: float, twin: bool, window: int | None) -> Tensor:
+    """Return (N, C) labels by section 3 of the paper: for each image the whole graph is built, as a dense matrix."""
+    weights = class_weights().double()
+    classes = len(weights)
+    emphasis = F.normalize(weights.var(0), dim=0)
+    images = features[:, 0].double()
+    cosines = F.normalize(images * emphasis, dim=1) @ images.T
+    cosines = cosines.triu() + cosines.triu(1).T  # the weights are on the older of two images
+    label = {}
+    value = {}
+    answers = []
+    for newest in range(len(images)):
+        oldest = 0 if window is None else max(0, newest + 1 - window)
+        members = list(range(oldest, newest + 1))
+        nodes = [*members, newest] if twin else members
+        edges = torch.zeros(classes + len(nodes), classes + len(nodes)).double()
+        for row, i in enumerate(nodes):
+            for text in (weights @ images[i]).topk(3).indices.tolist():
+                edges[classes + row, text] = max(float(weights[text] @ images[i]), 0) ** power
+            # Of equally near images the later is the neighbour.
+            row_cosines = cosines[i, nodes].tolist()
+            near = sorted(range(len(nodes)), key=lambda column: (row_cosines[column], column))
+            for column in near[-neighbours:]:
+                cosine = row_cosines[column]
+                edges[classes + row, classes + column] = cosine**power if cosine > 0 else 0
+
+        edges = edges + edges.T
+        scale = 1 / (edges.sum(1).sqrt() + 1e-6)
+        normalised = scale[:, None] * edges * scale
+        labels = torch.zeros(len(nodes), classes).double()
+        for row, i in enumerate(members):
+            if i in label:
+                labels[row, label[i]] = value[i]
+        for _ in range(3):
+            labels = normalised[classes:] @ torch.cat([torch.eye(classes).double(), labels])
+        for row, i in enumerate(members):
+            label[i] = int(labels[row].argmax())
+            value[i] = float(labels[row].max()) / 5
+        answers.append(labels[-1] / labels[-1].sum())
+    return torch.stack(answers)
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "power", "twin", "window"),
+    [
+        pytest.param(8, 10.0, True, None, marks=pytest.mark.slow),
+        (8, 10.0, True, 100),
+        (6, 10.0, False, None),
+        (3, 4.0, True, 30),
+        (8, 10.0, True, 1),
+        (5, 0.0, False, 12),
+    ],
+)
+def test_ecalp_moves_a_few_edges_and_gives_the_same(
+    neighbours: int, power: float, twin: bool, window: int | None, backbone: Backbone
+) -> None:
+    # Only rounding decides between two equal images that compete for one place.
+    repeats = neighbours == 8 and window is None
+    features = stream(220 if twin else 140, 0.2, repeats=repeats)
+    options = {"neighbours": neighbours, "power": power, "twin": twin, "window": window}
+    adapter = build("ecalp", backbone, views=1, **options)
+    got = torch.cat([adapter.adapt(encoded(part)).probs for part in features.split(16)])
+    expected = slow_ecalp(features, neighbours, power, twin, window)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
