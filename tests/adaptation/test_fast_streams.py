@@ -179,3 +179,46 @@ def test_ecalp_moves_a_few_edges_and_gives_the_same(
     got = torch.cat([adapter.adapt(encoded(part)).probs for part in features.split(16)])
     expected = slow_ecalp(features, neighbours, power, twin, window)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def slow_dpe(features: Tensor, scale: float) -> Tensor:
+    """Return (N, C) probabilities by section 3 of the paper, with autograd and AdamW."""
+    weights = class_weights().double()
+    cache: list[list[tuple[float, Tensor]]] = [[] for _ in weights]
+    accepted = 0
+    answers = []
+    for image in features[:, 0].double():
+        probs = (scale * F.normalize(weights, dim=1) @ image).softmax(0)
+        uncertainty = float(torch.special.entr(probs).sum())
+        own = cache[int(probs.argmax())]
+        own.append((uncertainty, image))
+        own.sort(key=lambda entry: entry[0])
+        del own[3:]
+        present = [c for c, kept in enumerate(cache) if kept]
+        prototypes = torch.stack([torch.stack([key for _, key in cache[c]]).mean(0) for c in present])
+
+        shifts = [torch.zeros_like(part).requires_grad_() for part in (weights, prototypes)]
+        optimizer = torch.optim.AdamW(shifts, lr=5e-4, eps=1e-3, weight_decay=0.1)
+        for step in range(2):
+            text = F.normalize(weights + shifts[0], dim=1)
+            moved = F.normalize(prototypes + shifts[1], dim=1)
+            votes = 6 * (-5 * (1 - moved @ image)).exp()
+            logits = (scale * text @ image).index_add(0, torch.tensor(present), votes)
+            if step == 0:
+                contrast = F.cross_entropy(moved @ text[present].T / 0.01, torch.arange(len(present)))
+                (torch.special.entr(logits.softmax(0)).sum() + 0.5 * contrast).backward()
+                optimizer.step()
+        answer = logits.detach().softmax(0)
+        if float(torch.special.entr(answer).sum()) / math.log2(len(weights)) < 0.1:
+            accepted += 1
+            weights = (accepted * weights + text.detach()) / (accepted + 1)
+        answers.append(answer)
+    return torch.stack(answers)
+
+
+def test_dpe_writes_its_gradient_out_and_gives_the_same(backbone: Backbone) -> None:
+    features = stream(300, 0.2, repeats=False)
+    adapter = build("dpe", backbone, views=1)
+    got = torch.cat([adapter.adapt(encoded(part)).probs for part in features.split(16)])
+    assert int(adapter.state()["accepted"]) > 50
+    torch.testing.assert_close(got.double(), slow_dpe(features, 30.0), rtol=1e-3, atol=1e-5)

@@ -14,6 +14,7 @@ from tests.adaptation.test_online_golden import encoded, texts, views, with_text
 from vlprompt import create_adapter, create_learner
 from vlprompt.adaptation._features import FeatureAdapter, StreamAdapter
 from vlprompt.adaptation._gaussian import neighbour_graph, weighted_squares
+from vlprompt.adaptation.dpe import _Rows
 from vlprompt.adaptation.otpt import excess
 from vlprompt.adaptation.tps import entropy_gradient
 from vlprompt.backbones import Backbone
@@ -314,7 +315,9 @@ def test_the_step_of_dpe_is_that_of_autograd_and_adamw(alignment: float, backbon
     classes = torch.tensor([0, 2, 3, 6])
     prototypes = 0.8 * F.normalize(texts()[classes] + torch.randn(4, 64, generator=generator) / 8, dim=1)
     feature = views()[3, 0]
-    got = adapter._step(prototypes, classes, feature)  # type: ignore[attr-defined]
+    rows = _Rows(texts(), prototypes, classes)
+    moved, lengths = adapter._step(rows, feature)  # type: ignore[attr-defined]
+    got = torch.cat([moved[:7], moved[8:]]) / torch.cat([lengths[:7], lengths[8:]])[:, None]
 
     residuals = [torch.zeros(7, 64, requires_grad=True), torch.zeros(4, 64, requires_grad=True)]
     text, image = F.normalize(texts() + residuals[0], dim=1), F.normalize(prototypes + residuals[1], dim=1)
