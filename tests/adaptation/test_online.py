@@ -14,6 +14,7 @@ from tests.adaptation.test_online_golden import encoded, texts, views, with_text
 from vlprompt import create_adapter, create_learner
 from vlprompt.adaptation._features import FeatureAdapter, StreamAdapter
 from vlprompt.adaptation._gaussian import neighbour_graph, weighted_squares
+from vlprompt.adaptation.dpe import _Rows
 from vlprompt.adaptation.otpt import excess
 from vlprompt.adaptation.tps import entropy_gradient
 from vlprompt.backbones import Backbone
@@ -293,12 +294,18 @@ def test_what_dmn_and_oga_keep_beside_their_caches_is_what_the_caches_give(backb
     means = state["keys"].mean(1)
     residuals = (state["keys"] - means[:, None]).flatten(0, 1)
     torch.testing.assert_close(state["means"], means)
-    torch.testing.assert_close(state["scatter"], residuals.T @ residuals, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state["residual"], residuals.sum(0), rtol=0, atol=1e-5)
     centred = (residuals - residuals.mean(0)).double()
     covariance = centred.T @ centred
+    torch.testing.assert_close(state["spread"].double(), covariance.trace(), rtol=1e-5, atol=0)
     shrunk = covariance + covariance.trace() / 27 * torch.eye(64)
-    expected = means.double() @ torch.linalg.inv(shrunk) * 64
-    torch.testing.assert_close(state["directions"].double(), expected, rtol=1e-3, atol=1e-2)
+    inverse = torch.linalg.inv(shrunk)
+    assert float(state["base"] + state["excess"]) == pytest.approx(float(covariance.trace()) / 27, rel=1e-5)
+    followed = torch.linalg.inv(covariance + float(state["base"]) * torch.eye(64))
+    torch.testing.assert_close(state["inverse"].double(), followed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state["once"].double(), means.double() @ followed, rtol=1e-4, atol=1e-4)
+    expected = -0.5 * 64 * ((means.double() @ inverse) * means).sum(1)
+    torch.testing.assert_close(state["offsets"].double(), expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("alignment", [0.0, 0.5])
@@ -308,7 +315,9 @@ def test_the_step_of_dpe_is_that_of_autograd_and_adamw(alignment: float, backbon
     classes = torch.tensor([0, 2, 3, 6])
     prototypes = 0.8 * F.normalize(texts()[classes] + torch.randn(4, 64, generator=generator) / 8, dim=1)
     feature = views()[3, 0]
-    got = adapter._step(prototypes, classes, feature)  # type: ignore[attr-defined]
+    rows = _Rows(texts(), prototypes, classes)
+    moved, lengths = adapter._step(rows, feature)  # type: ignore[attr-defined]
+    got = torch.cat([moved[:7], moved[8:]]) / torch.cat([lengths[:7], lengths[8:]])[:, None]
 
     residuals = [torch.zeros(7, 64, requires_grad=True), torch.zeros(4, 64, requires_grad=True)]
     text, image = F.normalize(texts() + residuals[0], dim=1), F.normalize(prototypes + residuals[1], dim=1)

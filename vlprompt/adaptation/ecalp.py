@@ -7,11 +7,13 @@ As in the published code, the image that is named stands in the graph twice (``t
 with a new one are taken with the weights on the older. Where this differs: that code's answer is softmax(10,000 y),
 here it is y / sum(y); negative cosines count as 0, where an even power would make them large; and nothing is left in
 global variables.
+
+With S the diagonal of 1 / sqrt(degree), a round Y' = S (E + E^T) S Y + S T is X' = S^2 ((E + E^T) X + T) for X = S Y.
+So the edges E keep their weights from image to image, and only those that an image moves are written.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -28,10 +30,9 @@ from vlprompt.learners import Learner
 
 __all__ = ["LabelPropagation"]
 
-# Products with compressed rows, which is all that is used of them here, give what they should.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-
 _TINY = 1e-6  # added to the square roots of degrees
+_LEAST_LENGTH = 1e-12
+_SUM = 0  # torch's number for it
 
 
 @ADAPTERS.register(
@@ -85,6 +86,8 @@ class LabelPropagation(StreamAdapter):
         device = self.weights.device
         return {
             "features": self.weights.new_zeros(0, self.weights.shape[1]),
+            # Of the features with emphasis.
+            "lengths": self.weights.new_zeros(0),
             "texts": torch.zeros(0, self.texts, dtype=torch.long, device=device),
             "text_cosines": self.weights.new_zeros(0, self.texts),
             # Neighbours from the nearest on; a cosine of -1 marks a place that is free.
@@ -106,157 +109,241 @@ class LabelPropagation(StreamAdapter):
         """See :meth:`StreamAdapter.many`."""
         images = F.normalize(confident_mean(features, confident), dim=1)
         text = (images @ self.weights.T).topk(self.texts, dim=1)
+        emphasised = images * self.emphasis
+        lengths = torch.linalg.vector_norm(emphasised, dim=1).clamp(min=_LEAST_LENGTH)
+        graph = _Graph(self, images, lengths)
         # From each image, of the graph and of these, to each of these; the weights are on the older.
-        known = torch.cat([self.memory["features"], images])
-        to_new = (F.normalize(known * self.emphasis, dim=1) @ images.T).T.contiguous()
+        to_new = emphasised @ graph.features.T / graph.lengths
 
         answers = []
-        dropped = 0
-        for number in range(len(images)):
-            count = len(self.memory["features"]) + 1
-            graph = slice(dropped, dropped + count)
-            self.memory["features"] = known[graph]
-            cosines = to_new[number, graph]
-            self._add(text.indices[number], text.values[number], cosines)
-            if self.window is not None and count > self.window:
-                self._drop_oldest()
-                dropped += 1
-                cosines = cosines[1:]
-
-            values = self._spread(*self._edges(cosines))
-            answer = values[-1]
-
-            # Next time every image starts from a fifth of its best label.
-            best = values[: len(self.memory["features"])].max(1)
-            self.memory["values"] = best.values / 5
-            self.memory["labels"] = best.indices
+        for number, parts in enumerate(zip(text.indices, text.values, to_new, strict=True)):
+            answer = graph.add(*parts)
             total = answer.sum()
             # An image without any positive cosine is joined with nothing.
             probs = answer / total if float(total) > 0 else logits[number, 0].softmax(0)
             answers.append((probs, None))
+        self.memory = graph.memory()
         return answers
 
-    def _add(self, texts: Tensor, text_cosines: Tensor, cosines: Tensor) -> None:
-        """Put an image, whose feature is there, into the graph and into the lists of those that it is near to.
+
+class _Graph:
+    """The graph while some images come. Images behind the window keep their rows until all have come.
+
+    Args:
+        adapter: Its memory is the start.
+        images: (B, d) unit-length features that will come.
+        lengths: (B,) of the features with emphasis.
+
+    Attributes:
+        features: (N + B, d), also of the images that will come.
+        lengths: (N + B,).
+    """
+
+    def __init__(self, adapter: LabelPropagation, images: Tensor, lengths: Tensor) -> None:
+        self.adapter = adapter
+        memory = adapter.memory
+        self.features = torch.cat([memory["features"], images])
+        self.lengths = torch.cat([memory["lengths"], lengths])
+        # One row more for the twin.
+        more = len(images) + 1
+        self.texts = F.pad(memory["texts"], (0, 0, 0, more))
+        self.text_cosines = F.pad(memory["text_cosines"], (0, 0, 0, more))
+        self.near = F.pad(memory["near"], (0, 0, 0, more))
+        self.cosines = F.pad(memory["cosines"], (0, 0, 0, more), value=-1.0)
+        self.labels = F.pad(memory["labels"], (0, more))
+        self.values = F.pad(memory["values"], (0, more))
+
+        # Weights of edges; all but a few stay as they are when an image comes.
+        self.to_texts = self.text_cosines.clamp(min=0) ** adapter.power
+        self.to_images = self._weights(self.cosines)
+        numbers = torch.arange(len(self.near) + 1, device=images.device)
+        self.sources = numbers[:-1].repeat_interleave(adapter.neighbours)
+        self.starts = numbers * adapter.neighbours
+        self.first = 0
+        self.end = len(memory["features"])
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what stays of the graph, see :meth:`LabelPropagation.empty`."""
+        kept = slice(self.first, self.end)
+        return {
+            "features": self.features[kept],
+            "lengths": self.lengths[kept],
+            "texts": self.texts[kept],
+            "text_cosines": self.text_cosines[kept],
+            "near": self._numbers(self.end),
+            "cosines": self.cosines[kept],
+            "labels": self.labels[kept],
+            "values": self.values[kept],
+        }
+
+    def add(self, texts: Tensor, text_cosines: Tensor, cosines: Tensor) -> Tensor:
+        """Put the next image into the graph, pass labels on, and return its (C,) labels; their sum may be anything.
 
         Args:
             texts: (K,) its nearest texts.
             text_cosines: (K,).
-            cosines: (N + 1,) from each image to this one, the last with itself.
+            cosines: (N + B,) from each image to this one.
         """
-        memory = self.memory
-        number = len(cosines) - 1
-        near, nearest = _offered(memory["near"], memory["cosines"], cosines[:-1], number)
-        own = cosines.topk(min(self.neighbours, len(cosines)))
-        missing = self.neighbours - len(own.values)
-        memory["near"] = torch.cat([near, F.pad(own.indices, (0, missing))[None]])
-        memory["cosines"] = torch.cat([nearest, F.pad(own.values, (0, missing), value=-1.0)[None]])
-        memory["texts"] = torch.cat([memory["texts"], texts[None]])
-        memory["text_cosines"] = torch.cat([memory["text_cosines"], text_cosines[None]])
-        memory["labels"] = F.pad(memory["labels"], (0, 1))
-        memory["values"] = F.pad(memory["values"], (0, 1))
+        number = self.end
+        self.end += 1
+        self._offer(cosines, number)
+        self.texts[number] = texts
+        self.text_cosines[number] = text_cosines
+        self.to_texts[number] = text_cosines.clamp(min=0) ** self.adapter.power
+        self._join(number, cosines)
+        if self.adapter.window is not None and self.end - self.first > self.adapter.window:
+            self._drop_oldest(cosines)
 
-    def _edges(self, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return texts, their cosines, neighbours and their cosines of all images, and of a twin of the last.
+        if not self.adapter.twin:
+            return self._spread(self.end)
+
+        # The twin sees what the image sees; it and its places in the lists of others are not kept.
+        rows = self._takers(cosines, self.end)
+        places = rows * self.adapter.neighbours + (self.adapter.neighbours - 1)
+        near, weights = self.near.view(-1), self.to_images.view(-1)
+        before = near.index_select(0, places), weights.index_select(0, places)
+        near.index_fill_(0, places, self.end)
+        weights.index_copy_(0, places, self._weights(cosines.index_select(0, rows)))
+        for part in (self.texts, self.to_texts, self.near, self.to_images):
+            part[self.end] = part[number]
+
+        answer = self._spread(self.end + 1)
+        near.index_copy_(0, places, before[0])
+        weights.index_copy_(0, places, before[1])
+        return answer
+
+    def _takers(self, cosines: Tensor, number: int) -> Tensor:
+        """Return the images before ``number`` to which it is as near as the last of their neighbours, or nearer.
 
         Args:
-            cosines: (N,) from each image to the last.
+            cosines: (N + B,) from each image to it.
+            number: Of an image, or of a twin.
         """
-        memory = self.memory
-        texts, text_cosines = memory["texts"], memory["text_cosines"]
-        if not self.twin:
-            return texts, text_cosines, memory["near"], memory["cosines"]
+        rows = (cosines[self.first : number] >= self.cosines[self.first : number, -1]).nonzero()[:, 0]
+        return rows + self.first if self.first else rows
 
-        near, nearest = _offered(memory["near"], memory["cosines"], cosines, len(cosines))
-        # The twin sees what the last image sees, and is not kept.
-        rows = [texts, text_cosines, near, nearest]
-        texts, text_cosines, near, nearest = (torch.cat([part, part[-1:]]) for part in rows)
-        return texts, text_cosines, near, nearest
+    def _offer(self, cosines: Tensor, number: int) -> None:
+        """Put an image into the lists of those before it, in the place of the last; arguments as :meth:`_takers`."""
+        rows = self._takers(cosines, number)
+        if not len(rows):
+            return
+        values = self.cosines.index_select(0, rows)
+        values[:, -1] = cosines.index_select(0, rows)
+        numbers = self.near.index_select(0, rows)
+        numbers[:, -1] = number
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        self._write(rows, numbers.gather(1, order), values)
 
-    def _spread(self, texts: Tensor, text_cosines: Tensor, near: Tensor, cosines: Tensor) -> Tensor:
-        """Return (N, C) labels of images after all rounds; arguments as :meth:`_edges` returns them."""
-        count = len(near)
-        classes = len(self.weights)
-        to_texts = text_cosines.clamp(min=0) ** self.power
-        to_images = (cosines.clamp(min=0) ** self.power) * (cosines > 0)
+    def _join(self, number: int, cosines: Tensor) -> None:
+        """Give an image its nearest images, itself among them; arguments as :meth:`_offer`."""
+        best = cosines[self.first : number + 1].topk(min(self.adapter.neighbours, number + 1 - self.first))
+        missing = self.adapter.neighbours - len(best.values)
+        near = best.indices + self.first
+        values = best.values
+        if missing:
+            near = F.pad(near, (0, missing))
+            values = F.pad(values, (0, missing), value=-1.0)
+        self.near[number] = near
+        self.cosines[number] = values
+        self.to_images[number] = self._weights(values)
+
+    def _drop_oldest(self, cosines: Tensor) -> None:
+        """Leave out the first image, and find another neighbour for those that it was near to.
+
+        Args:
+            cosines: (N + B,) from each image to the latest.
+        """
+        near = self.near[self.first + 1 : self.end]
+        lost = ((near == self.first) & (self.cosines[self.first + 1 : self.end] > -1)).any(1)
+        self.first += 1
+        rows = lost.nonzero()[:, 0]
+        if not len(rows):
+            return
+
+        # The weights are on the older of two images.
+        features = self.features[self.first : self.end]
+        lengths = self.lengths[self.first : self.end]
+        columns = torch.arange(len(features), device=rows.device)
+        older = torch.where(columns <= rows[:, None], lengths, lengths[rows, None])
+        candidates = (features[rows] * self.adapter.emphasis) @ features.T / older
+        # The latest and its twin must be equally near, to the last bit.
+        candidates[:, -1] = cosines[self.first : self.end].index_select(0, rows)
+        best = candidates.topk(min(self.adapter.neighbours, len(features)), dim=1)
+        missing = self.adapter.neighbours - best.values.shape[1]
+        values = F.pad(best.values, (0, missing), value=-1.0)
+        numbers = F.pad(best.indices + self.first, (0, missing))
+        self._write(rows + self.first, numbers, values)
+
+    def _spread(self, end: int) -> Tensor:
+        """Pass labels on among the images before ``end``, keep the best of each, and return the (C,) of the last."""
+        kept = slice(self.first, end)
+        texts, to_texts = self.texts[kept], self.to_texts[kept]
+        near, to_images = self._numbers(end), self.to_images[kept]
+        count, classes = len(near), len(self.adapter.weights)
+        targets = near.flatten()
+        order = _sorted_order(targets, count)
+        # Edges by their source, and by their target: numbers of the other end, weights, and where a row begins.
+        out = (targets, to_images.flatten(), self.starts[: count + 1])
+        ends = targets.bincount(minlength=count).cumsum(0)
+        back = (self.sources.index_select(0, order), out[1].index_select(0, order), F.pad(ends, (1, 0)))
 
         # An edge counts for both of its ends.
-        degree = to_texts.sum(1) + to_images.sum(1)
-        degree.index_add_(0, near.flatten(), to_images.flatten())
+        degree = to_texts.sum(1).add_(to_images.sum(1)).index_add_(0, targets, out[1])
         text_degree = to_texts.new_zeros(classes).index_add_(0, texts.flatten(), to_texts.flatten())
-        scale = 1 / (degree.sqrt() + _TINY)
-        text_scale = 1 / (text_degree.sqrt() + _TINY)
+        lengths = degree.sqrt_().add_(_TINY)
+        text_lengths = text_degree.sqrt_().add_(_TINY)
+        squares = lengths.square().reciprocal_()[:, None]
 
         # Texts are known, so what they give is the same in each round.
-        given = to_texts.new_zeros(count, classes)
-        given.scatter_(1, texts, to_texts * scale[:, None] * text_scale[texts])
-        out, back = _both_ways(near, to_images * scale[:, None] * scale[near])
-        images = self._begin(count)
-        for _ in range(self.rounds):
-            images = torch.addmm(torch.addmm(given, out, images), back, images)
-        return images
+        from_texts = to_texts / text_lengths.index_select(0, texts.flatten()).view_as(texts)
+        given = to_texts.new_zeros(count, classes).scatter_(1, texts, from_texts.mul_(squares))
+        # An image that is new has the value 0.
+        labels = torch.zeros_like(given).scatter_(1, self.labels[kept, None], self.values[kept, None])
+        labels.div_(lengths[:, None])
+        for _ in range(self.adapter.rounds):
+            passed = _passed(labels, *out).add_(_passed(labels, *back))
+            labels = torch.addcmul(given, squares, passed)
 
-    def _begin(self, count: int) -> Tensor:
-        """Return the (N, C) labels that the rounds begin with: new images have none."""
-        start = self.weights.new_zeros(count, len(self.weights))
-        rows = torch.arange(len(self.memory["labels"]), device=start.device)
-        start[rows, self.memory["labels"]] = self.memory["values"]
-        return start
+        # Next time every image starts from a fifth of its best label.
+        count = self.end - self.first
+        best, values = _best(labels[:count])
+        self.labels[self.first : self.end] = best
+        self.values[self.first : self.end] = values.mul_(lengths[:count]).div_(5)
+        return labels[-1] * lengths[-1]
 
-    def _drop_oldest(self) -> None:
-        """Leave out image 0, and find another neighbour for those that it was near to."""
-        memory = self.memory
-        for name in memory:
-            memory[name] = memory[name][1:]
-        lost = ((memory["near"] == 0) & (memory["cosines"] > -1)).any(1)
-        memory["near"] = memory["near"] - 1
+    def _numbers(self, end: int) -> Tensor:
+        """Return the (N, K) neighbours of images before ``end``, counted from the first that is not left out."""
+        near = self.near[self.first : end]
+        return (near - self.first).clamp_(min=0) if self.first else near
 
-        rows = lost.nonzero()[:, 0]
-        weighted = F.normalize(memory["features"] * self.emphasis, dim=1)
-        # The weights are on the older of two images.
-        columns = torch.arange(len(weighted), device=rows.device)
-        as_newer = memory["features"][rows] @ weighted.T
-        as_older = weighted[rows] @ memory["features"].T
-        cosines = torch.where(columns <= rows[:, None], as_newer, as_older)
-        best = cosines.topk(min(self.neighbours, cosines.shape[1]), dim=1)
-        missing = self.neighbours - best.values.shape[1]
-        memory["near"][rows] = F.pad(best.indices, (0, missing))
-        memory["cosines"][rows] = F.pad(best.values, (0, missing), value=-1.0)
-        memory["near"].clamp_(min=0)
+    def _weights(self, cosines: Tensor) -> Tensor:
+        """Return the weights of edges to images from cosines."""
+        weights = cosines.clamp(min=0) ** self.adapter.power
+        # To the power of 0, also a cosine of 0 is 1.
+        return weights if self.adapter.power else weights * (cosines > 0)
+
+    def _write(self, rows: Tensor, near: Tensor, cosines: Tensor) -> None:
+        """Set (R, K) neighbours of (R,) images and their cosines, the highest first."""
+        self.near.index_copy_(0, rows, near)
+        self.cosines.index_copy_(0, rows, cosines)
+        self.to_images.index_copy_(0, rows, self._weights(cosines))
 
 
-def _offered(near: Tensor, nearest: Tensor, cosines: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Return the neighbours of N images after image ``number`` was offered to each, with these (N,) cosines.
-
-    Args:
-        near: (N, K) neighbours.
-        nearest: (N, K) their cosines, the highest first.
-        cosines: (N,).
-        number: Of the offered image.
-    """
-    # Most have nearer ones already.
-    rows = (cosines >= nearest[:, -1]).nonzero()[:, 0]
-    if not len(rows):
-        return near, nearest
-    candidates = torch.cat([nearest[rows], cosines[rows, None]], 1)
-    numbers = F.pad(near[rows], (0, 1), value=number)
-    best = candidates.topk(near.shape[1], dim=1)
-    return near.index_copy(0, rows, numbers.gather(1, best.indices)), nearest.index_copy(0, rows, best.values)
+def _passed(labels: Tensor, numbers: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """Return (N, C) weighted sums of (N, C) labels; row i takes the edges ``starts[i]`` to ``starts[i + 1]``."""
+    return torch.embedding_bag(
+        labels, numbers, starts, per_sample_weights=weights, mode=_SUM, include_last_offset=True
+    )[0]
 
 
-def _both_ways(near: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (N, N) sparse W and W^T of (N, K) weights of edges to neighbours."""
-    count, degree = near.shape
-    targets = near.flatten()
-    rows = torch.arange(0, len(targets) + 1, degree, device=near.device)
-    order = _sorted_order(targets, count)
-    columns = F.pad(targets.bincount(minlength=count).cumsum(0), (1, 0))
-    out = (rows, targets, weights.flatten())
-    back = (columns, order // degree, weights.flatten()[order])
-    first, second = (
-        torch.sparse_csr_tensor(*parts, (count, count), check_invariants=False) for parts in (out, back)
-    )
-    return first, second
+def _best(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (N,) best columns of rows, and the values there."""
+    if labels.device.type != "cpu":
+        values, best = labels.max(1)
+        return best, values
+    # NumPy finds it three times as fast.
+    best = torch.from_numpy(labels.numpy().argmax(1))
+    return best, labels.gather(1, best[:, None])[:, 0]
 
 
 def _sorted_order(numbers: Tensor, bound: int) -> Tensor:

@@ -33,7 +33,11 @@ def lowest_entropy(logits: Tensor, share: float) -> Tensor:
         logits: (..., V, C).
         share: In (0, 1].
     """
-    return _smallest(entropies(logits), keep_count(share, logits.shape[-2]))
+    views = logits.shape[-2]
+    count = keep_count(share, views)
+    if count == views:
+        return torch.ones_like(logits[..., 0], dtype=torch.bool)
+    return _smallest(entropies(logits), count)
 
 
 def cosine_then_entropy(logits: Tensor, vectors: Tensor, cosine_share: float, entropy_share: float) -> Tensor:
