@@ -23,6 +23,7 @@ __all__ = [
     "check_present",
     "dataset_from",
     "find_folder",
+    "labelled",
     "parse_options",
     "published_split",
 ]
@@ -146,3 +147,14 @@ def dataset_from(
     info = {"source": (request.source or card.source).kind, "split_source": how}
     read = FileReader(reader) if isinstance(reader, Path) else reader
     return ImageDataset(request.name, request.split, parts[request.split], names, card.templates, read, info)
+
+
+def labelled(dataset: ImageDataset) -> ImageDataset:
+    """Return a multi-label data set without the images that show no class for certain; the test part keeps them.
+
+    How many were left out stands in ``info["without_label"]``.
+    """
+    if dataset.split == "test":
+        return dataset
+    kept = [i for i, sample in enumerate(dataset.samples) if sample.classes]
+    return dataset.subset(kept, without_label=len(dataset) - len(kept))
