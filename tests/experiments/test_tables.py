@@ -48,3 +48,8 @@ def test_columns_can_be_chosen_and_nothing_marked() -> None:
     assert "digits" not in text
     assert "**" not in text
     assert "†" not in text
+
+
+def test_the_least_forgetting_is_the_best() -> None:
+    rows = [Row("a", {"x forgetting": 0.2, "x last": 0.5}), Row("b", {"x forgetting": 0.1, "x last": 0.4})]
+    assert to_markdown(rows).splitlines()[2:] == ["| a | 20.0 | **50.0** |", "| b | **10.0** | 40.0 |"]
