@@ -17,7 +17,6 @@ from vlprompt.classification.protocols.transfer import matrix_of
 from vlprompt.core.files import read_jsonl
 from vlprompt.core.template_files import read_templates
 from vlprompt.data import FeatureCache, ImageDataset
-from vlprompt.data.base import NO_LABEL
 from vlprompt.experiments.cell import Cell
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
@@ -174,8 +173,7 @@ def _figures_of(results: Results) -> str:
 def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cache: FeatureCache) -> None:
     """Add predictions on a test set, with sample images."""
     learner, test = fitting(learner, test)
-    if NO_LABEL in test.labels:  # a table of answers by true class has no row for these
-        test = test.subset(i for i, label in enumerate(test.labels) if label != NO_LABEL)
+    test = test.with_label()  # a table of answers by true class has no row for others
     logits, labels = predict_logits(learner, test, cache=cache)
     record.classnames = list(test.classnames)
     record.labels = np.asarray(labels)

@@ -161,6 +161,11 @@ class ImageDataset:
             row[list(sample.classes)] = 1
         return truth
 
+    def with_label(self) -> ImageDataset:
+        """Return the samples that show a class for certain; the same data set if all do."""
+        kept = [i for i, sample in enumerate(self.samples) if sample.classes]
+        return self if len(kept) == len(self) else self.subset(kept)
+
     def one_label_each(self) -> ImageDataset:
         """Return one sample per image and label, which is how losses over single labels learn from several."""
         if not self.multi_label:

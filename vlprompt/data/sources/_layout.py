@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -156,5 +157,5 @@ def labelled(dataset: ImageDataset) -> ImageDataset:
     """
     if dataset.split == "test":
         return dataset
-    kept = [i for i, sample in enumerate(dataset.samples) if sample.classes]
-    return dataset.subset(kept, without_label=len(dataset) - len(kept))
+    kept = dataset.with_label()
+    return replace(kept, info={**kept.info, "without_label": len(dataset) - len(kept)})
