@@ -272,7 +272,8 @@ def _coco_labels(card: Card, options: dict[str, Any], root: Path) -> dict[str, i
         {"id": 3 * c + 1, "name": name, "supercategory": "x"} for c, name in enumerate(card.classnames)
     ]
     for split, part in options["parts"].items():
-        images, objects = [], []
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
         for n in range(PER_CLASS[split] * count):
             name = f"COCO_{split}2014_{n:012d}.jpg"
             write_image(folder / part["images"] / name, n % count)

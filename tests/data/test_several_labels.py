@@ -105,6 +105,7 @@ def test_no_metric_counts_difficult_objects(voc: Path, backbone: Backbone) -> No
     # An image of difficult objects alone has no place among the answers that a report shows.
     record = RunRecord(title="x")
     add_predictions(record, learner, test, FeatureCache())
+    assert record.labels is not None
     assert len(record.labels) == len(test) - 1
 
 
