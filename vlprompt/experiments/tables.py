@@ -105,8 +105,8 @@ def percent(value: float | Summary | None, plus_minus: str = "±") -> str:
         return ""
     if isinstance(value, Summary):
         half = "" if value.ci95 is None else f" {plus_minus} {100 * value.ci95:.1f}"
-        return f"{100 * value.mean:.1f}{half}"
-    return f"{100 * value:.1f}"
+        return f"{percent(value.mean)}{half}"
+    return f"{round(100 * value, 1) + 0.0:.1f}"  # nobody reads -0.0
 
 
 def written(value: float | Summary | None, number_format: str | None = None, plus_minus: str = "±") -> str:
