@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import scipy.io
+import yaml
 from PIL import Image
 
 from vlprompt.data import Card
@@ -233,7 +234,17 @@ def _synsets(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
 
     ids = synset_ids(str(card.synsets))
     sizes = {}
-    for part, below in options["parts"].items():
+    for part, name in options.get("lists", {}).items():
+        folder = root / options["folders"][0] / options["images"]
+        paths = [f"{synset}/{part}_{i}.jpg" for i in range(PER_CLASS[part]) for synset in ids]
+        for number, path in enumerate(paths):
+            write_image(folder / path, number % len(ids))
+        # The authors' paths begin at their working folder, and their numbers of classes are not ours.
+        targets = [(7 + number) % len(ids) for number in range(len(paths))]
+        content = {"data": [f"data/imagenet-r/{path}" for path in paths], "targets": targets}
+        (folder.parent / name).write_text(yaml.safe_dump(content))
+        sizes[part] = len(paths)
+    for part, below in options.get("parts", {}).items():
         count = 3 if part == "train" else 1
         for label, synset in enumerate(ids):
             folder = root / options["folders"][0] / options.get("images", "") / below
@@ -243,6 +254,37 @@ def _synsets(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
                 )
         sizes[part] = count * len(ids)
     return sizes
+
+
+def _voc_lists(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
+    folder = root / options["folders"][0]
+    for split, part in options["parts"].items():
+        spec = {"path": "ImageSets/Main", "part": part}
+        _voc(folder, folder / options["images"], spec, list(options["own_names"]), split)
+    return {split: PER_CLASS[split] * len(card.classnames) for split in options["parts"]}
+
+
+def _coco_labels(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
+    """Each image shows its class twice, the next one as a crowd, and ids are neither 0.. nor in order."""
+    folder = root / options["folders"][0]
+    count = len(card.classnames)
+    categories = [
+        {"id": 3 * c + 1, "name": name, "supercategory": "x"} for c, name in enumerate(card.classnames)
+    ]
+    for split, part in options["parts"].items():
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
+        for n in range(PER_CLASS[split] * count):
+            name = f"COCO_{split}2014_{n:012d}.jpg"
+            write_image(folder / part["images"] / name, n % count)
+            images.append({"id": 1000 - n, "file_name": name, "width": 640, "height": 480})
+            for label, crowd in ((n % count, 0), (n % count, 0), ((n + 1) % count, 1)):
+                objects.append({"id": len(objects) + 1, "image_id": 1000 - n, "category_id": 3 * label + 1})
+                objects[-1] |= {"iscrowd": crowd, "bbox": [1, 2, 3, 4], "area": 12.0}
+        path = folder / part["annotations"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    return {split: PER_CLASS[split] * count for split in options["parts"]}
 
 
 def _manifest(card: Card, options: dict[str, Any], root: Path) -> dict[str, int]:
@@ -286,4 +328,11 @@ _LISTS = {
     "voc": _voc,
 }
 _ARRAYS = {"cifar": _cifar, "idx": _idx, "svhn": _svhn, "stl": _stl, "h5": _h5, "fer": _fer}
-_MAKERS = {"images": _images, "arrays": _arrays, "synsets": _synsets, "manifest": _manifest}
+_MAKERS = {
+    "images": _images,
+    "arrays": _arrays,
+    "synsets": _synsets,
+    "manifest": _manifest,
+    "voc": _voc_lists,
+    "coco_labels": _coco_labels,
+}

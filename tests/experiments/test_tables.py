@@ -6,7 +6,7 @@ import csv
 import io
 
 from vlprompt.experiments.statistics import summarise
-from vlprompt.experiments.tables import Row, to_csv, to_latex, to_markdown
+from vlprompt.experiments.tables import Row, percent, to_csv, to_latex, to_markdown
 
 ROWS = [
     Row("zero-shot", {"digits": 0.5, "scenes/shape": 0.25}),
@@ -48,3 +48,14 @@ def test_columns_can_be_chosen_and_nothing_marked() -> None:
     assert "digits" not in text
     assert "**" not in text
     assert "†" not in text
+
+
+def test_nothing_has_no_sign() -> None:
+    assert percent(-0.0004) == "0.0"
+    assert percent(summarise([-0.0002, -0.0006])).startswith("0.0 ±")
+    assert percent(-0.0006) == "-0.1"
+
+
+def test_the_least_forgetting_is_the_best() -> None:
+    rows = [Row("a", {"x forgetting": 0.2, "x last": 0.5}), Row("b", {"x forgetting": 0.1, "x last": 0.4})]
+    assert to_markdown(rows).splitlines()[2:] == ["| a | 20.0 | **50.0** |", "| b | **10.0** | 40.0 |"]

@@ -124,6 +124,64 @@ def test_kept_keys_do_what_the_matrices_do(backbone: Backbone) -> None:
         torch.testing.assert_close(kept(x, a), term(x, a), rtol=1e-5, atol=1e-5)
 
 
+def obvious_features(tower: Any, pixels: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Image features (B, d) of the paper's equations, block after block, with nothing hooked into the tower."""
+    x = tower.stream.norm_before(tower.stream.embed(pixels)[0])
+    for i, block in enumerate(tower.blocks):
+        own = tower.kind == "vit"
+        normed = (block.ln_1 if own else block.norm1)(x)
+        attended = block.attn(normed, normed, normed, need_weights=False)[0] if own else block.attn(normed)
+        tokens, down, up = state["tokens"][i], state["down"][i], state["up"][i]
+        scores = (normed @ (tokens + tokens @ down @ up).T).relu()
+        term = scores.max(-1, keepdim=True).values.detach() * (scores @ tokens)
+
+        x = x + (block.ls_1 if own else block.ls1)(state["gain"][i].exp() * (attended + term))
+        inner = block.mlp((block.ln_2 if own else block.norm2)(x))
+        x = x + (block.ls_2 if own else block.ls2)(inner)
+    return tower.finish(x)
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm"])
+def test_five_steps_equal_a_loop_without_hooks(kind: str, make_backbone: Callable[..., Backbone]) -> None:
+    """All learned numbers after five steps of gradient descent, each group at its own rate."""
+    backbone = make_backbone(**({"vision": TIMM, "custom": True} if kind == "timm" else {}))
+    learner = disturbed("apt", backbone, tokens=5, rank=2).train()
+    pixels = filled("pixels", (4, 3, *backbone.image_size), 1.0)
+    labels = torch.tensor([0, 1, 2, 0])
+    prefix = "prompts.image."
+    state = {
+        name.removeprefix(prefix): tensor.detach().clone().requires_grad_()
+        for name, tensor in learner.learned_parameters().items()
+    }
+    weights = learner.class_weights().detach()
+    rates = {name: 0.01 if name == "gain" else 0.1 for name in state}
+    start = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    for _ in range(5):
+        features = torch.nn.functional.normalize(obvious_features(backbone.vision, pixels, state), dim=-1)
+        logits = backbone.logit_scale * features @ weights.T
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, list(state.values()))
+        with torch.no_grad():
+            for (name, tensor), gradient in zip(state.items(), gradients, strict=True):
+                tensor -= rates[name] * gradient
+
+    groups = learner.parameter_groups()
+    learned = learner.learned_parameters()
+    optimizer = torch.optim.SGD(
+        [{"params": [learned[n] for n in g["names"]], "lr": 0.1 * g.get("rate", 1.0)} for g in groups]
+    )
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(learner.loss({"image": pixels, "label": labels}).values()).backward()
+        optimizer.step()
+
+    for name, expected in state.items():
+        got = learned[f"{prefix}{name}"]
+        assert (expected - start[name]).abs().max() > 1e-4, name
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gains_and_gates_have_a_rate_of_their_own(backbone: Backbone) -> None:
     learner = build("apt", backbone, NAMES, towers="both", start="identity")
     first, second = learner.parameter_groups()

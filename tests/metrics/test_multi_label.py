@@ -51,6 +51,47 @@ def test_unknown_truth_is_counted_by_no_metric(scored: tuple[Tensor, Tensor]) ->
         assert metric(logits[:, 3:4], truth[:, 3:4]) == metric(logits[20:, 3:4], truth[20:, 3:4])
 
 
+def test_difficult_pairs_are_left_out_as_a_slow_loop_leaves_them_out(scored: tuple[Tensor, Tensor]) -> None:
+    """Pair after pair, in every class: no unknown one is right, wrong or missed, and its score ranks nothing."""
+    logits, truth = scored
+    unknown = torch.rand(truth.shape, generator=torch.Generator().manual_seed(5)) < 0.25
+    truth = truth.masked_fill(unknown, -1)
+
+    precisions, recalls, areas = [], [], []
+    right = predicted = present = 0
+    for c in range(truth.shape[1]):
+        pairs = [(s, t) for s, t in zip(logits[:, c].tolist(), truth[:, c].tolist(), strict=True) if t >= 0]
+        hits = sum(1 for s, t in pairs if s > 0 and t == 1)
+        said = sum(1 for s, _ in pairs if s > 0)
+        shown = sum(1 for _, t in pairs if t == 1)
+        right, predicted, present = right + hits, predicted + said, present + shown
+        precisions.append(hits / said)
+        recalls.append(hits / shown)
+        above = [[t for s, t in pairs if s >= cut] for cut, true in pairs if true == 1]
+        areas.append(sum(sum(part) / len(part) for part in above) / shown)
+
+    precision, recall = np.mean(precisions), np.mean(recalls)
+    figures = compute(logits, truth, ["map", "cf1", "of1"])
+    assert figures["map"] == pytest.approx(np.mean(areas), abs=1e-12)
+    assert figures["cf1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert figures["of1"] == pytest.approx(2 * right / (predicted + present))
+
+    # What is said of unknown pairs changes nothing, in any metric over several labels.
+    others = logits.masked_fill(unknown, 99.0)
+    names = ["map", "cf1", "of1", "map_11_point", "map_11_point_elevater"]
+    assert compute(others, truth, names) == compute(logits, truth, names)
+    cut = best_cut(logits, truth)
+    assert best_cut(others, truth) == cut
+
+
+def test_accuracy_counts_samples_that_have_a_class_and_a_known_answer() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0]] * 4)
+    truth = torch.tensor([[1, 0, 0], [0, 1, 0], [-1, 1, 0], [0, 0, 0]])
+    assert compute(logits, truth, ["accuracy"]) == {"accuracy": 0.5}
+    with pytest.raises(DataError, match="accuracy needs at least one sample with a class"):
+        compute(logits, torch.zeros_like(truth), ["accuracy"])
+
+
 def test_f1_by_hand() -> None:
     """Five images, four classes; the last class is shown by none, the third is never predicted."""
     truth = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]])

@@ -147,3 +147,15 @@ def test_words_of_a_real_tokenizer_are_found(scorer: EmbeddingScorer, backbone: 
     assert 1 <= len(readable.units) <= 6
     with pytest.raises(VLPromptError, match="no text features"):
         Clusters(source="phrases").prepare(ToyScorer({}), CLASSES, 1)
+
+
+@pytest.mark.parametrize("site", ["before", "behind", "both"])
+def test_influence_is_measured_where_the_words_will_stand(site: str, scorer: EmbeddingScorer) -> None:
+    """Half of twelve words lie strictly above the median: none is judged by a sentence without it."""
+    proposer = Clusters(vocabulary=60, clusters=12, percentile=50, site=site)  # type: ignore[arg-type]
+    proposer.prepare(scorer, CLASSES, 1)
+    assert len(proposer.units) == 6
+    sentences = [f"{{}} {unit}." if site == "behind" else f"{unit} {{}}." for unit in proposer.units]
+    values = influence(scorer, sentences)
+    assert float(values.min()) > 0
+    assert values.tolist() == sorted(values.tolist(), reverse=True)

@@ -77,6 +77,18 @@ def test_many_at_once_score_as_one_by_one(
         assert one.cross_entropy == pytest.approx(other.cross_entropy, abs=1e-5)
 
 
+def test_a_new_score_needs_no_image_tower(
+    backbone: Backbone, samples: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(backbone.vision, "encode", lambda *a, **k: calls.append("image"))
+    scorer = EmbeddingScorer(backbone, CLASSES, *samples)
+    scorer.score(TEMPLATES)
+    scorer.probabilities(TEMPLATES)
+    scorer.score_together(TEMPLATES)
+    assert (scorer.scored, calls) == (3, [])
+
+
 def test_a_remembered_score_needs_no_text_tower(
     backbone: Backbone,
     samples: tuple[Tensor, Tensor],

@@ -33,7 +33,7 @@ def draw_stream(config: AdaptationConfig, name: str, seed: int) -> ImageDataset:
         **options.image_arguments(),
         classnames=options.classnames,
         templates=options.templates,
-    )
+    ).with_label()  # an answer is right or wrong: an image without a class has neither
     corruption = parse_corruption(name)
     base = name if corruption is None else corruption.base
     order = numpy_rng(seed, "stream", base, options.split).permutation(len(data))

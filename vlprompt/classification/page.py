@@ -173,6 +173,7 @@ def _figures_of(results: Results) -> str:
 def add_predictions(record: RunRecord, learner: Learner, test: ImageDataset, cache: FeatureCache) -> None:
     """Add predictions on a test set, with sample images."""
     learner, test = fitting(learner, test)
+    test = test.with_label()  # a table of answers by true class has no row for others
     logits, labels = predict_logits(learner, test, cache=cache)
     record.classnames = list(test.classnames)
     record.labels = np.asarray(labels)

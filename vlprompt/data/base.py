@@ -17,7 +17,10 @@ from vlprompt.core.errors import DataError
 if TYPE_CHECKING:  # readers of names and labels need no torch
     from torch import Tensor
 
-__all__ = ["ImageDataset", "Reader", "Sample", "hash_strings"]
+__all__ = ["NO_LABEL", "ImageDataset", "Reader", "Sample", "hash_strings"]
+
+NO_LABEL = -1
+"""What stands for the label of an image of a multi-label data set that shows no class for certain."""
 
 
 class Reader(ABC):
@@ -77,7 +80,7 @@ class Sample:
 
     Attributes:
         source: Of the image.
-        label: Its class; a tuple in multi-label data sets.
+        label: Its class; a tuple in multi-label data sets, which may be empty.
         unknown: Further classes of which nobody can say whether the image shows them (objects marked difficult).
     """
 
@@ -118,7 +121,7 @@ class ImageDataset:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         sample = self.samples[index]
-        return self.reader.read(sample.source), sample.classes[0]
+        return self.reader.read(sample.source), _first(sample)
 
     def key(self, index: int) -> str:
         """Return the content key of one image (see :meth:`Reader.key`)."""
@@ -126,8 +129,11 @@ class ImageDataset:
 
     @property
     def labels(self) -> list[int]:
-        """The label of every sample, in order, without reading an image; the first one if it has several."""
-        return [s.classes[0] for s in self.samples]
+        """The label of every sample, in order, without reading an image.
+
+        The first one if it has several; :data:`NO_LABEL` if it has none.
+        """
+        return [_first(sample) for sample in self.samples]
 
     @property
     def targets(self) -> dict[str, Any]:
@@ -155,6 +161,11 @@ class ImageDataset:
             row[list(sample.classes)] = 1
         return truth
 
+    def with_label(self) -> ImageDataset:
+        """Return the samples that show a class for certain; the same data set if all do."""
+        kept = [i for i, sample in enumerate(self.samples) if sample.classes]
+        return self if len(kept) == len(self) else self.subset(kept)
+
     def one_label_each(self) -> ImageDataset:
         """Return one sample per image and label, which is how losses over single labels learn from several."""
         if not self.multi_label:
@@ -176,6 +187,8 @@ class ImageDataset:
     def keep_classes(self, classes: Sequence[int], /, **info: Any) -> ImageDataset:
         """Return only the samples of some classes, relabelled 0..len(classes)-1 in the order given.
 
+        Samples that show no class stay where all classes do.
+
         Raises:
             DataError: If a class index does not exist.
         """
@@ -192,7 +205,10 @@ class ImageDataset:
             unknown = tuple(new_label[c] for c in sample.unknown if c in new_label)
             return Sample(sample.source, labels if isinstance(sample.label, tuple) else labels[0], unknown)
 
-        remaining = [i for i, s in enumerate(self.samples) if not new_label.keys().isdisjoint(s.classes)]
+        keeps_all = len(new_label) == len(self.classnames)
+        remaining = [
+            i for i, s in enumerate(self.samples) if keeps_all or not new_label.keys().isdisjoint(s.classes)
+        ]
         part = self.subset(remaining, **info)
         names = tuple(self.classnames[c] for c in classes)
 
@@ -207,6 +223,10 @@ class ImageDataset:
             "templates_hash": hash_strings(self.templates),
             **({"descriptions_hash": hash_strings(texts)} if described else {}),
         }
+
+
+def _first(sample: Sample) -> int:
+    return next(iter(sample.classes), NO_LABEL)
 
 
 def hash_strings(strings: Iterable[str]) -> str:

@@ -82,7 +82,7 @@ class CocoFile:
     images: tuple[CocoImage, ...]
 
 
-def read_coco_file(path: Path, folder: Path, *, boxes: bool) -> CocoFile:
+def read_coco_file(path: Path, folder: Path, *, boxes: bool, sizes: bool = True) -> CocoFile:
     """Read a file of objects, and look at the header of every image.
 
     Objects without area are left out, and boxes that reach beyond their image are cut; a warning counts both.
@@ -91,13 +91,15 @@ def read_coco_file(path: Path, folder: Path, *, boxes: bool) -> CocoFile:
         path: The JSON file: ``images``, ``annotations``, ``categories``.
         folder: Of the images.
         boxes: Whether every object needs a box.
+        sizes: Whether images must have the sizes that the file says; False opens none, where only names of classes
+            are read.
 
     Raises:
         DataError: If the file is not of that format or can't be meant as it is; names the entry.
     """
     raw = _json(path)
     labels, names = _categories(path, _entries(path, raw, "categories"))
-    images = _images(path, _entries(path, raw, "images"), folder)
+    images = _images(path, _entries(path, raw, "images"), folder, sizes)
     annotations = _entries(path, raw, "annotations")
     if not annotations:
         raise DataError(
@@ -189,7 +191,7 @@ def _categories(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[dict[
 
 
 def _images(
-    path: Path, entries: Sequence[Mapping[str, Any]], folder: Path
+    path: Path, entries: Sequence[Mapping[str, Any]], folder: Path, check_sizes: bool
 ) -> dict[Id, tuple[str, tuple[int, int]]]:
     """Return image's id to its name and its size."""
     images: dict[Id, tuple[str, tuple[int, int]]] = {}
@@ -214,7 +216,7 @@ def _images(
     missing = [str(folder / name) for name, _ in images.values() if not is_regular_file(folder / name)]
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(images)} images are missing, first {missing[0]}.")
-    for name, size in images.values():
+    for name, size in images.values() if check_sizes else ():
         _check_size(path, folder / name, size)
     return images
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from vlprompt.core.errors import DataError
 from vlprompt.core.seeding import numpy_rng
-from vlprompt.data.base import ImageDataset
+from vlprompt.data.base import NO_LABEL, ImageDataset
 from vlprompt.data.images import (
     BadImage,
     BadImagePolicy,
@@ -140,10 +140,11 @@ def _wanted(dataset: ImageDataset, shots: int) -> int:
 
 
 def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
-    """Return the positions of each label, labels in order of first appearance."""
+    """Return the positions of each label, labels in order of first appearance; images without one are no shots."""
     groups: dict[int, list[int]] = {}
     for position, label in enumerate(labels):
-        groups.setdefault(label, []).append(position)
+        if label != NO_LABEL:
+            groups.setdefault(label, []).append(position)
     return groups
 
 

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _MASK_METRICS = ("dice", "iou", "miou")
+_LOWEST_IS_BEST = ("forgetting",)  # last words of columns
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -54,7 +55,7 @@ class Table:
         columns: In order; empty for all that occur.
         title: What stands above it.
         note: What stands below it: what was measured and how.
-        best: Whether the highest measured value of a column is bold.
+        best: Whether the best measured value of a column is bold: the highest, of forgetting the lowest.
         formats: Columns that hold no fractions (pixels, losses, counts), and how their numbers are written (``".1f"``).
     """
 
@@ -104,8 +105,8 @@ def percent(value: float | Summary | None, plus_minus: str = "±") -> str:
         return ""
     if isinstance(value, Summary):
         half = "" if value.ci95 is None else f" {plus_minus} {100 * value.ci95:.1f}"
-        return f"{100 * value.mean:.1f}{half}"
-    return f"{100 * value:.1f}"
+        return f"{percent(value.mean)}{half}"
+    return f"{round(100 * value, 1) + 0.0:.1f}"  # nobody reads -0.0
 
 
 def written(value: float | Summary | None, number_format: str | None = None, plus_minus: str = "±") -> str:
@@ -134,7 +135,7 @@ def to_markdown(
     Args:
         rows: Lines in the order given.
         columns: Columns in order; all that occur by default.
-        best: Whether to set the highest measured value in bold.
+        best: Whether to set the best measured value in bold; see :class:`Table`.
         formats: See :class:`Table`.
     """
     columns = columns or _columns(rows)
@@ -226,7 +227,8 @@ def _mean(value: float | Summary) -> float:
 
 def _is_best(row: Row, column: str, rows: Sequence[Row]) -> bool:
     measured = [_mean(r.values[column]) for r in rows if r.source == "measured" and column in r.values]
-    return row.source == "measured" and len(measured) > 1 and _mean(row.values[column]) == max(measured)
+    best = min if column.rpartition(" ")[2] in _LOWEST_IS_BEST else max
+    return row.source == "measured" and len(measured) > 1 and _mean(row.values[column]) == best(measured)
 
 
 def _note(rows: Sequence[Row]) -> str:

@@ -1,8 +1,9 @@
 """Text search: templates that people can read, found without gradients on the training images' embeddings.
 
 Papers: Du et al., "IPO: Interpretable Prompt Optimization for Vision-Language Models", NeurIPS 2024, arXiv 2410.15397
-(``proposer="chat"`` and ``"local"``); Zhou et al., Findings of EMNLP 2023, arXiv 2310.12774 (``"clusters"``). What is
-searched, by whom, and where this differs from the papers: :mod:`vlprompt.text_search` and its proposers.
+(``proposer="chat"`` and ``"local"``); Zhou et al., Findings of EMNLP 2023, arXiv 2310.12774 (``"clusters"``); Deng
+et al., EMNLP 2022, arXiv 2205.12548 (``"policy"``). What is searched, by whom, and where this differs from the
+papers: :mod:`vlprompt.text_search` and its proposers.
 
 Where this differs from IPO: training images steer and validation images choose among the best, with the hand-written
 templates among them; templates may not name a class; the offline grammar is the default.
@@ -69,7 +70,8 @@ class TextSearch(Learner):
         backbone: See :class:`Learner`.
         classnames: See :class:`Learner`.
         templates: Where the search starts.
-        proposer: Who proposes: ``grammar`` (offline), ``chat``, ``local``, ``clusters``, ``retrieval``, ``replay``.
+        proposer: Who proposes: ``grammar`` (offline), ``chat``, ``local``, ``clusters``, ``policy``, ``retrieval``,
+            ``replay``.
         proposer_options: Its own options.
         objective: What is maximised: the ``accuracy`` (of equals the lower cross-entropy, then the shorter), minus the
             ``cross_entropy``, or the ``gap`` between the true class and the strongest other. The last two also pay

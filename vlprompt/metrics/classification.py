@@ -40,11 +40,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
     Args:
         logits: Scores, (n, C).
-        labels: True classes, (n,); for multi-label truth, (n, C), any class the sample has is right.
+        labels: True classes, (n,); for multi-label truth, (n, C), any class the sample has is right. Samples without a
+            class don't count, nor do those whose highest score is a class of which nobody can say (-1).
+
+    Raises:
+        DataError: If no sample counts.
     """
     guess = logits.argmax(1)
-    right = labels.gather(1, guess[:, None])[:, 0] > 0 if labels.ndim == 2 else guess == labels
-    return float(right.double().mean())
+    if labels.ndim == 1:
+        return float((guess == labels).double().mean())
+
+    truth = labels.gather(1, guess[:, None])[:, 0]
+    counts = (truth >= 0) & (labels > 0).any(1)
+    if not counts.any():
+        raise DataError("accuracy needs at least one sample with a class; every label is 0.")
+    return float(truth[counts].double().mean())
 
 
 def mean_per_class(logits: Tensor, labels: Tensor) -> float:

@@ -11,15 +11,38 @@ reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import derive_seed
+from vlprompt.text_search.embeddings import EmbeddingScorer
+from vlprompt.text_search.phrases import PHRASES
 from vlprompt.text_search.scorer import Scorer
 
-__all__ = ["cluster_representatives", "influence", "plain_words", "pruned"]
+__all__ = [
+    "Site",
+    "Source",
+    "Words",
+    "cluster_representatives",
+    "found_units",
+    "influence",
+    "plain_words",
+    "pruned",
+    "unit_template",
+    "whole_template",
+]
+
+Source = Literal["words", "phrases"]
+"""What units are: words of the tokenizer, or phrases of the grammar."""
+
+Site = Literal["before", "behind", "both"]
+"""Where units stand beside the class name."""
+
+Words = tuple[str, ...]
 
 _SHORTEST = 3  # letters
 _CHUNK = 64  # templates whose probabilities are held at once
@@ -30,6 +53,71 @@ _LITTLE_WORDS = (
     "will with would you your http https www com rt via"
 )
 _STOP_WORDS = frozenset(_LITTLE_WORDS.split())
+_READABLE = ("adjective", "medium", "place")
+
+
+def found_units(
+    scorer: Scorer,
+    classnames: Sequence[str],
+    seed: int,
+    *,
+    source: Source,
+    site: Site,
+    vocabulary: int,
+    clusters: int,
+    percentile: float,
+) -> list[str]:
+    """Return what is searched over, the most influential first.
+
+    Candidates are clustered by the text feature of "a photo of a {unit}.", one stands for each cluster, and those stay
+    whose influence on the predictions is above a percentile.
+
+    Args:
+        scorer: Gives text features and class probabilities.
+        classnames: C names, whose words are left out.
+        seed: Of the clusters.
+        source: See :data:`Source`.
+        site: Where influence is measured; before the class name for ``"both"``.
+        vocabulary: How many words of the tokenizer are looked at, the most frequent first.
+        clusters: How many stand for them.
+        percentile: Of influence; units strictly above it stay.
+
+    Raises:
+        VLPromptError: If there is none, or the scorer has no text features or probabilities.
+    """
+    units = _candidates(scorer, classnames, source, vocabulary)
+    if not units:
+        raise VLPromptError("the tokenizer has no whole words to search over; use source='phrases'.")
+
+    features = scorer.features([f"a photo of a {unit}." for unit in units])
+    chosen = [units[i] for i in cluster_representatives(features, clusters, seed)]
+
+    where: Site = "before" if site == "both" else site
+    values = influence(scorer, [unit_template((unit,), (unit,), where) for unit in chosen])
+    return [chosen[i] for i in pruned(values, percentile)]
+
+
+def _candidates(scorer: Scorer, classnames: Sequence[str], source: Source, vocabulary: int) -> list[str]:
+    if source == "phrases":
+        return [phrase for slot in _READABLE for phrase in PHRASES[slot] if phrase]
+    if not isinstance(scorer, EmbeddingScorer):
+        raise VLPromptError(f"{type(scorer).__name__} has no tokenizer; use source='phrases'.")
+    return plain_words(scorer.vocabulary(), classnames, vocabulary)
+
+
+def unit_template(before: Words, behind: Words, site: Site) -> str:
+    """Return the sentence of units on the sides that count."""
+    left = " ".join(before) if site in ("before", "both") else ""
+    right = " ".join(behind) if site in ("behind", "both") else ""
+    return " ".join(part for part in (left, "{}", right) if part) + "."
+
+
+def whole_template(words: Words, site: Site) -> str:
+    """Return the sentence of a sequence of units; the longer half stands before the class name for ``"both"``."""
+    if site == "both":
+        half = (len(words) + 1) // 2
+        return unit_template(words[:half], words[half:], site)
+    return unit_template(words, words, site)
 
 
 def plain_words(vocabulary: Sequence[str], classnames: Sequence[str], count: int) -> list[str]:

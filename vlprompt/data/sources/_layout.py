@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_present",
     "dataset_from",
     "find_folder",
+    "labelled",
     "parse_options",
     "published_split",
 ]
@@ -146,3 +148,14 @@ def dataset_from(
     info = {"source": (request.source or card.source).kind, "split_source": how}
     read = FileReader(reader) if isinstance(reader, Path) else reader
     return ImageDataset(request.name, request.split, parts[request.split], names, card.templates, read, info)
+
+
+def labelled(dataset: ImageDataset) -> ImageDataset:
+    """Return a multi-label data set without the images that show no class for certain; the test part keeps them.
+
+    How many were left out stands in ``info["without_label"]``.
+    """
+    if dataset.split == "test":
+        return dataset
+    kept = dataset.with_label()
+    return replace(kept, info={**kept.info, "without_label": len(dataset) - len(kept)})

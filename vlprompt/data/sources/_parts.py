@@ -19,7 +19,10 @@ from vlprompt.data.base import Sample
 from vlprompt.data.listing import list_images
 from vlprompt.data.sources import read_text
 
-__all__ = ["Part", "PartSpec"]
+__all__ = ["Difficult", "Part", "PartSpec", "VocPart"]
+
+Difficult = Literal["present", "ignore", "negative"]
+"""What objects are that PASCAL VOC marks difficult, see :class:`VocPart`."""
 
 
 class Part(BaseModel):
@@ -182,19 +185,24 @@ class CarsPart(Part):
 class VocPart(Part):
     """PASCAL VOC: ``path`` holds one file ``<class>_<part>.txt`` per class, lines ``<image> <-1, 0 or 1>``.
 
-    1 is a positive; 0 marks objects that are there but hard to see, and counts as one too: so every image has a
-    label, and the parts have the sizes that ELEVATER states.
+    1 is a positive, -1 a negative; 0 is an image all of whose objects of the class are marked difficult.
 
     Attributes:
-        part: ``"train"``, ``"val"`` or ``"test"``.
+        part: ``"train"``, ``"val"``, ``"trainval"`` or ``"test"``.
+        difficult: What 0 is: ``"present"``, a positive, so that every image has a label and the parts have the sizes
+            that ELEVATER states; ``"ignore"``, neither positive nor negative, as the VOC programs have it;
+            ``"negative"``, as the code of MULTI-LANE has it. With the last two an image may be left without a label.
     """
 
     format: Literal["voc"]
-    part: Literal["train", "val", "test"]
+    part: Literal["train", "val", "trainval", "test"]
+    difficult: Difficult = "present"
 
     def read(self, folder: Path, images: Path, own_names: tuple[str, ...]) -> list[Sample]:
         """See :meth:`Part.read`."""
+        certain = ("1", "0") if self.difficult == "present" else ("1",)
         labels_of: dict[str, list[int]] = {}
+        unknown_of: dict[str, list[int]] = {}
         for label, name in enumerate(own_names):
             path = need(folder / self.path / f"{name}_{self.part}.txt")
             for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -203,10 +211,21 @@ class VocPart(Part):
                     raise DataError(
                         f"{path}, line {number}: expected '<image> <-1, 0 or 1>', got {line[:80]!r}."
                     )
-                if words and words[1] != "-1":
-                    labels_of.setdefault(words[0], []).append(label)
+                if not words:
+                    continue
 
-        return [Sample(f"{self.prefix}{p}{self.suffix}", tuple(labels_of[p])) for p in sorted(labels_of)]
+                labels = labels_of.setdefault(words[0], [])
+                if words[1] in certain:
+                    labels.append(label)
+                elif words[1] == "0" and self.difficult == "ignore":
+                    unknown_of.setdefault(words[0], []).append(label)
+
+        if self.difficult == "present":  # every image of VOC has an object
+            labels_of = {image: labels for image, labels in labels_of.items() if labels}
+        return [
+            Sample(f"{self.prefix}{image}{self.suffix}", tuple(labels), tuple(unknown_of.get(image, ())))
+            for image, labels in sorted(labels_of.items())
+        ]
 
 
 PartSpec = Annotated[

@@ -16,22 +16,16 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from vlprompt.core.errors import VLPromptError
-from vlprompt.text_search.embeddings import EmbeddingScorer
-from vlprompt.text_search.phrases import PHRASES
 from vlprompt.text_search.proposers import PROPOSERS
 from vlprompt.text_search.proposers.base import Proposal, Proposer, Request
 from vlprompt.text_search.scorer import Scorer
-from vlprompt.text_search.units import cluster_representatives, influence, plain_words, pruned
+from vlprompt.text_search.units import Site, Source, Words, found_units, unit_template, whole_template
 
 __all__ = ["Clusters"]
 
 _TRIES = 20  # draws for each template that is wanted
 _PARENT_SHARE = 0.1
 _MUTATED_SHARE = 0.1  # of the words of a child
-_READABLE = ("adjective", "medium", "place")
-
-Words = tuple[str, ...]
 
 
 @PROPOSERS.register(
@@ -65,8 +59,8 @@ class Clusters(Proposer):
         self,
         *,
         algorithm: Literal["greedy", "genetic"] = "greedy",
-        source: Literal["words", "phrases"] = "words",
-        site: Literal["before", "behind", "both"] = "before",
+        source: Source = "words",
+        site: Site = "before",
         length: Annotated[int, Field(ge=1, le=12)] = 3,
         vocabulary: Annotated[int, Field(ge=1)] = 2000,
         clusters: Annotated[int, Field(ge=1)] = 200,
@@ -93,27 +87,20 @@ class Clusters(Proposer):
         Raises:
             VLPromptError: If there is none, or the scorer has no text features or probabilities.
         """
-        units = self._vocabulary(scorer, classnames)
-        if not units:
-            raise VLPromptError("the tokenizer has no whole words to search over; use source='phrases'.")
-
-        features = scorer.features([f"a photo of a {unit}." for unit in units])
-        chosen = [units[i] for i in cluster_representatives(features, self.clusters, seed)]
-
-        site = "before" if self.site == "both" else self.site
-        values = influence(scorer, [_template((unit,), (), site) for unit in chosen])
-        self.units = [chosen[i] for i in pruned(values, self.percentile)]
+        self.units = found_units(
+            scorer,
+            classnames,
+            seed,
+            source=self.source,
+            site=self.site,
+            vocabulary=self.vocabulary,
+            clusters=self.clusters,
+            percentile=self.percentile,
+        )
 
     def propose(self, request: Request) -> Proposal:
         """See :meth:`Proposer.propose`."""
         return self._greedy(request) if self.algorithm == "greedy" else self._genetic(request)
-
-    def _vocabulary(self, scorer: Scorer, classnames: Sequence[str]) -> list[str]:
-        if self.source == "phrases":
-            return [phrase for slot in _READABLE for phrase in PHRASES[slot] if phrase]
-        if not isinstance(scorer, EmbeddingScorer):
-            raise VLPromptError(f"{type(scorer).__name__} has no tokenizer; use source='phrases'.")
-        return plain_words(scorer.vocabulary(), classnames, self.vocabulary)
 
     def _greedy(self, request: Request) -> Proposal:
         """Return what is not scored yet of the first place that is not complete."""
@@ -123,7 +110,7 @@ class Clusters(Proposer):
 
         for _ in range(self.length):
             options = self._longer(before, behind)
-            texts = {_template(*option, self.site): option for option in options}
+            texts = {unit_template(*option, self.site): option for option in options}
             new = [text for text in texts if text.casefold() not in request.seen]
             if new:
                 return Proposal(new[: request.count])
@@ -164,7 +151,7 @@ class Clusters(Proposer):
                 first, second = request.rng.choice(len(parents), size=2, replace=False)
                 words = crossed(parents[int(first)], parents[int(second)], request.rng)
 
-            text = self._whole(words)
+            text = whole_template(words, self.site)
             if text.casefold() not in taken:
                 taken.add(text.casefold())
                 texts.append(text)
@@ -178,12 +165,6 @@ class Clusters(Proposer):
 
     def _unit(self, rng: np.random.Generator) -> str:
         return self.units[int(rng.integers(len(self.units)))]
-
-    def _whole(self, words: Words) -> str:
-        if self.site == "both":
-            half = (len(words) + 1) // 2
-            return _template(words[:half], words[half:], self.site)
-        return _template(words, words, self.site)
 
     def _sequences(self, request: Request) -> list[Words]:
         """Return the sequences of units among the scored templates, the best first."""
@@ -206,13 +187,6 @@ def crossed(first: Words, second: Words, rng: np.random.Generator) -> Words:
         place = int(rng.integers(len(picks)))
         picks[place] = 1 - picks[place]
     return tuple((first, second)[pick][place] for place, pick in enumerate(picks))
-
-
-def _template(before: Words, behind: Words, site: str) -> str:
-    """Return the sentence of units on the sides that count."""
-    left = " ".join(before) if site in ("before", "both") else ""
-    right = " ".join(behind) if site in ("behind", "both") else ""
-    return " ".join(part for part in (left, "{}", right) if part) + "."
 
 
 def _split(text: str, units: Sequence[str]) -> Words | None:
