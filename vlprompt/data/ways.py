@@ -96,17 +96,25 @@ class Ways(Generic[Data]):
 
         Raises:
             AbsentError: If no source finds the files: where they were looked for, and how to get them.
-            DataError: If the files are incomplete or damaged.
+            DataError: If the files are incomplete or damaged, or are of a source that lacks one of the options.
         """
         missing = []
         for way in self.ways:
             valid = way.options
+            own = {name: value for name, value in options.items() if name in valid}
             try:
-                return way.build(
-                    way.request, **_checked(way, {k: v for k, v in options.items() if k in valid})
-                )
+                data = way.build(way.request, **_checked(way, own))
             except AbsentError as error:
                 missing.append(str(error))  # another way may find them
+                continue
+
+            idle = sorted(options.keys() - own.keys())
+            if idle:
+                raise DataError(
+                    f"{self.request.name}: the files here are read in a way without the option {idle[0]!r}; its "
+                    f"options are {', '.join(valid) or 'none'}. Leave {idle[0]!r} out, or name another root."
+                )
+            return data
 
         if self.card is None:
             raise AbsentError(" ".join(missing))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from vlprompt.core.descriptions import Descriptions
 from vlprompt.core.files import write_json, write_tensors
 from vlprompt.core.options import check_type
 from vlprompt.core.paths import user_path
+from vlprompt.core.trainable import Trainable
 from vlprompt.core.version import package_version
 from vlprompt.learners import Learner, create_learner
 from vlprompt.saved.card import (
@@ -42,9 +43,8 @@ __all__ = [
 ]
 
 
-@runtime_checkable
-class Prompted(Protocol):
-    """What can be saved beside a learner: a model with learned prompts that says of which kind it is.
+class Prompted(Trainable):
+    """Base of what can be saved beside a learner: a model with learned prompts that says of which kind it is.
 
     Attributes:
         kind: What the card calls it.
@@ -57,9 +57,6 @@ class Prompted(Protocol):
     method: str
     options: dict[str, Any]
     backbone: Backbone
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return what was learned, by name."""
 
 
 def save(

@@ -15,8 +15,7 @@ from vlprompt.backbones import Backbone
 from vlprompt.backbones.inputs import check_images
 from vlprompt.core.errors import BackboneError, DataError
 from vlprompt.core.precision import Precision
-from vlprompt.core.trainable import Trainable
-from vlprompt.saved.prompts import Kind
+from vlprompt.saved.prompts import Kind, Prompted
 from vlprompt.segmentation._conditions import Conditions
 from vlprompt.segmentation._pixels import Sized, Squash
 from vlprompt.segmentation.strategies.base import Rows, Strategy
@@ -30,7 +29,7 @@ Texts: TypeAlias = Sequence[str] | Tensor
 LastLayer: TypeAlias = Literal["frozen", "new", "tuned"]
 
 
-class Segmenter(nn.Module, Trainable):
+class Segmenter(nn.Module, Prompted):
     """Base of all models: ``segmenter(images, texts)`` gives one logit per pixel for "this pixel is what is named".
 
     A model builds ``decoder``, calls :meth:`settle`, and defines :meth:`frozen` and :meth:`decode`. Keyword-only

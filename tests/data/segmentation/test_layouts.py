@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.segmentation import pairs_layouts as lay
+from vlprompt.core.errors import DataError
 from vlprompt.data import load_card, load_segmentation
 from vlprompt.data.cards import card_names
 from vlprompt.data.prepare import explain, status
@@ -149,6 +150,15 @@ def test_original_downloads(name: str, tmp_path: Path) -> None:
             seen.append(number)
     expected = [*range(20), *range(40, 45)] if name == "isic2016" else list(range(20))
     assert sorted(seen) == expected  # nothing lost, nothing in two parts
+
+
+def test_an_option_that_the_files_at_hand_have_no_use_for_is_refused(tmp_path: Path) -> None:
+    _clinicdb(tmp_path)
+    with pytest.raises(
+        DataError, match=r"clinicdb: the files here are read in a way without the option 'prompt'"
+    ):
+        load_segmentation("clinicdb", "test", root=tmp_path, prompt=3)
+    assert len(load_segmentation("clinicdb", "test", root=tmp_path, threshold=60)) > 0
 
 
 def test_voc_reads_palette_files_by_index_and_leaves_borders_out(tmp_path: Path) -> None:
