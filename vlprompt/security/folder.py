@@ -8,7 +8,6 @@ starts), ``scan.json`` (what is scanned with what), ``rows.jsonl`` (a verdict pe
 from __future__ import annotations
 
 import base64
-import hashlib
 import heapq
 import io
 import json
@@ -31,6 +30,7 @@ from vlprompt.core.csv_text import csv_line, is_one_line
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
 from vlprompt.core.paths import user_path
+from vlprompt.data.checksums import checksum
 from vlprompt.data.decoding import read_image
 from vlprompt.data.images import EXTENSIONS
 from vlprompt.data.listing import HIDDEN, NO_IMAGE, Listing, walk
@@ -325,10 +325,9 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[str]:
 
 
 def _digest(target: Path) -> str:
-    """Return the sha256 of the listing; empty if there is none."""
+    """Return the checksum of the listing; empty if there is none."""
     try:
-        with (target / _LISTING).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(target / _LISTING, "sha256")
     except FileNotFoundError:
         return ""
 

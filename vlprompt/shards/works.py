@@ -209,7 +209,9 @@ class Encoding(Work):
     def schema(self) -> Any:
         """See :meth:`Work.schema`."""
         arrow = import_pyarrow()
-        row = arrow.list_(arrow.float32(), self.backbone.dim)
+        row = arrow.list_(
+            arrow.float32()
+        )  # of a fixed length, pyarrow before 26 could not read those with nulls
         return arrow.schema({"image": arrow.string(), "error": arrow.string(), "feature": row})
 
     def table(self, batch: Decoded) -> Any:
@@ -243,7 +245,7 @@ class Pairs(Encoding):
     def schema(self) -> Any:
         """See :meth:`Work.schema`."""
         arrow = import_pyarrow()
-        row = arrow.list_(arrow.float32(), self.backbone.dim)
+        row = arrow.list_(arrow.float32())
         text = arrow.string()
         return arrow.schema({"image": text, "caption": text, "error": text, "feature": row, "text": row})
 

@@ -49,6 +49,8 @@ class EncodedCaptions:
         self.text_rows: list[Tensor] = []
         for path in parts:
             self._read(path)
+        if not self.captions:
+            raise DataError(f"encoded:{argument} holds no image that could be read.")
 
     @property
     def backbone(self) -> str:
@@ -89,16 +91,22 @@ class EncodedCaptions:
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{path} is no readable Parquet file: {error}.") from None
 
+        if not table.num_rows:
+            return
         self.captions += table.column("caption").to_pylist()
-        self.image_rows.append(_matrix(table, "feature"))
-        self.text_rows.append(_matrix(table, "text"))
+        self.image_rows.append(_matrix(path, table, "feature"))
+        self.text_rows.append(_matrix(path, table, "text"))
 
 
-def _matrix(table: Any, name: str) -> Tensor:
-    """Return a column of equally long lists as (n, d) float16."""
-    column = table.column(name).combine_chunks()
-    width = table.schema.field(name).type.list_size
-    values = np.asarray(column.flatten()).reshape(-1, width)
+def _matrix(path: Path, table: Any, name: str) -> Tensor:
+    """Return a column of equally long lists as (n, d) float16; there is at least one."""
+    column = table.column(name)
+    lengths = {len(row) for row in column}
+    if len(lengths) != 1:
+        raise DataError(
+            f"{path}: the rows of {name!r} have {min(lengths)} to {max(lengths)} numbers, not as many each."
+        )
+    values = np.asarray(column.combine_chunks().flatten()).reshape(-1, *lengths)
     return torch.from_numpy(values.astype(np.float16))
 
 
