@@ -99,7 +99,8 @@ def test_wandb_offline_holds_every_number(offline: Path) -> None:
     pytest.importorskip("wandb")
     history = interrupted("wandb", offline / "runs" / "a" / "0123" / "cells" / "one")
     folders = sorted((offline / "wandb").glob("offline-run-*"))
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # one run, in three sittings
+    # One run, in three sittings: offline-run-TIME-ID, and a number behind it where two began in one second.
+    assert len({folder.name.split("-")[3] for folder in folders}) == 1
 
     points: dict[int, float] = {}
     results: list[float] = []
