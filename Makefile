@@ -8,8 +8,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/backbones/test_tiny.py tests/backbones/test_openclip.py tests/backbones/test_weight_facts.py \
-    tests/backbones/test_weight_files.py tests/backbones/test_tokenizers.py tests/saved/test_prompts.py \
-    tests/learners/test_coop.py tests/diffusion/test_custom_code.py tests/cli/test_saved.py
+    tests/backbones/test_weight_files.py tests/saved/test_prompts.py tests/learners/test_coop.py tests/cli/test_saved.py \
+    tests/training/test_trainer.py tests/experiments/test_runner.py
+LOWEST_TESTS_OF_EXTRAS := tests/backbones/test_tokenizers.py tests/diffusion/test_custom_code.py \
+    tests/classification/test_name_list.py tests/data/test_objects.py tests/experiments/test_search.py \
+    tests/experiments/test_slurm.py tests/saved/test_export.py tests/shards/test_shards.py tests/text_search/test_chat.py
+LOWEST_SLOW_TESTS := tests/training/test_trackers.py
 
 .PHONY: quickstart test test-slow test-slurm test-campaign test-lowest lint format docs install clean
 .DEFAULT_GOAL := test
@@ -30,14 +34,19 @@ test-slurm: $(INSTALLED)
 test-campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign -n auto --maxprocesses 4 --dist loadfile
 
-# The lowest versions that pyproject.toml allows of what is named there, in an environment of their own. Without Gradio,
-# which would not let the lowest transformers and huggingface_hub in (the marker is never true).
+# The lowest versions that pyproject.toml allows of what is named there, in an environment of their own: first of what is
+# always needed, then of the extras, some of which need newer ones of the same. Without Gradio, which would not let the
+# lowest transformers and huggingface_hub in (the marker is never true).
 test-lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e . \
+	    'hypothesis>=6.100' 'packaging>=24.0' 'pytest>=8.0' 'pytest-xdist>=3.6'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(LOWEST_TESTS)
 	echo "gradio; python_version < '3'" > $(LOWEST)/without.txt
 	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --overrides $(LOWEST)/without.txt -e '.[dev]'
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(LOWEST_TESTS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(LOWEST_TESTS_OF_EXTRAS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "slow or not slow" $(LOWEST_SLOW_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
