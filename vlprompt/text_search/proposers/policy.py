@@ -71,9 +71,8 @@ class UnitPolicy(nn.Module):
         for place in range(draws.shape[1]):
             cumulated = self(units)[:, -1].exp().cumsum(-1)
             point = torch.from_numpy(draws[:, place : place + 1].copy())
-            unit = (
-                (cumulated <= point).sum(-1).clamp(max=len(self.features) - 1)
-            )  # sums end a rounding below 1
+            # Sums end a rounding below 1.
+            unit = (cumulated <= point).sum(-1).clamp(max=len(self.features) - 1)
             units = torch.cat([units, unit[:, None]], 1)
         return units
 
