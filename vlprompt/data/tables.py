@@ -227,8 +227,8 @@ def _sniffed(where: str, text: str) -> str:
 def _records(where: str, text: str, delimiter: str) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield the line on which a record ends and its fields."""
     lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if "\0" in line:  # Python 3.10's reader would say so in words of its own
+    for number, content in enumerate(lines, 1):
+        if "\0" in content:  # Python 3.10's reader would say so in words of its own
             raise DataError(f"{where}, line {number}: there is a null character.")
 
     reader = csv.reader(
