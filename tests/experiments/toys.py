@@ -38,6 +38,7 @@ class ToyConfig(ExperimentConfig):
         "", description="a folder that remembers which of them have done so; empty: each time"
     )
     seconds: float = Field(0.0, description="that a cell takes")
+    held: dict[str, str] = Field(default_factory=dict, description="cells that wait as long as a file exists")
     diary: str = Field("", description="a file that gets a line for every attempt")
     interrupt: list[str] = Field(default_factory=list, description="cells during which Ctrl-C is pressed")
     lacks: list[str] = Field(default_factory=list, description="what is missing before it can run")
@@ -67,6 +68,8 @@ class Toy(Experiment):
                 file.write(f"{cell.name} {os.getpid()}\n")
         print(f"{cell.name} speaks", flush=True)
         time.sleep(self.config.seconds)
+        while cell.name in self.config.held and Path(self.config.held[cell.name]).exists():
+            time.sleep(0.05)
         broken = not self.config.fail_while or Path(self.config.fail_while).exists()
         if cell.name in self.config.fail and broken:
             raise DataError(f"{cell.name} can't be read.")
