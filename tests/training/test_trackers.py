@@ -237,6 +237,13 @@ def test_a_tracker_that_cannot_take_a_result_loses_no_cell(
     assert "The results of the cell are kept." in caplog.text
 
 
+@pytest.mark.slow
+def test_a_name_that_a_tracker_does_not_take_is_one_sentence(offline: Path) -> None:
+    pytest.importorskip("mlflow")
+    with pytest.raises(VLPromptError, match=r"the tracker mlflow can't take the result: .*@sketch"):
+        Tracker("mlflow", "a project", offline / "cell").log_result({"scenes/shape@sketch/accuracy": 0.5})
+
+
 def test_trackers_are_no_part_of_what_a_run_is(config: Path) -> None:
     tracked = read_experiment(config, ["tracking.trackers=[wandb,mlflow]", "tracking.project=mine"]).config
     plain = read_experiment(config).config

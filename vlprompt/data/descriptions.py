@@ -253,10 +253,10 @@ def _matched(
     sentences = {}
     for classname in classnames:
         texts = by_key.get(class_key(classname), [])
+        named = clean_classname(classname)
         if not texts:
-            sentences[classname] = [template.format(clean_classname(classname)) for template in templates]
+            sentences[classname] = [template.format(named) for template in templates]
         elif options.form == "descriptor":
-            named = clean_classname(classname)
             sentences[classname] = [descriptor_sentence(named, text) for text in texts]
         else:
             sentences[classname] = [text.strip() for text in texts]

@@ -227,9 +227,10 @@ def _sniffed(where: str, text: str) -> str:
 def _records(where: str, text: str, delimiter: str) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield the line on which a record ends and its fields."""
     lines = text.split("\n")
-    for number, content in enumerate(lines, 1):
-        if "\0" in content:  # Python 3.10's reader would say so in words of its own
-            raise DataError(f"{where}, line {number}: there is a null character.")
+    null = text.find("\0")
+    if null >= 0:  # Python 3.10's reader would say so in words of its own
+        line = text.count("\n", 0, null) + 1
+        raise DataError(f"{where}, line {line}: there is a null character.")
 
     reader = csv.reader(
         io.StringIO(text), delimiter=delimiter, skipinitialspace=delimiter != " ", strict=True

@@ -88,15 +88,20 @@ class Tracker(Callback):
             numbers: Metric to value, test figures among them.
 
         Raises:
-            VLPromptError: If the tracker can't start.
+            VLPromptError: If the tracker can't start, or doesn't take a number or its name.
         """
         self._begin({}, None, resumed=True)
         assert self._tracker is not None
 
         try:
-            self._tracker.log({f"result/{name}": value for name, value in numbers.items()}, step=None)
-        finally:
-            self._finish()
+            try:
+                self._tracker.log({f"result/{name}": value for name, value in numbers.items()}, step=None)
+            finally:
+                self._finish()
+        except Exception as error:  # each of these packages raises kinds of its own
+            raise VLPromptError(
+                f"the tracker {self.name} can't take the result: {first_line(error)}"
+            ) from error
 
     def _begin(self, options: Mapping[str, Any], epoch: int | None, resumed: bool) -> None:
         """Begin the tracker's run.

@@ -101,7 +101,7 @@ class EncodedCaptions:
 def _matrix(path: Path, table: Any, name: str) -> Tensor:
     """Return a column of equally long lists as (n, d) float16; there is at least one."""
     column = table.column(name)
-    lengths = {len(row) for row in column}
+    lengths = _import_pyarrow().compute.list_value_length(column).unique().to_pylist()
     if len(lengths) != 1:
         raise DataError(
             f"{path}: the rows of {name!r} have {min(lengths)} to {max(lengths)} numbers, not as many each."
