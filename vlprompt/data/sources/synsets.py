@@ -9,7 +9,6 @@ images. Here val is cut from train. The variants are for testing only and have n
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,6 +21,7 @@ from pydantic import Field, model_validator
 from vlprompt.core.errors import DataError
 from vlprompt.core.pixels import check_value_range
 from vlprompt.data.base import ImageDataset, Sample
+from vlprompt.data.checksums import checksum
 from vlprompt.data.decoding import Decoding
 from vlprompt.data.imagenet import synset_ids
 from vlprompt.data.images import EXTENSIONS, FileReader
@@ -121,7 +121,7 @@ def _listed(request: Request, options: _Options, value_range: Sequence[float] | 
             )
         parts[request.split] = read_image_list(path, synset_ids(str(card.synsets)))
         check_present(card.name, name, root, parts)
-        how = f"{name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        how = f"{name} sha256 {checksum(path, 'sha256').partition(':')[2]}"
 
     reader = FileReader(root, Decoding(value_range=check_value_range(value_range, request.name)))
     return dataset_from(request, parts, card.classnames, how, reader)

@@ -47,7 +47,7 @@ class _Options(Layout):
 def build(
     request: Request,
     *,
-    difficult: Literal["present", "ignore", "negative"] = "ignore",
+    difficult: Difficult = "ignore",
     value_range: Sequence[float] | None = None,
 ) -> ImageDataset:
     """Build one split of a card's data set.

@@ -184,10 +184,9 @@ class Policy(Proposer):
         self.seed = seed
         self.policy = UnitPolicy(features, self.length, self.width, torch_rng(seed, "policy of words"))
         self._optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.lr)
-        self._step = 0  # the last one that was sampled
-        self._sampled = torch.zeros(
-            0, self.length, dtype=torch.long
-        )  # of that step; nothing was learned of it yet
+        # The last step that was sampled, and its samples, of which nothing was learned yet.
+        self._step = 0
+        self._sampled = torch.zeros(0, self.length, dtype=torch.long)
 
     def propose(self, request: Request) -> Proposal:
         """See :meth:`Proposer.propose`."""
