@@ -267,6 +267,15 @@ class AdaptationConfig(ExperimentConfig):
         name, _ = self.method(label)
         return dict(options_model(ADAPTERS.get(name).target).model_fields)
 
+    def views(self, label: str) -> tuple[int, str]:
+        """Return how many views of an image a method looks at, and how they are made; (1, "") for the image alone."""
+        _, options = self.method(label)
+        fields = self.fields(label)
+        values = {
+            name: options.get(name, fields[name].default) for name in ("views", "augment") if name in fields
+        }
+        return int(values.get("views", 1)), str(values.get("augment", ""))
+
     def needs_views(self, label: str) -> bool:
         """Return whether a method takes generated views."""
         return _SOURCE in self.fields(label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -25,21 +24,13 @@ from vlprompt.adaptation.measure import (
 )
 from vlprompt.adaptation.mixing import intruders_of
 from vlprompt.adaptation.promptalign import SourceStatistics, source_statistics
-from vlprompt.adaptation.record import AdaptationRecord
+from vlprompt.adaptation.record import AdaptationRecord, check_settings, read_records, write_records
 from vlprompt.adaptation.stored_views import classified_alike, count_missing, fill_store
 from vlprompt.adaptation.stream import EncodedStream, adapt_dataset
-from vlprompt.adaptation.summary import (
-    METRICS,
-    OF_MIXED_STREAMS,
-    OVER_ORDERS,
-    ROBUST,
-    adaptation_tables,
-    headline,
-    summary,
-)
+from vlprompt.adaptation.summary import ROBUST, adaptation_tables, headline, sketch, summary
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import BackboneError, ConfigError, DataError
-from vlprompt.core.files import path_fingerprint, write_text
+from vlprompt.core.files import path_fingerprint
 from vlprompt.core.slugs import slug
 from vlprompt.data import ImageDataset, load_dataset
 from vlprompt.data.fingerprint import data_fingerprint, missing_data
@@ -48,7 +39,7 @@ from vlprompt.diffusion import Generator, ViewSource, ViewStore, create_generato
 from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
 from vlprompt.experiments.cell import Cell, CellResult, Coordinate
 from vlprompt.experiments.config import parse_overrides
-from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.experiment import Experiment, FinishedRun, joint_methods
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
@@ -65,7 +56,6 @@ VIEWS, SOURCE = "views", "source"  # stages before the methods run
 PREDICTIONS = "predictions"  # folder of a cell
 _STATISTICS = "statistics.safetensors"
 _BLUR = 0.8  # pixels of the backbone's input
-_RECORDS = "records.json"
 _UNTIL_NEXT = ("corruption", "dataset")  # what a method forgets where a stream goes over to the next data set
 _ATTACKED = "attacked"  # folders of a cell: attacked images, and predictions on them
 _ROBUST = "robust_predictions"
@@ -136,23 +126,7 @@ class AdaptationExperiment(Experiment):
 
     def sketch(self, cell: Cell) -> CellResult:
         """See :meth:`Experiment.sketch`."""
-        result = CellResult()
-        if cell.get("stage") is not None:
-            return result
-
-        metrics = [*METRICS]
-        if self.config.attack is not None:
-            metrics.append(ROBUST)
-        paired = [*metrics, *(f"before_{metric}" for metric in metrics)]
-        if self.config.protocol.stream.kind == "mixed":
-            paired += OF_MIXED_STREAMS
-        if self.config.protocol.orders > 1:
-            paired += OVER_ORDERS
-
-        for label in self.config.methods:
-            for name in [cell["data"]] if "data" in cell.where else self.config.data.names:
-                result.sketch(paired, method=label, data=name)
-        return result
+        return CellResult() if cell.get("stage") is not None else sketch(cell, self.config)
 
     def layout(self) -> Layout:
         """See :meth:`Experiment.layout`."""
@@ -214,6 +188,15 @@ class AdaptationExperiment(Experiment):
     def tables(self, results: Results) -> list[Table]:
         """See :meth:`Experiment.tables`."""
         return adaptation_tables(results, self.config, self.layout())
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """See :meth:`Experiment.common_tables`: the methods of all runs, if their records have the same settings."""
+        records = [record for run in runs for record in read_records(run.folder, run.label)]
+        for name in dict.fromkeys(record.data for record in records):
+            check_settings([record for record in records if record.data == name])
+
+        config = self.config.model_copy(update={"methods": joint_methods(runs)})
+        return adaptation_tables(results, config, self.layout())
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""
@@ -333,10 +316,7 @@ class AdaptationExperiment(Experiment):
         if config.protocol.stream.kind == "mixed":
             self._add_alone(result, adapters, parts, encoded)
 
-        write_text(
-            folder / _RECORDS,
-            json.dumps([record.json() for record in records], indent=1, sort_keys=True) + "\n",
-        )
+        write_records(folder, records)
         return result
 
     def _run_stream(

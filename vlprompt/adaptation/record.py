@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.adaptation.base import Adapter
-from vlprompt.core.errors import DataError
-from vlprompt.experiments.statistics import Summary
-from vlprompt.experiments.tables import Row, Table
+from vlprompt.core.errors import CheckpointError, DataError
+from vlprompt.core.files import write_text
 
-__all__ = ["AdaptationRecord", "Tuning", "check_settings", "compare", "view_setting"]
+__all__ = ["AdaptationRecord", "Tuning", "check_settings", "read_records", "view_setting", "write_records"]
 
 Tuning = Literal["G", "F", "D"]
 """How hyper-parameters were chosen: G one value everywhere, F one per family of data sets, D one per data set."""
+_FILE = "records.json"
 _SETTINGS = ("backbone", "classnames", "prompts", "views", "stream")
 
 
@@ -108,34 +110,30 @@ def check_settings(records: Sequence[AdaptationRecord]) -> None:
         )
 
 
-def compare(records: Sequence[AdaptationRecord], metric: str = "accuracy") -> Table:
-    """Return a table with a row for each method and a column for each data set, the mean over its orders and seeds.
+def write_records(folder: Path, records: Sequence[AdaptationRecord]) -> None:
+    """Write the records of a cell into its folder."""
+    content = [record.json() for record in records]
+    write_text(folder / _FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
-    The first column carries the tuning class; rows tuned per data set say so.
+
+def read_records(run: Path, label: Callable[[str], str]) -> list[AdaptationRecord]:
+    """Read the records of all cells of a run.
+
+    Args:
+        run: Its folder.
+        label: Returns what a method of the run is called beside others.
 
     Raises:
-        DataError: If settings differ (see :func:`check_settings`), or a record lacks the metric.
+        CheckpointError: If a file is damaged.
     """
-    names = list(dict.fromkeys(record.data for record in records))
-    for name in names:
-        check_settings([record for record in records if record.data == name])
-
-    rows = []
-    for method in dict.fromkeys(record.method for record in records):
-        own = [record for record in records if record.method == method]
-        values: dict[str, float | Summary] = {}
-        for name in names:
-            runs = [record for record in own if record.data == name]
-            if any(metric not in record.metrics for record in runs):
-                raise DataError(f"{method} on {name}: no {metric} was recorded.")
-            if runs:
-                values[name] = sum(record.metrics[metric] for record in runs) / len(runs)
-        # The most closely tuned run names the row.
-        tuning = max((record.tuning for record in own), key="GFD".index)
-        rows.append(Row(f"{method} [{'tuned' if tuning == 'D' else tuning}]", values))
-    return Table(
-        rows, names, note="G: one value everywhere, F: one per family of data sets, tuned: one per data set."
-    )
+    records = []
+    for path in sorted(run.glob(f"cells/*/{_FILE}")):
+        try:
+            for content in json.loads(path.read_text(encoding="utf-8")):
+                records.append(AdaptationRecord(**{**content, "method": label(content["method"])}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} holds no records of this version: {error}.") from error
+    return records
 
 
 def _compared(record: AdaptationRecord, setting: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlprompt.adaptation.config import AdaptationConfig
-from vlprompt.experiments.cell import Coordinate
+from vlprompt.experiments.cell import Cell, CellResult, Coordinate
 from vlprompt.experiments.layout import AVERAGE, Layout, complete_means, tabulate
 from vlprompt.experiments.results import Line, Results
 from vlprompt.experiments.statistics import paired_difference, summarise
@@ -13,12 +13,11 @@ from vlprompt.experiments.tables import Table
 
 __all__ = [
     "METRICS",
-    "OF_MIXED_STREAMS",
-    "OVER_ORDERS",
     "ROBUST",
     "adaptation_tables",
     "headline",
     "headline_data",
+    "sketch",
     "summary",
 ]
 
@@ -42,6 +41,24 @@ _OOD_TABLES = {
     "intruders_accuracy": "Accuracy on the intruders",
 }
 _ALIKE = ("alike", "alike_blurred")
+
+
+def sketch(cell: Cell, config: AdaptationConfig) -> CellResult:
+    """Return the metrics that a cell of a stream will have (see :meth:`Experiment.sketch`)."""
+    metrics = [*METRICS]
+    if config.attack is not None:
+        metrics.append(ROBUST)
+    paired = [*metrics, *(_before(metric) for metric in metrics)]
+    if config.protocol.stream.kind == "mixed":
+        paired += OF_MIXED_STREAMS
+    if config.protocol.orders > 1:
+        paired += OVER_ORDERS
+
+    result = CellResult()
+    for label in config.methods:
+        for name in [cell["data"]] if "data" in cell.where else config.data.names:
+            result.sketch(paired, method=label, data=name)
+    return result
 
 
 def headline(config: AdaptationConfig) -> str:
@@ -102,6 +119,8 @@ def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout
         config: Of the run.
         layout: Without baselines: which classifier a method starts from is read from the results.
     """
+    notes = (layout.note, _different_views(config), _tuned(config))
+    layout = replace(layout, note=" ".join(filter(None, notes)))
     tables = _tables_of("accuracy", results, config, layout)
     for metric, title in OVER_ORDERS.items():
         if len(results.select(metric)):
@@ -122,6 +141,29 @@ def adaptation_tables(results: Results, config: AdaptationConfig, layout: Layout
         for table in _tables_of(ROBUST, results, config, layout):
             tables.append(replace(table, title=f"{title}: {table.title}" if table.title else title))
     return tables
+
+
+def _different_views(config: AdaptationConfig) -> str:
+    """Return the views of the methods that have several, if they are not the same for all."""
+    plans: dict[str, list[str]] = {}
+    for label in config.methods:
+        count, augment = config.views(label)
+        if count > 1:
+            plans.setdefault(f"{count} of {augment}", []).append(label)
+    if len(plans) < 2:
+        return ""
+    parts = [f"{plan} for {', '.join(labels)}" for plan, labels in plans.items()]
+    return f"Views differ: {'; '.join(parts)}."
+
+
+def _tuned(config: AdaptationConfig) -> str:
+    """Return which methods' options were not one value everywhere; empty if all were."""
+    sentences = []
+    for tuning, how in (("F", "per family of data sets"), ("D", "per data set")):
+        labels = [label for label in config.methods if config.tuning(label) == tuning]
+        if labels:
+            sentences.append(f"Tuned {how}: {', '.join(labels)}.")
+    return " ".join(sentences)
 
 
 def _tables_of(metric: str, results: Results, config: AdaptationConfig, layout: Layout) -> list[Table]:

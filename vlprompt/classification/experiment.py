@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from vlprompt.data.fingerprint import captions_fingerprint, data_fingerprint, mi
 from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import parse_overrides
-from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.experiment import Experiment, FinishedRun
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
@@ -144,12 +145,27 @@ class ClassificationExperiment(Experiment):
 
     def tables(self, results: Results) -> list[Table]:
         """See :meth:`Experiment.tables`: one for each setting, as papers print it, then paired gains."""
-        tables: list[Table] = []
-        for setting in dict.fromkeys(study.setting for study in self._shown_studies):
-            studies = [study for study in self._shown_studies if study.setting == setting]
-            lines = results.select(setting=setting)
-            tables += protocol_tables(lines, studies, setting or "", self.config.baselines())
-        return tables
+        return _tables(results, self._shown_studies, self.config.baselines())
+
+    def kind(self) -> str:
+        """See :meth:`Experiment.kind`."""
+        return ", ".join(dict.fromkeys(study.config.protocol.name for study in self._shown_studies))
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """See :meth:`Experiment.common_tables`: those of the learners of all runs."""
+        studies: list[Study] = []
+        baselines: dict[str, tuple[str, ...]] = {}
+
+        for run in runs:
+            experiment = run.experiment
+            assert isinstance(experiment, ClassificationExperiment)
+            studies += [replace(study, method=run.label(study.method)) for study in experiment._shown_studies]
+            for method, others in experiment.config.baselines().items():
+                names = tuple(run.label(other) for other in others)
+                label = run.label(method)
+                baselines[label] = tuple(dict.fromkeys((*baselines.get(label, ()), *names)))
+
+        return _tables(results, studies, baselines)
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""
@@ -247,6 +263,17 @@ class ClassificationExperiment(Experiment):
         if config.distil.teacher and config.distil.teacher not in self.config.before:
             paths.append(config.distil.teacher)
         return paths
+
+
+def _tables(
+    results: Results, studies: Sequence[Study], baselines: Mapping[str, tuple[str, ...]]
+) -> list[Table]:
+    """Return the tables of every setting."""
+    tables: list[Table] = []
+    for setting in dict.fromkeys(study.setting for study in studies):
+        own = [study for study in studies if study.setting == setting]
+        tables += protocol_tables(results.select(setting=setting), own, setting or "", baselines)
+    return tables
 
 
 def _label(study: Study) -> str:

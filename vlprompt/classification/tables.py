@@ -13,6 +13,7 @@ from vlprompt.classification.distil import TRANSDUCTIVE
 from vlprompt.classification.protocols import protocol_of
 from vlprompt.experiments.layout import AVERAGE, Layout, gain_tables
 from vlprompt.experiments.results import Results
+from vlprompt.experiments.statistics import Summary
 from vlprompt.experiments.tables import Row, Table
 
 __all__ = ["protocol_tables"]
@@ -35,21 +36,16 @@ def protocol_tables(
         published: Rows of others to stand beside them, marked as theirs.
     """
     protocol = protocol_of(studies[0].config.protocol.name)
-    rows: list[Row] = []
-
-    for study in studies:
-        for row in protocol.rows(results.select(method=study.method), study):
-            # Zero-shot on one backbone is the same whatever is learned: it is said once.
-            name = _row_name(row, study, studies)
-            if name not in [other.method for other in rows]:
-                rows.append(Row(name, row.values))
-
+    rows = _rows(results, studies)
     if not rows:
         return []
 
     rows.sort(key=lambda row: not row.method.startswith("zero-shot"))  # stable: zero-shot first
     rows += published
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
+    if len({tuple(sorted(study.config.data.names)) for study in studies}) > 1:
+        # Averages over different data sets do not compare.
+        columns = [column for column in columns if not column.startswith(AVERAGE)]
     columns.sort(key=lambda column: column.startswith(AVERAGE))  # stable: averages last
     tables = [Table(rows, columns, title, _note(studies, results))]
 
@@ -58,6 +54,36 @@ def protocol_tables(
         tables += gain_tables(protocol.comparable(results), layout, title)
 
     return tables
+
+
+def _rows(results: Results, studies: Sequence[Study]) -> list[Row]:
+    """Return the measured rows; zero-shot on one backbone is the same whatever is learned, and is said once."""
+    protocol = protocol_of(studies[0].config.protocol.name)
+    rows: dict[str, Row] = {}
+
+    for study in studies:
+        for row in protocol.rows(results.select(method=study.method), study):
+            name = _row_name(row, study, studies)
+            if name in rows and _contradicts(row, rows[name]):
+                name = f"{name} ({study.method})"  # other sentences, for example
+            earlier = rows[name].values if name in rows else {}
+            further = {column: value for column, value in row.values.items() if column not in earlier}
+            rows[name] = Row(name, earlier | further)
+
+    return list(rows.values())
+
+
+def _contradicts(row: Row, other: Row) -> bool:
+    """Return whether two rows differ, as they are written, in a column that both have."""
+    return any(
+        _written(row.values[column]) != _written(other.values[column])
+        for column in row.values.keys() & other.values.keys()
+        if not column.startswith(AVERAGE)
+    )
+
+
+def _written(value: float | Summary) -> str:
+    return f"{100 * (value.mean if isinstance(value, Summary) else value):.1f}"
 
 
 def _row_name(row: Row, study: Study, studies: Sequence[Study]) -> str:
@@ -80,9 +106,10 @@ def _note(studies: Sequence[Study], results: Results) -> str:
         "/".join(filter(None, (study.config.backbone.name, study.config.backbone.pretrained)))
         for study in studies
     )
-    shots = "/".join(map(str, config.protocol.shots))
-    seeds = len(config.protocol.seeds)
-    repeated = f"{seeds} seeds (mean ± 95 % interval)" if seeds > 1 else "1 seed"
+    shots = "/".join(map(str, sorted({k for study in studies for k in study.config.protocol.shots})))
+    counts = sorted({len(study.config.protocol.seeds) for study in studies})
+    seeds = "1 seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
+    repeated = seeds if counts == [1] else f"{seeds} (mean ± 95 % interval)"
     what = config.protocol.split if config.protocol.name == "class-incremental" else f"{shots} shots"
     parts = [config.protocol.name, what, repeated, f"backbone {', '.join(backbones)}"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -227,18 +228,12 @@ class ConceptExperiment(Experiment):
         """See :meth:`Experiment.layout`."""
         last = _row_label(CONCEPTS, self.config.protocol.images[-1], None)
         first_test = next(iter(self.test_names()))
-        rows = [
-            _row_label(CONCEPTS, images, stage)
-            for images in self.config.protocol.images
-            for stage in (None, SECOND)
-        ]
         return Layout(
             headline=f"{last}/{first_test}/{self.headline_metric}",
             metric="value",
             rows=("row",),
             columns=("column",),
             average="",
-            baselines=dict.fromkeys(rows, self.baselines),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -270,7 +265,10 @@ class ConceptExperiment(Experiment):
             row = _row_label(str(where["method"]), where.get("images"), where.get("stage"))
             column = f"{where['part']} {line.metric}"
             lines.append(Line({"row": row, "column": column, "seed": where.get("seed")}, "value", line.value))
-        return tabulate(Results(lines), self.layout())
+
+        names = dict.fromkeys(str(line.where["row"]) for line in lines)
+        baselines = {row: self.baselines for row in names if row.startswith(CONCEPTS)}
+        return tabulate(Results(lines), replace(self.layout(), baselines=baselines))
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""
@@ -339,7 +337,7 @@ class ConceptExperiment(Experiment):
 
 def _row_label(method: str, images: Any, stage: Any) -> str:
     """Return the name of a row, for example ``"concepts, 32 images, second stage"``."""
-    if method != CONCEPTS:
+    if not method.startswith(CONCEPTS):  # one of several runs carries the run's name behind it
         return method
     row = f"{method}, {images or 'all'} image{'' if images == 1 else 's'}"
     return row if stage is None else f"{row}, {stage} stage"

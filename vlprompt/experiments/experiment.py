@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,28 @@ from vlprompt.experiments.results import Results
 from vlprompt.experiments.tables import Table
 from vlprompt.training.callbacks import Callback
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "FinishedRun", "joint_methods"]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run that shares tables with others.
+
+    Attributes:
+        folder: Its own.
+        experiment: Built from its configuration.
+        results: Its long table, with its own labels.
+        labels: Label of a method in the run to its label in the common tables, where they differ.
+    """
+
+    folder: Path
+    experiment: Experiment
+    results: Results
+    labels: Mapping[str, str]
+
+    def label(self, method: str) -> str:
+        """Return what a method of the run is called in the common tables."""
+        return self.labels.get(method, method)
 
 
 class Experiment(ABC):
@@ -94,6 +117,22 @@ class Experiment(ABC):
         """Return the tables for people; those of the layout unless a protocol has its own."""
         return tabulate(results, self.layout())
 
+    def kind(self) -> str:
+        """Return what runs of one task must have in common to share tables: the name of the protocol."""
+        return str(self.facts().get("protocol", ""))
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """Return tables that several finished runs share; here those of the first run, which read the lines alone.
+
+        Args:
+            results: The lines of all runs, with the labels of the common tables.
+            runs: All of them, of this task and :meth:`kind`; this experiment is the first one's.
+
+        Raises:
+            DataError: If rows of these runs do not belong in one table.
+        """
+        return self.tables(results)
+
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """Add to the report what only this experiment can show.
 
@@ -106,3 +145,12 @@ class Experiment(ABC):
 
     def write_files(self, results: Results, folder: Path) -> None:
         """Write further files of the whole run, for example a figure."""
+
+
+def joint_methods(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Return the section ``methods`` of all runs, by the labels of the common tables."""
+    return {
+        run.label(label): options
+        for run in runs
+        for label, options in run.experiment.config.model_dump()["methods"].items()
+    }

@@ -24,7 +24,7 @@ from vlprompt.diffusion.tiny import TinyDiffusion
 from vlprompt.experiments.backbone import build_backbone
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import parse_overrides
-from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.experiment import Experiment, FinishedRun, joint_methods
 from vlprompt.experiments.figures import curves
 from vlprompt.experiments.layout import Layout, tabulate
 from vlprompt.experiments.report import RunRecord
@@ -239,6 +239,16 @@ class GenerationExperiment(Experiment):
             tables[0] = Table(first.rows, first.columns, "Similarity", self._note(results))
 
         return tables
+
+    def kind(self) -> str:
+        """See :meth:`Experiment.kind`: the concepts and seeds, since a method races against others on the same ones."""
+        return f"{super().kind()}: {', '.join(self.config.data.names())}, seeds {self.config.protocol.seeds}"
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """See :meth:`Experiment.common_tables`: the methods of all runs."""
+        protocol = self.config.protocol.model_copy(update={"baseline": runs[0].label(self.config.baseline)})
+        config = self.config.model_copy(update={"methods": joint_methods(runs), "protocol": protocol})
+        return GenerationExperiment(config).tables(results)
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`."""

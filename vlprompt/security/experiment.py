@@ -17,7 +17,7 @@ from vlprompt.data.fingerprint import data_fingerprint, missing_data
 from vlprompt.experiments.backbone import backbone_sources, build_backbone, missing_backbone
 from vlprompt.experiments.cell import Cell, CellResult
 from vlprompt.experiments.config import parse_overrides
-from vlprompt.experiments.experiment import Experiment
+from vlprompt.experiments.experiment import Experiment, FinishedRun, joint_methods
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
@@ -144,6 +144,25 @@ class SecurityExperiment(Experiment):
     def tables(self, results: Results) -> list[Table]:
         """See :meth:`Experiment.tables`: for each data set one of scanners, of triggers, of suspects and of victims."""
         return security_tables(results, self.config, self.layout())
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """See :meth:`Experiment.common_tables`: scanners and triggers of all runs."""
+        configs = [run.experiment.config for run in runs]
+        triggers: list[str] = []
+        for config in configs:
+            assert isinstance(config, SecurityConfig)
+            triggers += config.compositions.triggers
+
+        baseline = self.config.protocol.baseline
+        label = None if baseline is None else runs[0].label(baseline)
+        changes = {
+            "compositions": self.config.compositions.model_copy(
+                update={"triggers": list(dict.fromkeys(triggers))}
+            ),
+            "protocol": self.config.protocol.model_copy(update={"baseline": label}),
+            "methods": joint_methods(runs),
+        }
+        return SecurityExperiment(self.config.model_copy(update=changes)).tables(results)
 
     def page(self, record: RunRecord, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.page`: the AUROC of each method, and the learning curves of the last that has any."""

@@ -6,8 +6,10 @@ What learns nothing runs once, not for every seed, depth and number of images.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +21,7 @@ from vlprompt.core.processes import process_state
 from vlprompt.core.slugs import slug
 from vlprompt.data.segmentation import MaskDataset, MaskedImage
 from vlprompt.experiments.cell import Cell, CellResult
+from vlprompt.experiments.experiment import FinishedRun, joint_methods
 from vlprompt.experiments.layout import Layout
 from vlprompt.experiments.report import RunRecord
 from vlprompt.experiments.results import Results
@@ -109,6 +112,35 @@ class BenchmarkExperiment(SegmentationExperiment):
     def tables(self, results: Results) -> list[Table]:
         """See :meth:`Experiment.tables`."""
         return tables.benchmark_tables(self.config, results, self.layout())
+
+    def common_tables(self, results: Results, runs: Sequence[FinishedRun]) -> list[Table]:
+        """See :meth:`Experiment.common_tables`: models, methods, data sets and numbers of images of all runs."""
+        models: dict[str, Any] = {}
+        names: list[str] = []
+        images: list[int | None] = []
+        cells: list[Cell] = []
+
+        for run in runs:
+            experiment = run.experiment
+            assert isinstance(experiment, BenchmarkExperiment)
+            models = experiment.config.models | models
+            names += experiment.config.data.names
+            images += experiment.config.protocol.images
+            cells += [cell.sibling(method=run.label(cell["method"])) for cell in experiment.cells()]
+
+        baseline = self.config.protocol.baseline
+        compared = {
+            "images": list(dict.fromkeys(images)),
+            "baseline": None if baseline is None else runs[0].label(baseline),
+        }
+        changes = {
+            "data": self.config.data.model_copy(update={"name": list(dict.fromkeys(names))}),
+            "protocol": self.config.protocol.model_copy(update=compared),
+            "models": models,
+            "methods": joint_methods(runs),
+        }
+        config = self.config.model_copy(update=changes)
+        return tables.benchmark_tables(config, results, tables.layout(config, cells))
 
     def write_files(self, results: Results, folder: Path) -> None:
         """See :meth:`Experiment.write_files`: a sheet of overlays for each model and data set, Dice against depth."""
