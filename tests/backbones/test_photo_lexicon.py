@@ -31,6 +31,16 @@ def test_words_are_read_as_phrases_and_known_words_stay() -> None:
     assert SMALL.read("") == ("", [])
 
 
+def test_things_that_only_have_a_plural_are_read_by_it() -> None:
+    lexicon = Lexicon(["binoculars", "dungarees", "field glasses", "tweezers"], {"galoshes": "boot"}, [], ["a"])
+    assert lexicon.read("a binocular") == ("a binoculars", [])
+    assert lexicon.read("field glass") == ("field glasses", [])
+    assert lexicon.read("Tweezer") == ("tweezers", [])
+    assert lexicon.read("galosh") == ("boot", [])
+    assert lexicon.read("dungary") == ("dungary", ["dungary"])
+    assert shipped_lexicon().read("binocular") == ("binoculars", [])
+
+
 def test_a_part_names_what_it_belongs_to() -> None:
     assert SMALL.read("a photo of a dog head.") == ("a photo of a dog.", [])
     assert SMALL.read("car side") == ("car", [])

@@ -71,7 +71,7 @@ class Lexicon:
                 return length, None
             if phrase in self.taught:
                 return length, written
-            for form in (phrase, *_singulars(phrase)):
+            for form in (phrase, *_singulars(phrase), _plural(phrase)):
                 if form in self.taught:
                     return length, form
                 if len(form) >= _SHORTEST and form in self.readings:
@@ -101,3 +101,10 @@ def _singulars(phrase: str) -> list[str]:
     if phrase.endswith(("xes", "zes", "ches", "shes", "sses")):
         return [phrase[:-2]]
     return [phrase[:-1]] if phrase.endswith("s") and not phrase.endswith("ss") else []
+
+
+def _plural(phrase: str) -> str:
+    """Return an English plural: some things are only called so, as binoculars."""
+    if phrase.endswith("y") and phrase[-2:-1] not in tuple("aeiou"):
+        return f"{phrase[:-1]}ies"
+    return f"{phrase}es" if phrase.endswith(("s", "x", "z", "ch", "sh")) else f"{phrase}s"
