@@ -32,7 +32,9 @@ def test_words_are_read_as_phrases_and_known_words_stay() -> None:
 
 
 def test_things_that_only_have_a_plural_are_read_by_it() -> None:
-    lexicon = Lexicon(["binoculars", "dungarees", "field glasses", "tweezers"], {"galoshes": "boot"}, [], ["a"])
+    lexicon = Lexicon(
+        ["binoculars", "dungarees", "field glasses", "tweezers"], {"galoshes": "boot"}, [], ["a"]
+    )
     assert lexicon.read("a binocular") == ("a binoculars", [])
     assert lexicon.read("field glass") == ("field glasses", [])
     assert lexicon.read("Tweezer") == ("tweezers", [])

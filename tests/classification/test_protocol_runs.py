@@ -12,9 +12,10 @@ import pytest
 from tests.classification.studies import run
 from tests.data.layouts import make
 from tests.experiments.foretold import check_foretold
+from vlprompt.backbones import create_backbone
 from vlprompt.classification.config import load_config
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.data import load_card
+from vlprompt.data import load_card, load_dataset
 from vlprompt.experiments.config import list_configs
 from vlprompt.experiments.runner import RunOutcome
 
@@ -47,6 +48,32 @@ def train(tmp_path: Path) -> Train:
         return outcome, json.loads((outcome.folder / "metrics.json").read_text())
 
     return run_with
+
+
+def test_what_training_took_stands_beside_the_tables(tmp_path: Path) -> None:
+    """Adapters and a head: the numbers that their definitions say, and the seconds that each cell's clock measured."""
+    learner = "learner: {{name: coop, context_length: 2}}"
+    methods = "methods: {{coop: {{context_length: 2}}, taskres: {{}}, zero_shot: {{}}}}"
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE.replace(learner, methods).format(output=tmp_path / "runs"))
+    outcome = run(path, ["data.name=[scenes/kind, scenes/size]", "protocol.shots=[2]", "protocol.seeds=[1]"])
+    metrics = json.loads((outcome.folder / "metrics.json").read_text())
+
+    names = {name: len(load_dataset(name).classnames) for name in ("scenes/kind", "scenes/size")}
+    width = create_backbone("tiny", pretrained="random").dim
+
+    timings = json.loads((outcome.folder / "timings.json").read_text())
+    assert timings["coop, 2 shots"]["trainable"] == [2 * 128] * 2
+    assert timings["taskres, 2 shots"]["trainable"] == [count * width for count in names.values()]
+    assert timings["zero_shot, 2 shots"]["trainable"] == [0, 0]
+    assert metrics["coop/shots2/train/trainable"] == 2 * 128
+
+    seconds = [
+        json.loads(file.read_text())["training"] for file in outcome.folder.glob("cells/coop*/timings.json")
+    ]
+    assert sorted(timings["coop, 2 shots"]["seconds"]) == sorted(seconds)
+    low, high = sorted(count * width for count in names.values())
+    assert f"| taskres, 2 shots | {low:,} to {high:,} |" in (outcome.folder / "timings.md").read_text()
 
 
 def test_cross_dataset_trains_once_per_seed_and_keeps_finished_cells(train: Train, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlprompt.backbones import Backbone
-from vlprompt.classification import page
+from vlprompt.classification import page, training
 from vlprompt.classification.config import BEFORE, ClassificationConfig, Study
 from vlprompt.classification.incremental import IncrementalCell
 from vlprompt.classification.protocols import protocol_of
@@ -187,7 +187,8 @@ class ClassificationExperiment(Experiment):
                 page.add_predictions(record, learner, test, cache)
 
     def write_files(self, results: Results, folder: Path) -> None:
-        """See :meth:`Experiment.write_files`: the matrix of a transfer study."""
+        """See :meth:`Experiment.write_files`: what training took, and the matrix of a transfer study."""
+        training.write(results, self.cells(), folder)
         for study in self.studies:
             if study.config.protocol.name == "transfer":
                 matrix_of(_lines_of(results, study), study.config).write(folder)

@@ -251,7 +251,7 @@ class StudyCell:
     def _add_training(self, trained: RunResult) -> None:
         numbers = dict(trained.metrics)
         self.result.timings["training"] = numbers.pop("seconds")
-        self.result.add(numbers, part="train")
+        self.result.add({**numbers, "trainable": trained.learner.num_trainable()}, part="train")
 
     def _score(self, learner: Learner, name: str, **where: str) -> dict[str, float]:
         """Add test metrics of the learner and of zero-shot, by part; return them with the parts in their names."""

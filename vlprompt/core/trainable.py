@@ -205,6 +205,10 @@ class Trainable(Hooks):
         """Return the parameters that take gradients, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def num_trainable(self) -> int:
+        """Return how many numbers take gradients."""
+        return sum(parameter.numel() for parameter in self.learned_parameters().values())
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Return what is learned, by name, and nothing else."""
         return {name: parameter.detach() for name, parameter in self.learned_parameters().items()}

@@ -199,10 +199,6 @@ class Segmenter(nn.Module, Prompted):
         """Return its registry name, or that of its class if it was not built by name."""
         return self.method or type(self).__name__
 
-    def num_trainable(self) -> int:
-        """Return how many numbers are learned."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
     def _forget(self) -> None:
         """Drop cached features of phrases, if what learns changes them."""
         if self.strategy.tunes == "all" or self.strategy.prompts_text:
