@@ -87,6 +87,29 @@ def test_two_halves_side_by_side_are_the_whole(task: str, name: str, tmp_path: P
     assert sum(len(rows) for rows in expected.values()) >= len(labels)
 
 
+@pytest.mark.parametrize(
+    ("name", "learner"),
+    [
+        ("coop_tiny.yaml", "kgcoop"),
+        ("multi_lane_tiny.yaml", "l2p"),
+        ("protocol_cross_dataset_tiny.yaml", "kgcoop"),
+        ("protocol_elevater_tiny.yaml", "linear_probe"),
+    ],
+)
+def test_runs_of_one_learner_each_share_the_table_of_their_protocol(
+    name: str, learner: str, tmp_path: Path
+) -> None:
+    first = read_experiment(CONFIGS / "classification" / name)
+    section = {"learner": {"name": learner}, "name": learner}
+    second = type(first)(first.config.model_copy(update=section))
+    alone = [write_run(tmp_path / part.config.name, part) for part in (first, second)]
+
+    rows = content(tables_of_runs(alone))[""]
+    expected = content(tables_of_runs(alone[:1]))[""] | content(tables_of_runs(alone[1:]))[""]
+    assert rows == expected
+    assert len(rows) >= 3  # zero-shot once, and both learners
+
+
 def test_runs_of_other_data_share_rows_without_an_average(tmp_path: Path) -> None:
     """Averages over different data sets do not compare."""
     one = read_experiment(
