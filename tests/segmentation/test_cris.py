@@ -80,7 +80,7 @@ def _check(case: str, segmenter: Segmenter) -> None:
 
 def test_a_checkpoint_gives_the_published_logits(towers: Backbone) -> None:
     segmenter = create_segmenter("cris", towers)
-    assert segmenter.sizes == {"width": 64, "layers": 2, "hidden": 48}  # type: ignore[attr-defined]
+    assert segmenter.sizes == {"width": 64, "layers": 2, "hidden": 48, "fine": False}  # type: ignore[attr-defined]
     _check("zero_shot", segmenter)
 
 

@@ -1,4 +1,4 @@
-"""Pretraining of `photo-vit`'s CLIPSeg decoder on drawn views of the world, and on what its own patches are like.
+"""Pretraining of `photo-vit`'s decoders on drawn views of the world, and on what its own patches are like.
 
 Two kinds of phrases are asked of each view. Words for what is drawn have the drawing's mask. Names of ImageNet's
 classes have the patches that are likest them as a rough mask, by the towers alone: so that a phrase that no view
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -38,6 +38,7 @@ _SENTENCES = ("{}", "{}", "{}.", "a {}", "the {}", "a photo of a {}.", "a photo 
 MOST_THINGS = 12
 _LIKE = 0.7  # deviations above the mean from which a patch counts as like an ImageNet name
 _NAMES = 3  # ImageNet names that a view is asked for
+_ABOUT = ("things", "masks", "likest", "rough")  # arrays that are no states of the image tower
 
 
 class PhotoMaskOptions(BaseModel):
@@ -46,6 +47,7 @@ class PhotoMaskOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "pretrain_clipseg_photo"
+    segmenter: Literal["clipseg", "cris"] = "clipseg"
     decoder: dict[str, Any] = Field(default_factory=dict, description="options of the segmenter: its sizes")
     views: int = Field(3000, ge=1, description="views that are drawn once")
     side: int = Field(224, ge=64, le=512, multiple_of=32, description="of a view in pixels")
@@ -63,7 +65,7 @@ class PhotoMaskOptions(BaseModel):
 
 @RECIPES.register(
     "photo-masks",
-    summary="the decoder of clipseg on `photo-vit`, on drawn views",
+    summary="decoders of clipseg and cris on `photo-vit`, on drawn views",
     options=PhotoMaskOptions,
     ships="vlprompt/segmentation/weights/",
 )
@@ -74,7 +76,7 @@ def pretrain_photo_masks(
 
     Args:
         options: What to run.
-        folder: States, checkpoint, ``history.json`` and ``clipseg_photo_vit.safetensors`` go here.
+        folder: States, checkpoint, ``history.json`` and ``<segmenter>_photo_vit.safetensors`` go here.
         resume: Continue from the checkpoint in the folder, if there is one.
         workers: Not used.
 
@@ -82,7 +84,7 @@ def pretrain_photo_masks(
         Path of the packed weights.
     """
     segmenter = create_segmenter(
-        "clipseg",
+        options.segmenter,
         create_backbone("photo-vit"),
         "decoder",
         weights="random",
@@ -92,7 +94,7 @@ def pretrain_photo_masks(
     module = MaskModule(segmenter)
     batches = ViewBatches(segmenter, options, folder)
     words = [word for calls in WORDS.values() for word in calls]
-    ship = ShipDecoder(module, folder / "clipseg_photo_vit.safetensors", words, options.pixels)
+    ship = ShipDecoder(module, folder / f"{options.segmenter}_photo_vit.safetensors", words, options.pixels)
     identity = options.model_dump(mode="json", exclude={"train", "watch"})
     watch = _watch(segmenter, options.watch, options.side)
     Trainer(module, batches, options.train, folder, watch, [ship], identity).run(resume)
@@ -117,7 +119,13 @@ class ViewBatches:
         self.classes = list(open_clip.IMAGENET_CLASSNAMES)
 
         key = derive_seed(
-            options.seed, options.views, options.side, names, segmenter.backbone.fingerprint["id"]
+            options.seed,
+            options.views,
+            options.side,
+            names,
+            segmenter.method,
+            segmenter.options,
+            segmenter.backbone.fingerprint["id"],
         )
         self.arrays = _encoded(segmenter, options, self.classes, names, folder / f"views-{key:x}")
 
@@ -133,7 +141,7 @@ class ViewBatches:
         states = {
             f"frozen/{name}": torch.from_numpy(np.stack([array[i] for i in indices]))
             for name, array in self.arrays.items()
-            if name.startswith(("tap", "fine"))
+            if name not in _ABOUT
         }
         return {**states, "texts": texts, "mask": masks}
 

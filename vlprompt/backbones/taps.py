@@ -27,6 +27,7 @@ __all__ = [
     "fine_widths",
     "first_state",
     "grid_of",
+    "joint_tokens",
     "padded",
     "patch_of",
     "relative_taps",
@@ -211,7 +212,12 @@ def run_taps(
 
 
 def dense_embeddings(tower: VisionTower, state: Tensor, patches: int) -> Tensor:
-    """Return (B, N, d) unit-length features of patches in the joint space, float32.
+    """Return (B, N, d) unit-length features of patches in the joint space; arguments as of :func:`joint_tokens`."""
+    return F.normalize(joint_tokens(tower, state, patches), dim=-1)
+
+
+def joint_tokens(tower: VisionTower, state: Tensor, patches: int) -> Tensor:
+    """Return (B, N, d) features of patches in the joint space, of any length, float32.
 
     What pools the last block's tokens is applied to each of them by itself (Zhou et al., "Extract Free Dense Labels
     from CLIP", ECCV 2022, section 3.2, without its change of the last attention).
@@ -223,7 +229,7 @@ def dense_embeddings(tower: VisionTower, state: Tensor, patches: int) -> Tensor:
     """
     visual = tower.visual
     tokens = visual.ln_post(state[:, 1 : 1 + patches].to(tower.dtype))
-    return F.normalize((tokens @ visual.proj).float(), dim=-1)
+    return (tokens @ visual.proj).float()
 
 
 def after_block(tower: VisionTower, last: int) -> list[nn.Parameter]:

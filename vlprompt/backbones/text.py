@@ -165,7 +165,8 @@ class TextTower:
 
     def outer_norms(self) -> list[nn.LayerNorm]:
         """Return the norm after the last block, if there is one."""
-        return [self.norm] if isinstance(self.norm, nn.LayerNorm) else []
+        norm = self.final_norm()
+        return [norm] if isinstance(norm, nn.LayerNorm) else []
 
     def _odd_blocks(self) -> str:
         kinds = sorted({type(block).__name__ for block in self.blocks}) or [type(self.inner).__name__]
@@ -288,7 +289,7 @@ class TextTower:
         pooled, x = self.run_plain(layout, context, blocks, self.shortest(layout), adapters)
         places = torch.arange(x.shape[1], device=x.device) - entered_tokens(adapters)
         inside = places < torch.tensor(layout.lengths, device=x.device)[:, None]
-        return torch.where(inside[..., None], self.norm(x).float(), 0.0), self.project(pooled)
+        return torch.where(inside[..., None], self.final_norm()(x).float(), 0.0), self.project(pooled)
 
     def run(
         self,
@@ -355,6 +356,11 @@ class TextTower:
         if offsets is not None:
             x = add_rows(x, *offsets)
         return x if context is None else insert_rows(x, slots, context)
+
+    def final_norm(self) -> nn.Module:
+        """Return the final norm by itself: a hidden layer behind it (``photo``) belongs to the projection."""
+        norm: nn.Module = self.norm[0] if isinstance(self.norm, nn.Sequential) else self.norm
+        return norm
 
     def project(self, x: Tensor) -> Tensor:
         """Apply the final norm and the projection into the joint space: (..., Dt) -> (..., d), float32."""

@@ -17,14 +17,13 @@ from vlprompt.learners._scanning import ImageScanner
 from vlprompt.saved.prompts import build_learner, read
 from vlprompt.saved.rebuild import build_from
 from vlprompt.segmentation import Segmenter, create_segmenter
+from vlprompt.segmentation._weights import embedded
 from vlprompt.segmentation.evaluate import build_segmenter
 
 __all__ = ["EXAMPLES", "DemoModels", "load_models"]
 
 EXAMPLES = "scenes/shape"
 """The embedded data set whose images are the examples, and whose classes a page without a prompt starts with."""
-
-_WITH_DECODER = ("clipseg", "tiny")  # architectures that a pretrained decoder belongs to
 
 
 @dataclass(frozen=True)
@@ -107,4 +106,5 @@ def _zero_shot(
 
 def _with_decoder(backbone: Backbone) -> Backbone:
     """Return a backbone on which a phrase is found without training: this one, or the embedded one."""
-    return backbone if backbone.fingerprint.get("architecture") in _WITH_DECODER else create_backbone("tiny")
+    is_clipseg = backbone.fingerprint.get("architecture") == "clipseg"
+    return backbone if is_clipseg or embedded("clipseg", backbone) is not None else create_backbone("tiny")

@@ -6,9 +6,13 @@ the names of published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlprompt.segmentation._fine import FineMaps, likeness
 
 __all__ = ["CrisDecoder"]
 
@@ -25,6 +29,8 @@ class CrisDecoder(nn.Module):
         heads: Its attention heads.
         hidden: Width of its MLPs.
         dropout: In the transformer, while the decoder itself learns.
+        fine: Channels of finer maps of a stem, finest first, if they are read too; the decoder then also sees how like
+            the phrase each place of the coarsest map is.
     """
 
     def __init__(
@@ -38,26 +44,51 @@ class CrisDecoder(nn.Module):
         heads: int = 8,
         hidden: int = 2048,
         dropout: float = 0.1,
+        fine: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.width = width
+        self.levels = len(fine)
         self.neck = _Neck(widths, width)
         self.decoder = _Transformer(width, words, layers, heads, hidden, dropout)
-        self.proj = _Projector(widths[2], width)
+        self.proj = _Projector(widths[2], width, fine)
+        self.likeness = nn.Conv2d(2, width, 1) if fine else None
         self.connect = None if deepest is None else _zero(nn.Conv2d(deepest, widths[2], 1, bias=False))
 
     def joined(self, pooled: Tensor, deepest: Tensor) -> Tensor:
         """Return the coarsest map of a ResNet: its dense attention pool and the last stage itself."""
         return torch.relu(pooled if self.connect is None else pooled + self.connect(deepest))
 
-    def features(self, maps: tuple[Tensor, Tensor, Tensor], condition: Tensor, words: Tensor) -> Tensor:
-        """Return (B, width, h, w) from :meth:`_Neck.prepared` maps, (B, d) features and (B, T, Dt) words."""
+    def features(
+        self,
+        maps: tuple[Tensor, Tensor, Tensor],
+        condition: Tensor,
+        words: Tensor,
+        dense: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, width, h, w) of the middle scale.
+
+        Args:
+            maps: Of :meth:`_Neck.prepared`, coarsest first.
+            condition: (B, d).
+            words: (B, T, Dt).
+            dense: (B, N, d) unit-length features of the coarsest map's places; for decoders with finer maps.
+        """
         fused = self.neck(maps, condition)
+        if self.likeness is not None and dense is not None:
+            alike = likeness(dense, condition).transpose(1, 2).unflatten(2, maps[0].shape[-2:])
+            fused = fused + self.likeness(_doubled(alike))
         return self.decoder(fused, words)
 
-    def upsample(self, features: Tensor, condition: Tensor) -> Tensor:
-        """Return (B, 1, 4 h, 4 w) logits."""
-        return self.proj(features, condition)
+    def upsample(self, features: Tensor, condition: Tensor, fine: Sequence[Tensor] = ()) -> Tensor:
+        """Return logits, (B, 1, 4 h, 4 w) or of the finest map's size.
+
+        Args:
+            features: (B, width, h, w), of :meth:`features`.
+            condition: (B, d).
+            fine: (B, C, h', w') finer maps, finest first, if they are read.
+        """
+        return self.proj(features, condition, fine)
 
 
 def _zero(convolution: nn.Conv2d) -> nn.Sequential:
@@ -215,23 +246,34 @@ class _Layer(nn.Module):
 
 
 class _Projector(nn.Module):
-    """Four times finer, then one 3 x 3 convolution per image whose kernel the phrase makes."""
+    """Four times finer, or as fine as a stem's maps; then a 3 x 3 convolution whose kernel the phrase makes."""
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, fine: Sequence[int] = ()) -> None:
         super().__init__()
-        out = width // 2
-        double = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.vis = nn.Sequential(
-            double, _conv(width, width, 3), nn.Upsample(scale_factor=2, mode="bilinear"), _conv(width, out, 3),
-            nn.Conv2d(out, out, 1),
-        )  # fmt: skip
+        self.vis = FineMaps(width, dim, fine) if fine else _quadrupling(width)
+        out = self.vis.width if isinstance(self.vis, FineMaps) else width // 2
         self.txt = nn.Linear(dim, out * 9 + 1)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return (B, 1, 4 h, 4 w)."""
-        x = self.vis(x)
+    def last(self) -> nn.Module:
+        """Return the last convolution before the phrase's."""
+        return self.vis.last() if isinstance(self.vis, FineMaps) else self.vis[-1]
+
+    def forward(self, x: Tensor, condition: Tensor, fine: Sequence[Tensor] = ()) -> Tensor:
+        """Return (B, 1, H, W); arguments as of :meth:`CrisDecoder.upsample`."""
+        x = self.vis(x, fine, condition) if isinstance(self.vis, FineMaps) else self.vis(x)
         kernel = self.txt(condition)
         weight = kernel[:, :-1].reshape(len(x), -1, 3, 3)
         # One convolution whose groups are the images.
         out = F.conv2d(x.flatten(0, 1)[None], weight, kernel[:, -1], padding=1, groups=len(x))
         return out.transpose(0, 1)
+
+
+def _quadrupling(width: int) -> nn.Sequential:
+    out = width // 2
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        _conv(width, width, 3),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        _conv(width, out, 3),
+        nn.Conv2d(out, out, 1),
+    )

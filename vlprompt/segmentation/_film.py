@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.segmentation._fine import FineUpsampling
+from vlprompt.segmentation._fine import FineUpsampling, likeness
 
 __all__ = ["FilmDecoder"]
 
@@ -85,8 +84,8 @@ class FilmDecoder(nn.Module):
             if number == self.conditional:
                 x = self.film_mul(condition)[:, None] * x + self.film_add(condition)[:, None]
                 if self.likeness is not None and dense is not None:
-                    likeness = self.likeness(_likeness(dense, condition))
-                    x = x + F.pad(likeness, (0, 0, 1, x.shape[1] - 1 - likeness.shape[1]))
+                    alike = self.likeness(likeness(dense, condition))
+                    x = x + F.pad(alike, (0, 0, 1, x.shape[1] - 1 - alike.shape[1]))
             x = layer(x)
 
         patches = x[:, 1 : 1 + grid[0] * grid[1]]
@@ -107,16 +106,8 @@ class FilmDecoder(nn.Module):
     def last(self) -> nn.Module:
         """Return the layer that makes logits."""
         if isinstance(self.upsample, FineUpsampling):
-            return self.upsample.head
+            return self.upsample.last()
         return self.upsample[-1] if isinstance(self.upsample, nn.Sequential) else self.upsample
-
-
-def _likeness(dense: Tensor, condition: Tensor) -> Tensor:
-    """Return (B, N, 2): ten times the cosine between patches and a phrase, and the same in units of its deviation."""
-    cosine = torch.einsum("bnd,bd->bn", dense, F.normalize(condition, dim=-1))
-    centred = cosine - cosine.mean(1, keepdim=True)
-    spread = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.stack([10 * cosine, centred / (spread + 1e-3)], dim=-1)
 
 
 def _upsampling(reduce: int, dim: int, patch: int, refined: bool, fine: Sequence[int]) -> nn.Module:

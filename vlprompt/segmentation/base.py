@@ -46,6 +46,7 @@ class Segmenter(nn.Module, Prompted):
         options: The strategy's name and all options it was built with.
         decoder: What turns tower states and a phrase into logits.
         words: Phrases that its decoder was trained on, where its weights say so.
+        pixels: Side of the square that whole images are resized to; None: the backbone's own size.
     """
 
     kind: Kind = "segmenter"
@@ -53,6 +54,7 @@ class Segmenter(nn.Module, Prompted):
     options: dict[str, Any]
     decoder: nn.Module
     words: tuple[str, ...] = ()
+    pixels: int | None = None
 
     def __init__(self, backbone: Backbone, strategy: Strategy, words: bool = False) -> None:
         super().__init__()
@@ -124,8 +126,8 @@ class Segmenter(nn.Module, Prompted):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) of preprocessed images: the backbone's own."""
-        return self.backbone.image_size
+        """(H, W) of preprocessed images: :attr:`pixels`, else the backbone's own."""
+        return (self.pixels, self.pixels) if self.pixels else self.backbone.image_size
 
     @property
     def static_images(self) -> bool:

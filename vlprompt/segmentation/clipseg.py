@@ -18,18 +18,17 @@ from vlprompt.backbones.taps import (
     after_block,
     dense_embeddings,
     fine_widths,
-    first_state,
     grid_of,
     patch_of,
     relative_taps,
     run_taps,
-    stem_maps,
 )
-from vlprompt.core.errors import BackboneError, VLPromptError
+from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._film import FilmDecoder
 from vlprompt.segmentation._last_layer import NewLastLayer
+from vlprompt.segmentation._stem import begun, require_maps
 from vlprompt.segmentation._weights import Decoder, clipseg_decoder, fill, sizes
 from vlprompt.segmentation.base import Frozen, LastLayer, Segmenter, Texts
 from vlprompt.segmentation.strategies.base import Strategy
@@ -91,7 +90,7 @@ class CLIPSeg(Segmenter):
         default = {"taps": relative_taps(tower.layers), "fine": bool(widths) and not stored.source}
         size = sizes(stored, options, default)
         trained_pixels = size.pop("pixels", None)
-        self._pixels = pixels or trained_pixels
+        self.pixels = pixels or trained_pixels
         if taps is not None:
             # Other blocks than the weights' own make sense: CLIPSeg was trained with (3, 7, 9), and is used with
             # (3, 6, 9).
@@ -101,7 +100,8 @@ class CLIPSeg(Segmenter):
         self.fine = bool(size.pop("fine"))
         self._coarsest = f"fine{len(widths) - 1}"
         if self.fine:
-            _check_fine(widths, self.taps, tower.layers)
+            require_maps(widths)
+            _check_last(self.taps, tower.layers)
 
         with seeded_modules(seed, "clipseg decoder"):
             self.decoder = FilmDecoder(
@@ -115,11 +115,6 @@ class CLIPSeg(Segmenter):
             self.new_layer = NewLastLayer(self.decoder.width) if last_layer == "new" else None
         fill(self.decoder, stored, "clipseg")
         self.settle()
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """See :attr:`Segmenter.image_size`: that of the weights or the option, where they have one."""
-        return (self._pixels, self._pixels) if self._pixels else super().image_size
 
     def tuned_besides(self) -> list[nn.Parameter]:
         """See :meth:`Segmenter.tuned_besides`."""
@@ -144,7 +139,7 @@ class CLIPSeg(Segmenter):
             return {"image": images}
 
         with torch.no_grad():
-            states = self._first(images)
+            states = begun(self.backbone.vision, images, self.fine)
             if not self.static_images:
                 return states
 
@@ -179,23 +174,15 @@ class CLIPSeg(Segmenter):
         # A grid of whole patches may be larger than the image.
         return logits[..., : size[0], : size[1]].float()
 
-    def _first(self, images: Tensor) -> Frozen:
-        """Return the tower's first state, and the maps of its stem if they are read."""
-        tower = self.backbone.vision
-        if not self.fine:
-            return {"hidden": first_state(tower, images)}
-
-        *maps, patches = stem_maps(tower, images)
-        states = {f"fine{i}": x.float() for i, x in enumerate(maps)}
-        return {**states, "hidden": first_state(tower, images, patches)}
-
     def _tapped(self, frozen: Frozen, prompts: Tensor | None) -> Frozen:
         """Return what the decoder reads, from whatever :meth:`frozen` returned."""
         if "reduced0" in frozen:
             return frozen
 
         count = len(self.taps)
-        states = self._first(frozen["image"]) if "image" in frozen else dict(frozen)
+        states = dict(frozen)
+        if "image" in frozen:
+            states = begun(self.backbone.vision, frozen["image"], self.fine)
         if "tap0" in states:
             taps = tuple(states[f"tap{i}"] for i in range(count))
         else:
@@ -242,13 +229,8 @@ def _checked_taps(taps: tuple[int, ...], layers: int) -> tuple[int, ...]:
     return taps
 
 
-def _check_fine(widths: tuple[int, ...], taps: tuple[int, ...], layers: int) -> None:
-    """Raise BackboneError or VLPromptError if fine maps can't be read."""
-    if not widths:
-        raise BackboneError(
-            "fine=true reads the maps of a convolutional stem, and this image tower has none. What works: photo-vit, "
-            "or leave it out."
-        )
+def _check_last(taps: tuple[int, ...], layers: int) -> None:
+    """Raise VLPromptError if the last tapped block, whose patches are compared with the phrase, is not the last one."""
     if taps[-1] != layers - 1:
         raise VLPromptError(
             f"taps={taps}: with fine=true the last one must be the last block ({layers - 1}), whose patches are "

