@@ -194,8 +194,9 @@ def check_classifier(value: object) -> None:
 
 
 def _are_names(value: object) -> bool:
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return is_sequence and all(isinstance(name, str) for name in value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return False
+    return all(isinstance(name, str) for name in value)
 
 
 def for_classes(learner: Learner, names: Sequence[str]) -> Learner:

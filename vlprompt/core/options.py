@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from os import PathLike
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -22,7 +22,10 @@ __all__ = [
     "describe_options",
     "describe_problems",
     "options_model",
+    "whole_options",
 ]
+
+Shared = TypeVar("Shared")
 
 _SHORT = reprlib.Repr()  # what was given may be a whole hostile file
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -55,14 +58,27 @@ def options_model(target: Callable[..., Any]) -> type[BaseModel]:
 def _shared_fields(hint: Any) -> dict[str, Any]:
     """Return the fields of ``Unpack[Options]``; none of any other hint."""
     (options,) = get_args(hint) or (None,)
-    if not is_typeddict(options):
-        return {}
+    return _fields(options) if is_typeddict(options) else {}
 
+
+def _fields(options: type) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each field of a ``TypedDict``."""
     fields = {}
     for name, kind in get_type_hints(options, include_extras=True).items():
         default = next(part.default for part in get_args(kind) if isinstance(part, FieldInfo))
         fields[name] = (kind, default)
     return fields
+
+
+def whole_options(kind: type[Shared], given: Shared) -> Shared:
+    """Return all options of a ``TypedDict`` that several callables share; what is not given has its default.
+
+    Args:
+        kind: Its fields are ``Annotated[..., Field(default, ...)]``.
+        given: Some of them.
+    """
+    defaults = {name: default for name, (_, default) in _fields(kind).items()}
+    return cast(Shared, {**defaults, **cast(dict[str, Any], given)})
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], source: str) -> dict[str, Any]:
