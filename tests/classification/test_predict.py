@@ -111,7 +111,7 @@ def test_as_many_names_as_there_are(learner: Learner) -> None:
     assert len(predict(learner, [make_image(0)], topk=99)[0]["labels"]) == 3
     assert len(predict(learner, [make_image(0)], topk=1)[0]["labels"]) == 1
     for impossible in (0, -1):
-        with pytest.raises(DataError, match=f"topk must be a whole number of at least 1, got {impossible}"):
+        with pytest.raises(DataError, match=f"topk must be a whole number from 1 on, got {impossible}"):
             predict(learner, [make_image(0)], topk=impossible)
 
 
@@ -288,7 +288,7 @@ def test_what_is_not_finite_is_no_prediction(backbone: Backbone) -> None:
 
 def test_whole_numbers_of_numpy(learner: Learner) -> None:
     assert len(predict(learner, make_image(0), topk=np.int64(2))[0]["labels"]) == 2
-    with pytest.raises(DataError, match=r"topk must be a whole number of at least 1, got 2\.5"):
+    with pytest.raises(DataError, match=r"topk must be a whole number from 1 on, got 2\.5"):
         predict(learner, make_image(0), topk=2.5)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import match_classes
-from vlprompt.core.options import as_whole, check_type
+from vlprompt.core.options import as_whole, check_counts, check_type
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
@@ -149,10 +149,8 @@ def predict(
             it lacks.
     """
     check_classifier(classifier)
+    check_counts(topk=topk, batch_size=batch_size)
     topk, batch_size = as_whole(topk), as_whole(batch_size)
-    for name, value in (("topk", topk), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
     if isinstance(classifier, nn.Module):
         classifier.eval()
@@ -238,6 +236,7 @@ def accuracy(classifier: Classifier, data: ImageDataset, *, batch_size: int = 64
         DataError: If it doesn't know a class, or is no classifier.
     """
     check_classifier(classifier)
+    check_counts(batch_size=batch_size)
     if isinstance(classifier, nn.Module):
         classifier.eval()
     data = in_learner_space(classifier, data)

@@ -17,6 +17,7 @@ from vlprompt.core.errors import ConfigError, DataError, nearest
 
 __all__ = [
     "as_whole",
+    "check_counts",
     "check_options",
     "check_type",
     "describe_options",
@@ -99,6 +100,21 @@ def as_whole(value: Any) -> Any:
     """Return a whole number of any library (numpy's, say) as Python's; all else as it is, for a check to refuse."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     return int(value) if is_whole else value
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers below 1.
+
+    Args:
+        counts: Name to number.
+
+    Raises:
+        DataError: Names the first that is no whole number from 1 on.
+    """
+    for name, count in counts.items():
+        whole = as_whole(count)
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
+            raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
 
 
 def check_type(
