@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from os import PathLike
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_type",
     "describe_options",
     "describe_problems",
+    "matching",
     "options_model",
     "whole_options",
 ]
@@ -137,6 +139,22 @@ def check_type(
         raise DataError(
             f"{what} is what {made_by} returns; got {type(value).__name__}{shown}. {hint}".rstrip()
         )
+
+
+def matching(pattern: str, what: str) -> AfterValidator:
+    """Return what refuses texts that a regular expression does not match as a whole, and says in words what is allowed.
+
+    Args:
+        pattern: The expression.
+        what: What is allowed, with its article, and an example.
+    """
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"{_SHORT.repr(text)} is not {what}.")
+        return text
+
+    return AfterValidator(check)
 
 
 def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:
