@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 import vlprompt
+from vlprompt.adaptation.attack import PGD, attack_dataset
+from vlprompt.adaptation.stream import adapt_dataset
 from vlprompt.backbones import Backbone
+from vlprompt.classification.predict import accuracy
 
 NAMES = ["cat", "dog"]
 IMAGE = Image.new("RGB", (64, 64))
@@ -26,6 +29,8 @@ def objects() -> SimpleNamespace:
         learner=vlprompt.create_learner("coop", backbone, NAMES),
         segmenter=vlprompt.create_segmenter("clipseg", backbone),
         adapter=vlprompt.create_adapter("zero", backbone, NAMES),
+        data=vlprompt.load_dataset("digits", "test").subset(range(2)).keep_classes([0, 1]),
+        pairs=vlprompt.load_segmentation("scenes/masks", "test", images=1),
     )
 
 
@@ -65,6 +70,66 @@ CALLS: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "a backbone that is saved": (
         lambda o, folder: vlprompt.save(o.backbone, folder),
         "a learner or a segmentation model is what .* got Backbone",
+    ),
+    "a word for what to do with bad images": (
+        lambda o, _: list(vlprompt.adapt_stream(o.adapter, [IMAGE], on_bad_image="ignore")),  # type: ignore[arg-type]
+        "on_bad_image: input should be 'error' or 'skip', got 'ignore'",
+    ),
+    "a text for a callback": (
+        lambda o, _: vlprompt.fit(o.learner, [(IMAGE, 0)], epochs=1, callbacks=["bar"]),  # type: ignore[list-item]
+        "a callback is what .* got str 'bar'",
+    ),
+    "a text for a callback of pairs": (
+        lambda o, _: vlprompt.fit_segmenter(o.segmenter, o.pairs, epochs=1, callbacks=["bar"]),  # type: ignore[list-item]
+        "a callback is what .* got str 'bar'",
+    ),
+    "a text for a callback of a run": (
+        lambda o, _: vlprompt.run("fewshot_tiny.yaml", callbacks=["bar"]),  # type: ignore[list-item]
+        "a callback is what .* got str 'bar'",
+    ),
+    "nothing to resume": (
+        lambda o, _: vlprompt.fit(o.learner, [(IMAGE, 0)], epochs=1, resume=True),
+        "resume: it continues what a folder holds",
+    ),
+    "nothing to resume of pairs": (
+        lambda o, _: vlprompt.fit_segmenter(o.segmenter, o.pairs, epochs=1, resume=True),
+        "resume: it continues what a folder holds",
+    ),
+    "batches of no image to evaluate": (
+        lambda o, _: vlprompt.evaluate(o.learner.with_classes(o.data.classnames), o.data, batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    "batches of fewer than no image": (
+        lambda o, _: vlprompt.evaluate(o.learner.with_classes(o.data.classnames), o.data, batch_size=-1),
+        "batch_size must be a whole number from 1 on, got -1",
+    ),
+    "batches of no image to name": (
+        lambda o, _: accuracy(o.learner.with_classes(o.data.classnames), o.data, batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    "batches of no image to adapt to": (
+        lambda o, _: adapt_dataset({"zero": o.adapter}, o.data, batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    "batches of no image to attack": (
+        lambda o, folder: attack_dataset(o.data, o.learner, PGD(steps=1), folder, batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    "batches of no pair": (
+        lambda o, _: vlprompt.evaluate_segmenter(o.segmenter, o.pairs, batch_size=0),
+        "batch_size must be a whole number from 1 on, got 0",
+    ),
+    "percent for a threshold": (
+        lambda o, _: vlprompt.evaluate_segmenter(o.segmenter, o.pairs, threshold=50),
+        r"threshold is a probability in \[0, 1\], got 50",
+    ),
+    "a fraction that is a text": (
+        lambda o, _: PGD(eps="4/255"),  # type: ignore[arg-type]
+        r"eps: '4/255' is not in \[0, 1\]",
+    ),
+    "pixels of another kind": (
+        lambda o, _: PGD(pixels="half"),  # type: ignore[arg-type]
+        "pixels: input should be 'bytes' or 'floats', got 'half'",
     ),
     "a number for a path": (
         lambda o, _: vlprompt.load(5),  # type: ignore[arg-type]

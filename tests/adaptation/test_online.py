@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.adaptation.test_online_golden import encoded, texts, views, with_texts
-from vlprompt import create_adapter, create_learner
+from vlprompt import create_adapter, create_backbone, create_learner
 from vlprompt.adaptation._features import FeatureAdapter, StreamAdapter
 from vlprompt.adaptation._gaussian import neighbour_graph, weighted_squares
 from vlprompt.adaptation.dpe import _Rows
@@ -254,6 +254,31 @@ def test_a_state_of_another_method_is_refused(backbone: Backbone) -> None:
     assert isinstance(adapter, StreamAdapter)
     with pytest.raises(CheckpointError, match="does not fit bca: keys"):
         adapter.load_state({**adapter.state(), "keys": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["bca", "cliptta", "dmn", "dpe", "ecalp", "oga", "onzeta", "tda", "tent"])
+def test_a_state_says_who_learned_it(name: str, backbone: Backbone) -> None:
+    adapter = create_adapter(name, backbone, ["circle", "square", "star"])
+    state = adapter.state()
+    for classnames in (["dog", "cat", "bird"], ["square", "circle", "star"], ["circle", "square"]):
+        other = create_adapter(name, backbone, classnames)
+        with pytest.raises(
+            CheckpointError, match=rf"fit {name}: it was learned with another list of classes\.$"
+        ):
+            other.load_state(state)
+
+    elsewhere = create_adapter(name, create_backbone("tiny", "random", seed=3), adapter.classnames)
+    with pytest.raises(CheckpointError, match="it was learned with another backbone or precision"):
+        elsewhere.load_state(state)
+    with pytest.raises(CheckpointError, match="it does not say who learned it"):
+        adapter.load_state({key: tensor for key, tensor in state.items() if key != "owner"})
+
+
+def test_a_state_with_nan_is_refused(backbone: Backbone) -> None:
+    adapter = create_adapter("bca", backbone, ["circle", "square"])
+    state = adapter.state()
+    with pytest.raises(CheckpointError, match="does not fit bca: means is NaN"):
+        adapter.load_state({**state, "means": state["means"] * float("nan")})
 
 
 def test_boost_asks_the_image_itself(backbone: Backbone) -> None:

@@ -97,7 +97,11 @@ def test_overrides_are_typed(tmp_path: Path) -> None:
     [
         ("train: [1, 2", "c.yaml"),
         ("- 1\n- 2", "must be keys and values"),
-        ("name: a/b", "name: string should match pattern"),
+        ("name: a/b", "name: 'a/b' is not a name of a folder"),
+        (
+            "protocol: {split: B10-C0}",
+            "protocol.split: 'B10-C0' is not a split: joint, or Bb-Ck (b 0 or at least 2, k at least 2)",
+        ),
         ("train: 3", "train: input should be a valid dictionary"),
         ("learner: 3", "learner: input should be a valid dictionary"),
         ("protocol: {seeds: []}", "protocol.seeds: list should have at least 1 item"),

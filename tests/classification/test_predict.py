@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from vlprompt import create_learner, predict
+from vlprompt import create_learner, load_dataset, predict
 from vlprompt.backbones import Backbone
+from vlprompt.classification.predict import accuracy
 from vlprompt.core.errors import DataError
 from vlprompt.learners import Learner
 
@@ -109,7 +111,7 @@ def test_as_many_names_as_there_are(learner: Learner) -> None:
     assert len(predict(learner, [make_image(0)], topk=99)[0]["labels"]) == 3
     assert len(predict(learner, [make_image(0)], topk=1)[0]["labels"]) == 1
     for impossible in (0, -1):
-        with pytest.raises(DataError, match=f"topk must be a whole number of at least 1, got {impossible}"):
+        with pytest.raises(DataError, match=f"topk must be a whole number from 1 on, got {impossible}"):
             predict(learner, [make_image(0)], topk=impossible)
 
 
@@ -286,5 +288,51 @@ def test_what_is_not_finite_is_no_prediction(backbone: Backbone) -> None:
 
 def test_whole_numbers_of_numpy(learner: Learner) -> None:
     assert len(predict(learner, make_image(0), topk=np.int64(2))[0]["labels"]) == 2
-    with pytest.raises(DataError, match=r"topk must be a whole number of at least 1, got 2\.5"):
+    with pytest.raises(DataError, match=r"topk must be a whole number from 1 on, got 2\.5"):
         predict(learner, make_image(0), topk=2.5)  # type: ignore[arg-type]
+
+
+class _Pixels(nn.Module):
+    """Makes pixels of an image, as a user's module may."""
+
+    def forward(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.resize((4, 4)), np.float32)).permute(2, 0, 1) / 255
+
+
+class _OwnClassifier(nn.Module):
+    """Says how bright an image is; what makes its pixels is a submodule, which only ``__getattr__`` finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classnames = ["dark", "bright"]
+        self.device = torch.device("cpu")
+        self.preprocess = _Pixels()
+        self.dropout = nn.Dropout(1.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        brightness = self.dropout(images).mean((1, 2, 3))
+        return torch.stack([0.5 - brightness, brightness - 0.5], 1)
+
+
+def test_a_module_of_ones_own_names_images() -> None:
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
+    table = predict(_OwnClassifier(), images)
+    assert [row["labels"][0] for row in table] == ["dark", "bright"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("classnames", None, r"got _OwnClassifier. It lacks classnames \(a sequence of names\)\."),
+        ("classnames", "dark", r"It lacks classnames"),
+        ("device", "cpu", r"It lacks device \(a torch.device\)\."),
+        ("preprocess", None, r"It lacks preprocess \(a function of a PIL image\)\."),
+    ],
+)
+def test_what_an_own_module_lacks_is_named(name: str, value: object, message: str) -> None:
+    classifier = _OwnClassifier()
+    setattr(classifier, name, value)
+    with pytest.raises(DataError, match=message):
+        predict(classifier, Image.new("RGB", (8, 8)))
+    with pytest.raises(DataError, match=message):
+        accuracy(classifier, load_dataset("digits", "test"))

@@ -83,6 +83,20 @@ def test_an_engine_that_is_not_installed_is_a_sentence(
     assert not list(tmp_path.rglob("config.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("on", "message"),
+    [
+        ("serial:2", "--on serial takes no number; got '2'"),
+        ("processes:0", "a number of processes above 0; got '0'"),
+        ("ray:cpus=none", "cpus"),
+        ("slurm:jobs=0", "jobs"),
+    ],
+)
+def test_what_builds_an_executor_refuses_its_argument(tmp_path: Path, on: str, message: str) -> None:
+    with pytest.raises(VLPromptError, match=message):
+        create_executor(on, toy(tmp_path))
+
+
 def test_no_engine_is_imported_unless_it_is_asked_for() -> None:
     program = (
         "import sys\nfrom vlprompt.experiments.executors import EXECUTORS\nfrom vlprompt.experiments import runner\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,20 @@ def test_wrong_options_are_refused_before_anything_runs(tiny: Backbone, train: I
         _learner(tiny, train, proposer_options={"fresh": 3})
     with pytest.raises(UnknownNameError, match="unknown describer"):
         _learner(tiny, train, describer="somebody")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_price": 1.0}, "max_price: nothing here has a price"),
+        ({"describer_options": {"model": "m"}}, "describer_options: there is no describer"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tiny: Backbone, train: ImageDataset, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _learner(tiny, train, **options)
 
 
 def test_a_describer_needs_images(tiny: Backbone, train: ImageDataset) -> None:

@@ -119,19 +119,21 @@ class StreamAdapter(FeatureAdapter):
         """See :meth:`Adapter.reset`."""
         self.memory = self.empty()
 
-    def state(self) -> dict[str, Tensor]:
-        """See :meth:`Adapter.state`."""
+    def learned(self) -> dict[str, Tensor]:
+        """See :meth:`Adapter.learned`."""
         return {name: tensor.clone() for name, tensor in self.memory.items()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Adapter.load_state`."""
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """See :meth:`Adapter.restore`."""
         expected = self.empty()
         wrong = [
-            name for name in {*expected, *state} if not self.fits(name, expected.get(name), state.get(name))
+            name
+            for name in {*expected, *learned}
+            if not self.fits(name, expected.get(name), learned.get(name))
         ]
         if wrong:
             raise CheckpointError(f"this state does not fit {self.method}: {', '.join(sorted(wrong))}.")
-        self.memory = {name: tensor.to(self.weights.device).clone() for name, tensor in state.items()}
+        self.memory = {name: tensor.to(self.weights.device).clone() for name, tensor in learned.items()}
 
     def fits(self, name: str, expected: Tensor | None, tensor: Tensor | None) -> bool:
         """Return whether a tensor of a state can be taken for one of the empty memory."""

@@ -178,37 +178,37 @@ class NormAdapter(FeatureAdapter):
         self._moves = self.rule.build(list(self.norms.values()))
         self.memory = self.empty_memory()
 
-    def state(self) -> dict[str, Tensor]:
-        """See :meth:`Adapter.state`: scales, shifts, the optimiser's moments and the method's memory."""
+    def learned(self) -> dict[str, Tensor]:
+        """See :meth:`Adapter.learned`: scales, shifts, the optimiser's moments and the method's memory."""
         state = {f"{_NORM}{name}": tensor.detach().clone() for name, tensor in self.norms.items()}
         for name, tensor in self.norms.items():
             moments = self._moves.state.get(tensor, {})
             state |= {f"{_MOMENT}{key}/{name}": moments[key].clone() for key in self.rule.moments if moments}
         return state | {name: tensor.clone() for name, tensor in self.memory.items()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Adapter.load_state`."""
-        names = [name for name in state if name.startswith(_MOMENT)]
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """See :meth:`Adapter.restore`."""
+        names = [name for name in learned if name.startswith(_MOMENT)]
         expected = self._expected_shapes(bool(names))
         wrong = [
             name
-            for name in {*expected, *state}
-            if name not in state or name not in expected or not _fits(state[name], expected[name])
+            for name in {*expected, *learned}
+            if name not in learned or name not in expected or not _fits(learned[name], expected[name])
         ]
         if wrong:
             raise CheckpointError(f"this state does not fit {self.method}: {', '.join(sorted(wrong))}.")
 
         self.reset()
         for name, tensor in self.norms.items():
-            tensor.data.copy_(state[f"{_NORM}{name}"])
+            tensor.data.copy_(learned[f"{_NORM}{name}"])
             if names:
-                moments = {key: state[f"{_MOMENT}{key}/{name}"].clone() for key in self.rule.moments}
+                moments = {key: learned[f"{_MOMENT}{key}/{name}"].clone() for key in self.rule.moments}
                 # Where the optimiser counts its steps, it wants the count on the CPU.
                 self._moves.state[tensor] = {
                     key: moment if key == "step" else moment.to(tensor.device)
                     for key, moment in moments.items()
                 }
-        self.memory = {name: state[name].clone() for name in self.memory}
+        self.memory = {name: learned[name].clone() for name in self.memory}
 
     def _expected_shapes(self, with_moments: bool) -> dict[str, tuple[int | None, ...]]:
         """Return the shape of every tensor of a state; None stands for any number of rows."""

@@ -19,17 +19,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.core.options import check_counts, check_options
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import torch_rng
 from vlprompt.data import ImageDataset
@@ -62,7 +64,7 @@ class PGD:
             them; ``"floats"``: they are left as they are, the stronger attack.
 
     Raises:
-        ConfigError: If ``eps`` is not in [0, 1].
+        ConfigError: If ``eps`` is no number in [0, 1], ``steps`` no whole number from 0 on, or ``pixels`` neither.
     """
 
     eps: float = 4 / 255
@@ -71,9 +73,10 @@ class PGD:
     pixels: Literal["bytes", "floats"] = "bytes"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            problem = f"eps: {self.eps:g} is not in [0, 1], the range of a pixel; papers' 4 of 255 is 4/255."
+        if isinstance(self.eps, str) or not 0 <= self.eps <= 1:
+            problem = f"eps: {self.eps!r} is not in [0, 1], the range of a pixel; papers' 4 of 255 is 4/255."
             raise ConfigError([problem], "attack")
+        check_options(_check_attack, {"steps": self.steps, "pixels": self.pixels}, source="attack")
 
     def perturb(self, classifier: Classifier, images: Tensor, labels: Tensor, keys: Sequence[str]) -> Tensor:
         """Return attacked images, (B, 3, H, W) float32 in [0, 1], no pixel further than ``eps`` from the given ones.
@@ -111,6 +114,10 @@ class PGD:
         lowest = (255 * low - _SLACK).ceil()
         highest = (255 * high + _SLACK).floor()
         return (255 * attacked).round().clamp(lowest, highest) / 255
+
+
+def _check_attack(*, steps: Annotated[int, Field(ge=0)], pixels: Literal["bytes", "floats"]) -> None:
+    """Say what some numbers of :class:`PGD` may be."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ def attack_dataset(
         DataError: See :func:`static_classifier`; if class names differ, or an image can't be read.
         CheckpointError: If an attacked image can't be written.
     """
+    check_counts(batch_size=batch_size)
     if weights is None and data.classnames != learner.classnames:
         raise DataError(f"{data.name} has other class names than the classifier that is attacked.")
 

@@ -16,6 +16,7 @@ from vlprompt.adaptation.scores import known_scores
 from vlprompt.adaptation.views import Images, OpenedImage, ViewPlan, open_images
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.data.base import hash_strings
 from vlprompt.learners import Learner, create_learner
 
 __all__ = ["Adapted", "Adapter", "Collector", "EncodedViews", "Granularity", "ResetScope"]
@@ -24,6 +25,7 @@ Granularity = Literal["image", "stream", "batch", "dataset"]
 """What a prediction depends on: its image alone, the images before it, those of its batch, or all images."""
 ResetScope = Literal["never", "batch", "corruption", "dataset"]
 """After what an adapter forgets what it learned from images."""
+_OWNER = "owner"  # of a state: who learned it
 _TOGETHER = 16  # images whose views are in memory at the same time
 
 
@@ -180,17 +182,55 @@ class Adapter:
         """Forget everything learned from images; where images are taken alone there is nothing to forget."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what was learned from the stream, for resuming; empty where nothing is kept."""
-        return {}
+        """Return what was learned from the stream and by whom, for resuming; empty where nothing is kept."""
+        learned = self.learned()
+        return {**learned, _OWNER: _bytes("\n".join(self._owner()))} if learned else {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`state` returned.
 
         Raises:
-            CheckpointError: If it doesn't fit.
+            CheckpointError: If it doesn't fit: it is of another method, backbone or list of classes, a tensor has
+                another shape, or a number is NaN.
         """
-        if state:
-            raise CheckpointError(f"{self.method} keeps no state, but {', '.join(sorted(state))} was given.")
+        learned = {name: tensor for name, tensor in state.items() if name != _OWNER}
+        if self.learned() and (difference := self._difference(state.get(_OWNER), learned)):
+            raise CheckpointError(f"this state does not fit {self.method}: {difference}.")
+        self.restore(learned)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return copies of what was learned from the stream; who learns overrides this and :meth:`restore`."""
+        return {}
+
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`learned` returned.
+
+        Raises:
+            CheckpointError: If names, shapes or types are others.
+        """
+        if learned:
+            raise CheckpointError(
+                f"{self.method} keeps no state, but {', '.join(sorted(learned))} was given."
+            )
+
+    def _owner(self) -> tuple[str, str, str]:
+        """Return whose a state is: the method, the backbone, and a hash of the class names."""
+        return (self.method, self.backbone.features_id, hash_strings(self.classnames))
+
+    def _difference(self, owner: Tensor | None, learned: Mapping[str, Tensor]) -> str:
+        """Return why a state can't be this adapter's; empty if it may be."""
+        own = self._owner()
+        given = _text(owner).split("\n")
+        if len(given) != len(own):
+            return f"it does not say who learned it ({', '.join(sorted(learned)) or 'it is empty'})"
+
+        kinds = ("method", "backbone or precision", "list of classes")
+        others = [kind for kind, fact, other in zip(kinds, own, given, strict=True) if fact != other]
+        if others:
+            return f"it was learned with another {' and another '.join(others)}"
+
+        spoilt = sorted(name for name, tensor in learned.items() if bool(tensor.isnan().any()))
+        return f"{', '.join(spoilt)} is NaN" if spoilt else ""
 
     def adapt(self, views: EncodedViews) -> Adapted:
         """Return what the method makes of B images; those of one batch, or of a whole data set, come together."""
@@ -299,6 +339,17 @@ class Adapter:
         """Return (B, V, C) logits of (B, V, d) embeddings by the classifier before adaptation."""
         # Image by image, so that the other images change no bit (see encode).
         return torch.stack([self.learner.logits(rows) for rows in embeddings])
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _text(tensor: Tensor | None) -> str:
+    """Return the text of bytes; empty if they are none."""
+    if tensor is None or tensor.dtype != torch.uint8:
+        return ""
+    return bytes(tensor.flatten().tolist()).decode(errors="replace")
 
 
 class Collector:

@@ -215,7 +215,7 @@ def plain_options(adapter: Adapter) -> dict[str, Any]:
 
 def state_bytes(adapter: Adapter) -> int:
     """Return the size of what an adapter has learned from the stream."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.state().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.learned().values())
 
 
 def _log(probs: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vlprompt.adaptation.views import Augment, ViewPlan
 from vlprompt.classification.evaluate import ImageReader
 from vlprompt.core.errors import CheckpointError, ConfigError, DataError
 from vlprompt.core.files import read_tensors, write_tensors
+from vlprompt.core.options import check_counts
 from vlprompt.core.paths import user_path
 from vlprompt.data import ImageDataset
 from vlprompt.learners import Learner
@@ -86,6 +87,7 @@ def source_statistics(learner: Learner, data: ImageDataset, batch_size: int = 32
     Raises:
         DataError: If there is no image, or the tower has no blocks.
     """
+    check_counts(batch_size=batch_size)
     backbone = learner.eval().backbone
     if not len(data) or not backbone.vision.layers:
         raise DataError("source statistics need at least one image and an image tower with blocks.")

@@ -16,7 +16,7 @@ from vlprompt.adaptation.predictions import Predictions
 from vlprompt.adaptation.views import OpenedImage, ViewPlan, open_images
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
 from vlprompt.core.files import read_tensors, write_tensors
-from vlprompt.core.options import check_type
+from vlprompt.core.options import check_counts, check_options, check_type
 from vlprompt.core.shares import process_count, share_rows
 from vlprompt.data import ImageDataset
 from vlprompt.data.base import hash_strings
@@ -100,10 +100,13 @@ def adapt_dataset(
         Predictions by label, in the data set's order.
 
     Raises:
+        ConfigError: If ``on_bad_image`` has another value.
         DataError: If the data set is empty, its class names differ or an image can't be read; finished portions stay.
         NonFiniteError: If an embedding is NaN or infinite; names the image.
         CheckpointError: If the folder holds results of other images or methods.
     """
+    check_counts(batch_size=batch_size)
+    check_options(_check_arguments, {"on_bad_image": on_bad_image}, source="adapt_dataset")
     _check(adapters, data)
     for adapter in adapters.values():
         if forget:
@@ -146,10 +149,12 @@ def adapt_stream(
             prediction comes for it.
 
     Raises:
+        ConfigError: If ``on_bad_image`` has another value.
         DataError: If an image can't be read; says which.
         NonFiniteError: If an embedding is NaN or infinite; says which, from 0.
     """
     check_type(adapter, Adapter, "an adapter", "vlprompt.create_adapter(...)")
+    check_options(_check_arguments, {"on_bad_image": on_bad_image}, source="adapt_stream")
     collector = Collector(adapter)
     for number, image in enumerate(images):
         try:
@@ -175,6 +180,10 @@ def read_predictions(folder: str | Path, label: str, classnames: Sequence[str]) 
         raise CheckpointError(f"{folder} holds no predictions.")
     parts = [_predictions(read_tensors(path)[0], label, tuple(classnames)) for path in paths]
     return Predictions.cat([part for part in parts if part is not None])
+
+
+def _check_arguments(*, on_bad_image: OnBadImage) -> None:
+    """Say what may be done with a bad image."""
 
 
 def _adapt_rows(

@@ -119,8 +119,8 @@ class DynamicAdapter(Adapter):
         shape = (classes, self.negative_slots, classes)
         self.negative_classes = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    def state(self) -> dict[str, Tensor]:
-        """See :meth:`Adapter.state`."""
+    def learned(self) -> dict[str, Tensor]:
+        """See :meth:`Adapter.learned`."""
         return {
             "keys": self.keys.clone(),
             "entropy": self.entropy.clone(),
@@ -129,15 +129,15 @@ class DynamicAdapter(Adapter):
             "negative_classes": self.negative_classes.clone(),
         }
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`Adapter.load_state`."""
-        expected = {name: tensor.shape for name, tensor in self.state().items()}
-        shapes = {name: tensor.shape for name, tensor in state.items()}
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """See :meth:`Adapter.restore`."""
+        expected = {name: tensor.shape for name, tensor in self.learned().items()}
+        shapes = {name: tensor.shape for name, tensor in learned.items()}
         wrong = [name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name)]
         if wrong:
             raise CheckpointError(f"this state does not fit {self.method}: {', '.join(sorted(wrong))}.")
 
-        tensors = {name: tensor.to(self.backbone.device).clone() for name, tensor in state.items()}
+        tensors = {name: tensor.to(self.backbone.device).clone() for name, tensor in learned.items()}
         self.keys = tensors["keys"]
         self.entropy = tensors["entropy"]
         self.negative_keys = tensors["negative_keys"]

@@ -20,13 +20,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import DataError
+from vlprompt.core.options import matching
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.decoding import read_image
 from vlprompt.data.images import pixel_key
@@ -35,7 +35,14 @@ from vlprompt.data.transforms import Cut, affine_of, crop_box, cut_views
 
 __all__ = ["Augment", "Images", "OpenedImage", "ViewPlan", "open_images"]
 
-Augment = Annotated[str, Field(pattern=r"^(crop_flip|crop_flip_pil|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?$")]
+Augment = Annotated[
+    str,
+    matching(
+        r"(crop_flip|crop_flip_pil|augmix)(:(0?\.\d*[1-9]\d*|1|1\.0*))?",
+        "crop_flip, crop_flip_pil or augmix, or one of these with the least share of the image in (0, 1], such as "
+        "crop_flip:0.5",
+    ),
+]
 """``crop_flip``, ``crop_flip_pil`` or ``augmix``; ``crop_flip:0.5`` cuts crops of at least half of the image."""
 Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor]
 _LEAST_AREA = 0.08  # of a crop, as a share of the image, as in torchvision's RandomResizedCrop

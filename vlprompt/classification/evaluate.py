@@ -13,6 +13,7 @@ from torch import Tensor
 from vlprompt.backbones.vision import Images
 from vlprompt.classification.label_space import check_learner, dataset_for, in_learner_space
 from vlprompt.classification.prefixes import KeptStates, kept_states
+from vlprompt.core.options import check_counts
 from vlprompt.core.shares import share_rows
 from vlprompt.data import FeatureCache, ImageDataset
 from vlprompt.data.compositions import CompositionDataset
@@ -52,9 +53,11 @@ def evaluate(
         workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
 
     Raises:
-        DataError: If the learner doesn't know a class.
+        DataError: If the learner doesn't know a class, or ``batch_size`` is below 1.
+        UnknownNameError: For an unknown metric.
     """
     check_learner(learner)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     data = in_learner_space(learner, dataset_for(learner, data, "test"))
     cache = FeatureCache(prefix_gib=0) if cache is None else cache  # for features that are read twice here
     logits, labels = predict_logits(learner, data, batch_size=batch_size, cache=cache)
@@ -82,6 +85,7 @@ def predict_logits(
 
     The label of an image that has several is its first; :meth:`ImageDataset.multi_hot` has all.
     """
+    check_counts(batch_size=batch_size)
     data = in_learner_space(learner, data)
     device = learner.backbone.device
     was_training = learner.training
@@ -112,6 +116,7 @@ def image_embeddings(
     learner: Any, data: ImageDataset, *, batch_size: int = 100, cache: FeatureCache | None = None
 ) -> Tensor:
     """Return (n, d) embeddings by the frozen image tower, not normalised, through the feature cache."""
+    check_counts(batch_size=batch_size)
     encode, fingerprint = encoder_of(learner)
     return (cache or FeatureCache()).features(
         data, encode, learner.preprocess, fingerprint=fingerprint, batch_size=batch_size

@@ -27,8 +27,8 @@ from vlprompt.learners import Learner
 from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
 from vlprompt.training.callback_lists import default_callbacks
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.options import TrainOptions
+from vlprompt.training.callbacks import Callback, check_callbacks
+from vlprompt.training.options import TrainOptions, check_resume
 from vlprompt.training.trainer import Trainer
 
 __all__ = ["RunResult", "calibrate", "describe", "fit", "parse_options", "run_identity", "validation"]
@@ -120,6 +120,8 @@ def fit(
     """
     _check_arguments(recipe=recipe, several_labels=several_labels, views=views, prefix_gib=prefix_gib)
     parse_options(options)
+    check_resume(folder, resume)
+    check_callbacks(callbacks)
     check_learner(learner)
     train = _with_labels(learner, _in_order(learner, dataset_for(learner, train, "train")), several_labels)
     val = None if val is None else dataset_for(learner, val, "val")

@@ -43,8 +43,8 @@ from vlprompt.meta.regulated import regulated
 from vlprompt.meta.start import GramStart, start_learner
 from vlprompt.training.batches import Batch
 from vlprompt.training.callback_lists import default_callbacks
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.options import TrainOptions
+from vlprompt.training.callbacks import Callback, check_callbacks
+from vlprompt.training.options import TrainOptions, check_resume
 from vlprompt.training.trainer import Trainer
 
 __all__ = [
@@ -295,6 +295,8 @@ def fit_multitask(
     """
     sharing = sharing or MultiTaskOptions()
     checked = parse_options(options)
+    check_resume(folder, resume)
+    check_callbacks(callbacks)
     tasks = _checked(tasks)
     checked = checked.for_shots([(n, label) for n, data in tasks.items() for label in data.train.labels])
     started = time.monotonic()

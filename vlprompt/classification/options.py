@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vlprompt.classification.recipe import RecipeName
+from vlprompt.core.options import matching
 from vlprompt.experiments.config import STRICT, Seeds
 from vlprompt.training.options import TrainSection
 
@@ -19,6 +20,13 @@ __all__ = [
     "TargetOptions",
 ]
 
+Split = Annotated[
+    str,
+    matching(
+        r"B(0|[2-9]|[1-9]\d+)-C([2-9]|[1-9]\d+)|joint",
+        "a split: joint, or Bb-Ck (b 0 or at least 2, k at least 2), such as B0-C4",
+    ),
+]
 LabelSpace = Literal["per_task", "joint", "joint_dedup"]
 
 
@@ -44,9 +52,8 @@ class ProtocolOptions(BaseModel):
         default_factory=list,
         description="cross-dataset, domain-generalisation: data sets to score what data.name taught",
     )
-    split: str = Field(
+    split: Split = Field(
         "B0-C4",
-        pattern=r"^(B(0|[2-9]|[1-9]\d+)-C([2-9]|[1-9]\d+)|joint)$",
         description="class-incremental: Bb-Ck, b classes in the first session (0: k), then k each; joint: all at once",
     )
     order: Literal["seeded", "alphabetical"] = Field(

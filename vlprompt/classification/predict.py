@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import nn
 
 from vlprompt.backbones import Backbone
 from vlprompt.classification.evaluate import ImageReader
@@ -19,7 +20,7 @@ from vlprompt.classification.label_space import in_learner_space
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError
 from vlprompt.core.names import match_classes
-from vlprompt.core.options import as_whole, check_type
+from vlprompt.core.options import as_whole, check_counts, check_type
 from vlprompt.data import ImageDataset
 from vlprompt.data.inputs import ImageInput, image_inputs
 from vlprompt.data.loading import Loader, Workers, takes_workers
@@ -30,6 +31,7 @@ __all__ = [
     "PredictionTable",
     "Ranker",
     "accuracy",
+    "check_classifier",
     "for_classes",
     "predict",
     "predict_batch",
@@ -44,9 +46,8 @@ _NOT_FINITE = (
 )
 
 
-@runtime_checkable
 class Classifier(Protocol):
-    """What names images."""
+    """What names images: anything with these three attributes that can be called; see :func:`check_classifier`."""
 
     @property
     def classnames(self) -> Sequence[str]:
@@ -131,7 +132,8 @@ def predict(
     Args:
         classifier: A learner, see :func:`vlprompt.load`, or a file that was exported
             (:class:`vlprompt.saved.exported.ExportedClassifier`), or a list of very many names
-            (:class:`vlprompt.classification.name_list.NameList`).
+            (:class:`vlprompt.classification.name_list.NameList`), or a module of your own that is a
+            :class:`Classifier`. Modules are switched to evaluation.
         images: One image or many, in any form that :func:`vlprompt.data.inputs.image_inputs` takes: a folder, a file, a
             PIL image, bytes, an open file, pixels, or an iterable of these, which is read a batch at a time. Addresses
             are refused.
@@ -143,19 +145,17 @@ def predict(
         A table; an image that can't be read, or whose logits are NaN, has its reason in ``error`` and stops nothing.
 
     Raises:
-        DataError: If there is no image, something is none, or ``topk`` is below 1.
+        DataError: If there is no image, something is none, ``topk`` is below 1, or the classifier is none; says what
+            it lacks.
     """
-    made_by = "vlprompt.create_learner(...) or vlprompt.load(...)"
-    check_type(classifier, (Classifier, Ranker), "a classifier", made_by)
+    check_classifier(classifier)
+    check_counts(topk=topk, batch_size=batch_size)
     topk, batch_size = as_whole(topk), as_whole(batch_size)
-    for name, value in (("topk", topk), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
-    if isinstance(classifier, Learner):
+    if isinstance(classifier, nn.Module):
         classifier.eval()
-        if warning := untaught(classifier.backbone, classifier.classnames):
-            _log.warning("%s", warning)
+    if isinstance(classifier, Learner) and (warning := untaught(classifier.backbone, classifier.classnames)):
+        _log.warning("%s", warning)
     inputs = image_inputs(images)
     rows: list[dict[str, Any]] = []
     batches = iter(lambda: [_sendable(image) for image in islice(inputs, batch_size)], [])
@@ -163,6 +163,38 @@ def predict(
         for names, pixels, errors in loader.stream(batches):
             rows += predict_batch(classifier, names, pixels, errors, topk)
     return PredictionTable(rows)
+
+
+def check_classifier(value: object) -> None:
+    """Refuse what is neither a :class:`Classifier` nor a :class:`Ranker`.
+
+    Attributes are asked for one by one, as they are read later: a submodule or what ``__getattr__`` answers counts.
+
+    Raises:
+        DataError: Says what was given, and what it lacks.
+    """
+    if isinstance(value, Ranker):
+        return
+
+    wanted = {
+        "classnames": ("a sequence of names", _are_names),
+        "device": ("a torch.device", lambda device: isinstance(device, torch.device)),
+        "preprocess": ("a function of a PIL image", callable),
+    }
+    lacks = [
+        f"{name} ({kind})" for name, (kind, fits) in wanted.items() if not fits(getattr(value, name, None))
+    ]
+    if not callable(value):
+        lacks.append("__call__ (logits of images)")
+    if lacks:
+        made_by = "vlprompt.create_learner(...) or vlprompt.load(...)"
+        check_type(value, (), "a classifier", made_by, f"It lacks {', '.join(lacks)}.")
+
+
+def _are_names(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return False
+    return all(isinstance(name, str) for name in value)
 
 
 def for_classes(learner: Learner, names: Sequence[str]) -> Learner:
@@ -201,9 +233,11 @@ def accuracy(classifier: Classifier, data: ImageDataset, *, batch_size: int = 64
         batch_size: Images per pass.
 
     Raises:
-        DataError: If it doesn't know a class.
+        DataError: If it doesn't know a class, or is no classifier.
     """
-    if isinstance(classifier, Learner):
+    check_classifier(classifier)
+    check_counts(batch_size=batch_size)
+    if isinstance(classifier, nn.Module):
         classifier.eval()
     data = in_learner_space(classifier, data)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from os import PathLike
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
@@ -17,12 +18,17 @@ from vlprompt.core.errors import ConfigError, DataError, nearest
 
 __all__ = [
     "as_whole",
+    "check_counts",
     "check_options",
     "check_type",
     "describe_options",
     "describe_problems",
+    "matching",
     "options_model",
+    "whole_options",
 ]
+
+Shared = TypeVar("Shared")
 
 _SHORT = reprlib.Repr()  # what was given may be a whole hostile file
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -55,14 +61,27 @@ def options_model(target: Callable[..., Any]) -> type[BaseModel]:
 def _shared_fields(hint: Any) -> dict[str, Any]:
     """Return the fields of ``Unpack[Options]``; none of any other hint."""
     (options,) = get_args(hint) or (None,)
-    if not is_typeddict(options):
-        return {}
+    return _fields(options) if is_typeddict(options) else {}
 
+
+def _fields(options: type) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each field of a ``TypedDict``."""
     fields = {}
     for name, kind in get_type_hints(options, include_extras=True).items():
         default = next(part.default for part in get_args(kind) if isinstance(part, FieldInfo))
         fields[name] = (kind, default)
     return fields
+
+
+def whole_options(kind: type[Shared], given: Shared) -> Shared:
+    """Return all options of a ``TypedDict`` that several callables share; what is not given has its default.
+
+    Args:
+        kind: Its fields are ``Annotated[..., Field(default, ...)]``.
+        given: Some of them.
+    """
+    defaults = {name: default for name, (_, default) in _fields(kind).items()}
+    return cast(Shared, {**defaults, **cast(dict[str, Any], given)})
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -85,6 +104,21 @@ def as_whole(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
+def check_counts(**counts: int) -> None:
+    """Refuse numbers below 1.
+
+    Args:
+        counts: Name to number.
+
+    Raises:
+        DataError: Names the first that is no whole number from 1 on.
+    """
+    for name, count in counts.items():
+        whole = as_whole(count)
+        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
+            raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
+
+
 def check_type(
     value: object, kinds: type | tuple[type, ...], what: str, made_by: str, hint: str = ""
 ) -> None:
@@ -105,6 +139,22 @@ def check_type(
         raise DataError(
             f"{what} is what {made_by} returns; got {type(value).__name__}{shown}. {hint}".rstrip()
         )
+
+
+def matching(pattern: str, what: str) -> AfterValidator:
+    """Return what refuses texts that a regular expression does not match as a whole, and says in words what is allowed.
+
+    Args:
+        pattern: The expression.
+        what: What is allowed, with its article, and an example.
+    """
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"{_SHORT.repr(text)} is not {what}.")
+        return text
+
+    return AfterValidator(check)
 
 
 def describe_options(target: Callable[..., Any]) -> tuple[str, dict[str, str]]:

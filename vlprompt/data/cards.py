@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlprompt.core.errors import ConfigError, DataError, UnknownNameError, nearest
 from vlprompt.core.names import check_classnames, check_templates
+from vlprompt.core.options import matching
 from vlprompt.core.paths import user_path
 
 __all__ = [
@@ -32,7 +33,14 @@ __all__ = [
     "validation_problems",
 ]
 
-Checksum = Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git:[0-9a-f]{40})$")]
+Checksum = Annotated[
+    str,
+    matching(
+        r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}|git:[0-9a-f]{40}",
+        "a checksum: sha256:, md5: or git: and 64, 32 or 40 hex digits in lower case",
+    ),
+]
+Address = Annotated[str, matching(r"(?s)https?://.*", "an address: https://... or http://...")]
 
 
 class _Strict(BaseModel):
@@ -62,7 +70,7 @@ class ArchiveSpec(_Strict):
         inner: Archives inside it that are unpacked too, beside themselves; paths relative to ``into``.
     """
 
-    urls: tuple[Annotated[str, Field(pattern="^https?://")], ...] = Field(min_length=1)
+    urls: tuple[Address, ...] = Field(min_length=1)
     checksum: Checksum | None
     mb: int = Field(gt=0)
     into: str = ""
@@ -91,7 +99,7 @@ class SplitSpec(_Strict):
 
     file: str | None = None
     url: str | None = None
-    mirror: str | None = Field(default=None, pattern="^https?://")
+    mirror: Address | None = None
     checksum: Checksum | None = None
     sizes: dict[Literal["train", "val", "test"], int] = Field(default_factory=dict)
     counts: Literal["images", "pairs"] = "images"

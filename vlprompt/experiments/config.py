@@ -27,7 +27,7 @@ from typing_extensions import Self
 from yaml import YAMLError
 
 from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
-from vlprompt.core.options import describe_problems
+from vlprompt.core.options import describe_problems, matching
 from vlprompt.core.paths import user_path
 from vlprompt.core.precision import Device, Precision
 from vlprompt.core.preprocessing import PreprocessOptions, ResizeMode
@@ -78,6 +78,7 @@ Templates = Annotated[str | list[str] | None, BeforeValidator(listed_templates)]
 """Sentences with one ``{}``, or ``file:PATH`` with one on each line; once it is read, always a list or None."""
 
 # Sections whose options belong to the thing that ``name`` names: another name takes none of the old one's options.
+RunName = Annotated[str, matching(r"[\w.-]+", "a name of a folder: letters, digits, and signs of _ . -")]
 _NAMED_SECTIONS = ("learner", "detector", "segmenter")
 
 
@@ -218,7 +219,7 @@ class ExperimentConfig(BaseModel):
     expected_task: ClassVar[str] = ""
 
     task: str = Field(description="which kind of experiment this is")
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="folder under output")
+    name: RunName = Field("run", description="folder under output")
     output: str = Field("runs", description="folder that runs are written below")
     loading: LoadingOptions = Field(default_factory=LoadingOptions)
     tracking: TrackingOptions = Field(default_factory=TrackingOptions)

@@ -25,7 +25,7 @@ from vlprompt.experiments.report import RunRecord, write_report
 from vlprompt.experiments.results import Results
 from vlprompt.experiments.schedule import Progress, Schedule
 from vlprompt.experiments.tables import Table, write_tables
-from vlprompt.training.callbacks import Callback
+from vlprompt.training.callbacks import Callback, check_callbacks
 from vlprompt.training.trackers import check_trackers, missing_trackers
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def run_experiment(
         VLPromptError: If no cell finished, for one reason.
     """
     check_trackers(experiment.config.tracking.trackers)
+    check_callbacks(callbacks)
     if not attach:
         check_executor(on)
     experiment.callbacks = tuple(callbacks)

@@ -20,6 +20,7 @@ from vlprompt.backbones.layout import PromptLayout, is_slot
 from vlprompt.backbones.text import TextTower
 from vlprompt.core.errors import ConfigError
 from vlprompt.core.names import listed_names
+from vlprompt.core.options import whole_options
 from vlprompt.core.seeding import torch_rng
 from vlprompt.core.trainable import OwnRate
 from vlprompt.learners.base import Learner
@@ -204,22 +205,22 @@ class OffsetSentences(Learner):
 
     def _begin_offsets(self, options: OffsetOptions, seed: int) -> None:
         """Make the offsets, if there are any, and number the layout's tokens."""
-        rank = options.get("offset_rank", 0)
+        options = whole_options(OffsetOptions, options)
         self.register_module("offsets", None)
-        if not rank:
+        if not options["offset_rank"]:
             return
 
-        mode = options.get("offset_mode", "place")
+        mode = options["offset_mode"]
         self.offsets = Offsets(
             self.layout,
             self.backbone.text,
             self.classnames,
-            rank=rank,
+            rank=options["offset_rank"],
             mode=mode,
-            over=options.get("offset_over", "tail"),
-            alpha=options.get("offset_alpha", 8.0),
-            places=options.get("offset_places"),
-            rate=options.get("offset_rate", 0.1),
+            over=options["offset_over"],
+            alpha=options["offset_alpha"],
+            places=options["offset_places"],
+            rate=options["offset_rate"],
             seed=seed,
         )
         self.layout = self.offsets.arrange(self.layout, self.classnames)
@@ -230,7 +231,7 @@ class OffsetSentences(Learner):
     def _refuse_offsets(self, options: OffsetOptions, reason: str) -> None:
         """Raise ConfigError if there are to be offsets; for what has no learned sentences."""
         self.register_module("offsets", None)
-        if options.get("offset_rank", 0):
+        if whole_options(OffsetOptions, options)["offset_rank"]:
             raise ConfigError([f"offset_rank: {reason}"], f"learner {self.title()!r}")
 
     def _encode(

@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import ConfigError
+from vlprompt.core.options import whole_options
 from vlprompt.learners import LEARNERS
 from vlprompt.learners._context import Position
 from vlprompt.learners._offsets import OffsetOptions, longest_tail
@@ -86,18 +87,19 @@ class DePT(CoOp):
 
     def _begin_offsets(self, options: OffsetOptions, seed: int) -> None:
         """Make the offsets, of the rank that fills the budget if none is given."""
-        rank = options.get("offset_rank", 0) or self._filling_rank(options)
+        options = whole_options(OffsetOptions, options)
+        rank = options["offset_rank"] or self._filling_rank(options)
         self.options["offset_rank"] = rank  # a twin for other classes has the same
         super()._begin_offsets({**options, "offset_rank": rank}, seed)
 
     def _filling_rank(self, options: OffsetOptions) -> int:
-        """Return the largest rank whose offsets fit beside the context into the budget."""
+        """Return the largest rank whose offsets fit beside the context into the budget; options are whole."""
         text = self.backbone.text
-        mode = options.get("offset_mode", "place")
+        mode = options["offset_mode"]
         numbers = (self.budget - len(self.context)) * text.width
 
-        over = options.get("offset_over", "tail")
-        places = options.get("offset_places") or longest_tail(self.layout, text, self.classnames, over)
+        over = options["offset_over"]
+        places = options["offset_places"] or longest_tail(self.layout, text, self.classnames, over)
         if mode == "token":
             rank = (numbers - text.width) // (2 * text.width + 1)
         else:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlprompt.backbones import Backbone
-from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
+from vlprompt.core.errors import CheckpointError, ConfigError, DataError, VLPromptError
 from vlprompt.core.names import check_templates
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import process_state
@@ -87,7 +87,7 @@ class TextSearch(Learner):
         descriptions: The most images that are described.
         max_requests: Requests that may be sent to a language model, repetitions among them.
         max_tokens: Tokens that it may read and write.
-        max_price: What it may cost, in the currency of ``prices``; None: no limit.
+        max_price: What it may cost, in the currency of ``prices``, which must be given; None: no limit.
         race_classes: With more classes than this, templates race on so many before they are scored on all.
         memo: Folder where scores are kept between runs; empty: none.
         transcript: File of the transcript; empty: ``transcript.jsonl`` in the run's folder, if there is one.
@@ -127,6 +127,18 @@ class TextSearch(Learner):
         self.describer_options = dict(describer_options or {})
         if describer:
             check_describer(describer, self.describer_options)
+        elif self.describer_options:
+            raise ConfigError(
+                ["describer_options: there is no describer; name one: describer."], "text_search"
+            )
+        asked = (self.proposer_options, self.describer_options)
+        if max_price is not None and not any(any(options.get("prices", ())) for options in asked):
+            raise ConfigError(
+                [
+                    "max_price: nothing here has a price; give prices in proposer_options or describer_options."
+                ],
+                "text_search",
+            )
 
         self.objective: Objective = objective
         self.steps = steps

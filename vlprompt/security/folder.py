@@ -29,6 +29,7 @@ from PIL import Image
 from vlprompt.core.csv_text import csv_line, is_one_line
 from vlprompt.core.errors import CheckpointError, DataError, VLPromptError
 from vlprompt.core.files import write_atomic, write_json, write_text
+from vlprompt.core.options import check_counts
 from vlprompt.core.paths import user_path
 from vlprompt.data.checksums import checksum
 from vlprompt.data.decoding import read_image
@@ -44,7 +45,6 @@ from vlprompt.security.scan import (
     Calibration,
     DecodedImage,
     Row,
-    check_counts,
     decode_file,
     row_stream,
     threshold_of,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlprompt.core.csv_text import csv_text
 from vlprompt.core.errors import DataError, NonFiniteError
-from vlprompt.core.options import as_whole
+from vlprompt.core.options import check_counts
 from vlprompt.core.paths import user_path
 from vlprompt.core.pixels import to_rgb
 from vlprompt.data import ImageDataset
@@ -42,7 +42,6 @@ __all__ = [
     "LookedAt",
     "ScanReport",
     "calibrated",
-    "check_counts",
     "check_scanner",
     "decode_file",
     "line_of",
@@ -305,21 +304,6 @@ def threshold_of(scanner: ImageScanner, threshold: float | None) -> float:
         f"the threshold that {scanner.method} chose on its validation images is {limit!r}, which no score reaches or "
         "every score does. Train it again with more validation images, or pass a threshold in [0, 1]."
     )
-
-
-def check_counts(**counts: int) -> None:
-    """Refuse numbers below 1.
-
-    Args:
-        counts: Name to number.
-
-    Raises:
-        DataError: Names the first that is no whole number from 1 on.
-    """
-    for name, count in counts.items():
-        whole = as_whole(count)
-        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
-            raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
 
 
 def row_stream(

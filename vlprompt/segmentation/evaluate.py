@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
+from vlprompt.core.options import check_counts
 from vlprompt.data.segmentation.base import IGNORE, MaskDataset, check_pairs
 from vlprompt.metrics.masks import PairScore, mean_iou_of_maps, score_pair, summarise_pairs
 from vlprompt.saved.prompts import PromptCard, backbone_of, check_kind, read
@@ -77,10 +78,14 @@ def evaluate_segmenter(
         states: Frozen states from an earlier call with the same model and data.
 
     Raises:
-        DataError: For ``argmax`` where images aren't asked for all classes; if the data are no pairs.
+        DataError: For ``argmax`` where images aren't asked for all classes; if the data are no pairs; for numbers
+            out of their range.
         NonFiniteError: If a logit is NaN.
     """
     check_pairs(data)
+    check_counts(batch_size=batch_size)
+    if isinstance(threshold, str) or not 0 <= threshold <= 1:
+        raise DataError(f"threshold is a probability in [0, 1], got {threshold!r}.")
     if argmax and data.info.get("queries") != "all":
         raise DataError(
             f"{data.name}: argmax needs every class asked of every image: load it with queries='all'."

@@ -29,8 +29,8 @@ from vlprompt.segmentation.losses import LossName, segmentation_loss
 from vlprompt.segmentation.states import PairStates
 from vlprompt.training.batches import Batch, Batches, ReadBatches, epoch_plan
 from vlprompt.training.callback_lists import default_callbacks
-from vlprompt.training.callbacks import Callback
-from vlprompt.training.options import TrainOptions, TrainSection
+from vlprompt.training.callbacks import Callback, check_callbacks
+from vlprompt.training.options import TrainOptions, TrainSection, check_resume
 from vlprompt.training.trainer import Trainer
 
 __all__ = [
@@ -214,6 +214,8 @@ def fit_segmenter(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
+    check_resume(folder, resume)
+    check_callbacks(callbacks)
     for data in (train,) if val is None else (train, val):
         check_pairs(data)
     started = time.monotonic()

@@ -11,11 +11,13 @@ reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from vlprompt.core.errors import VLPromptError
 from vlprompt.core.seeding import derive_seed
@@ -26,12 +28,14 @@ from vlprompt.text_search.scorer import Scorer
 __all__ = [
     "Site",
     "Source",
+    "UnitOptions",
     "Words",
     "cluster_representatives",
     "found_units",
     "influence",
     "plain_words",
     "pruned",
+    "unit_identity",
     "unit_template",
     "whole_template",
 ]
@@ -56,17 +60,35 @@ _STOP_WORDS = frozenset(_LITTLE_WORDS.split())
 _READABLE = ("adjective", "medium", "place")
 
 
-def found_units(
-    scorer: Scorer,
-    classnames: Sequence[str],
-    seed: int,
-    *,
-    source: Source,
-    site: Site,
-    vocabulary: int,
-    clusters: int,
-    percentile: float,
-) -> list[str]:
+class UnitOptions(TypedDict, total=False):
+    """Options of proposers that search over units.
+
+    Attributes:
+        source: ``"words"`` of the tokenizer or ``"phrases"`` of the grammar.
+        site: Whether units stand before the class name, behind it, or on either side.
+        length: Units of a template; the most, for greedy search.
+        vocabulary: How many words of the tokenizer are looked at, the most frequent first.
+        clusters: How many stand for them.
+        percentile: Of influence; units strictly above it stay.
+    """
+
+    source: Annotated[Source, Field("words")]
+    site: Annotated[Site, Field("before")]
+    length: Annotated[int, Field(3, ge=1, le=12)]
+    vocabulary: Annotated[int, Field(2000, ge=1)]
+    clusters: Annotated[int, Field(200, ge=1)]
+    percentile: Annotated[float, Field(80.0, ge=0, le=100)]
+
+
+def unit_identity(options: UnitOptions) -> str:
+    """Return a line of all options, for the identity of a proposer."""
+    return (
+        f"{options['source']} {options['site']} length={options['length']} vocabulary={options['vocabulary']} "
+        f"clusters={options['clusters']} percentile={options['percentile']:g}"
+    )
+
+
+def found_units(scorer: Scorer, classnames: Sequence[str], seed: int, options: UnitOptions) -> list[str]:
     """Return what is searched over, the most influential first.
 
     Candidates are clustered by the text feature of "a photo of a {unit}.", one stands for each cluster, and those stay
@@ -76,25 +98,21 @@ def found_units(
         scorer: Gives text features and class probabilities.
         classnames: C names, whose words are left out.
         seed: Of the clusters.
-        source: See :data:`Source`.
-        site: Where influence is measured; before the class name for ``"both"``.
-        vocabulary: How many words of the tokenizer are looked at, the most frequent first.
-        clusters: How many stand for them.
-        percentile: Of influence; units strictly above it stay.
+        options: All of them. Influence is measured at the site; before the class name for ``"both"``.
 
     Raises:
         VLPromptError: If there is none, or the scorer has no text features or probabilities.
     """
-    units = _candidates(scorer, classnames, source, vocabulary)
+    units = _candidates(scorer, classnames, options["source"], options["vocabulary"])
     if not units:
         raise VLPromptError("the tokenizer has no whole words to search over; use source='phrases'.")
 
     features = scorer.features([f"a photo of a {unit}." for unit in units])
-    chosen = [units[i] for i in cluster_representatives(features, clusters, seed)]
+    chosen = [units[i] for i in cluster_representatives(features, options["clusters"], seed)]
 
-    where: Site = "before" if site == "both" else site
+    where: Site = "before" if options["site"] == "both" else options["site"]
     values = influence(scorer, [unit_template((unit,), (unit,), where) for unit in chosen])
-    return [chosen[i] for i in pruned(values, percentile)]
+    return [chosen[i] for i in pruned(values, options["percentile"])]
 
 
 def _candidates(scorer: Scorer, classnames: Sequence[str], source: Source, vocabulary: int) -> list[str]:

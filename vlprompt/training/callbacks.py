@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlprompt.core.options import check_type
 from vlprompt.training.options import TrainOptions
 from vlprompt.training.state import Progress as RunProgress
 
-__all__ = ["Callback", "ProgressBar", "TrainingView"]
+__all__ = ["Callback", "ProgressBar", "TrainingView", "check_callbacks"]
 
 log = logging.getLogger("vlprompt.training")
 
@@ -63,6 +64,16 @@ class Callback:
             cell: The cell's coordinates: method, data, shots, seed ...
             metrics: What it measured; the figure of a part, or of one of several data sets, has that before its name.
         """
+
+
+def check_callbacks(callbacks: Sequence[Callback] | None) -> None:
+    """Refuse what is no list of callbacks.
+
+    Raises:
+        DataError: Says what was given in place of one.
+    """
+    for callback in callbacks or ():
+        check_type(callback, Callback, "a callback", "the constructor of a subclass of Callback")
 
 
 class ProgressBar(Callback):

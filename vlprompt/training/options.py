@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["TrackerName", "TrainOptions", "TrainSection"]
+from vlprompt.core.errors import ConfigError
+
+__all__ = ["TrackerName", "TrainOptions", "TrainSection", "check_resume"]
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 """What a training can be tracked with (see :class:`vlprompt.training.trackers.Tracker`)."""
@@ -128,3 +131,13 @@ class TrainOptions(TrainSection):
         if self.steps is None:
             return self
         return self.model_copy(update={"epochs": -(-self.steps // steps_per_epoch)})
+
+
+def check_resume(folder: str | Path | None, resume: bool) -> None:
+    """Refuse to continue what is nowhere.
+
+    Raises:
+        ConfigError: If there is no folder.
+    """
+    if resume and folder is None:
+        raise ConfigError(["resume: it continues what a folder holds; say which: folder=PATH."], "training")

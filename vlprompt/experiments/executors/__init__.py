@@ -49,7 +49,8 @@ class Executor(ABC):
         attach: Only wait for what an earlier command started.
 
     Raises:
-        VLPromptError: If nothing of this executor outlives the command, so that there is nothing to attach to.
+        VLPromptError: If it doesn't take the argument, its package isn't installed, or nothing of it outlives the
+            command, so that there is nothing to attach to.
     """
 
     slots: int = 1  # cells that may be submitted at the same time
@@ -124,7 +125,6 @@ def create_executor(spec: str, experiment: Experiment, attach: bool = False) -> 
         UnknownNameError: For an unknown executor.
         VLPromptError: If the part behind the colon is not what the executor takes, or its package isn't installed.
     """
-    check_executor(spec)
     name, _, argument = spec.partition(":")
     return EXECUTORS.get(name).target(experiment, argument, attach)
 

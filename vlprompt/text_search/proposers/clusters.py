@@ -15,11 +15,21 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
+from typing_extensions import Unpack
 
+from vlprompt.core.options import whole_options
 from vlprompt.text_search.proposers import PROPOSERS
 from vlprompt.text_search.proposers.base import Proposal, Proposer, Request
 from vlprompt.text_search.scorer import Scorer
-from vlprompt.text_search.units import Site, Source, Words, found_units, unit_template, whole_template
+from vlprompt.text_search.units import (
+    Site,
+    UnitOptions,
+    Words,
+    found_units,
+    unit_identity,
+    unit_template,
+    whole_template,
+)
 
 __all__ = ["Clusters"]
 
@@ -43,13 +53,8 @@ class Clusters(Proposer):
 
     Args:
         algorithm: ``"greedy"`` or ``"genetic"``.
-        source: ``"words"`` or ``"phrases"``.
-        site: Whether units stand before the class name, behind it, or on either side.
-        length: Units of a template; the most, for greedy.
-        vocabulary: How many words of the tokenizer are looked at, the most frequent first.
-        clusters: How many stand for them.
-        percentile: Of influence; units strictly above it stay.
         population: Random sequences that genetic search begins with.
+        options: Which units, how many and where, see :class:`UnitOptions`.
 
     Attributes:
         units: What is searched over, the most influential first.
@@ -59,27 +64,16 @@ class Clusters(Proposer):
         self,
         *,
         algorithm: Literal["greedy", "genetic"] = "greedy",
-        source: Source = "words",
-        site: Site = "before",
-        length: Annotated[int, Field(ge=1, le=12)] = 3,
-        vocabulary: Annotated[int, Field(ge=1)] = 2000,
-        clusters: Annotated[int, Field(ge=1)] = 200,
-        percentile: Annotated[float, Field(ge=0, le=100)] = 80.0,
         population: Annotated[int, Field(ge=2)] = 64,
+        **options: Unpack[UnitOptions],
     ) -> None:
         self.algorithm = algorithm
-        self.source = source
-        self.site = site
-        self.length = length
-        self.vocabulary = vocabulary
-        self.clusters = clusters
-        self.percentile = percentile
+        self.options = whole_options(UnitOptions, options)
+        self.site: Site = self.options["site"]
+        self.length: int = self.options["length"]
         self.population = population
         self.units: list[str] = []
-        self.identity = (
-            f"clusters {algorithm} {source} {site} length={length} vocabulary={vocabulary} clusters={clusters} "
-            f"percentile={percentile:g} population={population}"
-        )
+        self.identity = f"clusters {algorithm} {unit_identity(self.options)} population={population}"
 
     def prepare(self, scorer: Scorer, classnames: Sequence[str], seed: int) -> None:
         """See :meth:`Proposer.prepare`: find the units.
@@ -87,16 +81,7 @@ class Clusters(Proposer):
         Raises:
             VLPromptError: If there is none, or the scorer has no text features or probabilities.
         """
-        self.units = found_units(
-            scorer,
-            classnames,
-            seed,
-            source=self.source,
-            site=self.site,
-            vocabulary=self.vocabulary,
-            clusters=self.clusters,
-            percentile=self.percentile,
-        )
+        self.units = found_units(scorer, classnames, seed, self.options)
 
     def propose(self, request: Request) -> Proposal:
         """See :meth:`Proposer.propose`."""

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from vlprompt.core.options import whole_options
 from vlprompt.core.seeding import numpy_rng, torch_rng
 from vlprompt.text_search.proposers import PROPOSERS
 from vlprompt.text_search.proposers.base import Proposal, Proposer, Request
 from vlprompt.text_search.scorer import Scorer
-from vlprompt.text_search.units import Site, Source, found_units, whole_template
+from vlprompt.text_search.units import Site, UnitOptions, found_units, unit_identity, whole_template
 
 __all__ = ["Policy", "UnitPolicy", "advantages", "policy_loss"]
 
@@ -111,15 +113,10 @@ class Policy(Proposer):
     history after a kill, so that the search goes on exactly.
 
     Args:
-        source: ``"words"`` or ``"phrases"``.
-        site: Whether units stand before the class name, behind it, or on either side.
-        length: Units of a template.
-        vocabulary: How many words of the tokenizer are looked at, the most frequent first.
-        clusters: How many stand for them.
-        percentile: Of influence; units strictly above it stay.
         width: Of the policy's hidden layer.
         lr: Rate of Adam.
         entropy: Weight of the entropy of a choice; the higher, the longer it goes on trying.
+        options: Which units, how many and where, see :class:`UnitOptions`.
 
     Attributes:
         units: What is searched over, the most influential first.
@@ -128,30 +125,19 @@ class Policy(Proposer):
     def __init__(
         self,
         *,
-        source: Source = "words",
-        site: Site = "before",
-        length: Annotated[int, Field(ge=1, le=12)] = 3,
-        vocabulary: Annotated[int, Field(ge=1)] = 2000,
-        clusters: Annotated[int, Field(ge=1)] = 200,
-        percentile: Annotated[float, Field(ge=0, le=100)] = 80.0,
         width: Annotated[int, Field(ge=1)] = 64,
         lr: Annotated[float, Field(gt=0)] = 0.02,
         entropy: Annotated[float, Field(ge=0)] = 0.01,
+        **options: Unpack[UnitOptions],
     ) -> None:
-        self.source = source
-        self.site = site
-        self.length = length
-        self.vocabulary = vocabulary
-        self.clusters = clusters
-        self.percentile = percentile
+        self.options = whole_options(UnitOptions, options)
+        self.site: Site = self.options["site"]
+        self.length: int = self.options["length"]
         self.width = width
         self.lr = lr
         self.entropy = entropy
         self.units: list[str] = []
-        self.identity = (
-            f"policy {source} {site} length={length} vocabulary={vocabulary} clusters={clusters} "
-            f"percentile={percentile:g} width={width} lr={lr:g} entropy={entropy:g}"
-        )
+        self.identity = f"policy {unit_identity(self.options)} width={width} lr={lr:g} entropy={entropy:g}"
 
     def prepare(self, scorer: Scorer, classnames: Sequence[str], seed: int) -> None:
         """See :meth:`Proposer.prepare`: find the units.
@@ -159,16 +145,7 @@ class Policy(Proposer):
         Raises:
             VLPromptError: If there is none, or the scorer has no text features or probabilities.
         """
-        units = found_units(
-            scorer,
-            classnames,
-            seed,
-            source=self.source,
-            site=self.site,
-            vocabulary=self.vocabulary,
-            clusters=self.clusters,
-            percentile=self.percentile,
-        )
+        units = found_units(scorer, classnames, seed, self.options)
         self.begin(units, scorer.features([f"a photo of a {unit}." for unit in units]), seed)
 
     def begin(self, units: Sequence[str], features: Tensor, seed: int) -> None:
