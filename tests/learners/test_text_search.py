@@ -165,6 +165,11 @@ def test_wrong_options_are_refused_before_anything_runs(tiny: Backbone, train: I
     [
         ({"max_price": 1.0}, "max_price: nothing here has a price"),
         ({"describer_options": {"model": "m"}}, "describer_options: there is no describer"),
+        (
+            {"describer": "captions"},
+            "the proposer 'grammar' reads no descriptions; chat, local, replay, retrieval do",
+        ),
+        ({"describer": "captions", "proposer": "policy"}, "the proposer 'policy' reads no descriptions"),
     ],
 )
 def test_options_without_effect_are_refused(
@@ -175,7 +180,8 @@ def test_options_without_effect_are_refused(
 
 
 def test_a_describer_needs_images(tiny: Backbone, train: ImageDataset) -> None:
-    learner = _learner(tiny, train, describer="captions")
+    captions = {"captions": "scenes:60"}
+    learner = _learner(tiny, train, describer="captions", proposer="retrieval", proposer_options=captions)
     with pytest.raises(VLPromptError, match="only embeddings were given"):
         learner.solve((torch.randn(4, tiny.dim), torch.tensor([0, 1, 2, 3])), None)
     fit(learner, train, seed=1)  # where they are, it works

@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from vlprompt.backbones import Backbone
 from vlprompt.backbones.edits import BlockEdit
 from vlprompt.backbones.layout import PromptLayout
 from vlprompt.backbones.vision import Images
-from vlprompt.core.errors import ConfigError
+from vlprompt.core.errors import BackboneError, ConfigError
 from vlprompt.learners._context import context_layout, initial_context
 from vlprompt.learners._visual import ComputedOnce
 
@@ -73,7 +74,7 @@ class AttentionPrompts(ComputedOnce):
         backbone = self.backbone
         self.places = {}
         if towers != "text":
-            backbone.vision.require_attention_edits()
+            _require_edits(backbone)
             self.places["image"] = _chosen(blocks, backbone.vision.layers, "image", self.title())
         if towers != "image":
             backbone.text.require_edits()
@@ -102,6 +103,14 @@ class AttentionPrompts(ComputedOnce):
         for place, edit in zip(self.places[tower], self.edits(tower), strict=True):
             adapters[place] = edit
         return adapters
+
+
+def _require_edits(backbone: Backbone) -> None:
+    """Raise BackboneError with the reason if the image tower can't be prompted; the text tower alone may be."""
+    try:
+        backbone.vision.require_attention_edits()
+    except BackboneError as error:
+        raise BackboneError(f"{error} Or prompt the text tower alone: towers=text.") from error
 
 
 def _chosen(blocks: Sequence[int], layers: int, tower: Tower, learner: str) -> tuple[int, ...]:

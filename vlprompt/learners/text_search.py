@@ -37,7 +37,7 @@ from vlprompt.text_search.choice import Choice, choose, occlusion
 from vlprompt.text_search.describers import check_describer, create_describer, described
 from vlprompt.text_search.embeddings import EmbeddingScorer
 from vlprompt.text_search.loop import Outcome, Settings, describe_outcome, search
-from vlprompt.text_search.proposers import check_proposer, create_proposer
+from vlprompt.text_search.proposers import PROPOSERS, check_proposer, create_proposer
 from vlprompt.text_search.scorer import Objective
 from vlprompt.text_search.transcript import Exchange
 
@@ -127,6 +127,7 @@ class TextSearch(Learner):
         self.describer_options = dict(describer_options or {})
         if describer:
             check_describer(describer, self.describer_options)
+            _check_reader(proposer)
         elif self.describer_options:
             raise ConfigError(
                 ["describer_options: there is no describer; name one: describer."], "text_search"
@@ -361,3 +362,13 @@ def _unpacked(packed: Tensor, title: str) -> tuple[str, ...]:
         raise CheckpointError(
             f"this state does not fit {title}: found holds no templates ({error})."
         ) from None
+
+
+def _check_reader(proposer: str) -> None:
+    """Refuse a describer beside a proposer whose templates do not depend on what it says."""
+    if not PROPOSERS.get(proposer).target.reads_notes:
+        readers = [name for name in PROPOSERS.names() if PROPOSERS.get(name).target.reads_notes]
+        raise ConfigError(
+            [f"describer: the proposer {proposer!r} reads no descriptions; {', '.join(readers)} do."],
+            "text_search",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -81,9 +82,11 @@ class Proposer(ABC):
 
     Attributes:
         identity: What it is, with all that its proposals depend on.
+        reads_notes: Whether proposals depend on :attr:`Request.notes`, the descriptions of images among them.
     """
 
     identity: str
+    reads_notes: ClassVar[bool] = False
 
     def prepare(self, scorer: Scorer, classnames: Sequence[str], seed: int) -> None:
         """Look at what is searched, once, before the first step; nothing by default."""

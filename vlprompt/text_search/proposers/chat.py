@@ -49,6 +49,8 @@ class Chat(Proposer):
         prices: Of a million tokens that are read, and that are written, in any currency.
     """
 
+    reads_notes = True
+
     def __init__(
         self,
         *,

@@ -43,6 +43,8 @@ class Local(Proposer):
         ConfigError: If there is no such folder.
     """
 
+    reads_notes = True
+
     def __init__(
         self,
         *,

@@ -29,6 +29,8 @@ class Replay(Proposer):
         CheckpointError: If there is no such file, it was changed, or its search did not end.
     """
 
+    reads_notes = True
+
     def __init__(self, *, path: str, rescore: bool = False) -> None:
         self.path = user_path(path)
         self.rescore = rescore

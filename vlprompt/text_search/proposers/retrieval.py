@@ -39,6 +39,8 @@ class Retrieval(Proposer):
         most: Captions that are read.
     """
 
+    reads_notes = True
+
     def __init__(self, *, captions: str = "scenes:500", most: Annotated[int, Field(ge=1)] = 2000) -> None:
         self.captions = captions
         self.most = most
