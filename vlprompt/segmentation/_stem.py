@@ -9,7 +9,7 @@ from vlprompt.backbones.vision import VisionTower
 from vlprompt.core.errors import BackboneError
 from vlprompt.segmentation.base import Frozen
 
-__all__ = ["begun", "require_maps"]
+__all__ = ["require_maps", "stem_states"]
 
 
 def require_maps(widths: tuple[int, ...]) -> None:
@@ -28,7 +28,7 @@ def require_maps(widths: tuple[int, ...]) -> None:
         )
 
 
-def begun(tower: VisionTower, images: Tensor, fine: bool) -> Frozen:
+def stem_states(tower: VisionTower, images: Tensor, fine: bool) -> Frozen:
     """Return ``hidden``, the tower's first state, and ``fine0``, ``fine1``, ..., the maps of its stem, finest first.
 
     Args:

@@ -28,7 +28,7 @@ from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._film import FilmDecoder
 from vlprompt.segmentation._last_layer import NewLastLayer
-from vlprompt.segmentation._stem import begun, require_maps
+from vlprompt.segmentation._stem import require_maps, stem_states
 from vlprompt.segmentation._weights import Decoder, clipseg_decoder, fill, sizes
 from vlprompt.segmentation.base import Frozen, LastLayer, Segmenter, Texts
 from vlprompt.segmentation.strategies.base import Strategy
@@ -139,7 +139,7 @@ class CLIPSeg(Segmenter):
             return {"image": images}
 
         with torch.no_grad():
-            states = begun(self.backbone.vision, images, self.fine)
+            states = stem_states(self.backbone.vision, images, self.fine)
             if not self.static_images:
                 return states
 
@@ -182,7 +182,7 @@ class CLIPSeg(Segmenter):
         count = len(self.taps)
         states = dict(frozen)
         if "image" in frozen:
-            states = begun(self.backbone.vision, frozen["image"], self.fine)
+            states = stem_states(self.backbone.vision, frozen["image"], self.fine)
         if "tap0" in states:
             taps = tuple(states[f"tap{i}"] for i in range(count))
         else:

@@ -37,7 +37,7 @@ from vlprompt.core.seeding import seeded_modules
 from vlprompt.segmentation import SEGMENTERS
 from vlprompt.segmentation._cris import CrisDecoder
 from vlprompt.segmentation._last_layer import NewLastLayer
-from vlprompt.segmentation._stem import begun, require_maps
+from vlprompt.segmentation._stem import require_maps, stem_states
 from vlprompt.segmentation._weights import cris_decoder, fill, sizes
 from vlprompt.segmentation.base import Frozen, LastLayer, Segmenter, Texts
 from vlprompt.segmentation.strategies.base import Strategy
@@ -144,7 +144,7 @@ class CRIS(Segmenter):
 
         with torch.no_grad():
             if not self.static_images:
-                return begun(self.backbone.vision, images, self.fine)
+                return stem_states(self.backbone.vision, images, self.fine)
 
             raw = self._raw(images)
             if self.strategy.tunes == "decoder":
@@ -187,7 +187,7 @@ class CRIS(Segmenter):
         if self.resnet:
             fine, middle, last = resnet_stages(self.backbone, images)
             return {"second": fine, "third": middle, "fourth": last, "pool": dense_pool(self.backbone, last)}
-        return self._tapped(begun(self.backbone.vision, images, self.fine), None)
+        return self._tapped(stem_states(self.backbone.vision, images, self.fine), None)
 
     def _pooled(self, raw: Frozen) -> Tensor:
         """Return (B, d) features of the whole images."""
@@ -196,7 +196,7 @@ class CRIS(Segmenter):
         return raw["pooled"]
 
     def _tapped(self, states: Frozen, prompts: Tensor | None) -> Frozen:
-        """Return the states of the blocks that are read, and the maps of the stem, from :func:`begun`."""
+        """Return the states of the blocks that are read, and the maps of the stem, from :func:`stem_states`."""
         tower = self.backbone.vision
         last = tower.layers - 1
         early, middle, _ = relative_taps(tower.layers)
