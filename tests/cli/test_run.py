@@ -152,6 +152,16 @@ def test_a_root_of_data_is_taken_as_it_is_written(command: Command, root: str) -
     assert tasks.read_experiment("quickstart.yaml", [f"data.root={root}"]).config.data.root == root
 
 
+@pytest.mark.parametrize("name", ["digits", "scenes/shape", "folder:photos"])
+def test_check_of_a_data_set_names_the_command_for_it(command: Command, name: str) -> None:
+    answer = command("check", name)
+    assert answer.status == 2
+    assert (
+        f"{name} is a data set, not a configuration. Check it by: vlprompt data check {name}"
+        in answer.err.replace("\n", " ")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [

@@ -80,6 +80,8 @@ def _check_config(cfg: str, overrides: Sequence[str]) -> None:
     from vlprompt.experiments.runner import what_is_missing
     from vlprompt.experiments.tasks import read_experiment
 
+    if not user_path(cfg).exists() and _names_data(cfg):
+        raise VLPromptError(f"{cfg} is a data set, not a configuration. Check it by: vlprompt data check {cfg}")
     experiment = read_experiment(cfg, overrides)
     if problems := unknown_figures(cfg):
         raise ConfigError(problems, cfg)
@@ -90,6 +92,13 @@ def _check_config(cfg: str, overrides: Sequence[str]) -> None:
         print(f"  {name}: {', '.join(values)}")
     for sentence in what_is_missing(experiment):
         print(f"missing: {sentence}")
+
+
+def _names_data(name: str) -> bool:
+    """Return whether a name is that of a data set: of the catalogue, or of files as ``folder:PATH``."""
+    from vlprompt.data.names import list_datasets
+
+    return name in list_datasets() or name.partition(":")[0] in ("folder", "csv", "tar", "hf")
 
 
 def _coordinates(cells: Sequence[Cell]) -> dict[str, list[str]]:
