@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from vlprompt.backbones.tokenizer import TextTokenizer, wrap_tokenizer
 from vlprompt.cli.app import main
 
 SIZE = 32  # pixels
+
+# What a shell starts with & ignores Ctrl-C, and so would every command that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

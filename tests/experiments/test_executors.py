@@ -320,7 +320,7 @@ def test_ray_ends_cells_with_their_command_and_the_next_command_goes_on(tmp_path
         wait_for(lambda: len(finished(run)) >= cells, f"{cells} cells")
         workers = wait_for(lambda: owners(run).values(), "the next cell")
         command.send_signal(way)
-        status = command.wait()
+        status = command.wait(timeout=120)
         wait_for(lambda: not any(lives(process) for process in workers), "the end of the workers")
         return status
 
