@@ -29,6 +29,7 @@ def write(results: Results, cells: Sequence[Cell], folder: Path) -> None:
         cells: All cells of the run.
         folder: The run's.
     """
+    counts = results.select("trainable", part="train")
     rows: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         seconds = CellFolder.of(folder, cell).timings().get(_SECONDS)
@@ -38,7 +39,7 @@ def write(results: Results, cells: Sequence[Cell], folder: Path) -> None:
             label(_ROW, tuple(cell.get(name) for name in _ROW)), {"seconds": [], "trainable": []}
         )
         row["seconds"].append(seconds)
-        row["trainable"] += results.select("trainable", **{**cell.where, "part": "train"}).values()
+        row["trainable"] += counts.select(**cell.where).values()
 
     if not rows:
         return

@@ -81,7 +81,9 @@ def _check_config(cfg: str, overrides: Sequence[str]) -> None:
     from vlprompt.experiments.tasks import read_experiment
 
     if not user_path(cfg).exists() and _names_data(cfg):
-        raise VLPromptError(f"{cfg} is a data set, not a configuration. Check it by: vlprompt data check {cfg}")
+        raise VLPromptError(
+            f"{cfg} is a data set, not a configuration. Check it by: vlprompt data check {cfg}"
+        )
     experiment = read_experiment(cfg, overrides)
     if problems := unknown_figures(cfg):
         raise ConfigError(problems, cfg)
