@@ -20,6 +20,7 @@ from tests.families import (
 )
 from vlprompt.backbones import Backbone, PixelPrompts, VisualPrompts
 from vlprompt.backbones.layout import slot
+from vlprompt.backbones.lexicon import Lexicon
 from vlprompt.backbones.reweighted import ReweightedBackbone
 from vlprompt.backbones.weight_masks import maskable
 from vlprompt.core.errors import BackboneError
@@ -219,6 +220,20 @@ def test_a_mask_reaches_every_weight_that_it_names(name: str) -> None:
         close(view.image_embeddings(images()), output[0] if isinstance(output, tuple) else output)
     everything = ReweightedBackbone(backbone, dict.fromkeys(names, torch.zeros_like))
     assert not torch.allclose(everything.image_embeddings(images()), plain, atol=1e-3)
+
+
+def test_a_view_knows_what_its_backbone_knows() -> None:
+    """Facts that are written down after a backbone was built come along: device, origin, words, hashes."""
+    backbone = copy.deepcopy(family_backbone("CLIP"))
+    backbone.about = "drawn shapes"
+    backbone.lexicon = Lexicon(["ship"], {"ketch": "ship"}, [], [])
+    backbone.asked_device = torch.device("cpu")
+
+    view = ReweightedBackbone(backbone, {})
+    for name, fact in vars(backbone).items():
+        assert vars(view)[name] is fact or name == "_modules", name
+    assert view.text is backbone.text
+    assert dict(view.named_parameters()).keys() == dict(backbone.named_parameters()).keys()
 
 
 def test_a_weight_that_no_layer_reads_is_refused() -> None:

@@ -155,6 +155,12 @@ def test_learners_that_leave_the_image_tower_alone_work_on_photo(name: str, phot
         assert bool(ready(name, photo)(IMAGES).isfinite().all())
 
 
+@pytest.mark.parametrize("name", LEARNERS.names())
+def test_no_learner_refuses_words_that_are_read_alike(name: str, vit: Backbone) -> None:
+    """Training images can tell a bass from a mandolin, whether or not a learner works through a view of the backbone."""
+    create_learner(name, vit, ("bass", "mandolin", "dog"))
+
+
 @pytest.mark.parametrize("name", ["maple", "upt", "ivlp", "promptsrc", "clip_lora"])
 def test_learners_that_need_tokens_are_refused_by_name(name: str, photo: Backbone) -> None:
     with pytest.raises(BackboneError, match=r"EfficientNet|Lite0Tower"):

@@ -37,10 +37,9 @@ class ReweightedBackbone(Backbone):
     """
 
     def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
-        super().__init__(backbone.model, backbone.preprocess, backbone.text.tokenizer, backbone.fingerprint)
-        self.text = backbone.text
-        self.origin = backbone.origin
-        self._known_scale = backbone._known_scale
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(backbone))  # every fact of it, also those that are written down after it was built
+        self._modules = dict(backbone._modules)
         self._weights = dict(weights)
         self._tower = (_Tower(self.vision),)  # a tuple, so that its parts are not registered a second time
         self._layers = _by_caller(self.vision, weights)
