@@ -137,13 +137,13 @@ def test_a_cell_is_the_same_whichever_ran_before(tmp_path: Path) -> None:
     assert json.loads(json.dumps(alone.record())) == {k: together[k] for k in ("measurements", "facts")}
 
 
-@pytest.mark.usefixtures("fewer_images")
 def _vectors(outcome: RunOutcome) -> bytes:
     (path,) = outcome.folder.glob("cells/concepts_*/concepts.safetensors")
     return path.read_bytes()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fewer_images")
 def test_every_accepted_key_changes_something(tmp_path: Path) -> None:
     key = "concepts, 6 images/test/dice"
     # Without a warm-up, whose rate would hardly move anything in the single epoch.

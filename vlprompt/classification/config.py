@@ -317,7 +317,7 @@ class ClassificationConfig(ExperimentConfig):
         for label, stage in self.before.items():
             yield BEFORE, label, {**stage, "task": self.task, "name": self.name}
 
-        whole = self.model_dump(mode="json", exclude={"methods", "settings", "before"})
+        whole = self.model_dump(mode="json", exclude={"methods", "settings", "before", "search", "expect"})
         whole["protocol"]["baseline"] = None
 
         settings: list[tuple[str | None, dict[str, Any]]] = [*self.settings.items()] or [(None, {})]
