@@ -15,6 +15,7 @@ from vlprompt.data import load_dataset
 from vlprompt.experiments.check import check_run
 from vlprompt.experiments.runner import run_experiment
 from vlprompt.experiments.tasks import read_experiment
+from vlprompt.experiments.tasks import run as run_config
 
 BASE: dict[str, Any] = {
     "task": "classification",
@@ -67,6 +68,17 @@ def test_other_settings_are_not_comparable_and_named(run: Path, tmp_path: Path) 
     assert "data.name=digits instead of scenes/shape" in other.reason
     assert "protocol.shots=[1] instead of [4]" in other.reason
     assert unknown.reason == "the run has no figure 'speed'"
+
+
+def test_a_run_with_another_name_is_held_against_the_file_that_it_was_read_from(tmp_path: Path) -> None:
+    cfg = write(tmp_path, expectation({"accuracy": {"value": 5.0, "within": 0.01}}))
+    changed = run_config(cfg, ["name=other", "protocol.shots=[2]"]).folder
+    (verdict,) = check_run(changed)
+    assert verdict.outcome == "not comparable"
+    assert verdict.reason == "protocol.shots=[2] instead of [1]"
+
+    renamed = run_config(cfg, ["name=other"]).folder
+    assert [verdict.outcome for verdict in check_run(renamed)] == ["fail"]
 
 
 def test_where_files_lie_and_what_is_expected_changes_no_setting_and_no_id(run: Path, tmp_path: Path) -> None:

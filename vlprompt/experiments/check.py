@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from vlprompt.core.errors import CheckpointError, ConfigError, UnknownNameError
+from vlprompt.core.paths import user_path
 from vlprompt.experiments.config import ASIDE, ExperimentConfig, list_configs
 from vlprompt.experiments.expectation import Expectation
 from vlprompt.experiments.tasks import read_experiment
@@ -64,8 +66,8 @@ def check_run(folder: Path, cfg: str | None = None) -> list[Verdict]:
 
     Args:
         folder: Of the run.
-        cfg: The configuration file that it is held against; None for the shipped one of the same name, or the run's
-            own where there is none.
+        cfg: The configuration file that it is held against; None for the file that its command names, also where the
+            run has another name, or else the shipped one of the run's name, or else the run's own.
 
     Raises:
         CheckpointError: If the run is not finished, or damaged.
@@ -76,9 +78,9 @@ def check_run(folder: Path, cfg: str | None = None) -> list[Verdict]:
         raise CheckpointError(f"{folder} holds no finished run: it needs config.yaml and metrics.json.")
 
     run_config = read_experiment(folder / "config.yaml").config
-    reference = _reference(run_config, folder, cfg)
-    expected = read_experiment(reference).config.expect
     metrics = _metrics(folder / "metrics.json")
+    reference = _reference(run_config, str(metrics.get("command", "")), folder) if cfg is None else cfg
+    expected = read_experiment(reference).config.expect
 
     settings = dict(_flat(run_config))
     verdicts = []
@@ -117,11 +119,19 @@ def unknown_figures(cfg: str | Path) -> list[str]:
     return problems
 
 
-def _reference(config: ExperimentConfig, folder: Path, cfg: str | None) -> str | Path:
-    """Return the file whose settings and expectations a run is held against."""
-    if cfg is not None:
-        return cfg
-    return list_configs().get(f"{config.name}.yaml", folder / "config.yaml")
+def _reference(config: ExperimentConfig, command: str, folder: Path) -> str | Path:
+    """Return the file whose settings and expectations a run is held against.
+
+    A run's own file holds what was expected of the file that it was read from, and the settings that were changed on
+    the command line. So it says nothing where the other file can be found.
+    """
+    shipped = list_configs()
+    _, _, file, *_ = [*shlex.split(command), "", "", ""]
+    if file in shipped:
+        return shipped[file]
+    if file and user_path(file).is_file():
+        return user_path(file)
+    return shipped.get(f"{config.name}.yaml", folder / "config.yaml")
 
 
 def _verdict(

@@ -95,7 +95,7 @@ def run_experiment(
         resume: Fail if there is nothing to continue.
         join: Work beside other commands that write the same run, here or on other machines.
         attach: Wait for jobs that an earlier command left in a queue, and write what they come to; ``on`` is not used.
-        command: Shown in the report: what repeats the run.
+        command: What repeats the run, for the report and ``metrics.json``.
         progress: Called with (name of the run, cells done, cells).
         callbacks: Take part in every training (see :class:`Callback`). In other processes there are copies of
             them; only :meth:`Callback.on_cell` is called on those that were passed.
@@ -215,6 +215,7 @@ def _conclude(
         **experiment.facts(),
         **facts,
         **environment(),
+        "command": command,
     }
     write_text(folder.path / "results.jsonl", results.text())
     write_json(folder.path / "metrics.json", metrics)
