@@ -157,7 +157,7 @@ def test_learners_that_leave_the_image_tower_alone_work_on_photo(name: str, phot
 
 @pytest.mark.parametrize("name", LEARNERS.names())
 def test_no_learner_refuses_words_that_are_read_alike(name: str, vit: Backbone) -> None:
-    """Training images can tell a bass from a mandolin, whether or not a learner works through a view of the backbone."""
+    """Training images can tell a bass from a mandolin, also where a learner works through a view of the backbone."""
     create_learner(name, vit, ("bass", "mandolin", "dog"))
 
 
