@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from vlprompt.adaptation.attack import PGD, attack_dataset
 from vlprompt.adaptation.stream import adapt_dataset
 from vlprompt.backbones import Backbone
 from vlprompt.classification.predict import accuracy
+from vlprompt.core.errors import DataError
 
 NAMES = ["cat", "dog"]
 IMAGE = Image.new("RGB", (64, 64))
@@ -87,6 +89,10 @@ CALLS: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
         lambda o, _: vlprompt.run("fewshot_tiny.yaml", callbacks=["bar"]),  # type: ignore[list-item]
         "a callback is what .* got str 'bar'",
     ),
+    "memory below nothing": (
+        lambda o, _: vlprompt.fit_segmenter(o.segmenter, o.pairs, epochs=1, cache_mb=-1),
+        "cache_mb: input should be greater than or equal to 0",
+    ),
     "nothing to resume": (
         lambda o, _: vlprompt.fit(o.learner, [(IMAGE, 0)], epochs=1, resume=True),
         "resume: it continues what a folder holds",
@@ -143,3 +149,34 @@ def test_it_is_said_in_a_sentence(call: str, objects: SimpleNamespace, tmp_path:
     function, message = CALLS[call]
     with pytest.raises(vlprompt.VLPromptError, match=message):
         function(objects, tmp_path)
+
+
+def _switches() -> list[tuple[str, str]]:
+    """Return every public function with each of its arguments that are true or false."""
+    functions = {name: getattr(vlprompt, name) for name in vlprompt.__all__}
+    return [
+        (name, argument.name)
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+        for argument in inspect.signature(function).parameters.values()
+        if argument.annotation == "bool"
+    ]
+
+
+@pytest.mark.parametrize(("function", "switch"), _switches())
+def test_a_switch_is_true_or_false(
+    function: str, switch: str, objects: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Python takes the word "no" for true."""
+    arguments: dict[str, tuple[Any, ...]] = {
+        "evaluate_segmenter": (objects.segmenter, objects.pairs),
+        "export": (objects.learner, tmp_path / "model.onnx"),
+        "fit": (objects.learner, objects.data),
+        "fit_segmenter": (objects.segmenter, objects.pairs),
+        "load_dataset": ("digits",),
+        "load_segmentation": ("scenes/masks",),
+        "push": (tmp_path, "somebody/something"),
+        "run": ("fewshot_tiny.yaml",),
+    }
+    with pytest.raises(DataError, match=f"{switch} is True or False, got 'no'"):
+        getattr(vlprompt, function)(*arguments[function], **{switch: "no"})

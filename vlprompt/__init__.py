@@ -136,12 +136,15 @@ def export(model: Any, path: str | Path, *, phrases: Sequence[str] | None = None
 
     Raises:
         ExportError: See :func:`vlprompt.saved.export.export`.
+        DataError: If ``int8`` is neither true nor false.
     """
     from vlprompt.core.errors import ConfigError
+    from vlprompt.core.options import check_switches
     from vlprompt.learners import Learner
     from vlprompt.saved.export import export as export_learner
     from vlprompt.segmentation.export import export_segmenter
 
+    check_switches(int8=int8)
     if isinstance(model, Learner):
         if phrases is not None:
             raise ConfigError(

@@ -152,7 +152,7 @@ def test_a_root_of_data_is_taken_as_it_is_written(command: Command, root: str) -
     assert tasks.read_experiment("quickstart.yaml", [f"data.root={root}"]).config.data.root == root
 
 
-@pytest.mark.parametrize("name", ["digits", "scenes/shape", "folder:photos"])
+@pytest.mark.parametrize("name", ["digits", "digits-c:fog:3", "scenes/shape", "folder:photos", "pairs:masks"])
 def test_check_of_a_data_set_names_the_command_for_it(command: Command, name: str) -> None:
     answer = command("check", name)
     assert answer.status == 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.cli._complete import complete_config
-from vlprompt.core.errors import ConfigError, VLPromptError
+from vlprompt.core.errors import ConfigError, UnknownNameError, VLPromptError
 from vlprompt.core.paths import user_path
 
 if TYPE_CHECKING:
@@ -98,9 +98,13 @@ def _check_config(cfg: str, overrides: Sequence[str]) -> None:
 
 def _names_data(name: str) -> bool:
     """Return whether a name is that of a data set: of the catalogue, or of files as ``folder:PATH``."""
-    from vlprompt.data.names import list_datasets
+    from vlprompt.data.names import parse_name
 
-    return name in list_datasets() or name.partition(":")[0] in ("folder", "csv", "tar", "hf")
+    try:
+        parse_name(name)
+    except UnknownNameError:
+        return False
+    return True
 
 
 def _coordinates(cells: Sequence[Cell]) -> dict[str, list[str]]:

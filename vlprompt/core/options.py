@@ -20,6 +20,7 @@ __all__ = [
     "as_whole",
     "check_counts",
     "check_options",
+    "check_switches",
     "check_type",
     "describe_options",
     "describe_problems",
@@ -117,6 +118,20 @@ def check_counts(**counts: int) -> None:
         whole = as_whole(count)
         if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
             raise DataError(f"{name} must be a whole number from 1 on, got {count!r}.")
+
+
+def check_switches(**switches: bool) -> None:
+    """Refuse what is neither true nor false: any text is true to Python, "no" as well.
+
+    Args:
+        switches: Name to value.
+
+    Raises:
+        DataError: Names the first that is no bool.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise DataError(f"{name} is True or False, got {_SHORT.repr(value)}.")
 
 
 def check_type(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vlprompt.core.errors import DataError, UnknownNameError
 from vlprompt.core.names import check_classnames, check_templates, check_text, clean_classname, printable
-from vlprompt.core.options import as_whole
+from vlprompt.core.options import as_whole, check_switches
 from vlprompt.core.paths import user_path
 from vlprompt.data.base import ImageDataset
 from vlprompt.data.descriptions import DescriptionOptions, with_descriptions
@@ -106,6 +106,7 @@ def load_dataset(
     shots, seed = as_whole(shots), as_whole(seed)
     max_bad_images, jpeg_side = as_whole(max_bad_images), as_whole(jpeg_side)
 
+    check_switches(download=download, strict_shots=strict_shots, validation=validation)
     limits = SkipLimits(max_bad_share, max_bad_images)
     described = None if descriptions is None else DescriptionOptions.of(descriptions)
     if is_foreign(name):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlprompt.core.errors import ConfigError, UnknownNameError
+from vlprompt.core.options import check_switches
 from vlprompt.experiments.config import compose, config_path, list_configs
 from vlprompt.experiments.experiment import Experiment
 from vlprompt.experiments.runner import RunOutcome, run_experiment
@@ -83,6 +84,7 @@ def run(
             ``attach`` finds no jobs.
         VLPromptError: If no cell finished, for one reason.
     """
+    check_switches(restart=restart, resume=resume, join=join, attach=attach)
     experiment = read_experiment(cfg, overrides)
     return run_experiment(
         experiment,

@@ -19,6 +19,7 @@ from vlprompt.backbones.origin import LOCAL_DIR
 from vlprompt.core.errors import CheckpointError, first_line
 from vlprompt.core.files import write_json, write_tensors, write_text
 from vlprompt.core.hub import HF_HUB, HubError, Repository
+from vlprompt.core.options import check_switches
 from vlprompt.saved.card import PromptCard, read
 from vlprompt.saved.model_card import GENERATED, model_card
 from vlprompt.saved.paths import CARD_FILE, PROMPT_FILE
@@ -56,7 +57,9 @@ def push(
 
     Raises:
         CheckpointError: If there is no such prompt, it can't be used elsewhere, or the Hub refuses it; says why.
+        DataError: If ``private`` is neither true nor false.
     """
+    check_switches(private=private)
     with tempfile.TemporaryDirectory(prefix="vlprompt-push-") as name:
         folder = Path(name)
         write_repository(path, folder, repository, licence)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlprompt.backbones import Backbone
 from vlprompt.core.errors import CheckpointError, DataError, NonFiniteError
-from vlprompt.core.options import check_counts
+from vlprompt.core.options import check_counts, check_switches
 from vlprompt.data.segmentation.base import IGNORE, MaskDataset, check_pairs
 from vlprompt.metrics.masks import PairScore, mean_iou_of_maps, score_pair, summarise_pairs
 from vlprompt.saved.prompts import PromptCard, backbone_of, check_kind, read
@@ -84,6 +84,7 @@ def evaluate_segmenter(
     """
     check_pairs(data)
     check_counts(batch_size=batch_size)
+    check_switches(boundary=boundary, argmax=argmax)
     if isinstance(threshold, str) or not 0 <= threshold <= 1:
         raise DataError(f"threshold is a probability in [0, 1], got {threshold!r}.")
     if argmax and data.info.get("queries") != "all":

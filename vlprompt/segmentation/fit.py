@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from vlprompt.core.errors import ConfigError, DataError
-from vlprompt.core.options import describe_problems
+from vlprompt.core.options import check_options, describe_problems
 from vlprompt.core.paths import user_path
 from vlprompt.core.processes import accelerator
 from vlprompt.core.trainable import ParameterGroup, Trainable, Wrapper
@@ -214,6 +214,7 @@ def fit_segmenter(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
+    _check_arguments(cache_mb=cache_mb)
     check_resume(folder, resume)
     check_callbacks(callbacks)
     for data in (train,) if val is None else (train, val):
@@ -253,6 +254,11 @@ def fit_segmenter(
     metrics = {} if val is None else {f"val/{name}": value for name, value in validate().items()}
     seconds = time.monotonic() - started
     return SegmentationFit({"seconds": seconds, **metrics}, history)
+
+
+def _check_arguments(*, cache_mb: Annotated[float, Field(ge=0)]) -> None:
+    """Check the arguments of :func:`fit_segmenter` that are no training options."""
+    check_options(_check_arguments, {"cache_mb": cache_mb}, source="vlprompt.fit_segmenter")
 
 
 def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:

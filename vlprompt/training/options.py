@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlprompt.core.errors import ConfigError
+from vlprompt.core.options import check_switches
 
 __all__ = ["TrackerName", "TrainOptions", "TrainSection", "check_resume"]
 
@@ -138,6 +139,8 @@ def check_resume(folder: str | Path | None, resume: bool) -> None:
 
     Raises:
         ConfigError: If there is no folder.
+        DataError: If ``resume`` is neither true nor false.
     """
+    check_switches(resume=resume)
     if resume and folder is None:
         raise ConfigError(["resume: it continues what a folder holds; say which: folder=PATH."], "training")

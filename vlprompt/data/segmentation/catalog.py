@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlprompt.core.errors import DataError, UnknownNameError
+from vlprompt.core.options import check_switches
 from vlprompt.core.paths import user_path
 from vlprompt.core.seeding import numpy_rng
 from vlprompt.data.names import default_root, parse_name
@@ -71,6 +72,7 @@ def load_segmentation(
     """
     split = check_split(name, split)
     _check_choices(queries, leaks, empty)
+    check_switches(full_stop=full_stop, dedupe=dedupe, download=download)
     ways = _find(name, split, root)
     ways.check_options(options, load_segmentation)
     templates = ("{}",) if ways.card is None else ways.card.templates
