@@ -89,10 +89,6 @@ CALLS: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
         lambda o, _: vlprompt.run("fewshot_tiny.yaml", callbacks=["bar"]),  # type: ignore[list-item]
         "a callback is what .* got str 'bar'",
     ),
-    "memory below nothing": (
-        lambda o, _: vlprompt.fit_segmenter(o.segmenter, o.pairs, epochs=1, cache_mb=-1),
-        "cache_mb: input should be greater than or equal to 0",
-    ),
     "nothing to resume": (
         lambda o, _: vlprompt.fit(o.learner, [(IMAGE, 0)], epochs=1, resume=True),
         "resume: it continues what a folder holds",

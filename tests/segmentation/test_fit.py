@@ -156,3 +156,13 @@ def test_long_phrases_are_refused_before_anything_is_trained(tiny: Backbone) -> 
 def test_wrong_options_are_named_with_the_nearest(tiny: Backbone, parts: Any) -> None:
     with pytest.raises(ConfigError, match="epoch: unknown key; did you mean 'epochs'"):
         fit_segmenter(_made(tiny, "vpt"), *parts, epoch=3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cache_mb": -1}, {"cache_mb": "much"}, {"cache_mb": float("nan")}, {"loss": "dise"}]
+)
+def test_wrong_arguments_are_named_before_anything_is_trained(
+    tiny: Backbone, parts: Any, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"fit_segmenter[^$]*{next(iter(wrong))}"):
+        fit_segmenter(_made(tiny, "vpt"), *parts, epochs=0, **wrong)

@@ -202,7 +202,7 @@ def fit_segmenter(
         resume: Continue from the checkpoint in ``folder``; on a CPU the result is the same to the last bit.
         augmentation: See :class:`JointAugmentation`.
         loss: See :func:`segmentation_loss`.
-        cache_mb: Memory for frozen states of training images, and as much again of validation images.
+        cache_mb: MB from 0 on for frozen states of training images, and as much again for those of validation images.
         callbacks: Replaces the default one, :class:`vlprompt.training.callbacks.ProgressBar`. A
             :class:`vlprompt.training.trackers.Tracker` is one too.
         workers: Processes that read images; see :data:`vlprompt.data.loading.Workers`.
@@ -214,7 +214,7 @@ def fit_segmenter(
         NonFiniteError: If the loss or a gradient is NaN or infinite.
         CheckpointError: If the checkpoint to resume is damaged or another run's.
     """
-    _check_arguments(cache_mb=cache_mb)
+    _check_arguments(loss=loss, cache_mb=cache_mb)
     check_resume(folder, resume)
     check_callbacks(callbacks)
     for data in (train,) if val is None else (train, val):
@@ -256,9 +256,10 @@ def fit_segmenter(
     return SegmentationFit({"seconds": seconds, **metrics}, history)
 
 
-def _check_arguments(*, cache_mb: Annotated[float, Field(ge=0)]) -> None:
+def _check_arguments(*, loss: LossName, cache_mb: Annotated[float, Field(ge=0)]) -> None:
     """Check the arguments of :func:`fit_segmenter` that are no training options."""
-    check_options(_check_arguments, {"cache_mb": cache_mb}, source="vlprompt.fit_segmenter")
+    values = {"loss": loss, "cache_mb": cache_mb}
+    check_options(_check_arguments, values, source="vlprompt.fit_segmenter")
 
 
 def check_phrases(segmenter: Segmenter, data: MaskDataset) -> None:
