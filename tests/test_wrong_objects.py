@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -176,3 +177,7 @@ def test_a_switch_is_true_or_false(
     }
     with pytest.raises(DataError, match=f"{switch} is True or False, got 'no'"):
         getattr(vlprompt, function)(*arguments[function], **{switch: "no"})
+
+
+def test_a_switch_of_numpy_is_one() -> None:
+    assert len(vlprompt.load_dataset("digits", "test", strict_shots=np.bool_(False)))  # type: ignore[arg-type]

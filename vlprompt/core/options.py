@@ -10,6 +10,7 @@ from numbers import Integral
 from os import PathLike
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
@@ -130,7 +131,7 @@ def check_switches(**switches: bool) -> None:
         DataError: Names the first that is no bool.
     """
     for name, value in switches.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | np.bool_):
             raise DataError(f"{name} is True or False, got {_SHORT.repr(value)}.")
 
 

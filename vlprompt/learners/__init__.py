@@ -40,10 +40,10 @@ def create_learner(
 
     Raises:
         UnknownNameError: For an unknown learner.
-        DataError: If a plug-in can't stand on it; says why.
         ConfigError: For options the method doesn't have or values it doesn't take, all at once.
         BackboneError: If the method can't work on this backbone; says why.
-        DataError: For class names that are empty, repeated or too long, or something else in the backbone's place.
+        DataError: For class names that are empty, repeated or too long, something else in the backbone's place, or a
+            plug-in that can't stand on the learner; says why.
     """
     entry = LEARNERS.get(name)
     checked = check_options(entry.target, options, source=f"learner {name!r}")
