@@ -38,9 +38,8 @@ class ReweightedBackbone(Backbone):
 
     def __init__(self, backbone: Backbone, weights: Mapping[str, Reweight]) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(
-            vars(backbone)
-        )  # every fact of it, also those that are written down after it was built
+        # Every fact of the backbone, also those that are written down after it was built.
+        self.__dict__.update(vars(backbone))
         self._modules = dict(backbone._modules)
         self._weights = dict(weights)
         self._tower = (_Tower(self.vision),)  # a tuple, so that its parts are not registered a second time
