@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,14 @@ def test_the_place_of_a_folder_is_no_setting_but_its_name_is(tmp_path: Path) -> 
     cfg.write_text(yaml.safe_dump({**content, "data": {**data, "root": str(tmp_path / "other")}}))
     (verdict,) = check_run(folder, str(cfg))
     assert "folder:photos instead of folder:other" in verdict.reason
+
+
+def test_a_figure_of_a_folder_is_found_wherever_the_folder_lies(run: Path, tmp_path: Path) -> None:
+    cfg = write(tmp_path, expectation({"folder:photos/accuracy": {"value": 0.5, "within": 0.1}}))
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    for data in ("folder:/somewhere/photos", ["digits", "folder:/somewhere/photos"]):
+        figures = {"folder:/somewhere/photos/accuracy": 0.55, "data": data}
+        (moved / "metrics.json").write_text(json.dumps(figures))
+        (verdict,) = check_run(moved, str(cfg))
+        assert (verdict.outcome, verdict.value) == ("pass", 0.55)

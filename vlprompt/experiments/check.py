@@ -21,6 +21,7 @@ _PLACES = frozenset({"output", "name", "expect", *ASIDE})
 _KINDS_OF_PLACES = ("folder", "csv", "tar")
 # Where files lie, and what is kept of what never changes, changes no figure.
 _PLACE_KEYS = frozenset({"root", "cache_dir", "prefix_gib", "store", "on_bad_image"})
+_FOLDER_KEYS = frozenset({"photographs"})  # a path whose last part counts
 _NOT_FORETOLD = ("train/", "source/train/")  # what a learner says of itself
 _SHOWN = 5
 
@@ -173,6 +174,8 @@ def _flat_mapping(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str
             continue
         if isinstance(value, Mapping):
             yield from _flat_mapping(value, f"{prefix}{key}.")
+        elif key in _FOLDER_KEYS and value is not None:
+            yield f"{prefix}{key}", PurePath(value).name
         else:
             yield f"{prefix}{key}", _without_place(value)
 
@@ -191,10 +194,15 @@ def _overrides(under: Mapping[str, Any]) -> list[str]:
 
 
 def _metrics(path: Path) -> dict[str, Any]:
+    """Return the figures of a run; data sets in their names are named without their place, as settings are."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no figures.")
+
+    data = content.get("data", [])
+    for name in [data] if isinstance(data, str) else data:
+        content = {key.replace(name, _without_place(name)): value for key, value in content.items()}
     return content
